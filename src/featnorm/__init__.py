@@ -1,0 +1,88 @@
+"""featnorm tells whether a PyTorch model knows an input.
+
+The negative-aware norm of the last hidden layer, everything it is compared with, and what turns a score into
+a verdict. Source: Park et al., "Understanding the Feature Norm for Out-of-Distribution Detection", ICCV 2023.
+"""
+
+from featnorm.archive import ArchiveError
+from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
+from featnorm.detectors import (
+    KNN,
+    MSP,
+    NAN,
+    SSD,
+    Detector,
+    EmbeddingMagnitude,
+    Energy,
+    Fusion,
+    HiddenConfidence,
+    KLUniform,
+    L1Norm,
+    LpNorm,
+    Mahalanobis,
+    MaxLogit,
+    NotFittedError,
+    ReAct,
+    Residual,
+    Sparsity,
+    ViM,
+    parse_detector,
+)
+from featnorm.features import Features
+from featnorm.metrics import (
+    aupr_in,
+    aupr_out,
+    auroc,
+    bootstrap_interval,
+    detection_accuracy,
+    fpr_at_tpr,
+    fpr_at_tpr_ood_positive,
+)
+from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
+from featnorm.scorer import Scorer, Verdict
+from featnorm.tap import FeatureTap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KNN",
+    "MSP",
+    "NAN",
+    "SSD",
+    "ArchiveError",
+    "Calibration",
+    "Detector",
+    "EmbeddingMagnitude",
+    "Energy",
+    "FeatureTap",
+    "Features",
+    "Fusion",
+    "HiddenConfidence",
+    "KLUniform",
+    "L1Norm",
+    "LpNorm",
+    "Mahalanobis",
+    "MaxLogit",
+    "NotFittedError",
+    "ReAct",
+    "Residual",
+    "Scorer",
+    "Sparsity",
+    "Verdict",
+    "ViM",
+    "aupr_in",
+    "aupr_out",
+    "auroc",
+    "benjamini_hochberg",
+    "bootstrap_interval",
+    "conformal_p_values",
+    "detection_accuracy",
+    "fpr_at_tpr",
+    "fpr_at_tpr_ood_positive",
+    "l0_norm",
+    "l1_norm",
+    "lp_norm",
+    "negative_aware_norm",
+    "parse_detector",
+    "threshold_at_tpr",
+]

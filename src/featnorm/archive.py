@@ -1,0 +1,99 @@
+"""The detector file: safetensors with a JSON header. Reading one never runs code."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+
+
+class ArchiveError(ValueError):
+    """A file is no detector file, is damaged, or belongs to another model or version."""
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a detector file; an earlier file of that name stays until the new one is complete."""
+    path = Path(path)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"featnorm": json.dumps({"format": FORMAT, **header})}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(own, temporary, metadata)
+        # The umask decides who may read it, as for any file; mkstemp had made it private.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the header of a detector file.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ArchiveError
+        The file is not a detector file, is damaged, or is of a later format than this version reads.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no detector file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata["featnorm"])
+        version = int(header["format"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
+    if version > FORMAT:
+        raise ArchiveError(
+            f"{path} is of format {version}, and this featnorm reads up to {FORMAT}: install a newer featnorm"
+        )
+    return tensors, header
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return what tells a model from another: class, size, and a SHA-256 of every weight and buffer."""
+    digest = hashlib.sha256()
+    count = 0
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        count += tensor.numel()
+    return {"class": type(model).__qualname__, "values": count, "sha256": digest.hexdigest()}
+
+
+def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], path: str | Path) -> None:
+    """Raise an ArchiveError that says how the model differs from the one a file was made for."""
+    found = fingerprint(model)
+    if found["sha256"] == expected.get("sha256"):
+        return
+    if found["class"] != expected.get("class") or found["values"] != expected.get("values"):
+        difference = (
+            f"a {expected.get('class')} of {expected.get('values')} values, "
+            f"and this is a {found['class']} of {found['values']}"
+        )
+    else:
+        difference = f"a {found['class']} with other weights, or in another precision"
+    raise ArchiveError(f"{path} was made for another model: {difference}. Load that model, or fit again")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

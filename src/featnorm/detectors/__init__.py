@@ -1,0 +1,33 @@
+"""The detectors, one file a family, and the expressions that name them."""
+
+from featnorm.detectors.base import Detector, NotFittedError
+from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
+from featnorm.detectors.distance import KNN, SSD, Mahalanobis
+from featnorm.detectors.expression import parse_detector
+from featnorm.detectors.fusion import Fusion
+from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
+from featnorm.detectors.shaping import ReAct
+from featnorm.detectors.subspace import Residual, ViM
+
+__all__ = [
+    "KNN",
+    "MSP",
+    "NAN",
+    "SSD",
+    "Detector",
+    "EmbeddingMagnitude",
+    "Energy",
+    "Fusion",
+    "HiddenConfidence",
+    "KLUniform",
+    "L1Norm",
+    "LpNorm",
+    "Mahalanobis",
+    "MaxLogit",
+    "NotFittedError",
+    "ReAct",
+    "Residual",
+    "Sparsity",
+    "ViM",
+    "parse_detector",
+]

@@ -1,0 +1,226 @@
+"""What every detector is: a module that learns from `Features` and scores `Features`."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from featnorm.detectors.statistics import Statistic
+from featnorm.features import Features
+
+Role = Literal["norm", "distance", "confidence"]
+
+
+class NotFittedError(RuntimeError):
+    """A detector that learns was asked for a score before it has seen anything."""
+
+
+class Detector(nn.Module, ABC):
+    """A score of how in-distribution an input is: **higher is more in-distribution**, for every detector.
+
+    What it learned is held in buffers, as sums that add up: `partial_fit` streams, `merge` joins two fits
+    into the fit of the whole, and `state_dict` and `to` do what they do for any module. Settings are
+    constructor arguments; ``repr`` is the expression that makes the detector again.
+    """
+
+    #: The fields of `Features` that the score reads.
+    reads: tuple[str, ...] = ()
+    #: The fields that fitting reads; empty where there is nothing to learn.
+    learns: tuple[str, ...] = ()
+    #: A distance may be divided by a norm (`Fusion`).
+    role: Role = "confidence"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._derived: Any = None
+
+    def fit(self, features: Features) -> Self:
+        """Learn from the features of in-distribution inputs, forgetting what was learned before.
+
+        Raises
+        ------
+        ValueError
+            A field is missing or not finite; what was learned before is then still there.
+        """
+        with self.refit():
+            self.partial_fit(features)
+        return self
+
+    @contextmanager
+    def refit(self) -> Iterator[None]:
+        """Forget what was learned, for a fit in batches; if the block raises, what was learned is back."""
+        statistics = list(self._statistics())
+        before = [dict(statistic.named_buffers()) for statistic in statistics]
+        try:
+            for statistic in statistics:
+                statistic.reset()
+            yield
+        except BaseException:
+            for statistic, buffers in zip(statistics, before, strict=True):
+                statistic.reset()
+                for name, value in buffers.items():
+                    setattr(statistic, name, value)
+            raise
+        finally:
+            self._forget_derived()
+
+    def partial_fit(self, features: Features) -> Self:
+        """Learn from one more batch of in-distribution inputs.
+
+        Raises
+        ------
+        ValueError
+            A field is missing, not finite or of another width than before; nothing is then learned from it.
+        """
+        self._check_fit(features)
+        with torch.no_grad():
+            self._learn(features)
+        self._forget_derived()
+        return self
+
+    def merge(self, other: Self) -> Self:
+        """Take in what another detector of the same settings learned; the result is the fit of both halves.
+
+        Raises
+        ------
+        ValueError
+            The other is of another kind, has other settings or was fitted to features of other widths.
+        """
+        if repr(self) != repr(other):
+            raise ValueError(f"cannot merge {other!r} into {self!r}: both must be the same detector")
+        pairs = list(zip(self._statistics(), other._statistics(), strict=True))
+        for mine, theirs in pairs:
+            if mine.is_empty or theirs.is_empty:
+                continue
+            if mine.width != theirs.width:
+                raise ValueError(f"cannot merge {other!r} of width {theirs.width} into one of width {mine.width}")
+        for mine, theirs in pairs:
+            mine.merge(theirs)
+        self._forget_derived()
+        return self
+
+    def score(self, features: Features) -> Tensor:
+        """Score inputs; higher is more in-distribution.
+
+        Returns
+        -------
+        (n,) scores in the dtype of the features, at least float32.
+
+        Raises
+        ------
+        NotFittedError
+            The detector learns and has not.
+        ValueError
+            A field is missing, not finite (the row is named) or not of the width that was fitted.
+        """
+        self._require(features, self.reads)
+        self.require_fitted()
+        scores = self._score(features)
+        widest = torch.float32
+        for name in self.reads:
+            value = getattr(features, name)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                widest = torch.promote_types(widest, value.dtype)
+        return scores.to(widest)
+
+    def forward(self, features: Features) -> Tensor:
+        """Score inputs, as `score`."""
+        return self.score(features)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it has learned what its score needs (always, where there is nothing to learn)."""
+        return not any(statistic.is_empty for statistic in self._statistics())
+
+    def require_fitted(self) -> None:
+        """Raise a NotFittedError if the score needs something that was not learned yet."""
+        if self.learns and not self.is_fitted:
+            raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
+
+    def __truediv__(self, other: "Detector") -> "Detector":
+        """Divide a distance by a norm: the paper's fusion (eq. 49)."""
+        if not isinstance(other, Detector):
+            return NotImplemented
+        from featnorm.detectors.fusion import Fusion
+
+        return Fusion(self, other)
+
+    def __repr__(self) -> str:
+        given = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name)
+            if parameter.default is parameter.empty:
+                given.append(repr(value))
+            elif value != parameter.default:
+                given.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    # What a kind of detector fills in.
+
+    def _learn(self, features: Features) -> None:
+        """Add one batch, checked, to the statistics."""
+
+    @abstractmethod
+    def _score(self, features: Features) -> Tensor:
+        """Score checked features."""
+
+    def _derive(self) -> Any:
+        """Work out from the statistics what the score uses; called once a fit."""
+
+    # What they share.
+
+    def _learned(self) -> Any:
+        if self._derived is None:
+            with torch.no_grad():
+                self._derived = self._derive()
+        return self._derived
+
+    def _check_fit(self, features: Features) -> None:
+        self._require(features, self.learns)
+
+    def _statistics(self) -> Iterator[Statistic]:
+        return (module for module in self.modules() if isinstance(module, Statistic))
+
+    def _forget_derived(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Detector):
+                module._derived = None
+
+    def _require(self, features: Features, names: tuple[str, ...]) -> None:
+        for name in names:
+            try:
+                value = features.tensor(name)
+            except ValueError as missing:
+                raise ValueError(f"{self!r} reads `{name}`: {missing}") from None
+            if name != "classifier":
+                _require_finite(name, value)
+
+    def _same_width(self, name: str, got: Tensor, fitted: int) -> None:
+        if got.shape[1] != fitted:
+            raise ValueError(f"{self!r} was fitted to `{name}` of width {fitted}, got width {got.shape[1]}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._derived = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._derived = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _require_finite(name: str, value: Tensor) -> None:
+    if not value.is_floating_point() or torch.compiler.is_compiling():
+        return
+    # The sum tells in one read without a temporary; only when it is not finite is the culprit looked for.
+    if torch.isfinite(value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32))):
+        return
+    bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)
+    if len(bad):
+        raise ValueError(
+            f"`{name}` is not finite for {len(bad)} of {len(value)} inputs, the first at row {int(bad[0])}: "
+            "look at that input, or at the model's precision"
+        )

@@ -1,0 +1,53 @@
+"""Detectors that read the logits."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from featnorm.detectors.base import Detector
+from featnorm.features import Features
+
+
+class _Confidence(Detector):
+    reads = ("logits",)
+
+    def _score(self, features: Features) -> Tensor:
+        logits = features.tensor("logits")
+        return self._of(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def _of(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class MSP(_Confidence):
+    """The maximum softmax probability (Hendrycks and Gimpel, ICLR 2017)."""
+
+    def _of(self, logits: Tensor) -> Tensor:
+        return torch.exp(logits.amax(1) - logits.logsumexp(1))
+
+
+class MaxLogit(_Confidence):
+    """The largest logit (Hendrycks et al., ICML 2022; Vaze et al., ICLR 2022)."""
+
+    def _of(self, logits: Tensor) -> Tensor:
+        return logits.amax(1)
+
+
+class Energy(_Confidence):
+    """The negative free energy, ``log sum_k exp(logit_k)`` (Liu et al., NeurIPS 2020)."""
+
+    def _of(self, logits: Tensor) -> Tensor:
+        return logits.logsumexp(1)
+
+
+class KLUniform(_Confidence):
+    """The divergence of the uniform distribution from the softmax, ``KL(u || p)`` ("KL" of Tables 1 and 3).
+
+    ``KL(u || p) = logsumexp(l) - mean(l) - log C``. It ranks nearly as `Energy` does.
+    """
+
+    def _of(self, logits: Tensor) -> Tensor:
+        # Differences from the largest logit: exact where all logits are huge and alike.
+        shifted = logits - logits.amax(1, keepdim=True)
+        return shifted.logsumexp(1) - shifted.mean(1) - math.log(logits.shape[1])

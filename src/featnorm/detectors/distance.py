@@ -1,0 +1,237 @@
+"""Detectors that measure a distance to the training features."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from featnorm.detectors.base import Detector
+from featnorm.detectors.statistics import Bank, Moments, RowSample, unit_rows, whitening
+from featnorm.features import Features
+
+# Above this many rows k-means and its covariances are learned from a sample of them.
+_CLUSTERED_ROWS = 1 << 16
+
+
+class _Gaussians(NamedTuple):
+    """Whitened Gaussians: ``|| (z - origin) L - centre ||^2`` is a squared Mahalanobis distance."""
+
+    origin: Tensor  # (D,)
+    scale: Tensor  # (D,) the standard deviations by which features are divided
+    factors: list[Tensor]  # each (D, r)
+    centres: list[Tensor]  # each (C, r), the means that share the factor
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Return the squared distance of each row to the nearest mean, (n,) float64."""
+        z = (z.double() - self.origin) / self.scale
+        nearest = z.new_full((len(z),), torch.inf)
+        for factor, centres in zip(self.factors, self.centres, strict=True):
+            white = z @ factor
+            # ||w - c||^2 expanded, so that no (n, C, r) tensor is made.
+            offsets = torch.addmm(centres.square().sum(1), white, centres.T, alpha=-2).amin(1)
+            nearest = torch.minimum(nearest, white.square().sum(1) + offsets)
+        return nearest.clamp_min(0)
+
+
+class Mahalanobis(Detector):
+    """Squared Mahalanobis distance to the nearest class mean, negated (Lee et al., NeurIPS 2018).
+
+    Reads the pooled feature. Class means and one class-centred covariance, pooled over the classes and
+    divided by N, in float64; directions without variance are left out (pseudo-inverse).
+
+    Raises
+    ------
+    ValueError
+        An input of the fit has no label, or no class has two inputs that differ.
+    """
+
+    reads = ("pooled",)
+    learns = ("pooled", "labels")
+    role = "distance"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments = Moments()
+
+    def _check_fit(self, features: Features) -> None:
+        super()._check_fit(features)
+        _require_labels(self, features.tensor("labels"))
+
+    def _learn(self, features: Features) -> None:
+        self.moments.add(features.tensor("pooled"), features.labels)
+
+    def _derive(self) -> _Gaussians:
+        factor = whitening(self.moments.within_covariance(), self.moments.rounding())
+        if factor.shape[1] == 0:
+            raise ValueError(
+                f"{self!r} found no variation within the {len(self.moments.groups)} classes "
+                f"of its {int(self.moments.total)} inputs: it needs several different inputs of a class "
+                "(SSD and KNN need no labels)"
+            )
+        origin = self.moments.mean()
+        centres = (self.moments.means() - origin) @ factor
+        return _Gaussians(origin, torch.ones_like(origin), [factor], [centres])
+
+    def _score(self, features: Features) -> Tensor:
+        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
+        gaussians: _Gaussians = self._learned()
+        return -gaussians.nearest(features.tensor("pooled"))
+
+
+class SSD(Detector):
+    """Squared Mahalanobis distance in unit-length features, negated (Sehwag et al., ICLR 2021).
+
+    The pooled feature is normalised to unit length and standardised by the training mean and population
+    deviation; then ``(z - mu)' pinv(cov) (z - mu)``, the least over the clusters, each with its own mean and
+    biased covariance.
+
+    Parameters
+    ----------
+    clusters
+        1 for a single one; a number for k-means (scikit-learn; learned from a sample of 65,536 inputs that
+        does not depend on their order, where there are more); ``"labels"`` for one cluster a class.
+
+    Raises
+    ------
+    ValueError
+        ``clusters`` is neither a positive whole number nor ``"labels"``; a cluster has a single input; labels
+        were asked for and an input has none.
+    """
+
+    reads = ("pooled",)
+    role = "distance"
+
+    def __init__(self, clusters: int | Literal["labels"] = 1) -> None:
+        if clusters != "labels" and (not isinstance(clusters, int) or clusters < 1):
+            raise ValueError(f"SSD takes clusters=1, a larger whole number or 'labels', got {clusters!r}")
+        super().__init__()
+        self.clusters = clusters
+        self.learns = ("pooled", "labels") if clusters == "labels" else ("pooled",)
+        self.moments = Moments(gram_per_group=clusters == "labels")
+        self.sample = RowSample(_CLUSTERED_ROWS) if clusters not in (1, "labels") else None
+
+    def _check_fit(self, features: Features) -> None:
+        super()._check_fit(features)
+        if self.clusters == "labels":
+            _require_labels(self, features.tensor("labels"))
+
+    def _learn(self, features: Features) -> None:
+        pooled = features.tensor("pooled")
+        unit = unit_rows(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+        self.moments.add(unit, features.labels if self.clusters == "labels" else None)
+        if self.sample is not None:
+            self.sample.add(unit)
+
+    def _derive(self) -> _Gaussians:
+        covariance, rounding = self.moments.covariance(), self.moments.rounding()
+        variance = covariance.diagonal()
+        if not (variance > rounding).any():
+            raise ValueError(
+                f"{self!r} found no variation among its {int(self.moments.total)} inputs: "
+                "it needs several different ones"
+            )
+        origin = self.moments.mean()
+        # A unit that never moved in training has no deviation to divide by, and the pseudo-inverse drops it.
+        scale = torch.where(variance > rounding, variance, torch.ones_like(variance)).sqrt()
+        if self.clusters == 1:
+            standard = covariance / torch.outer(scale, scale)
+            factor = whitening(standard, rounding / scale.square().amin())
+            return _Gaussians(origin, scale, [factor], [torch.zeros_like(factor[:1])])
+        factors, centres = [], []
+        for mean, own in self._clusters(origin, scale):
+            factor = whitening(own, torch.zeros_like(rounding))
+            factors.append(factor)
+            centres.append((mean @ factor)[None])
+        return _Gaussians(origin, scale, factors, centres)
+
+    def _clusters(self, origin: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the mean and covariance of each cluster, standardised."""
+        if self.sample is None:
+            moments = self.moments
+            sizes = moments.counts
+            means = (moments.means() - origin) / scale
+            covariances = [own / torch.outer(scale, scale) for own in moments.group_covariances()]
+        else:
+            rows = (self.sample.rows.double() - origin) / scale
+            moments = Moments(gram_per_group=True).to(rows.device)
+            moments.add(rows, self._k_means(rows))
+            sizes, means, covariances = moments.counts, moments.means(), list(moments.group_covariances())
+        if (sizes < 2).any():
+            raise ValueError(
+                f"{self!r} has a cluster of a single input, which has no covariance: use fewer clusters"
+            )
+        return list(zip(means, covariances, strict=True))
+
+    def _k_means(self, rows: Tensor) -> Tensor:
+        from sklearn.cluster import KMeans
+
+        assert isinstance(self.clusters, int)
+        if len(rows) < 2 * self.clusters:
+            raise ValueError(f"{self!r} has only {len(rows)} inputs to cluster: use fewer clusters")
+        assigned = KMeans(self.clusters, n_init=10, random_state=0).fit_predict(rows.cpu().numpy())
+        return torch.from_numpy(assigned).to(rows.device)
+
+    def _score(self, features: Features) -> Tensor:
+        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
+        gaussians: _Gaussians = self._learned()
+        return -gaussians.nearest(unit_rows(features.tensor("pooled").double()))
+
+
+class KNN(Detector):
+    """Distance to the k-th nearest training input, negated (Sun et al., ICML 2022).
+
+    Reads the pooled feature, normalised to unit length: ``z / (||z|| + 1e-10)``. Exact search by faiss.
+
+    Parameters
+    ----------
+    k : which neighbour; 50 for CIFAR-10 and 1000 for ImageNet-1k in the source, each with the whole bank.
+    squared
+        Score the squared distance, as the source does. It ranks alike alone, but not in a `Fusion`.
+
+    Raises
+    ------
+    ValueError
+        ``k`` is not a positive whole number, or is more than the inputs in the bank.
+    """
+
+    reads = ("pooled",)
+    learns = ("pooled",)
+    role = "distance"
+
+    def __init__(self, k: int = 50, squared: bool = True) -> None:
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"KNN takes a whole number k >= 1, got {k!r}")
+        super().__init__()
+        self.k = k
+        self.squared = squared
+        self.bank = Bank()
+
+    def _learn(self, features: Features) -> None:
+        self.bank.add(unit_rows(features.tensor("pooled").float()))
+
+    def _derive(self) -> Any:
+        return self.bank.settle().cpu().contiguous().numpy()
+
+    def _score(self, features: Features) -> Tensor:
+        import faiss
+
+        self._same_width("pooled", features.tensor("pooled"), self.bank.width)
+        bank = self._learned()
+        if len(bank) < self.k:
+            raise ValueError(f"{self!r} has only {len(bank)} inputs in its bank: fit on more, or lower k")
+        queries = unit_rows(features.tensor("pooled").detach().float()).cpu().contiguous()
+        if len(queries) == 0:
+            return features.tensor("pooled").new_empty(0)
+        squared = torch.from_numpy(faiss.knn(queries.numpy(), bank, self.k)[0][:, -1].copy())
+        # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
+        squared = squared.clamp_min(0).to(features.tensor("pooled").device)
+        return -(squared if self.squared else squared.sqrt())
+
+
+def _require_labels(detector: Detector, labels: Tensor) -> None:
+    without = (labels < 0).nonzero()
+    if len(without):
+        raise ValueError(
+            f"{detector!r} learns from labels, and {len(without)} of {len(labels)} inputs have none, "
+            f"the first at row {int(without[0])} (SSD and KNN need no labels)"
+        )

@@ -1,0 +1,100 @@
+"""Detectors that read a vector's size: the paper's negative-aware norm and what it is compared with."""
+
+import torch
+from torch import Tensor
+
+from featnorm.detectors.base import Detector
+from featnorm.features import Features
+from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
+
+
+class _Norm(Detector):
+    reads = ("activation",)
+    role = "norm"
+
+
+class NAN(_Norm):
+    """The negative-aware norm of the last hidden layer, ``||a||_1 / ||a||_0`` (paper eq. 10).
+
+    No hyperparameter, no labels, no bank; nothing to fit. An input that switches every unit off scores 0.
+    """
+
+    def _score(self, features: Features) -> Tensor:
+        return negative_aware_norm(features.tensor("activation"))
+
+
+class L1Norm(_Norm):
+    """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4)."""
+
+    def _score(self, features: Features) -> Tensor:
+        return l1_norm(features.tensor("activation"))
+
+
+class LpNorm(_Norm):
+    """The norm ``||a||_p`` (paper A.2.1).
+
+    Parameters
+    ----------
+    p : the exponent, positive; infinity for the largest unit.
+
+    Raises
+    ------
+    ValueError
+        ``p`` is not positive.
+    """
+
+    def __init__(self, p: float = 2) -> None:
+        if not p > 0:
+            raise ValueError(f"LpNorm needs p > 0, got {p!r}; Sparsity counts the active units")
+        super().__init__()
+        self.p = p
+
+    def _score(self, features: Features) -> Tensor:
+        return lp_norm(features.tensor("activation"), self.p)
+
+
+class Sparsity(_Norm):
+    """The sparsity term ``1 / ||a||_0`` (paper eq. 9, Table 12), so that NAN = L1Norm x Sparsity.
+
+    Where no unit is active the count is taken as 1, as in NAN.
+    """
+
+    def _score(self, features: Features) -> Tensor:
+        return l0_norm(features.tensor("activation")).clamp_min(1).reciprocal()
+
+
+class EmbeddingMagnitude(Detector):
+    """``||g||_2`` of the embedding before it is normalised (paper Table 8; Dhamija et al., NeurIPS 2018)."""
+
+    reads = ("embedding",)
+    role = "norm"
+
+    def _score(self, features: Features) -> Tensor:
+        return lp_norm(features.tensor("embedding"), 2)
+
+
+class HiddenConfidence(Detector):
+    """The hidden classifier's confidence, ``max_k sum_i sign(C_ki) a_i`` (paper eq. 3, Table 10).
+
+    C is the linear map from the last hidden layer to the logits: the classifier's weights, times those of the
+    embedding where there is one (A.1). ``sign(0) = -1``. It never exceeds ``||a||_1`` (Thm. 3).
+
+    Raises
+    ------
+    ValueError
+        The classifier does not read the last hidden layer: their widths differ.
+    """
+
+    reads = ("activation", "classifier")
+
+    def _score(self, features: Features) -> Tensor:
+        weight, _ = features.linear()
+        a = features.tensor("activation")
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        if weight.shape[1] != a.shape[1]:
+            raise ValueError(
+                f"{self!r} needs the classifier of the last hidden layer: the layer has {a.shape[1]} units, "
+                f"the classifier reads {weight.shape[1]}"
+            )
+        signs = torch.where(weight.to(a.device) > 0, 1.0, -1.0).to(a.dtype)
+        return (a @ signs.T).amax(1)

@@ -1,0 +1,478 @@
+"""What detectors learn: sums and samples that stream, merge and live in buffers.
+
+A fit is any number of `add` calls; two fits `merge` into the fit of the whole. Memory never grows with the
+number of inputs, except for `Bank`, which is the inputs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+# Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again.
+_BLOCK_ROWS = 4096
+_MOST_GRAM_BYTES = 8 << 30
+
+
+class Statistic(nn.Module, ABC):
+    """Buffers that sum up what was seen; empty until the first `add`."""
+
+    def __init__(self, **empty: Tensor) -> None:
+        super().__init__()
+        for name, value in empty.items():
+            self.register_buffer(name, value)
+        self._empty = empty
+
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of a row; 0 before the first, and where rows are single numbers."""
+        return 0
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what another statistic of the same settings has seen."""
+
+    def require_width(self, rows: Tensor) -> None:
+        """Refuse rows of another width than those before."""
+        if not self.is_empty and rows.shape[1] != self.width:
+            raise ValueError(f"features of width {rows.shape[1]} after features of width {self.width}")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for name, value in self._empty.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+
+    def copy_from(self, other: Self) -> None:
+        """Become a copy of another statistic of the same settings, on this one's device."""
+        for name in self._empty:
+            mine = getattr(self, name)
+            setattr(self, name, getattr(other, name).detach().to(mine.device, copy=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Device moves are followed, dtype changes are not: sums in half precision would overflow.
+        for name in self._empty:
+            value = getattr(self, name)
+            moved = fn(value)
+            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The shapes come with the data, so the empty buffers of a new detector take the incoming ones' place.
+        for name in self._empty:
+            value = state_dict.get(prefix + name)
+            mine = getattr(self, name)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif value.dtype != mine.dtype or value.ndim != mine.ndim:
+                error_msgs.append(
+                    f"{prefix + name} is {value.dtype} of {value.ndim} dimensions, "
+                    f"expected {mine.dtype} of {mine.ndim}"
+                )
+            else:
+                setattr(self, name, value.detach().to(mine.device, copy=True))
+
+
+class Moments(Statistic):
+    """Count, sum and Gram matrix of rows about a fixed point, by group.
+
+    Sums are taken about ``shift``, the first block's mean unless given, so that the covariance does not drown
+    in the square of a large mean.
+
+    Parameters
+    ----------
+    gram_per_group : keep a Gram matrix for each group and not one for all.
+    """
+
+    groups: Tensor  # (G,) the sorted labels seen
+    counts: Tensor  # (G,)
+    sums: Tensor  # (G, d) about shift
+    gram: Tensor  # (1, d, d) or (G, d, d) about shift
+    shift: Tensor  # (d,)
+
+    def __init__(self, *, gram_per_group: bool = False) -> None:
+        f64 = torch.float64
+        super().__init__(
+            groups=torch.empty(0, dtype=torch.int64),
+            counts=torch.empty(0, dtype=f64),
+            sums=torch.empty(0, 0, dtype=f64),
+            gram=torch.empty(0, 0, 0, dtype=f64),
+            shift=torch.empty(0, dtype=f64),
+        )
+        self.gram_per_group = gram_per_group
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return len(self.counts) == 0
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of a row."""
+        return self.sums.shape[1]
+
+    @property
+    def total(self) -> Tensor:
+        """The number of rows seen."""
+        return self.counts.sum()
+
+    def add(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """Add rows (n, d), in groups by labels (n,); without labels they are one group."""
+        self.require_width(rows)
+        if len(rows) == 0:
+            return
+        rows = rows.to(self.gram.device)
+        if labels is None:
+            labels = torch.zeros(len(rows), dtype=torch.int64)
+        labels = labels.to(self.gram.device, torch.int64)
+        present, group = labels.unique(return_inverse=True)
+        if self.is_empty:
+            start = rows[:_BLOCK_ROWS].double().mean(0) if shift is None else shift.double()
+            self._open(present, start)
+        else:
+            self._open(present, self.shift)
+        position = torch.searchsorted(self.groups, present)[group]
+        self.counts.index_add_(0, position, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
+        for block, where in zip(rows.split(_BLOCK_ROWS), position.split(_BLOCK_ROWS), strict=True):
+            centred = block.double().sub_(self.shift) if block.dtype != torch.float64 else block - self.shift
+            self.sums.index_add_(0, where, centred)
+            if not self.gram_per_group:
+                self.gram[0].addmm_(centred.T, centred)
+                continue
+            for g in where.unique().tolist():
+                members = centred[where == g]
+                self.gram[g].addmm_(members.T, members)
+
+    def merge(self, other: Self) -> None:
+        """Take in the rows that another has seen."""
+        if other.is_empty:
+            return
+        if self.is_empty:
+            self.copy_from(other)
+            return
+        device = self.gram.device
+        sums, counts, gram = (t.to(device) for t in (other.sums, other.counts, other.gram))
+        delta = other.shift.to(device) - self.shift
+        # z - s = (z - t) + delta, where s is this shift and t the other one.
+        moved_sums = sums + counts[:, None] * delta
+        parts = sums if self.gram_per_group else sums.sum(0, keepdim=True)
+        sizes = counts if self.gram_per_group else counts.sum().reshape(1)
+        cross = delta[None, :, None] * parts[:, None, :]
+        outer = sizes[:, None, None] * (delta[:, None] * delta[None, :])
+        moved_gram = gram + cross + cross.transpose(1, 2) + outer
+        groups = other.groups.to(device)
+        self._open(groups, self.shift)
+        position = torch.searchsorted(self.groups, groups)
+        self.counts.index_add_(0, position, counts)
+        self.sums.index_add_(0, position, moved_sums)
+        self.gram.index_add_(0, position if self.gram_per_group else position.new_zeros(1), moved_gram)
+
+    def means(self) -> Tensor:
+        """Return the mean of each group, (G, d)."""
+        return self.shift + self.sums / self.counts[:, None]
+
+    def mean(self) -> Tensor:
+        """Return the mean of all rows, (d,)."""
+        return self.shift + self.sums.sum(0) / self.total
+
+    def second_moment(self) -> Tensor:
+        """Return ``(Z - s)'(Z - s) / N`` about the shift s, (d, d)."""
+        return self.gram.sum(0) / self.total
+
+    def covariance(self) -> Tensor:
+        """Return the biased covariance of all rows, (d, d)."""
+        offset = self.sums.sum(0) / self.total
+        return self.second_moment() - offset[:, None] * offset[None, :]
+
+    def within_covariance(self) -> Tensor:
+        """Return the biased covariance about each group's own mean, pooled over the groups, (d, d)."""
+        scaled = self.sums / self.counts.sqrt()[:, None]
+        return (self.gram.sum(0) - scaled.T @ scaled) / self.total
+
+    def group_covariances(self) -> Iterator[Tensor]:
+        """Yield each group's own biased covariance, (d, d)."""
+        for gram, total, count in zip(self.gram, self.sums, self.counts, strict=True):
+            yield gram / count - torch.outer(total / count, total / count)
+
+    def rounding(self) -> Tensor:
+        """Return the variance below which a direction is rounding error of the sums, 0-d."""
+        width = self.gram.shape[-1]
+        scale = self.gram.diagonal(dim1=1, dim2=2).sum(0).max() / self.total
+        return width * torch.finfo(torch.float64).eps * scale
+
+    def _open(self, labels: Tensor, shift: Tensor) -> None:
+        """Make room for the groups of these labels."""
+        if not self.is_empty and torch.isin(labels, self.groups).all():
+            return
+        width = len(shift)
+        groups = torch.cat([self.groups, labels]).unique()
+        grams = len(groups) if self.gram_per_group else 1
+        if grams * width**2 * 8 > _MOST_GRAM_BYTES:
+            raise ValueError(
+                f"{grams} covariance(s) of {width} x {width} need {grams * width**2 * 8 / 2**30:.0f} GiB; "
+                "use features of fewer dimensions, or a detector without a covariance (KNN, NAN)"
+            )
+        device = self.gram.device
+        position = torch.searchsorted(groups, self.groups)
+        counts = torch.zeros(len(groups), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(groups), width, dtype=torch.float64, device=device)
+        if len(position):
+            counts[position] = self.counts
+            sums[position] = self.sums
+        if self.gram_per_group or self.is_empty:
+            gram = torch.zeros(grams, width, width, dtype=torch.float64, device=device)
+            if len(position):
+                gram[position] = self.gram
+            self.gram = gram
+        self.groups, self.counts, self.sums = groups, counts, sums
+        self.shift = shift.to(device, torch.float64)
+
+
+class Total(Statistic):
+    """Count and sum of single numbers."""
+
+    count: Tensor
+    sum: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(count=torch.zeros((), dtype=torch.float64), sum=torch.zeros((), dtype=torch.float64))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return bool(self.count == 0)
+
+    def add(self, values: Tensor) -> None:
+        """Add numbers, (n,)."""
+        self.count = self.count + values.numel()
+        self.sum = self.sum + values.double().sum().to(self.sum.device)
+
+    def merge(self, other: Self) -> None:
+        """Take in the numbers that another has seen."""
+        self.count = self.count + other.count.to(self.count.device)
+        self.sum = self.sum + other.sum.to(self.sum.device)
+
+    def mean(self) -> Tensor:
+        """Return the mean, 0-d."""
+        return self.sum / self.count
+
+
+class RowSample(Statistic):
+    """A uniform sample of at most ``size`` rows that does not depend on their order.
+
+    Every row has a pseudo-random key made from its own bits, and the rows of the lowest keys stay (a
+    bottom-k sketch). So the sample of a whole is the merged sample of its parts, exactly; below ``size`` rows
+    it is all of them.
+    """
+
+    rows: Tensor  # (k, d) float32, by ascending key
+    keys: Tensor  # (k,)
+    seen: Tensor  # 0-d
+
+    def __init__(self, size: int) -> None:
+        super().__init__(
+            rows=torch.empty(0, 0),
+            keys=torch.empty(0, dtype=torch.int64),
+            seen=torch.zeros((), dtype=torch.int64),
+        )
+        self.size = size
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return len(self.keys) == 0
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of a row."""
+        return self.rows.shape[1]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the sample is all rows that were seen."""
+        return int(self.seen) == len(self.keys)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, (n, d)."""
+        self.require_width(rows)
+        for block in rows.split(_BLOCK_ROWS):
+            block = block.to(self.rows.device, torch.float32).contiguous()
+            self._keep(block, _row_keys(block), len(block))
+
+    def merge(self, other: Self) -> None:
+        """Take in the rows that another has seen."""
+        device = self.rows.device
+        self._keep(other.rows.to(device), other.keys.to(device), int(other.seen))
+
+    def _keep(self, rows: Tensor, keys: Tensor, seen: int) -> None:
+        self.seen = self.seen + seen
+        if len(self.keys) >= self.size:
+            promising = keys < self.keys[-1]
+            rows, keys = rows[promising], keys[promising]
+        if len(keys) == 0:
+            return
+        keys = torch.cat([self.keys, keys])
+        keys, order = keys.sort(stable=True)
+        rows = torch.cat([self.rows, rows]) if len(self.rows) else rows
+        self.rows, self.keys = rows[order[: self.size]], keys[: self.size]
+
+
+class FloatHistogram(Statistic):
+    """Quantiles of numbers to one part in 2^11, whatever their scale and order.
+
+    A bin is a float32 without its last 12 bits: 2048 bins between two powers of two. Only bins that are hit
+    are kept.
+    """
+
+    bins: Tensor  # (m,) ascending
+    counts: Tensor  # (m,)
+
+    _DROPPED_BITS = 12
+    _BINS = 1 << (32 - _DROPPED_BITS)
+
+    def __init__(self) -> None:
+        super().__init__(bins=torch.empty(0, dtype=torch.int64), counts=torch.empty(0, dtype=torch.int64))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return len(self.bins) == 0
+
+    def add(self, values: Tensor) -> None:
+        """Add numbers of any shape."""
+        flat = values.detach().to(self.bins.device, torch.float32).reshape(-1)
+        for part in flat.split(1 << 24):
+            bits = part.contiguous().view(torch.int32)
+            # Negative floats order by falling magnitude; with those bits flipped integers order as floats do.
+            ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) >> self._DROPPED_BITS
+            counts = torch.bincount(ordered + self._BINS // 2, minlength=self._BINS)
+            hit = counts.nonzero().squeeze(1)
+            self._combine(hit - self._BINS // 2, counts[hit])
+
+    def merge(self, other: Self) -> None:
+        """Take in the numbers that another has seen."""
+        self._combine(other.bins.to(self.bins.device), other.counts.to(self.bins.device))
+
+    def percentile(self, p: float) -> float:
+        """Return the p-th percentile, linear between order statistics as numpy's."""
+        rank = p / 100 * (int(self.counts.sum()) - 1)
+        ends = self.counts.cumsum(0)
+        i = min(int(torch.searchsorted(ends, rank, right=True)), len(ends) - 1)
+        low, high = self._edge(int(self.bins[i])), self._edge(int(self.bins[i]) + 1)
+        count = int(self.counts[i])
+        inside = (rank - (int(ends[i]) - count) + 0.5) / count
+        return low + min(inside, 1.0) * (high - low)
+
+    def _combine(self, bins: Tensor, counts: Tensor) -> None:
+        merged, position = torch.cat([self.bins, bins]).unique(return_inverse=True)
+        total = torch.zeros(len(merged), dtype=torch.int64, device=merged.device)
+        self.bins, self.counts = merged, total.index_add_(0, position, torch.cat([self.counts, counts]))
+
+    def _edge(self, index: int) -> float:
+        ordered = torch.tensor(index << self._DROPPED_BITS, dtype=torch.int64).to(torch.int32)
+        bits = ordered if index >= 0 else ordered ^ 0x7FFFFFFF
+        return float(bits.view(torch.float32))
+
+
+class Bank(Statistic):
+    """All rows, in the order in which they came, as float32."""
+
+    rows: Tensor  # (n, d)
+
+    def __init__(self) -> None:
+        super().__init__(rows=torch.empty(0, 0))
+        self._later: list[Tensor] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return len(self.rows) == 0 and not self._later
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield the buffers, what was added included."""
+        self.settle()
+        return super().named_buffers(*args, **kwargs)
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of a row."""
+        return (self._later[0] if self._later else self.rows).shape[1]
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, (n, d)."""
+        self.require_width(rows)
+        if len(rows):
+            self._later.append(rows.detach().to(self.rows.device, torch.float32, copy=True))
+
+    def merge(self, other: Self) -> None:
+        """Append the rows of another."""
+        other.settle()
+        self.add(other.rows)
+
+    def settle(self) -> Tensor:
+        """Join what was added into one tensor, once, and return it."""
+        if self._later:
+            parts = [self.rows, *self._later] if len(self.rows) else self._later
+            self.rows, self._later = torch.cat(parts), []
+        return self.rows
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._later = []
+
+    def copy_from(self, other: Self) -> None:
+        """Become a copy of another bank."""
+        other.settle()
+        self._later = []
+        super().copy_from(other)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.settle()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def unit_rows(z: Tensor) -> Tensor:
+    """Return each row over its length; ``z / (||z|| + 1e-10)``, so a zero vector stays zero."""
+    return z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10)
+
+
+def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
+    """Return L of shape (d, r) with ``L L' = pinv(covariance)``.
+
+    Directions whose variance is within ``rounding`` carry no information and are left out, as the
+    pseudo-inverse does.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > torch.maximum(rounding, len(values) * torch.finfo(values.dtype).eps * values[-1])
+    return vectors[:, kept] / values[kept].sqrt()
+
+
+def _row_keys(rows: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0x5EED)
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
+    bits = rows.view(torch.int32).to(torch.int64)
+    keys = (bits * weights.to(rows.device)).sum(1)
+    # A multiplicative mix, so that the high bits, by which keys are ordered, depend on every bit of the row.
+    for multiplier in (-0x61C8864680B583EB, -0x3B314601E57A13AD):
+        keys = (keys ^ (keys >> 32)) * multiplier
+    return keys ^ (keys >> 29)

@@ -1,0 +1,193 @@
+"""`Features`: what a model says of a batch of inputs, as far as a detector may want to know."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Classifier: TypeAlias = tuple[Tensor, Tensor | None]
+
+PER_INPUT = ("activation", "pooled", "embedding", "logits", "labels")
+
+# How far W f + b may be from the logits, relative to the largest logit, for W to be the layer that made them:
+# reduced precision (bfloat16 autocast, TF32) is off by less than this, another layer by about one.
+_SAME_LOGITS = 0.05
+_ROWS_COMPARED = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a model says of n inputs. Any subset of the fields; a detector names what it lacks.
+
+    Parameters
+    ----------
+    activation : (n, d) the last hidden layer, after its non-linearity.
+    pooled : (n, D) what the head reads or, without a head, the classifier.
+    embedding : (n, e) the embedding before it is normalised.
+    logits : (n, C).
+    labels : (n,) integer class of each input; negative for an input without one.
+    classifier : ``(W, b)``, the linear map ``logits = W f + b`` of the last linear layer; W of shape (C, f),
+        b of shape (C,) or None. Where an embedding stands between, W is the product of the two (paper A.1).
+    absent : why a field is not there, for the error of a detector that asks for it.
+
+    Raises
+    ------
+    ValueError
+        A field has the wrong rank or type, the fields differ in n, or there is none.
+    """
+
+    activation: Tensor | None = None
+    pooled: Tensor | None = None
+    embedding: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    classifier: Classifier | None = None
+    absent: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = {}
+        for name, value in self.fields():
+            if name == "labels":
+                if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
+                    raise ValueError(
+                        f"labels must be integers of shape (n,), got {value.dtype} of shape {tuple(value.shape)}"
+                    )
+            elif value.ndim != 2 or not value.is_floating_point():
+                raise ValueError(
+                    f"{name} must be floating point of shape (n, width), "
+                    f"got {value.dtype} of shape {tuple(value.shape)}"
+                )
+            sizes[name] = len(value)
+        if not sizes:
+            raise ValueError(f"Features without any of {', '.join(PER_INPUT)}")
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
+        if self.classifier is not None:
+            self._check_classifier(*self.classifier)
+
+    @staticmethod
+    def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:
+        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(
+                "classifier must be (W, b) with W of shape (C, f) and b of shape (C,) or None, got "
+                f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
+            )
+
+    def fields(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and tensor of every field that holds one value an input."""
+        for name in PER_INPUT:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a field; a ValueError says what there is instead, and why this one is absent."""
+        return self._field(name)
+
+    def linear(self) -> Classifier:
+        """Return the classifier's ``(W, b)``, detached; a ValueError where there is none."""
+        weight, bias = self._field("classifier")
+        return weight.detach(), None if bias is None else bias.detach()
+
+    def __len__(self) -> int:
+        return len(next(self.fields())[1])
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.fields())
+        if self.classifier is not None:
+            fields += f", classifier {tuple(self.classifier[0].shape)}"
+        return f"Features({fields})"
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> "Features":
+        """Return the features of some inputs: a slice, a boolean mask or indices."""
+        if isinstance(rows, int):
+            raise TypeError(f"one input of Features is features[{rows}:{rows} + 1], a batch of one")
+        return self._map(lambda value: value[rows])
+
+    def to(self, *args: torch.device | str | torch.dtype) -> "Features":
+        """Move to a device, or to a floating-point type, as `torch.Tensor.to` does; labels stay integers."""
+        dtypes = [arg for arg in args if isinstance(arg, torch.dtype)]
+        devices = [arg for arg in args if not isinstance(arg, torch.dtype)]
+
+        def move(value: Tensor) -> Tensor:
+            for device in devices:
+                value = value.to(device)
+            for dtype in dtypes if value.is_floating_point() else ():
+                value = value.to(dtype)
+            return value
+
+        moved = self._map(move)
+        if self.classifier is None:
+            return moved
+        weight, bias = self.classifier
+        return moved.replace(classifier=(move(weight), None if bias is None else move(bias)))
+
+    def replace(self, **fields: Tensor | Classifier | None) -> "Features":
+        """Return the same features with some fields set anew."""
+        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent")}
+        return Features(**{**current, **fields})
+
+    def classifier_reads(self, name: str) -> bool:
+        """Say whether the classifier's linear map is applied to the field ``name``.
+
+        The widths must agree and, where there are logits to tell by, so must ``W f + b`` and the logits; a
+        cosine classifier, or a head between the two, does not read the field in this sense.
+        """
+        value = getattr(self, name)
+        if self.classifier is None or value is None:
+            return False
+        weight, bias = self.linear()
+        if weight.shape[1] != value.shape[1]:
+            return False
+        if self.logits is None:
+            return True
+        rows = slice(0, _ROWS_COMPARED)
+        expected = self.logits[rows].double()
+        got = value[rows].double() @ weight.double().T.to(value.device)
+        if bias is not None:
+            got = got + bias.double().to(value.device)
+        return got.shape == expected.shape and bool(
+            (got - expected).abs().max() <= _SAME_LOGITS * expected.abs().max().clamp_min(1e-30)
+        )
+
+    @staticmethod
+    def cat(parts: Sequence["Features"]) -> "Features":
+        """Join batches of the same fields, in order.
+
+        Raises
+        ------
+        ValueError
+            There is no batch, or two batches have different fields.
+        """
+        if not parts:
+            raise ValueError("no batch of Features to join")
+        names = [name for name, _ in parts[0].fields()]
+        for i, part in enumerate(parts):
+            if [name for name, _ in part.fields()] != names:
+                raise ValueError(f"batch {i} has other fields than batch 0: {part} after {parts[0]}")
+        joined: dict[tuple[int, ...], Tensor] = {}
+        fields = {}
+        for name in names:
+            values = [getattr(part, name) for part in parts]
+            # Two names for one tensor (the pooled feature that is the last hidden layer) stay one tensor.
+            key = tuple(id(value) for value in values)
+            if key not in joined:
+                joined[key] = torch.cat(values)
+            fields[name] = joined[key]
+        return parts[0].replace(**fields)
+
+    def _field(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is None:
+            why = self.absent.get(name)
+            raise ValueError(f"`{name}` is not in {self!r}" + (f": {why}" if why else ""))
+        return value
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        done: dict[int, Tensor] = {}
+        for _, value in self.fields():
+            if id(value) not in done:
+                done[id(value)] = function(value)
+        return self.replace(**{name: done[id(value)] for name, value in self.fields()})

@@ -1,0 +1,134 @@
+"""Norms of the last hidden layer (paper sec. 5 and A.2.1): pure functions on tensors.
+
+Every function takes activations after the non-linearity, ``a`` of shape (n, d), and returns one value an
+input, of shape (n,), in the dtype of ``a`` or float32 where that is narrower. Nothing is checked for NaN
+here: a NaN unit makes ``l1_norm``, ``lp_norm`` and ``negative_aware_norm`` NaN; the detectors refuse it by
+name.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# A block of this many elements stays in a core's cache between the comparison that fills it and the sum that
+# reads it; the whole array's worth of booleans would be written to memory and read back.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+def l1_norm(a: Tensor) -> Tensor:
+    """Sum of magnitudes, ``sum_i |a_i|``: the hidden classifier's confidence (paper Thm. 3).
+
+    Parameters
+    ----------
+    a : (n, d) activations after the non-linearity.
+
+    Returns
+    -------
+    (n,) norms. A negative unit (GELU, leaky ReLU) counts with its magnitude.
+
+    Raises
+    ------
+    ValueError
+        ``a`` is not a floating-point matrix.
+    """
+    _require_matrix(a)
+    return torch.linalg.vector_norm(a, 1, dim=1, dtype=_wide(a))
+
+
+def l0_norm(a: Tensor) -> Tensor:
+    """Number of active units, ``d - #{i : a_i <= 0}`` (paper eq. 9).
+
+    A negative unit is *deactivated*, so this is not the count of non-zeros.
+
+    Parameters
+    ----------
+    a : (n, d) activations after the non-linearity.
+
+    Returns
+    -------
+    (n,) counts, as floating point.
+
+    Raises
+    ------
+    ValueError
+        ``a`` is not a floating-point matrix.
+    """
+    _require_matrix(a)
+    a = a.detach()
+    if torch.compiler.is_compiling():
+        return (a > 0).to(_wide(a)).sum(1)
+    counts = a.new_empty(a.shape[0], dtype=_wide(a))
+    rows = max(1, _BLOCK_ELEMENTS // max(a.shape[1], 1))
+    active = a.new_empty((min(rows, a.shape[0]), a.shape[1]), dtype=_wide(a))
+    for start in range(0, a.shape[0], rows):
+        block = a[start : start + rows]
+        torch.gt(block, 0, out=active[: len(block)])
+        torch.sum(active[: len(block)], 1, out=counts[start : start + rows])
+    return counts
+
+
+def lp_norm(a: Tensor, p: float) -> Tensor:
+    """``(sum_i |a_i|^p)^(1/p)`` for ``p > 0``, infinity included (paper A.2.1, Thm. 5).
+
+    Parameters
+    ----------
+    a : (n, d) activations after the non-linearity.
+    p : the exponent.
+
+    Returns
+    -------
+    (n,) norms.
+
+    Raises
+    ------
+    ValueError
+        ``a`` is not a floating-point matrix, or ``p`` is not positive (for ``p = 0`` see `l0_norm`).
+    """
+    _require_matrix(a)
+    if not p > 0:
+        raise ValueError(f"lp_norm needs p > 0, got {p!r}; l0_norm counts the active units")
+    if p == 1:
+        return l1_norm(a)
+    if a.shape[1] == 0:
+        return a.new_zeros(a.shape[0], dtype=_wide(a))
+    largest = torch.linalg.vector_norm(a, math.inf, dim=1, dtype=_wide(a))
+    if p == math.inf:
+        return largest
+    # Relative to the largest unit no power over- or underflows, whatever the scale of the layer.
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return scale * torch.linalg.vector_norm(a / scale[:, None], p, dim=1)
+
+
+def negative_aware_norm(a: Tensor) -> Tensor:
+    """The negative-aware norm, ``||a||_1 / ||a||_0`` (paper eq. 10).
+
+    ``||a||_0`` counts the units above zero (eq. 9). Where no unit is, the paper leaves 0/0 open; here the
+    count is taken as 1, so an all-zero vector scores 0.
+
+    Parameters
+    ----------
+    a : (n, d) activations of the last hidden layer, after the non-linearity.
+
+    Returns
+    -------
+    (n,) norms; higher is more in-distribution.
+
+    Raises
+    ------
+    ValueError
+        ``a`` is not a floating-point matrix.
+    """
+    return l1_norm(a) / l0_norm(a).clamp_min(1)
+
+
+def _wide(a: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, torch.float32)
+
+
+def _require_matrix(a: Tensor) -> None:
+    if a.ndim != 2 or not a.is_floating_point():
+        raise ValueError(
+            f"expected floating-point activations of shape (n, d), got {a.dtype} of shape {tuple(a.shape)}; "
+            "pool or flatten each input to one vector first"
+        )

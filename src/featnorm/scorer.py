@@ -1,0 +1,171 @@
+"""`Scorer`: a model, a tap, a detector and a threshold in one module."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from featnorm import archive
+from featnorm.calibration import Calibration
+from featnorm.detectors import Detector, parse_detector
+from featnorm.tap import FeatureTap
+
+
+class Verdict(NamedTuple):
+    """What a `Scorer` says of n inputs."""
+
+    score: Tensor  # (n,), higher is more in-distribution
+    p_value: Tensor | None  # (n,) conformal, small is OOD; None before calibration
+    is_id: Tensor | None  # (n,) whether score >= threshold; None before calibration
+    logits: Tensor | None  # (n, C); None for a model without a classifier
+
+
+class Scorer(nn.Module):
+    """Says for every input how well the model knows it, and whether it is in-distribution.
+
+    Scoring always runs in evaluation mode and without gradients, whatever mode the model is in, and leaves
+    the model as it was.
+
+    Parameters
+    ----------
+    model : the user's model, on any device.
+    detector : any detector; it is moved to the model's device.
+    layer : the module whose output is the last hidden layer, where `FeatureTap` should not find it itself.
+
+    Examples
+    --------
+    >>> scorer = Scorer(model, NAN()).fit(train_loader).calibrate(held_out_loader, tpr=0.95)
+    >>> verdict = scorer(images)
+    >>> verdict.is_id
+    """
+
+    def __init__(self, model: nn.Module, detector: Detector, layer: str | nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.tap = FeatureTap(model, layer)
+        parameter = next(model.parameters(), None)
+        self.detector = detector if parameter is None else detector.to(parameter.device)
+        self.calibration: Calibration | None = None
+
+    def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> Self:
+        """Fit the detector to in-distribution inputs, in one pass and without holding their features.
+
+        A detector with nothing to learn looks at the first batch only, to see that it can work on this model.
+        A calibration made for an earlier fit is dropped.
+
+        Parameters
+        ----------
+        loader : yields inputs and, for detectors that learn from them, labels; see `FeatureTap.stream`.
+        progress : show a progress bar; None for where there is a terminal.
+
+        Raises
+        ------
+        ValueError
+            The model has no layer that the detector reads, an input or a label is bad, or the loader is
+            empty; an earlier fit is then kept.
+        """
+        if not self.detector.learns:
+            for features in self.tap.stream(loader, progress=False):
+                self.detector.score(features)
+                break
+            return self
+        with self.detector.refit():
+            for features in self.tap.stream(loader, progress=progress):
+                self.detector.partial_fit(features)
+        self.calibration = None
+        return self
+
+    def calibrate(self, loader: Iterable[Any], tpr: float = 0.95, *, progress: bool | None = None) -> Self:
+        """Learn the threshold that keeps a share of in-distribution inputs, and the scores for p-values.
+
+        Parameters
+        ----------
+        loader : in-distribution inputs that neither trained the model nor fitted the detector.
+        tpr : the share of in-distribution inputs to accept, between 0 and 1.
+        progress : show a progress bar; None for where there is a terminal.
+
+        Raises
+        ------
+        ValueError
+            There are too few inputs for the share (19 at 0.95, 99 at 0.99), or a score cannot be had.
+        """
+        scores = [self.detector.score(features) for features in self.tap.stream(loader, progress=progress)]
+        joined = torch.cat(scores)
+        self.calibration = Calibration(joined, tpr).to(joined.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Verdict:
+        """Judge a batch of inputs.
+
+        Raises
+        ------
+        NotFittedError
+            The detector learns and has not been fitted.
+        ValueError
+            The model has no layer that the detector reads, or gives a value that is not finite.
+        """
+        features = self.tap(inputs)
+        score = self.detector.score(features)
+        if self.calibration is None:
+            return Verdict(score, None, None, features.logits)
+        return Verdict(score, self.calibration.p_value(score), self.calibration.is_id(score), features.logits)
+
+    def save(self, path: str | Path) -> None:
+        """Write detector, calibration and tap to one file: safetensors with a JSON header, no pickle.
+
+        The model is not in it, but its fingerprint is.
+
+        Raises
+        ------
+        NotFittedError
+            The detector learns and has not been fitted.
+        """
+        self.detector.require_fitted()
+        tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
+        if self.calibration is not None:
+            tensors["calibration.scores"] = self.calibration.scores
+        header = {
+            "detector": repr(self.detector),
+            "tpr": None if self.calibration is None else self.calibration.tpr,
+            "tap": self.tap.state(),
+            "model": archive.fingerprint(self.tap.model),
+        }
+        archive.write(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Self:
+        """Read a scorer that `save` wrote, for the same model. Nothing in the file is ever run.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ArchiveError
+            The file is damaged, of a later format, or was made for another model.
+        """
+        tensors, header = archive.read(path)
+        try:
+            detector = parse_detector(header["detector"])
+            state = {
+                name.removeprefix("detector."): value
+                for name, value in tensors.items()
+                if name.startswith("detector.")
+            }
+            detector.load_state_dict(state)
+            scorer = cls(model, detector)
+            archive.check_fingerprint(scorer.tap.model, header["model"], path)
+            scorer.tap = FeatureTap.from_state(model, header["tap"])
+            if header["tpr"] is not None:
+                scores = tensors["calibration.scores"]
+                scorer.calibration = Calibration(scores, header["tpr"])
+                parameter = next(model.parameters(), None)
+                if parameter is not None:
+                    scorer.calibration.to(parameter.device)
+        except archive.ArchiveError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise archive.ArchiveError(f"{path} is damaged: {error}") from None
+        return scorer

@@ -1,0 +1,394 @@
+"""Where in a watched forward pass the last hidden layer, pooled feature, embedding and logits are.
+
+Everything is found by walking back from the logits along what they were computed from, so neither the names
+nor the order in which modules were registered matter, and a functional call counts as much as a module.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from featnorm.tap.watch import Node, Record
+
+Kind = Literal["hidden", "pooled", "none", "chosen"]
+
+_RESHAPES = {
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "squeeze", "unsqueeze", "alias", "detach",
+    "clone", "contiguous", "_to_copy", "permute", "transpose", "t", "dropout", "native_dropout", "expand",
+    "select", "slice", "lift_fresh", "as_strided",
+}  # fmt: skip
+_RECTIFIERS = {
+    "relu", "gelu", "silu", "leaky_relu", "hardswish", "elu", "celu", "selu", "mish", "threshold", "hardtanh",
+    "prelu", "_prelu_kernel", "rrelu_with_noise", "rrelu", "softplus", "clamp_min", "clamp", "relu6",
+}  # fmt: skip
+_POOLS = {
+    "mean", "amax", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "avg_pool1d",
+    "avg_pool2d", "_adaptive_avg_pool3d", "avg_pool3d", "adaptive_max_pool2d", "max_pool2d_with_indices",
+    "max_pool2d", "max", "sum",
+}  # fmt: skip
+_LINEARS = {"mm", "addmm", "linear", "matmul", "convolution", "conv2d"}
+_BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm"}
+_LAYER_NORMS = {"native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm", "native_group_norm"}
+_LENGTHS = {"linalg_vector_norm", "norm", "sum", "mean"}
+_AROUND_A_LENGTH = {"expand", "clamp_min", "clamp", "sqrt", "rsqrt", "reciprocal", "add", "pow"} | (
+    _RESHAPES - {"select", "slice"}
+)
+_PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax"}
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Where in the model the weights of a linear layer live, so that they are read anew and never stale."""
+
+    weight: str  # dotted path of a parameter, buffer or attribute
+    transposed: bool
+    unit_rows: bool  # each class vector is normalised to unit length (cosine classifier)
+    bias: str | None
+
+
+@dataclass
+class Anatomy:
+    """What was found."""
+
+    kind: Kind
+    activation: Node | None
+    pooled: Node | None
+    embedding: Node | None
+    logits: Node | None
+    classifier: list[WeightRef] = field(default_factory=list)  # from the logits back
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def find(record: Record, model: nn.Module, layer: str | None = None) -> Anatomy:
+    """Find the layers of a watched model; ``layer`` names the module that puts out the last hidden layer."""
+    walk = _Walk(record)
+    output = _choose_output(record)
+    walk.back(output)
+    anatomy = _anatomy(walk, output, model)
+    if layer is not None:
+        _choose_layer(anatomy, record, layer, walk.read_by_first)
+    return anatomy
+
+
+def same_vector(node: Node) -> Node:
+    """Return the first value that holds the same numbers per input in another shape."""
+    while base_op(node) in _RESHAPES and node.data:
+        parent = node.data[0]
+        if parent.value.numel() != node.value.numel() or not _is_vector(parent):
+            break
+        node = parent
+    return node
+
+
+def base_op(node: Node) -> str:
+    """Return the operation's name, in place or not."""
+    return node.op.removesuffix("_")
+
+
+def is_rectifier(node: Node) -> bool:
+    """Whether a value is the output of a rectifying non-linearity."""
+    op = base_op(node)
+    if op == "clamp":
+        return len(node.args) > 1 and node.args[1] == 0
+    if op == "clamp_min":
+        return node.args[1] == 0
+    if op == "hardtanh":  # ReLU6
+        return len(node.args) > 1 and node.args[1] == 0
+    if op == "mul" and len(node.data) == 2:  # x * sigmoid(x), written out
+        return any(
+            base_op(gate) in ("sigmoid", "hardsigmoid") and gate.data[:1] == [other]
+            for gate, other in (node.data, node.data[::-1])
+        )
+    return op in _RECTIFIERS
+
+
+def is_rectified(node: Node) -> bool:
+    """Whether every unit of a value comes from a rectifier, through nothing but pooling and joining."""
+    if is_rectifier(node):
+        return True
+    if base_op(node) in _RESHAPES | _POOLS | {"cat", "add"} and node.data:
+        return len(node.data) == len(node.parents) and all(is_rectified(parent) for parent in node.data)
+    return False
+
+
+class _Walk:
+    """The way back from the logits to the trunk."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.linears: list[tuple[Node, Node | None]] = []  # with the bias added after it, if any
+        self.read_by_first: Node | None = None  # what the linear layer next to the trunk reads
+        self.normalised: Node | None = None  # what is divided by its own length
+        self.normalised_output = False
+        self.broken = ""  # an operation among the linear layers that their product leaves out
+        self.interrupted = ""  # one between the trunk and what the linear layers read
+        self.hidden: Node | None = None
+        self.boundary: Node | None = None  # the vector where the trunk ends
+        self.layer_norm: Node | None = None
+
+    def back(self, node: Node) -> None:
+        """Walk from the output to the first rectified vector, or to where vectors end."""
+        bias: Node | None = None
+        while True:
+            node = same_vector(node)
+            op = base_op(node)
+            following: Node | None = None
+            if bias is not None and op not in _LINEARS:
+                self.interrupted, bias = "a shift of its units", None
+            if is_rectifier(node) and _is_vector(node):
+                self.hidden = node
+                return
+            if (source := _linear_source(node)) is not None:
+                self.linears.append((node, bias))
+                self.broken = self.broken or self.interrupted
+                self.read_by_first, bias, self.interrupted = source, None, ""
+                following = source
+            elif (source := _normalised_source(node)) is not None:
+                if self.linears:
+                    self.normalised = self.normalised or source
+                else:
+                    self.normalised_output, self.normalised = True, source
+                following = source
+            elif op in ("add", "sub", "div", "mul", "neg") and len(node.data) == 1:
+                constants = [parent for parent in node.parents if not parent.from_input]
+                if op == "add" and constants and constants[0].value.ndim >= 1:
+                    bias = constants[0]
+                elif any(constant.value.numel() > 1 for constant in constants):
+                    self.interrupted = "a scaling of its units"
+                following = node.data[0]
+            elif op in _BATCH_NORMS and _is_vector(node.data[0]):
+                self.interrupted, following = "a batch normalisation", node.data[0]
+            elif op in _LAYER_NORMS:
+                self.layer_norm = node
+                if _is_vector(node.data[0]):
+                    self.interrupted, following = "a layer normalisation", node.data[0]
+            if following is None or not _is_vector(following):
+                self.boundary = node
+                return
+            node = following
+
+
+def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
+    logits: Node | None = output
+    absent: dict[str, str] = {}
+    if walk.normalised_output or not walk.linears:
+        logits = None
+        why = "embeddings of unit length" if walk.normalised_output else "features without a classifier"
+        absent["logits"] = absent["classifier"] = f"the model returns {why}"
+    embedding = walk.normalised
+    if embedding is None and len(walk.linears) > 1:
+        embedding = _linear_source(walk.linears[0][0])
+    if embedding is None:
+        absent["embedding"] = "the model has no embedding between its last hidden layer and its classifier"
+    read = walk.read_by_first or walk.hidden or walk.boundary
+    assert read is not None
+    if walk.normalised is not None and _normalised_source(read) is walk.normalised:
+        read = walk.normalised
+    activation: Node | None = None
+    if walk.hidden is not None:
+        activation = same_vector(walk.hidden)
+        kind: Kind = "hidden" if walk.linears else "pooled"
+        pooled = _head_input(walk.hidden) or same_vector(read)
+    else:
+        assert walk.boundary is not None
+        kind, pooled = "none", same_vector(read)
+        if is_rectified(walk.boundary) and walk.layer_norm is None:
+            kind, activation = "pooled", same_vector(walk.boundary)
+        else:
+            absent["activation"] = _why_not_rectified(walk.boundary, walk.layer_norm)
+    classifier: list[WeightRef] = []
+    if logits is not None:
+        between = walk.broken or (walk.interrupted if activation is not None else "")
+        if between:
+            absent["classifier"] = (
+                f"between the last hidden layer and the logits stands {between}, "
+                "so the classifier's weights are not those of the hidden layer"
+            )
+        else:
+            refs = [_weight_ref(node, bias, model) for node, bias in walk.linears]
+            if all(ref is not None for ref in refs):
+                classifier = [ref for ref in refs if ref is not None]
+            else:
+                absent["classifier"] = "its weights are neither parameters nor buffers of the model"
+    return Anatomy(kind, activation, pooled, embedding, logits, classifier, absent)
+
+
+def _choose_layer(anatomy: Anatomy, record: Record, layer: str, read: Node | None) -> None:
+    seen = [sight for sight in record.sights if sight.module == layer and sight.side == "out"]
+    if not seen:
+        raise ValueError(f"layer {layer!r} did not run, or returned no tensor, in the model's forward pass")
+    last = seen[-1].node
+    shape = last.shape
+    if not (_is_vector(last) or (len(shape) == 4 and shape[0] == record.batch)):
+        raise ValueError(
+            f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector an "
+            "input, (n, d), or maps (n, d, height, width), which are averaged over space"
+        )
+    anatomy.activation = same_vector(last) if _is_vector(last) else last
+    anatomy.kind = "chosen"
+    anatomy.absent.pop("activation", None)
+    if read is None or same_vector(read) is not anatomy.activation:
+        anatomy.classifier = []
+        anatomy.absent["classifier"] = f"the classifier does not read {layer!r}, the layer that was chosen"
+
+
+def _choose_output(record: Record) -> Node:
+    """Return the logits among what the model returns."""
+    vectors = [
+        (slot, node)
+        for slot, node in record.outputs
+        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == record.batch
+    ]
+    if not vectors:
+        shapes = [node.shape for _, node in record.outputs]
+        raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")
+    named = [node for slot, node in vectors if slot and slot[-1] == "logits"]
+    # Of features and the logits made from them, the logits.
+    ancestors = {id(a) for _, node in vectors for a in _ancestors(node) if a is not node}
+    last = [node for _, node in vectors if id(node) not in ancestors]
+    node = (named or last or [vectors[0][1]])[0]
+    while base_op(node) in _PROBABILITIES:
+        node = node.data[0]
+    return node
+
+
+def _ancestors(node: Node) -> list[Node]:
+    seen: dict[int, Node] = {}
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if id(current) not in seen:
+            seen[id(current)] = current
+            todo.extend(current.data)
+    return list(seen.values())
+
+
+def _is_vector(node: Node) -> bool:
+    """Whether a value is one vector an input: (n, d), with any number of axes of length 1."""
+    shape = node.shape
+    return len(shape) >= 2 and max(shape[1:], default=0) * shape[0] == node.value.numel() and shape[1] > 0
+
+
+def _linear_source(node: Node) -> Node | None:
+    """Return what a linear layer on vectors reads, if the value is the output of one."""
+    op = base_op(node)
+    if op not in _LINEARS or len(node.data) != 1 or not _is_vector(node):
+        return None
+    data = node.data[0]
+    if op in ("convolution", "conv2d"):
+        weight = node.parents[1]
+        kernel = weight.shape[2:]
+        pointwise = all(k == 1 for k in kernel) and weight.shape[1] == data.shape[1]
+        return data if pointwise and _is_vector(data) else None
+    position = 1 if op == "addmm" else 0
+    reads_rows = node.args[position] is data and _is_vector(data)
+    return data if reads_rows else None
+
+
+def _normalised_source(node: Node) -> Node | None:
+    """Return x where the value is x over its own length."""
+    if base_op(node) not in ("div", "mul") or len(node.data) != 2:
+        return None
+    for x, length in (node.data, node.data[::-1]) if base_op(node) == "mul" else (node.data,):
+        while base_op(length) in _AROUND_A_LENGTH and length.data:
+            length = length.data[0]
+        one_an_input = length.value.numel() == len(node.value)
+        if base_op(length) in _LENGTHS and one_an_input and x in _ancestors(length):
+            return x
+    return None
+
+
+def _head_input(hidden: Node) -> Node | None:
+    """Return what an MLP head reads, where its chain of vectors begins; None where that is the input."""
+    first: Node | None = None
+    node = hidden
+    while True:
+        node = same_vector(node)
+        following: Node | None = None
+        if (source := _linear_source(node)) is not None:
+            first = following = source
+        elif is_rectifier(node) or base_op(node) in _BATCH_NORMS | _LAYER_NORMS | {"add", "mul", "div"}:
+            following = node.data[0] if len(node.data) == 1 or is_rectifier(node) else None
+        if following is None or not _is_vector(following):
+            break
+        node = following
+    while base_op(node) in _RESHAPES and node.data:
+        node = node.data[0]
+    return None if first is None or node.op == "input" else same_vector(first)
+
+
+def _why_not_rectified(boundary: Node, layer_norm: Node | None) -> str:
+    trunk = boundary
+    while base_op(trunk) in _RESHAPES | _POOLS and len(trunk.data) == 1:
+        trunk = trunk.data[0]
+    if layer_norm is None and base_op(trunk) in _LAYER_NORMS:
+        layer_norm = trunk
+    if layer_norm is not None:
+        where = f" (`{layer_norm.module}`)" if layer_norm.module else ""
+        cause = f"a layer normalisation{where} stands before the head, and it cancels the norm"
+    else:
+        where = f" (from `{trunk.module}`)" if trunk.module else ""
+        cause = f"what the classifier reads{where} was not rectified"
+    return (
+        f"the model has no rectified hidden layer: {cause}. NAN and the other norms of the last hidden layer "
+        "do not apply. Train an MLP head with a ReLU on top of the model and tap that (paper D.4), choose a "
+        "rectified layer with layer=, or use a detector that reads the pooled feature or the logits "
+        "(KNN, SSD, Energy)"
+    )
+
+
+def _weight_ref(node: Node, bias: Node | None, model: nn.Module) -> WeightRef | None:
+    op = base_op(node)
+    constants = [parent for parent in node.parents if not parent.from_input]
+    if op == "addmm":
+        bias, matrix = node.args[0], node.args[2].value.T
+    elif op in ("convolution", "conv2d"):
+        matrix = constants[0].value.flatten(1)
+        bias = constants[1] if len(constants) > 1 else bias
+    elif op == "linear":
+        matrix = constants[0].value
+        bias = constants[1] if len(constants) > 1 else bias
+    else:
+        matrix = constants[0].value.T
+    candidates = _tensors_of(model, node.module)
+    bias_path = None
+    if bias is not None:
+        wanted = bias.value.reshape(-1)
+        bias_path = next((name for name, t in candidates.items() if _equal(t.reshape(-1), wanted)), None)
+        if bias_path is None:
+            return None
+    for name, tensor in candidates.items():
+        for transposed in (False, True):
+            if tensor.ndim < 2 or (transposed and tensor.ndim != 2):
+                continue
+            rows = tensor.T if transposed else tensor.flatten(1)
+            if rows.shape != matrix.shape:
+                continue
+            for unit_rows in (False, True):
+                if _equal(_normalise(rows) if unit_rows else rows, matrix):
+                    return WeightRef(name, transposed, unit_rows, bias_path)
+    return None
+
+
+def _tensors_of(model: nn.Module, owner: str) -> dict[str, Tensor]:
+    """Return the model's parameters and buffers by path, those of the module that ran first."""
+    found: dict[str, Tensor] = {}
+    module = model.get_submodule(owner)
+    for attribute in ("weight", "bias"):
+        # As an attribute: a parametrised weight (weight norm, spectral norm) is none of the parameters.
+        value = getattr(module, attribute, None)
+        if isinstance(value, Tensor):
+            found[f"{owner}.{attribute}" if owner else attribute] = value.detach()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        found.setdefault(name, value.detach())
+    return found
+
+
+def _normalise(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.allclose(a.to(b.dtype), b, rtol=1e-3, atol=1e-6))

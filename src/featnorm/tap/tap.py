@@ -1,0 +1,330 @@
+"""`FeatureTap`: where in a model to listen."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featnorm.features import Classifier, Features
+from featnorm.tap.find import Anatomy, WeightRef, base_op, find
+from featnorm.tap.listen import Point, listen, locate, undisturbed
+from featnorm.tap.watch import Node, watch
+
+_INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
+_LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+# Rows of the forward pass that is watched, which keeps every tensor it makes.
+_WATCHED_ROWS = 2
+
+
+class FeatureTap:
+    """Listens to a model: the last hidden layer, the pooled feature, the embedding and the logits.
+
+    On the first input it watches one forward pass and finds for itself where they are; see `describe`. The
+    model is left exactly as it was after every call: no hook, mode, gradient or parameter changes, also when
+    it raises. A model wrapped by `torch.nn.DataParallel` or `torch.compile` is listened to inside its
+    wrapper.
+
+    Parameters
+    ----------
+    model : any module that maps a batch of inputs to logits, to features, or to a tuple or dict of them.
+    layer
+        The module whose output is the last hidden layer, itself or its name, where the one that is found is
+        not the one that is wanted. Maps (n, d, height, width) are averaged over space.
+
+    Raises
+    ------
+    ValueError
+        ``layer`` is not in the model.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+        self.model = unwrap(model)
+        self.layer = self._name(layer)
+        self._plan: _Plan | None = None
+        self._inactive = ""
+
+    def watch(self, inputs: Tensor) -> "FeatureTap":
+        """Find the layers by watching the model on a batch of inputs, and return self.
+
+        Raises
+        ------
+        ValueError
+            The model returns neither logits nor features of shape (n, width), or the chosen layer does not
+            run.
+        """
+        inputs = inputs.to(self.device)
+        with undisturbed(self.model):
+            record = watch(self.model, inputs[:_WATCHED_ROWS])
+            self._plan = _Plan.of(find(record, self.model, self.layer), record)
+        activation = self(inputs).activation
+        if activation is not None and activation.numel():
+            share = float((activation <= 0).float().mean())
+            self._inactive = f"On the {len(inputs)} inputs seen, {share:.0%} of its units were off for an input."
+        return self
+
+    def __call__(self, inputs: Tensor) -> Features:
+        """Return the features of one batch, on the model's device, from one forward pass."""
+        inputs = inputs.to(self.device)
+        if self._plan is None:
+            self.watch(inputs)
+        plan = self._planned()
+        with undisturbed(self.model):
+            caught = listen(self.model, plan.points, inputs)
+            # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
+            points = {name: plan.points[name] for name in caught}
+            vectors = {points[name]: _as_vectors(value, len(inputs)) for name, value in caught.items()}
+            fields: dict[str, Any] = {name: vectors[point] for name, point in points.items()}
+            fields["classifier"] = plan.classifier(self.model)
+        return Features(**fields, absent=plan.absent)
+
+    def stream(self, loader: Iterable[Any], *, progress: bool | None = None) -> Iterator[Features]:
+        """Yield the features of a loader batch by batch, on the model's device.
+
+        Parameters
+        ----------
+        loader
+            Yields inputs: a tensor; a tuple of inputs and, second, labels; or a dict with such keys as
+            ``image`` and ``label``. Labels that are not one integer an input are left out.
+        progress : show a progress bar on the terminal; None for where there is one.
+
+        Raises
+        ------
+        ValueError
+            A batch holds no tensor of inputs, or the loader none at all.
+        """
+        total = len(loader) if isinstance(loader, Sized) else None
+        bar = tqdm(loader, total=total, unit="batch", disable=_hide(progress), leave=False)
+        empty = True
+        for i, batch in enumerate(bar):
+            inputs, labels = _split(batch, i)
+            features = self(inputs)
+            empty = False
+            yield features if labels is None else features.replace(labels=labels.to(self.device))
+        if empty:
+            raise ValueError("the loader yielded no batch")
+
+    def extract(self, loader: Iterable[Any], *, progress: bool | None = None) -> Features:
+        """Return the features of a whole loader, on the CPU; as `stream`, joined.
+
+        For a fit that need not hold them all in memory give the batches of `stream` to `partial_fit`.
+        """
+        return Features.cat([features.to("cpu") for features in self.stream(loader, progress=progress)])
+
+    def describe(self) -> str:
+        """Say in words what was found, and what it means for the negative-aware norm.
+
+        Before the first input, the model is watched on noise of the size that it seems to take.
+
+        Raises
+        ------
+        ValueError
+            The size of the model's input cannot be told; give it a batch with `watch` first.
+        """
+        noise = self._plan is None
+        if noise:
+            self.watch(_noise_for(self.model))
+        plan = self._planned()
+        lines = [plan.verdict]
+        if self._inactive:
+            lines.append(self._inactive + (" (The inputs were noise: watch real ones.)" if noise else ""))
+        for name, words in plan.words.items():
+            lines.append(f"{name}: {words}")
+        return "\n".join(lines)
+
+    def state(self) -> dict[str, Any]:
+        """Return what was found as plain data, for a file; see `from_state`."""
+        return {"layer": self.layer, "plan": self._planned().to_json()}
+
+    @classmethod
+    def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
+        """Make a tap that listens where another did, without watching the model again."""
+        tap = cls(model, state["layer"])
+        tap._plan = _Plan.from_json(state["plan"])
+        return tap
+
+    def _planned(self) -> "_Plan":
+        if self._plan is None:
+            raise RuntimeError("the tap has seen no input yet: call watch with a batch")
+        return self._plan
+
+    def _name(self, layer: str | nn.Module | None) -> str | None:
+        names = {name: module for name, module in self.model.named_modules() if name}
+        if layer is None or (isinstance(layer, str) and layer in names):
+            return layer
+        for name, module in names.items():
+            if module is layer:
+                return name
+        shown = ", ".join(list(names)[-8:])
+        wanted = layer if isinstance(layer, str) else type(layer).__name__
+        raise ValueError(f"layer {wanted!r} is not in the model; its last modules are {shown}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its features will be."""
+        parameter = next(self.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+
+class _Plan:
+    """What a tap found, without the tensors that it was found by."""
+
+    def __init__(
+        self,
+        points: dict[str, Point],
+        weights: list[WeightRef],
+        absent: dict[str, str],
+        verdict: str,
+        words: dict[str, str],
+    ) -> None:
+        self.points = points
+        self.weights = weights
+        self.absent = absent
+        self.verdict = verdict
+        self.words = words
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, record: Any) -> "_Plan":
+        nodes = {
+            name: node
+            for name in ("activation", "pooled", "embedding", "logits")
+            if (node := getattr(anatomy, name)) is not None
+        }
+        points = {name: locate(record, node) for name, node in nodes.items()}
+        words = {
+            name: f"{_width(node)} wide, from {_place(node)}"
+            for name, node in nodes.items()
+            if name != "activation"
+        }
+        return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
+
+    def classifier(self, model: nn.Module) -> Classifier | None:
+        """Read the linear map from the hidden layer to the logits off the model as it is now."""
+        product: Tensor | None = None
+        offset: Tensor | None = None
+        for ref in self.weights:
+            weight = _attribute(model, ref.weight).detach()
+            weight = weight.T if ref.transposed else weight.flatten(1)
+            weight = nn.functional.normalize(weight, dim=1) if ref.unit_rows else weight
+            bias = None if ref.bias is None else _attribute(model, ref.bias).detach().reshape(-1)
+            if product is None:
+                product, offset = weight, bias
+                continue
+            if bias is not None:
+                offset = product @ bias if offset is None else product @ bias + offset
+            product = product @ weight
+        return None if product is None else (product, offset)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "points": {name: point.to_json() for name, point in self.points.items()},
+            "weights": [vars(ref) for ref in self.weights],
+            "absent": self.absent,
+            "verdict": self.verdict,
+            "words": self.words,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "_Plan":
+        return cls(
+            {name: Point.from_json(point) for name, point in data["points"].items()},
+            [WeightRef(**ref) for ref in data["weights"]],
+            dict(data["absent"]),
+            data["verdict"],
+            dict(data["words"]),
+        )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile`, data-parallel and Fabric wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "_forward_module", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _verdict(anatomy: Anatomy) -> str:
+    node = anatomy.activation
+    if node is None:
+        return "No last hidden layer for NAN: " + anatomy.absent["activation"] + "."
+    found = f"Last hidden layer: {_width(node)} units, from {_place(node)}. "
+    if anatomy.kind == "hidden":
+        return found + "It is the hidden layer of an MLP head, which is what the paper recommends for NAN."
+    if anatomy.kind == "pooled":
+        return found + (
+            "It is a pool of rectified maps and not the hidden layer of an MLP head: NAN works there, but "
+            "weaker, since a pooled unit is seldom off (paper Table 6)."
+        )
+    return found + "It was chosen by name; NAN expects it to be the output of a rectifier."
+
+
+def _width(node: Node) -> int:
+    return int(node.shape[1]) if len(node.shape) == 4 else node.value.numel() // max(len(node.value), 1)
+
+
+def _place(node: Node) -> str:
+    return f"{base_op(node)} in `{node.module}`" if node.module else f"{base_op(node)} in the model's forward"
+
+
+def _attribute(model: nn.Module, path: str) -> Tensor:
+    value: Any = model
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _as_vectors(value: Tensor, n: int) -> Tensor:
+    if value.ndim == 4 and value.shape[2:].numel() > 1:
+        return value.mean((2, 3))
+    return value.reshape(n, -1)
+
+
+def _hide(progress: bool | None) -> bool | None:
+    # tqdm's own None: no bar where standard error is not a terminal.
+    return None if progress is None else not progress
+
+
+def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
+    inputs: Any = batch
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        inputs = next((batch[key] for key in _INPUT_KEYS if key in batch), None)
+        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and batch:
+        inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
+    if not isinstance(inputs, Tensor) or inputs.ndim == 0:
+        what = f"a dict with keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"batch {index} of the loader is {what}; expected a tensor of inputs, a tuple that begins with "
+            f"one, or a dict with one under {', '.join(_INPUT_KEYS)}"
+        )
+    is_classes = (
+        isinstance(labels, Tensor)
+        and labels.shape == inputs.shape[:1]
+        and not labels.is_floating_point()
+        and labels.dtype != torch.bool
+    )
+    return inputs, labels if is_classes else None
+
+
+def _noise_for(model: nn.Module) -> Tensor:
+    """Return a batch of noise of the size that a model's first layer, or its configuration, asks for."""
+    config = getattr(model, "default_cfg", None)
+    generator = torch.Generator().manual_seed(0)
+    shape: tuple[int, ...] | None = None
+    if isinstance(config, Mapping) and "input_size" in config:
+        shape = tuple(config["input_size"])
+    for module in model.modules() if shape is None else ():
+        if isinstance(module, nn.Conv2d):
+            shape = (module.in_channels, 224, 224)
+        elif isinstance(module, nn.Linear):
+            shape = (module.in_features,)
+        if shape is not None:
+            break
+    if shape is None:
+        raise ValueError("the size of the model's input cannot be told: show it a batch with tap.watch(inputs)")
+    return torch.randn(_WATCHED_ROWS, *shape, generator=generator)

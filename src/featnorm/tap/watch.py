@@ -1,0 +1,185 @@
+"""One forward pass, written down: which operation made which tensor, and where a hook can see it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Slot = tuple[str | int, ...]
+
+
+@dataclass(eq=False)
+class Node:
+    """A value: the result of one operation, an input of the model, or a constant such as a weight."""
+
+    time: int
+    op: str  # the ATen operation without its overload, "input" or "constant"
+    call: int  # the how-manieth such operation, from 0
+    args: tuple[Any, ...]  # as called, tensors replaced by their nodes
+    module: str  # the innermost module that was running
+    value: Tensor
+    from_input: bool  # whether the value depends on the model's input
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The value's shape."""
+        return tuple(self.value.shape)
+
+    @property
+    def parents(self) -> list["Node"]:
+        """The values that it was made from, in the order of the arguments."""
+        return list(_nodes(self.args))
+
+    @property
+    def data(self) -> list["Node"]:
+        """The parents that depend on the model's input."""
+        return [parent for parent in self.parents if parent.from_input]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A value that passed a module's boundary."""
+
+    module: str
+    side: str  # "in" or "out"
+    call: int  # of the module, from 0
+    slot: Slot  # where in its arguments or its result
+    node: Node
+    time: int
+
+
+@dataclass
+class Record:
+    """What one forward pass did."""
+
+    nodes: list[Node] = field(default_factory=list)
+    sights: list[Sight] = field(default_factory=list)
+    outputs: list[tuple[Slot, Node]] = field(default_factory=list)
+    batch: int = 0
+
+    def written_after(self, node: Node, time: int) -> bool:
+        """Say whether an in-place operation overwrote the value's memory after a time."""
+        storage = node.value.untyped_storage().data_ptr()
+        return any(
+            later.op.endswith("_") and later.value.untyped_storage().data_ptr() == storage
+            for later in self.nodes
+            if later.time > time
+        )
+
+
+def watch(model: nn.Module, inputs: Tensor) -> Record:
+    """Run the model once and write down what it does; mode and gradients are the caller's business."""
+    record = Record(batch=len(inputs))
+    recorder = _Recorder(record, inputs)
+    calls: dict[str, int] = {}
+    running: list[tuple[str, int]] = []
+
+    def entering(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = calls[name] = calls.get(name, -1) + 1
+            running.append((name, call))
+            recorder.module = name
+            for slot, tensor in tensors_in(args):
+                recorder.see(name, "in", call, slot, tensor)
+            for slot, tensor in tensors_in(kwargs):
+                recorder.see(name, "in", call, slot, tensor)
+
+        return hook
+
+    def leaving(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        name, call = running.pop()
+        for slot, tensor in tensors_in(output):
+            recorder.see(name, "out", call, slot, tensor)
+        recorder.module = running[-1][0] if running else ""
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leaving))
+        with recorder:
+            output = model(inputs)
+        record.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return record
+
+
+def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield the tensors of nested tuples, lists and mappings, each with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield slot, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(item, (*slot, key))
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from tensors_in(item, (*slot, i))
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every ATen operation, whether a module, a function or a method asked for it."""
+
+    def __init__(self, record: Record, inputs: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = record
+        self.module = ""
+        self._calls: dict[str, int] = {}
+        # Nodes hold their tensors, so that no id and no memory is used again while the record is made.
+        self._made: dict[int, Node] = {}
+        self._written: dict[int, Node] = {}
+        self._add("input", (), inputs, from_input=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        known = self._with_nodes(given)
+        result = func(*args, **(kwargs or {}))
+        op = func._schema.name.removeprefix("aten::")
+        depends = any(node.from_input for node in _nodes(known))
+        for _, tensor in tensors_in(result):
+            node = self._add(op, known, tensor, depends)
+            if func._schema.is_mutable:
+                self._written[tensor.untyped_storage().data_ptr()] = node
+        self._calls[op] = self._calls.get(op, -1) + 1
+        return result
+
+    def node(self, tensor: Tensor) -> Node:
+        """Return the value that a tensor holds now."""
+        known = self._made.get(id(tensor))
+        written = self._written.get(tensor.untyped_storage().data_ptr())
+        if known is None:
+            # A weight, a buffer, or a Python-side alias of a known tensor's memory.
+            return written or self._add("constant", (), tensor, from_input=False)
+        return written if written is not None and written.time > known.time else known
+
+    def see(self, module: str, side: str, call: int, slot: Slot, tensor: Tensor) -> None:
+        """Write down that a tensor passed a module's boundary."""
+        time = len(self.record.nodes)
+        self.record.sights.append(Sight(module, side, call, slot, self.node(tensor), time))
+
+    def _add(self, op: str, args: tuple[Any, ...], value: Tensor, from_input: bool) -> Node:
+        call = self._calls.get(op, -1) + 1
+        node = Node(len(self.record.nodes), op, call, args, self.module, value, from_input)
+        self.record.nodes.append(node)
+        self._made[id(value)] = node
+        return node
+
+    def _with_nodes(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, (tuple, list)):
+            return tuple(self._with_nodes(item) for item in value)
+        return value
+
+
+def _nodes(value: Any) -> Iterator[Node]:
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _nodes(item)
