@@ -1,0 +1,15 @@
+"""Images: where they come from, and how they reach a model in batches."""
+
+from featnorm.data.images import DataError, ImageError, ImageSource
+from featnorm.data.loading import ImageBatch, ImageLoader, image_loader
+from featnorm.data.sources import open_images
+
+__all__ = [
+    "DataError",
+    "ImageBatch",
+    "ImageError",
+    "ImageLoader",
+    "ImageSource",
+    "image_loader",
+    "open_images",
+]

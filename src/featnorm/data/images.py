@@ -1,0 +1,268 @@
+"""What a source of images is; and folders, torchvision's data sets, and slices as sources."""
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+# torchvision.datasets.folder.IMG_EXTENSIONS, repeated so that a folder can be read without torchvision.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class DataError(ValueError):
+    """A specification of images, or the data behind it, that cannot be used; the message is one line."""
+
+
+class ImageError(DataError):
+    """One image that is corrupt or unreadable.
+
+    Parameters
+    ----------
+    name : str
+        What the source calls the image: its file, or its row.
+    reason : str
+        What is wrong with it, one line.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an exception says, cut to one line; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def vision_module(name: str) -> Any:
+    """Import a module of the optional extra ``featnorm[vision]``.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ImportError(f"{package} is needed here ({error}): pip install 'featnorm[vision]'") from error
+
+
+class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
+    """Images with names and, perhaps, labels; a map-style data set without a transform.
+
+    ``source[i]`` is ``(source.image(i), source.label(i))``. Indices run from 0 to ``len(source) - 1``.
+
+    Attributes
+    ----------
+    title : str
+        A short name for tables, such as ``"textures"`` or ``"cifar10:train[:500]"``.
+    class_names : list of str or None
+        Name of every label, where the source knows them.
+    """
+
+    def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
+        self.title = title
+        self.class_names = class_names
+        # Hugging Face and torchvision mark an unlabelled image with -1.
+        self._labels = [None if label is None or label < 0 else label for label in labels]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int | None]:
+        return self.image(i), self.label(i)
+
+    def image(self, i: int) -> Image.Image:
+        """Return image `i` in RGB, fully decoded.
+
+        Sixteen bits a channel are scaled to eight; an alpha channel is dropped and an EXIF orientation not
+        applied, as in torchvision's data sets.
+
+        Raises
+        ------
+        ImageError
+            If the image is corrupt, truncated or unreadable.
+        IndexError
+            If there is no image `i`.
+        """
+        return self._image(self._checked(i))
+
+    def label(self, i: int) -> int | None:
+        """Return the class of image `i`, or None where it has none."""
+        return self._labels[self._checked(i)]
+
+    def name(self, i: int) -> str:
+        """Return what to call image `i` in messages: its file, or its row."""
+        return self._name(self._checked(i))
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.title} has {len(self)} images, and no image {i}")
+        return i
+
+    @abstractmethod
+    def _image(self, i: int) -> Image.Image: ...
+
+    @abstractmethod
+    def _name(self, i: int) -> str: ...
+
+
+class FolderImages(ImageSource):
+    """Image files found in a folder and below it.
+
+    If all images lie in sub-folders, the first-level sub-folders, sorted, are the classes, empty ones too: a
+    missing class must not shift the labels of those after it. Hidden files and folders are skipped.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to look.
+    title : str
+        Name for tables.
+
+    Raises
+    ------
+    DataError
+        If there is no image.
+    """
+
+    def __init__(self, folder: Path, title: str) -> None:
+        files = image_files(folder)
+        if not files:
+            raise DataError(f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}")
+        labels: list[int | None] = [None] * len(files)
+        classes = None
+        if all(len(file.parts) > 1 for file in files):
+            classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+            numbers = {name: number for number, name in enumerate(classes)}
+            labels = [numbers[file.parts[0]] for file in files]
+        super().__init__(title, labels, classes)
+        self._folder = str(folder)
+        self._files = [str(file) for file in files]
+
+    def _image(self, i: int) -> Image.Image:
+        return decode(self._name(i), self._name(i))
+
+    def _name(self, i: int) -> str:
+        return os.path.join(self._folder, self._files[i])
+
+
+class TorchvisionImages(ImageSource):
+    """A data set of torchvision, without transforms.
+
+    Parameters
+    ----------
+    dataset : torchvision.datasets.VisionDataset
+        One whose labels are in memory.
+    title : str
+        Name for tables.
+    """
+
+    def __init__(self, dataset: Any, title: str) -> None:
+        # torchvision has no one name for the labels, and asking for a sample would decode its image.
+        labels = next(getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a))
+        classes = getattr(dataset, "classes", None)
+        super().__init__(
+            title,
+            [None if label is None else int(label) for label in labels],
+            None if classes is None else list(classes),
+        )
+        self._dataset = dataset
+
+    def _image(self, i: int) -> Image.Image:
+        return _decoded(lambda: self._dataset[i][0], self._name(i))
+
+    def _name(self, i: int) -> str:
+        return f"{self.title} image {i}"
+
+
+class SlicedImages(ImageSource):
+    """Some of the images of another source, in the order of `rows`.
+
+    Parameters
+    ----------
+    source : ImageSource
+        Where they come from.
+    rows : range
+        Which ones.
+    title : str
+        Name for tables.
+    """
+
+    def __init__(self, source: ImageSource, rows: range, title: str) -> None:
+        super().__init__(title, [source.label(row) for row in rows], source.class_names)
+        self._source = source
+        self._rows = rows
+
+    def _image(self, i: int) -> Image.Image:
+        return self._source.image(self._rows[i])
+
+    def _name(self, i: int) -> str:
+        return self._source.name(self._rows[i])
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files in a folder and below it, sorted, relative to it, without hidden ones."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above would be followed for ever.
+        here = Path(place).resolve()
+        folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
+        found += [Path(place, n) for n in names if n[0] != "." and n.lower().endswith(EXTENSIONS)]
+    return sorted(file.relative_to(folder) for file in found)
+
+
+def decode(data: bytes | str | Path, name: str) -> Image.Image:
+    """Decode an image from memory or from a file into RGB.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read or decoded; it calls the image `name`.
+    """
+    return _decoded(lambda: Image.open(BytesIO(data) if isinstance(data, bytes) else data), name)
+
+
+def _decoded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
+    try:
+        with opened() as image:
+            image.load()
+            return _to_rgb(image)
+    # A broken file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, and more.
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow cuts off values above 255 where it should scale them: a 16-bit image would turn white.
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit integer pixels outside the range of 16 bits: save it with 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text names the file, or a buffer's address
+        return "not an image in a format Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)

@@ -1,0 +1,171 @@
+"""Images in batches: decoded and transformed in workers, corrupt ones left out and reported."""
+
+import math
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from featnorm.data.images import DataError, ImageError, ImageSource, first_line
+
+_FEW = 256  # images; below, starting workers takes longer than reading
+
+
+class ImageBatch(NamedTuple):
+    """Some images, ready for a model.
+
+    Attributes
+    ----------
+    images : Tensor
+        Transformed images, (n, 3, H, W).
+    labels : Tensor
+        Classes, (n,), int64; -1 where there is none.
+    indices : Tensor
+        Where in the source the images stand, (n,), int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+@dataclass
+class _Result:
+    """What a worker sends back: as data, since an exception would end the loader and lose its own message."""
+
+    batch: ImageBatch | None = None
+    corrupt: list[tuple[str, str]] = field(default_factory=list)  # name and reason of each
+    error: str | None = None
+    trace: str = ""
+
+
+class _Batches(Dataset[_Result]):
+    """Whole batches of a source, by their number."""
+
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor], batch_size: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self.batch_size)
+
+    def __getitem__(self, number: int) -> _Result:
+        result = _Result()
+        images: list[Tensor] = []
+        indices: list[int] = []
+        start = number * self.batch_size
+        for i in range(start, min(start + self.batch_size, len(self.source))):
+            try:
+                image = self.source.image(i)
+            except ImageError as error:
+                result.corrupt.append((error.name, error.reason))
+                continue
+            try:
+                transformed = self.transform(image)
+            except Exception as error:
+                what = f"{type(error).__name__}: {first_line(error)}"
+                result.error = f"the transform failed on {self.source.name(i)} ({what})"
+                result.trace = traceback.format_exc()
+                return result
+            result.error = self._refusal(i, transformed, images)
+            if result.error is not None:
+                return result
+            images.append(transformed)
+            indices.append(i)
+        if images:
+            labels = [-1 if (label := self.source.label(i)) is None else label for i in indices]
+            result.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+        return result
+
+    def _refusal(self, i: int, transformed: object, before: list[Tensor]) -> str | None:
+        name = self.source.name(i)
+        if not isinstance(transformed, Tensor):
+            return f"the transform returned {type(transformed).__name__} for {name}: it must return a Tensor"
+        if before and transformed.shape != before[0].shape:
+            return (
+                f"{name} has shape {tuple(transformed.shape)} after the transform, the ones before it in the "
+                f"batch {tuple(before[0].shape)}: use a transform that resizes all images to one size"
+            )
+        return None
+
+
+class ImageLoader:
+    """An iterable of `ImageBatch`, in the order of the source; made by `image_loader`.
+
+    It can be iterated any number of times, and reports corrupt images each time. ``len`` is the number of
+    batches if in none all images are corrupt.
+    """
+
+    def __init__(self, batches: DataLoader[_Result], on_corrupt: Callable[[str, str], None]) -> None:
+        self._batches = batches
+        self._on_corrupt = on_corrupt
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        for result in self._batches:
+            for name, reason in result.corrupt:
+                self._on_corrupt(name, reason)
+            if result.error is not None:
+                error = DataError(result.error)
+                if result.trace:
+                    error.add_note(result.trace)
+                raise error
+            if result.batch is not None:
+                yield result.batch
+
+
+def image_loader(
+    source: ImageSource,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    on_corrupt: Callable[[str, str], None],
+) -> ImageLoader:
+    """Read a source in order, in batches, leaving out the images that cannot be read.
+
+    Parameters
+    ----------
+    source : ImageSource
+        The images.
+    transform : callable
+        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch.
+    batch_size : int
+        Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
+    workers : int, optional
+        Processes that read; 0 is this one. Without it 0 for fewer than 256 images, else one a processor, at
+        most 8.
+    on_corrupt : callable
+        Called in this process with the name of each unreadable image and the reason, before its batch comes.
+
+    Returns
+    -------
+    ImageLoader
+        An iterable of `ImageBatch`. Iterating raises DataError if the transform fails (its own traceback
+        is a note of the exception), returns no tensor, or returns different shapes within a batch.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if workers is None:
+        workers = 0 if len(source) < _FEW else min(_processors(), 8)
+    batches = DataLoader(_Batches(source, transform, batch_size), batch_size=None, num_workers=workers)
+    return ImageLoader(batches, on_corrupt)
+
+
+def _processors() -> int:
+    # The ones this process may use: in a container they are fewer than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,123 @@
+"""Parquet files in the Hugging Face layout as a source of images."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from featnorm.data.images import DataError, ImageError, ImageSource, decode, first_line, vision_module
+
+
+class ParquetImages(ImageSource):
+    """Images in parquet files, read one row group at a time.
+
+    The row group read last stays in memory, encoded as in the file, so that reading in order touches each row
+    group once. No file is kept open between reads: a copy in another process never shares a file's position.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        One file, or the shards of one data set, in order.
+    title : str
+        Name for tables.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read, has no usable ``image`` column, or there is not one row in all of them.
+    ImportError
+        If pyarrow is not installed.
+    """
+
+    def __init__(self, files: Sequence[Path], title: str) -> None:
+        indices = [_Index(path) for path in files]
+        labels = [label for index in indices for label in index.labels]
+        if not labels:
+            raise DataError(f"no rows in {', '.join(map(str, files))}")
+        super().__init__(title, labels, next((i.class_names for i in indices if i.class_names), None))
+        self._files = list(files)
+        self._paths = [path for index in indices for path in index.paths]
+        self._first_rows = [0, *accumulate(len(index.labels) for index in indices)]
+        # Of every row group: its file and its number there, and the rows of all files up to its end.
+        self._groups = [(f, g) for f, index in enumerate(indices) for g in range(len(index.group_sizes))]
+        self._ends = list(accumulate(size for index in indices for size in index.group_sizes))
+        self._held: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def _image(self, i: int) -> Image.Image:
+        group = bisect_right(self._ends, i)
+        held = self._held
+        if held is None or held[0] != group:
+            self._held = None  # lets the old row group go before the new one comes
+            held = self._held = (group, self._read(*self._groups[group]))
+        entry = held[1][i - (self._ends[group - 1] if group else 0)].as_py() or {}
+        if entry.get("bytes") is not None:
+            return decode(entry["bytes"], self._name(i))
+        if entry.get("path"):
+            file, _ = self._groups[group]
+            return decode(self._files[file].parent / entry["path"], self._name(i))
+        raise ImageError(self._name(i), "no image in this row")
+
+    def _read(self, file: int, group: int) -> Any:
+        pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
+        try:
+            # Without pyarrow's threads, which do not survive the fork of a DataLoader worker.
+            with pq.ParquetFile(self._files[file], pre_buffer=False) as opened:
+                return opened.read_row_group(group, columns=["image"], use_threads=False)["image"]
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"cannot read row group {group} of {self._files[file]}: {first_line(error)}"
+            ) from error
+
+    def _name(self, i: int) -> str:
+        if path := self._paths[i]:
+            return path
+        file = bisect_right(self._first_rows, i) - 1
+        row = f"row {i - self._first_rows[file]}"
+        return row if len(self._files) == 1 else f"{self._files[file].name} {row}"
+
+
+class _Index:
+    """What a parquet file says without its images being read."""
+
+    def __init__(self, path: Path) -> None:
+        pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
+        try:
+            with pq.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                _check_image_column(schema, path)
+                self.group_sizes = [
+                    file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)
+                ]
+                self.labels: list[int | None] = [None] * file.metadata.num_rows
+                if "label" in schema.names and pa.types.is_integer(schema.field("label").type):
+                    self.labels = file.read(columns=["label"])["label"].to_pylist()
+                self.paths: list[str | None] = [None] * file.metadata.num_rows
+                if schema.field("image").type.get_field_index("path") >= 0:
+                    images = file.read(columns=["image.path"])["image"].to_pylist()
+                    self.paths = [None if image is None else image["path"] for image in images]
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"cannot read {path} as parquet: {first_line(error)}") from error
+        self.class_names = _class_names(schema.metadata or {})
+
+
+def _check_image_column(schema: Any, path: Path) -> None:
+    if "image" not in schema.names:
+        raise DataError(f"no column 'image' in {path}: it has {', '.join(schema.names) or 'none'}")
+    kind = schema.field("image").type
+    if not vision_module("pyarrow").types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise DataError(f"column 'image' of {path} is {kind}: it must be a struct of bytes and path")
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(name) for name in names]

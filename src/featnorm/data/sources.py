@@ -1,0 +1,217 @@
+"""From a short text to the images it means: ``"photos/"``, ``"cifar10:test"``, ``"test.parquet[:500]"``."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from featnorm.data.images import (
+    DataError,
+    FolderImages,
+    ImageError,
+    ImageSource,
+    SlicedImages,
+    TorchvisionImages,
+    first_line,
+    image_files,
+    vision_module,
+)
+from featnorm.data.parquet import ParquetImages
+
+__all__ = ["DataError", "ImageError", "ImageSource", "open_images"]
+
+_TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+
+
+def _splits(*names: str, **options: Any) -> dict[str, dict[str, Any]]:
+    return {name: {"split": name, **options} for name in names}
+
+
+# torchvision's data sets with one image and one label a sample: the arguments which choose each split.
+_TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {
+    "CIFAR10": _TRAIN_TEST,
+    "CIFAR100": _TRAIN_TEST,
+    "DTD": _splits("train", "val", "test"),
+    "FashionMNIST": _TRAIN_TEST,
+    "Flowers102": _splits("train", "val", "test"),
+    "Food101": _splits("train", "test"),
+    "KMNIST": _TRAIN_TEST,
+    "MNIST": _TRAIN_TEST,
+    "OxfordIIITPet": _splits("trainval", "test"),
+    # 256 pixels wide and high, the size that benchmarks use; the full size is 100 GB.
+    "Places365": _splits("train-standard", "train-challenge", "val", "test", small=True),
+    "STL10": _splits("train", "test", "unlabeled"),
+    "SVHN": _splits("train", "test", "extra"),
+}
+
+_SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing"}
+_SLICE = re.compile(r"(?P<spec>.+)\[(?P<slice>[^\[\]]*)\]", re.DOTALL)
+_PART = re.compile(r"(?P<number>[+-]?\d+)(?P<percent>%?)")
+
+
+def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
+    """Open images by path or by name.
+
+    Parameters
+    ----------
+    spec : str
+        One of
+
+        - a folder of images; if all lie in sub-folders, the first-level sub-folders are the classes;
+        - a ``.parquet`` file in the Hugging Face layout (``image``: a struct of ``bytes`` and ``path``;
+          perhaps ``label``: an integer), or a folder of such files, the shards of one data set;
+        - ``NAME`` or ``NAME:SPLIT``, split "test" unless told. Looked for under the data root as
+          ``NAME/SPLIT.parquet``, ``NAME.parquet``, ``NAME/SPLIT/`` and ``NAME/`` (those without a split for
+          "test" only), else downloaded there as torchvision's data set of that name, in upper or lower case;
+
+        and perhaps a slice at the end: ``data[:500]``, ``cifar10:train[50%:]``, ``data[1::2]``. Percentages
+        are of the images, rounded to the nearest one; bounds outside the data are clamped, as in Python.
+        A path which exists is a path, whatever it looks like.
+    root : str or Path, optional
+        The data root. Without it the environment variable ``FEATNORM_DATA``; without either, downloads go to
+        ``~/.cache/featnorm``.
+
+    Returns
+    -------
+    ImageSource
+        The images, none of them read yet.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be found, read or downloaded, or if there is no image in it or in the slice.
+    ImportError
+        If ``featnorm[vision]`` is needed and not installed.
+    """
+    path = Path(os.path.expanduser(spec))
+    if spec and os.path.exists(path):
+        return _open_path(path, _title(path))
+    if match := _SLICE.fullmatch(spec):
+        return _sliced(open_images(match["spec"], root=root), match["slice"])
+    if not spec or path.is_absolute() or spec[0] in ".~" or path.suffix == ".parquet":
+        raise DataError(f"no file or folder {spec!r}: check the path")
+    root = root or os.environ.get("FEATNORM_DATA")
+    return _open_name(spec, None if root is None else Path(root).expanduser())
+
+
+def _open_path(path: Path, title: str) -> ImageSource:
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise DataError(f"{path} is neither a folder nor a .parquet file: name the folder it lies in")
+        return ParquetImages([path], title)
+    try:
+        splits = _splits_in(path)
+        if len(splits) > 1:
+            raise DataError(
+                f"{path} holds several splits, which must not be mixed: name one of {', '.join(splits)}"
+            )
+        shards = _shards(path)
+        if shards and not image_files(path):
+            return ParquetImages(shards, title)
+        return FolderImages(path, title)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {path}: {first_line(error)}") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.parquet") if p.is_file() and p.name[0] != ".")
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """Return the splits of a folder: those its parquet files, or all its sub-folders, are named after."""
+    stems = {re.split(r"[-._]", shard.stem)[0].lower() for shard in _shards(folder)} & _SPLIT_NAMES
+    folders = {p.name.lower() for p in folder.iterdir() if p.is_dir() and p.name[0] != "."}
+    return sorted(stems | (folders if folders <= _SPLIT_NAMES else set()))
+
+
+def _title(path: Path) -> str:
+    path = path.resolve()
+    own = path.stem if path.is_file() else path.name
+    return f"{path.parent.name}:{own}" if own.lower() in _SPLIT_NAMES else own
+
+
+def _open_name(spec: str, root: Path | None) -> ImageSource:
+    name, colon, split = spec.partition(":")
+    title = name.rpartition("/")[2] + colon + split
+    if root is not None and (place := _find(root, name, split or "test")):
+        return _open_path(place, title)
+    known = next((known for known in _TORCHVISION if known.lower() == name.lower()), None)
+    if known is None:
+        places = "no data root is set (FEATNORM_DATA)"
+        if root is not None:
+            places = f"not under the data root {root} (it has {', '.join(_names_under(root)) or 'nothing'})"
+        raise DataError(
+            f"cannot find {spec!r}: no such path, {places}, "
+            f"and torchvision downloads only {', '.join(_TORCHVISION)}: check the spelling"
+        )
+    return _open_torchvision(known, split, root, title)
+
+
+def _find(root: Path, name: str, split: str) -> Path | None:
+    folder = root / name
+    places = [folder / f"{split}.parquet", folder / split]
+    if split == "test":  # data without splits must not be "test" and also "train"
+        places.insert(1, root / f"{name}.parquet")
+        # torchvision downloads to <root>/dtd/dtd and <root>/MNIST/raw, which is its own to read.
+        if not (folder / "dtd").is_dir() and not (folder / "raw").is_dir():
+            places += [folder] if folder.is_dir() and not _splits_in(folder) else []
+    return next((place for place in places if place.exists()), None)
+
+
+def _names_under(root: Path) -> list[str]:
+    names = set()
+    for file in [*root.glob("*.parquet"), *root.glob("*/*.parquet")]:
+        own = file.relative_to(root).with_suffix("")
+        names.add(f"{own.parent}:{own.name}" if own.name in _SPLIT_NAMES else own.as_posix())
+    names.update(p.name for p in root.glob("[!.]*/") if p.is_dir() and not _shards(p))
+    return sorted(names)
+
+
+def _open_torchvision(name: str, split: str, root: Path | None, title: str) -> ImageSource:
+    splits = _TORCHVISION[name]
+    if (split or "test") not in splits:
+        raise DataError(f"torchvision's {name} has no split {split!r}: it has {', '.join(splits)}")
+    target = root or Path("~/.cache/featnorm").expanduser()
+    make = getattr(vision_module("torchvision.datasets"), name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        dataset = make(target, download=True, **splits[split or "test"])
+    # Besides the network's and the disk's errors, a download fails with those of every archive format.
+    except Exception as error:
+        wanted = f"{name.lower()}/{split or 'test'}"
+        place = "no data root is set (FEATNORM_DATA)" if root is None else f"not under the data root {root}"
+        raise DataError(
+            f"cannot find {title!r}: no such path, {place}, and downloading {name} to {target} failed "
+            f"({first_line(error)}): put it under a data root as {wanted}.parquet or as a folder {wanted}"
+        ) from error
+    return TorchvisionImages(dataset, title)
+
+
+def _sliced(source: ImageSource, text: str) -> ImageSource:
+    parts = text.split(":")
+    if len(parts) not in (2, 3):
+        raise DataError(f"cannot slice {source.title} by [{text}]: write [start:stop] or [start:stop:step]")
+    start, stop = (_bound(part, text, len(source)) for part in parts[:2])
+    step = _bound(parts[2], text, None) if len(parts) == 3 else None
+    if step == 0:
+        raise DataError(f"cannot slice {source.title} by [{text}]: the step must not be 0")
+    rows = range(len(source))[start:stop:step]
+    if not rows:
+        raise DataError(f"[{text}] leaves nothing of {source.title}, which has {len(source)} images")
+    return SlicedImages(source, rows, f"{source.title}[{text}]")
+
+
+def _bound(part: str, text: str, size: int | None) -> int | None:
+    """Return one number of a slice; `size`, of what a percentage counts, is None where there is none."""
+    if not part.strip():
+        return None
+    match = _PART.fullmatch(part.strip())
+    if not match or (match["percent"] and size is None):
+        raise DataError(
+            f"cannot read {part!r} in the slice [{text}]: write whole numbers, or 50% to start or stop at"
+        )
+    number = int(match["number"])
+    if not match["percent"] or size is None:
+        return number
+    # Counted from the start, so that [:-10%] and [-10%:] meet, and -1% of few images is not -0, the first.
+    return max(0, round(size * (100 + number if part.strip()[0] == "-" else number) / 100))
