@@ -56,6 +56,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = json.loads(metadata["featnorm"])
         version = int(header["format"])
+        if not isinstance(header["model"], dict):
+            raise ValueError("it names no model")
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
     if version > FORMAT:

@@ -124,7 +124,7 @@ class Features:
         weight, bias = self.classifier
         return moved.replace(classifier=(move(weight), None if bias is None else move(bias)))
 
-    def replace(self, **fields: Tensor | Classifier | None) -> "Features":
+    def replace(self, **fields: Tensor | Classifier | Mapping[str, str] | None) -> "Features":
         """Return the same features with some fields set anew."""
         current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent")}
         return Features(**{**current, **fields})
@@ -182,7 +182,7 @@ class Features:
         value = getattr(self, name)
         if value is None:
             why = self.absent.get(name)
-            raise ValueError(f"`{name}` is not in {self!r}" + (f": {why}" if why else ""))
+            raise ValueError(f"there is no `{name}`: {why}" if why else f"`{name}` is not in {self!r}")
         return value
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Features":

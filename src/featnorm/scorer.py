@@ -66,7 +66,7 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, an input or a label is bad, or the loader is
             empty; an earlier fit is then kept.
         """
-        if not self.detector.learns:
+        if not self.detector.needs_fit:
             for features in self.tap.stream(loader, progress=False):
                 self.detector.score(features)
                 break

@@ -132,13 +132,18 @@ class Detector(nn.Module, ABC):
         return self.score(features)
 
     @property
+    def needs_fit(self) -> bool:
+        """Whether it learns at all."""
+        return any(True for _ in self._statistics())
+
+    @property
     def is_fitted(self) -> bool:
         """Whether it has learned what its score needs (always, where there is nothing to learn)."""
         return not any(statistic.is_empty for statistic in self._statistics())
 
     def require_fitted(self) -> None:
         """Raise a NotFittedError if the score needs something that was not learned yet."""
-        if self.learns and not self.is_fitted:
+        if not self.is_fitted:
             raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
 
     def __truediv__(self, other: "Detector") -> "Detector":

@@ -1,0 +1,125 @@
+"""The commands, their options, and what becomes of an error."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="featnorm",
+    help="Does your PyTorch model know this input? Out-of-distribution detection by the negative-aware norm.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+_DATA = (
+    "an image folder, a parquet file, or a data set by name such as `cifar10:test`; "
+    "a slice may follow, as in `DATA[:500]` or `DATA[1::2]`"
+)
+Model = Annotated[str, typer.Option(help="The model: `timm:NAME` or `torchvision:NAME`.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Local weights (.pth, .safetensors); the library's own without it.")
+]
+Layer = Annotated[
+    str | None, typer.Option(help="The module that puts out the last hidden layer; found without it.")
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(envvar="FEATNORM_DATA", help="Where data sets by name are looked for first, and loaded to."),
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: `auto`, `cpu`, `cuda`, `mps`.")]
+Precision = Annotated[str, typer.Option(help="As Lightning Fabric names it: `32-true`, `bf16-mixed`, ...")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that decode images; one a processor without it.")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write the page to.")] = Path("featnorm-demo"),
+    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 0,
+) -> None:
+    """Train a small network on handwritten digits and see which detectors tell what it does not know.
+
+    No download, under a minute: digits and photographs that scikit-learn ships.
+    """
+    from featnorm.cli.demo import run
+
+    run(out, seed)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    id_data: Annotated[str, typer.Option("--id", help=f"In-distribution inputs: {_DATA}.")],
+    ood: Annotated[list[str], typer.Option(help="Out-of-distribution inputs, likewise; may be repeated.")],
+    fit: Annotated[
+        str | None, typer.Option(help="In-distribution inputs to fit on, for the detectors that learn.")
+    ] = None,
+    weights: Weights = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(help="A detector, such as `NAN` or `KNN(k=50)/NAN`; may be repeated. All without it."),
+    ] = None,
+    layer: Layer = None,
+    out: Annotated[Path, typer.Option(help="The folder to write the page and the table to.")] = Path(
+        "featnorm-evaluation"
+    ),
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+) -> None:
+    """Compare detectors on your model and data: a table and a page."""
+    from featnorm.cli.evaluate import Options, run
+
+    run(
+        Options(
+            model=model,
+            weights=weights,
+            id_data=id_data,
+            ood=ood,
+            fit=fit,
+            detectors=detector,
+            layer=layer,
+            out=out,
+            data_root=data_root,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+        )
+    )
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    data: Annotated[str | None, typer.Option(help=f"Inputs to watch the model on: {_DATA}.")] = None,
+    layer: Layer = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Say where in a model its last hidden layer is, and what that means for the negative-aware norm."""
+    from featnorm.cli.inspect import run
+
+    run(model, weights, data, layer, data_root)
+
+
+def main() -> None:
+    """Run the command line; an error is one line on standard error and exit status 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # What the library refuses, in its own words; a fault of the library's own keeps its traceback.
+        if isinstance(error, NotImplementedError):
+            raise
+        typer.echo(f"featnorm: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        sys.exit(2)

@@ -1,0 +1,35 @@
+"""``featnorm inspect``: where a model's last hidden layer is."""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from featnorm.cli.show import console
+from featnorm.data import image_loader, open_images
+from featnorm.models import create_model
+from featnorm.tap import FeatureTap
+
+_INPUTS = 64
+
+
+def run(model: str, weights: Path | None, data: str | None, layer: str | None, data_root: Path | None) -> None:
+    """Watch the model on a batch, of data or of noise, and describe what was found."""
+    loaded = create_model(model, weights=weights, pretrained=weights is None and data is not None)
+    tap = FeatureTap(loaded.model, layer)
+    if data is not None:
+        source = open_images(data, root=data_root)
+        loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0, on_corrupt=_ignore)
+        batch = next(islice(loader, 1), None)
+        if batch is None:
+            raise ValueError(f"there is no readable image in the first {_INPUTS} of {data}")
+        tap.watch(batch.images)
+        console.print(tap.describe(), soft_wrap=True)
+        return
+    tap.watch(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
+    console.print(tap.describe(), soft_wrap=True)
+    console.print("Watched on noise; with --data the share of inactive units is that of real inputs.", style="dim")
+
+
+def _ignore(file: str, reason: str) -> None:
+    """Leave out an unreadable image: one batch of readable ones is enough to look at the model."""

@@ -1,0 +1,52 @@
+"""What the commands print, and what they say of the machine."""
+
+import platform
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import featnorm
+from featnorm.evaluation import Evaluation
+from featnorm.report.tables import table_rows
+
+# Into a file or a pipe a table is as wide as it needs, and is not folded to a terminal that is not there.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """Print the detectors' measures, and who was left out and why."""
+    headers, rows = table_rows(evaluation)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for name, reason in evaluation.left_out.items():
+        console.print(f"[yellow]left out[/yellow] {name}: {reason}", soft_wrap=True)
+
+
+def environment() -> dict[str, str]:
+    """Return the facts that a figure is read with: versions, machine, date and command."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        "command": command,
+        "date": date.today().isoformat(),
+        "versions": f"featnorm {featnorm.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}",
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,182 @@
+"""Detectors side by side: fitted, scored and measured on in-distribution and OOD inputs, in one pass each."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from featnorm.detectors import (
+    KNN,
+    MSP,
+    NAN,
+    SSD,
+    Detector,
+    EmbeddingMagnitude,
+    Energy,
+    HiddenConfidence,
+    KLUniform,
+    L1Norm,
+    LpNorm,
+    Mahalanobis,
+    MaxLogit,
+    ReAct,
+    Residual,
+    Sparsity,
+    ViM,
+)
+from featnorm.features import Features
+from featnorm.metrics import Measures, evaluate
+
+# Inputs of each set whose on/off patterns are kept for the report.
+_PATTERNS = 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one detector did."""
+
+    detector: str  # its expression
+    id_scores: np.ndarray  # (n,)
+    ood_scores: Mapping[str, np.ndarray]  # by OOD set, (m,)
+    measures: Mapping[str, Measures]  # by OOD set
+    microseconds: float  # of scoring, an input, without the model's forward pass
+
+    @property
+    def mean(self) -> Measures:
+        """The measures averaged over the OOD sets."""
+        sets = list(self.measures.values())
+        names = Measures.__dataclass_fields__
+        return Measures(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in names})
+
+
+@dataclass
+class Evaluation:
+    """What a comparison found, for a table and a page."""
+
+    id_name: str
+    ood_names: list[str]
+    outcomes: list[Outcome] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # detector -> why
+    accuracy: float | None = None  # share of ID inputs with a label whose largest logit is theirs
+    patterns: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (k, d) bool, units that are on
+    skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # set -> (file, why)
+    facts: dict[str, str] = field(default_factory=dict)  # what the numbers were made with
+
+
+def standard_detectors() -> list[Detector]:
+    """Return every detector, with the settings of its source, and the paper's combinations."""
+    return [
+        NAN(),
+        L1Norm(),
+        LpNorm(p=2),
+        Sparsity(),
+        HiddenConfidence(),
+        EmbeddingMagnitude(),
+        MSP(),
+        MaxLogit(),
+        Energy(),
+        KLUniform(),
+        Mahalanobis(),
+        SSD(),
+        KNN(),
+        Residual(),
+        ViM(),
+        ReAct(NAN()),
+        ReAct(Energy()),
+        KNN() / NAN(),
+        SSD() / NAN(),
+    ]
+
+
+def compare(
+    detectors: Sequence[Detector],
+    *,
+    fit: Iterable[Features] | None,
+    id_set: tuple[str, Iterable[Features]],
+    ood_sets: Mapping[str, Iterable[Features]],
+) -> Evaluation:
+    """Fit detectors on one stream of features, then score them all on others.
+
+    Every stream is read once, batch by batch, and serves all detectors. A detector that cannot work on these
+    features, or needs a fit where there is none, is left out and named.
+
+    Parameters
+    ----------
+    detectors : what to compare.
+    fit : in-distribution features to fit on; None for none, which leaves out the detectors that learn.
+    id_set : name and features of the in-distribution test inputs.
+    ood_sets : features of the OOD test inputs by name.
+
+    Raises
+    ------
+    ValueError
+        A set yields no features, or no detector can be used.
+    """
+    id_name, id_features = id_set
+    result = Evaluation(id_name, list(ood_sets))
+    active = {repr(detector): detector for detector in detectors}
+
+    def leave_out(name: str, reason: Exception | str) -> None:
+        # Listed beside the name, which errors begin with.
+        result.left_out[name] = str(reason).removeprefix(name).removeprefix(":").strip()
+        del active[name]
+
+    for name, detector in list(active.items()):
+        if detector.needs_fit and fit is None:
+            leave_out(name, "it learns from in-distribution inputs, and none were given to fit on")
+    if fit is not None:
+        for features in fit:
+            for name, detector in list(active.items()):
+                try:
+                    detector.partial_fit(features)
+                except ValueError as error:
+                    leave_out(name, error)
+    scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
+    seconds = dict.fromkeys(active, 0.0)
+    inputs = 0
+    correct = labelled = 0
+    for set_name, stream in ((id_name, id_features), *ood_sets.items()):
+        seen = 0
+        for features in stream:
+            for name, detector in list(active.items()):
+                try:
+                    if inputs == 0:
+                        detector.score(features[:1])  # what is worked out once a fit is not the score's time
+                    start = _now(features)
+                    batch = detector.score(features)
+                    seconds[name] += _now(features) - start
+                except (ValueError, RuntimeError) as error:
+                    leave_out(name, error)
+                    continue
+                scores[name].setdefault(set_name, []).append(batch.detach().cpu().numpy())
+            if seen < _PATTERNS and features.activation is not None:
+                on = (features.activation[: _PATTERNS - seen] > 0).cpu().numpy()
+                kept = result.patterns.get(set_name)
+                result.patterns[set_name] = on if kept is None else np.concatenate([kept, on])
+            if set_name == id_name and features.labels is not None and features.logits is not None:
+                known = (features.labels >= 0) & (features.labels < features.logits.shape[1])
+                correct += int((features.logits.argmax(1) == features.labels)[known].sum())
+                labelled += int(known.sum())
+            seen += len(features)
+            inputs += len(features)
+        if seen == 0:
+            raise ValueError(f"there is no usable input in {set_name}")
+    result.accuracy = correct / labelled if labelled else None
+    for name in active:
+        joined = {set_name: np.concatenate(parts) for set_name, parts in scores[name].items()}
+        ood = {set_name: joined[set_name] for set_name in ood_sets}
+        measures = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in ood_sets}
+        result.outcomes.append(Outcome(name, joined[id_name], ood, measures, 1e6 * seconds[name] / inputs))
+    if not result.outcomes:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in result.left_out.items())
+        raise ValueError(f"no detector can be used here. {reasons}")
+    return result
+
+
+def _now(features: Features) -> float:
+    device = next(features.fields())[1].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Benchmarks: their data, models and detectors."""

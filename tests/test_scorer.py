@@ -1,0 +1,330 @@
+"""A model, a detector and a threshold in one module, from fit to file."""
+
+import json
+import pickle
+import struct
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import featnorm as fn
+from featnorm import archive
+from featnorm.evaluation import standard_detectors
+
+CLASSES = 5
+
+
+class Net(nn.Module):
+    """Convolutions, batch norm, dropout, and a plain MLP head, so that every detector finds what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.hidden = nn.Linear(12, 16)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        pooled = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(self.dropout(torch.relu(self.hidden(pooled))))
+
+
+class Cosine(Net):
+    """The same with an embedding and a cosine classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Linear(16, 8)
+        self.prototypes = nn.Linear(8, CLASSES, bias=False)
+
+    def forward(self, x):
+        pooled = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        g = nn.functional.normalize(self.embedding(torch.relu(self.hidden(pooled))))
+        return g @ nn.functional.normalize(self.prototypes.weight).T / 0.1
+
+
+def model_for(detector):
+    torch.manual_seed(0)
+    return Cosine() if "embedding" in detector.reads else Net()
+
+
+def loader(n=4, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 3, 6, 6, generator=generator),
+            torch.randint(CLASSES, (size,), generator=generator),
+        )
+        for _ in range(n)
+    ]
+
+
+def everything(module):
+    """All that a caller could see of a model."""
+    return {
+        "tensors": {name: value.clone() for name, value in module.state_dict().items()},
+        "modes": {name: child.training for name, child in module.named_modules()},
+        "hooks": {
+            name: [len(value) for key, value in vars(child).items() if key.endswith("hooks")]
+            for name, child in module.named_modules()
+        },
+        "attributes": {name: sorted(vars(child)) for name, child in module.named_modules()},
+        "gradients": {name: p.grad is None and p.requires_grad for name, p in module.named_parameters()},
+    }
+
+
+def assert_same(before, after):
+    tensors, others = before.pop("tensors"), after.pop("tensors")
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert before == after
+
+
+DETECTORS = [repr(detector) for detector in standard_detectors()]
+
+
+@pytest.fixture(params=DETECTORS)
+def detector(request):
+    return fn.parse_detector(request.param.replace("KNN()", "KNN(k=3)"))
+
+
+def test_model_is_left_as_it_was(detector):
+    model = model_for(detector)
+    model.conv.eval()  # a mix of modes must survive too
+    before = everything(model)
+    random = torch.get_rng_state()
+    scorer = fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1))
+    scorer(loader(1, seed=2)[0][0])
+    assert torch.equal(random, torch.get_rng_state())
+    assert_same(before, everything(model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_model_is_left_as_it_was_when_it_raises(detector, error):
+    model = model_for(detector)
+    scorer = fn.Scorer(model, detector).fit(loader())
+
+    def fail(*_):
+        raise error("in the middle")
+
+    handle = model.hidden.register_forward_hook(fail)
+    before = everything(model)
+    with pytest.raises(error, match="in the middle"):
+        scorer(loader(1)[0][0])
+    assert torch.is_grad_enabled()
+    assert_same(before, everything(model))
+    handle.remove()
+
+
+def test_scores_do_not_depend_on_the_batch_or_the_mode(detector):
+    model = model_for(detector)
+    scorer = fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1))
+    inputs = loader(1, 8, seed=2)[0][0]
+    model.train()
+    together = scorer(inputs)
+    model.eval()
+    alone = [scorer(inputs[i : i + 1]) for i in range(len(inputs))]
+    torch.testing.assert_close(together.score, torch.cat([v.score for v in alone]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.logits, model(inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_save_and_load_give_the_same_verdicts(detector, tmp_path):
+    model = model_for(detector)
+    scorer = fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1), tpr=0.9)
+    inputs = loader(1, seed=2)[0][0]
+    scorer.save(tmp_path / "d.featnorm")
+    again = fn.Scorer.load(tmp_path / "d.featnorm", model=model_for(detector))
+    assert again.calibration.tpr == 0.9
+    for old, new in zip(scorer(inputs), again(inputs), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_fit_in_a_stream_is_the_fit_of_the_whole(detector):
+    model = model_for(detector)
+    scorer = fn.Scorer(model, detector).fit(loader())
+    whole = fn.parse_detector(repr(detector)).fit(scorer.tap.extract(loader(), progress=False))
+    inputs = scorer.tap(loader(1, seed=2)[0][0])
+    torch.testing.assert_close(detector.score(inputs), whole.score(inputs), rtol=1e-4, atol=1e-6)
+
+
+def test_two_scorers_on_one_model_do_not_disturb_each_other():
+    model = model_for(fn.NAN())
+    inputs = loader(1, 64, seed=2)[0][0]
+    react = fn.Scorer(model, fn.ReAct(fn.Energy(), percentile=10)).fit(loader())
+    nan = fn.Scorer(model, fn.NAN()).fit(loader())
+    expected = nan(inputs).score
+    logits = model.eval()(inputs)
+    clipped = react(inputs)
+    assert torch.equal(clipped.logits, logits)
+    assert torch.equal(model(inputs), logits)
+    assert torch.equal(nan(inputs).score, expected)
+
+
+def test_threads_get_their_own_verdicts():
+    scorer = fn.Scorer(model_for(fn.NAN()).eval(), fn.NAN()).calibrate(loader())
+    batches = [loader(1, seed=seed)[0][0] for seed in range(8)]
+    expected = [scorer(batch).score for batch in batches]
+    wrong = []
+
+    def work(i):
+        for _ in range(30):
+            if not torch.equal(scorer(batches[i]).score, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_verdicts_before_calibration_are_none():
+    verdict = fn.Scorer(model_for(fn.NAN()), fn.NAN())(loader(1)[0][0])
+    assert verdict.p_value is None
+    assert verdict.is_id is None
+    assert verdict.score.shape == (32,)
+
+
+def test_calibration_keeps_the_promised_share():
+    scorer = fn.Scorer(model_for(fn.NAN()), fn.NAN()).calibrate(loader(40, seed=1), tpr=0.9)
+    accepted = torch.cat([scorer(images).is_id for images, _ in loader(40, seed=2)])
+    assert accepted.double().mean() > 0.9 - 3 * (0.1 * 0.9 * 2 / 1280) ** 0.5
+
+
+def test_a_new_fit_drops_the_calibration():
+    scorer = fn.Scorer(model_for(fn.KNN()), fn.KNN(k=3)).fit(loader()).calibrate(loader(seed=1))
+    scorer.fit(loader(seed=3))
+    assert scorer.calibration is None
+
+
+def test_a_failed_fit_keeps_the_earlier_one():
+    scorer = fn.Scorer(model_for(fn.KNN()), fn.KNN(k=3)).fit(loader()).calibrate(loader(seed=1))
+    inputs = loader(1, seed=2)[0][0]
+    before = scorer(inputs)
+    bad = loader()
+    bad[2][0][5, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite for 1 of 32 inputs, the first at row 5"):
+        scorer.fit(bad)
+    for old, new in zip(before, scorer(inputs), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_a_model_without_a_hidden_layer_is_refused_with_advice():
+    model = nn.Sequential(nn.Flatten(), nn.LayerNorm(108), nn.Linear(108, CLASSES))
+    with pytest.raises(ValueError, match=r"NAN\(\) reads `activation`.*no rectified hidden layer.*MLP head"):
+        fn.Scorer(model, fn.NAN())(loader(1)[0][0])
+    fn.Scorer(model, fn.KNN(k=3)).fit(loader())
+
+
+def test_an_unfitted_scorer_is_refused(tmp_path):
+    scorer = fn.Scorer(model_for(fn.KNN()), fn.KNN())
+    with pytest.raises(fn.NotFittedError, match="call fit"):
+        scorer(loader(1)[0][0])
+    with pytest.raises(fn.NotFittedError, match="call fit"):
+        scorer.save(tmp_path / "d.featnorm")
+
+
+def test_too_few_inputs_to_calibrate():
+    scorer = fn.Scorer(model_for(fn.NAN()), fn.NAN())
+    with pytest.raises(ValueError, match="19"):
+        scorer.calibrate([torch.randn(18, 3, 6, 6)])
+
+
+class TestFile:
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "d.featnorm"
+        fn.Scorer(model_for(fn.NAN()), fn.NAN()).calibrate(loader()).save(path)
+        return path
+
+    def rewrite(self, path, **changes):
+        tensors, header = archive.read(path)
+        save_file(tensors, path, {"featnorm": json.dumps({**header, **changes})})
+
+    def test_is_safetensors_and_json(self, path):
+        assert "calibration.scores" in load_file(path)
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+        assert json.loads(header["__metadata__"]["featnorm"])["detector"] == "NAN()"
+
+    def test_other_weights_are_refused(self, path):
+        model = model_for(fn.NAN())
+        with torch.no_grad():
+            model.head.bias[0] += 1
+        with pytest.raises(fn.ArchiveError, match="other weights"):
+            fn.Scorer.load(path, model=model)
+
+    def test_another_model_is_refused(self, path):
+        with pytest.raises(fn.ArchiveError, match=r"a Net of .* values, and this is a Linear of"):
+            fn.Scorer.load(path, model=nn.Linear(3, 3))
+
+    def test_a_wrapped_model_is_the_same_model(self, path):
+        inputs = loader(1)[0][0]
+        plain = fn.Scorer.load(path, model=model_for(fn.NAN()))(inputs)
+        wrapped = fn.Scorer.load(path, model=nn.DataParallel(model_for(fn.NAN())))(inputs)
+        assert torch.equal(plain.score, wrapped.score)
+
+    def test_a_pickle_is_refused_and_not_run(self, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "went-off"), "w"))
+
+        path = tmp_path / "bomb.featnorm"
+        path.write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(fn.ArchiveError, match="not a featnorm detector file"):
+            fn.Scorer.load(path, model=nn.Linear(3, 3))
+        assert not (tmp_path / "went-off").exists()
+
+    def test_a_later_format_is_refused(self, path):
+        self.rewrite(path, format=99)
+        with pytest.raises(fn.ArchiveError, match="newer featnorm"):
+            fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"detector": "__import__('os').system('true')"},
+            {"detector": "KNN(k=3)"},
+            {"tap": {}},
+            {"tap": None},
+            {"tpr": "much"},
+            {"tpr": 7},
+            {"model": None},
+        ],
+    )
+    def test_a_damaged_header_is_refused(self, path, changes):
+        self.rewrite(path, **changes)
+        with pytest.raises(fn.ArchiveError, match="damaged"):
+            fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    @pytest.mark.parametrize("keep", [0, 7, 100])
+    def test_a_truncated_file_is_refused(self, path, keep):
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(fn.ArchiveError, match="damaged"):
+            fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    def test_safetensors_of_something_else_is_refused(self, tmp_path):
+        save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
+        with pytest.raises(fn.ArchiveError, match="not a featnorm detector file"):
+            fn.Scorer.load(tmp_path / "w.safetensors", model=nn.Linear(3, 3))
+
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no detector file"):
+            fn.Scorer.load(tmp_path / "none.featnorm", model=nn.Linear(3, 3))
+
+    def test_a_failed_save_keeps_the_earlier_file(self, path, monkeypatch):
+        before = path.read_bytes()
+
+        def fail(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(archive, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            fn.Scorer(model_for(fn.NAN()), fn.NAN()).calibrate(loader()).save(path)
+        assert path.read_bytes() == before
+        assert list(path.parent.iterdir()) == [path]
