@@ -50,10 +50,7 @@ def test_p_values_of_id_inputs_are_super_uniform(n, ties):
     rng = np.random.default_rng(n)
     repetitions = 1000
     p = torch.stack(
-        [
-            conformal_p_values(draw(rng, n, ties), torch.from_numpy(draw(rng, 20, ties)))
-            for _ in range(repetitions)
-        ]
+        [conformal_p_values(draw(rng, n, ties), torch.from_numpy(draw(rng, 20, ties))) for _ in range(repetitions)]
     ).numpy()
     for u in (0.02, 0.1, 0.25, 0.5, 0.9):
         below = np.mean(p <= u, axis=1)
@@ -118,9 +115,7 @@ def test_threshold_is_the_kth_smallest_score():
     assert threshold_at_tpr(np.arange(100)[::-1], 0.9) == 9
     assert threshold_at_tpr([1.0] * 5 + [2.0] * 34, 0.9) == 1
     assert threshold_at_tpr([-math.inf] * 19) == -math.inf
-    assert (
-        threshold_at_tpr(torch.full((19,), 0.1, dtype=torch.bfloat16)) == torch.tensor(0.1).bfloat16().item()
-    )
+    assert threshold_at_tpr(torch.full((19,), 0.1, dtype=torch.bfloat16)) == torch.tensor(0.1).bfloat16().item()
 
 
 @given(p_lists, st.sampled_from([0.05, 0.1, 0.25, 0.5]))
@@ -177,9 +172,7 @@ def test_casting_the_model_around_it_leaves_the_scores_exact():
     scores = 1e6 * torch.randn(100, generator=torch.Generator().manual_seed(0))
     fitted = Calibration(scores)
     expected = fitted.scores.clone()
-    model = (
-        torch.nn.Sequential(torch.nn.Linear(2, 2), fitted).half().to(torch.bfloat16).to("cpu", torch.float32)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), fitted).half().to(torch.bfloat16).to("cpu", torch.float32)
     assert model[0].weight.dtype == torch.float32
     assert fitted.scores.dtype == fitted.threshold.dtype == torch.float64
     assert torch.equal(fitted.scores, expected)
@@ -224,9 +217,7 @@ def test_bad_scores_are_refused_by_name_and_index():
         conformal_p_values([], torch.zeros(1))
     with pytest.raises(ValueError, match=message.format("p_values")):
         benjamini_hochberg(scores)
-    with pytest.raises(
-        ValueError, match=r"^p_values: 2 of 3 values are outside \[0, 1\].* index 0; pass p-val"
-    ):
+    with pytest.raises(ValueError, match=r"^p_values: 2 of 3 values are outside \[0, 1\].* index 0; pass p-val"):
         benjamini_hochberg([-0.1, 0.5, 1.1])
 
 

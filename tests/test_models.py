@@ -78,9 +78,7 @@ def test_layouts_of_weights_files(tmp_path: Path, state: dict[str, torch.Tensor]
     files = [
         tmp_path / "w.safetensors",
         saved(tmp_path, wrapped, "wrapped.pth"),
-        saved(
-            tmp_path, {"model": {"state_dict": state}, "args": argparse.Namespace(lr=0.1), "epoch": 3}, "a.pt"
-        ),
+        saved(tmp_path, {"model": {"state_dict": state}, "args": argparse.Namespace(lr=0.1), "epoch": 3}, "a.pt"),
         saved(tmp_path, {"model_state": state}, "b.bin"),
         saved(tmp_path, {"model_state_dict": state}, "c.pth"),
         saved(tmp_path, {k: v for k, v in state.items() if "num_batches" not in k}, "old.pth"),
@@ -169,9 +167,7 @@ def test_unreadable_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> Non
         refused(SMALL, f"cannot read .*{name} .*corrupt", weights=tmp_path / name)
     refused(SMALL, "no weights file", weights=tmp_path / "none.pth")
     refused(SMALL, "no weights file", weights=tmp_path)
-    refused(
-        SMALL, "no state dict in .*: it holds epoch, net", weights=saved(tmp_path, {"epoch": 1, "net": {}})
-    )
+    refused(SMALL, "no state dict in .*: it holds epoch, net", weights=saved(tmp_path, {"epoch": 1, "net": {}}))
     refused(SMALL, "no state dict in .*: it holds list", weights=saved(tmp_path, [1]))
 
 
@@ -181,8 +177,7 @@ def test_names() -> None:
     assert both.notes[0] == "resnet18 is torchvision's: write timm:resnet18 for timm's"
     assert "random weights" in both.notes[1]
     assert (
-        create_model("test_resnet.r160_in1k", pretrained=False, num_classes=3).name
-        == "timm:test_resnet.r160_in1k"
+        create_model("test_resnet.r160_in1k", pretrained=False, num_classes=3).name == "timm:test_resnet.r160_in1k"
     )
     assert "timm:resnet18" in refused("timm:resnt18", "did you mean")
     assert "torchvision:resnet50" in refused("resnet_50", "did you mean")

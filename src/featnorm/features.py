@@ -15,6 +15,7 @@ PER_INPUT = ("activation", "pooled", "embedding", "logits", "labels")
 # reduced precision (bfloat16 autocast, TF32) is off by less than this, another layer by about one.
 _SAME_LOGITS = 0.05
 _ROWS_COMPARED = 32
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class Features:
     ------
     ValueError
         A field has the wrong rank or type, the fields differ in n, or there is none.
+    TypeError
+        A field is not a tensor.
     """
 
     activation: Tensor | None = None
@@ -49,8 +52,10 @@ class Features:
     def __post_init__(self) -> None:
         sizes = {}
         for name, value in self.fields():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             if name == "labels":
-                if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
+                if value.ndim != 1 or value.dtype not in _INTEGERS:
                     raise ValueError(
                         f"labels must be integers of shape (n,), got {value.dtype} of shape {tuple(value.shape)}"
                     )
@@ -104,7 +109,8 @@ class Features:
         """Return the features of some inputs: a slice, a boolean mask or indices."""
         if isinstance(rows, int):
             raise TypeError(f"one input of Features is features[{rows}:{rows} + 1], a batch of one")
-        return self._map(lambda value: value[rows])
+        index = rows if isinstance(rows, (slice, Tensor)) else list(rows)
+        return self._map(lambda value: value[index])
 
     def to(self, *args: torch.device | str | torch.dtype) -> "Features":
         """Move to a device, or to a floating-point type, as `torch.Tensor.to` does; labels stay integers."""
@@ -141,7 +147,7 @@ class Features:
         weight, bias = self.linear()
         if weight.shape[1] != value.shape[1]:
             return False
-        if self.logits is None:
+        if self.logits is None or len(value) == 0:
             return True
         rows = slice(0, _ROWS_COMPARED)
         expected = self.logits[rows].double()
@@ -173,6 +179,9 @@ class Features:
             values = [getattr(part, name) for part in parts]
             # Two names for one tensor (the pooled feature that is the last hidden layer) stay one tensor.
             key = tuple(id(value) for value in values)
+            if len({value.shape[1:] for value in values}) > 1:
+                widths = [tuple(value.shape[1:]) for value in values]
+                raise ValueError(f"the batches differ in the width of {name}: {widths}")
             if key not in joined:
                 joined[key] = torch.cat(values)
             fields[name] = joined[key]

@@ -107,7 +107,7 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, or gives a value that is not finite.
         """
-        features = self.tap(inputs)
+        features = self.tap.listen(inputs, classifier="classifier" in self.detector.reads)
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)

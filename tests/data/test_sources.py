@@ -228,9 +228,7 @@ def test_parquet_rows_without_an_image_path_or_label(tmp_path: Path) -> None:
 
 
 def test_shards_are_one_source(tmp_path: Path) -> None:
-    write_parquet(
-        tmp_path / "train-00001.parquet", 5, 10, images=[{"bytes": encoded(v)} for v in range(10, 15)]
-    )
+    write_parquet(tmp_path / "train-00001.parquet", 5, 10, images=[{"bytes": encoded(v)} for v in range(10, 15)])
     write_parquet(tmp_path / "train-00000.parquet", 10)
     source = open_images(str(tmp_path))
     assert values(source) == list(range(15))
@@ -246,9 +244,7 @@ def test_unusable_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": [b""], "fine_label": [0]}), tmp_path / "named.parquet")
     pq.write_table(pa.table({"image": [b""]}), tmp_path / "bare.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
-    pq.write_table(
-        pq.read_table(write_parquet(tmp_path / "x.parquet")).slice(0, 0), tmp_path / "none.parquet"
-    )
+    pq.write_table(pq.read_table(write_parquet(tmp_path / "x.parquet")).slice(0, 0), tmp_path / "none.parquet")
     for name, message in {
         "named": "no column 'image' in .*named.parquet: it has img, fine_label",
         "bare": "column 'image' of .*bare.parquet is binary: it must be a struct",

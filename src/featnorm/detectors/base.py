@@ -77,7 +77,8 @@ class Detector(nn.Module, ABC):
             A field is missing, not finite or of another width than before; nothing is then learned from it.
         """
         self._check_fit(features)
-        with torch.no_grad():
+        # Sums made under inference mode could never be added to again.
+        with torch.inference_mode(False), torch.no_grad():
             self._learn(features)
         self._forget_derived()
         return self
@@ -203,6 +204,10 @@ class Detector(nn.Module, ABC):
                 raise ValueError(f"{self!r} reads `{name}`: {missing}") from None
             if name != "classifier":
                 _require_finite(name, value)
+                continue
+            for part in features.linear():
+                if part is not None and not torch.isfinite(part).all():
+                    raise ValueError("the weights of the `classifier` are not finite everywhere: look at the model")
 
     def _same_width(self, name: str, got: Tensor, fitted: int) -> None:
         if got.shape[1] != fitted:

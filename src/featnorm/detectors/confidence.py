@@ -24,7 +24,7 @@ class MSP(_Confidence):
     """The maximum softmax probability (Hendrycks and Gimpel, ICLR 2017)."""
 
     def _of(self, logits: Tensor) -> Tensor:
-        return torch.exp(logits.amax(1) - logits.logsumexp(1))
+        return logits.softmax(1).amax(1)
 
 
 class MaxLogit(_Confidence):

@@ -61,7 +61,7 @@ class Mahalanobis(Detector):
         self.moments.add(features.tensor("pooled"), features.labels)
 
     def _derive(self) -> _Gaussians:
-        factor = whitening(self.moments.within_covariance(), self.moments.rounding())
+        factor = whitening(self.moments.within_covariance(), self.moments.rounding().max())
         if factor.shape[1] == 0:
             raise ValueError(
                 f"{self!r} found no variation within the {len(self.moments.groups)} classes "
@@ -116,8 +116,7 @@ class SSD(Detector):
             _require_labels(self, features.tensor("labels"))
 
     def _learn(self, features: Features) -> None:
-        pooled = features.tensor("pooled")
-        unit = unit_rows(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+        unit = unit_rows(features.tensor("pooled"))
         self.moments.add(unit, features.labels if self.clusters == "labels" else None)
         if self.sample is not None:
             self.sample.add(unit)
@@ -125,32 +124,41 @@ class SSD(Detector):
     def _derive(self) -> _Gaussians:
         covariance, rounding = self.moments.covariance(), self.moments.rounding()
         variance = covariance.diagonal()
-        if not (variance > rounding).any():
+        alive = variance > rounding
+        if not alive.any():
             raise ValueError(
                 f"{self!r} found no variation among its {int(self.moments.total)} inputs: "
                 "it needs several different ones"
             )
         origin = self.moments.mean()
         # A unit that never moved in training has no deviation to divide by, and the pseudo-inverse drops it.
-        scale = torch.where(variance > rounding, variance, torch.ones_like(variance)).sqrt()
+        scale = torch.where(alive, variance, torch.ones_like(variance)).sqrt()
         if self.clusters == 1:
             standard = covariance / torch.outer(scale, scale)
-            factor = whitening(standard, rounding / scale.square().amin())
+            factor = whitening(standard, (rounding / scale.square())[alive].max())
             return _Gaussians(origin, scale, [factor], [torch.zeros_like(factor[:1])])
         factors, centres = [], []
-        for mean, own in self._clusters(origin, scale):
-            factor = whitening(own, torch.zeros_like(rounding))
+        for mean, own, noise in self._clusters(origin, scale):
+            factor = whitening(own, noise[alive].max())
+            if factor.shape[1] == 0:
+                raise ValueError(
+                    f"{self!r} has a cluster whose inputs are all alike, which has no covariance: "
+                    "use fewer clusters"
+                )
             factors.append(factor)
             centres.append((mean @ factor)[None])
         return _Gaussians(origin, scale, factors, centres)
 
-    def _clusters(self, origin: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the mean and covariance of each cluster, standardised."""
+    def _clusters(self, origin: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the mean, covariance and rounding error of each cluster, standardised."""
         if self.sample is None:
             moments = self.moments
             sizes = moments.counts
             means = (moments.means() - origin) / scale
-            covariances = [own / torch.outer(scale, scale) for own in moments.group_covariances()]
+            covariances = [
+                (own / torch.outer(scale, scale), noise / scale.square())
+                for own, noise in moments.group_covariances()
+            ]
         else:
             rows = (self.sample.rows.double() - origin) / scale
             moments = Moments(gram_per_group=True).to(rows.device)
@@ -160,7 +168,7 @@ class SSD(Detector):
             raise ValueError(
                 f"{self!r} has a cluster of a single input, which has no covariance: use fewer clusters"
             )
-        return list(zip(means, covariances, strict=True))
+        return [(mean, *covariance) for mean, covariance in zip(means, covariances, strict=True)]
 
     def _k_means(self, rows: Tensor) -> Tensor:
         from sklearn.cluster import KMeans
@@ -174,7 +182,7 @@ class SSD(Detector):
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
         gaussians: _Gaussians = self._learned()
-        return -gaussians.nearest(unit_rows(features.tensor("pooled").double()))
+        return -gaussians.nearest(unit_rows(features.tensor("pooled")))
 
 
 class KNN(Detector):
@@ -199,18 +207,20 @@ class KNN(Detector):
     role = "distance"
 
     def __init__(self, k: int = 50, squared: bool = True) -> None:
-        if not isinstance(k, int) or k < 1:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"KNN takes a whole number k >= 1, got {k!r}")
+        if not isinstance(squared, bool):
+            raise ValueError(f"KNN takes squared=True or False, got {squared!r}")
         super().__init__()
         self.k = k
         self.squared = squared
         self.bank = Bank()
 
     def _learn(self, features: Features) -> None:
-        self.bank.add(unit_rows(features.tensor("pooled").float()))
+        self.bank.add(unit_rows(features.tensor("pooled")))
 
     def _derive(self) -> Any:
-        return self.bank.settle().cpu().contiguous().numpy()
+        return self.bank.rows.cpu().numpy()
 
     def _score(self, features: Features) -> Tensor:
         import faiss
@@ -219,7 +229,7 @@ class KNN(Detector):
         bank = self._learned()
         if len(bank) < self.k:
             raise ValueError(f"{self!r} has only {len(bank)} inputs in its bank: fit on more, or lower k")
-        queries = unit_rows(features.tensor("pooled").detach().float()).cpu().contiguous()
+        queries = unit_rows(features.tensor("pooled").detach()).float().cpu().contiguous()
         if len(queries) == 0:
             return features.tensor("pooled").new_empty(0)
         squared = torch.from_numpy(faiss.knn(queries.numpy(), bank, self.k)[0][:, -1].copy())

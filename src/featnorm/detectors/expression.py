@@ -7,6 +7,7 @@ from typing import Any
 from featnorm.detectors.base import Detector
 from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
 from featnorm.detectors.distance import KNN, SSD, Mahalanobis
+from featnorm.detectors.fusion import Fusion
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
 from featnorm.detectors.shaping import ReAct
 from featnorm.detectors.subspace import Residual, ViM
@@ -62,7 +63,7 @@ def parse_detector(expression: str) -> Detector:
 def _build(node: ast.expr, expression: str) -> Any:
     match node:
         case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _build(left, expression) / _build(right, expression)
+            return Fusion(_build(left, expression), _build(right, expression))
         case ast.Name(id="inf"):
             return float("inf")
         case ast.Name(id=name):
@@ -79,5 +80,5 @@ def _named(name: str) -> type[Detector]:
     if name not in _DETECTORS:
         near = difflib.get_close_matches(name.lower(), [known.lower() for known in _DETECTORS], 1, 0.5)
         meant = next((f"; did you mean {known}?" for known in _DETECTORS if known.lower() in near), "")
-        raise ValueError(f"there is no detector {name!r}{meant} Known: {', '.join(_DETECTORS)}")
+        raise ValueError(f"there is no detector {name!r}{meant} (known: {', '.join(_DETECTORS)})")
     return _DETECTORS[name]

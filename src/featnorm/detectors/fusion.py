@@ -25,6 +25,8 @@ class Fusion(Detector):
     """
 
     def __init__(self, distance: Detector, norm: Detector) -> None:
+        if not (isinstance(distance, Detector) and isinstance(norm, Detector)):
+            raise TypeError(f"a fusion divides a detector by a detector, got {distance!r} and {norm!r}")
         if distance.role != "distance":
             raise TypeError(f"{distance!r} is not a distance: only KNN, SSD, Mahalanobis and Residual divide")
         if norm.role != "norm":

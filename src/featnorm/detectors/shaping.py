@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from featnorm.detectors.base import Detector
+from featnorm.detectors.base import Detector, NotFittedError
 from featnorm.detectors.statistics import FloatHistogram
 from featnorm.features import Features
 
@@ -31,6 +31,8 @@ class ReAct(Detector):
     """
 
     def __init__(self, detector: Detector, percentile: float = 90) -> None:
+        if not isinstance(detector, Detector):
+            raise TypeError(f"ReAct wraps a detector, got {detector!r}")
         if not 0 < percentile < 100:
             raise ValueError(f"ReAct takes a percentile between 0 and 100, got {percentile!r}")
         if "embedding" in detector.reads:
@@ -44,10 +46,14 @@ class ReAct(Detector):
         extra = ("logits", "classifier") if self._reshapes_logits else ()
         self.reads = _union(detector.reads, extra)
         self.learns = _union(detector.learns, extra)
+        if "activation" in detector.reads:
+            self.learns = _union(self.learns, ("activation",))
 
     @property
     def clip(self) -> float:
-        """The value above which activations are clipped."""
+        """The value above which activations are clipped; a NotFittedError before the fit."""
+        if self.activations.is_empty:
+            raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
         return float(self._learned())
 
     @property
@@ -59,6 +65,11 @@ class ReAct(Detector):
         super()._check_fit(features)
         self._require(features, (_clipped_field(features),))
         self.detector._check_fit(features)
+        if not self._reshapes_logits and not set(self.detector.reads) & _clipped_fields(features):
+            raise ValueError(
+                f"{self!r} would change nothing: {self.detector!r} reads none of what is clipped, which is the "
+                "last hidden layer"
+            )
         if self._reshapes_logits and not features.classifier_reads(_clipped_field(features)):
             raise ValueError(
                 f"{self!r} cannot make the logits anew: they are not a linear map of "
@@ -77,15 +88,21 @@ class ReAct(Detector):
         name = _clipped_field(features)
         self._require(features, (name,))
         value = features.tensor(name)
-        clipped = value.clamp(max=self.clip)
-        changed = {name: clipped}
-        if features.pooled is value:
-            changed["pooled"] = clipped
+        clipped = value.to(torch.promote_types(value.dtype, torch.float32)).clamp(max=self.clip)
+        changed = dict.fromkeys(_clipped_fields(features), clipped)
         if self._reshapes_logits:
             weight, bias = features.linear()
             bias = None if bias is None else bias.to(clipped)
             changed["logits"] = torch.nn.functional.linear(clipped, weight.to(clipped), bias)
         return self.detector.score(features.replace(**changed))
+
+
+def _clipped_fields(features: Features) -> set[str]:
+    """Return the names under which the clipped layer is there: it may be the pooled feature too."""
+    name = _clipped_field(features)
+    clipped, pooled = features.tensor(name), features.pooled
+    same = pooled is clipped or (pooled is not None and torch.equal(pooled, clipped))
+    return {name, "pooled"} if same else {name}
 
 
 def _clipped_field(features: Features) -> str:

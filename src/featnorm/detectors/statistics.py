@@ -4,6 +4,7 @@ A fit is any number of `add` calls; two fits `merge` into the fit of the whole. 
 number of inputs, except for `Bank`, which is the inputs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -204,16 +205,14 @@ class Moments(Statistic):
         scaled = self.sums / self.counts.sqrt()[:, None]
         return (self.gram.sum(0) - scaled.T @ scaled) / self.total
 
-    def group_covariances(self) -> Iterator[Tensor]:
-        """Yield each group's own biased covariance, (d, d)."""
+    def group_covariances(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each group's own biased covariance, (d, d), and its rounding error, (d,); see `rounding`."""
         for gram, total, count in zip(self.gram, self.sums, self.counts, strict=True):
-            yield gram / count - torch.outer(total / count, total / count)
+            yield gram / count - torch.outer(total / count, total / count), _rounding(gram / count)
 
     def rounding(self) -> Tensor:
-        """Return the variance below which a direction is rounding error of the sums, 0-d."""
-        width = self.gram.shape[-1]
-        scale = self.gram.diagonal(dim1=1, dim2=2).sum(0).max() / self.total
-        return width * torch.finfo(torch.float64).eps * scale
+        """Return the variance of each unit that rounding of the sums alone may make, (d,)."""
+        return _rounding(self.second_moment())
 
     def _open(self, labels: Tensor, shift: Tensor) -> None:
         """Make room for the groups of these labels."""
@@ -371,12 +370,18 @@ class FloatHistogram(Statistic):
     def percentile(self, p: float) -> float:
         """Return the p-th percentile, linear between order statistics as numpy's."""
         rank = p / 100 * (int(self.counts.sum()) - 1)
+        low = math.floor(rank)
+        below, above = self._order_statistic(low), self._order_statistic(math.ceil(rank))
+        return below + (rank - low) * (above - below)
+
+    def _order_statistic(self, rank: int) -> float:
+        """Return the number with so many below it, as if those of a bin were spread evenly over it."""
         ends = self.counts.cumsum(0)
-        i = min(int(torch.searchsorted(ends, rank, right=True)), len(ends) - 1)
+        i = int(torch.searchsorted(ends, rank, right=True))
         low, high = self._edge(int(self.bins[i])), self._edge(int(self.bins[i]) + 1)
         count = int(self.counts[i])
         inside = (rank - (int(ends[i]) - count) + 0.5) / count
-        return low + min(inside, 1.0) * (high - low)
+        return low + inside * (high - low)
 
     def _combine(self, bins: Tensor, counts: Tensor) -> None:
         merged, position = torch.cat([self.bins, bins]).unique(return_inverse=True)
@@ -396,75 +401,58 @@ class Bank(Statistic):
 
     def __init__(self) -> None:
         super().__init__(rows=torch.empty(0, 0))
-        self._later: list[Tensor] = []
+        self._room = self.rows  # what `rows` is the beginning of, so that adding seldom copies
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was added yet."""
-        return len(self.rows) == 0 and not self._later
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield the buffers, what was added included."""
-        self.settle()
-        return super().named_buffers(*args, **kwargs)
+        return len(self.rows) == 0
 
     @property
     def width(self) -> int:
         """The number of dimensions of a row."""
-        return (self._later[0] if self._later else self.rows).shape[1]
+        return self.rows.shape[1]
 
     def add(self, rows: Tensor) -> None:
         """Add rows, (n, d)."""
         self.require_width(rows)
-        if len(rows):
-            self._later.append(rows.detach().to(self.rows.device, torch.float32, copy=True))
+        if len(rows) == 0:
+            return
+        start, end = len(self.rows), len(self.rows) + len(rows)
+        # After a move or a load the buffer is another one, and the room belongs to the old.
+        if self._room.data_ptr() != self.rows.data_ptr() or len(self._room) < end:
+            room = self.rows.new_empty(max(end, start * 3 // 2), rows.shape[1])
+            if start:
+                room[:start] = self.rows
+            self._room = room
+        self._room[start:end] = rows
+        self.rows = self._room[:end]
 
     def merge(self, other: Self) -> None:
         """Append the rows of another."""
-        other.settle()
-        self.add(other.rows)
-
-    def settle(self) -> Tensor:
-        """Join what was added into one tensor, once, and return it."""
-        if self._later:
-            parts = [self.rows, *self._later] if len(self.rows) else self._later
-            self.rows, self._later = torch.cat(parts), []
-        return self.rows
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._later = []
-
-    def copy_from(self, other: Self) -> None:
-        """Become a copy of another bank."""
-        other.settle()
-        self._later = []
-        super().copy_from(other)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.settle()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.settle()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not other.is_empty:
+            self.add(other.rows)
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Return each row over its length; ``z / (||z|| + 1e-10)``, so a zero vector stays zero."""
+    """Return each row over its length, in float64; ``z / (||z|| + 1e-10)``, so a zero vector stays zero."""
+    z = z.double()
     return z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10)
 
 
 def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
     """Return L of shape (d, r) with ``L L' = pinv(covariance)``.
 
-    Directions whose variance is within ``rounding`` carry no information and are left out, as the
+    Directions whose variance is within ``rounding`` (0-d) carry no information and are left out, as the
     pseudo-inverse does.
     """
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > torch.maximum(rounding, len(values) * torch.finfo(values.dtype).eps * values[-1])
     return vectors[:, kept] / values[kept].sqrt()
+
+
+def _rounding(second_moment: Tensor) -> Tensor:
+    return len(second_moment) * torch.finfo(torch.float64).eps * second_moment.diagonal()
 
 
 def _row_keys(rows: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class ViM(_SubspaceDetector):
             squares = norms.square()
             slope = torch.cov(torch.stack([norms, squares]))
             mean = mean + slope[0, 1] / slope[1, 1].clamp_min(1e-300) * (subspace.variance - squares.mean())
-        if mean <= self.moments.rounding().sqrt():
+        if mean <= self.moments.rounding().max().sqrt():
             raise ValueError(
                 f"{self!r}: the {int(self.moments.total)} training inputs lie in the principal subspace of "
                 f"{self.moments.width - subspace.complement.shape[1]} dimensions; fit on more inputs than that, "

@@ -35,7 +35,8 @@ _LENGTHS = {"linalg_vector_norm", "norm", "sum", "mean"}
 _AROUND_A_LENGTH = {"expand", "clamp_min", "clamp", "sqrt", "rsqrt", "reciprocal", "add", "pow"} | (
     _RESHAPES - {"select", "slice"}
 )
-_PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax"}
+_PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax", "sigmoid", "log_sigmoid"}
+_GATES = {"sigmoid", "hardsigmoid", "hardtanh"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ def same_vector(node: Node) -> Node:
     """Return the first value that holds the same numbers per input in another shape."""
     while base_op(node) in _RESHAPES and node.data:
         parent = node.data[0]
-        if parent.value.numel() != node.value.numel() or not _is_vector(parent):
+        if (
+            parent.value.numel() != node.value.numel()
+            or len(parent.value) != len(node.value)
+            or not _is_vector(parent)
+        ):
             break
         node = parent
     return node
@@ -97,20 +102,59 @@ def is_rectifier(node: Node) -> bool:
     if op == "hardtanh":  # ReLU6
         return len(node.args) > 1 and node.args[1] == 0
     if op == "mul" and len(node.data) == 2:  # x * sigmoid(x), written out
-        return any(
-            base_op(gate) in ("sigmoid", "hardsigmoid") and gate.data[:1] == [other]
-            for gate, other in (node.data, node.data[::-1])
-        )
+        return any(_is_gate(gate, other) for gate, other in (node.data, node.data[::-1]))
+    if op in ("div", "mul") and len(node.data) == 1 and base_op(node.data[0]) == "mul":  # ... / 6
+        return len(node.parents) == 1 and is_rectifier(node.data[0])
+    if op == "maximum" and len(node.data) == 1:
+        return any(not bool(p.value.any()) for p in node.parents if not p.from_input)
+    if op == "where" and len(node.data) == 2:  # where(x > 0, x, 0)
+        test, x = node.data
+        return base_op(test) in ("gt", "ge") and test.data == [x] and test.args[1] == 0
     return op in _RECTIFIERS
+
+
+def _is_gate(gate: Node, x: Node) -> bool:
+    """Whether a factor is a sigmoid of x, or relu6(x + 3) / 6."""
+    while base_op(gate) in ("div", "mul") and len(gate.data) == 1:
+        gate = gate.data[0]
+    if base_op(gate) not in _GATES or not gate.data:
+        return False
+    source = gate.data[0]
+    return source is x or (base_op(source) == "add" and source.data == [x])
 
 
 def is_rectified(node: Node) -> bool:
     """Whether every unit of a value comes from a rectifier, through nothing but pooling and joining."""
-    if is_rectifier(node):
-        return True
-    if base_op(node) in _RESHAPES | _POOLS | {"cat", "add"} and node.data:
-        return len(node.data) == len(node.parents) and all(is_rectified(parent) for parent in node.data)
-    return False
+    known: dict[int, bool] = {}
+
+    def of(node: Node) -> bool:
+        if id(node) not in known:
+            known[id(node)] = rectified(node)
+        return known[id(node)]
+
+    def rectified(node: Node) -> bool:
+        op = base_op(node)
+        if is_rectifier(node):
+            return True
+        if op in ("mul", "div") and len(node.data) == 1:  # by one positive number
+            return all(
+                a > 0 if isinstance(a, (int, float)) else a.value.numel() == 1 and bool(a.value > 0)
+                for a in node.args
+                if a is not node.data[0]
+            ) and of(node.data[0])
+        if op == "mul" and len(node.data) == 2:  # squeeze-excite: a positive gate
+            return any(_is_positive(gate) and of(x) for gate, x in (node.data, node.data[::-1]))
+        if op in _RESHAPES | _POOLS | {"cat", "add"} and node.data:
+            return len(node.data) == len(node.parents) and all(of(parent) for parent in node.data)
+        return False
+
+    return of(node)
+
+
+def _is_positive(gate: Node) -> bool:
+    while base_op(gate) in _RESHAPES and gate.data:
+        gate = gate.data[0]
+    return base_op(gate) in ("sigmoid", "hardsigmoid")
 
 
 class _Walk:
@@ -122,6 +166,7 @@ class _Walk:
         self.read_by_first: Node | None = None  # what the linear layer next to the trunk reads
         self.normalised: Node | None = None  # what is divided by its own length
         self.normalised_output = False
+        self.arithmetic = False  # on the logits, after the last linear layer
         self.broken = ""  # an operation among the linear layers that their product leaves out
         self.interrupted = ""  # one between the trunk and what the linear layers read
         self.hidden: Node | None = None
@@ -141,6 +186,8 @@ class _Walk:
                 self.hidden = node
                 return
             if (source := _linear_source(node)) is not None:
+                own = base_op(node) == "addmm" or len(node.parents) > 2
+                self.arithmetic = self.arithmetic or (own and bias is not None)
                 self.linears.append((node, bias))
                 self.broken = self.broken or self.interrupted
                 self.read_by_first, bias, self.interrupted = source, None, ""
@@ -150,12 +197,18 @@ class _Walk:
                     self.normalised = self.normalised or source
                 else:
                     self.normalised_output, self.normalised = True, source
+                self.interrupted = ""  # a factor of the unit vector is a temperature
                 following = source
-            elif op in ("add", "sub", "div", "mul", "neg") and len(node.data) == 1:
+            elif op in ("add", "sub", "rsub", "div", "mul", "neg") and len(node.data) == 1:
                 constants = [parent for parent in node.parents if not parent.from_input]
                 if op == "add" and constants and constants[0].value.ndim >= 1:
                     bias = constants[0]
-                elif any(constant.value.numel() > 1 for constant in constants):
+                elif not self.linears:
+                    self.arithmetic = True
+                elif is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
+                    self.boundary = node  # a scaled pool of rectified maps is what the classifier reads
+                    return
+                else:
                     self.interrupted = "a scaling of its units"
                 following = node.data[0]
             elif op in _BATCH_NORMS and _is_vector(node.data[0]):
@@ -173,7 +226,7 @@ class _Walk:
 def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
     logits: Node | None = output
     absent: dict[str, str] = {}
-    if walk.normalised_output or not walk.linears:
+    if walk.normalised_output or not (walk.linears or _is_linear(output)):
         logits = None
         why = "embeddings of unit length" if walk.normalised_output else "features without a classifier"
         absent["logits"] = absent["classifier"] = f"the model returns {why}"
@@ -194,13 +247,18 @@ def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
     else:
         assert walk.boundary is not None
         kind, pooled = "none", same_vector(read)
-        if is_rectified(walk.boundary) and walk.layer_norm is None:
+        if is_rectified(walk.boundary) and walk.layer_norm is None and (walk.linears or logits is None):
             kind, activation = "pooled", same_vector(walk.boundary)
         else:
             absent["activation"] = _why_not_rectified(walk.boundary, walk.layer_norm)
     classifier: list[WeightRef] = []
     if logits is not None:
-        between = walk.broken or (walk.interrupted if activation is not None else "")
+        arithmetic = "arithmetic on the logits (a temperature, a prior)" if walk.arithmetic else ""
+        between = (
+            (arithmetic if walk.normalised is None else "")
+            or walk.broken
+            or (walk.interrupted if activation is not None else "")
+        )
         if between:
             absent["classifier"] = (
                 f"between the last hidden layer and the logits stands {between}, "
@@ -208,7 +266,7 @@ def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
             )
         else:
             refs = [_weight_ref(node, bias, model) for node, bias in walk.linears]
-            if all(ref is not None for ref in refs):
+            if refs and all(ref is not None for ref in refs):
                 classifier = [ref for ref in refs if ref is not None]
             else:
                 absent["classifier"] = "its weights are neither parameters nor buffers of the model"
@@ -248,7 +306,8 @@ def _choose_output(record: Record) -> Node:
     # Of features and the logits made from them, the logits.
     ancestors = {id(a) for _, node in vectors for a in _ancestors(node) if a is not node}
     last = [node for _, node in vectors if id(node) not in ancestors]
-    node = (named or last or [vectors[0][1]])[0]
+    plain = [node for node in last if _normalised_source(node) is None and id(same_vector(node)) not in ancestors]
+    node = (named or plain or last or [vectors[0][1]])[0]
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
     return node
@@ -298,6 +357,14 @@ def _normalised_source(node: Node) -> Node | None:
         if base_op(length) in _LENGTHS and one_an_input and x in _ancestors(length):
             return x
     return None
+
+
+def _is_linear(node: Node) -> bool:
+    """Whether a value comes from linear layers by nothing but arithmetic, pooling and rectifying of classes."""
+    if base_op(node) in _LINEARS | {"bmm"}:
+        return True
+    passing = _RESHAPES | _POOLS | {"add", "sub", "mul", "div", "neg"}
+    return base_op(node) in passing and bool(node.data) and all(_is_linear(parent) for parent in node.data)
 
 
 def _head_input(hidden: Node) -> Node | None:
@@ -353,6 +420,14 @@ def _weight_ref(node: Node, bias: Node | None, model: nn.Module) -> WeightRef | 
     else:
         matrix = constants[0].value.T
     candidates = _tensors_of(model, node.module)
+    # The very tensor that was read comes before one of equal values.
+    root, normalised = _root(constants[-1] if op == "addmm" else constants[0])
+    held = {_pointer(root)} if root is not None else set()
+    if bias is not None:
+        bias_root, _ = _root(bias)
+        if bias_root is not None:
+            held.add(_pointer(bias_root))
+    candidates = dict(sorted(candidates.items(), key=lambda item: _pointer(item[1]) not in held))
     bias_path = None
     if bias is not None:
         wanted = bias.value.reshape(-1)
@@ -366,10 +441,26 @@ def _weight_ref(node: Node, bias: Node | None, model: nn.Module) -> WeightRef | 
             rows = tensor.T if transposed else tensor.flatten(1)
             if rows.shape != matrix.shape:
                 continue
-            for unit_rows in (False, True):
+            for unit_rows in (True, False) if normalised else (False, True):
                 if _equal(_normalise(rows) if unit_rows else rows, matrix):
                     return WeightRef(name, transposed, unit_rows, bias_path)
     return None
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _root(constant: Node) -> tuple[Tensor | None, bool]:
+    """Return the tensor of the model that a weight is, reshaped or normalised, and whether it is normalised."""
+    node, normalised = constant, False
+    while node.op != "constant":
+        if base_op(node) in ("div", "mul"):
+            normalised = True
+        elif base_op(node) not in _RESHAPES:
+            return None, False
+        node = node.parents[0]
+    return node.value, normalised
 
 
 def _tensors_of(model: nn.Module, owner: str) -> dict[str, Tensor]:

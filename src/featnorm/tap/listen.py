@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featnorm.tap.find import same_vector
-from featnorm.tap.watch import Node, Record, Slot, tensors_in
+from featnorm.tap.watch import Node, Record, Slot, is_on_top, on_top, tensors_in
+
+_MODES_LOCK = threading.RLock()
+_MODES: dict[nn.Module, list[int]] = {}  # how many listen to a module now, and the mode it had before the first
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Point:
     module: str
     call: int
     slot: Slot
-    copy: bool  # the model overwrites it in place later
+    total: int  # how many calls a pass makes in all; a pass with another number cannot be followed
+    copy: bool  # its memory is the model's or the caller's, or is overwritten later
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for a file."""
@@ -36,19 +40,20 @@ class Point:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Point":
         """Make it again from plain data."""
-        return cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["copy"])
+        return cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
 
 
 def locate(record: Record, node: Node) -> Point:
     """Choose where to catch a value: preferably at a module that runs once, as late as possible."""
     seen = [sight for sight in record.sights if sight.node is node or same_vector(sight.node) is node]
     if not seen:
-        copy = record.written_after(node, node.time)
-        return Point("op", node.op, node.call, (), copy)
+        copy = record.is_borrowed(node) or record.written_after(node, node.time + 1)
+        total = max(other.call for other in record.nodes if other.op == node.op) + 1
+        return Point("op", node.op, node.call, (), total, copy)
     calls = {sight.module: sight.call for sight in record.sights}
     sight = max(seen, key=lambda s: (calls[s.module] == 0, s.side == "in", s.time))
-    copy = record.written_after(sight.node, sight.time)
-    return Point(sight.side, sight.module, sight.call, sight.slot, copy)
+    copy = record.is_borrowed(sight.node) or record.written_after(sight.node, sight.time)
+    return Point(sight.side, sight.module, sight.call, sight.slot, 0, copy)
 
 
 def listen(model: nn.Module, points: Mapping[str, Point], inputs: Tensor) -> dict[str, Tensor]:
@@ -62,10 +67,15 @@ def listen(model: nn.Module, points: Mapping[str, Point], inputs: Tensor) -> dic
     caught: dict[Point, Tensor] = {}
     wanted = set(points.values())
     operations = [point for point in wanted if point.side == "op"]
-    with _hooks(model, [point for point in wanted if point.side != "op"], caught):
+    me = object()
+    with on_top(me), _hooks(model, [point for point in wanted if point.side != "op"], caught, me):
         if operations:
-            with _Operations(operations, caught):
+            # Hooks on every module, as when watched: some of torch's take another path where there is none.
+            with _idle_hooks(model), _Operations(operations, caught, me) as seen:
                 model(inputs)
+            for point in operations:
+                if seen.calls.get(point.module, -1) + 1 != point.total:
+                    caught.pop(point, None)
         else:
             model(inputs)
     missed = [point for point in wanted if point not in caught]
@@ -80,21 +90,49 @@ def listen(model: nn.Module, points: Mapping[str, Point], inputs: Tensor) -> dic
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and every module's own mode back at the end, whatever happens."""
-    training = [module for module in model.modules() if module.training]
+    entered: list[nn.Module] = []
+    compiled = False
     try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
+        with _MODES_LOCK:
+            for module in model.modules():
+                compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
+                # A module that is in evaluation mode of itself, and not because another thread listens to it, is
+                # left alone: most models are, and then nothing is done for each module.
+                if module.training or module in _MODES:
+                    _MODES.setdefault(module, [0, module.training])[0] += 1
+                    entered.append(module)
+                    module.training = False
+        # Compiled code was traced without the hooks that listen.
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with torch.no_grad(), eager:
             yield
     finally:
-        for module in training:
-            module.training = True
+        with _MODES_LOCK:
+            for module in entered:
+                entry = _MODES[module]
+                entry[0] -= 1
+                if not entry[0]:  # the last listener, of whatever thread, turns the mode back
+                    module.training = bool(entry[1])
+                    del _MODES[module]
 
 
 @contextmanager
-def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor]) -> Iterator[None]:
-    # The same model may serve other threads at this moment: their values are not ours.
-    thread = threading.get_ident()
+def _idle_hooks(model: nn.Module) -> Iterator[None]:
+    handles = [module.register_forward_hook(_idle) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _idle(*_: Any) -> None:
+    """See a module run, and do nothing."""
+
+
+@contextmanager
+def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor], me: object) -> Iterator[None]:
+    # The same model may serve other threads, or another tap inside this pass: their values are not ours.
     handles = []
 
     def catcher(point: Point) -> Callable[..., None]:
@@ -102,7 +140,7 @@ def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor]) -
 
         def catch(_: nn.Module, args: Any, rest: Any) -> None:
             nonlocal calls
-            if threading.get_ident() != thread:
+            if not is_on_top(me):
                 return
             if calls == point.call:
                 where = (args, rest) if point.side == "in" else (rest,)
@@ -128,8 +166,9 @@ def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor]) -
 class _Operations(TorchDispatchMode):
     """Catches the results of given operations; slower than hooks, for values that no module sees."""
 
-    def __init__(self, points: list[Point], caught: dict[Point, Tensor]) -> None:
+    def __init__(self, points: list[Point], caught: dict[Point, Tensor], owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.owner = owner
         self.points = {(point.module, point.call): point for point in points}
         self.caught = caught
         self.calls: dict[str, int] = {}
@@ -138,6 +177,8 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not is_on_top(self.owner):
+            return result
         op = func._schema.name.removeprefix("aten::")
         call = self.calls[op] = self.calls.get(op, -1) + 1
         point = self.points.get((op, call))

@@ -54,29 +54,43 @@ class FeatureTap:
             The model returns neither logits nor features of shape (n, width), or the chosen layer does not
             run.
         """
-        inputs = inputs.to(self.device)
-        with undisturbed(self.model):
-            record = watch(self.model, inputs[:_WATCHED_ROWS])
-            self._plan = _Plan.of(find(record, self.model, self.layer), record)
-        activation = self(inputs).activation
-        if activation is not None and activation.numel():
-            share = float((activation <= 0).float().mean())
-            self._inactive = f"On the {len(inputs)} inputs seen, {share:.0%} of its units were off for an input."
+        self._watch(inputs)
         return self
 
     def __call__(self, inputs: Tensor) -> Features:
-        """Return the features of one batch, on the model's device, from one forward pass."""
+        """Return the features of one batch, on the model's device, from one forward pass.
+
+        The tensors are the caller's to keep and change: none shares memory with the model or the inputs.
+        """
+        return self.listen(inputs, classifier=True)
+
+    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
+        """Return the features of one batch, with a copy of the classifier's weights or without."""
         inputs = inputs.to(self.device)
         if self._plan is None:
-            self.watch(inputs)
-        plan = self._planned()
+            return self._watch(inputs)
+        return self._listen(self._plan, inputs, classifier)
+
+    def _watch(self, inputs: Tensor) -> Features:
+        inputs = inputs.to(self.device)
+        with undisturbed(self.model):
+            record = watch(self.model, inputs[:_WATCHED_ROWS])
+            plan = _Plan.of(find(record, self.model, self.layer), record)
+        features = self._listen(plan, inputs, classifier=True)
+        self._plan = plan
+        activation = features.activation
+        if activation is not None and activation.numel():
+            share = float((activation <= 0).float().mean())
+            self._inactive = f"On the {len(inputs)} inputs seen, {share:.0%} of its units were off for an input."
+        return features
+
+    def _listen(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
         with undisturbed(self.model):
             caught = listen(self.model, plan.points, inputs)
             # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
-            points = {name: plan.points[name] for name in caught}
-            vectors = {points[name]: _as_vectors(value, len(inputs)) for name, value in caught.items()}
-            fields: dict[str, Any] = {name: vectors[point] for name, point in points.items()}
-            fields["classifier"] = plan.classifier(self.model)
+            vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
+            fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
+            fields["classifier"] = plan.classifier(self.model) if classifier else None
         return Features(**fields, absent=plan.absent)
 
     def stream(self, loader: Iterable[Any], *, progress: bool | None = None) -> Iterator[Features]:
@@ -94,11 +108,15 @@ class FeatureTap:
         ValueError
             A batch holds no tensor of inputs, or the loader none at all.
         """
+        if isinstance(loader, Tensor):
+            raise ValueError("a tensor is no loader, as its rows would be taken for batches: pass [tensor]")
         total = len(loader) if isinstance(loader, Sized) else None
         bar = tqdm(loader, total=total, unit="batch", disable=_hide(progress), leave=False)
         empty = True
         for i, batch in enumerate(bar):
             inputs, labels = _split(batch, i)
+            if not len(inputs):
+                continue
             features = self(inputs)
             empty = False
             yield features if labels is None else features.replace(labels=labels.to(self.device))
@@ -124,7 +142,14 @@ class FeatureTap:
         """
         noise = self._plan is None
         if noise:
-            self.watch(_noise_for(self.model))
+            guess = _noise_for(self.model)
+            try:
+                self.watch(guess)
+            except (RuntimeError, TypeError, AssertionError, IndexError) as error:
+                raise ValueError(
+                    f"the model does not take noise of shape {tuple(guess.shape)}, so the size of its "
+                    "input cannot be told: show it a batch with tap.watch(inputs)"
+                ) from error
         plan = self._planned()
         lines = [plan.verdict]
         if self._inactive:
@@ -135,13 +160,14 @@ class FeatureTap:
 
     def state(self) -> dict[str, Any]:
         """Return what was found as plain data, for a file; see `from_state`."""
-        return {"layer": self.layer, "plan": self._planned().to_json()}
+        return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_json()}
 
     @classmethod
     def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
         """Make a tap that listens where another did, without watching the model again."""
         tap = cls(model, state["layer"])
         tap._plan = _Plan.from_json(state["plan"])
+        tap._inactive = state["inactive"]
         return tap
 
     def _planned(self) -> "_Plan":
@@ -151,8 +177,10 @@ class FeatureTap:
 
     def _name(self, layer: str | nn.Module | None) -> str | None:
         names = {name: module for name, module in self.model.named_modules() if name}
-        if layer is None or (isinstance(layer, str) and layer in names):
-            return layer
+        if layer is None:
+            return None
+        if isinstance(layer, str):  # a module under two names is called by the first
+            layer = dict(self.model.named_modules(remove_duplicate=False)).get(layer, layer)
         for name, module in names.items():
             if module is layer:
                 return name
@@ -214,7 +242,10 @@ class _Plan:
             if bias is not None:
                 offset = product @ bias if offset is None else product @ bias + offset
             product = product @ weight
-        return None if product is None else (product, offset)
+        if product is None:
+            return None
+        # The weights themselves are the user's: features must neither change with them nor change them.
+        return product.clone(), None if offset is None else offset.clone()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -277,10 +308,10 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
     return value
 
 
-def _as_vectors(value: Tensor, n: int) -> Tensor:
+def _as_vectors(value: Tensor) -> Tensor:
     if value.ndim == 4 and value.shape[2:].numel() > 1:
         return value.mean((2, 3))
-    return value.reshape(n, -1)
+    return value.flatten(1)
 
 
 def _hide(progress: bool | None) -> bool | None:
@@ -292,8 +323,8 @@ def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
     inputs: Any = batch
     labels: Any = None
     if isinstance(batch, Mapping):
-        inputs = next((batch[key] for key in _INPUT_KEYS if key in batch), None)
-        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        inputs = next((batch[key] for key in _INPUT_KEYS if isinstance(batch.get(key), Tensor)), None)
+        labels = next((batch[key] for key in _LABEL_KEYS if isinstance(batch.get(key), Tensor)), None)
     elif isinstance(batch, (tuple, list)) and batch:
         inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
     if not isinstance(inputs, Tensor) or inputs.ndim == 0:
@@ -327,4 +358,5 @@ def _noise_for(model: nn.Module) -> Tensor:
             break
     if shape is None:
         raise ValueError("the size of the model's input cannot be told: show it a batch with tap.watch(inputs)")
-    return torch.randn(_WATCHED_ROWS, *shape, generator=generator)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.randn(_WATCHED_ROWS, *shape, generator=generator).to(dtype)

@@ -1,9 +1,12 @@
 """One forward pass, written down: which operation made which tensor, and where a hook can see it."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,25 +62,34 @@ class Record:
     outputs: list[tuple[Slot, Node]] = field(default_factory=list)
     batch: int = 0
 
+    def is_borrowed(self, node: Node) -> bool:
+        """Say whether a value lives in the memory of the model's input, of a weight or of a buffer."""
+        memory = _memory(node.value)
+        return any(other.op in ("input", "constant") and _memory(other.value) == memory for other in self.nodes)
+
     def written_after(self, node: Node, time: int) -> bool:
         """Say whether an in-place operation overwrote the value's memory after a time."""
-        storage = node.value.untyped_storage().data_ptr()
+        storage = _memory(node.value)
         return any(
-            later.op.endswith("_") and later.value.untyped_storage().data_ptr() == storage
+            later.op.endswith("_") and _memory(later.value) == storage
             for later in self.nodes
-            if later.time > time
+            if later.time >= time
         )
 
 
 def watch(model: nn.Module, inputs: Tensor) -> Record:
     """Run the model once and write down what it does; mode and gradients are the caller's business."""
+    inputs = inputs.clone()  # the model may write to it, and it is run again
     record = Record(batch=len(inputs))
-    recorder = _Recorder(record, inputs)
+    me = object()
+    recorder = _Recorder(record, inputs, me)
     calls: dict[str, int] = {}
     running: list[tuple[str, int]] = []
 
     def entering(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not is_on_top(me):
+                return
             call = calls[name] = calls.get(name, -1) + 1
             running.append((name, call))
             recorder.module = name
@@ -89,6 +101,8 @@ def watch(model: nn.Module, inputs: Tensor) -> Record:
         return hook
 
     def leaving(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not is_on_top(me):
+            return
         name, call = running.pop()
         for slot, tensor in tensors_in(output):
             recorder.see(name, "out", call, slot, tensor)
@@ -99,13 +113,43 @@ def watch(model: nn.Module, inputs: Tensor) -> Record:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
-        with recorder:
+        with on_top(me), recorder:
             output = model(inputs)
         record.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
     finally:
         for handle in handles:
             handle.remove()
     return record
+
+
+class _Listeners(threading.local):
+    """Who listens in this thread, the innermost last: a pass inside a pass is none of the outer's business."""
+
+    def __init__(self) -> None:
+        self.stack: list[object] = []
+
+
+_LISTENERS = _Listeners()
+
+
+@contextmanager
+def on_top(listener: object) -> Iterator[None]:
+    """Make a listener the one whose pass this is."""
+    _LISTENERS.stack.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.stack.pop()
+
+
+def is_on_top(listener: object) -> bool:
+    """Whether what runs in this thread now is this listener's pass."""
+    return bool(_LISTENERS.stack) and _LISTENERS.stack[-1] is listener
+
+
+def _memory(tensor: Tensor) -> int:
+    # A sparse tensor has no storage of its own.
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
@@ -123,8 +167,9 @@ def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
 class _Recorder(TorchDispatchMode):
     """Sees every ATen operation, whether a module, a function or a method asked for it."""
 
-    def __init__(self, record: Record, inputs: Tensor) -> None:
+    def __init__(self, record: Record, inputs: Tensor, owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.owner = owner
         self.record = record
         self.module = ""
         self._calls: dict[str, int] = {}
@@ -136,6 +181,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not is_on_top(self.owner):
+            return func(*args, **(kwargs or {}))
         given = (*args, *(kwargs or {}).values())
         known = self._with_nodes(given)
         result = func(*args, **(kwargs or {}))
@@ -144,14 +191,14 @@ class _Recorder(TorchDispatchMode):
         for _, tensor in tensors_in(result):
             node = self._add(op, known, tensor, depends)
             if func._schema.is_mutable:
-                self._written[tensor.untyped_storage().data_ptr()] = node
+                self._written[_memory(tensor)] = node
         self._calls[op] = self._calls.get(op, -1) + 1
         return result
 
     def node(self, tensor: Tensor) -> Node:
         """Return the value that a tensor holds now."""
         known = self._made.get(id(tensor))
-        written = self._written.get(tensor.untyped_storage().data_ptr())
+        written = self._written.get(_memory(tensor))
         if known is None:
             # A weight, a buffer, or a Python-side alias of a known tensor's memory.
             return written or self._add("constant", (), tensor, from_input=False)

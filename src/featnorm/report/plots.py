@@ -1,0 +1,277 @@
+"""Plots as SVG to be put inline into a page, whose style sheet gives them their colours.
+
+Matplotlib draws in colours that stand for roles; the finished SVG refers to the custom properties of the page
+(``--ink``, ``--s0``, ...), so that one plot serves a light and a dark theme. No text of the user's goes into
+a plot: the page puts names beside it, where they wrap and can be read aloud.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from featnorm.metrics import roc_curve
+
+__all__ = ["DASHES", "SERIES", "Outside", "histogram", "roc", "series", "span"]
+
+Array = npt.NDArray[np.float64]
+
+SERIES = 9
+"""Colours there are: one for ID, the others for OOD sets, which share them when there are more."""
+
+DASHES = ("", "7 2.5", "2.5 2", "8 2.5 2 2.5")
+"""Dash patterns of lines, so that colour is never the only difference between OOD sets."""
+
+_ROLES = {role: f"#0101{index:02x}" for index, role in enumerate(["ink", "muted", "rule"])} | {
+    f"s{index}": f"#0102{index:02x}" for index in range(SERIES)
+}
+_FONT_SIZE = 13.0
+_CURVE_POINTS = 200
+# Sizes in SVG units; the page shows the two beside each other at the ratio of their widths.
+_HISTOGRAM = (430, 310)
+_ROC = (310, 310)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Shares of a set whose scores lie outside the range a histogram shows."""
+
+    below: float
+    above: float
+    minus_infinity: float  # included in `below`
+    plus_infinity: float  # included in `above`
+
+
+def series(index: int) -> tuple[str, str]:
+    """Custom property and dash pattern of a set: 0 is ID, the OOD sets count from 1."""
+    if index == 0:
+        return "s0", DASHES[0]
+    return f"s{1 + (index - 1) % (SERIES - 1)}", DASHES[(index - 1) % len(DASHES)]
+
+
+def span(samples: Sequence[Array]) -> tuple[float, float]:
+    """Range for histograms of samples: their joint 0.5 to 99.5 percentile, infinities left aside.
+
+    The ends are scores; they are moved apart where they are as good as equal, and stand in for scores where
+    none is finite.
+    """
+    pooled = np.concatenate(samples)
+    pooled = pooled[np.isfinite(pooled)]
+    if len(pooled) == 0:
+        return 0.0, 1.0
+    # The difference of two scores can exceed float64, and matplotlib takes a few such differences.
+    pooled = np.clip(pooled, -1e300, 1e300)
+    low = float(np.quantile(pooled, 0.005, method="lower"))
+    high = float(np.quantile(pooled, 0.995, method="higher"))
+    scale = max(abs(low), abs(high))
+    if high - low <= 1e-9 * scale or scale < 1e-300:
+        pad = 0.05 * scale if scale >= 1e-300 else 0.5
+        return low - pad, high + pad
+    return low, high
+
+
+def histogram(
+    samples: Sequence[Array], threshold: float, *, prefix: str, label: str
+) -> tuple[Markup, list[Outside]]:
+    """Histograms of several sets of scores over the same bins, each bin as a share of its set.
+
+    Scores beyond the range of `span` are counted into one more bar at either end, apart from the others. Such
+    a bar is cut where it would flatten the rest.
+
+    Parameters
+    ----------
+    samples : the ID scores, then those of each OOD set, each (n,).
+    threshold : where to draw the line between accepted and rejected, if it lies in the range.
+    prefix : what the ids in this SVG start with, unique in its page.
+    label : what the picture shows, for those who do not see it.
+
+    Returns
+    -------
+    svg, outside
+        The picture, and for each of the samples the shares beyond its ends.
+    """
+    low, high = span(samples)
+    bins = int(np.clip(np.sqrt(min(map(len, samples))), 12, 60))
+    edges = np.linspace(low, high, bins + 1)
+    width = (high - low) / bins
+    inside = [np.histogram(sample, edges)[0] / len(sample) for sample in samples]
+    outside = [
+        Outside(*(float(np.mean(x)) for x in (s < low, s > high, s == -np.inf, s == np.inf))) for s in samples
+    ]
+    peak = max(float(shares.max()) for shares in inside)
+    beyond = max(max(o.below, o.above) for o in outside)
+    top = max(peak, min(beyond, 1.25 * peak)) if peak else beyond
+    # The bars at the ends stand off by a bin and a half, to be seen as something else.
+    ends = [(low - 2.5 * width, low - 1.5 * width), (high + 1.5 * width, high + 2.5 * width)]
+
+    with _axes(_HISTOGRAM, "score (higher: more in-distribution)", "share of the set in a bin") as (figure, ax):
+
+        def bars(index: int, shares: npt.ArrayLike, edges: npt.ArrayLike) -> None:
+            filled = index == 0 or len(samples) <= 3
+            ax.stairs(
+                shares,
+                edges,
+                fill=True,
+                facecolor=(_color(index), 0.16 if filled else 0.0),
+                edgecolor=_color(index),
+                linestyle=_dash(index),
+                linewidth=2.2 if index == 0 else 1.6,
+                clip_on=False,
+            )
+
+        for index in reversed(range(len(samples))):  # ID last, on top
+            bars(index, inside[index], edges)
+            for end, share in zip(ends, (outside[index].below, outside[index].above), strict=True):
+                if share:
+                    bars(index, [min(share, top)], end)
+        limits = [low, high]
+        for side, (end, word) in enumerate(zip(ends, ("below", "above"), strict=True)):
+            largest = max(getattr(out, word) for out in outside)
+            if largest:
+                limits[side] = end[side]
+                text = f"{word}, up to {largest:.0%}" if largest > top else word
+                ax.text(
+                    end[side],
+                    1.05 * top,
+                    text.replace("%", "\N{NO-BREAK SPACE}%"),
+                    ha=("left", "right")[side],
+                    color=_ROLES["muted"],
+                    fontsize=_FONT_SIZE - 2,
+                )
+        ax.set_xlim(*limits)
+        ax.set_ylim(0, 1.14 * top)
+        ticks = MaxNLocator(5).tick_values(low, high)
+        ax.set_xticks([tick for tick in ticks if low <= tick <= high])
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, symbol="\N{NO-BREAK SPACE}%"))
+        if low <= threshold <= high:
+            ax.plot([threshold] * 2, [0, 1.02 * top], color=_ROLES["ink"], lw=1.3, ls=(0, (4, 3)), clip_on=False)
+        return _svg(figure, _HISTOGRAM, prefix, label), outside
+
+
+def roc(
+    id_scores: Array,
+    ood_scores: Sequence[Array],
+    operating_points: Sequence[tuple[float, float]],
+    *,
+    prefix: str,
+    label: str,
+) -> Markup:
+    """ROC curves as SVG, one an OOD set, with ID as the positive class.
+
+    Parameters
+    ----------
+    id_scores, ood_scores : (n,) scores, and those of each OOD set.
+    operating_points : FPR and TPR to mark on each curve.
+    prefix, label : see `histogram`.
+    """
+    with _axes(_ROC, "FPR: OOD accepted", "TPR: ID accepted") as (figure, ax):
+        ax.plot([0, 1], [0, 1], color=_ROLES["muted"], lw=1, ls=(0, (2, 3)), clip_on=False)
+        for index, (scores, point) in enumerate(zip(ood_scores, operating_points, strict=True), 1):
+            fpr, tpr = _thinned(*roc_curve(id_scores, scores))
+            ax.plot(fpr, tpr, color=_color(index), ls=_dash(index), lw=1.9, clip_on=False)
+            ax.plot(*([x] for x in point), "o", color=_color(index), ms=6, clip_on=False)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_ticks([0, 0.25, 0.5, 0.75, 1])
+            axis.set_major_formatter(PercentFormatter(1, 0, symbol=""))
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, 1)
+        return _svg(figure, _ROC, prefix, label)
+
+
+def _thinned(fpr: Array, tpr: Array) -> tuple[Array, Array]:
+    """At most 200 of a curve's points, evenly spaced along it, its ends among them.
+
+    Both shares only grow, so their sum measures the way along the curve, and between two points that are kept
+    the curve strays from the straight line by less than a hundredth.
+    """
+    if len(fpr) <= _CURVE_POINTS:
+        return fpr, tpr
+    keep = np.unique(np.searchsorted(fpr + tpr, np.linspace(0, 2, _CURVE_POINTS)).clip(0, len(fpr) - 1))
+    return fpr[keep], tpr[keep]
+
+
+def _color(index: int) -> str:
+    return _ROLES[series(index)[0]]
+
+
+def _dash(index: int) -> str | tuple[float, tuple[float, ...]]:
+    dash = series(index)[1]
+    return (0, tuple(map(float, dash.split()))) if dash else "solid"
+
+
+@contextmanager
+def _axes(size: tuple[int, int], xlabel: str, ylabel: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure and its axes; it is drawn and saved inside the context, free of the user's own settings."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "featnorm",
+                "font.size": _FONT_SIZE,
+                "lines.scale_dashes": False,
+                "lines.solid_capstyle": "butt",
+                "text.color": _ROLES["ink"],
+                "axes.labelcolor": _ROLES["muted"],
+                "axes.edgecolor": _ROLES["muted"],
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.spines.left": False,
+                "xtick.labelcolor": _ROLES["muted"],
+                "ytick.labelcolor": _ROLES["muted"],
+            }
+        )
+        # At 72 dots an inch a point is a dot, and so a unit of the SVG.
+        figure = Figure((size[0] / 72, size[1] / 72), dpi=72)
+        figure.patch.set_visible(False)
+        left, bottom, right, top = 62, 50, 12, 12
+        ax = figure.add_axes(
+            (
+                left / size[0],
+                bottom / size[1],
+                1 - (left + right) / size[0],
+                1 - (bottom + top) / size[1],
+            )
+        )
+        ax.patch.set_visible(False)
+        ax.set_axisbelow(True)
+        ax.tick_params(bottom=False, left=False)
+        ax.grid(axis="y", color=_ROLES["rule"], linewidth=1, clip_on=False)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        yield figure, ax
+
+
+def _svg(figure: Figure, size: tuple[int, int], prefix: str, label: str) -> Markup:
+    """A figure as an element that can stand in a page beside others of its kind."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = body.replace("xlink:href", "href")
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body)
+    body = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", body)
+    body = re.sub(r' d="[^"]*"', lambda m: _shorter(m[0]), body)
+    body = re.sub(r"font-family: [^;\"]*;?", "", body)
+    for role, color in _ROLES.items():
+        body = body.replace(color, f"var(--{role})")
+    body = re.sub(r">\s+<", "><", body.strip())
+    svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
+    return svg.format(*size, label, Markup(body))
+
+
+def _shorter(path: str) -> str:
+    path = re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), path)
+    return re.sub(r"\s+", " ", path).replace(' "', '"')

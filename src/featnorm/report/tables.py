@@ -1,0 +1,92 @@
+"""The table of detectors and OOD sets, the same in a terminal, a document and the page."""
+
+import re
+from dataclasses import dataclass
+
+from featnorm.evaluation import Evaluation, Outcome
+
+__all__ = ["Column", "columns", "markdown_table", "ranked", "table_rows"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers: one a detector, in the order of `ranked`."""
+
+    group: str  # the OOD set, "Mean" or nothing
+    measure: str
+    higher_is_better: bool
+    values: list[float]
+
+    @property
+    def header(self) -> str:
+        """The group and the measure, and an arrow that points to where better is."""
+        return f"{self.group} {self.measure} {'↑' if self.higher_is_better else '↓'}".lstrip()
+
+    @property
+    def cells(self) -> list[str]:
+        """The values with one decimal."""
+        return [f"{value:,.1f}" for value in self.values]
+
+    @property
+    def best(self) -> list[bool]:
+        """Which cells read the same as the best one: a difference nobody can see is a tie."""
+        cells = self.cells
+        best = cells[self.values.index((max if self.higher_is_better else min)(self.values))]
+        return [cell == best for cell in cells]
+
+
+def ranked(evaluation: Evaluation) -> list[Outcome]:
+    """The outcomes by mean AUROC, best first; equal ones stay in the order they came in."""
+    return sorted(evaluation.outcomes, key=lambda outcome: -outcome.mean.auroc)
+
+
+def columns(evaluation: Evaluation) -> list[Column]:
+    """AUROC and FPR95 in percent, averaged (where there is more than one OOD set) and by OOD set; the time."""
+    outcomes = ranked(evaluation)
+    groups = [(name, [outcome.measures[name] for outcome in outcomes]) for name in evaluation.ood_names]
+    if len(groups) > 1:
+        groups.insert(0, ("Mean", [outcome.mean for outcome in outcomes]))
+    table = []
+    for group, measures in groups:
+        table.append(Column(group, "AUROC %", True, [100 * m.auroc for m in measures]))
+        table.append(Column(group, "FPR95 %", False, [100 * m.fpr95 for m in measures]))
+    table.append(Column("", "µs / input", False, [outcome.microseconds for outcome in outcomes]))
+    return table
+
+
+def table_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """The table as text.
+
+    Returns
+    -------
+    headers, rows
+        A header a column, with an arrow that points to where better is; a row a detector, best mean AUROC
+        first, each as long as the headers.
+    """
+    table = columns(evaluation)
+    names = [outcome.detector for outcome in ranked(evaluation)]
+    headers = ["Detector", *(column.header for column in table)]
+    return headers, [list(row) for row in zip(names, *(column.cells for column in table), strict=True)]
+
+
+def markdown_table(evaluation: Evaluation) -> str:
+    """The table in Markdown, the best of each column in bold; it ends in a newline."""
+    headers, rows = table_rows(evaluation)
+    best = zip(*(column.best for column in columns(evaluation)), strict=True)
+    marked = [
+        [_escape(name), *(f"**{cell}**" if is_best else cell for cell, is_best in zip(cells, bests, strict=True))]
+        for (name, *cells), bests in zip(rows, best, strict=True)
+    ]
+    lines = [
+        [_escape(header) for header in headers],
+        ["---", *("---:" for _ in headers[1:])],
+        *marked,
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>|])")
+
+
+def _escape(text: str) -> str:
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))

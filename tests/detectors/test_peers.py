@@ -1,0 +1,89 @@
+"""Agreement with pytorch-ood 0.4, whose scores are larger for outliers: ours are theirs, negated."""
+
+import numpy as np
+import pytest
+import torch
+from fabricate import id_features, of_activation, ood_features
+
+from featnorm.detectors import KNN, MSP, Energy, Mahalanobis, MaxLogit, ReAct, ViM
+from featnorm.features import Features
+
+peers = pytest.importorskip("pytorch_ood.detector")
+
+TRAIN = id_features(300, dtype=torch.float32)
+BOTH = Features.cat(
+    [f.replace(labels=None) for f in (id_features(50, 5, torch.float32), ood_features(50, 1, torch.float32))]
+)
+
+
+def ranks(scores):
+    return np.asarray(scores).argsort(kind="stable").argsort()
+
+
+def assert_same_ranking(got, theirs, tolerance=0.9999):
+    assert np.corrcoef(ranks(got), ranks(-np.asarray(theirs)))[0, 1] > tolerance
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(MSP(), peers.MaxSoftmax), (Energy(), peers.EnergyBased), (MaxLogit(), peers.MaxLogit)]
+)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_confidences(ours, theirs, scale):
+    logits = BOTH.logits * scale
+    expected = -theirs(None).predict_logits(logits)
+    torch.testing.assert_close(ours.score(Features(logits=logits)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 5, 50])
+def test_knn(k):
+    """Theirs is the Euclidean distance; a zero vector is theirs to clamp and ours to leave."""
+    theirs = peers.KNN(None, k=k).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
+    plain = KNN(k, squared=False).fit(TRAIN).score(BOTH)
+    torch.testing.assert_close(-plain.double(), theirs.double(), rtol=1e-3, atol=1e-4)
+    assert_same_ranking(KNN(k).fit(TRAIN).score(BOTH), theirs)
+
+
+@pytest.mark.parametrize("dim", [3, 6, 9])
+def test_vim(dim):
+    weight, bias = TRAIN.classifier
+    theirs = peers.ViM(None, d=dim, w=weight, b=bias).fit_features(TRAIN.pooled, TRAIN.labels)
+    ours = ViM(dim).fit(TRAIN)
+    assert theirs.alpha == pytest.approx(float(ours._learned()[1]), rel=1e-3)
+    torch.testing.assert_close(ours.score(BOTH), -theirs.predict_features(BOTH.pooled), rtol=1e-3, atol=5e-2)
+
+
+def test_mahalanobis():
+    """Theirs is half the square under a covariance that is a *sum*, plus a ridge of 1e-6.
+
+    So theirs x 2 N is ours where every direction varies by much more than the ridge, and only there.
+    """
+    theirs = peers.Mahalanobis(None).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
+    ours = Mahalanobis().fit(TRAIN).score(BOTH)
+    torch.testing.assert_close(-ours, 2 * len(TRAIN) * theirs, rtol=2e-2, atol=1.0)
+    assert_same_ranking(ours, theirs, 0.999)
+
+
+def test_a_dead_unit_rules_mahalanobis_under_a_ridge_and_not_ours():
+    train, test = TRAIN.pooled.clone(), BOTH.pooled.clone()
+    train[:, 0] = 0.0
+    test[:, 0] = torch.linspace(0, 1, len(test))
+    ours = Mahalanobis().fit(Features(pooled=train, labels=TRAIN.labels))
+    quiet = test.clone()
+    quiet[:, 0] = 0.0
+    torch.testing.assert_close(ours.score(Features(pooled=test)), ours.score(Features(pooled=quiet)))
+    theirs = peers.Mahalanobis(None).fit_features(train, TRAIN.labels).predict_features(test)
+    assert np.corrcoef(ranks(theirs), np.arange(len(test)))[0, 1] > 0.999  # in the order in which the unit fires
+
+
+@pytest.mark.parametrize("percentile", [50, 90, 99])
+def test_react(percentile):
+    weight, bias = TRAIN.classifier
+    theirs = peers.ReAct(
+        backbone=torch.nn.Identity(), head=lambda z: z @ weight.T + bias, percentile=percentile / 100
+    ).fit_feature_maps(TRAIN.activation, TRAIN.labels)
+    ours = ReAct(Energy(), percentile).fit(TRAIN)
+    assert ours.clip == pytest.approx(theirs.threshold, rel=1e-2, abs=1e-3)
+    torch.testing.assert_close(
+        ours.score(BOTH), -theirs.predict_feature_maps(BOTH.activation), rtol=1e-2, atol=1e-2
+    )
+    assert torch.equal(BOTH.logits, of_activation(BOTH.activation).logits)
