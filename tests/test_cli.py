@@ -100,7 +100,7 @@ def test_evaluate_from_folders(featnorm, weights, tmp_path):
     assert "broken.jpg" in printed
     page = (tmp_path / "featnorm-evaluation" / "index.html").read_text()
     assert "broken.jpg" in page
-    assert "Energy()" in (tmp_path / "featnorm-evaluation" / "table.md").read_text()
+    assert "Energy()" in (tmp_path / "featnorm-evaluation" / "results.md").read_text()
 
 
 def test_evaluate_without_a_fit_names_who_is_left_out(featnorm, weights, tmp_path):

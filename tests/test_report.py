@@ -14,8 +14,9 @@ from PIL import Image
 
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.metrics import evaluate, roc_curve
-from featnorm.report import markdown_table, plots, table_rows, write_page
+from featnorm.report import markdown_page, plots, table_rows, write_page
 from featnorm.report.page import THEMES
+from featnorm.report.tables import markdown_table
 
 VOID = {"meta", "input", "img", "br", "link", "hr"}
 ODD = """a "quoted" & <b>bold</b> 'name' $x_1$ {{ 1 }}"""
@@ -372,3 +373,15 @@ def test_patterns_are_drawn_to_the_pixel(tmp_path):
 def test_a_large_comparison_stays_light(tmp_path):
     page = written(tmp_path, evaluation([f"LpNorm(p={i})" for i in range(20)], n=5000), digit)
     assert len(page.source.encode()) < 3e6
+
+
+def test_markdown_page_says_what_it_was_made_with():
+    result = evaluation()
+    result.left_out["ViM()"] = "too few inputs"
+    result.facts["machine"] = "a small one"
+    page = markdown_page(result, title="A title", summary="A summary.")
+    assert page.startswith("# A title\n\nA summary.\n")
+    assert "- machine: a small one" in page
+    assert markdown_table(result) in page
+    assert "- ViM(): too few inputs" in page
+    assert "FPR95 is the share of OOD inputs accepted" in page

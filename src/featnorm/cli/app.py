@@ -1,5 +1,7 @@
 """The commands, their options, and what becomes of an error."""
 
+import ctypes
+import platform
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -113,6 +115,7 @@ def inspect(
 
 def main() -> None:
     """Run the command line; an error is one line on standard error and exit status 2."""
+    _keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:
@@ -123,3 +126,17 @@ def main() -> None:
             raise
         typer.echo(f"featnorm: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         sys.exit(2)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors, for this process.
+
+    Without this glibc gives every large tensor back to the system and asks for it anew, page by page: more than
+    half the time of a convolutional network on a CPU goes there (benchmarks/test_malloc.py).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)

@@ -15,7 +15,7 @@ from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
 from featnorm.models import create_model
-from featnorm.report import markdown_table, write_page
+from featnorm.report import markdown_page, write_page
 from featnorm.tap import FeatureTap
 
 
@@ -102,7 +102,7 @@ def run(options: Options) -> None:
     evaluation.skipped = reader.skipped
     evaluation.facts = {
         "model": loaded.name + "".join(f"; {note}" for note in loaded.notes),
-        "last hidden layer": tap.describe().splitlines()[0],
+        "last hidden layer": tap.describe().splitlines()[0].removeprefix("Last hidden layer: "),
         "in-distribution": f"{names[id_name]}, {len(reader.rows[id_name])} inputs",
         **{f"OOD, {name}": f"{names[name]}, {len(reader.rows[name])} inputs" for name in ood_names},
         "fit": f"{names['fit']}, {len(reader.rows['fit'])} inputs" if "fit" in names else "nothing",
@@ -127,8 +127,9 @@ def run(options: Options) -> None:
     title = f"What does {options.model} know?"
     summary = f"Which detectors tell {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
-    (options.out / "table.md").write_text(markdown_table(evaluation), encoding="utf-8")
-    console.print(f"Wrote [bold]{page}[/bold] and {options.out / 'table.md'}.", soft_wrap=True)
+    document = options.out / "results.md"
+    document.write_text(markdown_page(evaluation, title=title, summary=summary), encoding="utf-8")
+    console.print(f"Wrote [bold]{page}[/bold] and {document}.", soft_wrap=True)
 
 
 def _set_names(options: Options) -> dict[str, str]:

@@ -207,7 +207,9 @@ class Detector(nn.Module, ABC):
                 continue
             for part in features.linear():
                 if part is not None and not torch.isfinite(part).all():
-                    raise ValueError("the weights of the `classifier` are not finite everywhere: look at the model")
+                    raise ValueError(
+                        "the weights of the `classifier` are not finite everywhere: look at the model"
+                    )
 
     def _same_width(self, name: str, got: Tensor, fitted: int) -> None:
         if got.shape[1] != fitted:

@@ -60,7 +60,14 @@ class _SubspaceDetector(Detector):
         kept = width - dim
         # eigh orders ascending: the first columns are the directions that training fills least.
         complement = vectors[:, :kept].contiguous()
-        return _Subspace(self.moments.shift, complement, values[:kept].clamp_min(0).sum())
+        variance = values[:kept].clamp_min(0).sum()
+        if variance <= kept * self.moments.rounding().max():
+            # Which of the directions without variance count as principal would be up to rounding.
+            raise ValueError(
+                f"{self!r}: the {int(self.moments.total)} training inputs lie in the principal subspace of "
+                f"{dim} dimensions; fit on more inputs than that, or use a smaller dim"
+            )
+        return _Subspace(self.moments.shift, complement, variance)
 
 
 class Residual(_SubspaceDetector):
@@ -78,7 +85,7 @@ class Residual(_SubspaceDetector):
     Raises
     ------
     ValueError
-        ``dim`` is not a positive whole number, or leaves no residual (D <= dim).
+        ``dim`` is not a positive whole number, or leaves no residual: D <= dim, or as few inputs.
     """
 
     reads = ("pooled",)
@@ -109,7 +116,7 @@ class ViM(_SubspaceDetector):
     Raises
     ------
     ValueError
-        As `Residual`; or the training features have no residual, as with fewer inputs than ``dim``.
+        As `Residual`.
     """
 
     reads = ("pooled", "logits")
@@ -134,12 +141,6 @@ class ViM(_SubspaceDetector):
             squares = norms.square()
             slope = torch.cov(torch.stack([norms, squares]))
             mean = mean + slope[0, 1] / slope[1, 1].clamp_min(1e-300) * (subspace.variance - squares.mean())
-        if mean <= self.moments.rounding().max().sqrt():
-            raise ValueError(
-                f"{self!r}: the {int(self.moments.total)} training inputs lie in the principal subspace of "
-                f"{self.moments.width - subspace.complement.shape[1]} dimensions; fit on more inputs than that, "
-                "or use a smaller dim"
-            )
         return subspace, self.max_logit.mean() / mean
 
     def _score(self, features: Features) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from featnorm.evaluation import Evaluation, Outcome
 
-__all__ = ["Column", "columns", "markdown_table", "ranked", "table_rows"]
+__all__ = ["Column", "columns", "markdown_page", "markdown_table", "ranked", "table_rows"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,28 @@ def markdown_table(evaluation: Evaluation) -> str:
         *marked,
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_page(evaluation: Evaluation, *, title: str, summary: str) -> str:
+    """The table with what it was made with and who was left out, as a page for the documentation."""
+    lines = [f"# {_escape(title)}", "", _escape(summary), ""]
+    lines += [f"- {_escape(name)}: {_code(name, value)}" for name, value in evaluation.facts.items()]
+    if evaluation.accuracy is not None:
+        lines.append(f"- accuracy on {_escape(evaluation.id_name)}: {evaluation.accuracy:.1%}")
+    lines += ["", markdown_table(evaluation)]
+    lines.append(
+        "AUROC is the probability that an in-distribution input scores above an OOD input; FPR95 is the share of "
+        "OOD inputs accepted when 95 % of the in-distribution inputs are. The time is of scoring, without the "
+        "model's forward pass."
+    )
+    if evaluation.left_out:
+        lines += ["", "Left out:", ""]
+        lines += [f"- {_escape(name)}: {_escape(reason)}" for name, reason in evaluation.left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _code(name: str, value: str) -> str:
+    return f"`{value}`" if name == "command" else _escape(value)
 
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|])")
