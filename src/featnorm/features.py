@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,23 @@ PER_INPUT = ("activation", "pooled", "embedding", "logits", "labels")
 _SAME_LOGITS = 0.05
 _ROWS_COMPARED = 32
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Source(Protocol):
+    """The inputs that features were made from, and the model that made them."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """The inputs (n, ...), as the model takes them."""
+        ...
+
+    def features(self, inputs: Tensor) -> "Features":
+        """Return what the model says of other inputs."""
+        ...
+
+    def gradient(self, loss: "Callable[[Features], Tensor]") -> Tensor:
+        """Return the gradient of a loss, summed over the inputs, in the inputs: (n, ...)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +49,8 @@ class Features:
     classifier : ``(W, b)``, the linear map ``logits = W f + b`` of the last linear layer; W of shape (C, f),
         b of shape (C,) or None. Where an embedding stands between, W is the product of the two (paper A.1).
     absent : why a field is not there, for the error of a detector that asks for it.
+    source : where one batch came from, for detectors that ask the model again; not kept when rows are taken or
+        batches joined.
 
     Raises
     ------
@@ -48,6 +67,7 @@ class Features:
     labels: Tensor | None = None
     classifier: Classifier | None = None
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
+    source: Source | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {}
@@ -91,6 +111,15 @@ class Features:
         """Return a field; a ValueError says what there is instead, and why this one is absent."""
         return self._field(name)
 
+    def source_of(self, detector: object) -> Source:
+        """Return the inputs and their model; a ValueError where these features came without."""
+        if self.source is None:
+            raise ValueError(
+                f"{detector!r} asks the model again, and these features came without their inputs: score it by a "
+                "Scorer, or batches of FeatureTap.stream as they come"
+            )
+        return self.source
+
     def linear(self) -> Classifier:
         """Return the classifier's ``(W, b)``, detached; a ValueError where there is none."""
         weight, bias = self._field("classifier")
@@ -130,9 +159,9 @@ class Features:
         weight, bias = self.classifier
         return moved.replace(classifier=(move(weight), None if bias is None else move(bias)))
 
-    def replace(self, **fields: Tensor | Classifier | Mapping[str, str] | None) -> "Features":
+    def replace(self, **fields: Any) -> "Features":
         """Return the same features with some fields set anew."""
-        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent")}
+        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "source")}
         return Features(**{**current, **fields})
 
     def classifier_reads(self, name: str) -> bool:
@@ -185,7 +214,7 @@ class Features:
             if key not in joined:
                 joined[key] = torch.cat(values)
             fields[name] = joined[key]
-        return parts[0].replace(**fields)
+        return parts[0].replace(source=None, **fields)
 
     def _field(self, name: str) -> Any:
         value = getattr(self, name)
@@ -199,4 +228,4 @@ class Features:
         for _, value in self.fields():
             if id(value) not in done:
                 done[id(value)] = function(value)
-        return self.replace(**{name: done[id(value)] for name, value in self.fields()})
+        return self.replace(source=None, **{name: done[id(value)] for name, value in self.fields()})

@@ -491,7 +491,9 @@ def test_too_few_inputs():
     with pytest.raises(ValueError, match="only 4 inputs in its bank"):
         KNN(k=5).fit(TRAIN[:4]).score(TEST)
     for detector in (Residual(dim=6), ViM(dim=6)):
-        with pytest.raises(ValueError, match="the 6 training inputs lie in the principal subspace of 6 dimensions"):
+        with pytest.raises(
+            ValueError, match="the 6 training inputs lie in the principal subspace of 6 dimensions"
+        ):
             detector.fit(TRAIN[:6]).score(TEST)
     with pytest.raises(ValueError, match="only 5 inputs to cluster"):
         SSD(clusters=3).fit(TRAIN[:5]).score(TEST)

@@ -6,6 +6,7 @@ from featnorm.detectors.distance import KNN, SSD, Mahalanobis
 from featnorm.detectors.expression import parse_detector
 from featnorm.detectors.fusion import Fusion
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
+from featnorm.detectors.perturbation import ODIN, Views
 from featnorm.detectors.shaping import ReAct
 from featnorm.detectors.subspace import Residual, ViM
 
@@ -13,6 +14,7 @@ __all__ = [
     "KNN",
     "MSP",
     "NAN",
+    "ODIN",
     "SSD",
     "Detector",
     "EmbeddingMagnitude",
@@ -29,5 +31,6 @@ __all__ = [
     "Residual",
     "Sparsity",
     "ViM",
+    "Views",
     "parse_detector",
 ]

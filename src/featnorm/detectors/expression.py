@@ -9,6 +9,7 @@ from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
 from featnorm.detectors.distance import KNN, SSD, Mahalanobis
 from featnorm.detectors.fusion import Fusion
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
+from featnorm.detectors.perturbation import ODIN, Views
 from featnorm.detectors.shaping import ReAct
 from featnorm.detectors.subspace import Residual, ViM
 
@@ -31,6 +32,8 @@ _DETECTORS: dict[str, type[Detector]] = {
         Residual,
         ViM,
         ReAct,
+        ODIN,
+        Views,
     )
 }
 _MOST_CHARACTERS = 500
@@ -73,6 +76,8 @@ def _build(node: ast.expr, expression: str) -> Any:
             return _named(name)(*(_build(arg, expression) for arg in args), **settings)
         case ast.Constant(value=value) if value is None or isinstance(value, (bool, int, float, str)):
             return value
+        case ast.Tuple(elts=items):
+            return tuple(_build(item, expression) for item in items)
     raise ValueError(f"{expression!r} is not a detector: {ast.unparse(node)!r} is not understood")
 
 

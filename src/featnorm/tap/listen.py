@@ -88,8 +88,8 @@ def listen(model: nn.Module, points: Mapping[str, Point], inputs: Tensor) -> dic
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and every module's own mode back at the end, whatever happens."""
+def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode back at the end, whatever happens."""
     entered: list[nn.Module] = []
     compiled = False
     try:
@@ -104,7 +104,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     module.training = False
         # Compiled code was traced without the hooks that listen.
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with torch.no_grad(), eager:
+        with torch.set_grad_enabled(gradients), eager:
             yield
     finally:
         with _MODES_LOCK:

@@ -1,6 +1,7 @@
 """`FeatureTap`: where in a model to listen."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,12 +87,17 @@ class FeatureTap:
 
     def _listen(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
         with undisturbed(self.model):
-            caught = listen(self.model, plan.points, inputs)
-            # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
-            vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
-            fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
-            fields["classifier"] = plan.classifier(self.model) if classifier else None
-        return Features(**fields, absent=plan.absent)
+            return self._caught(inputs, plan, classifier)
+
+    def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
+        """Run the model in the mode and with the gradients that are set now."""
+        plan = plan or self._planned()
+        caught = listen(self.model, plan.points, inputs)
+        # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
+        vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
+        fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
+        fields["classifier"] = plan.classifier(self.model) if classifier else None
+        return Features(**fields, absent=plan.absent, source=_Source(self, inputs))
 
     def stream(self, loader: Iterable[Any], *, progress: bool | None = None) -> Iterator[Features]:
         """Yield the features of a loader batch by batch, on the model's device.
@@ -193,6 +199,25 @@ class FeatureTap:
         """Where the model is, and its features will be."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The inputs of a batch, and the tap that listened to them."""
+
+    tap: FeatureTap
+    inputs: Tensor
+
+    def features(self, inputs: Tensor) -> Features:
+        return self.tap(inputs)
+
+    def gradient(self, loss: Callable[[Features], Tensor]) -> Tensor:
+        # Inference tensors take part in no gradient, whatever mode the caller is in.
+        with torch.inference_mode(False):
+            inputs = self.inputs.detach().clone().requires_grad_()
+            with undisturbed(self.tap.model, gradients=True):
+                features = self.tap._caught(inputs)
+                return torch.autograd.grad(loss(features), inputs)[0]
 
 
 class _Plan:

@@ -1,0 +1,237 @@
+"""The paper's networks: a projection head with cosine logits, ResNet-18 for 32 x 32 images, the 5-layer MLP."""
+
+import copy
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["relu", "leaky_relu", "gelu"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}
+# Where torchvision's classifiers keep their last layers.
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")
+
+
+class CosineClassifier(nn.Module):
+    """Cosine similarity of an embedding to class prototypes, over a temperature (paper eq. 41).
+
+    Parameters
+    ----------
+    embedding : width of the embedding, which is normalised here.
+    classes : number of prototypes.
+    temperature : T, the similarities are divided by it.
+    """
+
+    def __init__(self, embedding: int, classes: int, temperature: float) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"the temperature must be positive, got {temperature!r}")
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.empty(classes, embedding))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Return the logits (n, classes) of embeddings (n, embedding)."""
+        cosine = nn.functional.linear(nn.functional.normalize(embedding), nn.functional.normalize(self.weight))
+        return cosine / self.temperature
+
+
+class ProjectionHead(nn.Module):
+    """The head that NAN is meant for: hidden layer, embedding, cosine logits (paper A.2.4, C.1).
+
+    Parameters
+    ----------
+    inputs : width D of the pooled feature that it reads.
+    classes : number of classes.
+    hidden : width d_L of the last hidden layer (paper Figure 7); as wide as the input where None, as MoCo-v2's.
+    embedding : width of the embedding.
+    activation : of the hidden layer (paper Table 7).
+    temperature : 0.1 for CIFAR-10 (C.1), 0.2 for the head on ViT (D.4).
+
+    Raises
+    ------
+    ValueError
+        The activation is unknown, or the temperature is not positive.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        classes: int,
+        *,
+        hidden: int | None = None,
+        embedding: int = 128,
+        activation: Activation = "relu",
+        temperature: float = 0.1,
+    ) -> None:
+        width = inputs if hidden is None else hidden
+        super().__init__()
+        self.hidden = nn.Linear(inputs, width)
+        self.activation = _activation(activation)
+        self.embedding = nn.Linear(width, embedding)
+        self.classifier = CosineClassifier(embedding, classes, temperature)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the logits (n, classes) of pooled features (n, inputs)."""
+        return self.classifier(self.embedding(self.activation(self.hidden(pooled))))
+
+
+class MLP(nn.Module):
+    """The paper's MLP: hidden layers of one width, an embedding, cosine logits at 0.1 (A.3.1).
+
+    Parameters
+    ----------
+    inputs : numbers an input, once flattened: 3072 for CIFAR-10, 784 for MNIST.
+    classes : number of classes.
+    layers, hidden : number and width of the hidden layers.
+    embedding : width of the embedding.
+    activation : of the hidden layers.
+    temperature : of the cosine logits.
+
+    Raises
+    ------
+    ValueError
+        The activation is unknown, or the temperature is not positive.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        classes: int,
+        *,
+        layers: int = 5,
+        hidden: int = 512,
+        embedding: int = 512,
+        activation: Activation = "relu",
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__()
+        body: list[nn.Module] = [nn.Flatten()]
+        for layer in range(layers):
+            body += [nn.Linear(inputs if layer == 0 else hidden, hidden), _activation(activation)]
+        super().__init__(*body, nn.Linear(hidden, embedding), CosineClassifier(embedding, classes, temperature))
+
+
+class CifarResNet18(nn.Module):
+    """ResNet-18 for 32 x 32 images: a 3 x 3 stem and no first pooling (He et al., CVPR 2016, for CIFAR).
+
+    Returns the pooled feature, of width ``8 * width``; put a `ProjectionHead` on top.
+
+    Parameters
+    ----------
+    width : channels of the first stage; 64 is the paper's.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.features = 8 * width
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        stages: list[nn.Module] = []
+        channels = width
+        for stage in range(4):
+            outputs = width << stage
+            stages += [
+                _Block(channels, outputs, stride=1 if stage == 0 else 2),
+                _Block(outputs, outputs, stride=1),
+            ]
+            channels = outputs
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the pooled features (n, 8 * width) of images (n, 3, h, w)."""
+        return self.stages(self.stem(images)).mean((2, 3))
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(self.body(x) + self.shortcut(x))
+
+
+def attach_head(
+    backbone: nn.Module,
+    classes: int,
+    *,
+    features: int | None = None,
+    hidden: int | None = None,
+    embedding: int = 128,
+    activation: Activation = "relu",
+    temperature: float = 0.1,
+) -> nn.Sequential:
+    """Put a projection head on a copy of a backbone, in place of its classifier.
+
+    Parameters
+    ----------
+    backbone
+        A timm model, a torchvision classifier (its layers from the first linear one on are left out), or with
+        ``features`` any module that returns (n, features).
+    classes : number of classes.
+    features : width of what the backbone returns; None for timm's and torchvision's models.
+    hidden, embedding, activation, temperature : of the head, see `ProjectionHead`.
+
+    Returns
+    -------
+    ``Sequential(backbone, head)``; `FeatureTap` finds the head's hidden layer in it.
+
+    Raises
+    ------
+    ValueError
+        The backbone has no classifier that could be found, or a setting of the head is wrong.
+    """
+    body = copy.deepcopy(backbone)
+    width = features if features is not None else _without_classifier(body)
+    head = ProjectionHead(
+        width, classes, hidden=hidden, embedding=embedding, activation=activation, temperature=temperature
+    )
+    return nn.Sequential(body, head)
+
+
+def _without_classifier(model: nn.Module) -> int:
+    """Take the classifier off a timm or torchvision model, and return the width of what it returns then."""
+    timm: Any = model
+    if hasattr(timm, "reset_classifier"):
+        timm.reset_classifier(0)
+        return int(getattr(timm, "head_hidden_size", None) or timm.num_features)
+    for name in _CLASSIFIERS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            setattr(model, name, nn.Identity())
+            return head.in_features
+        if isinstance(head, nn.Sequential):
+            for i, layer in enumerate(head):
+                if isinstance(layer, nn.Linear):
+                    setattr(model, name, head[:i])
+                    return layer.in_features
+    raise ValueError(
+        f"{type(model).__name__} has no linear classifier under any of {', '.join(_CLASSIFIERS)}: take its last "
+        "layers off yourself and pass the width of what it then returns as features="
+    )
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"there is no activation {name!r}: use one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]()
