@@ -111,7 +111,13 @@ class MLP(nn.Module):
         body: list[nn.Module] = [nn.Flatten()]
         for layer in range(layers):
             body += [nn.Linear(inputs if layer == 0 else hidden, hidden), _activation(activation)]
-        super().__init__(*body, nn.Linear(hidden, embedding), CosineClassifier(embedding, classes, temperature))
+        self.body = nn.Sequential(*body)
+        self.embedding = nn.Linear(hidden, embedding)
+        self.classifier = CosineClassifier(embedding, classes, temperature)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (n, classes) of images (n, ...)."""
+        return self.classifier(self.embedding(self.body(images)))
 
 
 class CifarResNet18(nn.Module):
