@@ -1,5 +1,17 @@
-"""Networks whose last hidden layer carries the norm, and heads for networks that have none."""
+"""Networks whose last hidden layer carries the norm, heads for networks that have none, and how to train them."""
 
+from featnorm.training.loop import augment, train
 from featnorm.training.networks import MLP, CifarResNet18, ProjectionHead, attach_head
+from featnorm.training.recipe import PRESETS, Recipe, scheme_labels
 
-__all__ = ["MLP", "CifarResNet18", "ProjectionHead", "attach_head"]
+__all__ = [
+    "MLP",
+    "PRESETS",
+    "CifarResNet18",
+    "ProjectionHead",
+    "Recipe",
+    "attach_head",
+    "augment",
+    "scheme_labels",
+    "train",
+]
