@@ -119,6 +119,31 @@ def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp
     assert_one_line(featnorm("evaluate", *options, "--detector", "Mahalanobis"), "single class", "SSD and KNN")
 
 
+def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "fit", 6, 0), pictures(tmp_path / "other" / "test", 4, 1)
+    third = pictures(tmp_path / "third" / "test", 4, 2)
+    options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--ood", third]
+    status, printed, _ = featnorm("evaluate", *options, "--detector", "KNN(k=1)", "--detector", "NAN")
+    assert status == 0
+    assert "none were given to fit on" in printed
+    document = (tmp_path / "featnorm-evaluation" / "results.md").read_text()
+    assert "fit: nothing" in document
+    assert "other:test AUROC" in document
+    assert "third:test AUROC" in document
+
+
+def test_names_with_markup_and_narrow_images_cost_nothing(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "[red]known", 4, 0), pictures(tmp_path / "other", 3, 1)
+    (other / "[b].png").write_bytes(b"no")
+    Image.new("RGB", (1, 20000)).save(other / "narrow.png")
+    options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--detector", "NAN"]
+    status, printed, _ = featnorm("evaluate", *options)
+    assert status == 0
+    assert "[b].png" in printed
+    assert "1 x 20000 pixels are too narrow" in printed
+    assert "in other:" in printed
+
+
 class TestErrors:
     @pytest.fixture
     def good(self, tmp_path, weights):
@@ -159,6 +184,16 @@ class TestErrors:
 
     def test_a_device_that_is_not_there(self, featnorm, good):
         assert_one_line(self.evaluate(featnorm, good, device="quantum"), "quantum")
+
+    def test_results_that_cannot_be_written(self, featnorm, good, tmp_path):
+        (tmp_path / "taken").write_text("a file")
+        assert_one_line(self.evaluate(featnorm, good, out="taken"), "--out taken", "no folder")
+
+    def test_a_precision_that_would_convert_the_weights(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, precision="64-true"), "64-true", "bf16-mixed")
+
+    def test_the_same_set_under_another_spelling(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, fit=f"{good['--id']}/"), "given twice")
 
     def test_the_same_set_twice(self, featnorm, good):
         assert_one_line(self.evaluate(featnorm, good, fit=good["--id"]), "known", "given twice")

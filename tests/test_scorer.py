@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import featnorm as fn
 from featnorm import archive
@@ -234,6 +235,56 @@ def test_too_few_inputs_to_calibrate():
         scorer.calibrate([torch.randn(18, 3, 6, 6)])
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([images for images, _ in loader()])
+
+
+def test_a_loader_over_an_iterable_data_set():
+    scorer = fn.Scorer(model_for(fn.KNN()), fn.KNN(k=3))
+    scorer.fit(DataLoader(Stream(), batch_size=None)).calibrate(DataLoader(Stream(), batch_size=None))
+    assert len(scorer.detector.bank.rows) == 128
+
+
+def test_an_iterator_is_not_used_up_in_silence():
+    scorer = fn.Scorer(model_for(fn.NAN()), fn.NAN())
+    batches = iter(loader())
+    scorer.fit(batches).calibrate(batches)
+    assert len(scorer.calibration.scores) == 128
+    with pytest.raises(ValueError, match="one pass uses up"):
+        scorer.calibrate(batches)
+
+
+def test_a_calibrated_scorer_is_in_its_state_dict():
+    scorer = fn.Scorer(model_for(fn.KNN()), fn.KNN(k=3)).fit(loader()).calibrate(loader(seed=1), tpr=0.8)
+    other = fn.Scorer(model_for(fn.KNN()), fn.KNN(k=3))
+    other.load_state_dict(scorer.state_dict())
+    inputs = loader(1, seed=2)[0][0]
+    for old, new in zip(scorer(inputs), other(inputs), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_labels_that_are_no_classes_are_named():
+    scorer = fn.Scorer(model_for(fn.Mahalanobis()), fn.Mahalanobis())
+    batches = [(images, nn.functional.one_hot(labels, CLASSES)) for images, labels in loader()]
+    with pytest.raises(ValueError, match=r"`labels`: the loader's are torch.int64 of shape \(32, 5\)"):
+        scorer.fit(batches)
+
+
+def test_what_is_no_detector_or_no_tensor_is_named():
+    model = model_for(fn.NAN())
+    with pytest.raises(TypeError, match=r"a detector such as NAN\(\), got 'NAN'"):
+        fn.Scorer(model, "NAN")
+    with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
+        fn.Scorer(model, fn.NAN())([1, 2])
+
+
+def test_a_covariance_too_large_for_its_machine_is_refused():
+    wide = fn.Features(pooled=torch.randn(3, 12000))
+    with pytest.raises(ValueError, match=r"12000 x 12000 need 1\.1 GiB"):
+        fn.SSD().fit(wide)
+
+
 class TestFile:
     @pytest.fixture
     def path(self, tmp_path):
@@ -299,6 +350,55 @@ class TestFile:
     def test_a_damaged_header_is_refused(self, path, changes):
         self.rewrite(path, **changes)
         with pytest.raises(fn.ArchiveError, match="damaged"):
+            fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    @pytest.mark.parametrize(
+        ("detector", "name", "change"),
+        [
+            ("KNN(k=3)", "bank.rows", lambda t: t * float("nan")),
+            ("KNN(k=3)", "bank.rows", lambda t: t[:0]),
+            ("SSD()", "moments.shift", lambda t: t[:1]),
+            ("SSD()", "moments.counts", lambda t: -t),
+            ("SSD()", "moments.gram", lambda t: t[:, :2]),
+            ("ReAct(NAN())", "activations.counts", lambda t: -t),
+            ("ReAct(NAN())", "activations.counts", lambda t: t[:2]),
+            ("ViM()", "sample.rows", lambda t: t[:, :3].contiguous()),
+            ("ViM()", "sample.keys", lambda t: t[:4]),
+        ],
+    )
+    def test_what_no_fit_could_have_learned_is_refused(self, tmp_path, detector, name, change):
+        path = tmp_path / "d.featnorm"
+        model = model_for(fn.NAN())
+        fn.Scorer(model, fn.parse_detector(detector)).fit(loader()).save(path)
+        tensors, header = archive.read(path)
+        tensors[f"detector.{name}"] = change(tensors[f"detector.{name}"])
+        save_file(tensors, path, {"featnorm": json.dumps({"format": 1, **header})})
+        with pytest.raises(fn.ArchiveError, match="damaged"):
+            fn.Scorer.load(path, model=model)
+
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            (("points", "activation", "module"), "nowhere"),
+            (("points", "activation", "side"), "bogus"),
+            (("points",), []),
+            (("weights", 0, "weight"), "__class__"),
+        ],
+    )
+    def test_a_tap_that_does_not_fit_the_model_is_refused(self, path, where, value):
+        _, header = archive.read(path)
+        place = header["tap"]["plan"]
+        for key in where[:-1]:
+            place = place[key]
+        place[where[-1]] = value
+        self.rewrite(path, tap=header["tap"])
+        with pytest.raises(fn.ArchiveError, match="damaged"):
+            fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    def test_a_stranger_among_the_tensors_is_refused(self, path):
+        tensors, header = archive.read(path)
+        save_file({**tensors, "evil": torch.zeros(1)}, path, {"featnorm": json.dumps(header)})
+        with pytest.raises(fn.ArchiveError, match="evil"):
             fn.Scorer.load(path, model=model_for(fn.NAN()))
 
     @pytest.mark.parametrize("keep", [0, 7, 100])

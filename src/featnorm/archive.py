@@ -55,10 +55,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = json.loads(metadata["featnorm"])
-        version = int(header["format"])
+        version = header["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"it is of format {version!r}")
         if not isinstance(header["model"], dict):
             raise ValueError("it names no model")
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
     if version > FORMAT:
         raise ArchiveError(

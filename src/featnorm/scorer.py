@@ -26,7 +26,7 @@ class Scorer(nn.Module):
     """Says for every input how well the model knows it, and whether it is in-distribution.
 
     Scoring always runs in evaluation mode and without gradients, whatever mode the model is in, and leaves
-    the model as it was.
+    the model as it was. Any number of threads may score; none may train the model meanwhile.
 
     Parameters
     ----------
@@ -43,6 +43,8 @@ class Scorer(nn.Module):
 
     def __init__(self, model: nn.Module, detector: Detector, layer: str | nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(detector, Detector):
+            raise TypeError(f"a Scorer takes a detector such as NAN(), got {detector!r}")
         self.model = model
         self.tap = FeatureTap(model, layer)
         parameter = next(model.parameters(), None)
@@ -65,8 +67,12 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, an input or a label is bad, or the loader is
             empty; an earlier fit is then kept.
+        TypeError
+            The inputs are not tensors.
         """
         if not self.detector.needs_fit:
+            if iter(loader) is loader:
+                return self  # an iterator gives each batch once, and calibration wants them all
             for features in self.tap.stream(loader, progress=False):
                 self.detector.score(features)
                 break
@@ -113,6 +119,19 @@ class Scorer(nn.Module):
             return Verdict(score, None, None, features.logits)
         return Verdict(score, self.calibration.p_value(score), self.calibration.is_id(score), features.logits)
 
+    def get_extra_state(self) -> dict[str, float | None]:
+        """Return the share to accept, which is in no buffer, for `state_dict`."""
+        return {"tpr": None if self.calibration is None else self.calibration.tpr}
+
+    def set_extra_state(self, state: dict[str, float | None]) -> None:
+        """Take what `get_extra_state` gave; the calibration itself is made when its scores are loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
+        if scores is not None and extra is not None and extra["tpr"] is not None:
+            self.calibration = Calibration(scores, extra["tpr"]).to(self.tap.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def save(self, path: str | Path) -> None:
         """Write detector, calibration and tap to one file: safetensors with a JSON header, no pickle.
 
@@ -148,24 +167,20 @@ class Scorer(nn.Module):
         """
         tensors, header = archive.read(path)
         try:
+            calibrated = tensors.pop("calibration.scores", None)
             detector = parse_detector(header["detector"])
-            state = {
-                name.removeprefix("detector."): value
-                for name, value in tensors.items()
-                if name.startswith("detector.")
-            }
-            detector.load_state_dict(state)
+            # Whatever is in the file is the detector's, or an error.
+            detector.load_state_dict({name.removeprefix("detector."): value for name, value in tensors.items()})
+            detector.validate()
             scorer = cls(model, detector)
             archive.check_fingerprint(scorer.tap.model, header["model"], path)
             scorer.tap = FeatureTap.from_state(model, header["tap"])
             if header["tpr"] is not None:
-                scores = tensors["calibration.scores"]
-                scorer.calibration = Calibration(scores, header["tpr"])
-                parameter = next(model.parameters(), None)
-                if parameter is not None:
-                    scorer.calibration.to(parameter.device)
+                if calibrated is None:
+                    raise ValueError("it has a share to accept and no calibration scores")
+                scorer.calibration = Calibration(calibrated, header["tpr"]).to(scorer.tap.device)
         except archive.ArchiveError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise archive.ArchiveError(f"{path} is damaged: {error}") from None
         return scorer

@@ -1,6 +1,7 @@
 """The commands, their options, and what becomes of an error."""
 
 import ctypes
+import io
 import platform
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ DataRoot = Annotated[
     typer.Option(envvar="FEATNORM_DATA", help="Where data sets by name are looked for first, and loaded to."),
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: `auto`, `cpu`, `cuda`, `mps`.")]
-Precision = Annotated[str, typer.Option(help="As Lightning Fabric names it: `32-true`, `bf16-mixed`, ...")]
+Precision = Annotated[
+    str, typer.Option(help="As Lightning Fabric names it: `32-true`, `bf16-mixed` or `16-mixed`.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images; one a processor without it.")
@@ -116,6 +119,10 @@ def inspect(
 def main() -> None:
     """Run the command line; an error is one line on standard error and exit status 2."""
     _keep_freed_memory()
+    # A terminal that cannot show an arrow must not cost the result.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm.cli.show import console, environment, print_table
+from featnorm.cli.show import console, environment, prepare_folder, print_table
 from featnorm.detectors import NAN
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
@@ -24,7 +24,7 @@ _TPR = 0.95
 def run(out: Path, seed: int) -> None:
     """Train, compare, calibrate; print a table and write a page."""
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     data = digits.load(seed)
     console.print(f"Training a small network on {len(data.train[0])} handwritten digits, 0 to 6 ...", style="dim")
     model = digits.train(data.train, seed)
@@ -70,7 +70,7 @@ def run(out: Path, seed: int) -> None:
         ),
         image=lambda name, index: _picture(inputs[name][index]),
     )
-    console.print(f"Wrote [bold]{page}[/bold] in {time.perf_counter() - started:.0f} s: open it in a browser.")
+    console.print(f"Wrote {page} in {time.perf_counter() - started:.0f} s: open it in a browser.")
 
 
 def _stream(tap: FeatureTap, images: Tensor, labels: Tensor | None = None) -> Iterator[Features]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from featnorm.cli.show import console, environment, print_table
+from featnorm.cli.show import console, environment, prepare_folder, print_table
 from featnorm.data import DataError, ImageSource, image_loader, open_images
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
@@ -17,6 +17,11 @@ from featnorm.features import Features
 from featnorm.models import create_model
 from featnorm.report import markdown_page, write_page
 from featnorm.tap import FeatureTap
+
+# What the images to fit on are called where sets are named; a set of that name goes by its specification.
+_FIT = "fit"
+# Those under which the weights stay as they are; Fabric would convert them for the others.
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,17 @@ class _Reader:
 
 
 def run(options: Options) -> None:
-    """Compare detectors; print a table, write a page and a Markdown table."""
+    """Compare detectors; write a page and a Markdown document, print a table."""
+    prepare_folder(options.out)
     detectors = (
         [parse_detector(expression) for expression in options.detectors]
         if options.detectors
         else standard_detectors()
     )
-    names = _set_names(options)
-    sources = {name: open_images(spec, root=options.data_root) for name, spec in names.items()}
+    _refuse_twice(options)
+    fit = None if options.fit is None else open_images(options.fit, root=options.data_root)
+    sources = _named([options.id_data, *options.ood], options.data_root)
+    id_name, *ood_names = sources
     loaded = create_model(options.model, weights=options.weights)
     fabric = _fabric(options)
     # Convolutions read channels last: three times as fast on a CPU, and faster on a GPU.
@@ -92,10 +100,9 @@ def run(options: Options) -> None:
     tap = FeatureTap(model, options.layer)
     reader = _Reader(tap, loaded.transform, fabric, options)
 
-    id_name, *ood_names = [name for name in names if name != "fit"]
     evaluation = compare(
         detectors,
-        fit=reader.stream("fit", sources["fit"]) if "fit" in sources else None,
+        fit=None if fit is None else reader.stream(_FIT, fit),
         id_set=(id_name, reader.stream(id_name, sources[id_name])),
         ood_sets={name: reader.stream(name, sources[name]) for name in ood_names},
     )
@@ -103,55 +110,66 @@ def run(options: Options) -> None:
     evaluation.facts = {
         "model": loaded.name + "".join(f"; {note}" for note in loaded.notes),
         "last hidden layer": tap.describe().splitlines()[0].removeprefix("Last hidden layer: "),
-        "in-distribution": f"{names[id_name]}, {len(reader.rows[id_name])} inputs",
-        **{f"OOD, {name}": f"{names[name]}, {len(reader.rows[name])} inputs" for name in ood_names},
-        "fit": f"{names['fit']}, {len(reader.rows['fit'])} inputs" if "fit" in names else "nothing",
+        "in-distribution": f"{options.id_data}, {len(reader.rows[id_name])} inputs",
+        **{
+            f"OOD, {name}": f"{spec}, {len(reader.rows[name])} inputs"
+            for name, spec in zip(ood_names, options.ood, strict=True)
+        },
+        "fit": "nothing" if fit is None else f"{options.fit}, {len(reader.rows[_FIT])} inputs",
+        "device": f"{tap.device}, {options.precision}",
         **environment(),
     }
-    print_table(evaluation)
-    if evaluation.accuracy is not None:
-        console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
-    for name, files in evaluation.skipped.items():
-        console.print(f"[yellow]skipped[/yellow] {len(files)} unreadable image(s) in {name}:")
-        for file, why in files[:10]:
-            console.print(f"  {file}: {why}", soft_wrap=True)
-        if len(files) > 10:
-            console.print(f"  ... and {len(files) - 10} more, listed on the page")
-
-    options.out.mkdir(parents=True, exist_ok=True)
 
     def image(name: str, index: int) -> Image.Image:
         return sources[name].image(reader.rows[name][index])
 
-    page = options.out / "index.html"
+    page, document = options.out / "index.html", options.out / "results.md"
     title = f"What does {options.model} know?"
     summary = f"Which detectors tell {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
-    document = options.out / "results.md"
     document.write_text(markdown_page(evaluation, title=title, summary=summary), encoding="utf-8")
-    console.print(f"Wrote [bold]{page}[/bold] and {document}.", soft_wrap=True)
+
+    print_table(evaluation)
+    if evaluation.accuracy is not None:
+        console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
+    for name, files in evaluation.skipped.items():
+        console.print(f"skipped {len(files)} unreadable image(s) in {name}:")
+        for file, why in files[:10]:
+            console.print(f"  {file}: {why}", soft_wrap=True)
+        if len(files) > 10:
+            console.print(f"  ... and {len(files) - 10} more, listed on the page")
+    console.print(f"Wrote {page} and {document}.", soft_wrap=True)
 
 
-def _set_names(options: Options) -> dict[str, str]:
-    """Return the specification of each set by a name that no two sets share."""
-    specs = {"fit": options.fit} if options.fit is not None else {}
-    for spec in (options.id_data, *options.ood):
-        name = spec
-        short = Path(spec.split("[")[0].split(":")[0]).stem
-        if short and short not in specs:
-            name = short
-        if spec in specs.values():
-            raise DataError(f"{spec} is given twice: fit, --id and every --ood must be different inputs")
-        specs[name] = spec
-    return specs
+def _named(specs: list[str], root: Path | None) -> dict[str, ImageSource]:
+    """Return each set by a short name or, where two would share it, by what the user called it."""
+    opened = [(spec, open_images(spec, root=root)) for spec in specs]
+    titles = [source.title for _, source in opened]
+    return {
+        source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source
+        for spec, source in opened
+    }
+
+
+def _refuse_twice(options: Options) -> None:
+    seen: dict[object, str] = {}
+    for spec in filter(None, (options.fit, options.id_data, *options.ood)):
+        base, bracket, rows = spec.partition("[")
+        path = Path(base)
+        key = (path.resolve() if path.exists() else base, bracket + rows)
+        if key in seen:
+            raise DataError(f"{spec} is given twice: --fit, --id and every --ood must be different inputs")
+        seen[key] = spec
 
 
 def _fabric(options: Options) -> Any:
-    from lightning_fabric import Fabric
-
+    if options.precision not in _PRECISIONS:
+        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {options.precision}")
+    try:
+        from lightning_fabric import Fabric
+    except ImportError:
+        raise ImportError("featnorm evaluate needs: pip install 'featnorm[vision]'") from None
     try:
         return Fabric(accelerator=options.device, devices=1, precision=options.precision)  # type: ignore[arg-type]
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"--device {options.device} --precision {options.precision}: {error}") from None
-    except ImportError:
-        raise ImportError("featnorm evaluate needs: pip install 'featnorm[vision]'") from None

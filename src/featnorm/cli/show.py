@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+import tempfile
 from datetime import date
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from featnorm.evaluation import Evaluation
 from featnorm.report.tables import table_rows
 
 # Into a file or a pipe a table is as wide as it needs, and is not folded to a terminal that is not there.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+# No markup either: a file may be called [red].
+console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
 def print_table(evaluation: Evaluation) -> None:
@@ -28,7 +30,23 @@ def print_table(evaluation: Evaluation) -> None:
         table.add_row(*row)
     console.print(table)
     for name, reason in evaluation.left_out.items():
-        console.print(f"[yellow]left out[/yellow] {name}: {reason}", soft_wrap=True)
+        console.print(f"left out {name}: {reason}", soft_wrap=True)
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the folder for the results, before the work and not after it.
+
+    Raises
+    ------
+    ValueError
+        It cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out} is no folder that can be written to: {error.strerror}") from None
 
 
 def environment() -> dict[str, str]:

@@ -16,6 +16,9 @@ from torch.utils.data import Dataset
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
+_LONGEST = 100  # times the short side
+
+
 class DataError(ValueError):
     """A specification of images, or the data behind it, that cannot be used; the message is one line."""
 
@@ -239,6 +242,10 @@ def decode(data: bytes | str | Path, name: str) -> Image.Image:
 def _decoded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         with opened() as image:
+            long, short = max(image.size), min(image.size)
+            if long > _LONGEST * short:
+                # Resized to a model's height it would take gigabytes, which Pillow's own guard does not foresee.
+                raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a model's input")
             image.load()
             return _to_rgb(image)
     # A broken file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, and more.

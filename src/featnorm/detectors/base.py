@@ -147,6 +147,16 @@ class Detector(nn.Module, ABC):
         if not self.is_fitted:
             raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
 
+    def validate(self) -> None:
+        """Refuse what was loaded from a file, by a ValueError, where no fit could have left it."""
+        self.require_fitted()
+        for statistic in self._statistics():
+            statistic.validate()
+        for module in self.modules():
+            widths = {child.width for child in module.children() if isinstance(child, Statistic) and child.width}
+            if len(widths) > 1:
+                raise ValueError(f"{module!r} was fitted to features of widths {sorted(widths)} at once")
+
     def __truediv__(self, other: "Detector") -> "Detector":
         """Divide a distance by a norm: the paper's fusion (eq. 49)."""
         if not isinstance(other, Detector):

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 # Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again.
 _BLOCK_ROWS = 4096
-_MOST_GRAM_BYTES = 8 << 30
+# Several detectors may hold one each, so a single one is held well below a machine's memory.
+_MOST_GRAM_BYTES = 1 << 30
+_MOST_GRAMS_BYTES = 8 << 30
 
 
 class Statistic(nn.Module, ABC):
@@ -44,6 +46,12 @@ class Statistic(nn.Module, ABC):
         """Refuse rows of another width than those before."""
         if not self.is_empty and rows.shape[1] != self.width:
             raise ValueError(f"features of width {rows.shape[1]} after features of width {self.width}")
+
+    def validate(self) -> None:
+        """Refuse, by a ValueError, buffers that no fit could have left."""
+        for name, value in self.named_buffers():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"{name} is not finite")
 
     def reset(self) -> None:
         """Forget everything."""
@@ -126,6 +134,17 @@ class Moments(Statistic):
     def width(self) -> int:
         """The number of dimensions of a row."""
         return self.sums.shape[1]
+
+    def validate(self) -> None:
+        """Refuse, by a ValueError, buffers that no fit could have left."""
+        super().validate()
+        groups, width = len(self.groups), self.width
+        grams = groups if self.gram_per_group else min(groups, 1)
+        shapes = [tuple(t.shape) for t in (self.counts, self.sums, self.gram, self.shift)]
+        if not self.is_empty and (
+            shapes != [(groups,), (groups, width), (grams, width, width), (width,)] or not (self.counts > 0).all()
+        ):
+            raise ValueError(f"counts, sums, gram and shift of {groups} groups are of shapes {shapes}")
 
     @property
     def total(self) -> Tensor:
@@ -221,9 +240,10 @@ class Moments(Statistic):
         width = len(shift)
         groups = torch.cat([self.groups, labels]).unique()
         grams = len(groups) if self.gram_per_group else 1
-        if grams * width**2 * 8 > _MOST_GRAM_BYTES:
+        need = width**2 * 8
+        if need > _MOST_GRAM_BYTES or grams * need > _MOST_GRAMS_BYTES:
             raise ValueError(
-                f"{grams} covariance(s) of {width} x {width} need {grams * width**2 * 8 / 2**30:.0f} GiB; "
+                f"{grams} covariance(s) of {width} x {width} need {grams * need / 2**30:.1f} GiB; "
                 "use features of fewer dimensions, or a detector without a covariance (KNN, NAN)"
             )
         device = self.gram.device
@@ -301,6 +321,12 @@ class RowSample(Statistic):
         """The number of dimensions of a row."""
         return self.rows.shape[1]
 
+    def validate(self) -> None:
+        """Refuse, by a ValueError, buffers that no fit could have left."""
+        super().validate()
+        if not len(self.keys) == len(self.rows) <= min(self.size, int(self.seen)):
+            raise ValueError(f"{len(self.keys)} keys for {len(self.rows)} rows of {int(self.seen)}")
+
     @property
     def is_complete(self) -> bool:
         """Whether the sample is all rows that were seen."""
@@ -366,6 +392,17 @@ class FloatHistogram(Statistic):
     def merge(self, other: Self) -> None:
         """Take in the numbers that another has seen."""
         self._combine(other.bins.to(self.bins.device), other.counts.to(self.bins.device))
+
+    def validate(self) -> None:
+        """Refuse, by a ValueError, buffers that no fit could have left."""
+        super().validate()
+        if (
+            len(self.bins) != len(self.counts)
+            or not (self.counts > 0).all()
+            or not (self.bins.diff() > 0).all()
+            or (2 * self.bins.abs() > self._BINS).any()
+        ):
+            raise ValueError("bins must ascend, each with a positive count")
 
     def percentile(self, p: float) -> float:
         """Return the p-th percentile, linear between order statistics as numpy's."""

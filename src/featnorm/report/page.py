@@ -159,7 +159,7 @@ class _Pictures:
         if (set_name, index) not in self.seen:
             try:
                 picture = _thumbnail(self.image(set_name, index), f"t{len(self.seen)}")
-            except OSError:  # a moved or broken file costs its thumbnail, not the report
+            except (OSError, ValueError):  # a moved or broken file costs its thumbnail, not the report
                 picture = None
             self.seen[set_name, index] = picture
         return self.seen[set_name, index]
@@ -177,7 +177,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     path : the file to write, in a directory that exists; a file that is there is replaced.
     title, summary : heading of the page, and a sentence under it.
     image : the input of a set at an index in its scores, for the thumbnails of what a detector gets wrong; it
-        may raise an `OSError` for one it cannot read. None for no thumbnails.
+        may raise an `OSError` or `ValueError` for one it cannot read. None for no thumbnails.
     """
     keys = [
         _Key(name, *plots.series(index)) for index, name in enumerate([evaluation.id_name, *evaluation.ood_names])

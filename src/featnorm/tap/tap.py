@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm.features import Classifier, Features
+from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.listen import Point, listen, locate, undisturbed
 from featnorm.tap.watch import Node, watch
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
 _LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+_CLASS_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Rows of the forward pass that is watched, which keeps every tensor it makes.
 _WATCHED_ROWS = 2
 
@@ -67,6 +68,8 @@ class FeatureTap:
 
     def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
         """Return the features of one batch, with a copy of the classifier's weights or without."""
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"the inputs must be a tensor, got {type(inputs).__name__}")
         inputs = inputs.to(self.device)
         if self._plan is None:
             return self._watch(inputs)
@@ -116,18 +119,22 @@ class FeatureTap:
         """
         if isinstance(loader, Tensor):
             raise ValueError("a tensor is no loader, as its rows would be taken for batches: pass [tensor]")
-        total = len(loader) if isinstance(loader, Sized) else None
+        total = _length(loader)
         bar = tqdm(loader, total=total, unit="batch", disable=_hide(progress), leave=False)
         empty = True
         for i, batch in enumerate(bar):
-            inputs, labels = _split(batch, i)
+            inputs, labels, why = _split(batch, i)
             if not len(inputs):
                 continue
             features = self(inputs)
             empty = False
-            yield features if labels is None else features.replace(labels=labels.to(self.device))
+            if labels is None:
+                yield features.replace(absent={**features.absent, "labels": why})
+            else:
+                yield features.replace(labels=labels.to(self.device))
         if empty:
-            raise ValueError("the loader yielded no batch")
+            used_up = ": it is an iterator, which one pass uses up; pass a list or a DataLoader"
+            raise ValueError(f"the loader yielded no batch{used_up if iter(loader) is loader else ''}")
 
     def extract(self, loader: Iterable[Any], *, progress: bool | None = None) -> Features:
         """Return the features of a whole loader, on the CPU; as `stream`, joined.
@@ -173,6 +180,7 @@ class FeatureTap:
         """Make a tap that listens where another did, without watching the model again."""
         tap = cls(model, state["layer"])
         tap._plan = _Plan.from_json(state["plan"])
+        tap._plan.check(tap.model)
         tap._inactive = state["inactive"]
         return tap
 
@@ -272,6 +280,19 @@ class _Plan:
         # The weights themselves are the user's: features must neither change with them nor change them.
         return product.clone(), None if offset is None else offset.clone()
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse, by a ValueError, a plan from a file that does not fit the model."""
+        for name, point in self.points.items():
+            known = point.side == "op" or (point.side in ("in", "out") and _has_module(model, point.module))
+            if name not in PER_INPUT or not known:
+                raise ValueError(f"the tap of {name!r} listens to {point.side!r} of {point.module!r}")
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for path in (path for ref in self.weights for path in (ref.weight, ref.bias) if path is not None):
+            owner, _, attribute = path.rpartition(".")
+            # A parametrised weight is an attribute of its module, and among neither parameters nor buffers.
+            if path not in tensors and not (attribute in ("weight", "bias") and _has_module(model, owner)):
+                raise ValueError(f"the classifier is read from {path!r}, which is no weight of the model")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "points": {name: point.to_json() for name, point in self.points.items()},
@@ -301,6 +322,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_modules(remove_duplicate=False))
 
 
 def _verdict(anatomy: Anatomy) -> str:
@@ -344,7 +369,16 @@ def _hide(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
+def _length(loader: Iterable[Any]) -> int | None:
+    """Return the number of batches; a DataLoader has a length, but over an iterable data set it raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
+
+
+def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None, str]:
+    """Return the inputs, the labels, and without labels the reason."""
     inputs: Any = batch
     labels: Any = None
     if isinstance(batch, Mapping):
@@ -358,18 +392,22 @@ def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
             f"batch {index} of the loader is {what}; expected a tensor of inputs, a tuple that begins with "
             f"one, or a dict with one under {', '.join(_INPUT_KEYS)}"
         )
-    is_classes = (
-        isinstance(labels, Tensor)
-        and labels.shape == inputs.shape[:1]
-        and not labels.is_floating_point()
-        and labels.dtype != torch.bool
+    if labels is None:
+        return inputs, None, "the loader yields none"
+    is_classes = isinstance(labels, Tensor) and labels.dtype in _CLASS_TYPES and labels.shape == inputs.shape[:1]
+    if is_classes:
+        return inputs, labels, ""
+    found = (
+        f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
     )
-    return inputs, labels if is_classes else None
+    return inputs, None, f"the loader's are {found}, and one integer an input is wanted"
 
 
 def _noise_for(model: nn.Module) -> Tensor:
     """Return a batch of noise of the size that a model's first layer, or its configuration, asks for."""
     config = getattr(model, "default_cfg", None)
+    if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("the model's layers take their size from its first input: show it one with tap.watch")
     generator = torch.Generator().manual_seed(0)
     shape: tuple[int, ...] | None = None
     if isinstance(config, Mapping) and "input_size" in config:
