@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/demo.stamp
 	$(BIN)/featnorm demo
 
+# Two processes of one thread each: with more, threads wait for each other and take several times as long.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ A small network learns the digits 0 to 6. The digits 7, 8 and 9 are near-OOD, pa
 Everything is 8 x 8 grey, and training takes seconds on a CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,11 +82,22 @@ def load(seed: int = 0) -> Digits:
     return Digits(train, calibrate, test, ood)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one thread: on layers this small threads wait for each other, on a busy machine for minutes."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train(data: tuple[Tensor, Tensor], seed: int = 0, on_epoch: Callable[[int], None] | None = None) -> DigitNet:
     """Train a network by cross entropy on cosine logits: SGD, cosine schedule, shifts by a pixel."""
     images, labels = data
     # The caller's random state is theirs, and the weights depend on the seed alone.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = DigitNet()
         optimiser = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, nesterov=True)
