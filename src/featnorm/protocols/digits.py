@@ -4,7 +4,7 @@ A small network learns the digits 0 to 6. The digits 7, 8 and 9 are near-OOD, pa
 Everything is 8 x 8 grey, and training takes seconds on a CPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,7 +93,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train(data: tuple[Tensor, Tensor], seed: int = 0, on_epoch: Callable[[int], None] | None = None) -> DigitNet:
+def train(data: tuple[Tensor, Tensor], seed: int = 0) -> DigitNet:
     """Train a network by cross entropy on cosine logits: SGD, cosine schedule, shifts by a pixel."""
     images, labels = data
     # The caller's random state is theirs, and the weights depend on the seed alone.
@@ -104,7 +104,7 @@ def train(data: tuple[Tensor, Tensor], seed: int = 0, on_epoch: Callable[[int], 
         steps = EPOCHS * (len(images) // _BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         padded = nn.functional.pad(images, (1, 1, 1, 1))
-        for epoch in range(EPOCHS):
+        for _ in range(EPOCHS):
             for rows in torch.randperm(len(images))[: len(images) // _BATCH * _BATCH].split(_BATCH):
                 dy, dx = torch.randint(0, 3, (2,)).tolist()
                 batch = padded[rows, :, dy : dy + 8, dx : dx + 8]
@@ -113,6 +113,4 @@ def train(data: tuple[Tensor, Tensor], seed: int = 0, on_epoch: Callable[[int], 
                 loss.backward()
                 optimiser.step()
                 schedule.step()
-            if on_epoch is not None:
-                on_epoch(epoch)
     return model.eval()
