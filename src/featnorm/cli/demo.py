@@ -53,10 +53,12 @@ def run(out: Path, seed: int) -> None:
     scorer = Scorer(model, NAN()).calibrate(data.calibrate[0].split(_BATCH), tpr=_TPR, progress=False)
     refused = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
     verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in refused.items())
+    # Of the share refused, from the draws of the calibration and of the test digits.
+    chance = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
     console.print()
     console.print(
-        f"NAN, calibrated on {len(data.calibrate[0])} other digits to refuse at most {1 - _TPR:.0%} of what the "
-        f"model knows, refuses {verdicts}.",
+        f"NAN, calibrated on {len(data.calibrate[0])} other digits to refuse {1 - _TPR:.0%} of what the model "
+        f"knows, refuses {verdicts} (for the first, a standard error of {chance:.1%} is chance).",
         soft_wrap=True,
     )
     page = out / "index.html"
