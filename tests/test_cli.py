@@ -119,6 +119,20 @@ def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp
     assert_one_line(featnorm("evaluate", *options, "--detector", "Mahalanobis"), "single class", "SSD and KNN")
 
 
+def test_labels_of_other_classes_give_no_accuracy(featnorm, weights, tmp_path):
+    known = pictures(tmp_path / "known", 8, 0, ["a", "b"])  # and the model has four classes
+    other = pictures(tmp_path / "other", 4, 1)
+    options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--detector", "NAN"]
+    status, printed, _ = featnorm("evaluate", *options)
+    assert status == 0
+    assert "correctly" not in printed
+    assert "worse than chance: measure it" in featnorm("inspect", "--model", MODEL)[1]
+
+
+def test_inspect_counts_a_vector_kept_as_maps(featnorm):
+    assert "pooled: 768 wide" in featnorm("inspect", "--model", "torchvision:convnext_tiny")[1]
+
+
 def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
     known, other = pictures(tmp_path / "fit", 6, 0), pictures(tmp_path / "other" / "test", 4, 1)
     third = pictures(tmp_path / "third" / "test", 4, 2)

@@ -75,10 +75,12 @@ class _Reader:
             images = batch.images.contiguous(memory_format=torch.channels_last)
             with self.fabric.autocast():
                 features = self.tap(images)
-            if why is None:
+            # Labels of other classes than the model's own say nothing of its accuracy.
+            foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)
+            if why is None and not foreign:
                 yield features.replace(labels=batch.labels.to(self.tap.device))
             else:
-                yield features.replace(absent={**features.absent, "labels": why})
+                yield features.replace(absent={**features.absent, "labels": why or "its classes are others"})
 
 
 def run(options: Options) -> None:
@@ -139,6 +141,10 @@ def run(options: Options) -> None:
         if len(files) > 10:
             console.print(f"  ... and {len(files) - 10} more, listed on the page")
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)
+
+
+def _classes_of(features: Features) -> int | None:
+    return None if features.logits is None else features.logits.shape[1]
 
 
 def _named(specs: list[str], root: Path | None) -> dict[str, ImageSource]:

@@ -338,13 +338,16 @@ def _verdict(anatomy: Anatomy) -> str:
     if anatomy.kind == "pooled":
         return found + (
             "It is a pool of rectified maps and not the hidden layer of an MLP head: NAN works there, but "
-            "weaker, since a pooled unit is seldom off (paper Table 6)."
+            "weaker, since a pooled unit is seldom off (paper Table 6), and on some models worse than chance: "
+            "measure it."
         )
     return found + "It was chosen by name; NAN expects it to be the output of a rectifier."
 
 
 def _width(node: Node) -> int:
-    return int(node.shape[1]) if len(node.shape) == 4 else node.value.numel() // max(len(node.value), 1)
+    numbers = node.value.numel() // max(len(node.value), 1)
+    # Maps are pooled to their channels; a vector may have its numbers on any axis.
+    return numbers if numbers in node.shape[1:] else int(node.shape[1])
 
 
 def _place(node: Node) -> str:
