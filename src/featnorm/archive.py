@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from featnorm._files import replacing
 
 FORMAT = 1
 
@@ -22,19 +22,10 @@ class ArchiveError(ValueError):
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a detector file; an earlier file of that name stays until the new one is complete."""
-    path = Path(path)
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"featnorm": json.dumps({"format": FORMAT, **header})}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(own, temporary, metadata)
-        # The umask decides who may read it, as for any file; mkstemp had made it private.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,9 +86,3 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], path: str |
     else:
         difference = f"a {found['class']} with other weights, or in another precision"
     raise ArchiveError(f"{path} was made for another model: {difference}. Load that model, or fit again")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

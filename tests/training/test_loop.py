@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from featnorm.training import MLP, PRESETS, CifarResNet18, ProjectionHead, Recipe, augment, scheme_labels, train
+from featnorm.training import (
+    MLP,
+    PRESETS,
+    CifarResNet18,
+    Normalize,
+    ProjectionHead,
+    Recipe,
+    attach_head,
+    augment,
+    scheme_labels,
+    train,
+    train_head,
+)
 
 RECIPE = Recipe(epochs=4, batch_size=16, optimiser="sgd", lr=0.05, augment=True)
 
@@ -169,23 +181,140 @@ def _cut(padded, top, left, flip):
     return cut[:, :, ::-1] if flip else cut
 
 
+def test_a_crop_is_cut_from_the_moved_image():
+    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)
+    crops = augment(images, torch.Generator().manual_seed(5), 12).numpy()
+    assert crops.shape == (60, 3, 12, 12)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
+    corners = set()
+    for i in range(60):
+        places = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            for step in (1, -1)
+            if np.array_equal(crops[i], padded[i][:, top : top + 12, left : left + 12][:, :, ::step])
+        ]
+        assert len(places) == 1
+        corners.update(places)
+    assert {top for top, _ in corners} == set(range(9))
+
+
+def test_crops_come_first_and_whole_images_last():
+    images, targets = data(64)
+    sides = []
+    model = network()
+    model.register_forward_pre_hook(lambda _, args: sides.append(args[0].shape[-1]))
+    train(model, images, targets, replace(RECIPE, epochs=2, crop=6, crop_share=0.75))
+    assert sides == [6] * 6 + [8] * 2
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    images, targets = data(96)
+    rates = []
+    model = network()
+    recipe = replace(RECIPE, epochs=10, warmup=0.5, lr=1e-6)
+    train(model, images, targets, recipe, on_epoch=lambda entry, _: rates.append(entry["lr"]))
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4] == pytest.approx(1e-6)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def embedder(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        Normalize((0.3,) * 3, (0.2,) * 3), CifarResNet18(4), ProjectionHead(32, None, embedding=16)
+    )
+
+
+def test_supcon_draws_a_class_together():
+    images, targets = data(96)
+    recipe = replace(RECIPE, epochs=6, objective="supcon", warmup=0.2)
+    entries = []
+    model = train(embedder(), images, targets, recipe, on_epoch=lambda entry, _: entries.append(entry))
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    assert entries[-1]["accuracy"] is None
+    with torch.no_grad():
+        embedding = nn.functional.normalize(model(images.float() / 255))
+    cosine = embedding @ embedding.T
+    same = targets[:, None] == targets
+    assert cosine[same].mean() > cosine[~same].mean() + 0.5
+
+
+def test_supcon_is_the_formula_over_both_views():
+    """Khosla et al., NeurIPS 2020, eq. 2, term by term in float64."""
+    from featnorm.training.objectives import supcon
+
+    torch.manual_seed(3)
+    z = torch.randn(12, 5, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0, 0, 1, 2])
+    unit = z / z.norm(dim=1, keepdim=True)
+    total = 0.0
+    for i in range(12):
+        others = [a for a in range(12) if a != i]
+        below = sum(torch.exp(unit[i] @ unit[a] / 0.2) for a in others)
+        positives = [p for p in others if y[p] == y[i]]
+        total -= sum(torch.log(torch.exp(unit[i] @ unit[p] / 0.2) / below) for p in positives) / len(positives)
+    assert float(supcon(z, y, 0.2, None)) == pytest.approx(float(total) / 12, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_the_head_alone_learns_and_the_backbone_stays(optimiser):
+    images, targets = data(96)
+    torch.manual_seed(0)
+    model = attach_head(CifarResNet18(4), 3, features=32, hidden=16)
+    before = weights(model[0])
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    loader = [
+        (part.float() / 255, labels) for part, labels in zip(images.split(32), targets.split(32), strict=True)
+    ]
+    recipe = replace(PRESETS["D.4"], epochs=60, batch_size=32, optimiser=optimiser)
+    assert train_head(model, loader, recipe) is model
+    assert len(calls) == 3
+    assert_same(before, weights(model[0]))
+    with torch.no_grad():
+        logits = torch.cat([model(inputs) for inputs, _ in loader])
+    assert float((logits.argmax(1) == targets).float().mean()) > 0.9
+    with pytest.raises(ValueError, match="no batch"):
+        train_head(model, [], recipe)
+    with pytest.raises(ValueError, match="not 3 parts"):
+        train_head(nn.Sequential(*model, nn.Identity()), loader, recipe)
+
+
 TWO = """
 import sys, torch
 sys.path.insert(0, {folder!r})
+from dataclasses import replace
 from lightning_fabric import Fabric
-from featnorm.training import MLP, Recipe, train
-from test_loop import data
+from featnorm.training import MLP, PRESETS, ProjectionHead, Recipe, train
+from test_loop import CASES, data, plain
 def run(fabric):
     images, targets = data(64)
-    torch.manual_seed(0)
-    recipe = Recipe(epochs=2, batch_size=16, optimiser="sgd", lr=0.05)
-    model = train(MLP(192, 3, hidden=16, embedding=8), images, targets, recipe, fabric=fabric)
+    ends = {{}}
+    for name, recipe in CASES.items():
+        ends[name] = train(plain(recipe), images, targets, recipe, fabric=fabric).state_dict()
     if fabric.global_rank == 0:
-        torch.save(model.state_dict(), {out!r})
+        torch.save(ends, {out!r})
 if __name__ == "__main__":
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn")
     fabric.launch(run)
 """
+
+# Every preset for an epoch, and supcon, whose loss runs over the inputs of both processes.
+CASES = {name: replace(recipe, epochs=1, batch_size=16, augment=False) for name, recipe in PRESETS.items()} | {
+    "supcon": Recipe(epochs=2, batch_size=16, optimiser="sgd", lr=0.05, augment=True, objective="supcon"),
+}
+
+
+def plain(recipe):
+    """A network without batch normalisation, which two processes compute as one does."""
+    torch.manual_seed(0)
+    body = MLP(192, 3, hidden=16, embedding=8)
+    if recipe.objective == "supcon":
+        body.classifier = nn.Identity()
+    return body
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -194,20 +323,33 @@ def test_two_processes_train_as_one(tmp_path):
     script.write_text(TWO.format(folder=__file__.rsplit("/", 1)[0], out=str(out)))
     subprocess.run([sys.executable, script], check=True, capture_output=True, timeout=120)
     images, targets = data(64)
-    torch.manual_seed(0)
-    recipe = Recipe(epochs=2, batch_size=16, optimiser="sgd", lr=0.05)
-    one = train(MLP(192, 3, hidden=16, embedding=8), images, targets, recipe)
-    for name, value in torch.load(out, weights_only=True).items():
-        torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-4, atol=1e-6)
+    two = torch.load(out, weights_only=True)
+    assert two.keys() == CASES.keys()
+    for name, recipe in CASES.items():
+        one = train(plain(recipe), images, targets, recipe)
+        for key, value in two[name].items():
+            torch.testing.assert_close(value, one.state_dict()[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
 def test_what_is_wrong_is_named(tmp_path):
     images, targets = data(32)
-    with pytest.raises(ValueError, match="must be uint8"):
+    with pytest.raises(ValueError, match="must be images, uint8"):
         train(network(), images.float(), targets, RECIPE)
+    with pytest.raises(ValueError, match="features cannot be augmented"):
+        train(network()[1], torch.zeros(32, 32), targets, RECIPE)
+    with pytest.raises(ValueError, match="a crop of 9 cannot be cut from images of 8 x 8"):
+        train(network(), images, targets, replace(RECIPE, crop=9))
+    with pytest.raises(ValueError, match="supcon compares augmented views"):
+        replace(RECIPE, objective="supcon", augment=False)
+    with pytest.raises(ValueError, match="no objective 'triplet'"):
+        replace(RECIPE, objective="triplet")
+    with pytest.raises(ValueError, match="crops are an augmentation"):
+        replace(RECIPE, crop=6, augment=False)
+    with pytest.raises(ValueError, match="warmup must be a share"):
+        replace(RECIPE, warmup=1.0)
     with pytest.raises(ValueError, match="targets must be 32 integers"):
         train(network(), images, targets[:5], RECIPE)
-    with pytest.raises(ValueError, match="a batch of 64 needs as many images"):
+    with pytest.raises(ValueError, match="a batch of 64 needs as many inputs"):
         train(network(), images, targets, replace(RECIPE, batch_size=64))
     with pytest.raises(ValueError, match="no optimiser"):
         replace(RECIPE, optimiser="adam")

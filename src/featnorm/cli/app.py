@@ -116,6 +116,30 @@ def inspect(
     run(model, weights, data, layer, data_root)
 
 
+@app.command()
+def reproduce(
+    table: Annotated[
+        str,
+        typer.Argument(
+            help="`table3`, `table5`, `table6`, `table7`, `table8`, `table10` or `figure7`, on CIFAR-10."
+        ),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="`paper`: its protocol, to the letter. `laptop`: what two cores do.")
+    ] = "laptop",
+    data_root: DataRoot = None,
+    out: Annotated[
+        Path, typer.Option(help="The folder of the networks and tables; a run that was broken off goes on there.")
+    ] = Path("featnorm-reproduction"),
+    device: Device = "auto",
+    precision: Precision = "32-true",
+) -> None:
+    """Train and score what a table of the paper needs, and print our numbers beside the paper's."""
+    from featnorm.cli.reproduce import run
+
+    run(table, scale, data_root, out, device, precision)
+
+
 def main() -> None:
     """Run the command line; an error is one line on standard error and exit status 2."""
     _keep_freed_memory()

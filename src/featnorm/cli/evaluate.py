@@ -96,7 +96,7 @@ def run(options: Options) -> None:
     sources = _named([options.id_data, *options.ood], options.data_root)
     id_name, *ood_names = sources
     loaded = create_model(options.model, weights=options.weights)
-    fabric = _fabric(options)
+    fabric = fabric_of(options.device, options.precision)
     # Convolutions read channels last: three times as fast on a CPU, and faster on a GPU.
     model = fabric.to_device(loaded.model).to(memory_format=torch.channels_last)
     tap = FeatureTap(model, options.layer)
@@ -168,14 +168,23 @@ def _refuse_twice(options: Options) -> None:
         seen[key] = spec
 
 
-def _fabric(options: Options) -> Any:
-    if options.precision not in _PRECISIONS:
-        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {options.precision}")
+def fabric_of(device: str, precision: str) -> Any:
+    """Return Fabric on one device.
+
+    Raises
+    ------
+    ValueError
+        There is no such device or precision here.
+    ImportError
+        Fabric is not installed.
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {precision}")
     try:
         from lightning_fabric import Fabric
     except ImportError:
-        raise ImportError("featnorm evaluate needs: pip install 'featnorm[vision]'") from None
+        raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
     try:
-        return Fabric(accelerator=options.device, devices=1, precision=options.precision)  # type: ignore[arg-type]
+        return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"--device {options.device} --precision {options.precision}: {error}") from None
+        raise ValueError(f"--device {device} --precision {precision}: {error}") from None

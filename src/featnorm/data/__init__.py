@@ -1,7 +1,7 @@
 """Images: where they come from, and how they reach a model in batches."""
 
 from featnorm.data.images import DataError, ImageError, ImageSource
-from featnorm.data.loading import ImageBatch, ImageLoader, image_loader
+from featnorm.data.loading import ImageBatch, ImageLoader, image_loader, image_tensor
 from featnorm.data.sources import open_images
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "ImageLoader",
     "ImageSource",
     "image_loader",
+    "image_tensor",
     "open_images",
 ]

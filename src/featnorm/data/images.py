@@ -60,7 +60,7 @@ def vision_module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"{package} is needed here ({error}): pip install 'featnorm[vision]'") from error
+        raise ImportError(f"{package} is needed here ({error}): pip install '.[vision]' in a checkout") from error
 
 
 class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from featnorm.data.images import DataError, ImageError, ImageSource, first_line
 
@@ -169,3 +171,31 @@ def image_loader(
 def _processors() -> int:
     # The ones this process may use: in a container they are fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None) -> Tensor:
+    """Decode all images of a source into one tensor.
+
+    Parameters
+    ----------
+    source : the images.
+    size : of the sides; images of other sizes are resized to it, antialiased, whatever their shape.
+    progress : show a progress bar; None for where there is a terminal.
+
+    Returns
+    -------
+    (n, 3, size, size), uint8.
+
+    Raises
+    ------
+    ImageError
+        An image cannot be read: of a benchmark none may be left out.
+    """
+    images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
+    hidden = None if progress is None else not progress
+    for i in tqdm(range(len(source)), desc=source.title, unit="image", disable=hidden, leave=False):
+        image = source.image(i)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return images

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from featnorm.evaluation import Evaluation, Outcome
 
-__all__ = ["Column", "columns", "markdown_page", "markdown_table", "ranked", "table_rows"]
+__all__ = ["Column", "columns", "escape", "markdown_page", "markdown_table", "ranked", "table_rows"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def markdown_table(evaluation: Evaluation) -> str:
     headers, rows = table_rows(evaluation)
     best = zip(*(column.best for column in columns(evaluation)), strict=True)
     marked = [
-        [_escape(name), *(f"**{cell}**" if is_best else cell for cell, is_best in zip(cells, bests, strict=True))]
+        [escape(name), *(f"**{cell}**" if is_best else cell for cell, is_best in zip(cells, bests, strict=True))]
         for (name, *cells), bests in zip(rows, best, strict=True)
     ]
     lines = [
-        [_escape(header) for header in headers],
+        [escape(header) for header in headers],
         ["---", *("---:" for _ in headers[1:])],
         *marked,
     ]
@@ -87,10 +87,10 @@ def markdown_table(evaluation: Evaluation) -> str:
 
 def markdown_page(evaluation: Evaluation, *, title: str, summary: str) -> str:
     """The table with what it was made with and who was left out, as a page for the documentation."""
-    lines = [f"# {_escape(title)}", "", _escape(summary), ""]
-    lines += [f"- {_escape(name)}: {_code(name, value)}" for name, value in evaluation.facts.items()]
+    lines = [f"# {escape(title)}", "", escape(summary), ""]
+    lines += [f"- {escape(name)}: {_code(name, value)}" for name, value in evaluation.facts.items()]
     if evaluation.accuracy is not None:
-        lines.append(f"- accuracy on {_escape(evaluation.id_name)}: {evaluation.accuracy:.1%}")
+        lines.append(f"- accuracy on {escape(evaluation.id_name)}: {evaluation.accuracy:.1%}")
     lines += ["", markdown_table(evaluation)]
     lines.append(
         "AUROC is the probability that an in-distribution input scores above an OOD input; FPR95 is the share of "
@@ -99,16 +99,17 @@ def markdown_page(evaluation: Evaluation, *, title: str, summary: str) -> str:
     )
     if evaluation.left_out:
         lines += ["", "Left out:", ""]
-        lines += [f"- {_escape(name)}: {_escape(reason)}" for name, reason in evaluation.left_out.items()]
+        lines += [f"- {escape(name)}: {escape(reason)}" for name, reason in evaluation.left_out.items()]
     return "\n".join(lines) + "\n"
 
 
 def _code(name: str, value: str) -> str:
-    return f"`{value}`" if name == "command" else _escape(value)
+    return f"`{value}`" if name == "command" else escape(value)
 
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|])")
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Return text for a line of Markdown, where it reads as it is."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))

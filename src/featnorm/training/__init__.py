@@ -1,17 +1,27 @@
 """Networks whose last hidden layer carries the norm, heads for networks that have none, and how to train them."""
 
-from featnorm.training.loop import augment, train
-from featnorm.training.networks import MLP, CifarResNet18, ProjectionHead, attach_head
+from featnorm.training.loop import augment, train, train_head
+from featnorm.training.networks import (
+    MLP,
+    CifarResNet18,
+    CosineClassifier,
+    Normalize,
+    ProjectionHead,
+    attach_head,
+)
 from featnorm.training.recipe import PRESETS, Recipe, scheme_labels
 
 __all__ = [
     "MLP",
     "PRESETS",
     "CifarResNet18",
+    "CosineClassifier",
+    "Normalize",
     "ProjectionHead",
     "Recipe",
     "attach_head",
     "augment",
     "scheme_labels",
     "train",
+    "train_head",
 ]

@@ -1,11 +1,9 @@
-"""The training loop: one uint8 tensor of images, augmented by the batch; resumable at every epoch."""
+"""The training loop: one tensor of images or features, augmented by the batch; resumable at every epoch."""
 
 import json
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featnorm._files import replacing
+from featnorm.training.objectives import OBJECTIVES
 from featnorm.training.recipe import Recipe
 
 Callback = Callable[[dict[str, Any], nn.Module], None]
@@ -24,27 +24,27 @@ _LOG = "log.jsonl"
 
 def train(
     model: nn.Module,
-    images: Tensor,
+    inputs: Tensor,
     targets: Tensor,
     recipe: Recipe,
     *,
     folder: str | Path | None = None,
     fabric: Any = None,
     seed: int = 0,
-    mean: tuple[float, ...] = (0.0,),
-    std: tuple[float, ...] = (1.0,),
     progress: bool | None = None,
     on_epoch: Callback | None = None,
 ) -> nn.Module:
-    """Train a classifier by cross entropy on its logits.
+    """Train a model on images, or on features that were extracted from them.
 
     The order of the inputs and their augmentation depend on the seed and the epoch alone, so a run that is
     resumed gives the weights of an unbroken one.
 
     Parameters
     ----------
-    model : maps normalised images (n, c, h, w) to logits (n, classes).
-    images : (n, c, h, w) uint8.
+    model
+        Maps pixels (n, c, h, w) between 0 and 1 (let `Normalize` be its first layer), or features (n, D), to
+        logits (n, classes) or, for the supcon objective, to embeddings (n, e).
+    inputs : images (n, c, h, w) uint8, or features (n, D) of floating point.
     targets : (n,) classes, see `scheme_labels`.
     recipe : the settings.
     folder
@@ -53,7 +53,6 @@ def train(
     fabric
         A launched `lightning_fabric.Fabric` for device, precision and processes; one CPU process without.
     seed : of the order and the augmentation; the initial weights are the model's.
-    mean, std : by which pixels, between 0 and 1, are normalised; one number or one a channel.
     progress : show a progress bar; None for where there is a terminal.
     on_epoch : called after every epoch with its log entry and the model.
 
@@ -64,92 +63,216 @@ def train(
     Raises
     ------
     ValueError
-        Images and targets do not fit each other or the recipe, the checkpoint is of another run, or the loss is
+        Inputs and targets do not fit each other or the recipe, the checkpoint is of another run, or the loss is
         not finite; the last good checkpoint stays.
     """
-    _check(images, targets, recipe)
+    _check(inputs, targets, recipe)
     world, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     device = torch.device("cpu") if fabric is None else fabric.device
     optimiser = _optimiser(model, recipe)
-    steps = len(images) // recipe.batch_size
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * steps)
+    steps = len(inputs) // recipe.batch_size
+    schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
     if fabric is None:
         module: Any = model
     else:
         module, optimiser = fabric.setup(model, optimiser)
-    run = {"recipe": asdict(recipe), "seed": seed, "images": list(images.shape), "world": world}
+    objective = OBJECTIVES[recipe.objective]
+    run = {"recipe": asdict(recipe), "seed": seed, "inputs": list(inputs.shape), "world": world}
     checkpoint = None if folder is None else Path(folder) / _CHECKPOINT
     start = 0
     if checkpoint is not None and checkpoint.exists():
         start = _resume(checkpoint, run, model, optimiser, schedule, device)
-    normalise = _Normalise(mean, std, device, _memory_format(model))
+    memory_format = _memory_format(model)
     targets = targets.to(device)
-    for epoch in range(start, recipe.epochs):
-        module.train()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images), generator=generator)[: steps * recipe.batch_size]
-        batches = order.split(recipe.batch_size)
-        total = correct = 0.0
-        began = time.perf_counter()
-        bar = tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", disable=_hide(progress, rank), leave=False)
-        for rows in bar:
-            batch = augment(images[rows], generator) if recipe.augment else images[rows]
-            mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
-            inputs = normalise(batch[mine].to(device))
-            logits = module(inputs)
-            loss = nn.functional.cross_entropy(logits.float(), targets[rows[mine]])
-            optimiser.zero_grad(set_to_none=True)
-            if fabric is None:
-                loss.backward()
-            else:
-                fabric.backward(loss)
-            optimiser.step()
-            schedule.step()
-            total += float(loss.detach())
-            correct += float((logits.argmax(1) == targets[rows[mine]]).float().mean())
-            bar.set_postfix(loss=f"{total / (bar.n + 1):.3f}", refresh=False)
-        means = torch.tensor([total, correct], device=device) / steps
-        if fabric is not None:
-            means = fabric.all_reduce(means, reduce_op="mean")
-        entry = {
-            "epoch": epoch + 1,
-            "loss": float(means[0]),
-            "accuracy": float(means[1]),
-            "lr": schedule.get_last_lr()[0],
-            "seconds": time.perf_counter() - began,
-            "images_per_second": steps * recipe.batch_size / (time.perf_counter() - began),
-        }
-        if not math.isfinite(entry["loss"]):
-            raise ValueError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}")
-        if rank == 0 and checkpoint is not None:
-            _save(checkpoint, run, epoch + 1, model, optimiser, schedule)
-            _log(checkpoint.with_name(_LOG), entry)
-        if on_epoch is not None:
-            on_epoch(entry, model)
+    seen = start * steps * recipe.batch_size
+    bar = tqdm(
+        total=recipe.epochs * steps * recipe.batch_size,
+        initial=seen,
+        unit="input",
+        disable=_hide(progress, rank),
+        leave=False,
+    )
+    with bar:
+        for epoch in range(start, recipe.epochs):
+            module.train()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(len(inputs), generator=generator)[: steps * recipe.batch_size]
+            meter = _Meter()
+            bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
+            for step, rows in enumerate(order.split(recipe.batch_size)):
+                mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
+                whole = recipe.crop is None or epoch * steps + step >= recipe.crop_share * recipe.epochs * steps
+                views = _views(inputs[rows], generator, recipe, None if whole else recipe.crop)
+                batch = torch.cat([view[mine] for view in views]).to(device)
+                if batch.dtype == torch.uint8:
+                    batch = batch.contiguous(memory_format=memory_format).float().div_(255)
+                outputs = module(batch)
+                wanted = targets[rows[mine]].repeat(len(views))
+                loss = objective(outputs, wanted, recipe.temperature, fabric)
+                optimiser.zero_grad(set_to_none=True)
+                if fabric is None:
+                    loss.backward()
+                else:
+                    fabric.backward(loss)
+                optimiser.step()
+                schedule.step()
+                meter.add(loss, outputs, wanted, recipe)
+                bar.set_postfix(meter.shown(), refresh=False)
+                bar.update(len(rows))
+            entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
+            entry["seconds"] = meter.seconds
+            entry["images_per_second"] = len(order) / meter.seconds
+            if not math.isfinite(entry["loss"]):
+                raise ValueError(
+                    f"the loss is not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}"
+                )
+            if rank == 0 and checkpoint is not None:
+                _save(checkpoint, run, epoch + 1, model, optimiser, schedule)
+                _log(checkpoint.with_name(_LOG), entry)
+            if on_epoch is not None:
+                on_epoch(entry, model)
     return model.eval()
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def train_head(
+    model: nn.Sequential,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    *,
+    folder: str | Path | None = None,
+    fabric: Any = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> nn.Sequential:
+    """Train the head alone, on features that the frozen backbone is asked for once (paper D.4).
+
+    Parameters
+    ----------
+    model : ``Sequential(backbone, head)``, as `attach_head` makes it.
+    loader : yields inputs as the backbone takes them, and labels (n,).
+    recipe : such as ``PRESETS["D.4"]``.
+    folder, fabric, seed, progress : see `train`.
+
+    Returns
+    -------
+    The model; the backbone's weights are as they were.
+
+    Raises
+    ------
+    ValueError
+        The model is not of two parts, the loader is empty, or as `train`.
+    """
+    if len(model) != 2:
+        raise ValueError(
+            f"the model must be a backbone and a head, as attach_head makes it, not {len(model)} parts"
+        )
+    backbone, head = model
+    device = torch.device("cpu") if fabric is None else fabric.device
+    backbone.to(device).eval()
+    features, targets = [], []
+    with torch.no_grad():
+        for inputs, labels in tqdm(loader, desc="features", disable=_hide(progress, 0), leave=False):
+            features.append(backbone(inputs.to(device)).float().cpu())
+            targets.append(labels.cpu())
+    if not features:
+        raise ValueError("the loader yielded no batch")
+    train(
+        head,
+        torch.cat(features),
+        torch.cat(targets),
+        recipe,
+        folder=folder,
+        fabric=fabric,
+        seed=seed,
+        progress=progress,
+    )
+    head.to(device)
+    return model.eval()
+
+
+class _Meter:
+    """The loss and accuracy of an epoch so far, and the time it takes."""
+
+    def __init__(self) -> None:
+        self.sums = [0.0, 0.0]
+        self.steps = 0
+        self.began = time.perf_counter()
+        self.classifies = True
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
+        self.classifies = recipe.objective == "cross_entropy"
+        self.sums[0] += float(loss.detach())
+        if self.classifies:
+            self.sums[1] += float((outputs.argmax(1) == targets).float().mean())
+        self.steps += 1
+
+    def shown(self) -> dict[str, str]:
+        text = {"loss": f"{self.sums[0] / self.steps:.3f}"}
+        return text | ({"accuracy": f"{self.sums[1] / self.steps:.1%}"} if self.classifies else {})
+
+    def means(self, fabric: Any, device: torch.device) -> dict[str, Any]:
+        means = torch.tensor(self.sums, device=device) / self.steps
+        if fabric is not None:
+            means = fabric.all_reduce(means, reduce_op="mean")
+        return {"loss": float(means[0]), "accuracy": float(means[1]) if self.classifies else None}
+
+
+def _views(inputs: Tensor, generator: torch.Generator, recipe: Recipe, crop: int | None) -> list[Tensor]:
+    """Return the inputs as a step takes them: as they are, augmented, or two augmentations of each."""
+    if not recipe.augment:
+        return [inputs]
+    count = 2 if recipe.objective == "supcon" else 1
+    return [augment(inputs, generator, crop) for _ in range(count)]
+
+
+def _schedule(
+    optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    warm = round(recipe.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+def augment(images: Tensor, generator: torch.Generator, crop: int | None = None) -> Tensor:
     """Move each image by up to an eighth of its side, mirrored at the border, and flip half of them.
 
     Parameters
     ----------
     images : (n, c, h, w), any type.
     generator : of the moves and flips.
+    crop : cut squares of this side out of the moved images, anywhere; None for whole images.
 
     Returns
     -------
-    A new tensor of the same shape and type.
+    A new tensor of the same type, (n, c, h, w) or (n, c, crop, crop).
+
+    Raises
+    ------
+    ValueError
+        The crop is larger than the images.
     """
     n, channels, height, width = images.shape
+    if crop is not None and not 0 < crop <= min(height, width):
+        raise ValueError(f"a crop of {crop} cannot be cut from images of {height} x {width}")
+    rows_out, columns_out = (height, width) if crop is None else (crop, crop)
     pad = max(1, height // 8), max(1, width // 8)
-    top, left = (torch.randint(0, 2 * p + 1, (n,), generator=generator) for p in pad)
+    room = height - rows_out, width - columns_out
+    top, left = (torch.randint(-p, r + p + 1, (n,), generator=generator) for p, r in zip(pad, room, strict=True))
     flip = torch.rand(n, generator=generator) < 0.5
     # Indices do what padding, cropping and flipping would, in one gather; -1 is mirrored to 1.
-    rows = _mirror(torch.arange(height) - pad[0] + top[:, None], height)
-    columns = torch.arange(width).expand(n, width)
+    rows = _mirror(torch.arange(rows_out) + top[:, None], height)
+    columns = torch.arange(columns_out).expand(n, columns_out)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    columns = _mirror(columns - pad[1] + left[:, None], width)
+    columns = _mirror(columns + left[:, None], width)
     return images[
         torch.arange(n)[:, None, None, None],
         torch.arange(channels)[None, :, None, None],
@@ -161,25 +284,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def _mirror(index: Tensor, size: int) -> Tensor:
     index = index.abs()
     return torch.where(index >= size, 2 * (size - 1) - index, index)
-
-
-class _Normalise:
-    """From uint8 pixels to the floating-point inputs of a model."""
-
-    def __init__(
-        self,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        device: torch.device,
-        memory_format: torch.memory_format,
-    ) -> None:
-        self.memory_format = memory_format
-        self.mean = torch.tensor(mean, device=device).reshape(1, -1, 1, 1)
-        self.std = torch.tensor(std, device=device).reshape(1, -1, 1, 1)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        scaled = images.contiguous(memory_format=self.memory_format).float().div_(255)
-        return scaled.sub_(self.mean).div_(self.std)
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
@@ -196,17 +300,27 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
     )
 
 
-def _check(images: Tensor, targets: Tensor, recipe: Recipe) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (n, c, h, w), got {images.dtype} of shape {tuple(images.shape)}")
-    if targets.shape != images.shape[:1] or targets.is_floating_point():
-        raise ValueError(f"targets must be {len(images)} integers, got {targets.dtype} {tuple(targets.shape)}")
-    if len(images) < recipe.batch_size:
-        raise ValueError(f"a batch of {recipe.batch_size} needs as many images, and there are {len(images)}")
+def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
+    images = inputs.dtype == torch.uint8 and inputs.ndim == 4
+    if not images and not (inputs.is_floating_point() and inputs.ndim == 2):
+        raise ValueError(
+            "inputs must be images, uint8 (n, c, h, w), or features, floating point (n, D), "
+            f"got {inputs.dtype} of shape {tuple(inputs.shape)}"
+        )
+    if recipe.augment and not images:
+        raise ValueError("features cannot be augmented: set augment=False, or train on the images")
+    if targets.shape != inputs.shape[:1] or targets.is_floating_point():
+        raise ValueError(f"targets must be {len(inputs)} integers, got {targets.dtype} {tuple(targets.shape)}")
+    if len(inputs) < recipe.batch_size:
+        raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, and there are {len(inputs)}")
 
 
 def _resume(
@@ -232,10 +346,8 @@ def _save(path: Path, run: dict[str, Any], epoch: int, model: nn.Module, optimis
         "schedule": schedule.state_dict(),
     }
     # A run killed while it writes keeps the checkpoint before.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".checkpoint.")
-    os.close(handle)
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _log(path: Path, entry: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,29 @@ Activation = Literal["relu", "leaky_relu", "gelu"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}
 # Where torchvision's classifiers keep their last layers.
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")
+
+
+class Normalize(nn.Module):
+    """Takes a mean from each channel and divides by a deviation, as torchvision's transform of that name.
+
+    As the first layer of a network it makes it one for pixels between 0 and 1.
+
+    Parameters
+    ----------
+    mean, std : one number a channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the normalised images (n, c, h, w)."""
+        return (images - self.mean) / self.std
 
 
 class CosineClassifier(nn.Module):
@@ -44,7 +68,7 @@ class ProjectionHead(nn.Module):
     Parameters
     ----------
     inputs : width D of the pooled feature that it reads.
-    classes : number of classes.
+    classes : number of classes; None for none, which returns the embedding (for the supcon objective).
     hidden : width d_L of the last hidden layer (paper Figure 7); as wide as the input where None, as MoCo-v2's.
     embedding : width of the embedding.
     activation : of the hidden layer (paper Table 7).
@@ -59,7 +83,7 @@ class ProjectionHead(nn.Module):
     def __init__(
         self,
         inputs: int,
-        classes: int,
+        classes: int | None,
         *,
         hidden: int | None = None,
         embedding: int = 128,
@@ -71,10 +95,12 @@ class ProjectionHead(nn.Module):
         self.hidden = nn.Linear(inputs, width)
         self.activation = _activation(activation)
         self.embedding = nn.Linear(width, embedding)
-        self.classifier = CosineClassifier(embedding, classes, temperature)
+        self.classifier: nn.Module = (
+            nn.Identity() if classes is None else CosineClassifier(embedding, classes, temperature)
+        )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Return the logits (n, classes) of pooled features (n, inputs)."""
+        """Return the logits (n, classes), or embeddings (n, embedding), of pooled features (n, inputs)."""
         return self.classifier(self.embedding(self.activation(self.hidden(pooled))))
 
 
@@ -179,7 +205,7 @@ class _Block(nn.Module):
 
 def attach_head(
     backbone: nn.Module,
-    classes: int,
+    classes: int | None,
     *,
     features: int | None = None,
     hidden: int | None = None,
@@ -194,7 +220,7 @@ def attach_head(
     backbone
         A timm model, a torchvision classifier (its layers from the first linear one on are left out), or with
         ``features`` any module that returns (n, features).
-    classes : number of classes.
+    classes : number of classes, or None, see `ProjectionHead`.
     features : width of what the backbone returns; None for timm's and torchvision's models.
     hidden, embedding, activation, temperature : of the head, see `ProjectionHead`.
 

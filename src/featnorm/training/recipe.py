@@ -17,14 +17,23 @@ class Recipe:
     ----------
     epochs, batch_size : passes over the data, and inputs a step (over all processes).
     optimiser : "sgd", with its momentum, or "adamw".
-    lr : the learning rate of the first step; it falls to 0 by a cosine.
-    momentum, weight_decay : of the optimiser; weight decay 0 is none.
+    lr : the highest learning rate; it falls to 0 by a cosine.
+    momentum, nesterov : of SGD.
+    weight_decay : of the optimiser; 0 is none.
+    warmup : the share of the steps over which the learning rate rises, by a line.
     augment : random crops (padding of an eighth, mirrored) and horizontal flips.
+    crop, crop_share
+        Train on crops of this side, in pixels, for this share of the steps at first, and on whole images after
+        it: convolutions cost by the area. None for whole images throughout.
+    objective
+        "cross_entropy" on the logits that the model returns, or "supcon" on the embeddings that it returns, of
+        two augmented views of each input.
+    temperature : of supcon; that of the logits is the model's.
 
     Raises
     ------
     ValueError
-        A number that must be positive is not, or the optimiser is unknown.
+        A number is out of its range, the optimiser or the objective is unknown, or supcon has no augmentation.
     """
 
     epochs: int
@@ -32,19 +41,35 @@ class Recipe:
     optimiser: Literal["sgd", "adamw"]
     lr: float
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0.0
+    warmup: float = 0.0
     augment: bool = False
+    crop: int | None = None
+    crop_share: float = 0.7
+    objective: Literal["cross_entropy", "supcon"] = "cross_entropy"
+    temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
+        for name in ("epochs", "batch_size", "lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("warmup", "crop_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a share of the steps below 1, got {getattr(self, name)!r}")
         if self.optimiser not in ("sgd", "adamw"):
             raise ValueError(f"there is no optimiser {self.optimiser!r}: use sgd or adamw")
+        if self.objective not in ("cross_entropy", "supcon"):
+            raise ValueError(f"there is no objective {self.objective!r}: use cross_entropy or supcon")
+        if self.objective == "supcon" and not self.augment:
+            raise ValueError("supcon compares augmented views of each input: set augment=True")
+        if self.crop is not None and not self.augment:
+            raise ValueError("crops are an augmentation: set augment=True, or crop=None")
 
     def under(self, scheme: Scheme) -> "Recipe":
         """Return the recipe with the augmentation that a label scheme means: I, R and O none, Is always."""
-        return replace(self, augment=scheme == "Is" or (scheme == "S" and self.augment))
+        augment = scheme == "Is" or (scheme == "S" and self.augment)
+        return replace(self, augment=augment, crop=self.crop if augment else None)
 
 
 #: The paper's own settings by the section that gives them. "Other setups follow the default setting in PyTorch":

@@ -1,0 +1,376 @@
+"""The CIFAR-10 benchmark: Table 3 with labels, and the ablations that need trained models (paper 6.3, C.1, D).
+
+Everything is 32 x 32. A network is trained per variant and seed; one extraction of each set of images then serves
+every detector.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from featnorm._files import replacing
+from featnorm.data import DataError, ImageSource, image_tensor, open_images
+from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, L1Norm, ReAct, Sparsity, Views
+from featnorm.evaluation import Evaluation, compare, standard_detectors
+from featnorm.features import Features
+from featnorm.tap import FeatureTap
+from featnorm.training import PRESETS, CifarResNet18, CosineClassifier, Normalize, ProjectionHead, Recipe, train
+from featnorm.training.networks import Activation
+
+SIDE = 32
+CLASSES = 10
+TEMPERATURE = 0.1
+# Mean and deviation of the training images, by channel.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+#: The paper's OOD sets, and by which name each is looked for under a data root or downloaded. CSI's two "fix" sets
+#: are in no registry: they must lie under the data root.
+PAPER_SETS = {
+    "LSUN-fix": "lsun_fix",
+    "ImageNet-fix": "imagenet_fix",
+    "CIFAR-100": "cifar100:test",
+    "SVHN": "svhn:test",
+    "Places365": "places365:val",
+}
+#: Other OOD sets at 32 x 32, which take the paper's place where the data root has this folder.
+OWN_FOLDER = "ood32"
+
+_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the networks are and how long they are trained.
+
+    Parameters
+    ----------
+    name : "laptop" or "paper".
+    width : channels of the first stage of the ResNet-18.
+    recipe : of the main table.
+    ablation : of the ablations.
+    seeds : runs of the main table; an ablation is one.
+    """
+
+    name: str
+    width: int
+    recipe: Recipe
+    ablation: Recipe
+    seeds: int
+
+
+_LAPTOP = Recipe(
+    epochs=20,
+    batch_size=128,
+    optimiser="sgd",
+    lr=0.1,
+    nesterov=True,
+    weight_decay=5e-4,
+    warmup=0.2,
+    augment=True,
+    crop=24,
+)
+SCALES = {
+    "laptop": Scale("laptop", 16, _LAPTOP, replace(_LAPTOP, epochs=6), seeds=3),
+    "paper": Scale("paper", 64, PRESETS["C.1"], PRESETS["C.1"], seeds=3),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network of the benchmark.
+
+    Parameters
+    ----------
+    hidden : width d_L of the head's hidden layer; None for no head, cosine logits of the pooled feature.
+    activation : of the hidden layer.
+    """
+
+    hidden: int | None = 512
+    activation: Activation = "relu"
+
+    @property
+    def name(self) -> str:
+        """A name for folders."""
+        return "headless" if self.hidden is None else f"{self.activation}-{self.hidden}"
+
+    def build(self, width: int, seed: int) -> nn.Sequential:
+        """Return the network, for pixels in [0, 1], with the initial weights of a seed."""
+        # The caller's random state is theirs.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = CifarResNet18(width)
+            head: nn.Module = CosineClassifier(backbone.features, CLASSES, TEMPERATURE)
+            if self.hidden is not None:
+                head = ProjectionHead(
+                    backbone.features,
+                    CLASSES,
+                    hidden=self.hidden,
+                    activation=self.activation,
+                    temperature=TEMPERATURE,
+                )
+            return nn.Sequential(Normalize(MEAN, STD), backbone, head)
+
+
+MAIN = Variant()
+#: The networks of each ablation, trained by its recipe; the other tables are read off the main networks.
+ABLATIONS = {
+    "table6": [MAIN, Variant(hidden=None)],
+    "table7": [MAIN, Variant(activation="leaky_relu"), Variant(activation="gelu")],
+    "figure7": [Variant(hidden=2**k) for k in range(5, 13)],
+}
+TABLES = ("table3", "table5", "table6", "table7", "table8", "table10", "figure7")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to train for a table."""
+
+    variant: Variant
+    recipe: Recipe
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """A name for its folder; tables that need the same network share it."""
+        return f"{self.variant.name}-{self.recipe.epochs}epochs-seed{self.seed}"
+
+
+def jobs(table: str, scale: Scale) -> list[Job]:
+    """Return the networks that a table is made from."""
+    if table in ABLATIONS:
+        return [Job(variant, scale.ablation, 0) for variant in ABLATIONS[table]]
+    return [Job(MAIN, scale.recipe, seed) for seed in range(scale.seeds)]
+
+
+def detectors() -> list[Detector]:
+    """Return the detectors of Table 3 and those beside it, each with the settings of its source."""
+    return [
+        *standard_detectors(),
+        ODIN(),
+        Views(NAN()),
+        KNN() / ReAct(NAN()),
+        SSD() / ReAct(NAN()),
+    ]
+
+
+@dataclass
+class Images:
+    """The images of the benchmark, decoded, and where they came from."""
+
+    train: tuple[Tensor, Tensor]  # (n, 3, 32, 32) uint8, (n,)
+    test: tuple[Tensor, Tensor]
+    ood: dict[str, Tensor]
+    facts: dict[str, str] = field(default_factory=dict)  # set -> where from and how many
+    missing: dict[str, str] = field(default_factory=dict)  # OOD set -> why it could not be had
+
+
+def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
+    """Decode CIFAR-10 and the OOD sets.
+
+    The OOD sets are the paper's, from the data root or downloaded. Where the data root has a folder ``ood32``,
+    they are the parquet files and folders in it, and those of the paper's that are under the root as well.
+
+    Raises
+    ------
+    DataError
+        CIFAR-10, or every OOD set, cannot be had; or an image cannot be read.
+    """
+    train, test = (open_images(f"cifar10:{split}", root=root) for split in ("train", "test"))
+    sets, missing = _ood_sources(root)
+    if not sets:
+        raise DataError("no OOD set can be had: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
+    images = Images(
+        _labelled(train, progress),
+        _labelled(test, progress),
+        {name: image_tensor(source, SIDE, progress=progress) for name, source in sets.items()},
+        missing=missing,
+    )
+    images.facts = {
+        "training images": f"cifar10:train, {len(train)}",
+        "in-distribution": f"cifar10:test, {len(test)}",
+        **{f"OOD, {name}": f"{source.title}, {len(source)}" for name, source in sets.items()},
+    }
+    return images
+
+
+def _labelled(source: ImageSource, progress: bool | None) -> tuple[Tensor, Tensor]:
+    labels = [source.label(i) for i in range(len(source))]
+    wrong = next((i for i, label in enumerate(labels) if label is None or label >= CLASSES), None)
+    if wrong is not None:
+        raise DataError(f"{source.name(wrong)} of {source.title} has no label below {CLASSES}")
+    return image_tensor(source, SIDE, progress=progress), torch.tensor(labels)
+
+
+def _ood_sources(root: Path | None) -> tuple[dict[str, ImageSource], dict[str, str]]:
+    own: dict[str, str] = {}
+    if root is not None and (root / OWN_FOLDER).is_dir():
+        places = sorted(place for place in (root / OWN_FOLDER).iterdir() if place.name[0] != ".")
+        own = {place.stem: str(place) for place in places if place.is_dir() or place.suffix == ".parquet"}
+    sets: dict[str, ImageSource] = {}
+    missing: dict[str, str] = {}
+    for name, spec in {**PAPER_SETS, **own}.items():
+        folder = spec.partition(":")[0]
+        if own and name not in own and not any((root or Path()).glob(f"{folder}*")):
+            missing[name] = f"not under the data root, whose {OWN_FOLDER} takes its place"
+            continue
+        try:
+            sets[name] = open_images(spec, root=root)
+        except DataError as error:
+            missing[name] = str(error)
+    return sets, missing
+
+
+def run(
+    job: Job,
+    scale: Scale,
+    images: Images,
+    folder: Path,
+    *,
+    fabric: Any,
+    environment: Mapping[str, str],
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Train a network, or go on where its training was left, and score everything with it.
+
+    Parameters
+    ----------
+    job, scale : what to train.
+    images : see `load_images`.
+    folder : of this run; it holds ``checkpoint.pt``, ``log.jsonl``, ``model.safetensors`` and ``result.json``.
+    fabric : a launched `lightning_fabric.Fabric`, of one process.
+    environment : facts of versions, machine and date, which are kept with the result.
+    progress : show progress bars; None for where there is a terminal.
+
+    Returns
+    -------
+    The content of ``result.json``: what was run, its training log's last line, and what `score` returns.
+
+    Raises
+    ------
+    ValueError
+        The folder holds a run of other settings.
+    """
+    made_with = {
+        "scale": scale.name,
+        "variant": asdict(job.variant),
+        "width": scale.width,
+        "recipe": asdict(job.recipe),
+        "seed": job.seed,
+        "images": images.facts,
+    }
+    result_file, weights = folder / "result.json", folder / "model.safetensors"
+    if result_file.exists():
+        result: dict[str, Any] = json.loads(result_file.read_text("utf-8"))
+        if any(result.get(key) != value for key, value in made_with.items()):
+            other = [key for key, value in made_with.items() if result.get(key) != value]
+            raise ValueError(f"{result_file} is of other {' and '.join(other)}: choose another folder with --out")
+        return result
+    model = job.variant.build(scale.width, job.seed)
+    inputs, labels = images.train
+    train(
+        model.to(memory_format=torch.channels_last),
+        inputs,
+        labels,
+        job.recipe,
+        folder=folder,
+        fabric=fabric,
+        seed=job.seed,
+        progress=progress,
+    )
+    with replacing(weights) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    result = {
+        **made_with,
+        "train_loss": log[-1]["loss"],
+        "train_accuracy": log[-1]["accuracy"],
+        "train_seconds": sum(entry["seconds"] for entry in log),
+        **score(model, images, fabric=fabric, progress=progress),
+        "environment": dict(environment),
+    }
+    with replacing(result_file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return result
+
+
+def score(model: nn.Module, images: Images, *, fabric: Any, progress: bool | None = None) -> dict[str, Any]:
+    """Score every set of images by every detector, from one extraction of each set.
+
+    Parameters
+    ----------
+    model : maps images (n, 3, 32, 32) in [0, 1] to logits.
+    images, fabric, progress : see `run`.
+
+    Returns
+    -------
+    ``accuracy`` in [0, 1]; ``scores`` and ``pooled``, by detector and OOD set AUROC and FPR95 in percent;
+    ``left_out``, detectors that cannot work here and why; ``inactive``, the share of the hidden layer's units that
+    are off, by set; ``score_seconds``.
+    """
+    began = time.perf_counter()
+    tap = FeatureTap(fabric.to_device(model).to(memory_format=torch.channels_last))
+
+    def stream(pixels: Tensor, labels: Tensor | None) -> Iterator[Features]:
+        with fabric.autocast():
+            yield from tap.stream(_Batches(pixels, labels), progress=progress)
+
+    test = list(stream(*images.test))
+    ood = {name: list(stream(pixels, None)) for name, pixels in images.ood.items()}
+    evaluation = compare(detectors(), fit=stream(*images.train), id_set=("cifar10", test), ood_sets=ood)
+    pooled = compare(
+        [NAN(), L1Norm(), Sparsity()],
+        fit=None,
+        id_set=("cifar10", _of_pooled(test)),
+        ood_sets={name: _of_pooled(batches) for name, batches in ood.items()},
+    )
+    return {
+        "accuracy": evaluation.accuracy,
+        "scores": _percentages(evaluation),
+        "pooled": _percentages(pooled),
+        "left_out": evaluation.left_out,
+        "inactive": {name: _inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
+        "score_seconds": time.perf_counter() - began,
+    }
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Images (n, 3, h, w) uint8 as batches of pixels in [0, 1], with labels or without."""
+
+    pixels: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return -(-len(self.pixels) // _BATCH)
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.pixels), _BATCH):
+            rows = slice(start, start + _BATCH)
+            inputs = self.pixels[rows].contiguous(memory_format=torch.channels_last).float().div_(255)
+            yield inputs if self.labels is None else (inputs, self.labels[rows])
+
+
+def _of_pooled(batches: Iterable[Features]) -> list[Features]:
+    return [Features(activation=features.tensor("pooled")) for features in batches]
+
+
+def _inactive(batches: Iterable[Features]) -> float:
+    off = [(features.tensor("activation") <= 0).double().mean(1) for features in batches]
+    return float(torch.cat(off).mean())
+
+
+def _percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+    return {
+        outcome.detector: {
+            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.measures.items()
+        }
+        for outcome in evaluation.outcomes
+    }

@@ -1,0 +1,16 @@
+"""The paper's own numbers, to stand beside ours."""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@cache
+def numbers(benchmark: str) -> dict[str, Any]:
+    """Return the paper's tables of a benchmark ("cifar10"): AUROC and FPR95 in percent, by detector and OOD set.
+
+    Each holds ``where`` it stands in the paper and its ``rows``; the paper is Park et al., ICCV 2023.
+    """
+    tables: dict[str, Any] = json.loads(files("featnorm.protocols").joinpath("paper.json").read_text("utf-8"))
+    return tables[benchmark]

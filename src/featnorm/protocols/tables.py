@@ -1,0 +1,199 @@
+"""The paper's tables with our numbers beside its own."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from featnorm.protocols.paper import numbers
+from featnorm.report.figures import line_panels
+from featnorm.report.tables import escape
+
+Result = Mapping[str, Any]
+"""The content of a run's ``result.json``, see `featnorm.protocols.cifar10.run`."""
+
+# AUROC and FPR95 in percent of one run.
+_Pair = Sequence[float]
+_NORMS = ("L1Norm()", "NAN()")
+_LABELS = {
+    "L1Norm()": "NAN without the sparsity term (l1-norm)",
+    "NAN()": "NAN",
+    "EmbeddingMagnitude()": "embedding magnitude",
+    "HiddenConfidence()": "confidence of the hidden classifier",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text, with what to know of it."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """The table in Markdown, with its notes."""
+        lines = [f"**{escape(self.title)}**", "", *(f"- {escape(note)}" for note in self.notes), ""]
+        rule = ["---", *("---:" for _ in self.headers[1:])]
+        lines += [f"| {' | '.join(map(escape, row))} |" for row in (self.headers, rule, *self.rows)]
+        return "\n".join(lines) + "\n"
+
+
+def make_table(name: str, results: Sequence[Result]) -> Table:
+    """Return a table of the CIFAR-10 benchmark.
+
+    Parameters
+    ----------
+    name : one of `featnorm.protocols.cifar10.TABLES`.
+    results : of the runs that `featnorm.protocols.cifar10.jobs` names.
+    """
+    return _MAKERS[name](results)
+
+
+def mean_pair(result: Result, detector: str, part: str = "scores") -> _Pair:
+    """Return AUROC and FPR95 of a detector, averaged over the OOD sets, in percent."""
+    pairs = list(result[part][detector].values())
+    return [statistics.fmean(pair[i] for pair in pairs) for i in range(2)]
+
+
+def width_figure(results: Sequence[Result]) -> str:
+    """Return Figure 7 as SVG text: AUROC and FPR95 of NAN and the l1-norm over the width of the hidden layer."""
+    names = {"NAN": "NAN()", "l1-norm": "L1Norm()"}
+    panels = {
+        label: {name: [mean_pair(result, detector)[i] for result in results] for name, detector in names.items()}
+        for i, label in enumerate(["AUROC in percent", "FPR95 in percent"])
+    }
+    widths = [result["variant"]["hidden"] for result in results]
+    return line_panels(widths, panels, xlabel="width of the last hidden layer", log2=True)
+
+
+def _table3(results: Sequence[Result]) -> Table:
+    paper = numbers("cifar10")["table3"]
+    names = [name for name in results[0]["scores"] if all(name in result["scores"] for result in results)]
+    names.sort(key=lambda name: -statistics.fmean(mean_pair(result, name)[0] for result in results))
+    sets = list(results[0]["scores"][names[0]])
+    rows = []
+    for name in names:
+        theirs = paper["rows"].get(name, {})
+        row = [name, _cell([mean_pair(result, name) for result in results]), _printed(theirs.get("Average"))]
+        for set_name in sets:
+            ours = _cell([result["scores"][name][set_name] for result in results])
+            row.append(ours + (f" ({_printed(theirs[set_name])})" if set_name in theirs else ""))
+        rows.append(row)
+    shared = [set_name for set_name in sets if any(set_name in row for row in paper["rows"].values())]
+    notes = _notes(results)
+    notes.append(
+        f"the paper's accuracy is {paper['accuracy']} %; its OOD sets are LSUN-fix, ImageNet-fix, CIFAR-100, "
+        "SVHN and Places365" + (", its number is in brackets where the set is the same" if shared else "")
+    )
+    notes += [f"left out {name}: {why}" for name, why in results[0]["left_out"].items()]
+    title = f"Table 3, {paper['where'].partition(', ')[2]}: AUROC ↑ / FPR95 ↓ in percent"
+    return Table(title, ["Detector", "Mean, ours", "Average, paper", *sets], rows, notes)
+
+
+def _simple(table: str, title: str, detectors: Sequence[str]) -> Callable[[Sequence[Result]], Table]:
+    """A table of some detectors' means on the main networks."""
+
+    def make(results: Sequence[Result]) -> Table:
+        rows = []
+        for detector in detectors:
+            theirs = numbers("cifar10")[table]["rows"].get(detector)
+            theirs = theirs.get("Average") if isinstance(theirs, dict) else theirs
+            ours = _cell([mean_pair(result, detector) for result in results])
+            rows.append([_LABELS[detector], ours, _printed(theirs)])
+        return Table(f"{title}: AUROC ↑ / FPR95 ↓ in percent", ["Score", "Ours", "Paper"], rows, _notes(results))
+
+    return make
+
+
+def _table6(results: Sequence[Result]) -> Table:
+    with_head, headless = results
+    theirs = numbers("cifar10")["table6"]["rows"]
+    pool, hidden = "average pool", "hidden layer of the projection head"
+    rows = [
+        ["ResNet-18 without a head", pool, *_norms(headless, "scores", theirs[pool])],
+        ["ResNet-18 + projection head", pool, *_norms(with_head, "pooled", {})],
+        ["ResNet-18 + projection head", hidden, *_norms(with_head, "scores", theirs[hidden])],
+    ]
+    return _ablation("Table 6, the projection head", ["Network", "Layer"], rows, results)
+
+
+def _table7(results: Sequence[Result]) -> Table:
+    theirs = numbers("cifar10")["table7"]["rows"]
+    names = [result["variant"]["activation"] for result in results]
+    rows = [[name, *_norms(result, "scores", theirs[name])] for name, result in zip(names, results, strict=True)]
+    return _ablation("Table 7, activation functions", ["Activation"], rows, results)
+
+
+def _figure7(results: Sequence[Result]) -> Table:
+    rows = [
+        [str(result["variant"]["hidden"]), *_norms(result, "scores", {}), f"{result['inactive']['cifar10']:.0%}"]
+        for result in results
+    ]
+    table = _ablation("Figure 7, the width of the last hidden layer", ["d_L"], rows, results)
+    table.headers.append("units off, ID")
+    table.notes.append(numbers("cifar10")["figure7"]["where"])
+    return table
+
+
+def _ablation(title: str, first: list[str], rows: list[list[str]], results: Sequence[Result]) -> Table:
+    headers = [*first, "l1-norm, ours", "l1-norm, paper", "NAN, ours", "NAN, paper"]
+    return Table(f"{title}: AUROC ↑ / FPR95 ↓ in percent", headers, rows, _notes(results))
+
+
+def _norms(result: Result, part: str, theirs: Mapping[str, _Pair]) -> list[str]:
+    cells = []
+    for detector in _NORMS:
+        cells += [_cell([mean_pair(result, detector, part)]), _printed(theirs.get(detector))]
+    return cells
+
+
+_MAKERS: dict[str, Callable[[Sequence[Result]], Table]] = {
+    "table3": _table3,
+    "table5": _simple("table5", "Table 5, the sparsity term", _NORMS),
+    "table6": _table6,
+    "table7": _table7,
+    "table8": _simple("table8", "Table 8, the embedding magnitude", ("EmbeddingMagnitude()", *_NORMS)),
+    "table10": _simple("table10", "Table 10, the hidden classifier", ("HiddenConfidence()", "NAN()")),
+    "figure7": _figure7,
+}
+
+
+def _cell(pairs: Sequence[_Pair]) -> str:
+    """AUROC / FPR95, each with its deviation over the runs where there are several."""
+    texts = []
+    for values in zip(*pairs, strict=True):
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        texts.append(f"{statistics.fmean(values):.1f}{deviation}")
+    return " / ".join(texts)
+
+
+def _printed(pair: _Pair | None) -> str:
+    return "–" if pair is None else f"{pair[0]} / {pair[1]}"
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What the runs of a table have in common, and how long they took."""
+    first = results[0]
+    recipe = first["recipe"]
+    seeds = [result["seed"] for result in results] if len({r["variant"]["hidden"] for r in results}) == 1 else []
+    several = len(set(seeds)) > 1
+    accuracies = [100 * result["accuracy"] for result in results]
+    spread = f"{min(accuracies):.1f} to {max(accuracies):.1f}" if len(results) > 1 else f"{accuracies[0]:.1f}"
+    optimiser = "SGD" if recipe["optimiser"] == "sgd" else "AdamW"
+    training = (
+        f"{recipe['epochs']} epochs of {optimiser}, batch {recipe['batch_size']}, learning rate {recipe['lr']}, "
+        f"weight decay {recipe['weight_decay']}"
+    )
+    if recipe["crop"] is not None:
+        training += f", crops of {recipe['crop']} for the first {recipe['crop_share']:.0%}"
+    minutes = [result["train_seconds"] / 60 for result in results]
+    return [
+        f"scale {first['scale']}: ResNet-18 of width {first['width']}, {training}",
+        (f"{len(results)} seeds, mean ± standard deviation" if several else f"one seed, {first['seed']}")
+        + f"; accuracy on ID {spread} %, on the training images {100 * first['train_accuracy']:.1f} %",
+        f"training took {min(minutes):.0f} to {max(minutes):.0f} minutes a network",
+        *(f"{name}: {value}" for name, value in first["images"].items()),
+        *(f"{name}: {value}" for name, value in first["environment"].items()),
+    ]
