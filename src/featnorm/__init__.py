@@ -31,6 +31,7 @@ from featnorm.detectors import (
     parse_detector,
 )
 from featnorm.features import Features
+from featnorm.hidden import HiddenClassifier
 from featnorm.metrics import (
     aupr_in,
     aupr_out,
@@ -41,6 +42,7 @@ from featnorm.metrics import (
     fpr_at_tpr_ood_positive,
 )
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
+from featnorm.pretrained import load_model, model_names
 from featnorm.scorer import Scorer, Verdict
 from featnorm.tap import FeatureTap
 
@@ -60,6 +62,7 @@ __all__ = [
     "FeatureTap",
     "Features",
     "Fusion",
+    "HiddenClassifier",
     "HiddenConfidence",
     "KLUniform",
     "L1Norm",
@@ -85,7 +88,9 @@ __all__ = [
     "fpr_at_tpr_ood_positive",
     "l0_norm",
     "l1_norm",
+    "load_model",
     "lp_norm",
+    "model_names",
     "negative_aware_norm",
     "parse_detector",
     "threshold_at_tpr",

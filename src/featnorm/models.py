@@ -10,13 +10,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featnorm.data.images import first_line, vision_module
+from featnorm.pretrained import load_model
 
+_OWN = "featnorm:"
+_OWN_SIDE = 32
 _NESTED = ("state_dict", "model", "model_state", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Last parts of names which say what a tensor is. The tensors of a layer often share their shape, so that only
@@ -71,7 +75,8 @@ def create_model(
     Parameters
     ----------
     spec : str
-        ``torchvision:NAME`` or ``timm:NAME``, or NAME alone: torchvision's if it has it, else timm's.
+        ``torchvision:NAME`` or ``timm:NAME``, or NAME alone: torchvision's if it has it, else timm's; or
+        ``featnorm:NAME``, one that comes with featnorm, weights and all (`featnorm.load_model`).
     weights : str or Path, optional
         A state dict: a ``.safetensors`` file, or one of ``torch.save``, bare or under "state_dict", "model",
         "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model." are taken off. It
@@ -94,6 +99,8 @@ def create_model(
     ImportError
         If ``featnorm[vision]`` is not installed.
     """
+    if spec.startswith(_OWN):
+        return _own(spec, weights is None and pretrained and num_classes is None)
     library, name, notes = _resolve(spec)
     full_name = f"{library}:{name}"
     build = _build_timm if library == "timm" else _build_torchvision
@@ -125,11 +132,28 @@ def create_model(
     return LoadedModel(model, transform, input_size, full_name, notes)
 
 
+def _own(spec: str, as_it_is: bool) -> LoadedModel:
+    """Return a model that comes with featnorm."""
+    if not as_it_is:
+        raise ModelError(f"{spec} comes with its weights: it takes no weights, pretrained=False or num_classes")
+    try:
+        model = load_model(spec.removeprefix(_OWN))
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+
+    def transform(image: Image.Image) -> Tensor:
+        if image.size != (_OWN_SIDE, _OWN_SIDE):
+            image = image.resize((_OWN_SIDE, _OWN_SIDE), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+
+    return LoadedModel(model, transform, (3, _OWN_SIDE, _OWN_SIDE), spec)
+
+
 def _resolve(spec: str) -> tuple[str, str, list[str]]:
     """Return the library, the name in it, and notes."""
     library, _, name = spec.rpartition(":")
     if library not in ("", "torchvision", "timm"):
-        raise ModelError(f"no library {library!r} in {spec!r}: write torchvision:NAME or timm:NAME")
+        raise ModelError(f"no library {library!r} in {spec!r}: write torchvision:NAME, timm:NAME or {_OWN}NAME")
     models = vision_module("torchvision.models")
     timm = vision_module("timm")
     # Only torchvision's classifiers: its detection, segmentation and video models live in sub-modules.

@@ -22,7 +22,9 @@ _DATA = (
     "an image folder, a parquet file, or a data set by name such as `cifar10:test`; "
     "a slice may follow, as in `DATA[:500]` or `DATA[1::2]`"
 )
-Model = Annotated[str, typer.Option(help="The model: `timm:NAME` or `torchvision:NAME`.")]
+Model = Annotated[
+    str, typer.Option(help="The model: `timm:NAME`, `torchvision:NAME` or `featnorm:cifar10-resnet18`.")
+]
 Weights = Annotated[
     Path | None, typer.Option(help="Local weights (.pth, .safetensors); the library's own without it.")
 ]

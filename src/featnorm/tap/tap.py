@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featnorm.features import PER_INPUT, Classifier, Features
+from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
+from featnorm.tap.linear import Linearised, coefficients, is_affine
 from featnorm.tap.listen import Point, listen, locate, undisturbed
 from featnorm.tap.watch import Node, watch
 
@@ -142,6 +144,52 @@ class FeatureTap:
         For a fit that need not hold them all in memory give the batches of `stream` to `partial_fit`.
         """
         return Features.cat([features.to("cpu") for features in self.stream(loader, progress=progress)])
+
+    def hidden(self, inputs: Tensor, *, pre_activation: bool = False) -> HiddenClassifier:
+        """Return the classifier hidden in the layer for a batch: ``logits = C a + Gamma`` (paper Prop. 1, A.2.3).
+
+        One pass forward, in which every rectifier is the factor ``s(z) / z`` of its input, and one back for each
+        class, batched; so the cost is that of 1 + 2 K forward passes from the layer on, and the memory n K d.
+
+        Parameters
+        ----------
+        inputs : as the model takes them.
+        pre_activation : of what the layer's rectifier reads instead of what it puts out (Prop. 6).
+
+        Returns
+        -------
+        Of the last hidden layer or, where the tap was made with ``layer=``, of that; d counts all numbers of
+        a map.
+
+        Raises
+        ------
+        ValueError
+            The model has no logits or no such layer, or something behind the layer is not a linear map once its
+            factors are fixed, such as attention or a LayerNorm; it is named.
+        """
+        if self._plan is None:
+            self._watch(inputs)
+        plan = self._planned()
+        for name in ("activation", "logits"):
+            if name not in plan.points:
+                raise ValueError(f"there is no hidden classifier without {name}: {plan.absent.get(name)}")
+            if plan.points[name].copy:
+                raise ValueError(f"the {name} is overwritten in place, and gradients cannot be followed to it")
+        points = {name: plan.points[name] for name in ("activation", "logits")}
+        # Inference tensors take part in no gradient, whatever mode the caller is in.
+        with torch.inference_mode(False), undisturbed(self.model, gradients=True):
+            inputs = inputs.to(self.device).detach().clone().requires_grad_()
+            with Linearised() as linearised:
+                caught = listen(self.model, points, inputs)
+            layer = (linearised.before if pre_activation else linearised.graph)(caught["activation"])
+            logits = caught["logits"].flatten(1)
+            if not is_affine(logits, layer):
+                reason = f": it passes {' and '.join(linearised.seen)}" if linearised.seen else ""
+                raise ValueError(f"what is behind the layer is not linear, whatever factors are fixed{reason}")
+            matrix = coefficients(logits, layer)
+        a, logits = layer.detach().flatten(1), logits.detach()
+        hidden = HiddenClassifier(a, matrix)
+        return HiddenClassifier(a, matrix, logits - hidden.output_logits)
 
     def describe(self) -> str:
         """Say in words what was found, and what it means for the negative-aware norm.

@@ -1,0 +1,80 @@
+"""A training step, as a share of what the machine's convolutions reach at best, under each way to run it.
+
+The machine's best is that of one large 3 x 3 convolution forward, over precisions and memory formats. A step's
+operations are counted from its shapes, forward and back.
+"""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from featnorm.cli.app import _keep_freed_memory
+from featnorm.training import CifarResNet18, ProjectionHead
+
+BATCH = 128
+WAYS = {
+    "default layout": (torch.contiguous_format, None, False),
+    "channels last": (torch.channels_last, None, False),
+    "channels last, bf16": (torch.channels_last, torch.bfloat16, False),
+    "channels last, compiled": (torch.channels_last, None, True),
+    "channels last, bf16, compiled": (torch.channels_last, torch.bfloat16, True),
+}
+
+
+def counted(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def best():
+    """The machine's best convolution in operations a second, and which it is."""
+    _keep_freed_memory()
+    found = {}
+    for name, (layout, dtype, compiled) in WAYS.items():
+        if compiled:
+            continue
+        images = torch.randn(64, 128, 16, 16).to(dtype or torch.float32).contiguous(memory_format=layout)
+        layer = nn.Conv2d(128, 128, 3, padding=1).to(dtype or torch.float32).to(memory_format=layout)
+        with torch.no_grad():
+            operations = counted(lambda: layer(images))  # noqa: B023
+            seconds = []
+            for _ in range(5):
+                start = time.perf_counter()
+                layer(images)
+                seconds.append(time.perf_counter() - start)
+        found[name] = operations / min(seconds)
+    return max(found.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_step(benchmark, best, way, capsys):
+    layout, dtype, compiled = WAYS[way]
+    torch.manual_seed(0)
+    model = nn.Sequential(CifarResNet18(32), ProjectionHead(256, 10, hidden=512)).to(memory_format=layout)
+    runs = torch.compile(model) if compiled else model
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=layout)
+    targets = torch.arange(BATCH) % 10
+
+    def step(network=runs):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = nn.functional.cross_entropy(network(images).float(), targets)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+    operations = counted(lambda: step(model))
+    benchmark.group = f"a step on {BATCH} images, ResNet-18 of width 32"
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    reached = operations / benchmark.stats.stats.min
+    benchmark.extra_info["share of the best convolution"] = reached / best[1]
+    with capsys.disabled():
+        print(
+            f"\n{way}: {reached / 1e9:.0f} of {best[1] / 1e9:.0f} GFLOP/s ({reached / best[1]:.0%} of the best "
+            f"convolution, {best[0]})"
+        )

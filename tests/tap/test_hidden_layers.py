@@ -1,0 +1,219 @@
+"""`FeatureTap.hidden`: C(x) a + Gamma(x) is the network, with C and Gamma found by another way (Prop. 1 and 6)."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import featnorm as fn
+from featnorm.training import MLP, CifarResNet18, ProjectionHead
+
+RECTIFIERS = {
+    "relu": nn.ReLU(),
+    "inplace relu": nn.ReLU(inplace=True),
+    "leaky relu": nn.LeakyReLU(0.1),
+    "inplace leaky relu": nn.LeakyReLU(0.1, inplace=True),
+    "prelu": nn.PReLU(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "mish": nn.Mish(),
+    "hardswish": nn.Hardswish(),
+    "elu": nn.ELU(),
+    "relu6": nn.ReLU6(),
+}
+
+
+@given(
+    st.sampled_from(list(RECTIFIERS)),
+    st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_mlp_is_the_product_of_its_matrices(name, widths, classes, seed):
+    """Equations 2, 35 and 40, multiplied out."""
+    torch.manual_seed(seed)
+    sizes = [3, *widths, classes]
+    linears = [nn.Linear(a, b).double() for a, b in pairwise(sizes)]
+    rectifier = RECTIFIERS[name].double()
+    parts = [part for linear in linears[:-1] for part in (linear, copy.deepcopy(rectifier))]
+    model = nn.Sequential(*parts, linears[-1])
+    x = torch.randn(4, 3, dtype=torch.float64)
+    x[0] = 0
+    with torch.no_grad():
+        z, a = [], [x]
+        for linear in linears[:-1]:
+            z.append(linear(a[-1]))
+            a.append(rectifier(z[-1].clone()))
+        factors = [torch.where(before == 0, 0.0, after / before) for before, after in zip(z, a[1:], strict=True)]
+        for layer in range(len(widths)):
+            c = linears[-1].weight.expand(4, -1, -1)
+            gamma = linears[-1].bias.expand(4, -1)
+            for k in range(len(widths) - 1, layer, -1):
+                c = c * factors[k][:, None]
+                gamma = gamma + c @ linears[k].bias
+                c = c @ linears[k].weight
+            hidden = fn.FeatureTap(model, str(2 * layer + 1)).hidden(x)
+            torch.testing.assert_close(hidden.activation, a[layer + 1])
+            torch.testing.assert_close(hidden.coefficients, c)
+            torch.testing.assert_close(hidden.offset, gamma)
+
+
+class Net(nn.Module):
+    """Residual, convolutional, batch-normed; its factors can be held fixed, for a reference by evaluation."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.body = nn.Conv2d(6, 6, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.hidden = nn.Linear(6, 7)
+        self.mark = nn.Identity()
+        self.out = nn.Linear(7, 4)
+        for norm in (self.norm, self.norm2):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def rectify(self, z, factors, at):
+        return self.activation(z) if factors is None else z * factors[at]
+
+    def first(self, x):
+        return self.norm(self.stem(x))
+
+    def rest(self, a, factors=None):
+        """From the first rectifier's output on."""
+        a = F.max_pool2d(a, 2) if factors is None else a.gather(2, factors["pool"])
+        if factors is not None:
+            a = a.reshape(*a.shape[:2], *factors["shape"])
+        b = self.rectify(a + self.norm2(self.body(a)), factors, 1)
+        return self.out(self.rectify(self.hidden(b.mean((2, 3))), factors, 2))
+
+    def forward(self, x):
+        return self.rest(self.mark(self.activation(self.first(x))))
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "relu", "elu"])
+def test_a_residual_network_with_its_factors_held_fixed(name):
+    torch.manual_seed(1)
+    activation = RECTIFIERS[name]
+    net = Net(activation).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    hidden = fn.FeatureTap(net, "mark").hidden(x)
+    d = 6 * 6 * 6
+    assert hidden.coefficients.shape == (2, 4, d)
+    with torch.no_grad():
+        for i in range(2):
+            a = activation(net.first(x[i : i + 1]))
+            pooled, places = F.max_pool2d(a, 2, return_indices=True)
+            z1 = pooled + net.norm2(net.body(pooled))
+            z2 = net.hidden(activation(z1).mean((2, 3)))
+            ratio = [None, activation(z1) / z1, activation(z2) / z2]
+            held = {1: ratio[1], 2: ratio[2], "pool": places.flatten(2), "shape": pooled.shape[2:]}
+
+            def fixed(vector, held=held):
+                return net.rest(vector.reshape(1, 6, 36), held)[0]
+
+            gamma = fixed(torch.zeros(d, dtype=torch.float64))
+            columns = torch.stack([fixed(unit) - gamma for unit in torch.eye(d, dtype=torch.float64)], 1)
+            torch.testing.assert_close(hidden.coefficients[i], columns)
+            torch.testing.assert_close(hidden.offset[i], gamma)
+            torch.testing.assert_close(hidden.output_logits[i], net(x[i : i + 1])[0])
+
+
+@pytest.mark.parametrize("name", ["relu", "inplace relu", "leaky relu", "gelu"])
+def test_the_pre_activation_gives_the_same_logits(name):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 9), RECTIFIERS[name], nn.Linear(9, 3)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    tap = fn.FeatureTap(model, "3")
+    after, before = tap.hidden(x), tap.hidden(x, pre_activation=True)
+    with torch.no_grad():
+        z = model[2](model[1](model[0](x)))
+        torch.testing.assert_close(before.activation, z)
+        torch.testing.assert_close(before.coefficients, after.coefficients * (model[3](z.clone()) / z)[:, None])
+        torch.testing.assert_close(before.output_logits, model(x))
+    assert (before.gap >= -1e-9).all()
+    assert (before.gap <= before.bound + 1e-9).all()
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return F.linear(F.normalize(self.b(x)), F.normalize(self.c.weight)) / 0.1
+
+
+def test_a_functional_rectifier_before_a_cosine_classifier():
+    """The length of the embedding is a factor as well, so that cosine logits are exact too (A.2.4)."""
+    torch.manual_seed(3)
+    model = Functional().double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    hidden = fn.FeatureTap(model).hidden(x)
+    with torch.no_grad():
+        embedding = model.b(torch.relu(model.a(x)))
+        unit = model.c.weight / model.c.weight.norm(dim=1, keepdim=True)
+        expected = (unit @ model.b.weight) / 0.1 / embedding.norm(dim=1)[:, None, None]
+        torch.testing.assert_close(hidden.coefficients, expected)
+        torch.testing.assert_close(hidden.output_logits, model(x))
+    confidence = fn.HiddenConfidence().score(fn.FeatureTap(model)(x))
+    torch.testing.assert_close(hidden.confidence, confidence, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (nn.Sequential(CifarResNet18(4), ProjectionHead(32, 10, embedding=8)), (3, 32, 32), None),
+        lambda: (
+            nn.Sequential(CifarResNet18(4), ProjectionHead(32, 10, activation="gelu")),
+            (3, 32, 32),
+            "0.stages.6",
+        ),
+        lambda: (MLP(12, 3, hidden=16, embedding=8), (12,), "body.4"),
+    ],
+)
+def test_the_papers_networks_are_exact_in_single_precision(make):
+    torch.manual_seed(4)
+    model, shape, layer = make()
+    x = torch.rand(3, *shape)
+    model.eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    hidden = fn.FeatureTap(model, layer).hidden(x)
+    with torch.no_grad():
+        torch.testing.assert_close(hidden.output_logits, model(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_is_not_linear_is_named():
+    normed = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"not linear.*layer_norm"):
+        fn.FeatureTap(normed, "1").hidden(torch.randn(2, 4))
+    squeezed = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Sigmoid(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"not linear.*sigmoid"):
+        fn.FeatureTap(squeezed, "1").hidden(torch.randn(2, 4))
+    plus = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False), nn.Softplus(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"not linear.*softplus"):
+        fn.FeatureTap(plus, "1").hidden(torch.randn(2, 4))
+    with pytest.raises(ValueError, match="no hidden classifier without logits"):
+        fn.FeatureTap(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())).hidden(
+            torch.randn(2, 3, 8, 8)
+        )
+
+
+def test_a_layer_that_is_no_rectifier_has_no_pre_activation():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match="not the output of a rectifier"):
+        fn.FeatureTap(model, "2").hidden(torch.randn(2, 4), pre_activation=True)
