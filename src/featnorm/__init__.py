@@ -4,6 +4,7 @@ The negative-aware norm of the last hidden layer, everything it is compared with
 a verdict. Source: Park et al., "Understanding the Feature Norm for Out-of-Distribution Detection", ICCV 2023.
 """
 
+from featnorm.activation import ActivationStatistics
 from featnorm.archive import ArchiveError
 from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
 from featnorm.detectors import (
@@ -30,6 +31,7 @@ from featnorm.detectors import (
     ViM,
     parse_detector,
 )
+from featnorm.explain import Explainer, Explanation
 from featnorm.features import Features
 from featnorm.hidden import HiddenClassifier
 from featnorm.metrics import (
@@ -44,7 +46,7 @@ from featnorm.metrics import (
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
 from featnorm.pretrained import load_model, model_names
 from featnorm.scorer import Scorer, Verdict
-from featnorm.tap import FeatureTap
+from featnorm.tap import FeatureTap, LayerTap
 
 __version__ = "0.1.0"
 
@@ -54,11 +56,14 @@ __all__ = [
     "NAN",
     "ODIN",
     "SSD",
+    "ActivationStatistics",
     "ArchiveError",
     "Calibration",
     "Detector",
     "EmbeddingMagnitude",
     "Energy",
+    "Explainer",
+    "Explanation",
     "FeatureTap",
     "Features",
     "Fusion",
@@ -66,6 +71,7 @@ __all__ = [
     "HiddenConfidence",
     "KLUniform",
     "L1Norm",
+    "LayerTap",
     "LpNorm",
     "Mahalanobis",
     "MaxLogit",

@@ -1,5 +1,6 @@
-"""`FeatureTap`: what a model says of its inputs, taken from inside it."""
+"""Where in a model to listen: `FeatureTap` finds the last hidden layer, `LayerTap` listens to all of them."""
 
+from featnorm.tap.layers import LayerTap
 from featnorm.tap.tap import FeatureTap
 
-__all__ = ["FeatureTap"]
+__all__ = ["FeatureTap", "LayerTap"]

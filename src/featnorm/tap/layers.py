@@ -1,0 +1,66 @@
+"""Every rectified layer of a model, in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featnorm.tap.find import base_op, is_rectifier
+from featnorm.tap.listen import Point, listen, locate, undisturbed
+from featnorm.tap.tap import unwrap
+from featnorm.tap.watch import Node, watch
+
+_WATCHED_ROWS = 2
+
+
+class LayerTap:
+    """Listens to several layers of a model at once, and leaves it as it was.
+
+    Parameters
+    ----------
+    model : any module that maps a batch of inputs to something.
+    inputs : a batch to watch it on.
+    layers
+        Names of modules whose outputs are wanted; None for every rectified layer, be it a module or a function,
+        in the order in which they run.
+
+    Raises
+    ------
+    ValueError
+        A module is not in the model or did not run, or nothing in it is rectified.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor, layers: Sequence[str] | None = None) -> None:
+        self.model = unwrap(model)
+        with undisturbed(self.model):
+            record = watch(self.model, inputs[:_WATCHED_ROWS])
+        if layers is None:
+            nodes = [node for node in record.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
+            # A gate written out is its own last step; what it is made of are no layers.
+            found = {f"{i}: {node.module or base_op(node)}": node for i, node in enumerate(nodes)}
+        else:
+            found = {}
+            for name in layers:
+                outputs = [s.node for s in record.sights if s.module == name and s.side == "out"]
+                if not outputs:
+                    known = ", ".join([n for n, _ in self.model.named_modules() if n][-8:])
+                    raise ValueError(f"no module {name!r} ran; the model's last modules are {known}")
+                found[name] = outputs[-1]
+        if not found:
+            raise ValueError("nothing in this model is rectified: name the layers")
+        self.points: dict[str, Point] = {name: locate(record, node) for name, node in found.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """What the layers are called, in order."""
+        return list(self.points)
+
+    def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the output of every layer for a batch, (n, d) each, all its numbers in a row."""
+        with undisturbed(self.model), torch.no_grad():
+            caught = listen(self.model, self.points, inputs)
+        return {name: value.flatten(1) for name, value in caught.items()}
+
+
+def _is_layer(node: Node) -> bool:
+    return node.value.is_floating_point() and node.value.ndim >= 2

@@ -1,0 +1,70 @@
+"""Explanations, on a network whose units do what their weights say."""
+
+import pytest
+import torch
+from torch import nn
+
+import featnorm as fn
+
+
+def network():
+    """Two classes of four units each, and one unit that nothing reads."""
+    model = nn.Sequential(nn.Linear(9, 9, bias=False), nn.ReLU(), nn.Linear(9, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(9))
+        model[2].weight.copy_(torch.tensor([[1.0] * 4 + [-1.0] * 4 + [0.0], [-1.0] * 4 + [1.0] * 4 + [0.0]]))
+    return model.eval()
+
+
+def known(n=40):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(n, 9)
+    x[: n // 2, :4] = 1 + torch.rand(n // 2, 4, generator=generator)
+    x[n // 2 :, 4:8] = 1 + torch.rand(n // 2, 4, generator=generator)
+    return x
+
+
+def test_an_input_like_the_others_misses_nothing():
+    explainer = fn.Explainer(network()).fit(known().split(7), progress=False)
+    (one,) = explainer(torch.tensor([[3.0, 1, 1, 1, 0, 0, 0, 0, 0]]))
+    assert (one.predicted, one.hidden_prediction) == (0, 0)
+    assert one.hidden_confidence == one.norm == 6
+    assert one.active == 4
+    assert one.nan == 1.5
+    assert one.carriers[0] == 0
+    assert len(one.missing) == len(one.strange) == 0
+
+
+def test_what_is_missing_and_what_is_strange_is_named():
+    explainer = fn.Explainer(network()).fit(known().split(7), progress=False)
+    inputs = torch.tensor([[0.0, 2, 0, 2, 0, 1, 0, 0, 5], [0, 0, 0, 0, 1, 1, 1, 1, 0]])
+    one, other = explainer(inputs)
+    assert one.predicted == 0
+    assert one.missing.tolist() == [0, 2]
+    assert one.strange.tolist() == [8, 5]
+    assert one.hidden_confidence == 2 + 2 - 1 - 5  # sign(0) = -1 for the unit that nothing reads
+    rows = dict(one.rows())
+    assert rows["on for most of class 0, off here"] == "2 of 4: 0, 2"
+    assert rows["off for most of class 0, on here"] == "2 of 5: 8, 5"
+    assert rows["units that carry the norm"] == "8, 1, 3, 5 (100% of it)"
+    assert all(how in str(one) for how in rows.values())
+    assert other.predicted == 1
+    assert len(other.missing) == 0
+    assert one.svg().count("<svg") == 1
+
+
+def test_what_cannot_be_explained_is_said():
+    explainer = fn.Explainer(network())
+    with pytest.raises(ValueError, match="call fit with a loader"):
+        explainer(known()[:1])
+    explainer.fit([known()[:10]], progress=False)
+    with pytest.raises(
+        ValueError, match="input 1 is taken for class 1, of which no in-distribution input was seen"
+    ):
+        explainer(known()[[0, 30]])
+
+
+def test_a_refit_forgets():
+    explainer = fn.Explainer(network()).fit([known()], progress=False)
+    explainer.fit([known()[:10]], progress=False)
+    assert int(explainer.statistics.inputs) == 10
