@@ -9,6 +9,7 @@ from featnorm.training.networks import (
     ProjectionHead,
     attach_head,
 )
+from featnorm.training.probe import Probe
 from featnorm.training.recipe import PRESETS, Recipe, scheme_labels
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CifarResNet18",
     "CosineClassifier",
     "Normalize",
+    "Probe",
     "ProjectionHead",
     "Recipe",
     "attach_head",

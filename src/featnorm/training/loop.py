@@ -54,7 +54,8 @@ def train(
         A launched `lightning_fabric.Fabric` for device, precision and processes; one CPU process without.
     seed : of the order and the augmentation; the initial weights are the model's.
     progress : show a progress bar; None for where there is a terminal.
-    on_epoch : called after every epoch with its log entry and the model.
+    on_epoch
+        Called after every epoch with its log entry and the model, before the checkpoint is written; see `Probe`.
 
     Returns
     -------
@@ -126,11 +127,12 @@ def train(
                 raise ValueError(
                     f"the loss is not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}"
                 )
+            # Before the checkpoint: a run that is killed here calls it again, and none that goes on missed it.
+            if on_epoch is not None:
+                on_epoch(entry, model)
             if rank == 0 and checkpoint is not None:
                 _save(checkpoint, run, epoch + 1, model, optimiser, schedule)
                 _log(checkpoint.with_name(_LOG), entry)
-            if on_epoch is not None:
-                on_epoch(entry, model)
     return model.eval()
 
 

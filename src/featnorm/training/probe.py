@@ -1,0 +1,167 @@
+"""What the paper's figures follow over training, recorded at every epoch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featnorm._files import replacing
+from featnorm.activation import ActivationStatistics
+from featnorm.hidden import HiddenClassifier
+from featnorm.metrics import auroc
+from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
+from featnorm.tap import FeatureTap, LayerTap
+
+Fold = tuple[Tensor, Tensor]
+
+LAST = "last"
+"""The name of the last hidden layer, as `FeatureTap` finds it, among the layers of a probe."""
+
+_BATCH = 250
+
+
+class Probe:
+    """A callback of `featnorm.training.train`: norms, detection, entropy, hidden classifiers, at every epoch.
+
+    Parameters
+    ----------
+    folds : in-distribution inputs and their targets by name, such as "train" and "test"; uint8 images or features.
+    ood : out-of-distribution inputs by name.
+    layers : modules to listen to besides the last hidden layer; a map counts with all its numbers.
+    hidden
+        The layers whose hidden classifiers are read off too. The last one's coefficients are its classifier's
+        weights; another's take a pass back for each class.
+    pre_activation
+        The module whose output the last hidden layer rectifies, by a ReLU; its hidden classifier is recorded too
+        (Prop. 6). None for none.
+    most : inputs of each set that are used, evenly spaced over it.
+    file : where the records are kept, a line an epoch; one that is there goes on. None for none.
+
+    Attributes
+    ----------
+    records : one an epoch: ``epoch``, ``loss`` and under ``layers``, by layer, what `measure` returns.
+    """
+
+    def __init__(
+        self,
+        folds: Mapping[str, Fold],
+        ood: Mapping[str, Tensor],
+        *,
+        layers: Sequence[str] = (),
+        hidden: Sequence[str] = (LAST,),
+        pre_activation: str | None = None,
+        most: int = 500,
+        file: str | Path | None = None,
+    ) -> None:
+        self.folds = {name: (_spaced(fold[0], most), _spaced(fold[1], most)) for name, fold in folds.items()}
+        self.ood = {name: _spaced(inputs, most) for name, inputs in ood.items()}
+        self.layers = tuple(layers)
+        self.hidden = tuple(hidden)
+        self.pre_activation = pre_activation
+        self.file = None if file is None else Path(file)
+        self.records: list[dict[str, Any]] = []
+        if self.file is not None and self.file.exists():
+            self.records = [json.loads(line) for line in self.file.read_text("utf-8").splitlines()]
+
+    def __call__(self, entry: Mapping[str, Any], model: nn.Module) -> None:
+        """Record an epoch, whose log entry and model these are."""
+        # A run that was killed between the probe and its checkpoint comes by the same epoch again.
+        self.records = [record for record in self.records if record["epoch"] < entry["epoch"]]
+        self.records.append({"epoch": entry["epoch"], "loss": entry["loss"], "layers": self.measure(model)})
+        if self.file is not None:
+            with replacing(self.file) as temporary:
+                temporary.write_text("".join(f"{json.dumps(record)}\n" for record in self.records), "utf-8")
+
+    def measure(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return what there is to record of every layer now.
+
+        Returns
+        -------
+        By layer: ``norm``, ``nan`` and ``sparsity``, means by set; ``entropy`` of activation by fold; ``auroc`` by
+        fold, of "norm" and "nan", averaged over the OOD sets; and ``hidden`` by fold, the hidden classifier's
+        ``accuracy``, ``entropy``, ``sign_difference`` (the share of units whose sign is not that of the target's
+        binary weight), ``error`` and ``other_error`` (of the target and of the other classes, see
+        `HiddenClassifier.approximation_error`), and where asked for ``pre_error`` and ``pre_other_error``.
+        """
+        tap = FeatureTap(model)
+        sets = {name: fold[0] for name, fold in self.folds.items()} | self.ood
+        layers = LayerTap(model, _pixels(next(iter(sets.values()))[:2]), self.layers) if self.layers else None
+        counts: dict[tuple[str, str], ActivationStatistics] = {}
+        scores: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
+        for name, images in sets.items():
+            for batch in images.split(_BATCH):
+                pixels = _pixels(batch)
+                activations = {LAST: tap(pixels).tensor("activation")} | (layers(pixels) if layers else {})
+                for layer, a in activations.items():
+                    counts.setdefault((layer, name), ActivationStatistics()).add(a.cpu())
+                    part = scores.setdefault((layer, name), {"norm": [], "nan": [], "sparsity": []})
+                    part["norm"].append(l1_norm(a).cpu())
+                    part["nan"].append(negative_aware_norm(a).cpu())
+                    part["sparsity"].append(l0_norm(a).clamp_min(1).reciprocal().cpu())
+        joined = {key: {what: torch.cat(values) for what, values in part.items()} for key, part in scores.items()}
+        result: dict[str, dict[str, Any]] = {}
+        for layer in (LAST, *self.layers):
+            mine = {name: joined[layer, name] for name in sets}
+            result[layer] = {
+                what: {name: float(values[what].mean()) for name, values in mine.items()}
+                for what in ("norm", "nan", "sparsity")
+            }
+            result[layer]["entropy"] = {name: counts[layer, name].mean_entropy for name in self.folds}
+            result[layer]["auroc"] = {
+                fold: {
+                    what: sum(auroc(mine[fold][what], mine[name][what]) for name in self.ood) / len(self.ood)
+                    for what in ("norm", "nan")
+                }
+                for fold in (self.folds if self.ood else ())
+            }
+            if layer in self.hidden:
+                result[layer]["hidden"] = {
+                    fold: self._hidden(model, layer, *self.folds[fold]) for fold in self.folds
+                }
+        return result
+
+    def _hidden(self, model: nn.Module, layer: str, images: Tensor, targets: Tensor) -> dict[str, float]:
+        tap = FeatureTap(model, None if layer == LAST else layer)
+        before = self.pre_activation if layer == LAST else None
+        sums: dict[str, float] = {}
+        for batch, wanted in zip(images.split(_BATCH), targets.split(_BATCH), strict=True):
+            pixels = _pixels(batch)
+            found = _hidden_classifier(tap, pixels)
+            wanted = wanted.to(found.activation.device)
+            error, others = found.approximation_error(wanted)
+            values = {
+                "accuracy": (found.prediction == wanted).float(),
+                "entropy": found.entropy,
+                "sign_difference": 1 - found.agreement(wanted),
+                "error": error,
+                "other_error": others,
+            }
+            if before is not None:
+                # Off units have coefficient 0, so binary weight -1: they add their size to norm and logit alike.
+                size = torch.linalg.vector_norm(LayerTap(model, pixels, [before])(pixels)[before], 1, dim=1)
+                values["pre_error"], values["pre_other_error"] = (x * found.norm / size for x in (error, others))
+            for key, value in values.items():
+                # An input without any unit on has no relative error, one class no others.
+                sums[key] = sums.get(key, 0.0) + float(value.nan_to_num(0.0).sum()) / len(images)
+        return sums
+
+
+def _hidden_classifier(tap: FeatureTap, inputs: Tensor) -> HiddenClassifier:
+    features = tap(inputs)
+    # Behind the last hidden layer the coefficients are the same for all inputs, up to a positive factor.
+    if tap.layer is None and features.classifier is not None:
+        return HiddenClassifier(features.tensor("activation"), features.linear()[0])
+    return tap.hidden(inputs)
+
+
+def _pixels(batch: Tensor) -> Tensor:
+    return batch.float().div(255) if batch.dtype == torch.uint8 else batch
+
+
+def _spaced(values: Tensor, most: int) -> Tensor:
+    if len(values) <= most:
+        return values
+    return values[torch.linspace(0, len(values) - 1, most).round().long()]
