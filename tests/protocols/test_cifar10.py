@@ -5,10 +5,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small import reproduce, write_images
 from typer.testing import CliRunner
 
 from featnorm.cli.app import app
@@ -23,37 +22,9 @@ TINY = cifar10.Scale("laptop", 8, RECIPE, replace(RECIPE, epochs=1), seeds=2)
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 
 
-def write_images(folder, count, seed, size=32, shift=0):
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for i in range(count):
-        pixels = rng.integers(0, 100, (size, size, 3)) + shift
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for split, count, seed in (("train", 12, 0), ("test", 4, 1)):
-        for c in range(10):
-            write_images(root / "cifar10" / split / f"{c}", count, 10 * seed + c, shift=15 * c)
-    write_images(root / "ood32" / "noise", 30, 100)
-    write_images(root / "ood32" / "large", 30, 101, size=48, shift=100)
-    write_images(root / "svhn" / "test", 25, 102)
-    return root
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(cifar10.SCALES, "laptop", TINY)
-
-
-def reproduce(table, root, out):
-    return CliRunner().invoke(
-        app,
-        ["reproduce", table, "--data-root", str(root), "--out", str(out), "--device", "cpu"],
-        catch_exceptions=False,
-    )
 
 
 def test_every_table_is_made_once_trained(root, tiny, tmp_path, monkeypatch):

@@ -120,11 +120,9 @@ def inspect(
 
 @app.command()
 def reproduce(
-    table: Annotated[
+    name: Annotated[
         str,
-        typer.Argument(
-            help="`table3`, `table5`, `table6`, `table7`, `table8`, `table10` or `figure7`, on CIFAR-10."
-        ),
+        typer.Argument(help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`."),
     ],
     scale: Annotated[
         str, typer.Option(help="`paper`: its protocol, to the letter. `laptop`: what two cores do.")
@@ -136,10 +134,10 @@ def reproduce(
     device: Device = "auto",
     precision: Precision = "32-true",
 ) -> None:
-    """Train and score what a table of the paper needs, and print our numbers beside the paper's."""
+    """Train what a table or figure of the paper needs, and print our numbers beside the paper's."""
     from featnorm.cli.reproduce import run
 
-    run(table, scale, data_root, out, device, precision)
+    run(name, scale, data_root, out, device, precision)
 
 
 def main() -> None:

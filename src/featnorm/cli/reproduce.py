@@ -1,4 +1,4 @@
-"""``featnorm reproduce``: the paper's tables with our numbers beside its own."""
+"""``featnorm reproduce``: the paper's tables with our numbers beside its own, and its figures."""
 
 import json
 from pathlib import Path
@@ -8,42 +8,64 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10
+from featnorm.protocols import cifar10, theory
+from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 
 
-def run(table: str, scale_name: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
-    """Train what a table needs, or go on where that was left, and write and print the table."""
-    if table not in cifar10.TABLES:
-        raise ValueError(f"there is no {table!r} to reproduce: choose one of {', '.join(cifar10.TABLES)}")
-    if scale_name not in cifar10.SCALES:
-        raise ValueError(f"there is no scale {scale_name!r}: choose one of {', '.join(cifar10.SCALES)}")
-    scale = cifar10.SCALES[scale_name]
-    out = out / scale.name
+def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
+    """Train what a table or figure needs, or go on where that was left; write and print it."""
+    every = (*cifar10.TABLES, *theory.FIGURES)
+    if name not in every:
+        raise ValueError(f"there is no {name!r} to reproduce: choose one of {', '.join(every)}")
+    if scale not in cifar10.SCALES:
+        raise ValueError(f"there is no scale {scale!r}: choose one of {', '.join(cifar10.SCALES)}")
+    out = out / scale
     prepare_folder(out)
     fabric = fabric_of(device, precision)
-    jobs = cifar10.jobs(table, scale)
+    facts = {"device": f"{fabric.device}, {precision}", **environment()}
+    if name in cifar10.TABLES:
+        _table(name, scale, data_root, out, fabric, facts)
+    else:
+        _figure(name, scale, data_root, out, fabric, facts)
+    console.print(f"Wrote {out / name}.md.", soft_wrap=True)
+
+
+def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
     images = cifar10.load_images(data_root)
-    for name, why in images.missing.items():
-        console.print(f"without {name}: {why}", style="dim", soft_wrap=True)
+    for missing, why in images.missing.items():
+        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
+    jobs = cifar10.jobs(name, cifar10.SCALES[scale])
     results: list[dict[str, Any]] = []
     for i, job in enumerate(jobs):
-        console.print(f"network {i + 1} of {len(jobs)}: {job.folder}", style="dim")
-        folder = out / job.folder
-        folder.mkdir(exist_ok=True)
-        facts = {"device": f"{fabric.device}, {precision}", **environment()}
-        results.append(cifar10.run(job, scale, images, folder, fabric=fabric, environment=facts))
-    write(table, results, out)
-    _print(make_table(table, results))
-    console.print(f"Wrote {out / table}.md.", soft_wrap=True)
-
-
-def write(table: str, results: list[dict[str, Any]], out: Path) -> None:
-    """Write a table, the results that it was made from, and for the figure its picture."""
-    (out / f"{table}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / f"{table}.md").write_text(make_table(table, results).markdown(), encoding="utf-8")
-    if table == "figure7":
+        folder = _begin(out, job.folder, i, len(jobs))
+        results.append(cifar10.run(job, cifar10.SCALES[scale], images, folder, fabric=fabric, environment=facts))
+    table = make_table(name, results)
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(table.markdown(), encoding="utf-8")
+    if name == "figure7":
         (out / "figure7.svg").write_text(width_figure(results), encoding="utf-8")
+    _print(table)
+
+
+def _figure(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
+    jobs = theory.FIGURES[name]
+    images = theory.load_images(jobs[0].data, data_root)
+    runs = []
+    for i, job in enumerate(jobs):
+        folder = _begin(out, job.folder, i, len(jobs))
+        runs.append(theory.run(job, theory.SCALES[scale], images, folder, fabric=fabric, environment=facts))
+    figure = make_figure(name, runs)
+    (out / f"{name}.svg").write_text(figure.svg, encoding="utf-8")
+    (out / f"{name}.md").write_text(figure.table.markdown(), encoding="utf-8")
+    _print(figure.table)
+
+
+def _begin(out: Path, name: str, i: int, of: int) -> Path:
+    console.print(f"network {i + 1} of {of}: {name}", style="dim")
+    folder = out / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _print(table: Table) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from featnorm.protocols.paper import numbers
-from featnorm.report.figures import line_panels
+from featnorm.report.figures import Line, Panel, panel_figure
 from featnorm.report.tables import escape
 
 Result = Mapping[str, Any]
@@ -59,13 +59,20 @@ def mean_pair(result: Result, detector: str, part: str = "scores") -> _Pair:
 
 def width_figure(results: Sequence[Result]) -> str:
     """Return Figure 7 as SVG text: AUROC and FPR95 of NAN and the l1-norm over the width of the hidden layer."""
-    names = {"NAN": "NAN()", "l1-norm": "L1Norm()"}
-    panels = {
-        label: {name: [mean_pair(result, detector)[i] for result in results] for name, detector in names.items()}
-        for i, label in enumerate(["AUROC in percent", "FPR95 in percent"])
-    }
     widths = [result["variant"]["hidden"] for result in results]
-    return line_panels(widths, panels, xlabel="width of the last hidden layer", log2=True)
+    panels = [
+        Panel(
+            xlabel="width of the last hidden layer",
+            ylabel=f"{measure} in percent",
+            log2=True,
+            lines=[
+                Line(name, [mean_pair(result, detector)[i] for result in results], widths, style)
+                for style, (name, detector) in enumerate([("NAN", "NAN()"), ("l1-norm", "L1Norm()")])
+            ],
+        )
+        for i, measure in enumerate(["AUROC", "FPR95"])
+    ]
+    return panel_figure([panels])
 
 
 def _table3(results: Sequence[Result]) -> Table:

@@ -1,44 +1,91 @@
 """Figures that stand alone, as SVG files for documents."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Told apart without colour too, by marker and dash.
-_STYLES = [("#1f5fa8", "o", "-"), ("#c2571a", "s", "--"), ("#4d7a2b", "^", ":")]
+# Told apart without colour too, by dash, and by marker where points are few.
+_STYLES = [
+    ("#1f5fa8", "o", "-"),
+    ("#c2571a", "s", "--"),
+    ("#4d7a2b", "^", ":"),
+    ("#8a3f8f", "D", "-."),
+    ("#7a6a1f", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("#5a5a5a", "P", (0, (1, 2))),
+]
+_FEW = 16  # points of a line, which get markers
 
 
-def line_panels(
-    x: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, log2: bool = False
-) -> str:
-    """Return lines over a common axis as SVG text, a panel a measure.
+@dataclass(frozen=True)
+class Line:
+    """Points by name; joined, or where ``histogram`` is set values to count."""
 
-    Parameters
-    ----------
-    x : (n,) where the points stand.
-    panels : by what a panel's axis says, the lines in it by name, each (n,).
-    xlabel : what the common axis says.
-    log2 : whether it is logarithmic, with ticks at the points.
-    """
-    with _figure(4.2 * len(panels), 3.2) as (figure, text):
-        for ax, (ylabel, lines) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
-            for (name, values), (color, marker, dash) in zip(lines.items(), _STYLES, strict=False):
-                ax.plot(x, values, color=color, marker=marker, ls=dash, label=name)
-            if log2:
-                ax.set_xscale("log", base=2)
-                ax.set_xticks(x, [f"{value:g}" for value in x])
-                ax.minorticks_off()
-            ax.set_xlabel(xlabel)
-            ax.set_ylabel(ylabel)
-            _plain(ax)
-            ax.legend(frameon=False)
+    name: str
+    y: Sequence[float]
+    x: Sequence[float] = ()
+    style: int = 0
+    faint: bool = False
+    histogram: bool = False
+    scatter: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: its lines, or an image of booleans, a row a unit."""
+
+    title: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    lines: Sequence[Line] = ()
+    image: npt.NDArray[np.bool_] | None = None
+    log2: bool = False  # whether the x axis is logarithmic, with ticks at the points
+
+
+def panel_figure(rows: Sequence[Sequence[Panel]], *, width: float = 3.8, height: float = 3.0) -> str:
+    """Return panels in rows as SVG text; each panel is of that width and height in inches."""
+    columns = max(map(len, rows))
+    with _figure(width * columns, height * len(rows)) as (figure, text):
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes, panels in zip(grid, rows, strict=True):
+            for ax in axes[len(panels) :]:
+                ax.set_axis_off()
+            for ax, panel in zip(axes, panels, strict=False):
+                _draw(ax, panel)
     return text.getvalue()
+
+
+def _draw(ax: Axes, panel: Panel) -> None:
+    ax.set_title(panel.title, fontsize=10)
+    ax.set_xlabel(panel.xlabel)
+    ax.set_ylabel(panel.ylabel)
+    if panel.image is not None:
+        ax.imshow(panel.image, aspect="auto", cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        return
+    for line in panel.lines:
+        color, marker, dash = _STYLES[line.style % len(_STYLES)]
+        alpha = 0.45 if line.faint else 1.0
+        if line.histogram:
+            ax.hist(line.y, bins=40, density=True, histtype="step", color=color, ls=dash, lw=1.5, label=line.name)
+        elif line.scatter:
+            ax.plot(line.x, line.y, color=color, marker=marker, ls="", ms=3.5, alpha=0.7, label=line.name)
+        else:
+            shape = marker if len(line.y) <= _FEW else None
+            ax.plot(line.x, line.y, color=color, marker=shape, ms=4, ls=dash, lw=1.4, alpha=alpha, label=line.name)
+    if panel.log2:
+        ticks = panel.lines[0].x
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        ax.minorticks_off()
+    _plain(ax)
+    if len(panel.lines) > 1:
+        ax.legend(frameon=False, fontsize=8)
 
 
 def explanation_figure(

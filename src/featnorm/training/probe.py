@@ -15,7 +15,7 @@ from featnorm.metrics import auroc
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
 from featnorm.tap import FeatureTap, LayerTap
 
-Fold = tuple[Tensor, Tensor]
+Fold = tuple[Tensor, Tensor | None]
 
 LAST = "last"
 """The name of the last hidden layer, as `FeatureTap` finds it, among the layers of a probe."""
@@ -28,7 +28,9 @@ class Probe:
 
     Parameters
     ----------
-    folds : in-distribution inputs and their targets by name, such as "train" and "test"; uint8 images or features.
+    folds
+        In-distribution inputs and their targets by name, such as "train" and "test"; uint8 images or features.
+        Without targets nothing is recorded of the fold's hidden classifiers.
     ood : out-of-distribution inputs by name.
     layers : modules to listen to besides the last hidden layer; a map counts with all its numbers.
     hidden
@@ -56,7 +58,10 @@ class Probe:
         most: int = 500,
         file: str | Path | None = None,
     ) -> None:
-        self.folds = {name: (_spaced(fold[0], most), _spaced(fold[1], most)) for name, fold in folds.items()}
+        self.folds: dict[str, Fold] = {
+            name: (_spaced(inputs, most), None if targets is None else _spaced(targets, most))
+            for name, (inputs, targets) in folds.items()
+        }
         self.ood = {name: _spaced(inputs, most) for name, inputs in ood.items()}
         self.layers = tuple(layers)
         self.hidden = tuple(hidden)
@@ -119,7 +124,9 @@ class Probe:
             }
             if layer in self.hidden:
                 result[layer]["hidden"] = {
-                    fold: self._hidden(model, layer, *self.folds[fold]) for fold in self.folds
+                    fold: self._hidden(model, layer, images, targets)
+                    for fold, (images, targets) in self.folds.items()
+                    if targets is not None
                 }
         return result
 

@@ -1,0 +1,24 @@
+"""Fabricated images, and the command on them."""
+
+import numpy as np
+from PIL import Image
+from typer.testing import CliRunner
+
+from featnorm.cli.app import app
+
+
+def write_images(folder, count, seed, size=32, shift=0):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = rng.integers(0, 100, (size, size, 3)) + shift
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+
+
+def reproduce(name, root, out):
+    """Run ``featnorm reproduce`` with errors as they are raised."""
+    return CliRunner().invoke(
+        app,
+        ["reproduce", name, "--data-root", str(root), "--out", str(out), "--device", "cpu"],
+        catch_exceptions=False,
+    )
