@@ -256,3 +256,9 @@ def test_help_and_module_run_without_heavy_imports(tmp_path):
     assert done.returncode == 0, done.stderr
     for command in ("demo", "evaluate", "inspect"):
         assert command in done.stdout
+
+
+def test_version(featnorm):
+    import featnorm as library
+
+    assert featnorm("--version") == (0, f"featnorm {library.__version__}\n", "")

@@ -884,3 +884,10 @@ def test_moments_do_not_keep_the_inputs():
         sizes.append(sum(v.numel() for d in detectors[:3] for v in d.state_dict().values()))
         assert sum(v.numel() for v in detectors[3].state_dict().values()) < 2**17
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("detector", [NAN(), KNN(), Energy()], ids=repr)
+def test_a_bare_tensor_is_refused_with_what_to_do(detector):
+    for call in (detector.score, detector.partial_fit) if detector.needs_fit else (detector.score,):
+        with pytest.raises(TypeError, match=r"takes Features, got Tensor: wrap tensors in Features\("):
+            call(torch.rand(3, 4))

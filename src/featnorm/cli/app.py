@@ -45,6 +45,23 @@ Workers = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        import featnorm
+
+        typer.echo(f"featnorm {featnorm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write the page to.")] = Path("featnorm-demo"),

@@ -207,6 +207,11 @@ class Detector(nn.Module, ABC):
                 module._derived = None
 
     def _require(self, features: Features, names: tuple[str, ...]) -> None:
+        if not isinstance(features, Features):
+            raise TypeError(
+                f"{self!r} takes Features, got {type(features).__name__}: wrap tensors in "
+                f"Features({names[0]}=...), or let FeatureTap(model) make them from inputs"
+            )
         for name in names:
             try:
                 value = features.tensor(name)
