@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featnorm.tap import LayerTap
+from featnorm.tap import FeatureTap, LayerTap
 from featnorm.training import CifarResNet18, ProjectionHead
 
 
@@ -53,3 +53,15 @@ def test_residual_networks_and_chosen_modules():
         LayerTap(model, x, ["1.nothing"])
     with pytest.raises(ValueError, match="nothing in this model is rectified"):
         LayerTap(nn.Linear(3, 2), torch.rand(2, 3))
+
+
+def test_the_hidden_classifiers_of_all_layers_are_those_of_each():
+    torch.manual_seed(0)
+    model = nn.Sequential(CifarResNet18(4), ProjectionHead(32, 10, embedding=8)).eval()
+    x = torch.rand(2, 3, 16, 16)
+    names = ["0.stages.3", "0.stages.7", "1.activation"]
+    together = LayerTap(model, x, names).hidden(x)
+    for name in names:
+        alone = FeatureTap(model, name).hidden(x)
+        torch.testing.assert_close(together[name].coefficients, alone.coefficients)
+        torch.testing.assert_close(together[name].offset, alone.offset)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from featnorm.tap.find import base_op, is_rectifier
+from featnorm.hidden import HiddenClassifier
+from featnorm.tap.find import base_op, find, is_rectifier
+from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.listen import Point, listen, locate, undisturbed
 from featnorm.tap.tap import unwrap
 from featnorm.tap.watch import Node, watch
@@ -49,6 +51,9 @@ class LayerTap:
         if not found:
             raise ValueError("nothing in this model is rectified: name the layers")
         self.points: dict[str, Point] = {name: locate(record, node) for name, node in found.items()}
+        anatomy = find(record, self.model)
+        self._logits = None if anatomy.logits is None else locate(record, anatomy.logits)
+        self._no_logits = anatomy.absent.get("logits", "")
 
     @property
     def names(self) -> list[str]:
@@ -60,6 +65,15 @@ class LayerTap:
         with undisturbed(self.model), torch.no_grad():
             caught = listen(self.model, self.points, inputs)
         return {name: value.flatten(1) for name, value in caught.items()}
+
+    def hidden(self, inputs: Tensor) -> dict[str, HiddenClassifier]:
+        """Return the classifier hidden in every layer, from one pass forward and one back a class for all of them.
+
+        As `FeatureTap.hidden`, which says what they are and what is refused.
+        """
+        if self._logits is None:
+            raise ValueError(f"there is no hidden classifier without logits: {self._no_logits}")
+        return hidden_classifiers(self.model, self.points, self._logits, inputs)
 
 
 def _is_layer(node: Node) -> bool:

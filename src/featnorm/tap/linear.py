@@ -5,12 +5,18 @@ values stay what they were, and the Jacobian of the logits in a layer becomes C(
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from featnorm.hidden import HiddenClassifier
+from featnorm.tap.listen import Point, listen, undisturbed
+
+_LOGITS = "logits of the model"
+_CLASSES_AT_ONCE = 64
 
 # Elementwise functions with s(0) = 0, by name, whether called from torch, as a method, or in place.
 _ELEMENTWISE = {
@@ -120,37 +126,72 @@ def _length(z: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: No
         return torch.linalg.vector_norm(z, p, dim=dim, keepdim=True).clamp_min(eps).reciprocal()
 
 
-def coefficients(logits: Tensor, layer: Tensor, *, at_once: int = 64) -> Tensor:
-    """Return the Jacobian of the logits in a layer, both of one linearised pass: (n, K, d), d all its numbers.
+def hidden_classifiers(
+    model: nn.Module,
+    layers: Mapping[str, Point],
+    logits: Point,
+    inputs: Tensor,
+    *,
+    pre_activation: bool = False,
+) -> dict[str, HiddenClassifier]:
+    """Return the classifiers hidden in some layers, from one linearised pass forward and one back a class.
 
     Parameters
     ----------
-    logits : (n, K).
-    layer : (n, ...), which the logits were computed from.
-    at_once : classes that are taken back through the network together.
+    model, inputs : a batch as the model takes it, on its device; both stay as they are.
+    layers, logits : where to listen.
+    pre_activation : of what the layers' rectifiers read.
 
     Raises
     ------
     ValueError
-        The logits do not depend on the layer.
+        See `FeatureTap.hidden`.
     """
+    for name, point in {**layers, "logits": logits}.items():
+        if point.copy:
+            raise ValueError(f"the layer {name} is overwritten in place, and gradients cannot be followed to it")
+    # Inference tensors take part in no gradient, whatever mode the caller is in.
+    with torch.inference_mode(False), undisturbed(model, gradients=True):
+        inputs = inputs.detach().clone().requires_grad_()
+        with Linearised() as linearised:
+            caught = listen(model, {**layers, _LOGITS: logits}, inputs)
+        output = caught.pop(_LOGITS).flatten(1)
+        find = linearised.before if pre_activation else linearised.graph
+        values = {name: find(value) for name, value in caught.items()}
+        for name, value in values.items():
+            if not _is_affine(output, value):
+                reason = f": it passes {' and '.join(linearised.seen)}" if linearised.seen else ""
+                raise ValueError(f"what is behind {name} is not linear, whatever factors are fixed{reason}")
+        matrices = _coefficients(output, list(values.values()))
+    found = {}
+    for (name, value), matrix in zip(values.items(), matrices, strict=True):
+        hidden = HiddenClassifier(value.detach().flatten(1), matrix)
+        found[name] = HiddenClassifier(
+            hidden.activation, hidden.coefficients, output.detach() - hidden.output_logits
+        )
+    return found
+
+
+def _coefficients(logits: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Return the Jacobian of the logits in each layer: (n, K, d), d all the layer's numbers."""
     n, classes = logits.shape
-    rows = []
-    for start in range(0, classes, at_once):
-        chosen = range(start, min(start + at_once, classes))
+    rows: list[list[Tensor]] = [[] for _ in layers]
+    for start in range(0, classes, _CLASSES_AT_ONCE):
+        chosen = range(start, min(start + _CLASSES_AT_ONCE, classes))
         seeds = torch.zeros(len(chosen), n, classes, dtype=logits.dtype, device=logits.device)
         for row, k in enumerate(chosen):
             seeds[row, :, k] = 1
-        (part,) = torch.autograd.grad(
-            logits, layer, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
+        parts = torch.autograd.grad(
+            logits, layers, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
-        if part is None:
-            raise ValueError("the logits do not depend on this layer")
-        rows.append(part.flatten(2))
-    return torch.cat(rows).transpose(0, 1).contiguous()
+        for layer, part in zip(rows, parts, strict=True):
+            if part is None:
+                raise ValueError("the logits do not depend on this layer")
+            layer.append(part.flatten(2))
+    return [torch.cat(parts).transpose(0, 1).contiguous() for parts in rows]
 
 
-def is_affine(logits: Tensor, layer: Tensor) -> bool:
+def _is_affine(logits: Tensor, layer: Tensor) -> bool:
     """Whether the logits are an affine function of the layer, as far as the second derivative tells."""
     generator = torch.Generator().manual_seed(0)
     seed = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)

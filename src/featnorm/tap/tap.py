@@ -11,7 +11,7 @@ from tqdm import tqdm
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
-from featnorm.tap.linear import Linearised, coefficients, is_affine
+from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.listen import Point, listen, locate, undisturbed
 from featnorm.tap.watch import Node, watch
 
@@ -173,23 +173,11 @@ class FeatureTap:
         for name in ("activation", "logits"):
             if name not in plan.points:
                 raise ValueError(f"there is no hidden classifier without {name}: {plan.absent.get(name)}")
-            if plan.points[name].copy:
-                raise ValueError(f"the {name} is overwritten in place, and gradients cannot be followed to it")
-        points = {name: plan.points[name] for name in ("activation", "logits")}
-        # Inference tensors take part in no gradient, whatever mode the caller is in.
-        with torch.inference_mode(False), undisturbed(self.model, gradients=True):
-            inputs = inputs.to(self.device).detach().clone().requires_grad_()
-            with Linearised() as linearised:
-                caught = listen(self.model, points, inputs)
-            layer = (linearised.before if pre_activation else linearised.graph)(caught["activation"])
-            logits = caught["logits"].flatten(1)
-            if not is_affine(logits, layer):
-                reason = f": it passes {' and '.join(linearised.seen)}" if linearised.seen else ""
-                raise ValueError(f"what is behind the layer is not linear, whatever factors are fixed{reason}")
-            matrix = coefficients(logits, layer)
-        a, logits = layer.detach().flatten(1), logits.detach()
-        hidden = HiddenClassifier(a, matrix)
-        return HiddenClassifier(a, matrix, logits - hidden.output_logits)
+        layers = {"activation": plan.points["activation"]}
+        found = hidden_classifiers(
+            self.model, layers, plan.points["logits"], inputs.to(self.device), pre_activation=pre_activation
+        )
+        return found["activation"]
 
     def describe(self) -> str:
         """Say in words what was found, and what it means for the negative-aware norm.

@@ -122,46 +122,48 @@ class Probe:
                 }
                 for fold in (self.folds if self.ood else ())
             }
-            if layer in self.hidden:
-                result[layer]["hidden"] = {
-                    fold: self._hidden(model, layer, images, targets)
-                    for fold, (images, targets) in self.folds.items()
-                    if targets is not None
-                }
+        for fold, (images, targets) in self.folds.items() if self.hidden else ():
+            if targets is not None:
+                for layer, measured in self._hidden(model, tap, images, targets).items():
+                    result[layer].setdefault("hidden", {})[fold] = measured
         return result
 
-    def _hidden(self, model: nn.Module, layer: str, images: Tensor, targets: Tensor) -> dict[str, float]:
-        tap = FeatureTap(model, None if layer == LAST else layer)
-        before = self.pre_activation if layer == LAST else None
-        sums: dict[str, float] = {}
+    def _hidden(
+        self, model: nn.Module, tap: FeatureTap, images: Tensor, targets: Tensor
+    ) -> dict[str, dict[str, float]]:
+        pixels = _pixels(images[:2])
+        inner = [layer for layer in self.hidden if layer != LAST]
+        others = LayerTap(model, pixels, inner) if inner else None
+        before = LayerTap(model, pixels, [self.pre_activation]) if self.pre_activation else None
+        sums: dict[str, dict[str, float]] = {}
         for batch, wanted in zip(images.split(_BATCH), targets.split(_BATCH), strict=True):
             pixels = _pixels(batch)
-            found = _hidden_classifier(tap, pixels)
-            wanted = wanted.to(found.activation.device)
-            error, others = found.approximation_error(wanted)
-            values = {
-                "accuracy": (found.prediction == wanted).float(),
-                "entropy": found.entropy,
-                "sign_difference": 1 - found.agreement(wanted),
-                "error": error,
-                "other_error": others,
-            }
-            if before is not None:
-                # Off units have coefficient 0, so binary weight -1: they add their size to norm and logit alike.
-                size = torch.linalg.vector_norm(LayerTap(model, pixels, [before])(pixels)[before], 1, dim=1)
-                values["pre_error"], values["pre_other_error"] = (x * found.norm / size for x in (error, others))
-            for key, value in values.items():
-                # An input without any unit on has no relative error, one class no others.
-                sums[key] = sums.get(key, 0.0) + float(value.nan_to_num(0.0).sum()) / len(images)
+            found = others.hidden(pixels) if others else {}
+            if LAST in self.hidden:
+                # Behind it the coefficients are the same for all inputs, up to a positive factor.
+                features = tap(pixels)
+                found[LAST] = HiddenClassifier(features.tensor("activation"), features.linear()[0])
+            for layer, hidden in found.items():
+                classes = wanted.to(hidden.activation.device)
+                error, other_error = hidden.approximation_error(classes)
+                values = {
+                    "accuracy": (hidden.prediction == classes).float(),
+                    "entropy": hidden.entropy,
+                    "sign_difference": 1 - hidden.agreement(classes),
+                    "error": error,
+                    "other_error": other_error,
+                }
+                if before is not None and layer == LAST:
+                    # Off units have coefficient 0, so binary weight -1: they add their size to norm and logit
+                    # alike.
+                    size = torch.linalg.vector_norm(next(iter(before(pixels).values())), 1, dim=1)
+                    values["pre_error"] = error * hidden.norm / size
+                    values["pre_other_error"] = other_error * hidden.norm / size
+                mine = sums.setdefault(layer, {})
+                for key, value in values.items():
+                    # An input without any unit on has no relative error, one class no others.
+                    mine[key] = mine.get(key, 0.0) + float(value.nan_to_num(0.0).sum()) / len(images)
         return sums
-
-
-def _hidden_classifier(tap: FeatureTap, inputs: Tensor) -> HiddenClassifier:
-    features = tap(inputs)
-    # Behind the last hidden layer the coefficients are the same for all inputs, up to a positive factor.
-    if tap.layer is None and features.classifier is not None:
-        return HiddenClassifier(features.tensor("activation"), features.linear()[0])
-    return tap.hidden(inputs)
 
 
 def _pixels(batch: Tensor) -> Tensor:
