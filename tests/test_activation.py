@@ -90,3 +90,20 @@ def test_what_is_wrong_is_named_and_changes_nothing():
             call()
     for name, value in stats.named_buffers():
         assert torch.equal(value, before[name])
+
+
+def test_a_state_that_was_taken_stays_as_it_was():
+    stats = ActivationStatistics().add(torch.rand(6, 3) - 0.5, torch.tensor([0, 1, 2, 0, 1, 2]))
+    state = stats.state_dict()
+    kept = {name: value.clone() for name, value in state.items()}
+    stats.add(torch.rand(4, 3), torch.tensor([0, 1, 5, -1]))
+    stats.merge(ActivationStatistics().add(torch.rand(2, 3), torch.tensor([1, 1])))
+    stats.validate()
+    for name, value in state.items():
+        assert torch.equal(value, kept[name])
+    again = ActivationStatistics()
+    again.load_state_dict(kept)
+    again.validate()
+    again.class_on = torch.zeros(3, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match="are of shapes"):
+        again.validate()

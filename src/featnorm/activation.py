@@ -3,7 +3,7 @@
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featnorm.detectors.statistics import Statistic
 
@@ -75,8 +75,8 @@ class ActivationStatistics(Statistic):
             classes, on = labels.to(device).long()[known], on[known]
             if len(classes):
                 self._open(width, int(classes.max()) + 1)
-                self.class_inputs.index_add_(0, classes, torch.ones_like(classes))
-                self.class_on.index_add_(0, classes, on.long())
+                self.class_inputs = self.class_inputs.index_add(0, classes, torch.ones_like(classes))
+                self.class_on = self.class_on.index_add(0, classes, on.long())
         return self
 
     def merge(self, other: Self) -> None:
@@ -93,9 +93,20 @@ class ActivationStatistics(Statistic):
         self.inputs = self.inputs + other.inputs.to(device)
         self.on = self.on + other.on.to(device)
         self.active = self.active + other.active.to(device)
-        classes = len(other.class_inputs)
-        self.class_inputs[:classes] += other.class_inputs.to(device)
-        self.class_on[:classes] += other.class_on.to(device)
+        more = len(self.class_inputs) - len(other.class_inputs)
+        self.class_inputs = self.class_inputs + nn.functional.pad(other.class_inputs.to(device), (0, more))
+        their_on = other.class_on.to(device).reshape(-1, self.width)
+        self.class_on = self.class_on + nn.functional.pad(their_on, (0, 0, 0, more))
+
+    def validate(self) -> None:
+        """Refuse, by a ValueError, buffers that no counting could have left."""
+        super().validate()
+        d, classes = len(self.on), len(self.class_inputs)
+        shapes = [tuple(self.active.shape), tuple(self.class_on.shape)]
+        if not self.is_empty and shapes not in ([(d + 1,), (classes, d)], [(d + 1,), (0, 0)]):
+            raise ValueError(f"active and class_on of {d} units and {classes} classes are of shapes {shapes}")
+        if not self.is_empty and int(self.active.sum()) != int(self.inputs):
+            raise ValueError(f"the counts of {int(self.active.sum())} inputs do not fit {int(self.inputs)} inputs")
 
     @property
     def on_rate(self) -> Tensor:
@@ -157,7 +168,7 @@ class ActivationStatistics(Statistic):
             self.active = torch.zeros(width + 1, dtype=torch.int64, device=device)
         more = classes - len(self.class_inputs)
         if more > 0 or self.class_on.shape[1] != width:
-            self.class_inputs = torch.nn.functional.pad(self.class_inputs, (0, max(more, 0)))
+            self.class_inputs = nn.functional.pad(self.class_inputs, (0, max(more, 0)))
             self.class_on = torch.cat(
                 [
                     self.class_on.reshape(-1, width),

@@ -123,6 +123,8 @@ class Explainer:
         self.statistics = ActivationStatistics()
         for features in self.tap.stream(loader, progress=progress):
             self.statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
+        if self.statistics.is_empty:
+            raise ValueError("the loader yielded no batch")
         return self
 
     def __call__(self, inputs: Tensor) -> list[Explanation]:
@@ -138,6 +140,8 @@ class Explainer:
             raise ValueError("the explainer knows no in-distribution inputs yet: call fit with a loader of them")
         hidden = self.tap.hidden(inputs)
         a = hidden.activation.cpu()
+        if a.shape[1] != self.statistics.width:
+            raise ValueError("the layer puts out maps: an explanation names single units, of a layer of vectors")
         predicted = hidden.output_logits.argmax(1).tolist()
         rates = self.statistics.class_on_rate
         norms, counts, nans = l1_norm(a).tolist(), l0_norm(a).tolist(), negative_aware_norm(a).tolist()

@@ -217,3 +217,135 @@ def test_a_layer_that_is_no_rectifier_has_no_pre_activation():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ValueError, match="not the output of a rectifier"):
         fn.FeatureTap(model, "2").hidden(torch.randn(2, 4), pre_activation=True)
+
+
+class After(nn.Module):
+    """A layer, and something behind it."""
+
+    def __init__(self, behind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        self.b, self.c = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.norm = nn.LayerNorm(6)
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.out = nn.Linear(3, 3)
+        self.behind = behind
+
+    def forward(self, x):
+        return self.rest(self.first(x))
+
+    def rest(self, h):
+        return self.out(self.behind(self, h))
+
+
+def detached(m, h):
+    return m.b(h) + m.c(h.detach())
+
+
+def without_gradients(m, h):
+    with torch.no_grad():
+        y = m.c(h)
+    return m.b(h) + y
+
+
+def mixing(m, h):
+    return m.b(h - h.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        (detached, "its gradients do not tell"),
+        (without_gradients, "its gradients do not tell"),
+        (mixing, "its gradients do not tell"),
+        (lambda m, h: m.b(m.norm(h * 1e5)), "passes layer_norm"),
+        (lambda m, h: m.b(h) * m.c(h).sigmoid(), "product of two.* and sigmoid"),
+        (lambda m, h: m.b(torch.maximum(h, m.c(h).mean(1, keepdim=True))), "passes maximum"),
+        (lambda m, h: m.b(h) / (1 + h.sum(1, keepdim=True)), "product of two"),
+        (lambda m, h: m.b(h.sign()), "passes sign"),
+        (lambda m, h: m.b(torch.zeros_like(h)), "do not depend on"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(behind, message):
+    with pytest.raises(ValueError, match=message):
+        fn.FeatureTap(After(behind).eval(), "first.1").hidden(torch.randn(3, 4, generator=torch.Generator()))
+
+
+def added_in_place(m, h):
+    y = h
+    y += 1
+    return m.b(y)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda m, h: m.b(h.mul_(2)),
+        added_in_place,
+        lambda m, h: m.b(h) / m.scale.clamp(min=0.5),
+        lambda m, h: m.b(F.relu(h - 0.1, True)),
+        lambda m, h: m.b(F.relu_(h.add_(0.2))),
+        lambda m, h: m.b(torch.cat([h[:, :3], h[:, 3:].clone()], 1)),
+        lambda m, h: m.b(F.max_pool1d(h[:, None], 1)[:, 0]),
+    ],
+)
+def test_what_is_linear_is_exact(behind):
+    model = After(behind).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    hidden = fn.FeatureTap(model, "first.1").hidden(x)
+    with torch.no_grad():
+        a = model.first(x)
+        torch.testing.assert_close(hidden.activation, a)
+        for i in range(6):
+            moved = a.clone()
+            moved[:, i] += 1e-6
+            slope = (model.rest(moved) - model.rest(a.clone())) / 1e-6
+            torch.testing.assert_close(hidden.coefficients[:, :, i], slope, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_of_any_kind_and_frozen_backbones():
+    class Begins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 5).requires_grad_(False)
+            self.head = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+
+        def forward(self, x):
+            x = x.sub_(1)
+            with torch.no_grad():
+                y = self.backbone(x.float())
+            return self.head(y)
+
+    model = Begins().eval()
+    x = torch.randint(0, 9, (5, 4))
+    before = x.clone()
+    hidden = fn.FeatureTap(model).hidden(x)
+    assert torch.equal(x, before)
+    assert torch.equal(hidden.coefficients, model.head[2].weight.expand(5, 3, 6))
+    assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 4
+    with pytest.raises(ValueError, match="no input in the batch"):
+        fn.FeatureTap(model).watch(x).hidden(x[:0])
+
+
+def test_a_view_is_what_the_module_puts_out():
+    class Permute(nn.Module):
+        def forward(self, t):
+            return t.permute(0, 3, 1, 2)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(3, 5)
+            self.act = nn.Sequential(nn.ReLU(), Permute())
+            self.o = nn.Linear(20, 3)
+
+        def forward(self, x):
+            return self.o(self.act(self.l(x)).flatten(1))
+
+    model = Net().eval()
+    tap = fn.FeatureTap(model, "act")
+    hidden = tap.hidden(torch.randn(2, 2, 2, 3))
+    assert torch.equal(hidden.coefficients[0], model.o.weight)
+    with pytest.raises(ValueError, match="not the output of a rectifier"):
+        tap.hidden(torch.randn(2, 2, 2, 3), pre_activation=True)

@@ -331,8 +331,79 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(value, one.state_dict()[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
+def test_supcon_of_one_class_and_of_classes_of_one():
+    from featnorm.training.objectives import supcon
+
+    z = torch.randn(6, 4)
+    one = supcon(z, torch.zeros(6, dtype=torch.int64), 0.1, None)
+    unit = nn.functional.normalize(z)
+    expected = [
+        -torch.stack([(unit[i] @ unit[p]) / 0.1 for p in range(6) if p != i]).log_softmax(0).mean()
+        for i in range(6)
+    ]
+    torch.testing.assert_close(one, torch.stack(expected).mean())
+    z.requires_grad_()
+    alone = supcon(z, torch.arange(6), 0.1, None)
+    alone.backward()
+    assert float(alone.detach()) == 0
+    assert torch.isfinite(z.grad).all()
+
+
+def test_dropout_depends_on_the_seed_and_resumes(tmp_path):
+    features, targets = torch.randn(64, 6), torch.arange(64) % 2
+    recipe = Recipe(epochs=4, batch_size=16, optimiser="sgd", lr=0.05)
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+
+    unbroken = weights(train(make(), features, targets, recipe))
+    assert_same(unbroken, weights(train(make(), features, targets, recipe)))
+    model = make()
+    state = torch.random.get_rng_state()
+    train(model, features, targets, replace(recipe, epochs=1))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+    def die(entry, _):
+        if entry["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make(), features, targets, recipe, folder=tmp_path, on_epoch=die)
+    torch.rand(7)
+    assert_same(unbroken, weights(train(make(), features, targets, recipe, folder=tmp_path)))
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    features, targets = torch.randn(64, 6), torch.arange(64) % 2
+    recipe = Recipe(epochs=1, batch_size=16, optimiser="sgd", lr=0.05)
+    train(nn.Linear(6, 2), features, targets, recipe, folder=tmp_path)
+    for other in ((features, 1 - targets), (features + 1, targets)):
+        with pytest.raises(ValueError, match="another run: its data differ"):
+            train(nn.Linear(6, 2), *other, recipe, folder=tmp_path)
+
+
+def test_warmup_to_the_last_step_and_gradients_switched_off():
+    features, targets = torch.randn(64, 6), torch.arange(64) % 2
+    model = nn.Linear(6, 2)
+    before = weights(model)
+    with torch.no_grad():
+        train(model, features, targets, Recipe(epochs=1, batch_size=64, optimiser="sgd", lr=0.1, warmup=0.9))
+    assert not torch.equal(before["weight"], model.weight)
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path):
+    features, targets = torch.randn(64, 6) * 1e3, torch.arange(64) % 2
+    recipe = Recipe(epochs=3, batch_size=64, optimiser="sgd", lr=1e38)
+    with pytest.raises(ValueError, match="the weights are not finite in epoch 1"):
+        train(nn.Linear(6, 2), features, targets, recipe, folder=tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_what_is_wrong_is_named(tmp_path):
     images, targets = data(32)
+    with pytest.raises(ValueError, match="input 3 has the target -1"):
+        train(network(), images, torch.where(torch.arange(32) == 3, -1, targets), RECIPE)
     with pytest.raises(ValueError, match="must be images, uint8"):
         train(network(), images.float(), targets, RECIPE)
     with pytest.raises(ValueError, match="features cannot be augmented"):

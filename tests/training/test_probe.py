@@ -111,3 +111,17 @@ def test_more_inputs_than_wanted_are_thinned_evenly():
     images = torch.arange(100)[:, None].float()
     probe = Probe({"train": (images, torch.zeros(100, dtype=torch.int64))}, {}, most=4)
     assert probe.folds["train"][0].flatten().tolist() == [0, 33, 66, 99]
+
+
+def test_what_cannot_be_probed_is_named():
+    folds, ood = sets()
+    for options, message in (
+        (dict(layers=[LAST]), "always listened to"),
+        (dict(hidden=["1.hidden"]), "the layer is not among layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Probe(folds, ood, **options)
+    with pytest.raises(ValueError, match="both called a"):
+        Probe({"a": folds["train"]}, ood)
+    with pytest.raises(ValueError, match="no ReLU of the output of"):
+        Probe(folds, ood, pre_activation="1.embedding").measure(network())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import base_op, find, is_rectifier
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.listen import Point, listen, locate, undisturbed
+from featnorm.tap.listen import Point, listen, locate, made, undisturbed
 from featnorm.tap.tap import unwrap
 from featnorm.tap.watch import Node, watch
 
@@ -51,9 +51,15 @@ class LayerTap:
         if not found:
             raise ValueError("nothing in this model is rectified: name the layers")
         self.points: dict[str, Point] = {name: locate(record, node) for name, node in found.items()}
-        anatomy = find(record, self.model)
-        self._logits = None if anatomy.logits is None else locate(record, anatomy.logits)
-        self._no_logits = anatomy.absent.get("logits", "")
+        self._made = {name: made(node) for name, node in found.items()}
+        self._logits: Point | None = None
+        try:
+            anatomy = find(record, self.model)
+            self._no_logits = anatomy.absent.get("logits", "")
+            if anatomy.logits is not None:
+                self._logits = locate(record, anatomy.logits)
+        except ValueError as error:  # only the hidden classifiers need them
+            self._no_logits = str(error)
 
     @property
     def names(self) -> list[str]:
@@ -73,7 +79,7 @@ class LayerTap:
         """
         if self._logits is None:
             raise ValueError(f"there is no hidden classifier without logits: {self._no_logits}")
-        return hidden_classifiers(self.model, self.points, self._logits, inputs)
+        return hidden_classifiers(self.model, self._made, self._logits, inputs)
 
 
 def _is_layer(node: Node) -> bool:

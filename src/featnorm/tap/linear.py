@@ -2,14 +2,19 @@
 
 Each elementwise non-linearity s is replaced by ``z * constant`` with the constant ``s(z) / z`` of this input. The
 values stay what they were, and the Jacobian of the logits in a layer becomes C(x) of eq. 2, for any architecture.
+What is behind the layer is read off the graph that torch keeps for its gradients: anything that is not known to
+be linear there is refused by name. A second pass, its factors held and the layer moved a little, must then say the
+same.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from featnorm.hidden import HiddenClassifier
@@ -24,106 +29,140 @@ _ELEMENTWISE = {
     "hardtanh", "threshold", "tanh", "tanhshrink", "softsign", "hardshrink", "softshrink", "clamp", "clamp_min",
     "clamp_max", "clip",
 }  # fmt: skip
-_LENGTHS = {"norm", "vector_norm", "linalg_vector_norm"}
-# What no factor of the input's makes linear; they are named where a pass turns out not to be.
-_REFUSED = {
-    "softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "rms_norm", "sigmoid", "hardsigmoid",
-    "scaled_dot_product_attention", "multi_head_attention_forward", "softplus", "exp", "glu", "cosine_similarity",
-    "local_response_norm",
+_MAX_POOLS: dict[str, Callable[..., Any]] = {
+    "max_pool1d": F.max_pool1d_with_indices,
+    "max_pool2d": F.max_pool2d_with_indices,
+    "max_pool3d": F.max_pool3d_with_indices,
+    "adaptive_max_pool1d": F.adaptive_max_pool1d_with_indices,
+    "adaptive_max_pool2d": F.adaptive_max_pool2d_with_indices,
+    "adaptive_max_pool3d": F.adaptive_max_pool3d_with_indices,
+}
+_LENGTHS = {"norm", "vector_norm", "linalg_vector_norm", "linalg_norm"}
+
+# Nodes of torch's graph, without "Backward0": maps that are linear, or pick values and so are linear nearby.
+_LINEAR = {
+    "Add", "Sub", "Rsub", "Neg", "Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Mul", "Div",
+    "Convolution", "MkldnnConvolution", "ThnnConvDepthwise2D", "ConvDepthwise3D", "SlowConv2D",
+    "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNormImpl",
+    "View", "UnsafeView", "Reshape", "ReshapeAlias", "Expand", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze",
+    "Select", "Slice", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Cat", "Stack", "Clone", "Alias",
+    "ToCopy", "CopySlices", "Copy", "CopyBackwards", "AsStrided", "Index", "IndexSelect", "Gather", "Repeat",
+    "Flip", "Roll",
+    "Diagonal", "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Contiguous",
+    "ConstantPadNd", "ReflectionPad1D", "ReflectionPad2D", "ReplicationPad1D", "ReplicationPad2D",
+    "Mean", "Sum", "Cumsum", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D",
+    "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D",
+    "AdaptiveMaxPool3D", "Max", "Amax", "Min", "Amin", "Topk", "Sort", "Median", "MaxUnpool2D",
+    "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleBilinear2D", "UpsampleBicubic2D", "Where", "MaskedFill",
+    "Relu", "Identity",
+}  # fmt: skip
+# Products, and which of their factors may depend on the layer: one of these, and no other.
+_FACTORS = {
+    "Mul": (0, 1), "Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Addbmm": (1, 2),
+    "Addmv": (1, 2), "Mv": (0, 1), "Dot": (0, 1), "Convolution": (0, 1),
 }  # fmt: skip
 
-
-class Rectified(NamedTuple):
-    """One rectifier of a pass."""
-
-    before: Tensor
-    after: Tensor
-    output: Tensor  # what the function itself put out, of the same values
+# How far the layer is moved, as a share of its size, and what the second pass may be off.
+_STEP = 1e-3
+_TOLERANCE = 0.1
 
 
-class Linearised(TorchFunctionMode):
-    """Runs what is inside with every rectifier as a multiplication by a constant.
+class _Linearised(TorchFunctionMode):
+    """Runs what depends on a layer with every rectifier and every length as a constant factor.
 
-    Attributes
+    Parameters
     ----------
-    rectified : what went into every rectifier and came out, in order.
-    seen : names of the functions that cannot be made linear, in order, each once.
+    held : the factors of an earlier pass, to be used again; None to work them out.
+    put : called with what an operation that was listened for has returned, for what shall stand in its place.
+    fresh : points whose operations have just run, see `listen`.
+    start : the rectifier whose input is the layer, by its place, and what makes it so; None for no such one.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        held: Sequence[Tensor] | None,
+        put: Callable[[Point, Tensor], Tensor],
+        fresh: list[Point],
+        start: tuple[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
         super().__init__()
-        self.rectified: list[Rectified] = []
-        self.seen: list[str] = []
+        self.held = held
+        self.put = put
+        self.fresh = fresh
+        self.start = start
+        self.factors: list[Tensor] = []
+        self.rectified = 0
+        self.places: dict[Point, int] = {}  # of the layers that are a rectifier's output
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.fresh:
+            raise ValueError("the layer is computed out of sight, in compiled code or a function of its own")
         name = getattr(func, "__name__", "")
         base = name.strip("_")
         z = args[0] if args else kwargs.get("input")
-        if not isinstance(z, Tensor) or not z.requires_grad:
-            return func(*args, **kwargs)
-        if base in _ELEMENTWISE:
-            return self._rectify(func, z, name, args, kwargs)
-        if base == "normalize":
-            return z * (_length(z, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"}))
-        if base in _LENGTHS:
-            return func(*args, **kwargs).detach()
-        if base in _REFUSED and base not in self.seen:
-            self.seen.append(base)
-        return func(*args, **kwargs)
+        result: Any
+        if isinstance(z, Tensor) and z.is_floating_point() and base in _ELEMENTWISE:
+            result = self._rectify(func, z, name, args, kwargs)
+        elif isinstance(z, Tensor) and z.requires_grad and base in _MAX_POOLS:
+            result = self._pool(z, base, args, kwargs)
+        elif isinstance(z, Tensor) and z.requires_grad and base == "normalize":
+            rest = {key: value for key, value in kwargs.items() if key != "input"}
+            result = z * self._factor(lambda: _reciprocal_length(z, *args[1:], **rest))
+        elif isinstance(z, Tensor) and z.requires_grad and base in _LENGTHS:
+            result = self._factor(lambda: func(*args, **kwargs).detach())
+        else:
+            result = func(*args, **kwargs)
+        if self.fresh:
+            point = self.fresh.pop()
+            self.fresh.clear()
+            if not isinstance(result, Tensor):
+                raise ValueError(f"the layer is one of several results of {base}, and cannot be followed")
+            if base in _ELEMENTWISE:
+                self.places[point] = self.rectified - 1
+            there = self.put(point, result)
+            # Who wrote in place goes on with the tensor that was written to.
+            result = result.copy_(there) if _in_place(name, kwargs) else there
+        return result
 
     def _rectify(
         self, func: Callable[..., Any], z: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        in_place = name.endswith("_") or bool(kwargs.get("inplace"))
-        if in_place:
-            # The tensor is about to hold the output, and its gradient is then that of the output.
-            z = z.clone()
+        start = self.start if self.start is not None and self.start[0] == self.rectified else None
+        self.rectified += 1
+        if not z.requires_grad and start is None:
+            return func(*args, **kwargs)
+        in_place = _in_place(name, kwargs)
+        # In place the tensor is about to hold the output, and its gradient is then that of the output.
+        source = z.clone() if in_place else z
+        if start is not None:
+            source = start[1](source)
         rest = {key: value for key, value in kwargs.items() if key != "input"}
         with torch.no_grad():
-            output = func(z.detach().clone() if in_place else z.detach(), *args[1:], **rest)
-            if bool((output[z == 0] != 0).any()):
+            output = func(source.detach().clone() if in_place else source.detach(), *args[1:], **rest)
+
+        def factor() -> Tensor:
+            if bool((output[source == 0] != 0).any()):
                 raise ValueError(f"{name} is not 0 at 0, so that it is no factor of its input (paper eq. 2)")
-            factor = torch.where(z == 0, 0.0, output / z).to(z.dtype)
-        y = z * factor
-        if in_place:
-            y = (args[0] if args else kwargs["input"]).copy_(y)
-        self.rectified.append(Rectified(z, y, output))
-        return y
+            return torch.where(source == 0, 0.0, output / source).to(source.dtype)
 
-    def graph(self, caught: Tensor) -> Tensor:
-        """Return a value that was caught as the tensor that the logits were computed from."""
-        found = self._find(caught)
-        return caught if found is None else found.after
+        y = source * self._factor(factor)
+        return (args[0] if args else kwargs["input"]).copy_(y) if in_place else y
 
-    def before(self, caught: Tensor) -> Tensor:
-        """Return the pre-activation of a rectifier's output.
+    def _pool(self, z: Tensor, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # A choice of values is linear once it is made.
+        rest = {key: value for key, value in kwargs.items() if key not in ("input", "return_indices")}
+        places = self._factor(lambda: _MAX_POOLS[base](z, *args[1:], **rest)[1])
+        spatial = places.ndim - 2
+        return z.flatten(-spatial).gather(-1, places.flatten(-spatial)).view(places.shape)
 
-        Raises
-        ------
-        ValueError
-            The value is not the output of a rectifier.
-        """
-        found = self._find(caught)
-        if found is None:
-            raise ValueError("this layer is not the output of a rectifier, so it has no pre-activation")
-        return found.before
-
-    def _find(self, caught: Tensor) -> "Rectified | None":
-        # Values that no module sees are caught inside the rectifier, others behind it, perhaps as a view.
-        for entry in reversed(self.rectified):
-            for value in (entry.after, entry.output):
-                if value.data_ptr() == caught.data_ptr() and value.numel() == caught.numel():
-                    return entry
-        return None
-
-
-def _length(z: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
-    """One over the length that `torch.nn.functional.normalize` divides by."""
-    with torch.no_grad():
-        return torch.linalg.vector_norm(z, p, dim=dim, keepdim=True).clamp_min(eps).reciprocal()
+    def _factor(self, make: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            value = make() if self.held is None else self.held[len(self.factors)]
+        self.factors.append(value)
+        return value
 
 
 def hidden_classifiers(
@@ -134,78 +173,186 @@ def hidden_classifiers(
     *,
     pre_activation: bool = False,
 ) -> dict[str, HiddenClassifier]:
-    """Return the classifiers hidden in some layers, from one linearised pass forward and one back a class.
+    """Return the classifiers hidden in some layers, from two linearised passes forward and one back a class.
 
     Parameters
     ----------
     model, inputs : a batch as the model takes it, on its device; both stay as they are.
-    layers, logits : where to listen.
-    pre_activation : of what the layers' rectifiers read.
+    layers, logits : what makes the layers, see `made`, and where the logits are.
+    pre_activation : of what the layer's rectifier reads; there must be one layer then.
 
     Raises
     ------
     ValueError
         See `FeatureTap.hidden`.
     """
-    for name, point in {**layers, "logits": logits}.items():
-        if point.copy:
-            raise ValueError(f"the layer {name} is overwritten in place, and gradients cannot be followed to it")
+    if not len(inputs):
+        raise ValueError("there is no input in the batch")
     # Inference tensors take part in no gradient, whatever mode the caller is in.
-    with torch.inference_mode(False), undisturbed(model, gradients=True):
-        inputs = inputs.detach().clone().requires_grad_()
-        with Linearised() as linearised:
-            caught = listen(model, {**layers, _LOGITS: logits}, inputs)
-        output = caught.pop(_LOGITS).flatten(1)
-        find = linearised.before if pre_activation else linearised.graph
-        values = {name: find(value) for name, value in caught.items()}
-        for name, value in values.items():
-            if not _is_affine(output, value):
-                reason = f": it passes {' and '.join(linearised.seen)}" if linearised.seen else ""
-                raise ValueError(f"what is behind {name} is not linear, whatever factors are fixed{reason}")
-        matrices = _coefficients(output, list(values.values()))
+    with torch.inference_mode(False), undisturbed(model, gradients=True), _frozen(model):
+        inputs = inputs.detach().clone()
+        place = _place(model, layers, logits, inputs) if pre_activation else None
+        first = _Run(model, layers, logits, inputs, place)
+        for name, value in first.layers.items():
+            _require_linear(first.logits, value, name)
+        matrices = first.coefficients()
+        _require_same(first, matrices, _Run(model, layers, logits, inputs, place, earlier=first))
     found = {}
-    for (name, value), matrix in zip(values.items(), matrices, strict=True):
-        hidden = HiddenClassifier(value.detach().flatten(1), matrix)
-        found[name] = HiddenClassifier(
-            hidden.activation, hidden.coefficients, output.detach() - hidden.output_logits
-        )
+    for (name, value), matrix in zip(first.layers.items(), matrices, strict=True):
+        bare = HiddenClassifier(value.detach().flatten(1), matrix)
+        found[name] = HiddenClassifier(bare.activation, matrix, first.logits.detach() - bare.output_logits)
     return found
 
 
-def _coefficients(logits: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-    """Return the Jacobian of the logits in each layer: (n, K, d), d all the layer's numbers."""
-    n, classes = logits.shape
-    rows: list[list[Tensor]] = [[] for _ in layers]
-    for start in range(0, classes, _CLASSES_AT_ONCE):
-        chosen = range(start, min(start + _CLASSES_AT_ONCE, classes))
-        seeds = torch.zeros(len(chosen), n, classes, dtype=logits.dtype, device=logits.device)
-        for row, k in enumerate(chosen):
-            seeds[row, :, k] = 1
-        parts = torch.autograd.grad(
-            logits, layers, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
+class _Run:
+    """One linearised pass: the layers as leaves of the graph, or within it, and the logits."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Point],
+        logits: Point,
+        inputs: Tensor,
+        place: int | None,
+        earlier: "_Run | None" = None,
+    ) -> None:
+        self.layers: dict[str, Tensor] = {}
+        self.steps: dict[str, Tensor] = {}
+        held = None if earlier is None else earlier.mode.factors
+        names = {point: name for name, point in layers.items()}
+        generator = torch.Generator().manual_seed(0)
+
+        def put(point: Point, value: Tensor) -> Tensor:
+            if place is not None:
+                return value
+            return self._open(names[point], value, earlier, generator)
+
+        start = None
+        if place is not None:
+            (name,) = layers
+            start = (place, lambda value: self._open(name, value, earlier, generator))
+        fresh: list[Point] = []
+        self.mode: _Linearised = _Linearised(held, put, fresh, start)
+        with self.mode:
+            caught = listen(model, {**layers, _LOGITS: logits}, inputs, fresh=fresh)
+        self.logits = caught[_LOGITS].flatten(1)
+        self.layers = {name: self.layers[name] for name in layers}
+        if not self.logits.requires_grad:
+            raise ValueError(
+                "the logits do not depend on the layer, or are computed without the gradients to follow them by"
+            )
+
+    def _open(self, name: str, value: Tensor, earlier: "_Run | None", generator: torch.Generator) -> Tensor:
+        """Make a value the layer; what follows may write to what it gets."""
+        if not value.requires_grad:
+            value = value.detach()
+            if earlier is not None:
+                noise = torch.randn(value.shape, generator=generator).to(value)
+                size = value.flatten(1).abs().amax(1).reshape(-1, *(1 for _ in value.shape[1:]))
+                self.steps[name] = (_STEP**2 if value.dtype == torch.float64 else _STEP) * size * noise
+                value = value + self.steps[name]
+            value.requires_grad_()
+        self.layers[name] = value
+        return value.clone()
+
+    def coefficients(self) -> list[Tensor]:
+        """Return the Jacobian of the logits in each layer: (n, K, d), d all the layer's numbers."""
+        n, classes = self.logits.shape
+        rows: list[list[Tensor]] = [[] for _ in self.layers]
+        # What is computed anew on the way back, by checkpoints, is to be linear too.
+        with self.mode:
+            for begin in range(0, classes, _CLASSES_AT_ONCE):
+                chosen = range(begin, min(begin + _CLASSES_AT_ONCE, classes))
+                seeds = torch.zeros(len(chosen), n, classes, dtype=self.logits.dtype, device=self.logits.device)
+                for row, k in enumerate(chosen):
+                    seeds[row, :, k] = 1
+                parts = torch.autograd.grad(
+                    self.logits, list(self.layers.values()), seeds, retain_graph=True, is_grads_batched=True
+                )
+                for layer, part in zip(rows, parts, strict=True):
+                    layer.append(part.flatten(2))
+        return [torch.cat(parts).transpose(0, 1).contiguous() for parts in rows]
+
+
+def _place(model: nn.Module, layers: Mapping[str, Point], logits: Point, inputs: Tensor) -> int:
+    """Return which rectifier's output the layer is, by its place among those that run."""
+    ((_, point),) = layers.items()
+    place = _Run(model, layers, logits, inputs, None).mode.places.get(point)
+    if place is None:
+        raise ValueError("this layer is not the output of a rectifier, so it has no pre-activation")
+    return place
+
+
+def _require_linear(logits: Tensor, layer: Tensor, name: str) -> None:
+    """Refuse, by a ValueError, whatever stands between the two and is not known to be linear."""
+    odd: list[str] = []
+    reached = False
+    seen = set()
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node is layer.grad_fn or getattr(node, "variable", None) is layer:
+            reached = True
+            continue
+        kind = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+        edges = [edge for edge, _ in node.next_functions]
+        factors = [edges[i] for i in _FACTORS.get(kind, ()) if i < len(edges) and edges[i] is not None]
+        if len(factors) > 1 or (kind == "Div" and len(edges) > 1 and edges[1] is not None):
+            odd.append("a product of two values that depend on it")
+        elif kind not in _LINEAR and kind != "AccumulateGrad":
+            odd.append(_words(kind))
+        waiting += edges
+    if not reached:
+        raise ValueError(f"the logits do not depend on {name}")
+    if odd:
+        raise ValueError(
+            f"what is behind {name} is not linear, whatever factors are fixed: it passes "
+            + " and ".join(sorted(set(odd)))
         )
-        for layer, part in zip(rows, parts, strict=True):
-            if part is None:
-                raise ValueError("the logits do not depend on this layer")
-            layer.append(part.flatten(2))
-    return [torch.cat(parts).transpose(0, 1).contiguous() for parts in rows]
 
 
-def _is_affine(logits: Tensor, layer: Tensor) -> bool:
-    """Whether the logits are an affine function of the layer, as far as the second derivative tells."""
-    generator = torch.Generator().manual_seed(0)
-    seed = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-    (first,) = torch.autograd.grad(logits, layer, seed, create_graph=True, retain_graph=True, allow_unused=True)
-    if first is None or not first.requires_grad:
-        return True
-    direction = torch.randn(first.shape, generator=generator, dtype=torch.float64).to(first)
+def _require_same(first: _Run, matrices: Sequence[Tensor], second: _Run) -> None:
+    """Refuse a network that does something that gradients did not tell of: the layer was moved by a little."""
+    predicted = torch.zeros_like(first.logits)
+    for name, matrix in zip(first.layers, matrices, strict=True):
+        if name in second.steps:
+            predicted = predicted + torch.linalg.vecdot(matrix, second.steps[name].flatten(1)[:, None])
+    moved = (second.logits - first.logits).detach()
+    noise = 64 * torch.finfo(moved.dtype).eps * float(first.logits.detach().abs().max())
+    off = float((moved - predicted.detach()).abs().max())
+    if not off <= _TOLERANCE * float(torch.maximum(moved.abs(), predicted.detach().abs()).max()) + noise:
+        raise ValueError(
+            "what is behind the layer does something that its gradients do not tell, such as detaching a value, "
+            "mixing the inputs of a batch, or a non-linearity of its own: C(x) would not be exact"
+        )
+
+
+def _words(kind: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind).lower().removeprefix("native_").strip("_")
+
+
+def _in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
+    return (
+        (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or bool(kwargs.get("inplace"))
+    )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients for the layer alone, and every parameter's own setting back at the end."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        (second,) = torch.autograd.grad(first, layer, direction, retain_graph=True, allow_unused=True)
-    except (
-        RuntimeError
-    ):  # an operation on the way has no second derivative in torch: it is none of the linear ones
-        return False
-    if second is None:
-        return True
-    scale = float(first.detach().abs().max())
-    return float(second.abs().max()) <= math.sqrt(torch.finfo(second.dtype).eps) * scale
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _reciprocal_length(z: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
+    """One over the length that `torch.nn.functional.normalize` divides by."""
+    return torch.linalg.vector_norm(z, p, dim=dim, keepdim=True).clamp_min(eps).reciprocal()

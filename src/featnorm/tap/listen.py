@@ -56,8 +56,26 @@ def locate(record: Record, node: Node) -> Point:
     return Point(sight.side, sight.module, sight.call, sight.slot, 0, copy)
 
 
-def listen(model: nn.Module, points: Mapping[str, Point], inputs: Tensor) -> dict[str, Tensor]:
+def made(node: Node) -> Point:
+    """Return the operation that makes a value: before it nothing has read it."""
+    return Point("op", node.op, node.call, (), 0, False)
+
+
+def listen(
+    model: nn.Module,
+    points: Mapping[str, Point],
+    inputs: Tensor,
+    *,
+    fresh: list[Point] | None = None,
+) -> dict[str, Tensor]:
     """Run the model on a batch and return the value at each point.
+
+    Parameters
+    ----------
+    model, points, inputs : what to run, where to listen, and on what.
+    fresh
+        Takes the point of each operation that has just run, for who sees the function that asked for it, and may
+        ask for more operations than when the model was watched.
 
     Raises
     ------
@@ -66,14 +84,15 @@ def listen(model: nn.Module, points: Mapping[str, Point], inputs: Tensor) -> dic
     """
     caught: dict[Point, Tensor] = {}
     wanted = set(points.values())
+    inputs = inputs.clone()  # a model may begin by writing to it
     operations = [point for point in wanted if point.side == "op"]
     me = object()
     with on_top(me), _hooks(model, [point for point in wanted if point.side != "op"], caught, me):
         if operations:
             # Hooks on every module, as when watched: some of torch's take another path where there is none.
-            with _idle_hooks(model), _Operations(operations, caught, me) as seen:
+            with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
                 model(inputs)
-            for point in operations:
+            for point in operations if fresh is None else ():
                 if seen.calls.get(point.module, -1) + 1 != point.total:
                     caught.pop(point, None)
         else:
@@ -166,9 +185,12 @@ def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor], m
 class _Operations(TorchDispatchMode):
     """Catches the results of given operations; slower than hooks, for values that no module sees."""
 
-    def __init__(self, points: list[Point], caught: dict[Point, Tensor], owner: object) -> None:
+    def __init__(
+        self, points: list[Point], caught: dict[Point, Tensor], owner: object, fresh: list[Point] | None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
+        self.fresh = fresh
         self.points = {(point.module, point.call): point for point in points}
         self.caught = caught
         self.calls: dict[str, int] = {}
@@ -184,5 +206,7 @@ class _Operations(TorchDispatchMode):
         point = self.points.get((op, call))
         if point is not None:
             value = next(tensor for _, tensor in tensors_in(result))
-            self.caught[point] = value.clone() if point.copy else value
+            self.caught[point] = value.clone() if point.copy and self.fresh is None else value
+            if self.fresh is not None:
+                self.fresh.append(point)
         return result

@@ -12,7 +12,7 @@ from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.listen import Point, listen, locate, undisturbed
+from featnorm.tap.listen import Point, listen, locate, made, undisturbed
 from featnorm.tap.watch import Node, watch
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
@@ -167,17 +167,17 @@ class FeatureTap:
             The model has no logits or no such layer, or something behind the layer is not a linear map once its
             factors are fixed, such as attention or a LayerNorm; it is named.
         """
-        if self._plan is None:
-            self._watch(inputs)
-        plan = self._planned()
-        for name in ("activation", "logits"):
-            if name not in plan.points:
-                raise ValueError(f"there is no hidden classifier without {name}: {plan.absent.get(name)}")
-        layers = {"activation": plan.points["activation"]}
-        found = hidden_classifiers(
-            self.model, layers, plan.points["logits"], inputs.to(self.device), pre_activation=pre_activation
-        )
-        return found["activation"]
+        inputs = inputs.to(self.device)
+        with undisturbed(self.model):
+            record = watch(self.model, inputs[:_WATCHED_ROWS])
+        anatomy = find(record, self.model, self.layer)
+        if anatomy.activation is None or anatomy.logits is None:
+            missing = "activation" if anatomy.activation is None else "logits"
+            raise ValueError(f"there is no hidden classifier without {missing}: {anatomy.absent.get(missing)}")
+        name = self.layer or "the last hidden layer"
+        layers = {name: made(anatomy.activation)}
+        logits = locate(record, anatomy.logits)
+        return hidden_classifiers(self.model, layers, logits, inputs, pre_activation=pre_activation)[name]
 
     def describe(self) -> str:
         """Say in words what was found, and what it means for the negative-aware norm.

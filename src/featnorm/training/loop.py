@@ -1,9 +1,11 @@
 """The training loop: one tensor of images or features, augmented by the batch; resumable at every epoch."""
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ def train(
         not finite; the last good checkpoint stays.
     """
     _check(inputs, targets, recipe)
+    targets = targets.long()
     world, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     device = torch.device("cpu") if fabric is None else fabric.device
     optimiser = _optimiser(model, recipe)
@@ -78,55 +81,59 @@ def train(
     else:
         module, optimiser = fabric.setup(model, optimiser)
     objective = OBJECTIVES[recipe.objective]
-    run = {"recipe": asdict(recipe), "seed": seed, "inputs": list(inputs.shape), "world": world}
     checkpoint = None if folder is None else Path(folder) / _CHECKPOINT
+    run: dict[str, Any] = {}
     start = 0
-    if checkpoint is not None and checkpoint.exists():
-        start = _resume(checkpoint, run, model, optimiser, schedule, device)
+    if checkpoint is not None:
+        run = {"recipe": asdict(recipe), "seed": seed, "world": world, "data": _digest(inputs, targets)}
+        if checkpoint.exists():
+            start = _resume(checkpoint, run, model, optimiser, schedule, device)
     memory_format = _memory_format(model)
     targets = targets.to(device)
-    seen = start * steps * recipe.batch_size
     bar = tqdm(
         total=recipe.epochs * steps * recipe.batch_size,
-        initial=seen,
+        initial=start * steps * recipe.batch_size,
         unit="input",
         disable=_hide(progress, rank),
         leave=False,
     )
-    with bar:
+    with bar, torch.inference_mode(False), torch.enable_grad():
         for epoch in range(start, recipe.epochs):
             module.train()
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(len(inputs), generator=generator)[: steps * recipe.batch_size]
             meter = _Meter()
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
-            for step, rows in enumerate(order.split(recipe.batch_size)):
-                mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
-                whole = recipe.crop is None or epoch * steps + step >= recipe.crop_share * recipe.epochs * steps
-                views = _views(inputs[rows], generator, recipe, None if whole else recipe.crop)
-                batch = torch.cat([view[mine] for view in views]).to(device)
-                if batch.dtype == torch.uint8:
-                    batch = batch.contiguous(memory_format=memory_format).float().div_(255)
-                outputs = module(batch)
-                wanted = targets[rows[mine]].repeat(len(views))
-                loss = objective(outputs, wanted, recipe.temperature, fabric)
-                optimiser.zero_grad(set_to_none=True)
-                if fabric is None:
-                    loss.backward()
-                else:
-                    fabric.backward(loss)
-                optimiser.step()
-                schedule.step()
-                meter.add(loss, outputs, wanted, recipe)
-                bar.set_postfix(meter.shown(), refresh=False)
-                bar.update(len(rows))
+            # What a network draws itself, as dropout does, depends on the seed and the epoch as well.
+            with _seeded(seed, epoch, rank, device):
+                for step, rows in enumerate(order.split(recipe.batch_size)):
+                    mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
+                    done = epoch * steps + step
+                    whole = recipe.crop is None or done >= recipe.crop_share * recipe.epochs * steps
+                    views = _views(inputs[rows], generator, recipe, None if whole else recipe.crop)
+                    batch = torch.cat([view[mine] for view in views]).to(device)
+                    if batch.dtype == torch.uint8:
+                        batch = batch.contiguous(memory_format=memory_format).float().div_(255)
+                    outputs = module(batch)
+                    wanted = targets[rows[mine]].repeat(len(views))
+                    loss = objective(outputs, wanted, recipe.temperature, fabric)
+                    optimiser.zero_grad(set_to_none=True)
+                    if fabric is None:
+                        loss.backward()
+                    else:
+                        fabric.backward(loss)
+                    optimiser.step()
+                    schedule.step()
+                    meter.add(loss, outputs, wanted, recipe)
+                    bar.set_postfix(meter.shown(), refresh=False)
+                    bar.update(len(rows))
             entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
             entry["seconds"] = meter.seconds
             entry["images_per_second"] = len(order) / meter.seconds
-            if not math.isfinite(entry["loss"]):
-                raise ValueError(
-                    f"the loss is not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}"
-                )
+            weights_are_finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+            if not (math.isfinite(entry["loss"]) and weights_are_finite):
+                what = "the weights are" if math.isfinite(entry["loss"]) else "the loss is"
+                raise ValueError(f"{what} not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}")
             # Before the checkpoint: a run that is killed here calls it again, and none that goes on missed it.
             if on_epoch is not None:
                 on_epoch(entry, model)
@@ -151,7 +158,9 @@ def train_head(
     Parameters
     ----------
     model : ``Sequential(backbone, head)``, as `attach_head` makes it.
-    loader : yields inputs as the backbone takes them, and labels (n,).
+    loader
+        Yields inputs as the backbone takes them, and labels (n,); in the same order every time where a run is to
+        be resumed.
     recipe : such as ``PRESETS["D.4"]``.
     folder, fabric, seed, progress : see `train`.
 
@@ -239,7 +248,7 @@ def _schedule(
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
@@ -321,8 +330,29 @@ def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")
     if targets.shape != inputs.shape[:1] or targets.is_floating_point():
         raise ValueError(f"targets must be {len(inputs)} integers, got {targets.dtype} {tuple(targets.shape)}")
+    if len(targets) and int(targets.min()) < 0:
+        raise ValueError(
+            f"input {int((targets < 0).nonzero()[0])} has the target {int(targets.min())}: give it a class"
+        )
     if len(inputs) < recipe.batch_size:
         raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, and there are {len(inputs)}")
+
+
+@contextmanager
+def _seeded(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers by the seed, and give the caller's state back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed((seed * 1_000_003 + epoch) * 1_009 + rank)
+        yield
+
+
+def _digest(inputs: Tensor, targets: Tensor) -> str:
+    """A hash that tells the data of a run from other data."""
+    digest = hashlib.sha256()
+    for values in (inputs, targets):
+        digest.update(f"{values.dtype} {tuple(values.shape)};".encode())
+        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _resume(

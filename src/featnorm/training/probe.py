@@ -58,6 +58,14 @@ class Probe:
         most: int = 500,
         file: str | Path | None = None,
     ) -> None:
+        if shared := set(folds) & set(ood):
+            raise ValueError(f"a fold and an OOD set are both called {sorted(shared)[0]}")
+        if LAST in layers:
+            raise ValueError(f"{LAST!r} is the last hidden layer, which is always listened to: leave it out")
+        if unknown := [layer for layer in hidden if layer not in (LAST, *layers)]:
+            raise ValueError(
+                f"the hidden classifier of {unknown[0]!r} is asked for, and the layer is not among layers"
+            )
         self.folds: dict[str, Fold] = {
             name: (_spaced(inputs, most), None if targets is None else _spaced(targets, most))
             for name, (inputs, targets) in folds.items()
@@ -135,7 +143,7 @@ class Probe:
         inner = [layer for layer in self.hidden if layer != LAST]
         others = LayerTap(model, pixels, inner) if inner else None
         before = LayerTap(model, pixels, [self.pre_activation]) if self.pre_activation else None
-        sums: dict[str, dict[str, float]] = {}
+        parts: dict[str, dict[str, list[Tensor]]] = {}
         for batch, wanted in zip(images.split(_BATCH), targets.split(_BATCH), strict=True):
             pixels = _pixels(batch)
             found = others.hidden(pixels) if others else {}
@@ -156,14 +164,21 @@ class Probe:
                 if before is not None and layer == LAST:
                     # Off units have coefficient 0, so binary weight -1: they add their size to norm and logit
                     # alike.
-                    size = torch.linalg.vector_norm(next(iter(before(pixels).values())), 1, dim=1)
+                    z = next(iter(before(pixels).values()))
+                    if z.shape != hidden.activation.shape or not torch.equal(z.relu(), hidden.activation):
+                        raise ValueError(
+                            f"the last hidden layer is no ReLU of the output of {self.pre_activation!r}"
+                        )
+                    size = torch.linalg.vector_norm(z, 1, dim=1)
                     values["pre_error"] = error * hidden.norm / size
                     values["pre_other_error"] = other_error * hidden.norm / size
-                mine = sums.setdefault(layer, {})
                 for key, value in values.items():
-                    # An input without any unit on has no relative error, one class no others.
-                    mine[key] = mine.get(key, 0.0) + float(value.nan_to_num(0.0).sum()) / len(images)
-        return sums
+                    parts.setdefault(layer, {}).setdefault(key, []).append(value.cpu())
+        # An input without any unit on has no relative error, and one class has no others.
+        return {
+            layer: {key: float(torch.cat(value).nanmean().nan_to_num(0.0)) for key, value in mine.items()}
+            for layer, mine in parts.items()
+        }
 
 
 def _pixels(batch: Tensor) -> Tensor:
