@@ -142,8 +142,8 @@ def compare(
         for features in stream:
             for name, detector in list(active.items()):
                 try:
-                    if inputs == 0:
-                        detector.score(features[:1])  # what is worked out once a fit is not the score's time
+                    if inputs == 0 and detector.needs_fit:
+                        detector.score(features)  # what is worked out once a fit is not the score's time
                     start = _now(features)
                     batch = detector.score(features)
                     seconds[name] += _now(features) - start
