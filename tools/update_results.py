@@ -2,8 +2,8 @@
 
     python tools/update_results.py [FOLDER]
 
-takes over the results in FOLDER, such as featnorm-reproduction/laptop, and then writes every table anew from the
-results that the documentation keeps.
+takes over the results in FOLDER, such as featnorm-reproduction/laptop, and then writes every table
+anew from the results that the documentation keeps.
 """
 
 import argparse
@@ -24,9 +24,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     folder = parser.parse_args().folder
     kept = RESULTS / "cifar10"
-    for table in TABLES if folder else ():
-        if (folder / f"{table}.json").exists():
-            shutil.copyfile(folder / f"{table}.json", kept / f"{table}.json")
+    for name in TABLES if folder else ():
+        if (folder / f"{name}.json").exists():
+            shutil.copyfile(folder / f"{name}.json", kept / f"{name}.json")
     page = RESULTS / "cifar10.md"
     text = page.read_text("utf-8")
     for file in sorted(kept.glob("*.json")):

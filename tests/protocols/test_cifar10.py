@@ -143,12 +143,13 @@ def test_the_paper_agrees_with_itself():
 
 
 def test_the_published_tables_are_of_the_published_results():
-    files = sorted((DOCS / "cifar10").glob("*.json"))
+    files = [DOCS / "cifar10" / f"{table}.json" for table in cifar10.TABLES]
+    published = [file for file in files if file.exists()]
     page = (DOCS / "cifar10.md").read_text("utf-8")
-    assert files
-    for file in files:
+    assert published
+    for file in published:
         results = json.loads(file.read_text("utf-8"))
         assert make_table(file.stem, results).markdown() in page, (
-            f"run make results: {file.stem} is not on the page"
+            f"run tools/update_results.py: {file.stem} differs"
         )
-        assert mean_pair(results[0], "NAN()")[0] > 0
+        assert 0 < mean_pair(results[0], "NAN()")[0] < 100

@@ -187,7 +187,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     seeds = [result["seed"] for result in results] if len({r["variant"]["hidden"] for r in results}) == 1 else []
     several = len(set(seeds)) > 1
     accuracies = [100 * result["accuracy"] for result in results]
-    spread = f"{min(accuracies):.1f} to {max(accuracies):.1f}" if len(results) > 1 else f"{accuracies[0]:.1f}"
+    spread = _range(accuracies, 1)
     optimiser = "SGD" if recipe["optimiser"] == "sgd" else "AdamW"
     training = (
         f"{recipe['epochs']} epochs of {optimiser}, batch {recipe['batch_size']}, learning rate {recipe['lr']}, "
@@ -200,7 +200,12 @@ def _notes(results: Sequence[Result]) -> list[str]:
         f"scale {first['scale']}: ResNet-18 of width {first['width']}, {training}",
         (f"{len(results)} seeds, mean ± standard deviation" if several else f"one seed, {first['seed']}")
         + f"; accuracy on ID {spread} %, on the training images {100 * first['train_accuracy']:.1f} %",
-        f"training took {min(minutes):.0f} to {max(minutes):.0f} minutes a network",
+        f"training took {_range(minutes)} minutes a network",
         *(f"{name}: {value}" for name, value in first["images"].items()),
         *(f"{name}: {value}" for name, value in first["environment"].items()),
     ]
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
