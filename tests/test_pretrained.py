@@ -76,6 +76,24 @@ def test_the_command_line_takes_it_by_name():
         create_model("featnorm:other")
 
 
+def test_its_hidden_classifier_explains(shared_data):
+    source = open_images("cifar10:test[:300]", root=shared_data)
+    pixels = image_tensor(source, 32, progress=False).float() / 255
+    model = fn.load_model(NAME)
+    explainer = fn.Explainer(model).fit(pixels.split(100), progress=False)
+    with torch.no_grad():
+        logits = model(pixels[:5])
+    hidden = fn.FeatureTap(model).hidden(pixels[:5])
+    torch.testing.assert_close(hidden.output_logits, logits, rtol=1e-4, atol=1e-4)
+    assert [e.predicted for e in explainer(pixels[:5])] == logits.argmax(1).tolist()
+    strange = image_tensor(open_images("ood32/mnist[:100]", root=shared_data), 32, progress=False).float() / 255
+
+    def agreement(inputs):
+        return sum(e.hidden_confidence / e.norm for e in explainer(inputs)) / len(inputs)
+
+    assert agreement(pixels[:100]) > agreement(strange)
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=f"no model 'resnet': choose one of {NAME}"):
         fn.load_model("resnet")

@@ -391,7 +391,7 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ImportError, match=r"pyarrow is needed.*pip install 'featnorm\[vision\]'"):
+    with pytest.raises(ImportError, match=r"pyarrow is needed.*pip install '\.\[vision\]' in a checkout"):
         open_images(str(path))
 
 
