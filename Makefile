@@ -20,7 +20,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:
-	rm -rf .venv featnorm-demo featnorm-evaluation
+	rm -rf .venv featnorm-demo featnorm-evaluation featnorm-reproduction
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "featnorm needs Python 3.11 or newer; make PYTHON=python3.11")'

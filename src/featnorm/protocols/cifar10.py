@@ -155,10 +155,14 @@ def detectors(variant: Variant = MAIN) -> list[Detector]:
 
     For the networks of an ablation, those that neither learn nor ask the model again.
     """
-    standard = standard_detectors()
     if variant != MAIN:
-        return [detector for detector in standard if not detector.needs_fit]
-    return [*standard, ODIN(), Views(NAN()), KNN() / ReAct(NAN()), SSD() / ReAct(NAN())]
+        return quick_detectors()
+    return [*standard_detectors(), ODIN(), Views(NAN()), KNN() / ReAct(NAN()), SSD() / ReAct(NAN())]
+
+
+def quick_detectors() -> list[Detector]:
+    """Return those of the detectors that neither learn nor ask the model again."""
+    return [detector for detector in standard_detectors() if not detector.needs_fit]
 
 
 @dataclass
@@ -188,8 +192,8 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
     if not sets:
         raise DataError("no OOD set can be had: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
     images = Images(
-        _labelled(train, progress),
-        _labelled(test, progress),
+        labelled(train, SIDE, progress=progress),
+        labelled(test, SIDE, progress=progress),
         {name: image_tensor(source, SIDE, progress=progress) for name, source in sets.items()},
         missing=missing,
     )
@@ -201,12 +205,19 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
     return images
 
 
-def _labelled(source: ImageSource, progress: bool | None) -> tuple[Tensor, Tensor]:
+def labelled(source: ImageSource, side: int, *, progress: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Decode images to squares of a side, with their labels, one of ten each.
+
+    Raises
+    ------
+    DataError
+        An image has no such label, or cannot be read.
+    """
     labels = [source.label(i) for i in range(len(source))]
     wrong = next((i for i, label in enumerate(labels) if label is None or label >= CLASSES), None)
     if wrong is not None:
         raise DataError(f"{source.name(wrong)} of {source.title} has no label below {CLASSES}")
-    return image_tensor(source, SIDE, progress=progress), torch.tensor(labels)
+    return image_tensor(source, side, progress=progress), torch.tensor(labels)
 
 
 def _ood_sources(root: Path | None) -> tuple[dict[str, ImageSource], dict[str, str]]:

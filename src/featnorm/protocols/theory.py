@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featnorm._files import replacing
-from featnorm.data import image_tensor, open_images
+from featnorm.data import open_images
 from featnorm.norms import l0_norm, l1_norm
 from featnorm.protocols import cifar10
 from featnorm.tap import FeatureTap
@@ -58,9 +58,7 @@ class Scale:
 
 
 SCALES = {
-    "laptop": Scale(
-        "laptop", 16, 5000, replace(PRESETS["B"], epochs=60, batch_size=128), replace(PRESETS["A.3.1"])
-    ),
+    "laptop": Scale("laptop", 16, 5000, replace(PRESETS["B"], epochs=60, batch_size=128), PRESETS["A.3.1"]),
     "paper": Scale("paper", 64, None, PRESETS["B"], PRESETS["A.3.1"]),
 }
 
@@ -119,17 +117,7 @@ FIGURES: dict[str, list[Job]] = {
 }
 
 
-@dataclass
-class Images:
-    """Images of a data set, and of others."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    ood: dict[str, Tensor]
-    facts: dict[str, str]
-
-
-def load_images(data: Data, root: Path | None, *, progress: bool | None = None) -> Images:
+def load_images(data: Data, root: Path | None, *, progress: bool | None = None) -> cifar10.Images:
     """Decode a data set; with CIFAR-10 come the OOD sets of its benchmark.
 
     Raises
@@ -138,17 +126,15 @@ def load_images(data: Data, root: Path | None, *, progress: bool | None = None) 
         It cannot be had, or an image cannot be read.
     """
     if data == "cifar10":
-        images = cifar10.load_images(root, progress=progress)
-        return Images(images.train, images.test, images.ood, images.facts)
+        return cifar10.load_images(root, progress=progress)
     side = 28 if data == "mnist" else 32
     folds = []
     for split in ("train", "test"):
         source = open_images(f"{data}:{split}", root=root)
-        labels = torch.tensor([source.label(i) for i in range(len(source))])
-        pixels = image_tensor(source, side, progress=progress)
+        pixels, labels = cifar10.labelled(source, side, progress=progress)
         folds.append((pixels[:, :1].contiguous() if data == "mnist" else pixels, labels))
     facts = {"training images": f"{data}:train, {len(folds[0][0])}", "in-distribution": f"{data}:test"}
-    return Images(folds[0], folds[1], {}, facts)
+    return cifar10.Images(folds[0], folds[1], {}, facts)
 
 
 def build(job: Job, scale: Scale, shape: torch.Size, classes: int, seed: int = 0) -> nn.Sequential:
@@ -168,7 +154,7 @@ def build(job: Job, scale: Scale, shape: torch.Size, classes: int, seed: int = 0
 def run(
     job: Job,
     scale: Scale,
-    images: Images,
+    images: cifar10.Images,
     folder: Path,
     *,
     fabric: Any,
