@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def assert_one_line(result, *words):
 
 
 def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
-    monkeypatch.setattr(digits, "EPOCHS", 3)
+    monkeypatch.setattr(digits, "RECIPE", replace(digits.RECIPE, epochs=3))
     status, printed, _ = featnorm("demo", "--out", "here")
     assert status == 0
     for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "refuses", "left out"):
@@ -71,14 +72,14 @@ def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
 
 
 def test_demo_network_knows_its_digits(monkeypatch):
-    monkeypatch.setattr(digits, "EPOCHS", 15)
+    monkeypatch.setattr(digits, "RECIPE", replace(digits.RECIPE, epochs=15))
     data = digits.load()
     images, labels = data.test
     assert (digits.train(data.train)(images).argmax(1) == labels).double().mean() > 0.95
 
 
 def test_demo_network_depends_on_the_seed_alone(monkeypatch):
-    monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(digits, "RECIPE", replace(digits.RECIPE, epochs=1))
     data = digits.load()
     model = digits.train(data.train)
     torch.rand(7)

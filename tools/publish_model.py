@@ -55,15 +55,16 @@ def main() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     # Anyone can check these in a minute.
     result |= cifar10.score(model.eval(), images, cifar10.quick_detectors(), fabric=fabric)
+    head = model[2]
     network = {
         "width": result["width"],
         "classes": cifar10.CLASSES,
         "hidden": variant.hidden,
-        "embedding": model[2].embedding.out_features,
+        "embedding": head.embedding.out_features,
         "activation": variant.activation,
-        "temperature": cifar10.TEMPERATURE,
-        "mean": cifar10.MEAN,
-        "std": cifar10.STD,
+        "temperature": head.classifier.temperature,
+        "mean": model[0].mean.flatten().tolist(),
+        "std": model[0].std.flatten().tolist(),
     }
     folder = Path(pretrained.__file__).parent
     file = folder / f"{arguments.name}.safetensors"

@@ -40,7 +40,7 @@ def run(out: Path, seed: int) -> None:
         ood_sets={name: _stream(tap, images) for name, images in data.ood.items()},
     )
     evaluation.facts = {
-        "model": f"{type(model).__name__}, trained for {digits.EPOCHS} epochs in {trained - started:.0f} s",
+        "model": f"three convolutions and a head, {digits.RECIPE.epochs} epochs in {trained - started:.0f} s",
         "in-distribution": f"{len(data.test[0])} digits 0 to 6 that the network was not trained on",
         **{name: f"{len(images)} inputs" for name, images in data.ood.items()},
         "fit": f"the {len(data.train[0])} training digits, for the detectors that learn",

@@ -4,11 +4,10 @@ import json
 from importlib.resources import as_file, files
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import nn
 
-from featnorm.training.networks import CifarResNet18, Normalize, ProjectionHead
+from featnorm.training.networks import cifar_network
 
 _SUFFIX = ".safetensors"
 
@@ -54,19 +53,7 @@ def _read(name: str) -> tuple[nn.Sequential, dict[str, Any]]:
     with as_file(files(__name__).joinpath(name + _SUFFIX)) as path, safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["featnorm"])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    network = facts["network"]
-    # The random state is the caller's, and initial weights draw from it.
-    with torch.random.fork_rng(devices=[]):
-        backbone = CifarResNet18(network["width"])
-        head = ProjectionHead(
-            backbone.features,
-            network["classes"],
-            hidden=network["hidden"],
-            embedding=network["embedding"],
-            activation=network["activation"],
-            temperature=network["temperature"],
-        )
-        model = nn.Sequential(Normalize(network["mean"], network["std"]), backbone, head)
+    model = cifar_network(**facts["network"])
     # The weights are kept in half precision, and computed with in single.
     model.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}

@@ -21,15 +21,11 @@ from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, L1Norm, ReAct, Spa
 from featnorm.evaluation import Evaluation, compare, standard_detectors
 from featnorm.features import Features
 from featnorm.tap import FeatureTap
-from featnorm.training import PRESETS, CifarResNet18, CosineClassifier, Normalize, ProjectionHead, Recipe, train
+from featnorm.training import PRESETS, Recipe, cifar_network, train
 from featnorm.training.networks import Activation
 
 SIDE = 32
 CLASSES = 10
-TEMPERATURE = 0.1
-# Mean and deviation of the training images, by channel.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
 
 #: The paper's OOD sets, and by which name each is looked for under a data root or downloaded. CSI's two "fix" sets
 #: are in no registry: they must lie under the data root.
@@ -103,20 +99,7 @@ class Variant:
 
     def build(self, width: int, seed: int) -> nn.Sequential:
         """Return the network, for pixels in [0, 1], with the initial weights of a seed."""
-        # The caller's random state is theirs.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            backbone = CifarResNet18(width)
-            head: nn.Module = CosineClassifier(backbone.features, CLASSES, TEMPERATURE)
-            if self.hidden is not None:
-                head = ProjectionHead(
-                    backbone.features,
-                    CLASSES,
-                    hidden=self.hidden,
-                    activation=self.activation,
-                    temperature=TEMPERATURE,
-                )
-            return nn.Sequential(Normalize(MEAN, STD), backbone, head)
+        return cifar_network(width, CLASSES, hidden=self.hidden, activation=self.activation, seed=seed)
 
 
 MAIN = Variant()

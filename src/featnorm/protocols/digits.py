@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from featnorm.training import ProjectionHead, Recipe
+from featnorm.training import train as fit
+
 KNOWN = range(7)
 PATCHES = 1000
-EPOCHS = 60
-_BATCH = 64
-_TEMPERATURE = 0.1
+RECIPE = Recipe(epochs=60, batch_size=64, optimiser="sgd", lr=0.06, nesterov=True, weight_decay=5e-4)
 
 
 @dataclass(frozen=True)
@@ -28,33 +29,17 @@ class Digits:
     ood: dict[str, Tensor]
 
 
-class DigitNet(nn.Module):
-    """Three convolutions and the paper's head: a hidden layer, an embedding, cosine logits (A.2.4, C.1)."""
+def network(width: int = 64) -> nn.Sequential:
+    """Return three convolutions, pooled, and the paper's head, for images (n, 1, 8, 8) in [0, 1]."""
 
-    def __init__(self, width: int = 64, hidden: int = 512, embedding: int = 128) -> None:
-        super().__init__()
-
-        def block(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-            )
-
-        self.backbone = nn.Sequential(
-            block(1, width), block(width, width), nn.MaxPool2d(2), block(width, 2 * width)
+    def block(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
         )
-        self.hidden = nn.Linear(2 * width, hidden)
-        self.relu = nn.ReLU()
-        self.embedding = nn.Linear(hidden, embedding)
-        self.prototypes = nn.Linear(embedding, len(KNOWN), bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the cosine logits (n, 7) of images (n, 1, 8, 8)."""
-        pooled = self.backbone(images).mean((2, 3))
-        embedding = self.embedding(self.relu(self.hidden(pooled)))
-        cosine = nn.functional.linear(
-            nn.functional.normalize(embedding), nn.functional.normalize(self.prototypes.weight)
-        )
-        return cosine / _TEMPERATURE
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone = nn.Sequential(block(1, width), block(width, width), nn.MaxPool2d(2), block(width, 2 * width), pool)
+    return nn.Sequential(backbone, ProjectionHead(2 * width, len(KNOWN), hidden=512))
 
 
 def load(seed: int = 0) -> Digits:
@@ -93,24 +78,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train(data: tuple[Tensor, Tensor], seed: int = 0) -> DigitNet:
-    """Train a network by cross entropy on cosine logits: SGD, cosine schedule, shifts by a pixel."""
+def train(data: tuple[Tensor, Tensor], seed: int = 0, *, progress: bool | None = None) -> nn.Sequential:
+    """Train a network by cross entropy on cosine logits."""
     images, labels = data
     # The caller's random state is theirs, and the weights depend on the seed alone.
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
-        model = DigitNet()
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        steps = EPOCHS * (len(images) // _BATCH)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        padded = nn.functional.pad(images, (1, 1, 1, 1))
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(images))[: len(images) // _BATCH * _BATCH].split(_BATCH):
-                dy, dx = torch.randint(0, 3, (2,)).tolist()
-                batch = padded[rows, :, dy : dy + 8, dx : dx + 8]
-                loss = nn.functional.cross_entropy(model(batch), labels[rows])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-    return model.eval()
+        model = network()
+        return fit(model, images.mul(255).round().to(torch.uint8), labels, RECIPE, seed=seed, progress=progress)

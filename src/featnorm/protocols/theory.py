@@ -19,9 +19,9 @@ from featnorm.data import open_images
 from featnorm.norms import l0_norm, l1_norm
 from featnorm.protocols import cifar10
 from featnorm.tap import FeatureTap
-from featnorm.training import MLP, PRESETS, CifarResNet18, Normalize, Probe, ProjectionHead, Recipe, train
+from featnorm.training import MLP, PRESETS, Normalize, Probe, Recipe, cifar_network, train
 from featnorm.training import scheme_labels as targets_of
-from featnorm.training.networks import Activation
+from featnorm.training.networks import CIFAR10_MEAN, CIFAR10_STD, Activation
 from featnorm.training.probe import LAST
 from featnorm.training.recipe import Scheme
 
@@ -139,16 +139,13 @@ def load_images(data: Data, root: Path | None, *, progress: bool | None = None) 
 
 def build(job: Job, scale: Scale, shape: torch.Size, classes: int, seed: int = 0) -> nn.Sequential:
     """Return a network for pixels (c, h, w) of that shape in [0, 1], with the initial weights of a seed."""
+    if job.network == "resnet":
+        return cifar_network(scale.width, classes, hidden=HIDDEN, activation=job.activation, seed=seed)
     # The caller's random state is theirs.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        channels = shape[0]
-        mean, std = (cifar10.MEAN, cifar10.STD) if channels == 3 else ((0.1307,), (0.3081,))
-        if job.network == "mlp":
-            return nn.Sequential(Normalize(mean, std), MLP(shape.numel(), classes, activation=job.activation))
-        backbone = CifarResNet18(scale.width)
-        head = ProjectionHead(backbone.features, classes, hidden=HIDDEN, activation=job.activation)
-        return nn.Sequential(Normalize(mean, std), backbone, head)
+        mean, std = ((0.1307,), (0.3081,)) if job.data == "mnist" else (CIFAR10_MEAN, CIFAR10_STD)
+        return nn.Sequential(Normalize(mean, std), MLP(shape.numel(), classes, activation=job.activation))
 
 
 def run(

@@ -8,6 +8,7 @@ from featnorm.training.networks import (
     Normalize,
     ProjectionHead,
     attach_head,
+    cifar_network,
 )
 from featnorm.training.probe import Probe
 from featnorm.training.recipe import PRESETS, Recipe, scheme_labels
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "attach_head",
     "augment",
+    "cifar_network",
     "scheme_labels",
     "train",
     "train_head",

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 Activation = Literal["relu", "leaky_relu", "gelu"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}
+# Of CIFAR-10's training images between 0 and 1, by channel.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 # Where torchvision's classifiers keep their last layers.
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")
 
@@ -201,6 +204,53 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu_(self.body(x) + self.shortcut(x))
+
+
+def cifar_network(
+    width: int,
+    classes: int,
+    *,
+    hidden: int | None = 512,
+    embedding: int = 128,
+    activation: Activation = "relu",
+    temperature: float = 0.1,
+    mean: Sequence[float] = CIFAR10_MEAN,
+    std: Sequence[float] = CIFAR10_STD,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Return the network of the paper's 32 x 32 benchmarks (C.1): ``Sequential(Normalize, CifarResNet18, head)``.
+
+    Parameters
+    ----------
+    width : of the `CifarResNet18`.
+    classes : number of classes.
+    hidden : width of the `ProjectionHead`'s hidden layer; None for cosine logits of the pooled feature itself.
+    embedding, activation : of the head; nothing without a hidden layer.
+    temperature : of the cosine logits.
+    mean, std : of the pixels between 0 and 1 that it takes, by channel; those of CIFAR-10's training images.
+    seed : of the initial weights; the caller's random state stays as it is.
+
+    Raises
+    ------
+    ValueError
+        The activation is unknown, or the temperature is not positive.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = CifarResNet18(width)
+        head = (
+            CosineClassifier(backbone.features, classes, temperature)
+            if hidden is None
+            else ProjectionHead(
+                backbone.features,
+                classes,
+                hidden=hidden,
+                embedding=embedding,
+                activation=activation,
+                temperature=temperature,
+            )
+        )
+        return nn.Sequential(Normalize(mean, std), backbone, head)
 
 
 def attach_head(
