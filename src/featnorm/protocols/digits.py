@@ -85,4 +85,5 @@ def train(data: tuple[Tensor, Tensor], seed: int = 0, *, progress: bool | None =
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = network()
-        return fit(model, images.mul(255).round().to(torch.uint8), labels, RECIPE, seed=seed, progress=progress)
+        fit(model, images.mul(255).round().to(torch.uint8), labels, RECIPE, seed=seed, progress=progress)
+        return model
