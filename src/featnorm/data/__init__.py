@@ -1,11 +1,14 @@
 """Images: where they come from, and how they reach a model in batches."""
 
+from featnorm.data.cache import CachedFeatures, FeatureCache
 from featnorm.data.images import DataError, ImageError, ImageSource
 from featnorm.data.loading import ImageBatch, ImageLoader, image_loader, image_tensor
 from featnorm.data.sources import open_images
 
 __all__ = [
+    "CachedFeatures",
     "DataError",
+    "FeatureCache",
     "ImageBatch",
     "ImageError",
     "ImageLoader",

@@ -1,5 +1,6 @@
 """What a source of images is; and folders, torchvision's data sets, and slices as sources."""
 
+import hashlib
 import importlib
 import os
 from abc import ABC, abstractmethod
@@ -111,6 +112,18 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         """Return what to call image `i` in messages: its file, or its row."""
         return self._name(self._checked(i))
 
+    def digest(self, i: int) -> bytes:
+        """Return what tells the content of image `i` from any other: 32 bytes, of the file or of its pixels.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be read.
+        IndexError
+            If there is no image `i`.
+        """
+        return self._digest(self._checked(i))
+
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.title} has {len(self)} images, and no image {i}")
@@ -121,6 +134,9 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
 
     @abstractmethod
     def _name(self, i: int) -> str: ...
+
+    @abstractmethod
+    def _digest(self, i: int) -> bytes: ...
 
 
 class FolderImages(ImageSource):
@@ -162,6 +178,9 @@ class FolderImages(ImageSource):
     def _name(self, i: int) -> str:
         return os.path.join(self._folder, self._files[i])
 
+    def _digest(self, i: int) -> bytes:
+        return content_digest(self._name(i), self._name(i))
+
 
 class TorchvisionImages(ImageSource):
     """A data set of torchvision, without transforms.
@@ -191,6 +210,11 @@ class TorchvisionImages(ImageSource):
     def _name(self, i: int) -> str:
         return f"{self.title} image {i}"
 
+    def _digest(self, i: int) -> bytes:
+        # torchvision hands out images, and no file: what they show tells them apart as well.
+        image = self._image(i)
+        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+
 
 class SlicedImages(ImageSource):
     """Some of the images of another source, in the order of `rows`.
@@ -199,13 +223,13 @@ class SlicedImages(ImageSource):
     ----------
     source : ImageSource
         Where they come from.
-    rows : range
+    rows : sequence of int
         Which ones.
     title : str
         Name for tables.
     """
 
-    def __init__(self, source: ImageSource, rows: range, title: str) -> None:
+    def __init__(self, source: ImageSource, rows: Sequence[int], title: str) -> None:
         super().__init__(title, [source.label(row) for row in rows], source.class_names)
         self._source = source
         self._rows = rows
@@ -215,6 +239,9 @@ class SlicedImages(ImageSource):
 
     def _name(self, i: int) -> str:
         return self._source.name(self._rows[i])
+
+    def _digest(self, i: int) -> bytes:
+        return self._source.digest(self._rows[i])
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -237,6 +264,23 @@ def decode(data: bytes | str | Path, name: str) -> Image.Image:
         If it cannot be read or decoded; it calls the image `name`.
     """
     return _decoded(lambda: Image.open(BytesIO(data) if isinstance(data, bytes) else data), name)
+
+
+def content_digest(data: bytes | str | Path, name: str) -> bytes:
+    """Return the SHA-256 of an encoded image in memory or in a file.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be read; it calls the image `name`.
+    """
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).digest()
+    try:
+        with open(data, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise ImageError(name, _reason(error)) from error
 
 
 def _decoded(opened: Callable[[], Image.Image], name: str) -> Image.Image:

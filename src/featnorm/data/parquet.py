@@ -9,7 +9,15 @@ from typing import Any
 
 from PIL import Image
 
-from featnorm.data.images import DataError, ImageError, ImageSource, decode, first_line, vision_module
+from featnorm.data.images import (
+    DataError,
+    ImageError,
+    ImageSource,
+    content_digest,
+    decode,
+    first_line,
+    vision_module,
+)
 
 
 class ParquetImages(ImageSource):
@@ -51,6 +59,13 @@ class ParquetImages(ImageSource):
         return {**self.__dict__, "_held": None}
 
     def _image(self, i: int) -> Image.Image:
+        return decode(self._encoded(i), self._name(i))
+
+    def _digest(self, i: int) -> bytes:
+        return content_digest(self._encoded(i), self._name(i))
+
+    def _encoded(self, i: int) -> bytes | Path:
+        """Return an image as the row holds it, or the file that it names."""
         group = bisect_right(self._ends, i)
         held = self._held
         if held is None or held[0] != group:
@@ -58,10 +73,10 @@ class ParquetImages(ImageSource):
             held = self._held = (group, self._read(*self._groups[group]))
         entry = held[1][i - (self._ends[group - 1] if group else 0)].as_py() or {}
         if entry.get("bytes") is not None:
-            return decode(entry["bytes"], self._name(i))
+            return bytes(entry["bytes"])
         if entry.get("path"):
             file, _ = self._groups[group]
-            return decode(self._files[file].parent / entry["path"], self._name(i))
+            return self._files[file].parent / entry["path"]
         raise ImageError(self._name(i), "no image in this row")
 
     def _read(self, file: int, group: int) -> Any:
