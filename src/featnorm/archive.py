@@ -23,7 +23,8 @@ class ArchiveError(ValueError):
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a detector file; an earlier file of that name stays until the new one is complete."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"featnorm": json.dumps({"format": FORMAT, **header})}
+    content = {"format": FORMAT, **header}
+    metadata = {"featnorm": json.dumps({**content, "sha256": _checksum(own, content)})}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata)
 
@@ -51,6 +52,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"it is of format {version!r}")
         if not isinstance(header["model"], dict):
             raise ValueError("it names no model")
+        if version <= FORMAT and header.pop("sha256") != _checksum(tensors, header):
+            raise ValueError("its content is not what was written")
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
     if version > FORMAT:
@@ -60,16 +63,26 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all there is in a file, which tells damage, though not intent."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    _hash_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def _hash_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return what tells a model from another: class, size, and a SHA-256 of every weight and buffer."""
     digest = hashlib.sha256()
-    count = 0
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        count += tensor.numel()
+    state = model.state_dict()
+    _hash_tensors(digest, state)
+    count = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor))
     return {"class": type(model).__qualname__, "values": count, "sha256": digest.hexdigest()}
 
 

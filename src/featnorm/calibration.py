@@ -178,6 +178,33 @@ class Calibration(nn.Module):
         scores = _batch(scores)
         return scores >= self.threshold.to(scores.device)
 
+    def false_alarm_range(self, confidence: float = 0.9) -> tuple[float, float]:
+        """Bounds of the share of new ID inputs that this threshold refuses.
+
+        On average over calibration sets it is at most ``1 - tpr``; with the n scores that were drawn it is
+        Beta(k, n + 1 - k) distributed, k being the threshold's rank, for scores without ties (with ties it is
+        lower). The bounds are its central interval.
+
+        Source: Vovk, "Conditional validity of inductive conformal predictors", ACML 2012.
+
+        Parameters
+        ----------
+        confidence
+            Probability that the share lies within the bounds, in (0, 1).
+
+        Raises
+        ------
+        ValueError
+            ``confidence`` outside (0, 1).
+        """
+        from scipy.stats import beta
+
+        check_share(confidence, "confidence")
+        n = len(self.scores)
+        k = _rank(n, self.tpr)
+        low, high = beta.ppf([(1 - confidence) / 2, (1 + confidence) / 2], k, n + 1 - k)
+        return float(low), float(high)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

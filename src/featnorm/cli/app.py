@@ -122,6 +122,102 @@ def evaluate(
 
 
 @app.command()
+def fit(
+    data: Annotated[str, typer.Argument(help=f"Images of what belongs: {_DATA}.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("detector.featnorm"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The backbone: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, or `MODULE:FUNCTION`, a "
+            "function of yours that returns a model and its transform."
+        ),
+    ] = "featnorm:efficientnet-lite0",
+    weights: Weights = None,
+    detector: Annotated[str, typer.Option(help="A detector, such as `NAN` or `KNN(k=50)/NAN`.")] = "NAN",
+    targets: Annotated[
+        str,
+        typer.Option(help="What the head learns: `labels`, `clusters` of the features, or `auto`, labels if any."),
+    ] = "auto",
+    tpr: Annotated[float, typer.Option(help="The share of images like these to accept.")] = 0.95,
+    cache: Annotated[
+        Path | None, typer.Option(help="The folder to keep features in; `~/.cache/featnorm/features` without it.")
+    ] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    seed: Annotated[int, typer.Option(help="Of the head's training.")] = 0,
+) -> None:
+    """Learn what belongs to your images, and write a detector of what does not.
+
+    Labels are used where there are any, and not needed. The features of a frozen backbone are kept on disk; the
+    same command again, after a kill too, starts from them.
+    """
+    from featnorm.cli.fit import Options, run
+
+    run(
+        Options(
+            data=data,
+            out=out,
+            model=model,
+            weights=weights,
+            detector=detector,
+            targets=targets,
+            tpr=tpr,
+            cache=cache,
+            data_root=data_root,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
+def score(
+    detector: Annotated[Path, typer.Argument(help="A file that `featnorm fit` wrote.")],
+    images: Annotated[list[str], typer.Argument(help=f"Image files, or {_DATA}.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="A .csv, .jsonl or .parquet file for a row an image; the terminal without it."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="`MODULE:FUNCTION`, again, of a detector that was fitted on a model of yours."),
+    ] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+) -> None:
+    """Say of every image whether it belongs: score, p-value, verdict, predicted class.
+
+    With `--out` the same command goes on after a kill.
+    """
+    from featnorm.cli.score import Options, run
+
+    run(
+        Options(
+            detector=detector,
+            images=images,
+            out=out,
+            model=model,
+            data_root=data_root,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+        )
+    )
+
+
+@app.command()
 def inspect(
     model: Model,
     weights: Weights = None,

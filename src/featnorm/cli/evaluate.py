@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from featnorm.cli.show import console, environment, prepare_folder, print_table
+from featnorm.cli.show import console, environment, prepare_folder, print_skipped, print_table
 from featnorm.data import DataError, ImageSource, image_loader, open_images
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
@@ -135,11 +135,7 @@ def run(options: Options) -> None:
     if evaluation.accuracy is not None:
         console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
     for name, files in evaluation.skipped.items():
-        console.print(f"skipped {len(files)} unreadable image(s) in {name}:")
-        for file, why in files[:10]:
-            console.print(f"  {file}: {why}", soft_wrap=True)
-        if len(files) > 10:
-            console.print(f"  ... and {len(files) - 10} more, listed on the page")
+        print_skipped(name, files)
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)
 
 

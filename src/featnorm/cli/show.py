@@ -4,6 +4,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from featnorm.report.tables import table_rows
 
 # Into a file or a pipe a table is as wide as it needs, and is not folded to a terminal that is not there.
 # No markup either: a file may be called [red].
+SKIPPED_SHOWN = 10
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -31,6 +33,18 @@ def print_table(evaluation: Evaluation) -> None:
     console.print(table)
     for name, reason in evaluation.left_out.items():
         console.print(f"left out {name}: {reason}", soft_wrap=True)
+
+
+def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None = None) -> None:
+    """Print the first of the images of a set that could not be read, and why; ``count`` is of all of them."""
+    count = len(files) if count is None else count
+    if not count:
+        return
+    console.print(f"skipped {count} unreadable image(s) in {name}:")
+    for file, why in files[:SKIPPED_SHOWN]:
+        console.print(f"  {file}: {why}", soft_wrap=True)
+    if count > SKIPPED_SHOWN:
+        console.print(f"  ... and {count - SKIPPED_SHOWN} more")
 
 
 def prepare_folder(out: Path) -> None:

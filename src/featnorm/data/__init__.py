@@ -1,9 +1,9 @@
 """Images: where they come from, and how they reach a model in batches."""
 
 from featnorm.data.cache import CachedFeatures, FeatureCache
-from featnorm.data.images import DataError, ImageError, ImageSource
+from featnorm.data.images import DataError, ImageError, ImageSource, SlicedImages
 from featnorm.data.loading import ImageBatch, ImageLoader, image_loader, image_tensor
-from featnorm.data.sources import open_images
+from featnorm.data.sources import open_images, open_to_score
 
 __all__ = [
     "CachedFeatures",
@@ -13,7 +13,9 @@ __all__ = [
     "ImageError",
     "ImageLoader",
     "ImageSource",
+    "SlicedImages",
     "image_loader",
     "image_tensor",
     "open_images",
+    "open_to_score",
 ]

@@ -4,8 +4,10 @@ import hashlib
 import importlib
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,8 @@ class FolderImages(ImageSource):
         Where to look.
     title : str
         Name for tables.
+    every : bool
+        Take every file for an image, whatever its name ends in; those that are none are corrupt.
 
     Raises
     ------
@@ -158,10 +162,11 @@ class FolderImages(ImageSource):
         If there is no image.
     """
 
-    def __init__(self, folder: Path, title: str) -> None:
-        files = image_files(folder)
+    def __init__(self, folder: Path, title: str, *, every: bool = False) -> None:
+        files = image_files(folder, every=every)
         if not files:
-            raise DataError(f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}")
+            expected = "" if every else f": expected files ending in {', '.join(EXTENSIONS)}"
+            raise DataError(f"no {'files' if every else 'images'} in {folder}{expected}")
         labels: list[int | None] = [None] * len(files)
         classes = None
         if all(len(file.parts) > 1 for file in files):
@@ -180,6 +185,62 @@ class FolderImages(ImageSource):
 
     def _digest(self, i: int) -> bytes:
         return content_digest(self._name(i), self._name(i))
+
+
+class ImageFiles(ImageSource):
+    """Image files, one by one, without labels.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        The files, whatever their names end in.
+    title : str
+        Name for tables.
+    """
+
+    def __init__(self, files: Sequence[Path], title: str) -> None:
+        super().__init__(title, [None] * len(files), None)
+        self._files = [str(file) for file in files]
+
+    def _image(self, i: int) -> Image.Image:
+        return decode(self._files[i], self._files[i])
+
+    def _name(self, i: int) -> str:
+        return self._files[i]
+
+    def _digest(self, i: int) -> bytes:
+        return content_digest(self._files[i], self._files[i])
+
+
+class JoinedImages(ImageSource):
+    """The images of several sources, one after the other, without their labels.
+
+    Parameters
+    ----------
+    sources : sequence of ImageSource
+        Where they come from.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._ends = list(accumulate(len(source) for source in sources))
+        super().__init__(" and ".join(source.title for source in sources), [None] * self._ends[-1], None)
+        self._sources = sources
+
+    def _place(self, i: int) -> tuple[ImageSource, int]:
+        number = bisect_right(self._ends, i)
+        return self._sources[number], i - (self._ends[number - 1] if number else 0)
+
+    def _image(self, i: int) -> Image.Image:
+        source, row = self._place(i)
+        return source.image(row)
+
+    def _name(self, i: int) -> str:
+        source, row = self._place(i)
+        return source.name(row)
+
+    def _digest(self, i: int) -> bytes:
+        source, row = self._place(i)
+        return source.digest(row)
 
 
 class TorchvisionImages(ImageSource):
@@ -244,14 +305,14 @@ class SlicedImages(ImageSource):
         return self._source.digest(self._rows[i])
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files in a folder and below it, sorted, relative to it, without hidden ones."""
+def image_files(folder: Path, *, every: bool = False) -> list[Path]:
+    """Return the image files, or every file, in a folder and below it, sorted, relative to it; no hidden ones."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
         # A link to a folder above would be followed for ever.
         here = Path(place).resolve()
         folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
-        found += [Path(place, n) for n in names if n[0] != "." and n.lower().endswith(EXTENSIONS)]
+        found += [Path(place, n) for n in names if n[0] != "." and (every or n.lower().endswith(EXTENSIONS))]
     return sorted(file.relative_to(folder) for file in found)
 
 

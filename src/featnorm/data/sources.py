@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from featnorm.data.images import (
     DataError,
     FolderImages,
     ImageError,
+    ImageFiles,
     ImageSource,
+    JoinedImages,
     SlicedImages,
     TorchvisionImages,
     first_line,
@@ -18,7 +21,7 @@ from featnorm.data.images import (
 )
 from featnorm.data.parquet import ParquetImages
 
-__all__ = ["DataError", "ImageError", "ImageSource", "open_images"]
+__all__ = ["DataError", "ImageError", "ImageSource", "open_images", "open_to_score"]
 
 _TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
 
@@ -92,6 +95,51 @@ def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
         raise DataError(f"no file or folder {spec!r}: check the path")
     root = root or os.environ.get("FEATNORM_DATA")
     return _open_name(spec, None if root is None else Path(root).expanduser())
+
+
+def open_to_score(specs: Sequence[str], *, root: str | Path | None = None) -> ImageSource:
+    """Open what a user wants scored: image files, and all that `open_images` takes, one after the other.
+
+    In folders every file is taken for an image, so that one that is none is refused by name and not passed over.
+
+    Parameters
+    ----------
+    specs : one or more of them.
+    root : see `open_images`.
+
+    Raises
+    ------
+    DataError
+        As `open_images`.
+    """
+    sources: list[ImageSource] = []
+    files: list[Path] = []
+    for spec in specs:
+        path = Path(spec).expanduser()
+        if path.is_file() and path.suffix != ".parquet":
+            files.append(path)
+            continue
+        if files:
+            sources.append(ImageFiles(files, _file_title(files)))
+            files = []
+        sources.append(_every_file(path) if path.is_dir() else open_images(spec, root=root))
+    if files:
+        sources.append(ImageFiles(files, _file_title(files)))
+    return sources[0] if len(sources) == 1 else JoinedImages(sources)
+
+
+def _file_title(files: Sequence[Path]) -> str:
+    return files[0].name if len(files) == 1 else f"{len(files)} files"
+
+
+def _every_file(folder: Path) -> ImageSource:
+    try:
+        shards = _shards(folder)
+        if shards and not image_files(folder):
+            return ParquetImages(shards, _title(folder))
+        return FolderImages(folder, _title(folder), every=True)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {first_line(error)}") from error
 
 
 def _open_path(path: Path, title: str) -> ImageSource:

@@ -33,6 +33,8 @@ class Detector(nn.Module, ABC):
     learns: tuple[str, ...] = ()
     #: A distance may be divided by a norm (`Fusion`).
     role: Role = "confidence"
+    # Whether the score asks the model again, about inputs that it changes.
+    _asks_again = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,6 +138,11 @@ class Detector(nn.Module, ABC):
     def needs_fit(self) -> bool:
         """Whether it learns at all."""
         return any(True for _ in self._statistics())
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it, or a part of it, asks the model again about changed inputs."""
+        return any(module._asks_again for module in self.modules() if isinstance(module, Detector))
 
     @property
     def is_fitted(self) -> bool:

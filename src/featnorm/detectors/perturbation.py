@@ -31,6 +31,7 @@ class ODIN(Detector):
     """
 
     reads = ("logits",)
+    _asks_again = True
 
     def __init__(self, temperature: float = 1000, eps: float = 0.0014, std: Sequence[float] | None = None) -> None:
         if not temperature > 0:
@@ -83,6 +84,8 @@ class Views(Detector):
         ``shift`` is out of range, the features came without their inputs, or these are not images
         (n, channels, height, width).
     """
+
+    _asks_again = True
 
     def __init__(self, detector: Detector, shift: float = 0.125) -> None:
         if not isinstance(detector, Detector):

@@ -9,6 +9,7 @@ from featnorm.training.networks import (
     ProjectionHead,
     attach_head,
     cifar_network,
+    cut_classifier,
 )
 from featnorm.training.probe import Probe
 from featnorm.training.recipe import PRESETS, Recipe, scheme_labels
@@ -25,6 +26,7 @@ __all__ = [
     "attach_head",
     "augment",
     "cifar_network",
+    "cut_classifier",
     "scheme_labels",
     "train",
     "train_head",

@@ -283,30 +283,44 @@ def attach_head(
     ValueError
         The backbone has no classifier that could be found, or a setting of the head is wrong.
     """
-    body = copy.deepcopy(backbone)
-    width = features if features is not None else _without_classifier(body)
+    body, width = (copy.deepcopy(backbone), features) if features is not None else cut_classifier(backbone)
     head = ProjectionHead(
         width, classes, hidden=hidden, embedding=embedding, activation=activation, temperature=temperature
     )
     return nn.Sequential(body, head)
 
 
-def _without_classifier(model: nn.Module) -> int:
-    """Take the classifier off a timm or torchvision model, and return the width of what it returns then."""
-    timm: Any = model
-    if hasattr(timm, "reset_classifier"):
-        timm.reset_classifier(0)
-        return int(getattr(timm, "head_hidden_size", None) or timm.num_features)
+def cut_classifier(model: nn.Module) -> tuple[nn.Module, int]:
+    """Return a copy of a classifier without its classifier, and the width of the features that it then returns.
+
+    Parameters
+    ----------
+    model
+        A timm model, a torchvision classifier (its layers from the first linear one on are left out), or one of
+        ours, such as `cifar_network` returns.
+
+    Raises
+    ------
+    ValueError
+        No classifier was found.
+    """
+    body: Any = copy.deepcopy(model)
+    if hasattr(body, "reset_classifier"):
+        body.reset_classifier(0)
+        return body, int(getattr(body, "head_hidden_size", None) or body.num_features)
+    if isinstance(body, nn.Sequential) and len(body) and isinstance(body[-1], (ProjectionHead, CosineClassifier)):
+        last = body[-1]
+        return body[:-1], last.hidden.in_features if isinstance(last, ProjectionHead) else last.weight.shape[1]
     for name in _CLASSIFIERS:
-        head = getattr(model, name, None)
+        head = getattr(body, name, None)
         if isinstance(head, nn.Linear):
-            setattr(model, name, nn.Identity())
-            return head.in_features
+            setattr(body, name, nn.Identity())
+            return body, head.in_features
         if isinstance(head, nn.Sequential):
             for i, layer in enumerate(head):
                 if isinstance(layer, nn.Linear):
-                    setattr(model, name, head[:i])
-                    return layer.in_features
+                    setattr(body, name, head[:i])
+                    return body, layer.in_features
     raise ValueError(
         f"{type(model).__name__} has no linear classifier under any of {', '.join(_CLASSIFIERS)}: take its last "
         "layers off yourself and pass the width of what it then returns as features="

@@ -1,0 +1,84 @@
+"""``featnorm fit``: a detector of the user's own images, in one file."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from featnorm.cli.evaluate import fabric_of
+from featnorm.cli.show import console, print_skipped
+from featnorm.data import open_images
+from featnorm.detectors import parse_detector
+from featnorm.fitting import Targets, fit_images
+from featnorm.models import create_model
+
+_TARGETS = ("auto", "labels", "clusters")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    data: str
+    out: Path
+    model: str
+    weights: Path | None
+    detector: str
+    targets: str
+    tpr: float
+    cache: Path | None
+    data_root: Path | None
+    device: str
+    precision: str
+    batch_size: int
+    workers: int | None
+    seed: int
+
+
+def run(options: Options) -> None:
+    """Fit, write the file, say what was learned and what comes next."""
+    if options.targets not in _TARGETS:
+        raise ValueError(f"--targets is one of {', '.join(_TARGETS)}, got {options.targets}")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to")
+    began = time.perf_counter()
+    detector = parse_detector(options.detector)
+    source = open_images(options.data, root=options.data_root)
+    loaded = create_model(options.model, weights=options.weights)
+    console.print(f"{len(source)} images of {source.title}, seen through {loaded.name}.", soft_wrap=True)
+    fitted = fit_images(
+        source,
+        loaded,
+        detector=detector,
+        targets=cast(Targets, options.targets),
+        tpr=options.tpr,
+        cache=options.cache,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        fabric=fabric_of(options.device, options.precision),
+        seed=options.seed,
+    )
+    fitted.scorer.save(options.out)
+    print_skipped(source.title, fitted.corrupt)
+    facts = fitted.scorer.facts
+    if fitted.computed:
+        console.print(f"Asked the backbone for {fitted.computed} images; a next fit on them starts at once.")
+    else:
+        console.print("The features of all of them were known.")
+    accuracy = (
+        "" if fitted.accuracy is None else f", which it tells apart in {fitted.accuracy:.1%} of held-out images"
+    )
+    console.print(f"The head is {facts['head']}{accuracy}.", soft_wrap=True)
+    calibration = fitted.scorer.scorer.calibration
+    assert calibration is not None
+    low, high = calibration.false_alarm_range()
+    console.print(
+        f"{detector!r} is calibrated on {fitted.held_out} held-out images to refuse {1 - options.tpr:.1%} of "
+        f"images like these; with this draw of them it is {low:.1%} to {high:.1%}, with 90 % confidence.",
+        soft_wrap=True,
+    )
+    size = options.out.stat().st_size / 1e6
+    console.print(
+        f"Wrote {options.out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True
+    )
+    console.print(f"  featnorm score {options.out} IMAGES", soft_wrap=True)

@@ -1,0 +1,272 @@
+"""`fit_images`: a detector for a user's own images, by a head that is trained on a frozen backbone."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from featnorm import archive
+from featnorm.calibration import Calibration
+from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, SlicedImages, image_loader
+from featnorm.deploy import ImageScorer
+from featnorm.deploy.image_scorer import backbone_of
+from featnorm.detectors import NAN, Detector
+from featnorm.features import Features
+from featnorm.models import LoadedModel
+from featnorm.scorer import Scorer
+from featnorm.tap import FeatureTap
+from featnorm.training import PRESETS, ProjectionHead, Recipe, train
+
+Targets = Literal["auto", "labels", "clusters"]
+
+#: One image in five is held out, to calibrate on.
+HELD_OUT = 5
+#: Fewer images leave too few to calibrate on.
+LEAST_IMAGES = 100
+DEFAULT_CACHE = "~/.cache/featnorm/features"
+# Of the paper's heads on frozen backbones (D.4).
+RECIPE = PRESETS["D.4"]
+TEMPERATURE = 0.2
+# A recipe counts epochs, and what a head needs is steps: with few images there are few in an epoch.
+_LEAST_STEPS = 1000
+_ROWS = 8192
+# Features whose deviation is below this share of the mean one carry nothing but noise.
+_LEAST_DEVIATION = 0.01
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit_images` returns.
+
+    Attributes
+    ----------
+    scorer : ImageScorer
+    corrupt : list of tuple of str
+        Name and reason of each image that could not be read.
+    trained, held_out : int
+        Images that the head and the detector learned from, and that the calibration did.
+    computed : int
+        Images that the backbone was asked for; the features of the others were known.
+    accuracy : float or None
+        Of the head on the held-out images; None without labels.
+    """
+
+    scorer: ImageScorer
+    corrupt: list[tuple[str, str]]
+    trained: int
+    held_out: int
+    computed: int
+    accuracy: float | None
+
+
+def fit_images(
+    source: ImageSource,
+    loaded: LoadedModel,
+    *,
+    detector: Detector | None = None,
+    targets: Targets = "auto",
+    tpr: float = 0.95,
+    cache: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    fabric: Any = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Fitted:
+    """Learn what belongs to a set of images: train a head on a frozen backbone, fit a detector, calibrate it.
+
+    One image in five, chosen by its content, is held out for the calibration, so that copies of an image are
+    never on both sides. The head (paper C.1) is trained on the others' features by the recipe of D.4, with class
+    labels or, where there are none, with k-means clusters of the features for labels: any discriminative labels do
+    whose classes hang together (paper sec. 4).
+
+    Parameters
+    ----------
+    source : the images.
+    loaded : the backbone, with its transform; its classifier is left out.
+    detector : `NAN` without it.
+    targets : "labels" or "clusters"; "auto" takes labels where every image has one and there are two at least.
+    tpr : the share of images like these to accept, between 0 and 1.
+    cache : the folder of a `FeatureCache`; ``~/.cache/featnorm/features`` without it.
+    batch_size, workers : of `featnorm.data.image_loader`.
+    fabric : a `lightning_fabric.Fabric` for device and precision; the CPU without it.
+    seed : of the head's initial weights, its training, and the clusters.
+    progress : show progress bars; None for where there is a terminal.
+
+    Raises
+    ------
+    DataError
+        There are fewer than 100 images that can be read, or labels are asked for and an image has none.
+    ValueError
+        The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
+    """
+    detector = NAN() if detector is None else detector
+    device = torch.device("cpu") if fabric is None else fabric.device
+    backbone = backbone_of(loaded).to(device).eval().to(memory_format=torch.channels_last)
+    known = _features(source, loaded, backbone, cache, batch_size, workers, fabric, progress)
+    if len(known.rows) < LEAST_IMAGES:
+        raise DataError(
+            f"{source.title} has {len(known.rows)} readable images: at least {LEAST_IMAGES} are needed, of which "
+            f"one in {HELD_OUT} is held out to calibrate on"
+        )
+    apart = held_out(known.digests)
+    Calibration(torch.zeros(int(apart.sum())), tpr)  # refuses too few of them, before the work
+    learning = known.values[~apart]
+    labels, names = _labels(source, known.rows, ~apart, targets)
+    wanted = cluster(learning, seed) if labels is None else labels[~apart]
+    head = fit_head(learning, wanted, seed=seed, progress=progress).to(device)
+    if detector.needs_fit:
+        with detector.refit():
+            for rows in torch.arange(len(learning)).split(_ROWS):
+                features = head_features(head, learning[rows].to(device))
+                if labels is not None:
+                    features = features.replace(labels=wanted[rows].to(device))
+                detector.partial_fit(features)
+    scorer = Scorer(nn.Sequential(backbone, head), detector)
+    chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
+    images = image_loader(
+        chosen, loaded.transform, batch_size=batch_size, workers=workers, on_corrupt=lambda *_: None
+    )
+    scorer.tap.watch(next(iter(images)).images)
+    parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
+    if detector.needs_inputs:
+        scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
+    else:
+        scores = torch.cat([scorer.detector.score(part) for part in parts])
+        scorer.calibration = Calibration(scores, tpr).to(device)
+    accuracy = None
+    if labels is not None:
+        guesses = torch.cat([part.tensor("logits").argmax(1).cpu() for part in parts])
+        accuracy = float((guesses == labels[apart]).double().mean())
+    kind = "clusters of the features" if labels is None else "classes"
+    facts = {
+        "images": f"{source.title}: {len(learning)} to learn from, {len(chosen)} held out to calibrate on",
+        "head": f"trained on {int(wanted.max()) + 1} {kind}",
+        "backbone": loaded.name + "".join(f"; {note}" for note in loaded.notes),
+    }
+    made = ImageScorer(loaded.name, scorer, loaded.transform, names, facts)
+    return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
+
+
+def held_out(digests: Sequence[bytes]) -> Tensor:
+    """Return which images to calibrate on, (n,) bool: one content in five, in the order of the digests."""
+    chosen = set(sorted(set(digests))[::HELD_OUT])
+    return torch.tensor([digest in chosen for digest in digests])
+
+
+def fit_head(
+    values: Tensor, targets: Tensor, *, recipe: Recipe = RECIPE, seed: int = 0, progress: bool | None = None
+) -> ProjectionHead:
+    """Return a projection head that was trained on features alone (paper D.4).
+
+    Parameters
+    ----------
+    values : features (n, D); whatever their scale, as they are standardised by unit for the training.
+    targets : classes (n,), from 0.
+    recipe : of the training; with few inputs it takes more epochs, for as many steps.
+    seed : of the initial weights and the order.
+    progress : show a progress bar; None for where there is a terminal.
+    """
+    mean, deviation = values.mean(0), values.std(0)
+    # A unit that hardly moves would be blown up to noise.
+    deviation = deviation.clamp(min=_LEAST_DEVIATION * float(deviation.mean().clamp(min=1e-12)))
+    batch = min(recipe.batch_size, len(values))
+    epochs = max(recipe.epochs, math.ceil(_LEAST_STEPS / (len(values) // batch)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = ProjectionHead(values.shape[1], int(targets.max()) + 1, temperature=TEMPERATURE)
+    recipe = replace(recipe, batch_size=batch, epochs=epochs)
+    train(head, (values - mean) / deviation, targets, recipe, seed=seed, progress=progress)
+    # The first layer takes the standardisation in, so that the head reads features as they are.
+    with torch.no_grad():
+        head.hidden.weight.div_(deviation)
+        head.hidden.bias.sub_(head.hidden.weight @ mean)
+    return head
+
+
+@torch.no_grad()
+def head_features(head: ProjectionHead, values: Tensor) -> Features:
+    """Return what a network of a backbone and this head says of inputs whose features (n, D) are known."""
+    return FeatureTap(head)(values).replace(pooled=values, source=None)
+
+
+def cluster(values: Tensor, seed: int = 0) -> Tensor:
+    """Return labels (n,) for features (n, D) without: their k-means cluster, by cosine, k the square root of n."""
+    import faiss
+
+    directions = np.ascontiguousarray(nn.functional.normalize(values).numpy())
+    k = max(2, round(math.sqrt(len(values))))
+    means = faiss.Kmeans(values.shape[1], k, niter=25, spherical=True, seed=seed, min_points_per_centroid=1)
+    means.train(directions)
+    assigned = means.index.search(directions, 1)[1][:, 0]
+    return torch.from_numpy(np.unique(assigned, return_inverse=True)[1])
+
+
+def _labels(
+    source: ImageSource, rows: Tensor, learned: Tensor, targets: Targets
+) -> tuple[Tensor | None, list[str] | None]:
+    """Return labels (n,) from 0 of the classes that are learned from, -1 for the others, and their names."""
+    if targets == "clusters":
+        return None, None
+    given = [source.label(row) for row in rows.tolist()]
+    without = next((i for i, label in enumerate(given) if label is None), None)
+    used = [label for label, learns in zip(given, learned.tolist(), strict=True) if learns]
+    classes = sorted({label for label in used if label is not None})
+    if without is not None or len(classes) < 2:
+        if targets == "auto":
+            return None, None
+        what = "a single class" if without is None else f"no class for {source.name(int(rows[without]))}"
+        raise DataError(f"{source.title} has {what}: labels need two classes at least; use clusters")
+    numbers = {label: i for i, label in enumerate(classes)}
+    names = source.class_names
+    called = [str(label) if names is None or label >= len(names) else names[label] for label in classes]
+    return torch.tensor([-1 if label is None else numbers.get(label, -1) for label in given]), called
+
+
+def _features(
+    source: ImageSource,
+    loaded: LoadedModel,
+    backbone: nn.Module,
+    folder: str | Path | None,
+    batch_size: int,
+    workers: int | None,
+    fabric: Any,
+    progress: bool | None,
+) -> CachedFeatures:
+    precision = "32-true" if fabric is None else fabric.strategy.precision.precision
+    device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def ask(images: Tensor) -> Tensor:
+        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        with nullcontext() if fabric is None else fabric.autocast():
+            return backbone(images)
+
+    key = {
+        "weights": archive.fingerprint(backbone)["sha256"],
+        "transform": _transform_digest(loaded),
+        "precision": precision,
+        "pillow": PIL.__version__,
+    }
+    cache = FeatureCache(folder or DEFAULT_CACHE, json.dumps(key))
+    return cache.features(source, loaded.transform, ask, batch_size=batch_size, workers=workers, progress=progress)
+
+
+def _transform_digest(loaded: LoadedModel) -> str:
+    """Return what tells a transform from others: what it makes of two pictures."""
+    noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(noise), Image.fromarray(noise[:47, :61])]
+    first, again = ([loaded.transform(picture) for picture in pictures] for _ in range(2))
+    if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+        raise DataError(f"the transform of {loaded.name} is random: use the one of evaluation")
+    return hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in first)).hexdigest()
