@@ -1,7 +1,10 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+from featnorm.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +15,18 @@ def shared_data() -> Path:
         if place and (Path(place) / "imagenet1k_sample" / "test.parquet").is_file():
             return Path(place)
     pytest.skip("real data not here: set FEATNORM_DATA or place shared/data beside the checkout")
+
+
+@pytest.fixture
+def featnorm(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; returns exit status, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEATNORM_DATA", raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["featnorm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run

@@ -13,25 +13,9 @@ import timm
 import torch
 from PIL import Image
 
-from featnorm.cli import main
 from featnorm.protocols import digits
 
 MODEL = "timm:test_resnet"
-
-
-@pytest.fixture
-def featnorm(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder; returns exit status, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FEATNORM_DATA", raising=False)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["featnorm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ a verdict. Source: Park et al., "Understanding the Feature Norm for Out-of-Distr
 from featnorm.activation import ActivationStatistics
 from featnorm.archive import ArchiveError
 from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
+from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.detectors import (
     KNN,
     MSP,
@@ -33,6 +34,7 @@ from featnorm.detectors import (
 )
 from featnorm.explain import Explainer, Explanation
 from featnorm.features import Features
+from featnorm.fitting import Fitted, fit_images
 from featnorm.hidden import HiddenClassifier
 from featnorm.metrics import (
     aupr_in,
@@ -66,9 +68,12 @@ __all__ = [
     "Explanation",
     "FeatureTap",
     "Features",
+    "Fitted",
     "Fusion",
     "HiddenClassifier",
     "HiddenConfidence",
+    "ImageScorer",
+    "ImageVerdict",
     "KLUniform",
     "L1Norm",
     "LayerTap",
@@ -90,6 +95,7 @@ __all__ = [
     "bootstrap_interval",
     "conformal_p_values",
     "detection_accuracy",
+    "fit_images",
     "fpr_at_tpr",
     "fpr_at_tpr_ood_positive",
     "l0_norm",

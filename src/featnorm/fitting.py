@@ -20,7 +20,7 @@ from featnorm.calibration import Calibration
 from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, SlicedImages, image_loader
 from featnorm.deploy import ImageScorer
 from featnorm.deploy.image_scorer import backbone_of
-from featnorm.detectors import NAN, Detector
+from featnorm.detectors import Detector, KLUniform
 from featnorm.features import Features
 from featnorm.models import LoadedModel
 from featnorm.scorer import Scorer
@@ -38,7 +38,9 @@ DEFAULT_CACHE = "~/.cache/featnorm/features"
 RECIPE = PRESETS["D.4"]
 TEMPERATURE = 0.2
 # A recipe counts epochs, and what a head needs is steps: with few images there are few in an epoch.
-_LEAST_STEPS = 1000
+_LEAST_STEPS = 200
+_CLUSTER_SIZE = 10
+_MOST_CLUSTERS = 1000
 _ROWS = 8192
 # Features whose deviation is below this share of the mean one carry nothing but noise.
 _LEAST_DEVIATION = 0.01
@@ -94,7 +96,9 @@ def fit_images(
     ----------
     source : the images.
     loaded : the backbone, with its transform; its classifier is left out.
-    detector : `NAN` without it.
+    detector
+        `KLUniform` without it: no more to compute than `NAN`, no hyperparameter either, and far better here, where
+        the backbone was never trained on these images and foreign ones may well have larger features.
     targets : "labels" or "clusters"; "auto" takes labels where every image has one and there are two at least.
     tpr : the share of images like these to accept, between 0 and 1.
     cache : the folder of a `FeatureCache`; ``~/.cache/featnorm/features`` without it.
@@ -110,7 +114,7 @@ def fit_images(
     ValueError
         The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
     """
-    detector = NAN() if detector is None else detector
+    detector = KLUniform() if detector is None else detector
     device = torch.device("cpu") if fabric is None else fabric.device
     backbone = backbone_of(loaded).to(device).eval().to(memory_format=torch.channels_last)
     known = _features(source, loaded, backbone, cache, batch_size, workers, fabric, progress)
@@ -201,14 +205,16 @@ def head_features(head: ProjectionHead, values: Tensor) -> Features:
 
 
 def cluster(values: Tensor, seed: int = 0) -> Tensor:
-    """Return labels (n,) for features (n, D) without: their k-means cluster, by cosine, k the square root of n."""
-    import faiss
+    """Return labels (n,) for features (n, D) without any: their k-means cluster by cosine, ten inputs each.
 
-    directions = np.ascontiguousarray(nn.functional.normalize(values).numpy())
-    k = max(2, round(math.sqrt(len(values))))
-    means = faiss.Kmeans(values.shape[1], k, niter=25, spherical=True, seed=seed, min_points_per_centroid=1)
-    means.train(directions)
-    assigned = means.index.search(directions, 1)[1][:, 0]
+    Of 20, 62, 200 and 380 clusters of 3,815 images, and of each image for itself, this many told the classes that
+    were held out best from those that were not. Beyond 10,000 inputs clusters grow, for the time they take.
+    """
+    from sklearn.cluster import KMeans
+
+    directions = nn.functional.normalize(values).numpy()
+    k = min(max(2, len(values) // _CLUSTER_SIZE), _MOST_CLUSTERS)
+    assigned = KMeans(k, n_init=1, max_iter=25, random_state=seed).fit_predict(directions)
     return torch.from_numpy(np.unique(assigned, return_inverse=True)[1])
 
 

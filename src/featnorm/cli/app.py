@@ -4,6 +4,7 @@ import ctypes
 import io
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -133,7 +134,7 @@ def fit(
         ),
     ] = "featnorm:efficientnet-lite0",
     weights: Weights = None,
-    detector: Annotated[str, typer.Option(help="A detector, such as `NAN` or `KNN(k=50)/NAN`.")] = "NAN",
+    detector: Annotated[str, typer.Option(help="A detector, such as `NAN` or `KNN(k=50)/NAN`.")] = "KLUniform",
     targets: Annotated[
         str,
         typer.Option(help="What the head learns: `labels`, `clusters` of the features, or `auto`, labels if any."),
@@ -256,6 +257,8 @@ def reproduce(
 def main() -> None:
     """Run the command line; an error is one line on standard error and exit status 2."""
     _keep_freed_memory()
+    # What Pillow remarks on a file is said, where it matters, by the error that names the file.
+    warnings.filterwarnings("ignore", module="PIL")
     # A terminal that cannot show an arrow must not cost the result.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -77,7 +77,7 @@ def run(options: Options) -> None:
         raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to")
     fabric = fabric_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
-    scorer.scorer = fabric.to_device(scorer.scorer).to(memory_format=torch.channels_last)
+    scorer.scorer = fabric.to_device(scorer.scorer)
     source = open_to_score(options.images, root=options.data_root)
     watch = _Watch(scorer.scorer)
     began = time.perf_counter()

@@ -95,6 +95,7 @@ class FeatureCache:
         try:
             with FileLock(self.folder / "lock", timeout=1):
                 state = self._open()
+                known = len(state.places)
                 # Once each, in order: what a killed process has left begins at a whole batch.
                 first = {digest: row for row, digest in reversed(digests.items())}
                 missing = [
@@ -124,7 +125,7 @@ class FeatureCache:
                         done = end
                 rest = [digests[row] for row in missing[done:]]
                 self._append(state, None, [], list(zip(rest, reasons, strict=True)))
-                return self._gather(state, source, digests, unread, len(missing))
+                return self._gather(state, source, digests, unread, len(state.places) - known)
         except Timeout:
             raise DataError(f"another process is at work in {self.folder}: wait for it") from None
 

@@ -1,5 +1,6 @@
 """`ImageScorer`: a scorer with all that it needs to judge image files, in one file."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -187,7 +188,7 @@ class ImageScorer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise archive.ArchiveError(f"{path} is damaged: {error}") from None
         loaded = _architecture(spec, model, path)
-        network = nn.Sequential(backbone_of(loaded), head)
+        network = nn.Sequential(backbone_of(loaded), head).to(memory_format=torch.channels_last)
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
@@ -203,12 +204,12 @@ class ImageScorer:
 
 
 def backbone_of(loaded: LoadedModel) -> nn.Module:
-    """Return a model without its classifier; a user's own that has none is taken to return features."""
+    """Return a copy of a model without its classifier; a user's own that has none is taken to return features."""
     try:
         return cut_classifier(loaded.model)[0]
     except ValueError:
         if is_users(loaded.name):
-            return loaded.model
+            return copy.deepcopy(loaded.model)
         raise
 
 

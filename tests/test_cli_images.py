@@ -1,0 +1,218 @@
+"""``featnorm fit`` and ``featnorm score`` as a user types them."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+BACKBONE = ("--model", "featnorm:cifar10-resnet18", "--workers", "0")
+
+
+def pictures(folder: Path, n: int, seed: int, classes: str = "") -> Path:
+    random = np.random.default_rng(seed)
+    for i in range(n):
+        place = folder / classes[i % len(classes)] if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (32, 32, 3)) // (1 + i % 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:04}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("known"), 300, 0, "abc")
+
+
+@pytest.fixture(scope="module")
+def detector(known, tmp_path_factory):
+    """A file fitted once, by the command."""
+    out = tmp_path_factory.mktemp("detector")
+    command("fit", known, "-o", out / "d.featnorm", "--cache", out / "cache", "--batch-size", 16, *BACKBONE)
+    return out / "d.featnorm"
+
+
+def command(*arguments, kill_when=None):
+    """Run the command in a process of its own; kill it when something is so, if told."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("FEATNORM_DATA", None)
+    code = "from featnorm.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while kill_when is not None and process.poll() is None:
+        if kill_when():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    printed, error = process.communicate(timeout=300)
+    assert process.returncode == (0 if kill_when is None else -signal.SIGKILL), error
+    return printed
+
+
+def lines_in(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_fit_says_what_it_learned(featnorm, known, tmp_path):
+    options = ["-o", "mine.featnorm", "--cache", "cache", "--detector", "KNN(k=3)/NAN", *BACKBONE]
+    status, printed, _ = featnorm("fit", known, *options)
+    assert status == 0
+    for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images", "refuse 5.0%",
+                  "featnorm score mine.featnorm IMAGES", "Asked the backbone for 300"):  # fmt: skip
+        assert words in printed
+    assert (tmp_path / "mine.featnorm").stat().st_size > 1e6
+    status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters")
+    assert status == 0
+    assert "The features of all of them were known." in printed
+    assert "trained on 24 clusters" in printed
+
+
+def test_score_prints_a_row_an_image(featnorm, detector, known, tmp_path):
+    one = tmp_path / "one.png"
+    Image.new("RGB", (50, 40), (250, 250, 0)).save(one)
+    status, printed, _ = featnorm("score", detector, one, f"{known}[:5]", one, "--workers", "0")
+    assert status == 0
+    rows = [line.split() for line in printed.splitlines() if line.rstrip(")abc(").rstrip().endswith(".png")]
+    assert [Path(row[3]).name for row in rows] == [
+        "one.png",
+        *(f"{i:04}.png" for i in (0, 3, 6, 9, 12)),
+        "one.png",
+    ]
+    assert all(row[2] in ("ID", "OOD") for row in rows)
+    assert rows[0][:3] == rows[-1][:3]
+    assert "of 7 images do not belong" in printed
+    assert "images a second" in printed
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_score_writes_a_table(featnorm, detector, known, tmp_path, ending):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "brok\u00e9n, \u201cfile\u201d.png").write_bytes(b"no")
+    status, printed, _ = featnorm("score", detector, known, "more", "-o", f"t.{ending}", "--batch-size", 32)
+    assert status == 0
+    out = tmp_path / f"t.{ending}"
+    if ending == "csv":
+        rows = rows_of(out)
+    elif ending == "jsonl":
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    else:
+        rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 301
+    assert list(rows[0]) == ["path", "score", "p_value", "verdict", "predicted", "error"]
+    assert [row["verdict"] for row in rows].count("ID") > 250
+    assert {row["predicted"] for row in rows[:-1]} <= {"a", "b", "c"}
+    assert rows[-1]["path"].endswith("brok\u00e9n, \u201cfile\u201d.png")
+    assert "not an image" in rows[-1]["error"]
+    assert not rows[-1]["score"]
+    assert "skipped 1 unreadable image(s)" in printed
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["more", f"t.{ending}"]
+
+
+def test_a_killed_fit_goes_on(known, detector, tmp_path):
+    cache = tmp_path / "cache"
+    arguments = ("fit", known, "-o", tmp_path / "d.featnorm", "--cache", cache, "--batch-size", 16, *BACKBONE)
+    command(*arguments, kill_when=lambda: any(lines_in(file) >= 3 for file in cache.glob("*/index.jsonl")))
+    assert not (tmp_path / "d.featnorm").exists()
+    printed = command(*arguments)
+    assert "Asked the backbone for 300" not in printed
+    assert "a next fit on them starts at once" in printed
+    assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
+
+
+def test_a_killed_score_goes_on(known, detector, tmp_path):
+    (tmp_path / "images").symlink_to(known)
+    (known / "a" / "broken.png").write_bytes(b"no")
+    arguments = ["score", detector, tmp_path / "images", "--batch-size", 8, "--workers", "0", "-o"]
+    command(*arguments, tmp_path / "whole.csv")
+    journal = tmp_path / ".killed.csv.part"
+    command(*arguments, tmp_path / "killed.csv", kill_when=lambda: lines_in(journal) > 90)
+    assert not (tmp_path / "killed.csv").exists()
+    assert "going on after" in command(*arguments, tmp_path / "killed.csv")
+    (known / "a" / "broken.png").unlink()
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not journal.exists()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def huge_png() -> bytes:
+    """Claim 50,000 x 50,000 pixels in a few hundred bytes."""
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 150_001))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_a_thousand_hostile_files(featnorm, detector, tmp_path):
+    place = tmp_path / "upload"
+    pictures(place, 30, 5)
+    whole = (place / "0000.png").read_bytes()
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+    hostile = [
+        lambda i: ("png", whole[: len(whole) * (i % 9) // 10]),
+        lambda i: ("jpg", b"\xff\xd8\xff\xe0" + os.urandom(50)),
+        lambda i: ("png", b""),
+        lambda i: ("png", huge_png()),
+        lambda i: ("png", b"PK\x03\x04" + zlib.compress(b"\0" * 10**6)),
+        lambda i: ("svg", svg),
+        lambda i: ("txt", b"notes"),
+        lambda i: ("gif", b"GIF89a" + os.urandom(20)),
+        lambda i: ("tif", b"II*\0" + os.urandom(40)),
+        lambda i: ("webp", b"RIFF\xff\xff\xff\xffWEBPVP8 " + os.urandom(30)),
+    ]
+    names = ["plain", "\u96ea", "\u202egnp", "a b", "[red]x", "\u00e9", "'quote\"", "-o"]
+    for i in range(1000):
+        ending, data = hostile[i % len(hostile)](i)
+        (place / f"{names[i % len(names)]}{i}.{ending}").write_bytes(data)
+    status, printed, _ = featnorm("score", detector, place, "-o", "t.csv", "--workers", "0")
+    assert status == 0
+    rows = rows_of(tmp_path / "t.csv")
+    assert len(rows) == 1030
+    refused = {row["path"] for row in rows if row["error"]}
+    assert refused == {str(file) for file in place.iterdir() if len(file.stem) != 4 or not file.stem.isdigit()}
+    assert all(row["score"] for row in rows if row["path"] not in refused)
+    assert "skipped 1000 unreadable image(s)" in printed
+    assert "and 990 more" in printed
+
+
+def test_what_is_refused(featnorm, detector, known, tmp_path):
+    for arguments, words in {
+        ("fit", "nowhere"): "cannot find 'nowhere'",
+        ("fit", str(known), "--targets", "some"): "--targets is one of",
+        ("fit", str(known), "--detector", "NOPE"): "no detector 'NOPE'",
+        ("fit", str(known), "-o", "none/d.featnorm"): "no folder none",
+        ("score", "nothing.featnorm", str(known)): "there is no detector file",
+        ("score", str(known / "a" / "0000.png"), str(known)): "not a featnorm detector file",
+        ("score", str(detector), "nowhere"): "cannot find 'nowhere'",
+        ("score", str(detector), str(known), "-o", "t.xlsx"): "must end in .csv, .jsonl, .parquet",
+    }.items():
+        status, _, error = featnorm(*arguments)
+        assert status == 2
+        assert words in error, (arguments, error)
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
