@@ -36,10 +36,10 @@ LEAST_IMAGES = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
 # Of the paper's heads on frozen backbones (D.4).
 RECIPE = PRESETS["D.4"]
+CLUSTER_SIZE = 10
 TEMPERATURE = 0.2
 # A recipe counts epochs, and what a head needs is steps: with few images there are few in an epoch.
 _LEAST_STEPS = 200
-_CLUSTER_SIZE = 10
 _MOST_CLUSTERS = 1000
 _ROWS = 8192
 # Features whose deviation is below this share of the mean one carry nothing but noise.
@@ -117,7 +117,8 @@ def fit_images(
     detector = KLUniform() if detector is None else detector
     device = torch.device("cpu") if fabric is None else fabric.device
     backbone = backbone_of(loaded).to(device).eval().to(memory_format=torch.channels_last)
-    known = _features(source, loaded, backbone, cache, batch_size, workers, fabric, progress)
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
+    known = backbone_features(source, loaded, backbone, cache=cache, fabric=fabric, progress=progress, **reading)
     if len(known.rows) < LEAST_IMAGES:
         raise DataError(
             f"{source.title} has {len(known.rows)} readable images: at least {LEAST_IMAGES} are needed, of which "
@@ -138,9 +139,7 @@ def fit_images(
                 detector.partial_fit(features)
     scorer = Scorer(nn.Sequential(backbone, head), detector)
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
-    images = image_loader(
-        chosen, loaded.transform, batch_size=batch_size, workers=workers, on_corrupt=lambda *_: None
-    )
+    images = image_loader(chosen, loaded.transform, on_corrupt=lambda *_: None, **reading)
     scorer.tap.watch(next(iter(images)).images)
     parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
     if detector.needs_inputs:
@@ -204,16 +203,21 @@ def head_features(head: ProjectionHead, values: Tensor) -> Features:
     return FeatureTap(head)(values).replace(pooled=values, source=None)
 
 
-def cluster(values: Tensor, seed: int = 0) -> Tensor:
-    """Return labels (n,) for features (n, D) without any: their k-means cluster by cosine, ten inputs each.
+def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tensor:
+    """Return labels (n,) for features (n, D) without any: their k-means cluster, by cosine.
 
-    Of 20, 62, 200 and 380 clusters of 3,815 images, and of each image for itself, this many told the classes that
-    were held out best from those that were not. Beyond 10,000 inputs clusters grow, for the time they take.
+    Parameters
+    ----------
+    values : features (n, D).
+    seed : of the first centres.
+    size
+        Inputs a cluster, on average; more where there would be over a thousand clusters, for the time they take.
+        The default told classes best that the head was not trained on (docs/results/own-images.md).
     """
     from sklearn.cluster import KMeans
 
     directions = nn.functional.normalize(values).numpy()
-    k = min(max(2, len(values) // _CLUSTER_SIZE), _MOST_CLUSTERS)
+    k = min(max(2, len(values) // size), _MOST_CLUSTERS)
     assigned = KMeans(k, n_init=1, max_iter=25, random_state=seed).fit_predict(directions)
     return torch.from_numpy(np.unique(assigned, return_inverse=True)[1])
 
@@ -239,16 +243,31 @@ def _labels(
     return torch.tensor([-1 if label is None else numbers.get(label, -1) for label in given]), called
 
 
-def _features(
+def backbone_features(
     source: ImageSource,
     loaded: LoadedModel,
     backbone: nn.Module,
-    folder: str | Path | None,
-    batch_size: int,
-    workers: int | None,
-    fabric: Any,
-    progress: bool | None,
+    *,
+    cache: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    fabric: Any = None,
+    progress: bool | None = None,
 ) -> CachedFeatures:
+    """Return what a backbone says of images, from its `FeatureCache`.
+
+    Parameters
+    ----------
+    source : the images.
+    loaded : whose transform it is, and whose name errors give.
+    backbone : on its device, in eval mode.
+    cache, batch_size, workers, fabric, progress : see `fit_images`.
+
+    Raises
+    ------
+    DataError
+        As `FeatureCache.features`; or the transform gives something else every time.
+    """
     precision = "32-true" if fabric is None else fabric.strategy.precision.precision
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
 
@@ -264,8 +283,8 @@ def _features(
         "precision": precision,
         "pillow": PIL.__version__,
     }
-    cache = FeatureCache(folder or DEFAULT_CACHE, json.dumps(key))
-    return cache.features(source, loaded.transform, ask, batch_size=batch_size, workers=workers, progress=progress)
+    store = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key))
+    return store.features(source, loaded.transform, ask, batch_size=batch_size, workers=workers, progress=progress)
 
 
 def _transform_digest(loaded: LoadedModel) -> str:

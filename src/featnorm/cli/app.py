@@ -236,7 +236,10 @@ def inspect(
 def reproduce(
     name: Annotated[
         str,
-        typer.Argument(help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`."),
+        typer.Argument(
+            help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`; of `featnorm "
+            "fit`: `own-images`."
+        ),
     ],
     scale: Annotated[
         str, typer.Option(help="`paper`: its protocol, to the letter. `laptop`: what two cores do.")

@@ -8,14 +8,14 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, theory
+from featnorm.protocols import cifar10, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 
 
 def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
-    every = (*cifar10.TABLES, *theory.FIGURES)
+    every = (*cifar10.TABLES, *theory.FIGURES, "own-images")
     if name not in every:
         raise ValueError(f"there is no {name!r} to reproduce: choose one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
@@ -26,6 +26,8 @@ def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, p
     facts = {"device": f"{fabric.device}, {precision}", **environment()}
     if name in cifar10.TABLES:
         _table(name, scale, data_root, out, fabric, facts)
+    elif name == "own-images":
+        _own_images(data_root, out, fabric, facts)
     else:
         _figure(name, scale, data_root, out, fabric, facts)
     console.print(f"Wrote {out / name}.md.", soft_wrap=True)
@@ -46,6 +48,16 @@ def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any
     if name == "figure7":
         (out / "figure7.svg").write_text(width_figure(results), encoding="utf-8")
     _print(table)
+
+
+def _own_images(data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
+    result = own_images.run(data_root, fabric=fabric, environment=facts)
+    made = own_images.tables(result)
+    (out / "own-images.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(table.markdown() for table in made.values())
+    (out / "own-images.md").write_text(text, encoding="utf-8")
+    for table in made.values():
+        _print(table)
 
 
 def _figure(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:

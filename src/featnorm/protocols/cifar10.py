@@ -336,8 +336,8 @@ def score(
     )
     return {
         "accuracy": evaluation.accuracy,
-        "scores": _percentages(evaluation),
-        "pooled": _percentages(pooled),
+        "scores": percentages(evaluation),
+        "pooled": percentages(pooled),
         "left_out": evaluation.left_out,
         "inactive": {name: _inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
@@ -370,7 +370,8 @@ def _inactive(batches: Iterable[Features]) -> float:
     return float(torch.cat(off).mean())
 
 
-def _percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+def percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Return AUROC and FPR95 in percent, by detector and OOD set."""
     return {
         outcome.detector: {
             name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.measures.items()

@@ -83,9 +83,9 @@ def _table3(results: Sequence[Result]) -> Table:
     rows = []
     for name in names:
         theirs = paper["rows"].get(name, {})
-        row = [name, _cell([mean_pair(result, name) for result in results]), _printed(theirs.get("Average"))]
+        row = [name, cell([mean_pair(result, name) for result in results]), _printed(theirs.get("Average"))]
         for set_name in sets:
-            ours = _cell([result["scores"][name][set_name] for result in results])
+            ours = cell([result["scores"][name][set_name] for result in results])
             row.append(ours + (f" ({_printed(theirs[set_name])})" if set_name in theirs else ""))
         rows.append(row)
     shared = [set_name for set_name in sets if any(set_name in row for row in paper["rows"].values())]
@@ -107,7 +107,7 @@ def _simple(table: str, title: str, detectors: Sequence[str]) -> Callable[[Seque
         for detector in detectors:
             theirs = numbers("cifar10")[table]["rows"].get(detector)
             theirs = theirs.get("Average") if isinstance(theirs, dict) else theirs
-            ours = _cell([mean_pair(result, detector) for result in results])
+            ours = cell([mean_pair(result, detector) for result in results])
             rows.append([_LABELS[detector], ours, _printed(theirs)])
         return Table(f"{title}: AUROC ↑ / FPR95 ↓ in percent", ["Score", "Ours", "Paper"], rows, _notes(results))
 
@@ -152,7 +152,7 @@ def _ablation(title: str, first: list[str], rows: list[list[str]], results: Sequ
 def _norms(result: Result, part: str, theirs: Mapping[str, _Pair]) -> list[str]:
     cells = []
     for detector in _NORMS:
-        cells += [_cell([mean_pair(result, detector, part)]), _printed(theirs.get(detector))]
+        cells += [cell([mean_pair(result, detector, part)]), _printed(theirs.get(detector))]
     return cells
 
 
@@ -167,7 +167,7 @@ _MAKERS: dict[str, Callable[[Sequence[Result]], Table]] = {
 }
 
 
-def _cell(pairs: Sequence[_Pair]) -> str:
+def cell(pairs: Sequence[_Pair]) -> str:
     """AUROC / FPR95, each with its deviation over the runs where there are several."""
     texts = []
     for values in zip(*pairs, strict=True):
