@@ -200,6 +200,14 @@ def test_a_thousand_hostile_files(featnorm, detector, tmp_path):
     assert "and 990 more" in printed
 
 
+def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_path):
+    status, printed, _ = featnorm("export", detector, "-o", "d.onnx")
+    assert status == 0
+    for words in ("Wrote d.onnx", "images (n, 3, 32, 32) float32", "logits, score, p_value, is_id", "differ from"):
+        assert words in printed
+    assert (tmp_path / "d.onnx").stat().st_size > 1e6
+
+
 def test_what_is_refused(featnorm, detector, known, tmp_path):
     for arguments, words in {
         ("fit", "nowhere"): "cannot find 'nowhere'",
@@ -208,6 +216,8 @@ def test_what_is_refused(featnorm, detector, known, tmp_path):
         ("fit", str(known), "-o", "none/d.featnorm"): "no folder none",
         ("score", "nothing.featnorm", str(known)): "there is no detector file",
         ("score", str(known / "a" / "0000.png"), str(known)): "not a featnorm detector file",
+        ("export", "nothing.featnorm"): "there is no detector file",
+        ("export", str(detector), "-o", "none/d.onnx"): "no folder none",
         ("score", str(detector), "nowhere"): "cannot find 'nowhere'",
         ("score", str(detector), str(known), "-o", "t.xlsx"): "must end in .csv, .jsonl, .parquet",
     }.items():

@@ -70,6 +70,9 @@ class Features:
     source: Source | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        # In a graph that is being traced the number of inputs is no number yet.
+        if torch.compiler.is_compiling():
+            return
         sizes = {}
         for name, value in self.fields():
             if not isinstance(value, Tensor):

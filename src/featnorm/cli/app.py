@@ -26,6 +26,9 @@ _DATA = (
 Model = Annotated[
     str, typer.Option(help="The model: `timm:NAME`, `torchvision:NAME` or `featnorm:cifar10-resnet18`.")
 ]
+UsersModel = Annotated[
+    str | None, typer.Option(help="`MODULE:FUNCTION`, again, of a detector that was fitted on a model of yours.")
+]
 Weights = Annotated[
     Path | None, typer.Option(help="Local weights (.pth, .safetensors); the library's own without it.")
 ]
@@ -187,10 +190,7 @@ def score(
             "--out", "-o", help="A .csv, .jsonl or .parquet file for a row an image; the terminal without it."
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="`MODULE:FUNCTION`, again, of a detector that was fitted on a model of yours."),
-    ] = None,
+    model: UsersModel = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
@@ -216,6 +216,18 @@ def score(
             workers=workers,
         )
     )
+
+
+@app.command()
+def export(
+    detector: Annotated[Path, typer.Argument(help="A file that `featnorm fit` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("detector.onnx"),
+    model: UsersModel = None,
+) -> None:
+    """Write one ONNX graph from image tensor to logits, score, p-value and verdict, and check it."""
+    from featnorm.cli.export import run
+
+    run(detector, out, model)
 
 
 @app.command()

@@ -71,6 +71,11 @@ class ImageScorer:
     class_names: list[str] | None = None
     facts: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Channels, height and width of what the transform makes of a photograph."""
+        return tuple(self.transform(Image.new("RGB", (256, 256))).shape)
+
     def stream(
         self,
         source: ImageSource,

@@ -151,7 +151,7 @@ class Detector(nn.Module, ABC):
 
     def require_fitted(self) -> None:
         """Raise a NotFittedError if the score needs something that was not learned yet."""
-        if not self.is_fitted:
+        if not torch.compiler.is_compiling() and not self.is_fitted:
             raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
 
     def validate(self) -> None:
@@ -214,6 +214,9 @@ class Detector(nn.Module, ABC):
                 module._derived = None
 
     def _require(self, features: Features, names: tuple[str, ...]) -> None:
+        # A graph that is being traced has no values to look at.
+        if torch.compiler.is_compiling():
+            return
         if not isinstance(features, Features):
             raise TypeError(
                 f"{self!r} takes Features, got {type(features).__name__}: wrap tensors in "
@@ -247,7 +250,7 @@ class Detector(nn.Module, ABC):
 
 
 def _require_finite(name: str, value: Tensor) -> None:
-    if not value.is_floating_point() or torch.compiler.is_compiling():
+    if not value.is_floating_point():
         return
     # The sum tells in one read without a temporary; only when it is not finite is the culprit looked for.
     if torch.isfinite(value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32))):

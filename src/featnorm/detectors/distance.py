@@ -24,7 +24,7 @@ class _Gaussians(NamedTuple):
     def nearest(self, z: Tensor) -> Tensor:
         """Return the squared distance of each row to the nearest mean, (n,) float64."""
         z = (z.double() - self.origin) / self.scale
-        nearest = z.new_full((len(z),), torch.inf)
+        nearest = z.new_full((z.shape[0],), torch.inf)
         for factor, centres in zip(self.factors, self.centres, strict=True):
             white = z @ factor
             # ||w - c||^2 expanded, so that no (n, C, r) tensor is made.
@@ -223,19 +223,31 @@ class KNN(Detector):
         return self.bank.rows.cpu().numpy()
 
     def _score(self, features: Features) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.bank.width)
+        if self.bank.rows.shape[0] < self.k:
+            raise ValueError(
+                f"{self!r} has only {len(self.bank.rows)} inputs in its bank: fit on more, or lower k"
+            )
+        queries = unit_rows(pooled.detach()).float()
+        # faiss has no place in a graph that is traced, and the search is exact either way.
+        squared = self._traced(queries) if torch.compiler.is_compiling() else self._searched(queries)
+        # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
+        squared = squared.clamp_min(0).to(pooled.device)
+        return -(squared if self.squared else squared.sqrt())
+
+    def _searched(self, queries: Tensor) -> Tensor:
         import faiss
 
-        self._same_width("pooled", features.tensor("pooled"), self.bank.width)
-        bank = self._learned()
-        if len(bank) < self.k:
-            raise ValueError(f"{self!r} has only {len(bank)} inputs in its bank: fit on more, or lower k")
-        queries = unit_rows(features.tensor("pooled").detach()).float().cpu().contiguous()
         if len(queries) == 0:
-            return features.tensor("pooled").new_empty(0)
-        squared = torch.from_numpy(faiss.knn(queries.numpy(), bank, self.k)[0][:, -1].copy())
-        # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
-        squared = squared.clamp_min(0).to(features.tensor("pooled").device)
-        return -(squared if self.squared else squared.sqrt())
+            return queries.new_empty(0)
+        found = faiss.knn(queries.cpu().contiguous().numpy(), self._learned(), self.k)[0]
+        return torch.from_numpy(found[:, -1].copy())
+
+    def _traced(self, queries: Tensor) -> Tensor:
+        bank = self.bank.rows.float()
+        products = torch.addmm(bank.square().sum(1), queries, bank.T, alpha=-2)
+        return products.topk(self.k, largest=False).values[:, -1] + queries.square().sum(1)
 
 
 def _require_labels(detector: Detector, labels: Tensor) -> None:

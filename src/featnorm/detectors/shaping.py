@@ -101,7 +101,9 @@ def _clipped_fields(features: Features) -> set[str]:
     """Return the names under which the clipped layer is there: it may be the pooled feature too."""
     name = _clipped_field(features)
     clipped, pooled = features.tensor(name), features.pooled
-    same = pooled is clipped or (pooled is not None and torch.equal(pooled, clipped))
+    same = pooled is clipped
+    if pooled is not None and not same and not torch.compiler.is_compiling():
+        same = torch.equal(pooled, clipped)
     return {name, "pooled"} if same else {name}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import paint
 from torch import nn
 
 import featnorm as fn
@@ -14,38 +15,6 @@ from featnorm import archive, fitting
 from featnorm.data import DataError, SlicedImages, open_images
 from featnorm.deploy import ImageScorer
 from featnorm.models import ModelError, create_model
-
-BACKBONE = "featnorm:cifar10-resnet18"
-
-
-def paint(file: Path, hue: int, random: np.random.Generator) -> None:
-    """Write a picture of one of four colours, in noise."""
-    pixels = random.integers(0, 60, (32, 32, 3))
-    pixels[:, :, :] += np.array([[180, 0, 0], [0, 180, 0], [0, 0, 180], [150, 150, 0]])[hue]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(file)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """240 pictures of four classes; one is corrupt, and one is there twice."""
-    folder = tmp_path_factory.mktemp("own")
-    random = np.random.default_rng(0)
-    for i in range(240):
-        paint(folder / "abcd"[i % 4] / f"{i:03}.png", i % 4, random)
-    (folder / "a" / "000.png").write_bytes(b"broken")
-    (folder / "b" / "copy.png").write_bytes((folder / "b" / "001.png").read_bytes())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return create_model(BACKBONE)
 
 
 def fit(folder, loaded, cache, **options):

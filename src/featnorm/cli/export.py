@@ -1,0 +1,18 @@
+"""``featnorm export``: a fitted detector as one ONNX graph."""
+
+from pathlib import Path
+
+from featnorm.cli.show import console
+from featnorm.deploy import ImageScorer, export_onnx
+from featnorm.deploy.export import OUTPUTS
+
+
+def run(detector: Path, out: Path, model: str | None) -> None:
+    """Write the graph, and say what goes in and comes out."""
+    scorer = ImageScorer.load(detector, model=model)
+    difference = export_onnx(scorer, out)
+    shape = ", ".join(map(str, scorer.input_size))
+    console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
+    console.print(f"  in:  images (n, {shape}) float32, as the transform of {scorer.backbone} makes them")
+    console.print(f"  out: {', '.join(OUTPUTS)}")
+    console.print(f"Under onnxruntime scores differ from PyTorch's by {difference:.1e} of their size at most.")

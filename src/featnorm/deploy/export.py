@@ -1,0 +1,152 @@
+"""One ONNX graph from image tensor to verdict: `export_onnx`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featnorm._files import replacing
+from featnorm.data.images import first_line
+from featnorm.deploy.image_scorer import ImageScorer
+from featnorm.features import Features
+from featnorm.training import ProjectionHead
+
+OUTPUTS = ("logits", "score", "p_value", "is_id")
+# Rows to trace with: a size of 0 or 1 would be taken for a constant.
+_TRACED = 2
+# How far onnxruntime's scores may be from PyTorch's, as a share of their size.
+_TOLERANCE = 1e-4
+
+
+class ExportError(ValueError):
+    """A detector that no ONNX graph can hold, or a graph that does not score as the detector does."""
+
+
+class ScoringGraph(nn.Module):
+    """All that a calibrated `ImageScorer` computes, as one plain computation without a tap.
+
+    Parameters
+    ----------
+    scorer : a calibrated image scorer.
+
+    Raises
+    ------
+    ExportError
+        It is not calibrated, or its detector asks the model again.
+    """
+
+    scores: Tensor
+    threshold: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, scorer: ImageScorer) -> None:
+        super().__init__()
+        inner = scorer.scorer
+        if inner.detector.needs_inputs:
+            raise ExportError(
+                f"{inner.detector!r} cannot be exported: it asks the model again about changed inputs"
+            )
+        if inner.calibration is None:
+            raise ExportError("the scorer is not calibrated: a graph without a threshold gives no verdict")
+        model: Any = inner.model
+        self.backbone: nn.Module = model[0]
+        self.head: ProjectionHead = model[1]
+        self.detector = inner.detector
+        self.register_buffer("scores", inner.calibration.scores)
+        self.register_buffer("threshold", inner.calibration.threshold)
+        example = torch.zeros(1, *scorer.input_size, device=inner.tap.device)
+        classifier = inner.tap.listen(example, classifier=True).classifier
+        self.has_classifier = classifier is not None
+        if classifier is not None:
+            self.register_buffer("weight", classifier[0])
+            self.register_buffer("bias", classifier[1])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of images (n, c, h, w)."""
+        pooled = self.backbone(images)
+        activation = self.head.activation(self.head.hidden(pooled))
+        embedding = self.head.embedding(activation)
+        logits = self.head.classifier(embedding)
+        features = Features(
+            activation=activation,
+            pooled=pooled,
+            embedding=embedding,
+            logits=logits,
+            classifier=(self.weight, self.bias) if self.has_classifier else None,
+        )
+        score = self.detector.score(features)
+        exact = score.double()
+        at_most = (self.scores[None] <= exact[:, None]).sum(1)
+        p_value = (1 + at_most).double() / (len(self.scores) + 1)
+        return logits, score, p_value, exact >= self.threshold
+
+
+def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
+    """Write an ONNX graph, any batch size, and check it against PyTorch under onnxruntime.
+
+    Its input ``images`` is (n, c, h, w) float32, as the scorer's transform makes it; its outputs are `OUTPUTS`.
+    The names of the classes and what else is known of the detector are in its metadata.
+
+    Parameters
+    ----------
+    scorer : a calibrated image scorer, on the CPU.
+    path : the file.
+
+    Returns
+    -------
+    The largest difference of a score from PyTorch's, as a share of the scores' size.
+
+    Raises
+    ------
+    ExportError
+        The detector cannot be exported, or the graph's scores differ by more than 1e-4.
+    ImportError
+        ``featnorm[onnx]`` is not installed.
+    FileNotFoundError
+        There is no such folder.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error.name} is needed here: pip install '.[onnx]' in a checkout") from None
+    graph = ScoringGraph(scorer).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(_TRACED, *scorer.input_size, generator=generator)
+    with torch.no_grad():
+        graph(images)  # what a detector works out once a fit is no part of the graph
+        try:
+            program = torch.onnx.export(
+                graph,
+                (images,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=list(OUTPUTS),
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                verbose=False,
+            )
+        # The exporter wraps whatever fails on its way, and writes pages.
+        except Exception as error:
+            what = f"{scorer.scorer.detector!r} on {scorer.backbone}"
+            raise ExportError(f"{what} cannot be exported: {first_line(error.__cause__ or error)}") from error
+    assert program is not None
+    model = program.model_proto
+    facts = {"detector": repr(scorer.scorer.detector), "classes": scorer.class_names, **scorer.facts}
+    onnx.helper.set_model_props(model, {"featnorm": json.dumps(facts)})
+    with replacing(path) as temporary:
+        onnx.save(model, temporary)
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        difference = 0.0
+        for n in (1, 5):
+            images = torch.randn(n, *scorer.input_size, generator=generator)
+            found = dict(zip(OUTPUTS, session.run(None, {"images": images.numpy()}), strict=True))
+            score = scorer.scorer(images).score.double()
+            gap = (score - torch.from_numpy(found["score"]).double()).abs().max()
+            difference = max(difference, float(gap / score.abs().max().clamp(min=1e-12)))
+        if not difference <= _TOLERANCE:
+            raise ExportError(f"the graph's scores differ from PyTorch's by {difference:.1e} of their size")
+    return difference
