@@ -249,8 +249,8 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`; of `featnorm "
-            "fit`: `own-images`."
+            help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`; and "
+            "`own-images` and `head-study`, what its heads are worth elsewhere and what moves them."
         ),
     ],
     scale: Annotated[

@@ -8,14 +8,16 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, own_images, theory
+from featnorm.protocols import cifar10, head_study, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
+
+_Made = tuple[dict[str, Any], dict[str, Table]]
 
 
 def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
-    every = (*cifar10.TABLES, *theory.FIGURES, "own-images")
+    every = (*cifar10.TABLES, *theory.FIGURES, *_STUDIES)
     if name not in every:
         raise ValueError(f"there is no {name!r} to reproduce: choose one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
@@ -26,8 +28,8 @@ def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, p
     facts = {"device": f"{fabric.device}, {precision}", **environment()}
     if name in cifar10.TABLES:
         _table(name, scale, data_root, out, fabric, facts)
-    elif name == "own-images":
-        _own_images(data_root, out, fabric, facts)
+    elif name in _STUDIES:
+        _study(name, data_root, out, fabric, facts)
     else:
         _figure(name, scale, data_root, out, fabric, facts)
     console.print(f"Wrote {out / name}.md.", soft_wrap=True)
@@ -50,14 +52,26 @@ def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any
     _print(table)
 
 
-def _own_images(data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
-    result = own_images.run(data_root, fabric=fabric, environment=facts)
-    made = own_images.tables(result)
-    (out / "own-images.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def _study(name: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
+    result, made = _STUDIES[name](data_root, fabric, facts)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(table.markdown() for table in made.values())
-    (out / "own-images.md").write_text(text, encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
     for table in made.values():
         _print(table)
+
+
+def _own_images(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
+    result = own_images.run(data_root, fabric=fabric, environment=facts)
+    return result, own_images.tables(result)
+
+
+def _head_study(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
+    result = head_study.run(cifar10.load_images(data_root), environment=facts)
+    return result, head_study.tables(result)
+
+
+_STUDIES = {"own-images": _own_images, "head-study": _head_study}
 
 
 def _figure(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:

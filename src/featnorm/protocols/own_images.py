@@ -84,7 +84,7 @@ def run(
         The data cannot be had.
     """
     loaded = create_model(DEFAULT_MODEL)
-    classifier: nn.Module = loaded.model.classifier  # type: ignore[assignment]
+    classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
     backbone = cut_classifier(loaded.model)[0].to(fabric.device).eval().to(memory_format=torch.channels_last)
 
     def fold(spec: str, classes: int | None = None) -> _Fold:
@@ -128,32 +128,34 @@ def run(
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:
-    """Return the tables of a result of `run`, by name: "heads" and "targets"."""
+    """Return the tables of a result of `run`, by name: one a head, and "targets"."""
     sizes = ", ".join(f"{size} {name}" for name, size in result["sizes"].items())
     facts = [f"images: {sizes}", *(f"{name}: {value}" for name, value in result["environment"].items())]
-    heads = result["heads"]
-    sets = list(heads["labels"][0]["scores"]["NAN()"])
-    rows = []
-    for detector in heads["labels"][0]["scores"]:
-        row = [detector]
-        for runs in heads.values():
-            known = [entry["scores"].get(detector) for entry in runs]
-            row += ["–"] * len(sets) if None in known else [cell([pair[name] for pair in known]) for name in sets]
-        rows.append(row)
-    notes = [
-        f"head on {name}: {_mean([entry['seconds'] for entry in runs])} s to train"
-        for name, runs in heads.items()
-        if name != "no head"
-    ]
-    right = _mean([100 * entry["accuracy"] for entry in heads["labels"]])
-    notes.append(f"the head on labels is right on {right} % of known images")
-    notes += [
-        f"known images refused at 95 %, {name}: {_mean([100 * share for share in shares])} %"
-        for name, shares in result["refused"].items()
-    ]
-    title = "AUROC ↑ / FPR95 ↓ in percent, EfficientNet-Lite0 without a head and with one"
-    headers = ["Detector", *(f"{head}: {name}" for head in heads for name in sets)]
-    found = {"heads": Table(title, headers, rows, [f"{SEEDS} heads, mean ± standard deviation", *notes, *facts])}
+    found = {}
+    for head, runs in result["heads"].items():
+        notes = list(facts)
+        if head in result["refused"]:
+            seconds = _mean([entry["seconds"] for entry in runs])
+            refused = _mean([100 * share for share in result["refused"][head]])
+            notes = [
+                f"{len(runs)} heads, mean ± standard deviation; {seconds} s to train one",
+                f"of known images {refused} % are refused at 95 %",
+                *facts,
+            ]
+        if head == "labels":
+            notes.insert(0, f"right on {_mean([100 * entry['accuracy'] for entry in runs])} % of known images")
+        rows = []
+        for detector, scores in runs[0]["scores"].items():
+            pairs = [[entry["scores"][detector][name] for entry in runs] for name in scores]
+            means = [
+                [statistics.fmean(values) for values in zip(*run, strict=True)] for run in zip(*pairs, strict=True)
+            ]
+            rows.append([detector, cell(means), *map(cell, pairs)])
+        rows.sort(key=lambda row: -float(row[1].split()[0]))
+        called = "without a head" if head == "no head" else f"with a head on {head}"
+        title = f"EfficientNet-Lite0 {called}: AUROC ↑ / FPR95 ↓ in percent"
+        sets = list(next(iter(runs[0]["scores"].values())))
+        found[head.replace(" ", "-")] = Table(title, ["Detector", "Mean", *sets], rows, notes)
     detectors = list(next(iter(result["targets"].values()))[0])
     rows = [
         [name, *(_mean([run[detector] for run in runs]) for detector in detectors)]

@@ -1,0 +1,27 @@
+"""The pages of results show what the results hold."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "update_results.py"
+
+
+@pytest.fixture(scope="module")
+def update_results():
+    spec = importlib.util.spec_from_file_location("update_results", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cifar10", "own-images"])
+def test_the_published_tables_are_of_the_published_results(update_results, page):
+    assert list((update_results.RESULTS / page).glob("*.json"))
+    text = (update_results.RESULTS / f"{page}.md").read_text("utf-8")
+    assert update_results.render(page) == text, "run tools/update_results.py"
+
+
+def test_every_page_is_looked_at(update_results):
+    assert set(update_results.PAGES) == {"cifar10", "own-images"}
