@@ -16,6 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from featnorm.data import open_to_score
+from featnorm.deploy import ImageVerdict
+from featnorm.deploy.records import Journal, images_digest
+
 BACKBONE = ("--model", "featnorm:cifar10-resnet18", "--workers", "0")
 
 
@@ -77,7 +81,8 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     options = ["-o", "mine.featnorm", "--cache", "cache", "--detector", "KNN(k=3)/NAN", *BACKBONE]
     status, printed, _ = featnorm("fit", known, *options)
     assert status == 0
-    for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images", "refuse 5.0%",
+    for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images",
+                  "refuse 5.0% at most",
                   "featnorm score mine.featnorm IMAGES", "Asked the backbone for 300"):  # fmt: skip
         assert words in printed
     assert (tmp_path / "mine.featnorm").stat().st_size > 1e6
@@ -208,6 +213,35 @@ def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_pa
     assert (tmp_path / "d.onnx").stat().st_size > 1e6
 
 
+def test_a_journal_is_of_these_images_and_one_process(tmp_path):
+    row = ImageVerdict("a", 1.0, 0.5, True, None, None)
+    first = Journal(tmp_path / "t.csv", {"images": "x"}, 1)
+    first.add([row])
+    with pytest.raises(ValueError, match="another process is writing"):
+        Journal(tmp_path / "t.csv", {"images": "x"}, 1)
+    first._lock.release()
+    assert Journal(tmp_path / "t.csv", {"images": "x"}, 1).done == 1
+
+
+def test_a_changed_image_is_another(tmp_path):
+    folder = pictures(tmp_path / "p", 3, 0)
+    before = images_digest(open_to_score([str(folder)]))
+    assert images_digest(open_to_score([str(folder)])) == before
+    os.utime(folder / "0001.png", ns=(1, 1))
+    assert images_digest(open_to_score([str(folder)])) != before
+
+
+def test_rows_of_two_tables_are_told_apart(shared_data):
+    source = open_to_score(["tiny_imagenet:val[:2]", "ood32/mnist[:2]"], root=shared_data)
+    assert len({source.name(i) for i in range(4)}) == len({source.identity(i) for i in range(4)}) == 4
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    folder = pictures(tmp_path / "p", 2, 0)
+    os.mkfifo(folder / "pipe")
+    assert len(open_to_score([str(folder)])) == 2
+
+
 def test_what_is_refused(featnorm, detector, known, tmp_path):
     for arguments, words in {
         ("fit", "nowhere"): "cannot find 'nowhere'",
@@ -220,6 +254,15 @@ def test_what_is_refused(featnorm, detector, known, tmp_path):
         ("export", str(detector), "-o", "none/d.onnx"): "no folder none",
         ("score", str(detector), "nowhere"): "cannot find 'nowhere'",
         ("score", str(detector), str(known), "-o", "t.xlsx"): "must end in .csv, .jsonl, .parquet",
+        (
+            "score",
+            str(detector),
+            str(known),
+            "-o",
+            str(known / "a" / "t.csv"),
+        ): "would write over or into what is read",
+        ("export", str(detector), "-o", str(detector)): "would write over or into what is read",
+        ("fit", str(known), "-o", str(known)): "is a folder: name a file",
     }.items():
         status, _, error = featnorm(*arguments)
         assert status == 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featnorm._files import replacing
 
-FORMAT = 1
+FORMAT = 2
 
 
 class ArchiveError(ValueError):
@@ -52,10 +52,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"it is of format {version!r}")
         if not isinstance(header["model"], dict):
             raise ValueError("it names no model")
-        if version <= FORMAT and header.pop("sha256") != _checksum(tensors, header):
+        if version == FORMAT and header.pop("sha256") != _checksum(tensors, header):
             raise ValueError("its content is not what was written")
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
+    if version < FORMAT:
+        raise ArchiveError(f"{path} is of format {version}, of an older featnorm: save it again with this one")
     if version > FORMAT:
         raise ArchiveError(
             f"{path} is of format {version}, and this featnorm reads up to {FORMAT}: install a newer featnorm"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._checks import check_share
 from featnorm.calibration import Calibration
 from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, SlicedImages, image_loader
 from featnorm.deploy import ImageScorer
@@ -87,8 +88,8 @@ def fit_images(
 ) -> Fitted:
     """Learn what belongs to a set of images: train a head on a frozen backbone, fit a detector, calibrate it.
 
-    One image in five, chosen by its content, is held out for the calibration, so that copies of an image are
-    never on both sides. The head (paper C.1) is trained on the others' features by the recipe of D.4, with class
+    Of copies of an image one is taken. One image in five, chosen by its content, is held out for the calibration.
+    The head (paper C.1) is trained on the others' features by the recipe of D.4, with class
     labels or, where there are none, with k-means clusters of the features for labels: any discriminative labels do
     whose classes hang together (paper sec. 4).
 
@@ -115,14 +116,28 @@ def fit_images(
         The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
     """
     detector = KLUniform() if detector is None else detector
+    check_share(tpr, "tpr")
+    if targets not in ("auto", "labels", "clusters"):
+        raise ValueError(f"there are no targets {targets!r}: use auto, labels or clusters")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
+    every = torch.arange(len(source))
+    if "labels" in detector.learns and _labels(source, every, every >= 0, targets)[0] is None:
+        raise DataError(
+            f"{detector!r} learns from labels, and {source.title} has none: put the images of each class in a "
+            "folder of its own, or choose another detector"
+        )
     device = torch.device("cpu") if fabric is None else fabric.device
-    backbone = backbone_of(loaded).to(device).eval().to(memory_format=torch.channels_last)
+    backbone, cut = backbone_of(loaded)
+    backbone = backbone.to(device).eval().to(memory_format=torch.channels_last)
+    notes = [*loaded.notes, "its classifier left out" if cut else "as it is"]
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     known = backbone_features(source, loaded, backbone, cache=cache, fabric=fabric, progress=progress, **reading)
+    known = _distinct(known)
     if len(known.rows) < LEAST_IMAGES:
         raise DataError(
-            f"{source.title} has {len(known.rows)} readable images: at least {LEAST_IMAGES} are needed, of which "
-            f"one in {HELD_OUT} is held out to calibrate on"
+            f"{source.title} has {len(known.rows)} readable images, copies not counted: at least {LEAST_IMAGES} "
+            f"are needed, of which one in {HELD_OUT} is held out to calibrate on"
         )
     apart = held_out(known.digests)
     Calibration(torch.zeros(int(apart.sum())), tpr)  # refuses too few of them, before the work
@@ -141,12 +156,14 @@ def fit_images(
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, on_corrupt=lambda *_: None, **reading)
     scorer.tap.watch(next(iter(images)).images)
-    parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
-    if detector.needs_inputs:
-        scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
-    else:
-        scores = torch.cat([scorer.detector.score(part) for part in parts])
-        scorer.calibration = Calibration(scores, tpr).to(device)
+    # As the images to come will be scored.
+    with nullcontext() if fabric is None else fabric.autocast():
+        parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
+        if detector.needs_inputs:
+            scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
+        else:
+            scores = torch.cat([scorer.detector.score(part) for part in parts])
+            scorer.calibration = Calibration(scores, tpr).to(device)
     accuracy = None
     if labels is not None:
         guesses = torch.cat([part.tensor("logits").argmax(1).cpu() for part in parts])
@@ -155,14 +172,22 @@ def fit_images(
     facts = {
         "images": f"{source.title}: {len(learning)} to learn from, {len(chosen)} held out to calibrate on",
         "head": f"trained on {int(wanted.max()) + 1} {kind}",
-        "backbone": loaded.name + "".join(f"; {note}" for note in loaded.notes),
+        "backbone": f"{loaded.name}, {learning.shape[1]} wide" + "".join(f"; {note}" for note in notes),
+        "precision": _precision(fabric),
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, facts)
     return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
 
 
+def _distinct(known: CachedFeatures) -> CachedFeatures:
+    """Leave out copies: they are no further draws of what images like these look like."""
+    first = sorted({digest: i for i, digest in reversed(list(enumerate(known.digests)))}.values())
+    digests = [known.digests[i] for i in first]
+    return replace(known, values=known.values[first], rows=known.rows[first], digests=digests)
+
+
 def held_out(digests: Sequence[bytes]) -> Tensor:
-    """Return which images to calibrate on, (n,) bool: one content in five, in the order of the digests."""
+    """Return which images to calibrate on, (n,) bool: every fifth content, in the order of the digests."""
     chosen = set(sorted(set(digests))[::HELD_OUT])
     return torch.tensor([digest in chosen for digest in digests])
 
@@ -268,7 +293,6 @@ def backbone_features(
     DataError
         As `FeatureCache.features`; or the transform gives something else every time.
     """
-    precision = "32-true" if fabric is None else fabric.strategy.precision.precision
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
@@ -279,19 +303,29 @@ def backbone_features(
 
     key = {
         "weights": archive.fingerprint(backbone)["sha256"],
-        "transform": _transform_digest(loaded),
-        "precision": precision,
+        "made of noise": _noise_digest(loaded, ask),
+        "precision": _precision(fabric),
         "pillow": PIL.__version__,
     }
     store = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key))
     return store.features(source, loaded.transform, ask, batch_size=batch_size, workers=workers, progress=progress)
 
 
-def _transform_digest(loaded: LoadedModel) -> str:
-    """Return what tells a transform from others: what it makes of two pictures."""
+def _precision(fabric: Any) -> str:
+    return "32-true" if fabric is None else str(fabric.strategy.precision.precision)
+
+
+def _noise_digest(loaded: LoadedModel, backbone: Callable[[Tensor], Tensor]) -> str:
+    """Return what tells a transform and a backbone's code from others: what they make of two pictures."""
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise), Image.fromarray(noise[:47, :61])]
     first, again = ([loaded.transform(picture) for picture in pictures] for _ in range(2))
     if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
         raise DataError(f"the transform of {loaded.name} is random: use the one of evaluation")
-    return hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in first)).hexdigest()
+    digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in first))
+    features = backbone(first[0][None])
+    if isinstance(features, Tensor):
+        # Coarsely, as the last bits may differ from run to run.
+        values = features.float().cpu()
+        digest.update(f"{tuple(values.shape)} {float(values.abs().mean()):.2g} {float(values.std()):.2g}".encode())
+    return digest.hexdigest()

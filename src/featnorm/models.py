@@ -157,6 +157,8 @@ def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
         raise ModelError(f"{spec} comes with its weights: it takes no weights and no num_classes")
     if spec == DEFAULT_MODEL:
         return _lite0() if pretrained else replace(create_model(_LITE0, pretrained=False), name=DEFAULT_MODEL)
+    if not pretrained:
+        raise ModelError(f"{spec} comes with its weights: it takes no pretrained=False")
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
@@ -201,14 +203,16 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
         f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to tensor"
     )
     try:
-        make = getattr(importlib.import_module(module), function)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModelError(
             f"cannot import {spec} ({error}): no such module from {here}, nor a library, "
             f"{', '.join(_LIBRARIES)} or {_OWN[:-1]}"
         ) from error
-    except AttributeError as error:
-        raise ModelError(f"{module} has no function {function}") from error
+    except Exception as error:
+        raise ModelError(f"importing {module} raised {type(error).__name__}: {first_line(error)}") from error
+    if not callable(make := getattr(imported, function, None)):
+        raise ModelError(f"{module} has no function {function}")
     try:
         made = make()
     # Whatever the user's code raises is theirs to read, with its traceback behind it.
@@ -221,7 +225,10 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     if weights is not None:
         path = Path(weights).expanduser()
         notes = _load(model, _read(path, _tensors(model).keys()), path, spec)
-    example = transform(Image.new("RGB", (256, 256)))
+    try:
+        example = transform(Image.new("RGB", (256, 256)))
+    except Exception as error:
+        raise ModelError(f"the transform of {spec} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(example, Tensor) or example.ndim != 3:
         raise ModelError(f"{what}; the transform gave no tensor (channels, height, width)")
     channels, height, width = example.shape

@@ -175,7 +175,10 @@ class Scorer(nn.Module):
         ArchiveError
             The file is damaged, of a later format, or was made for another model.
         """
-        return cls.from_content(*archive.read(path), model, path)
+        tensors, header = archive.read(path)
+        if "images" in header:
+            raise archive.ArchiveError(f"{path} holds its model too: read it by featnorm.ImageScorer.load(path)")
+        return cls.from_content(tensors, header, model, path)
 
     @classmethod
     def from_content(
@@ -184,11 +187,11 @@ class Scorer(nn.Module):
         """Make a scorer of what `content` returned, read from a file that errors name; see `load`."""
         try:
             detector = parse_detector(header["detector"])
-            # Besides the calibration, and a model that `ImageScorer` keeps, all is the detector's, or an error.
+            # Besides the calibration all is the detector's, or an error.
             state = {
                 name.removeprefix("detector."): value
                 for name, value in tensors.items()
-                if name != "calibration.scores" and not name.startswith("model.")
+                if name != "calibration.scores"
             }
             detector.load_state_dict(state)
             detector.validate()

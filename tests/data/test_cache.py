@@ -116,6 +116,26 @@ def test_a_changed_image_is_seen_and_a_moved_one_is_known(folder: Path, tmp_path
     assert 8 not in {round(7 * float(red)) for red in found.values[:, 0]}
 
 
+def test_what_could_not_be_read_is_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featnorm.data import images
+
+    def busy(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    cache = FeatureCache(tmp_path / "cache", "key")
+    source = open_images(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Image, "open", busy)
+        with pytest.raises(DataError, match="Too many open files"):
+            ask(cache, source, Backbone())
+    assert 8 in ask(cache, source, Backbone()).rows
+    lines = (cache.folder / "index.jsonl").read_text()
+    ask(cache, source, Backbone())
+    assert (cache.folder / "index.jsonl").read_text() == lines
+
+
 def test_parquet_and_slices(shared_data: Path, tmp_path: Path) -> None:
     source = open_images("tiny_imagenet:val[:40]", root=shared_data)
     cache = FeatureCache(tmp_path, "key")
@@ -128,7 +148,7 @@ def test_parquet_and_slices(shared_data: Path, tmp_path: Path) -> None:
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     source = open_images(str(folder))
     cache = FeatureCache(tmp_path / "cache", "key")
-    with pytest.raises(DataError, match=r"returned \(2, 3, 4, 5\) for 2 images"):
+    with pytest.raises(DataError, match=r"returned \(2, 3, 4, 5\) for 2 images, not features"):
         cache.features(source, to_tensor, lambda images: images, batch_size=BATCH, progress=False)
     with pytest.raises(DataError, match=r"feature of .*00.png is not finite"):
         cache.features(source, to_tensor, lambda x: x.mean((2, 3)).log() - torch.inf, batch_size=BATCH)

@@ -29,7 +29,7 @@ def noise(n, seed=1):
 @pytest.mark.parametrize("detector", ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())"])
 def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
     fitted = fit(folder, loaded, cache, targets=targets, detector=fn.parse_detector(detector))
-    assert (fitted.trained, fitted.held_out) == (191, 49)  # the copies are both held out
+    assert (fitted.trained, fitted.held_out) == (191, 48)  # without the corrupt one and the copy
     assert [Path(name).name for name, _ in fitted.corrupt] == ["000.png"]
     assert (fitted.accuracy is None) == (targets == "clusters")
     if fitted.accuracy is not None:
@@ -59,6 +59,7 @@ def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cac
     fitted = fit(folder, loaded, cache, detector=detector)
     source = open_images(str(folder))
     rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
+    rows = [i for i in rows if "copy" not in source.name(i)]
     apart = fitting.held_out([source.digest(i) for i in rows])
     images = torch.stack([loaded.transform(source.image(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
     scores = fitted.scorer.scorer(images).score.double().sort().values
@@ -121,21 +122,39 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
         "    return nn.Sequential(*layers), v2.Compose([v2.ToImage(), v2.Resize((16, 16)), scale])\n"
         "def only(): return nn.Flatten()\n"
         "def fails(): raise KeyError('no file')\n"
+        "def bad(): return nn.Flatten(), lambda image: 1 / 0\n"
+        "def pairs():\n"
+        "    model, transform = make()\n"
+        "    model.append(nn.Identity())\n"
+        "    model.forward = lambda x: (x, x)\n"
+        "    return model, transform\n"
+        "def other():\n"
+        "    model, transform = make()\n"
+        "    return nn.Sequential(*model[:2], nn.AdaptiveMaxPool2d(1), nn.Flatten()), transform\n"
     )
+    (tmp_path / "broken.py").write_text("raise AttributeError('inside')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     own = create_model("mymodel:make")
     assert own.input_size == (3, 16, 16)
     fitted = fit(folder, own, cache)
     fitted.scorer.save("d.featnorm")
-    with pytest.raises(ModelError, match="mymodel:make: name it again"):
+    with pytest.raises(ModelError, match="mymodel:make: opening a file imports nothing"):
         ImageScorer.load("d.featnorm")
     again = ImageScorer.load("d.featnorm", model="mymodel:make")
     images = torch.rand(3, 3, 16, 16)
     assert torch.equal(again.scorer(images).score, fitted.scorer.scorer(images).score)
+    # The same weights, computed with otherwise: neither the cache nor the file takes one for the other.
+    assert fit(folder, create_model("mymodel:other"), cache).computed == 239
+    with pytest.raises(archive.ArchiveError, match="another model of mymodel:make"):
+        ImageScorer.load("d.featnorm", model="mymodel:other")
+    with pytest.raises(DataError, match="the backbone returned tuple"):
+        fit(folder, create_model("mymodel:pairs"), cache)
     for spec, words in {
         "mymodel:only": "got Flatten",
         "mymodel:fails": "raised KeyError",
+        "mymodel:bad": "the transform of mymodel:bad raised ZeroDivisionError",
+        "broken:make": "importing broken raised AttributeError: inside",
         "mymodel:none": "has no function none",
         "nowhere:make": "cannot import nowhere:make",
     }.items():
@@ -143,12 +162,32 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
             create_model(spec)
 
 
+def test_copies_are_no_further_images(loaded, cache, tmp_path):
+    random = np.random.default_rng(0)
+    for i in range(150):
+        paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
+    with pytest.raises(DataError, match="has 97 readable images, copies not counted"):
+        fit(tmp_path / "few", loaded, cache)
+
+
+def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
+    for words, options in {
+        "tpr": {"tpr": 1.0},
+        "no targets 'lables'": {"targets": "lables"},
+        "the seed must be": {"seed": -1},
+        "learns from labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            fit(folder, loaded, tmp_path / "unused", **options)
+    assert not (tmp_path / "unused").exists()
+
+
 def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_images(str(folder))
     few = SlicedImages(source, range(60), "few")
-    with pytest.raises(DataError, match=r"few has 59 readable images: at least 100"):
+    with pytest.raises(DataError, match=r"few has 59 readable images, copies not counted: at least 100"):
         fn.fit_images(few, loaded, cache=cache, progress=False)
-    with pytest.raises(ValueError, match="49 calibration scores are too few for tpr="):
+    with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
         fit(folder, loaded, cache, tpr=0.99)
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -178,6 +217,7 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
     refused("does not fit timm:test_resnet", backbone="timm:test_resnet")
     refused("does not fit", drop="model.1.hidden.weight")
     refused("damaged", drop="transform")
+    refused("damaged", backbone=5)
     refused("names 1 classes for 4 logits", classes=["a"])
     refused("damaged", head={"inputs": 3})
     archive.write(path, {**tensors, "transform": tensors["transform"] + 1}, header)

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from featnorm.cli.show import console
+from featnorm.cli.show import console, require_file_place
 from featnorm.deploy import ImageScorer, export_onnx
 from featnorm.deploy.export import OUTPUTS
 
 
 def run(detector: Path, out: Path, model: str | None) -> None:
     """Write the graph, and say what goes in and comes out."""
+    require_file_place(out, [detector])
     scorer = ImageScorer.load(detector, model=model)
     difference = export_onnx(scorer, out)
     shape = ", ".join(map(str, scorer.input_size))

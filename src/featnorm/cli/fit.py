@@ -1,16 +1,17 @@
 """``featnorm fit``: a detector of the user's own images, in one file."""
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from featnorm.cli.evaluate import fabric_of
-from featnorm.cli.show import console, print_skipped
+from featnorm.cli.show import console, print_skipped, require_file_place
 from featnorm.data import open_images
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
-from featnorm.models import create_model
+from featnorm.models import create_model, is_users
 
 _TARGETS = ("auto", "labels", "clusters")
 
@@ -39,8 +40,7 @@ def run(options: Options) -> None:
     """Fit, write the file, say what was learned and what comes next."""
     if options.targets not in _TARGETS:
         raise ValueError(f"--targets is one of {', '.join(_TARGETS)}, got {options.targets}")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to")
+    require_file_place(options.out, [Path(options.data)])
     began = time.perf_counter()
     detector = parse_detector(options.detector)
     source = open_images(options.data, root=options.data_root)
@@ -68,17 +68,19 @@ def run(options: Options) -> None:
     accuracy = (
         "" if fitted.accuracy is None else f", which it tells apart in {fitted.accuracy:.1%} of held-out images"
     )
+    console.print(f"Features of {facts['backbone']}.", soft_wrap=True)
     console.print(f"The head is {facts['head']}{accuracy}.", soft_wrap=True)
     calibration = fitted.scorer.scorer.calibration
     assert calibration is not None
     low, high = calibration.false_alarm_range()
     console.print(
-        f"{detector!r} is calibrated on {fitted.held_out} held-out images to refuse {1 - options.tpr:.1%} of "
-        f"images like these; with this draw of them it is {low:.1%} to {high:.1%}, with 90 % confidence.",
+        f"{detector!r} is calibrated on {fitted.held_out} held-out images to refuse {1 - options.tpr:.1%} at most "
+        f"of images like these; with this draw of them it is {low:.1%} to {high:.1%}, with 90 % confidence.",
         soft_wrap=True,
     )
     size = options.out.stat().st_size / 1e6
     console.print(
         f"Wrote {options.out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True
     )
-    console.print(f"  featnorm score {options.out} IMAGES", soft_wrap=True)
+    again = f" --model {options.model}" if is_users(options.model) else ""
+    console.print(f"  featnorm score {shlex.quote(str(options.out))} IMAGES{again}", soft_wrap=True)

@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from featnorm.cli.evaluate import fabric_of
-from featnorm.cli.show import SKIPPED_SHOWN, console, print_skipped
+from featnorm.cli.show import SKIPPED_SHOWN, console, print_skipped, require_file_place
 from featnorm.data import ImageSource, SlicedImages, open_to_score
 from featnorm.deploy import ImageScorer, ImageVerdict
-from featnorm.deploy.records import FORMATS, Journal, names_digest
+from featnorm.deploy.records import FORMATS, Journal, images_digest
 from featnorm.scorer import Scorer
 
 
@@ -73,12 +73,15 @@ def run(options: Options) -> None:
     """Judge the images; print or write a row each, and say how fast it went."""
     if options.out is not None and options.out.suffix not in FORMATS:
         raise ValueError(f"--out {options.out} must end in {', '.join(FORMATS)}")
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to")
+    if options.out is not None:
+        require_file_place(options.out, [options.detector, *map(Path, options.images)])
     fabric = fabric_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
     scorer.scorer = fabric.to_device(scorer.scorer)
     source = open_to_score(options.images, root=options.data_root)
+    fitted_in = scorer.facts.get("precision", options.precision)
+    if fitted_in != options.precision:
+        console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
     watch = _Watch(scorer.scorer)
     began = time.perf_counter()
     tally = _Tally()
@@ -128,7 +131,13 @@ def _write(
     assert options.out is not None
     with options.detector.open("rb") as file:
         detector = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = {"detector": detector, "precision": options.precision, "images": names_digest(source)}
+    settings = {
+        "detector": detector,
+        "model": options.model,
+        "device": options.device,
+        "precision": options.precision,
+        "images": images_digest(source),
+    }
     journal = Journal(options.out, settings, options.batch_size)
     if journal.done:
         console.print(f"going on after {journal.done} of {len(source)} images", style="dim")

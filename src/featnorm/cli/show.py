@@ -1,5 +1,6 @@
 """What the commands print, and what they say of the machine."""
 
+import os
 import platform
 import shlex
 import sys
@@ -61,6 +62,26 @@ def prepare_folder(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {out} is no folder that can be written to: {error.strerror}") from None
+
+
+def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
+    """See that a file can be written, before the work and not after it, and is none of what is read.
+
+    Raises
+    ------
+    ValueError
+        It cannot, or it is an input, or lies in a folder of them.
+    """
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"the folder {out.parent} cannot be written to")
+    place = out.resolve()
+    for path in inputs:
+        if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):
+            raise ValueError(f"--out {out} would write over or into what is read, {path}: choose another place")
 
 
 def environment() -> dict[str, str]:

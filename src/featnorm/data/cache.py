@@ -98,9 +98,10 @@ class FeatureCache:
                 known = len(state.places)
                 # Once each, in order: what a killed process has left begins at a whole batch.
                 first = {digest: row for row, digest in reversed(digests.items())}
-                missing = [
-                    row for row, digest in digests.items() if first[digest] == row and not state.knows(digest)
-                ]
+                wanted = [row for row, digest in digests.items() if first[digest] == row]
+                missing = [row for row in wanted if not state.knows(digests[row])]
+                # Last, those that could not be read before: what ailed them may have been the disk.
+                missing += [row for row in wanted if digests[row] in state.corrupt]
                 images = SlicedImages(source, missing, source.title)
                 loader = image_loader(
                     images,
@@ -166,6 +167,7 @@ class FeatureCache:
     def _append(
         self, state: "_State", values: Tensor | None, digests: list[bytes], corrupt: list[tuple[bytes, str]]
     ) -> None:
+        corrupt = [(digest, why) for digest, why in corrupt if state.corrupt.get(digest) != why]
         if not digests and not corrupt:
             return
         if values is not None:
@@ -201,6 +203,7 @@ class _State:
         self.width = width
         for digest in digests:
             self.places[digest] = len(self.places)
+            self.corrupt.pop(digest, None)
         self.corrupt.update(corrupt)
 
 
@@ -217,8 +220,9 @@ def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], 
 
 def _checked(values: Tensor, indices: Tensor, images: ImageSource) -> Tensor:
     """Return the features of a batch as float32 on the CPU."""
-    if values.ndim != 2 or len(values) != len(indices):
-        raise DataError(f"the backbone returned {tuple(values.shape)} for {len(indices)} images, not (n, D)")
+    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(indices):
+        what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise DataError(f"the backbone returned {what} for {len(indices)} images, not features (n, D)")
     values = values.float().cpu()
     if not torch.isfinite(values).all():
         row = int((~torch.isfinite(values)).any(1).nonzero()[0])

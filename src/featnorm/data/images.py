@@ -77,7 +77,11 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         A short name for tables, such as ``"textures"`` or ``"cifar10:train[:500]"``.
     class_names : list of str or None
         Name of every label, where the source knows them.
+    names_are_paths : bool
+        Whether `name` is the path of a file, which tells it from the images of other sources too.
     """
+
+    names_are_paths = False
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
@@ -126,6 +130,13 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         """
         return self._digest(self._checked(i))
 
+    def identity(self, i: int) -> str:
+        """Return what tells image `i` from others without its content being read: name, size, time of change."""
+        return self._identity(self._checked(i))
+
+    def _identity(self, i: int) -> str:
+        return self._name(i)
+
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.title} has {len(self)} images, and no image {i}")
@@ -162,6 +173,8 @@ class FolderImages(ImageSource):
         If there is no image.
     """
 
+    names_are_paths = True
+
     def __init__(self, folder: Path, title: str, *, every: bool = False) -> None:
         files = image_files(folder, every=every)
         if not files:
@@ -183,6 +196,9 @@ class FolderImages(ImageSource):
     def _name(self, i: int) -> str:
         return os.path.join(self._folder, self._files[i])
 
+    def _identity(self, i: int) -> str:
+        return file_identity(self._name(i))
+
     def _digest(self, i: int) -> bytes:
         return content_digest(self._name(i), self._name(i))
 
@@ -198,6 +214,8 @@ class ImageFiles(ImageSource):
         Name for tables.
     """
 
+    names_are_paths = True
+
     def __init__(self, files: Sequence[Path], title: str) -> None:
         super().__init__(title, [None] * len(files), None)
         self._files = [str(file) for file in files]
@@ -207,6 +225,9 @@ class ImageFiles(ImageSource):
 
     def _name(self, i: int) -> str:
         return self._files[i]
+
+    def _identity(self, i: int) -> str:
+        return file_identity(self._files[i])
 
     def _digest(self, i: int) -> bytes:
         return content_digest(self._files[i], self._files[i])
@@ -236,7 +257,11 @@ class JoinedImages(ImageSource):
 
     def _name(self, i: int) -> str:
         source, row = self._place(i)
-        return source.name(row)
+        return source.name(row) if source.names_are_paths else f"{source.title}: {source.name(row)}"
+
+    def _identity(self, i: int) -> str:
+        source, row = self._place(i)
+        return source.identity(row)
 
     def _digest(self, i: int) -> bytes:
         source, row = self._place(i)
@@ -292,6 +317,7 @@ class SlicedImages(ImageSource):
 
     def __init__(self, source: ImageSource, rows: Sequence[int], title: str) -> None:
         super().__init__(title, [source.label(row) for row in rows], source.class_names)
+        self.names_are_paths = source.names_are_paths
         self._source = source
         self._rows = rows
 
@@ -300,6 +326,9 @@ class SlicedImages(ImageSource):
 
     def _name(self, i: int) -> str:
         return self._source.name(self._rows[i])
+
+    def _identity(self, i: int) -> str:
+        return self._source.identity(self._rows[i])
 
     def _digest(self, i: int) -> bytes:
         return self._source.digest(self._rows[i])
@@ -312,7 +341,12 @@ def image_files(folder: Path, *, every: bool = False) -> list[Path]:
         # A link to a folder above would be followed for ever.
         here = Path(place).resolve()
         folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
-        found += [Path(place, n) for n in names if n[0] != "." and (every or n.lower().endswith(EXTENSIONS))]
+        found += [
+            Path(place, n)
+            for n in names
+            # A pipe or a device would be waited for.
+            if n[0] != "." and (os.path.isfile(here / n) if every else n.lower().endswith(EXTENSIONS))
+        ]
     return sorted(file.relative_to(folder) for file in found)
 
 
@@ -325,6 +359,15 @@ def decode(data: bytes | str | Path, name: str) -> Image.Image:
         If it cannot be read or decoded; it calls the image `name`.
     """
     return _decoded(lambda: Image.open(BytesIO(data) if isinstance(data, bytes) else data), name)
+
+
+def file_identity(path: str | Path) -> str:
+    """Return a file's name, size and time of change; its name alone where it is gone."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return str(path)
+    return f"{path} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def content_digest(data: bytes | str | Path, name: str) -> bytes:

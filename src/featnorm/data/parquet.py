@@ -15,6 +15,7 @@ from featnorm.data.images import (
     ImageSource,
     content_digest,
     decode,
+    file_identity,
     first_line,
     vision_module,
 )
@@ -63,6 +64,10 @@ class ParquetImages(ImageSource):
 
     def _digest(self, i: int) -> bytes:
         return content_digest(self._encoded(i), self._name(i))
+
+    def _identity(self, i: int) -> str:
+        file, _ = self._groups[bisect_right(self._ends, i)]
+        return f"{file_identity(self._files[file].resolve())} {i}"
 
     def _encoded(self, i: int) -> bytes | Path:
         """Return an image as the row holds it, or the file that it names."""

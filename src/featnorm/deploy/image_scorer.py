@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm.data import ImageSource, image_loader
-from featnorm.models import LoadedModel, ModelError, create_model, is_users
+from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, create_model, is_users
 from featnorm.scorer import Scorer
 from featnorm.training import ProjectionHead, cut_classifier
 
 _BLOCKS = 8
-# Of a value that was divided by a channel's deviation; libraries resize a little differently over the years.
+# As a share of the largest value; libraries resize a little differently over the years.
 _TOLERANCE = 0.05
 
 
@@ -148,7 +148,7 @@ class ImageScorer:
         if not (isinstance(model, nn.Sequential) and len(model) == 2 and isinstance(model[1], ProjectionHead)):
             raise TypeError("an ImageScorer holds Sequential(backbone, head), as featnorm.fit_images makes it")
         tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
-        tensors["transform"] = _impression(self.transform)
+        tensors["transform"], tensors["response"] = _impression(self.transform, model[0])
         header["images"] = {
             "backbone": self.backbone,
             "head": _settings(model[1]),
@@ -187,35 +187,54 @@ class ImageScorer:
             spec, head = kept["backbone"], ProjectionHead(**kept["head"])
             classes, facts = kept["classes"], kept["facts"]
             weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-            impression = tensors["transform"]
+            kept_impression = tensors["transform"], tensors["response"]
+            if not isinstance(spec, str) or not isinstance(facts, dict):
+                raise TypeError("it names no backbone, or its facts are none")
             if classes is not None and len(classes) != kept["head"]["classes"]:
                 raise ValueError(f"it names {len(classes)} classes for {kept['head']['classes']} logits")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise archive.ArchiveError(f"{path} is damaged: {error}") from None
         loaded = _architecture(spec, model, path)
-        network = nn.Sequential(backbone_of(loaded), head).to(memory_format=torch.channels_last)
+        network = nn.Sequential(backbone_of(loaded)[0], head).to(memory_format=torch.channels_last)
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
             raise archive.ArchiveError(f"{path} does not fit {loaded.name}: {error}") from None
-        rest = {name: value for name, value in tensors.items() if name != "transform"}
-        scorer = Scorer.from_content(rest, header, network.eval(), path)
-        made = _impression(loaded.transform)
-        if made.shape != impression.shape or (made - impression).abs().max() > _TOLERANCE:
-            raise archive.ArchiveError(
-                f"{path} was made with another transform of {spec} than is installed here: fit again"
-            )
+        own = {
+            name: value
+            for name, value in tensors.items()
+            if name.startswith("detector.") or name == "calibration.scores"
+        }
+        scorer = Scorer.from_content(own, header, network.eval(), path)
+        made = _impression(loaded.transform, network[0])
+        for what, new, old in zip(("transform", "model"), made, kept_impression, strict=True):
+            if new.shape != old.shape or (new - old).abs().max() > _TOLERANCE * old.abs().max().clamp(min=1e-6):
+                raise archive.ArchiveError(
+                    f"{path} was made with another {what} of {spec} than is installed here: fit again"
+                )
         return cls(spec, scorer, loaded.transform, classes, facts)
 
 
-def backbone_of(loaded: LoadedModel) -> nn.Module:
-    """Return a copy of a model without its classifier; a user's own that has none is taken to return features."""
+def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
+    """Return a copy of a model without its classifier, and whether it had one.
+
+    A user's own model that has none is taken to return features.
+
+    Raises
+    ------
+    ModelError
+        The classifier of a model of a library is not found.
+    """
     try:
-        return cut_classifier(loaded.model)[0]
-    except ValueError:
+        return cut_classifier(loaded.model)[0], True
+    except ValueError as error:
         if is_users(loaded.name):
-            return copy.deepcopy(loaded.model)
-        raise
+            return copy.deepcopy(loaded.model), False
+        what = str(error).partition(":")[0]
+        raise ModelError(
+            f"{what}: write a function that returns the model without its last layers, and its transform, and "
+            "name it by MODULE:FUNCTION"
+        ) from None
 
 
 def _settings(head: ProjectionHead) -> dict[str, Any]:
@@ -235,23 +254,29 @@ def _architecture(spec: str, model: str | None, path: str | Path) -> LoadedModel
     if is_users(spec):
         if model is None:
             raise ModelError(
-                f"{path} was fitted on a model of yours, {spec}: name it again, as opening a file imports nothing"
+                f"{path} was fitted on a model of yours, {spec}: opening a file imports nothing, so name it again "
+                "(--model)"
             )
         return create_model(model)
     if model is not None:
         raise ModelError(f"{path} was fitted on {spec}, which needs no model to be named")
     try:
-        return create_model(spec, pretrained=False)
+        own = spec.startswith("featnorm:") and spec != DEFAULT_MODEL
+        return create_model(spec) if own else create_model(spec, pretrained=False)
     except ModelError as error:
         raise archive.ArchiveError(f"{path} does not fit what is installed here: {error}") from None
 
 
-def _impression(transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Return what a transform makes of a picture, coarsely, to know it by: (c, 8, 8)."""
+@torch.no_grad()
+def _impression(transform: Callable[[Image.Image], Tensor], backbone: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return what a transform makes of a picture, coarsely (c, 8, 8), and a backbone of that (D,)."""
     ramp = np.arange(256, dtype=np.uint8)
     red, green = np.meshgrid(ramp, ramp[::-1][:192])
     picture = Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))
-    return nn.functional.adaptive_avg_pool2d(transform(picture).float(), _BLOCKS)
+    made = transform(picture).float()
+    parameter = next(backbone.parameters(), None)
+    features = backbone(made[None].to("cpu" if parameter is None else parameter.device))
+    return nn.functional.adaptive_avg_pool2d(made, _BLOCKS), features[0].float().cpu()
 
 
 def _unread(name: str, why: str) -> ImageVerdict:

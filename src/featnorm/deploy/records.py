@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from featnorm._files import replacing
 from featnorm.data import ImageSource
 from featnorm.data.images import vision_module
@@ -28,11 +30,21 @@ class Journal:
     out : the file that the verdicts are for.
     run : what the verdicts depend on, as plain data; a journal of anything else is begun anew.
     batch_size : verdicts a batch.
+
+    Raises
+    ------
+    ValueError
+        Another process is writing the verdicts for this file.
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any], batch_size: int) -> None:
         self.path = out.with_name(f".{out.name}.part")
         self.done = 0
+        self._lock = FileLock(out.with_name(f".{out.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another process is writing {out}: wait for it, or name another file") from None
         first = json.dumps({**run, "batch_size": batch_size}) + "\n"
         if self.path.exists():
             with self.path.open("rb+") as file:
@@ -63,13 +75,15 @@ class Journal:
         with replacing(out) as temporary:
             _WRITERS[out.suffix](self, temporary)
         self.path.unlink()
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
-def names_digest(source: ImageSource) -> str:
-    """Return what tells a list of images from another, by their names."""
+def images_digest(source: ImageSource) -> str:
+    """Return what tells a list of images from another, by their names, sizes and times of change."""
     digest = hashlib.sha256()
     for i in range(len(source)):
-        digest.update(source.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(source.identity(i).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
 
 
