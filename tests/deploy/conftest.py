@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from small import paint
+from painted import paint
 
 from featnorm.models import create_model
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from painted import paint
 from PIL import Image
-from small import paint
 from torch import nn
 
 import featnorm as fn
