@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL
@@ -89,9 +89,9 @@ def fit_images(
     """Learn what belongs to a set of images: train a head on a frozen backbone, fit a detector, calibrate it.
 
     Of copies of an image one is taken. One image in five, chosen by its content, is held out for the calibration.
-    The head (paper C.1) is trained on the others' features by the recipe of D.4, with class
-    labels or, where there are none, with k-means clusters of the features for labels: any discriminative labels do
-    whose classes hang together (paper sec. 4).
+    The head (paper C.1) is trained on the others' features by the recipe of D.4, with class labels or, where there
+    are none, with k-means clusters of the features for labels: any discriminative labels do whose classes hang
+    together (paper sec. 4).
 
     Parameters
     ----------
@@ -117,8 +117,8 @@ def fit_images(
     """
     detector = KLUniform() if detector is None else detector
     check_share(tpr, "tpr")
-    if targets not in ("auto", "labels", "clusters"):
-        raise ValueError(f"there are no targets {targets!r}: use auto, labels or clusters")
+    if targets not in get_args(Targets):
+        raise ValueError(f"there are no targets {targets!r}: use {', '.join(get_args(Targets))}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
     every = torch.arange(len(source))
@@ -154,7 +154,7 @@ def fit_images(
                 detector.partial_fit(features)
     scorer = Scorer(nn.Sequential(backbone, head), detector)
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
-    images = image_loader(chosen, loaded.transform, on_corrupt=lambda *_: None, **reading)
+    images = image_loader(chosen, loaded.transform, **reading)
     scorer.tap.watch(next(iter(images)).images)
     # As the images to come will be scored.
     with nullcontext() if fabric is None else fabric.autocast():

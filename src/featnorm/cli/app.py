@@ -24,7 +24,7 @@ _DATA = (
     "a slice may follow, as in `DATA[:500]` or `DATA[1::2]`"
 )
 Model = Annotated[
-    str, typer.Option(help="The model: `timm:NAME`, `torchvision:NAME` or `featnorm:cifar10-resnet18`.")
+    str, typer.Option(help="The model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`.")
 ]
 UsersModel = Annotated[
     str | None, typer.Option(help="`MODULE:FUNCTION`, again, of a detector that was fitted on a model of yours.")

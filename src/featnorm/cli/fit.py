@@ -4,7 +4,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, print_skipped, require_file_place
@@ -12,8 +12,6 @@ from featnorm.data import open_images
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
 from featnorm.models import create_model, is_users
-
-_TARGETS = ("auto", "labels", "clusters")
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Fit, write the file, say what was learned and what comes next."""
-    if options.targets not in _TARGETS:
-        raise ValueError(f"--targets is one of {', '.join(_TARGETS)}, got {options.targets}")
+    if options.targets not in get_args(Targets):
+        raise ValueError(f"--targets is one of {', '.join(get_args(Targets))}, got {options.targets}")
     require_file_place(options.out, [Path(options.data)])
     began = time.perf_counter()
     detector = parse_detector(options.detector)

@@ -19,7 +19,8 @@ def run(model: str, weights: Path | None, data: str | None, layer: str | None, d
     tap = FeatureTap(loaded.model, layer)
     if data is not None:
         source = open_images(data, root=data_root)
-        loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0, on_corrupt=_ignore)
+        # One batch of readable images is enough to look at the model.
+        loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
         batch = next(islice(loader, 1), None)
         if batch is None:
             raise ValueError(f"there is no readable image in the first {_INPUTS} of {data}")
@@ -29,7 +30,3 @@ def run(model: str, weights: Path | None, data: str | None, layer: str | None, d
     tap.watch(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
     console.print(tap.describe(), soft_wrap=True)
     console.print("Watched on noise; with --data the share of inactive units is that of real inputs.", style="dim")
-
-
-def _ignore(file: str, reason: str) -> None:
-    """Leave out an unreadable image: one batch of readable ones is enough to look at the model."""

@@ -103,29 +103,16 @@ class FeatureCache:
                 # Last, those that could not be read before: what ailed them may have been the disk.
                 missing += [row for row in wanted if digests[row] in state.corrupt]
                 images = SlicedImages(source, missing, source.title)
-                loader = image_loader(
-                    images,
-                    transform,
-                    batch_size=batch_size,
-                    workers=workers,
-                    on_corrupt=lambda _, why: reasons.append(why),
-                )
-                reasons: list[str] = []
-                done = 0
+                loader = image_loader(images, transform, batch_size=batch_size, workers=workers)
                 with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
-                    for batch in loader if missing else ():
-                        end = min((int(batch.indices[0]) // batch_size + 1) * batch_size, len(missing))
-                        read = set(batch.indices.tolist())
-                        # Of whole batches that are corrupt as well, which the loader leaves out.
-                        bad = [digests[missing[i]] for i in range(done, end) if i not in read]
-                        good = [digests[missing[i]] for i in batch.indices.tolist()]
-                        values = _checked(backbone(batch.images), batch.indices, images)
-                        self._append(state, values, good, list(zip(bad, reasons, strict=True)))
-                        reasons.clear()
-                        bar.update(end - done)
-                        done = end
-                rest = [digests[row] for row in missing[done:]]
-                self._append(state, None, [], list(zip(rest, reasons, strict=True)))
+                    for part in loader.parts():
+                        corrupt = [(digests[missing[i]], why) for i, why in part.unread.items()]
+                        values, good = None, []
+                        if part.batch is not None:
+                            good = [digests[missing[i]] for i in part.batch.indices.tolist()]
+                            values = _checked(backbone(part.batch.images), part.batch.indices, images)
+                        self._append(state, values, good, corrupt)
+                        bar.update(len(part.rows))
                 return self._gather(state, source, digests, unread, len(state.places) - known)
         except Timeout:
             raise DataError(f"another process is at work in {self.folder}: wait for it") from None

@@ -38,11 +38,29 @@ class ImageBatch(NamedTuple):
 
 
 @dataclass
+class ImagePart:
+    """What became of consecutive images of a source.
+
+    Attributes
+    ----------
+    rows : range
+        Where in the source they stand.
+    batch : ImageBatch or None
+        Those that could be read; None where there is none.
+    unread : dict of int to str
+        Why the others could not, by where in the source they stand.
+    """
+
+    rows: range
+    batch: ImageBatch | None = None
+    unread: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
 class _Result:
     """What a worker sends back: as data, since an exception would end the loader and lose its own message."""
 
-    batch: ImageBatch | None = None
-    corrupt: list[tuple[str, str]] = field(default_factory=list)  # name and reason of each
+    part: ImagePart
     error: str | None = None
     trace: str = ""
 
@@ -59,15 +77,16 @@ class _Batches(Dataset[_Result]):
         return math.ceil(len(self.source) / self.batch_size)
 
     def __getitem__(self, number: int) -> _Result:
-        result = _Result()
+        start = number * self.batch_size
+        part = ImagePart(range(start, min(start + self.batch_size, len(self.source))))
+        result = _Result(part)
         images: list[Tensor] = []
         indices: list[int] = []
-        start = number * self.batch_size
-        for i in range(start, min(start + self.batch_size, len(self.source))):
+        for i in part.rows:
             try:
                 image = self.source.image(i)
             except ImageError as error:
-                result.corrupt.append((error.name, error.reason))
+                part.unread[i] = error.reason
                 continue
             try:
                 transformed = self.transform(image)
@@ -83,7 +102,7 @@ class _Batches(Dataset[_Result]):
             indices.append(i)
         if images:
             labels = [-1 if (label := self.source.label(i)) is None else label for i in indices]
-            result.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+            part.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
         return result
 
     def _refusal(self, i: int, transformed: object, before: list[Tensor]) -> str | None:
@@ -105,7 +124,10 @@ class ImageLoader:
     batches if in none all images are corrupt.
     """
 
-    def __init__(self, batches: DataLoader[_Result], on_corrupt: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, source: ImageSource, batches: DataLoader[_Result], on_corrupt: Callable[[str, str], None] | None
+    ) -> None:
+        self._source = source
         self._batches = batches
         self._on_corrupt = on_corrupt
 
@@ -113,16 +135,22 @@ class ImageLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[ImageBatch]:
+        for part in self.parts():
+            if part.batch is not None:
+                yield part.batch
+
+    def parts(self) -> Iterator[ImagePart]:
+        """Yield what became of each batch in order, of those with no image that can be read as well."""
         for result in self._batches:
-            for name, reason in result.corrupt:
-                self._on_corrupt(name, reason)
+            if self._on_corrupt is not None:
+                for row, reason in result.part.unread.items():
+                    self._on_corrupt(self._source.name(row), reason)
             if result.error is not None:
                 error = DataError(result.error)
                 if result.trace:
                     error.add_note(result.trace)
                 raise error
-            if result.batch is not None:
-                yield result.batch
+            yield result.part
 
 
 def image_loader(
@@ -131,7 +159,7 @@ def image_loader(
     *,
     batch_size: int = 64,
     workers: int | None = None,
-    on_corrupt: Callable[[str, str], None],
+    on_corrupt: Callable[[str, str], None] | None = None,
 ) -> ImageLoader:
     """Read a source in order, in batches, leaving out the images that cannot be read.
 
@@ -146,7 +174,7 @@ def image_loader(
     workers : int, optional
         Processes that read; 0 is this one. Without it 0 for fewer than 256 images, else one a processor, at
         most 8.
-    on_corrupt : callable
+    on_corrupt : callable, optional
         Called in this process with the name of each unreadable image and the reason, before its batch comes.
 
     Returns
@@ -165,7 +193,7 @@ def image_loader(
     if workers is None:
         workers = 0 if len(source) < _FEW else min(_processors(), 8)
     batches = DataLoader(_Batches(source, transform, batch_size), batch_size=None, num_workers=workers)
-    return ImageLoader(batches, on_corrupt)
+    return ImageLoader(source, batches, on_corrupt)
 
 
 def _processors() -> int:

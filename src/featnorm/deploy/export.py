@@ -59,10 +59,9 @@ class ScoringGraph(nn.Module):
         self.register_buffer("threshold", inner.calibration.threshold)
         example = torch.zeros(1, *scorer.input_size, device=inner.tap.device)
         classifier = inner.tap.listen(example, classifier=True).classifier
-        self.has_classifier = classifier is not None
-        if classifier is not None:
-            self.register_buffer("weight", classifier[0])
-            self.register_buffer("bias", classifier[1])
+        assert classifier is not None  # a head's logits are a linear map of its activation, but for their length
+        self.register_buffer("weight", classifier[0])
+        self.register_buffer("bias", classifier[1])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of images (n, c, h, w)."""
@@ -75,10 +74,11 @@ class ScoringGraph(nn.Module):
             pooled=pooled,
             embedding=embedding,
             logits=logits,
-            classifier=(self.weight, self.bias) if self.has_classifier else None,
+            classifier=(self.weight, self.bias),
         )
         score = self.detector.score(features)
         exact = score.double()
+        # As `Calibration` has it, without its search, which ONNX has no operation for.
         at_most = (self.scores[None] <= exact[:, None]).sum(1)
         p_value = (1 + at_most).double() / (len(self.scores) + 1)
         return logits, score, p_value, exact >= self.threshold

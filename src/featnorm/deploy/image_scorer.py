@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
-from featnorm.data import ImageSource, image_loader
+from featnorm.data import ImageBatch, ImageSource, image_loader
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, create_model, is_users
 from featnorm.scorer import Scorer
 from featnorm.training import ProjectionHead, cut_classifier
@@ -99,39 +99,29 @@ class ImageScorer:
         ValueError
             The model gives a value that is not finite.
         """
-        reasons: list[str] = []
-        loader = image_loader(
-            source,
-            self.transform,
-            batch_size=batch_size,
-            workers=workers,
-            on_corrupt=lambda _, why: reasons.append(why),
-        )
-        done = 0
-        for batch in loader:
-            end = min((int(batch.indices[0]) // batch_size + 1) * batch_size, len(source))
-            images = batch.images.contiguous(memory_format=torch.channels_last)
-            with nullcontext() if fabric is None else fabric.autocast():
-                verdict = self.scorer(images.to(self.scorer.tap.device))
-            columns = zip(*(self._column(values, batch.images) for values in verdict[:3]), strict=True)
-            predicted = self._predicted(verdict.logits, len(batch.images))
-            judged = {
-                i: ImageVerdict(source.name(i), score, p, is_id, name, None)
-                for i, (score, p, is_id), name in zip(batch.indices.tolist(), columns, predicted, strict=True)
+        for part in image_loader(source, self.transform, batch_size=batch_size, workers=workers).parts():
+            verdicts = {
+                row: ImageVerdict(source.name(row), None, None, None, None, why)
+                for row, why in part.unread.items()
             }
-            yield [judged.get(i) or _unread(source.name(i), reasons.pop(0)) for i in range(done, end)]
-            done = end
-        if done < len(source):
-            yield [_unread(source.name(i), reasons.pop(0)) for i in range(done, len(source))]
+            if part.batch is not None:
+                with nullcontext() if fabric is None else fabric.autocast():
+                    verdicts |= self._judged(source, part.batch)
+            yield [verdicts[row] for row in part.rows]
 
-    @staticmethod
-    def _column(values: Tensor | None, images: Tensor) -> list[Any]:
-        return [None] * len(images) if values is None else values.tolist()
-
-    def _predicted(self, logits: Tensor | None, count: int) -> list[str | None]:
-        if self.class_names is None or logits is None:
-            return [None] * count
-        return [self.class_names[i] for i in logits.argmax(1).tolist()]
+    def _judged(self, source: ImageSource, batch: ImageBatch) -> dict[int, ImageVerdict]:
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        verdict = self.scorer(images.to(self.scorer.tap.device))
+        nothing = [None] * len(images)
+        p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
+        predicted: list[Any] = nothing
+        if self.class_names is not None and verdict.logits is not None:
+            predicted = [self.class_names[i] for i in verdict.logits.argmax(1).tolist()]
+        columns = (batch.indices.tolist(), verdict.score.tolist(), p_values, is_id, predicted)
+        return {
+            row: ImageVerdict(source.name(row), score, p_value, belongs, called, None)
+            for row, score, p_value, belongs, called in zip(*columns, strict=True)
+        }
 
     def save(self, path: str | Path) -> None:
         """Write everything to one file, weights included: safetensors with a JSON header, no pickle.
@@ -277,7 +267,3 @@ def _impression(transform: Callable[[Image.Image], Tensor], backbone: nn.Module)
     parameter = next(backbone.parameters(), None)
     features = backbone(made[None].to("cpu" if parameter is None else parameter.device))
     return nn.functional.adaptive_avg_pool2d(made, _BLOCKS), features[0].float().cpu()
-
-
-def _unread(name: str, why: str) -> ImageVerdict:
-    return ImageVerdict(name, None, None, None, None, why)
