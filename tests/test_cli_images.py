@@ -251,7 +251,11 @@ def test_a_journal_is_of_these_images_and_one_process(tmp_path):
     with pytest.raises(ValueError, match="another process is writing"):
         Journal(tmp_path / "t.csv", {"images": "x"}, 1)
     first._lock.release()
-    assert Journal(tmp_path / "t.csv", {"images": "x"}, 1).done == 1
+    again = Journal(tmp_path / "t.csv", {"images": "x"}, 1)
+    assert (again.done, again.begun_anew) == (1, False)
+    again._lock.release()
+    other = Journal(tmp_path / "t.csv", {"images": "y"}, 1)
+    assert (other.done, other.begun_anew) == (0, True)
 
 
 def test_a_changed_image_is_another(tmp_path):

@@ -123,7 +123,8 @@ def fit_images(
     if not 0 <= seed < 2**32:
         raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
     every = torch.arange(len(source))
-    if "labels" in detector.learns and _labels(source, every, every >= 0, targets)[0] is None:
+    # Before the work: it raises where labels are asked for and not there.
+    if _labels(source, every, every >= 0, targets)[0] is None and "labels" in detector.learns:
         raise DataError(
             f"{detector!r} learns from labels, and {source.title} has none: put the images of each class in a "
             "folder of its own, or choose another detector"

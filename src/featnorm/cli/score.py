@@ -182,7 +182,10 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
         "precision": options.precision,
         "images": images_digest(source),
     }
-    return Journal(place, settings, options.batch_size)
+    journal = Journal(place, settings, options.batch_size)
+    if journal.begun_anew:
+        console.print("an earlier run was of other images, detector or options: starting anew", style="dim")
+    return journal
 
 
 def _judge(

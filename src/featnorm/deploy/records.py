@@ -31,6 +31,13 @@ class Journal:
     run : what the verdicts depend on, as plain data; a journal of anything else is begun anew.
     batch_size : verdicts a batch.
 
+    Attributes
+    ----------
+    done : int
+        How many verdicts it holds from before.
+    begun_anew : bool
+        Whether there was a journal of anything else.
+
     Raises
     ------
     ValueError
@@ -40,6 +47,7 @@ class Journal:
     def __init__(self, out: Path, run: Mapping[str, Any], batch_size: int) -> None:
         self.path = out.with_name(f".{out.name}.part")
         self.done = 0
+        self.begun_anew = False
         self._lock = FileLock(out.with_name(f".{out.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
@@ -57,6 +65,7 @@ class Journal:
                             self.done, end = count, file.tell()
                     file.truncate(end)
                     return
+            self.begun_anew = True
         self.path.write_text(first, encoding="utf-8")
 
     def add(self, verdicts: Sequence[ImageVerdict]) -> None:
