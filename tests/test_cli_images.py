@@ -164,6 +164,24 @@ def test_score_writes_a_table(featnorm, detector, known, tmp_path, ending):
     assert sorted(place.name for place in tmp_path.iterdir()) == ["more", f"t.{ending}"]
 
 
+def test_monitor_reads_what_fit_and_score_wrote(featnorm, detector, tmp_path):
+    more = pictures(tmp_path / "more", 200, 7)
+    (more / "zzz.png").write_bytes(b"no")
+    for out in ("t.csv", "t.jsonl", "t.parquet"):
+        assert featnorm("score", detector, more, "-o", out, "--workers", "0")[0] == 0
+        status, printed, _ = featnorm("monitor", detector, out)
+        assert status == 0
+        assert f"200 scores of {out} (1 without a score left out), against 60 calibration scores" in printed
+    black = tmp_path / "black"
+    black.mkdir()
+    for i in range(200):
+        Image.new("RGB", (32, 32), (i % 8, 0, 0)).save(black / f"{i:04}.png")
+    assert featnorm("score", detector, more, black, "-o", "t.csv", "--workers", "0")[0] == 0
+    status, printed, _ = featnorm("monitor", detector, "t.csv")
+    assert status == 3
+    assert f", {black}/0" in printed
+
+
 def test_a_killed_fit_goes_on(known, detector, tmp_path):
     cache = tmp_path / "cache"
     arguments = ("fit", known, "-o", tmp_path / "d.featnorm", "--cache", cache, "--batch-size", 16, *BACKBONE)

@@ -45,6 +45,7 @@ from featnorm.metrics import (
     fpr_at_tpr,
     fpr_at_tpr_ood_positive,
 )
+from featnorm.monitoring import DriftMonitor
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
 from featnorm.pretrained import load_model, model_names
 from featnorm.scorer import Scorer, Verdict
@@ -62,6 +63,7 @@ __all__ = [
     "ArchiveError",
     "Calibration",
     "Detector",
+    "DriftMonitor",
     "EmbeddingMagnitude",
     "Energy",
     "Explainer",

@@ -224,6 +224,31 @@ def score(
 
 
 @app.command()
+def monitor(
+    detector: Annotated[Path, typer.Argument(help="A file that `featnorm fit` wrote.")],
+    scores: Annotated[
+        Path,
+        typer.Argument(
+            help="A .csv, .jsonl or .parquet file that `featnorm score --out` wrote, its rows in order of time."
+        ),
+    ],
+    false_alarm: Annotated[
+        float, typer.Option(help="The chance that a stream without drift ever raises the alarm.")
+    ] = 0.01,
+    html: Annotated[Path | None, typer.Option(help="A .html file for a page with the plots.")] = None,
+) -> None:
+    """Say whether images as a whole have drifted, though no single one may be extreme.
+
+    For images that come in no order; neighbouring frames of a video raise alarms without drift.
+    The exit status is 0 without drift and 3 with drift.
+    """
+    from featnorm.cli.monitor import DRIFT, Options, run
+
+    if run(Options(detector=detector, scores=scores, false_alarm=false_alarm, html=html)):
+        raise typer.Exit(DRIFT)
+
+
+@app.command()
 def export(
     detector: Annotated[Path, typer.Argument(help="A file that `featnorm fit` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("detector.onnx"),

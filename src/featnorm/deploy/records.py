@@ -1,17 +1,18 @@
-"""Verdicts on disk: a journal that a killed process leaves usable, and the table that it becomes."""
+"""Verdicts on disk: a journal that a killed process leaves usable, the table that it becomes, its scores again."""
 
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from featnorm._files import replacing
 from featnorm.data import ImageSource
-from featnorm.data.images import vision_module
+from featnorm.data.images import first_line, vision_module
 from featnorm.deploy.image_scorer import ImageVerdict
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
@@ -91,6 +92,40 @@ class Journal:
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
+class ScoredImage(NamedTuple):
+    """A row of a table as far as its score goes; without one where the image could not be read."""
+
+    path: str
+    score: float | None
+    p_value: float | None
+
+
+def read_scores(path: Path) -> Iterator[ScoredImage]:
+    """Yield the rows of a table that `Journal.write` wrote, in its order; little of it is held at a time.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file's ending is none of `FORMATS`, or a row cannot be read or holds a NaN: which, and why.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path} must end in {', '.join(FORMATS)}, as featnorm score --out writes them")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of scores {path}")
+    number = 1
+    try:
+        for row in map(_scored, _READERS[path.suffix](path)):
+            yield row
+            number += 1
+    except (csv.Error, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"row {number} of {path} cannot be read ({first_line(error)}): the file is damaged, or is none "
+            "that featnorm score wrote"
+        ) from None
+
+
 def images_digest(source: ImageSource) -> str:
     """Return what tells a list of images from another, by their names, sizes and times of change."""
     digest = hashlib.sha256()
@@ -141,3 +176,41 @@ def _write_parquet(verdicts: Iterable[ImageVerdict], path: Path) -> None:
 
 
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+
+
+def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        for cells in rows:
+            if len(cells) != len(header):
+                raise ValueError(f"it has {len(cells)} of {len(header)} columns")
+            yield dict(zip(header, cells, strict=True))
+
+
+def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open("rb") as file:
+        yield from map(json.loads, file)
+
+
+def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    pq = vision_module("pyarrow.parquet")
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=list(ScoredImage._fields)):
+            yield from batch.to_pylist()
+
+
+def _scored(row: Mapping[str, Any]) -> ScoredImage:
+    missing = [name for name in ScoredImage._fields if name not in row]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    path, score, p_value = (row[name] for name in ScoredImage._fields)
+    if score is None or score == "":
+        return ScoredImage(str(path), None, None)
+    scored = ScoredImage(str(path), float(score), float(p_value))
+    if math.isnan(float(score)):
+        raise ValueError("its score is NaN")
+    return scored
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

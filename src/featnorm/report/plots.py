@@ -17,11 +17,11 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from featnorm.metrics import roc_curve
 
-__all__ = ["DASHES", "SERIES", "Outside", "histogram", "roc", "series", "span"]
+__all__ = ["DASHES", "SERIES", "Outside", "evidence", "histogram", "mean_p_values", "roc", "series", "span"]
 
 Array = npt.NDArray[np.float64]
 
@@ -39,6 +39,7 @@ _CURVE_POINTS = 200
 # Sizes in SVG units; the page shows the two beside each other at the ratio of their widths.
 _HISTOGRAM = (430, 310)
 _ROC = (310, 310)
+_STREAM = (760, 300)
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,57 @@ def roc(
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
         return _svg(figure, _ROC, prefix, label)
+
+
+def evidence(
+    images: Array, log10: Array, alarm_level: float, alarmed_at: int | None, *, prefix: str, label: str
+) -> Markup:
+    """The evidence for drift over a stream, as SVG.
+
+    Parameters
+    ----------
+    images, log10 : (n,) numbers of images, and the logarithm of the evidence there.
+    alarm_level, alarmed_at : what the logarithm must reach, and the number of the image at which it did.
+    prefix, label : see `histogram`.
+    """
+    with _stream("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO} of the evidence", images[-1], alarmed_at) as (figure, ax):
+        ax.axhline(alarm_level, color=_ROLES["ink"], lw=1.3, ls=(0, (4, 3)))
+        ax.plot(images, log10, color=_color(0), lw=1.7, clip_on=False)
+        ax.set_ylim(min(-1.0, float(log10.min())), 1.08 * max(alarm_level, float(log10.max())))
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return _svg(figure, _STREAM, prefix, label)
+
+
+def mean_p_values(
+    edges: Array, means: Array, usual: Array, alarmed_at: int | None, *, prefix: str, label: str
+) -> Markup:
+    """The mean p-value of a stream, stretch by stretch, as SVG.
+
+    Parameters
+    ----------
+    edges, means : (n + 1,) numbers of images between which the stretches lie, and (n,) their mean p-values.
+    usual : (n,) how far from 1/2 a mean lies without drift in 95 % of stretches.
+    alarmed_at, prefix, label : see `evidence`.
+    """
+    with _stream("mean p-value", edges[-1], alarmed_at) as (figure, ax):
+        ax.stairs(0.5 + usual, edges, baseline=0.5 - usual, fill=True, color=_ROLES["rule"])
+        ax.axhline(0.5, color=_ROLES["ink"], lw=1.3, ls=(0, (4, 3)))
+        ax.stairs(means, edges, baseline=None, color=_color(0), lw=1.7)
+        ax.set_ylim(0, 1)
+        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        return _svg(figure, _STREAM, prefix, label)
+
+
+@contextmanager
+def _stream(ylabel: str, images: float, alarmed_at: int | None) -> Iterator[tuple[Figure, Axes]]:
+    """Axes over the images of a stream, up to their number, with a line where the alarm was raised."""
+    with _axes(_STREAM, "image, in order of time", ylabel) as (figure, ax):
+        ax.set_xlim(0, images)
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if alarmed_at is not None:
+            ax.axvline(alarmed_at, color=_color(1), lw=1.7)
+        yield figure, ax
 
 
 def _thinned(fpr: Array, tpr: Array) -> tuple[Array, Array]:
