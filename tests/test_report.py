@@ -15,7 +15,7 @@ from PIL import Image
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.metrics import evaluate, roc_curve
 from featnorm.report import markdown_page, plots, table_rows, write_page
-from featnorm.report.page import THEMES
+from featnorm.report.html import THEMES
 from featnorm.report.tables import markdown_table
 
 VOID = {"meta", "input", "img", "br", "link", "hr"}

@@ -1,22 +1,19 @@
 """One HTML file that shows a comparison of detectors: it needs no network, no server and no script to be read."""
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from featnorm._checks import count_for_share
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.report import plots
+from featnorm.report.html import Picture, data_uri, number, percent, render, thumbnail, write
 from featnorm.report.tables import columns, ranked, table_rows
 
 __all__ = ["write_page"]
@@ -25,51 +22,9 @@ ImageOf = Callable[[str, int], Image.Image]
 
 _TPR = 0.95
 _MOST_SHOWN = 12
-_THUMBNAIL = 96
-# Below this a photograph is a handful of pixels, which are shown as they are.
-_TINY = 64
 # What pictures of activation patterns are scaled up to, by whole factors.
 _PATTERN_HEIGHT = 512
 _PATTERN_WIDTH = 200
-
-# Text of either theme has a contrast of at least 4.5 to its background, a line of a plot at least 3.
-THEMES = {
-    "light": {
-        "ground": "#fbfbf9",
-        "raised": "#f1f2ef",
-        "ink": "#1a1d21",
-        "muted": "#5a626c",
-        "rule": "#dfe1dc",
-        "accent": "#0b5cad",
-        "s0": "#0b5cad",
-        "s1": "#cc4a00",
-        "s2": "#007a5a",
-        "s3": "#a33f87",
-        "s4": "#8a6400",
-        "s5": "#0a7f96",
-        "s6": "#7a4b2a",
-        "s7": "#5d6370",
-        "s8": "#6a4fc9",
-    },
-    "dark": {
-        "ground": "#15181c",
-        "raised": "#1f2429",
-        "ink": "#e8eaed",
-        "muted": "#a4adb8",
-        "rule": "#343b43",
-        "accent": "#7cbcff",
-        "s0": "#6ab2ff",
-        "s1": "#ff9257",
-        "s2": "#3fcf9f",
-        "s3": "#e98fca",
-        "s4": "#e6b643",
-        "s5": "#62d3e8",
-        "s6": "#cfa98a",
-        "s7": "#b4bac4",
-        "s8": "#ab9dff",
-    },
-}
-"""The custom properties of the page; ``s0`` is ID, ``s1`` and on are the OOD sets."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +38,12 @@ class _Key:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """An image file as text, embedded once and referred to by its id."""
-
-    id: str
-    uri: str
-    width: int
-    height: int
-    tiny: bool
-
-
-@dataclass(frozen=True)
 class _Shown:
     """An input that a detector gets wrong."""
 
     index: int
     score: str
-    picture: _Picture | None
+    picture: Picture | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +58,7 @@ class _Mistakes:
 
     @property
     def share(self) -> str:
-        return _percent(self.wrong / self.total)
+        return percent(self.wrong / self.total)
 
 
 @dataclass(frozen=True)
@@ -150,21 +94,21 @@ class _Pictures:
     """The images of a page: each is read and embedded once, however many detectors get it wrong."""
 
     image: ImageOf | None
-    seen: dict[tuple[str, int], _Picture | None] = field(default_factory=dict)
+    seen: dict[tuple[str, int], Picture | None] = field(default_factory=dict)
 
-    def get(self, set_name: str, index: int) -> _Picture | None:
+    def get(self, set_name: str, index: int) -> Picture | None:
         """A thumbnail; None where there are none, or where this one can no longer be read."""
         if self.image is None:
             return None
         if (set_name, index) not in self.seen:
             try:
-                picture = _thumbnail(self.image(set_name, index), f"t{len(self.seen)}")
+                picture = thumbnail(self.image(set_name, index), f"t{len(self.seen)}")
             except (OSError, ValueError):  # a moved or broken file costs its thumbnail, not the report
                 picture = None
             self.seen[set_name, index] = picture
         return self.seen[set_name, index]
 
-    def all(self) -> list[_Picture]:
+    def all(self) -> list[Picture]:
         return [picture for picture in self.seen.values() if picture is not None]
 
 
@@ -185,14 +129,14 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     pictures = _Pictures(image)
     panels = [_panel(outcome, keys, pictures, f"d{i}") for i, outcome in enumerate(ranked(evaluation))]
     table = columns(evaluation)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("featnorm.report").joinpath("page.html").read_text("utf-8"))
-    html = template.render(
+    known = evaluation.accuracy
+    accuracy = {} if known is None else {f"Accuracy on {evaluation.id_name}": percent(known)}
+    html = render(
+        "page.html",
         title=title,
         summary=summary,
         evaluation=evaluation,
-        accuracy=None if evaluation.accuracy is None else _percent(evaluation.accuracy),
-        themes=THEMES,
+        facts=accuracy | evaluation.facts,
         groups=[(group, len(list(members))) for group, members in groupby(column.group for column in table)],
         columns=table,
         rows=table_rows(evaluation)[1],
@@ -203,8 +147,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
         patterns=_patterns(evaluation, keys),
         pattern_height=_PATTERN_HEIGHT,
     )
-    # A file name may hold bytes that are no text in any encoding: they are shown as escapes.
-    path.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")
+    write(path, html)
 
 
 def _panel(outcome: Outcome, sets: Sequence[_Key], pictures: _Pictures, prefix: str) -> _Panel:
@@ -215,14 +158,14 @@ def _panel(outcome: Outcome, sets: Sequence[_Key], pictures: _Pictures, prefix: 
     # The largest score that accepts the share of ID: the threshold FPR95 is measured at.
     threshold = float(np.sort(id_scores)[::-1][count_for_share(_TPR, len(id_scores)) - 1])
     tpr = float(np.mean(id_scores >= threshold))
-    aurocs = [_percent(outcome.measures[key.name].auroc) for key in ood_keys]
+    aurocs = [percent(outcome.measures[key.name].auroc) for key in ood_keys]
 
     picture, outside = plots.histogram(
         samples,
         threshold,
         prefix=f"{prefix}h",
         label="Score histograms. Median scores: "
-        + "; ".join(f"{key.name} {_number(_median(x))}" for key, x in zip(sets, samples, strict=True)),
+        + "; ".join(f"{key.name} {number(_median(x))}" for key, x in zip(sets, samples, strict=True)),
     )
     curves = plots.roc(
         id_scores,
@@ -240,9 +183,9 @@ def _panel(outcome: Outcome, sets: Sequence[_Key], pictures: _Pictures, prefix: 
     ]
     return _Panel(
         name=outcome.detector,
-        summary=f"{'Mean ' if len(ood_keys) > 1 else ''}AUROC {_percent(outcome.mean.auroc)}, "
-        f"FPR95 {_percent(outcome.mean.fpr95)}",
-        threshold=_number(threshold),
+        summary=f"{'Mean ' if len(ood_keys) > 1 else ''}AUROC {percent(outcome.mean.auroc)}, "
+        f"FPR95 {percent(outcome.mean.fpr95)}",
+        threshold=number(threshold),
         threshold_note="" if low <= threshold <= high else "outside the picture",
         histogram=picture,
         roc=curves,
@@ -257,40 +200,20 @@ def _mistakes(
 ) -> _Mistakes:
     indices = np.flatnonzero(wrong)
     worst = indices[np.argsort(scores[indices] if is_id else -scores[indices], kind="stable")][:_MOST_SHOWN]
-    shown = [_Shown(int(i), _number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
+    shown = [_Shown(int(i), number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
     return _Mistakes(key, is_id, len(indices), len(scores), shown)
 
 
 def _beyond(key: _Key, out: plots.Outside) -> str:
     def side(share: float, infinite: float, word: str, symbol: str) -> Iterable[str]:
         if share:
-            yield f"{_percent(share)} {word}" + (f" ({_percent(infinite)} at {symbol})" if infinite else "")
+            yield f"{percent(share)} {word}" + (f" ({percent(infinite)} at {symbol})" if infinite else "")
 
     parts = [
         *side(out.below, out.minus_infinity, "below", "−∞"),
         *side(out.above, out.plus_infinity, "above", "∞"),
     ]
     return f"{key.name}: {', '.join(parts)}"
-
-
-def _thumbnail(image: Image.Image, id_: str) -> _Picture:
-    tiny = max(image.size) < _TINY
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "L":
-        image = image.convert("RGB")
-    if not tiny:
-        image = image.copy()  # `thumbnail` works in place, on what may be the caller's
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    uri = _data_uri(image, "PNG", optimize=True) if tiny else _data_uri(image, "JPEG", quality=75, optimize=True)
-    return _Picture(id_, uri, *image.size, tiny)
-
-
-def _data_uri(image: Image.Image, format_: str, **options: bool | int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format_, **options)
-    return f"data:image/{format_.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _patterns(evaluation: Evaluation, keys: Sequence[_Key]) -> list[_Pattern]:
@@ -308,12 +231,12 @@ def _patterns(evaluation: Evaluation, keys: Sequence[_Key]) -> list[_Pattern]:
         result.append(
             _Pattern(
                 key,
-                _data_uri(image, "PNG", optimize=True, bits=1, transparency=0),
+                data_uri(image, "PNG", optimize=True, bits=1, transparency=0),
                 inputs,
                 units,
                 inputs * int(np.clip(_PATTERN_WIDTH // inputs, 1, 24)),
                 units * max(1, _PATTERN_HEIGHT // units),
-                _percent(float(pattern.mean())),
+                percent(float(pattern.mean())),
             )
         )
     return result
@@ -322,15 +245,3 @@ def _patterns(evaluation: Evaluation, keys: Sequence[_Key]) -> list[_Pattern]:
 def _median(scores: npt.NDArray[np.float64]) -> float:
     # The upper one of two: halfway between two infinities is nowhere.
     return float(np.sort(scores)[len(scores) // 2])
-
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.0005:
-        return "<0.1\N{NO-BREAK SPACE}%"
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float) -> str:
-    # Distances run to millions, where powers of ten would hide the digits that tell scores apart.
-    text = f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
-    return text.replace("inf", "∞").replace("-", "−")

@@ -1,0 +1,121 @@
+"""What the pages share: their template's base, colours, thumbnails, and how numbers are written."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from featnorm._files import replacing
+
+_THUMBNAIL = 96
+# Below this a photograph is a handful of pixels, which are shown as they are.
+_TINY = 64
+
+# Text of either theme has a contrast of at least 4.5 to its background, a line of a plot at least 3.
+THEMES = {
+    "light": {
+        "ground": "#fbfbf9",
+        "raised": "#f1f2ef",
+        "ink": "#1a1d21",
+        "muted": "#5a626c",
+        "rule": "#dfe1dc",
+        "accent": "#0b5cad",
+        "s0": "#0b5cad",
+        "s1": "#cc4a00",
+        "s2": "#007a5a",
+        "s3": "#a33f87",
+        "s4": "#8a6400",
+        "s5": "#0a7f96",
+        "s6": "#7a4b2a",
+        "s7": "#5d6370",
+        "s8": "#6a4fc9",
+    },
+    "dark": {
+        "ground": "#15181c",
+        "raised": "#1f2429",
+        "ink": "#e8eaed",
+        "muted": "#a4adb8",
+        "rule": "#343b43",
+        "accent": "#7cbcff",
+        "s0": "#6ab2ff",
+        "s1": "#ff9257",
+        "s2": "#3fcf9f",
+        "s3": "#e98fca",
+        "s4": "#e6b643",
+        "s5": "#62d3e8",
+        "s6": "#cfa98a",
+        "s7": "#b4bac4",
+        "s8": "#ab9dff",
+    },
+}
+"""The custom properties of the page; ``s0`` is ID, ``s1`` and on are the OOD sets."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file as text, embedded once and referred to by its id."""
+
+    id: str
+    uri: str
+    width: int
+    height: int
+    tiny: bool
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page of this package made of its template and what that takes."""
+    environment = Environment(
+        loader=PackageLoader("featnorm.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(themes=THEMES, **values)
+
+
+def write(path: Path, html: str) -> None:
+    """Write a page; a file that is there is replaced."""
+    # A file name may hold bytes that are no text in any encoding: they are shown as escapes.
+    with replacing(path) as temporary:
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def thumbnail(image: Image.Image, id_: str) -> Picture:
+    """Return an image as a page embeds it, small."""
+    tiny = max(image.size) < _TINY
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != "L":
+        image = image.convert("RGB")
+    if not tiny:
+        image = image.copy()  # `thumbnail` works in place, on what may be the caller's
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    uri = data_uri(image, "PNG", optimize=True) if tiny else data_uri(image, "JPEG", quality=75, optimize=True)
+    return Picture(id_, uri, *image.size, tiny)
+
+
+def data_uri(image: Image.Image, format_: str, **options: bool | int) -> str:
+    """Return an image as text that a page embeds."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return f"data:image/{format_.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, for people."""
+    if 0 < share < 0.0005:
+        return "<0.1\N{NO-BREAK SPACE}%"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def number(value: float) -> str:
+    """Return a score, for people."""
+    # Distances run to millions, where powers of ten would hide the digits that tell scores apart.
+    text = f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    return text.replace("inf", "∞").replace("-", "−")
