@@ -355,7 +355,7 @@ def decode(
     data: bytes | str | Path,
     name: str,
     *,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
     most_pixels: int | None = None,
 ) -> Image.Image:
     """Decode an image from memory or from a file into RGB.
@@ -366,7 +366,7 @@ def decode(
         The encoded image, or its file.
     name : str
         What errors call it.
-    formats : sequence of str, optional
+    formats : tuple of str, optional
         What it may be, as Pillow names formats; without it all that Pillow knows.
     most_pixels : int, optional
         Refuse a larger image before it is decoded; `MOST_PIXELS` holds without it, and above it too.
@@ -411,7 +411,7 @@ def _decoded(opened: Callable[[], Image.Image], name: str, most_pixels: int | No
     try:
         with opened() as image:
             if most_pixels is not None and image.width * image.height > most_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than the {most_pixels:,} allowed")
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {most_pixels:,}")
             long, short = max(image.size), min(image.size)
             if long > _LONGEST * short:
                 # Resized to a model's height it would take gigabytes, which Pillow's own guard does not foresee.
