@@ -237,7 +237,7 @@ def create_app(
             raise HTTPException(503, "the service is not ready: it is starting, or shutting down", RETRY)
         return {"status": "ready"}
 
-    page, policy = render_page(scorer, wants_token=token is not None)
+    page, policy = render_page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
