@@ -57,11 +57,28 @@ def test_what_cannot_be_explained_is_said():
     explainer = fn.Explainer(network())
     with pytest.raises(ValueError, match="call fit with a loader"):
         explainer(known()[:1])
-    explainer.fit([known()[:10]], progress=False)
-    with pytest.raises(
-        ValueError, match="input 1 is taken for class 1, of which no in-distribution input was seen"
-    ):
-        explainer(known()[[0, 30]])
+
+
+def test_a_class_that_nothing_was_taken_for_is_compared_with_all():
+    explainer = fn.Explainer(network()).fit([known()[:10]], progress=False)
+    one, other = explainer(known()[[0, 30]])
+    assert (one.seen, other.seen) == (10, 0)
+    assert torch.equal(other.on_rate, explainer.statistics.on_rate)
+    rows = dict(other.rows())
+    assert rows["the network predicts"] == "class 1, which it predicts for no in-distribution input"
+    assert rows["on for most of the in-distribution inputs, off here"] == "4 of 4: 0, 1, 2, 3"
+
+
+def test_the_sentence_counts_against_what_is_usual():
+    x = known()
+    x[0, 1] = 0  # one of 20 has a unit off that the others have on
+    x[1:5, 8] = 1  # four of 20 have one on that the others have off
+    explainer = fn.Explainer(network()).fit([x], progress=False)
+    (one,) = explainer(torch.tensor([[0.0, 2, 0, 2, 0, 1, 0, 0, 5]]))
+    assert one.sentence == (
+        "Taken for class 0. Of the 4 units that are on for most of class 0, 2 are off (0 expected); "
+        "of the 5 others, 2 are on (0 expected)."
+    )
 
 
 def test_a_refit_forgets():

@@ -1,6 +1,6 @@
 """Why an input scores as it does: which units carry its norm, which are missing, what is predicted in them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from featnorm.activation import ActivationStatistics
+from featnorm.hidden import HiddenClassifier
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
 from featnorm.tap import FeatureTap
 
@@ -21,16 +22,23 @@ class Explanation:
 
     Attributes
     ----------
-    predicted : the class that the network predicts.
-    hidden_prediction, hidden_confidence : of the classifier hidden in the last hidden layer (paper eq. 3).
+    predicted, called : the class that the network predicts, and its name.
+    seen : how many in-distribution inputs were taken for that class.
+    hidden_prediction, hidden_called, hidden_confidence
+        Of the classifier that is hidden in the last hidden layer (paper eq. 3).
     hidden_logits : psi (K,).
     norm, active, nan : ``||a||_1``, the number of units on, and the negative-aware norm.
     activation : a (d,).
-    on_rate : (d,) how often each unit is on for in-distribution inputs of the predicted class.
+    on_rate
+        (d,) how often each unit is on for in-distribution inputs that are taken for the class too; for all
+        in-distribution inputs where there is none.
     """
 
     predicted: int
+    called: str
+    seen: int
     hidden_prediction: int
+    hidden_called: str
     hidden_confidence: float
     hidden_logits: Tensor
     norm: float
@@ -57,6 +65,21 @@ class Explanation:
         odd = torch.where((self.activation > 0) & (self.on_rate < _OWN), self.activation, -1.0)
         return odd.argsort(descending=True, stable=True)[: int((odd >= 0).sum())]
 
+    @property
+    def sentence(self) -> str:
+        """What is unlike in-distribution inputs of the class, in words."""
+        usual = self.on_rate >= _OWN
+        off, on = float((1 - self.on_rate)[usual].sum()), float(self.on_rate[~usual].sum())
+        return (
+            f"Taken for {self.called}. Of the {int(usual.sum())} units that are on for most of {self._peers}, "
+            f"{len(self.missing)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
+            f"{len(self.strange)} are on ({on:.0f} expected)."
+        )
+
+    @property
+    def _peers(self) -> str:
+        return self.called if self.seen else "the in-distribution inputs"
+
     def rows(self, most: int = 8) -> list[tuple[str, str]]:
         """The explanation as a table of two columns: what, and how it is.
 
@@ -67,10 +90,13 @@ class Explanation:
         expected = int((self.on_rate >= _OWN).sum())
         carried = self.activation.abs()[self.carriers[:most]].sum() / max(self.norm, 1e-30)
         return [
-            ("the network predicts", f"class {self.predicted}"),
+            (
+                "the network predicts",
+                self.called + ("" if self.seen else ", which it predicts for no in-distribution input"),
+            ),
             (
                 "the hidden classifier predicts",
-                f"class {self.hidden_prediction}, with a confidence of {self.hidden_confidence:.4g} "
+                f"{self.hidden_called}, with a confidence of {self.hidden_confidence:.4g} "
                 f"({self.hidden_confidence / max(self.norm, 1e-30):.0%} of the norm)",
             ),
             (
@@ -79,11 +105,11 @@ class Explanation:
             ),
             ("units that carry the norm", f"{_units(self.carriers, most)} ({float(carried):.0%} of it)"),
             (
-                f"on for most of class {self.predicted}, off here",
+                f"on for most of {self._peers}, off here",
                 f"{len(self.missing)} of {expected}" + _named(self.missing, most),
             ),
             (
-                f"off for most of class {self.predicted}, on here",
+                f"off for most of {self._peers}, on here",
                 f"{len(self.strange)} of {len(self.activation) - expected}" + _named(self.strange, most),
             ),
         ]
@@ -98,7 +124,12 @@ class Explanation:
         from featnorm.report.figures import explanation_figure
 
         return explanation_figure(
-            self.activation.tolist(), self.on_rate.tolist(), self.hidden_logits.tolist(), self.norm, self.predicted
+            self.activation.tolist(),
+            self.on_rate.tolist(),
+            self.hidden_logits.tolist(),
+            self.norm,
+            self.predicted,
+            self._peers,
         )
 
 
@@ -133,37 +164,65 @@ class Explainer:
         Raises
         ------
         ValueError
-            The explainer was not fitted, no in-distribution input of a predicted class was seen, or the model has
-            no hidden classifier that can be read off, see `FeatureTap.hidden`.
+            The explainer was not fitted, or the model has no hidden classifier that can be read off, see
+            `FeatureTap.hidden`.
         """
         if self.statistics.is_empty:
             raise ValueError("the explainer knows no in-distribution inputs yet: call fit with a loader of them")
-        hidden = self.tap.hidden(inputs)
-        a = hidden.activation.cpu()
-        if a.shape[1] != self.statistics.width:
-            raise ValueError("the layer puts out maps: an explanation names single units, of a layer of vectors")
-        predicted = hidden.output_logits.argmax(1).tolist()
-        rates = self.statistics.class_on_rate
-        norms, counts, nans = l1_norm(a).tolist(), l0_norm(a).tolist(), negative_aware_norm(a).tolist()
-        psi, confidence = hidden.logits.cpu(), hidden.confidence.tolist()
-        explanations = []
-        for i, k in enumerate(predicted):
-            if k >= len(rates) or not int(self.statistics.class_inputs[k]):
-                raise ValueError(f"input {i} is taken for class {k}, of which no in-distribution input was seen")
-            explanations.append(
-                Explanation(
-                    predicted=k,
-                    hidden_prediction=int(psi[i].argmax()),
-                    hidden_confidence=confidence[i],
-                    hidden_logits=psi[i],
-                    norm=norms[i],
-                    active=int(counts[i]),
-                    nan=nans[i],
-                    activation=a[i],
-                    on_rate=rates[k],
-                )
+        return explain(self.tap.hidden(inputs), self.statistics)
+
+
+def explain(
+    hidden: HiddenClassifier, statistics: ActivationStatistics, names: Sequence[str] | None = None
+) -> list[Explanation]:
+    """Explain each of n inputs.
+
+    Parameters
+    ----------
+    hidden : of the inputs.
+    statistics : of in-distribution inputs in the same layer, by the class that the network predicts for them.
+    names : of the classes.
+
+    Raises
+    ------
+    ValueError
+        The statistics are of nothing, or of another number of units.
+    """
+    a = hidden.activation.cpu()
+    if a.shape[1] != statistics.width:
+        raise ValueError(
+            f"statistics of {statistics.width} units cannot explain inputs in {a.shape[1]}: an explanation names "
+            "single units, of a layer of vectors"
+        )
+    predicted = hidden.output_logits.argmax(1).tolist()
+    overall, rates, seen = statistics.on_rate, statistics.class_on_rate, statistics.class_inputs.tolist()
+    norms, counts, nans = l1_norm(a).tolist(), l0_norm(a).tolist(), negative_aware_norm(a).tolist()
+    psi, confidence = hidden.logits.cpu(), hidden.confidence.tolist()
+
+    def name(k: int) -> str:
+        return f"class {k}" if names is None else names[k]
+
+    explanations = []
+    for i, k in enumerate(predicted):
+        known = seen[k] if k < len(seen) else 0
+        hidden_prediction = int(psi[i].argmax())
+        explanations.append(
+            Explanation(
+                predicted=k,
+                called=name(k),
+                seen=known,
+                hidden_prediction=hidden_prediction,
+                hidden_called=name(hidden_prediction),
+                hidden_confidence=confidence[i],
+                hidden_logits=psi[i],
+                norm=norms[i],
+                active=int(counts[i]),
+                nan=nans[i],
+                activation=a[i],
+                on_rate=rates[k] if known else overall,
             )
-        return explanations
+        )
+    return explanations
 
 
 def _units(units: Tensor, most: int) -> str:

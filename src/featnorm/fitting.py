@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._checks import check_share
+from featnorm.activation import ActivationStatistics
 from featnorm.calibration import Calibration
 from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, SlicedImages, image_loader
 from featnorm.deploy import ImageScorer
@@ -145,12 +146,13 @@ def fit_images(
     labels, names = _labels(source, known.rows, ~apart, targets)
     wanted = cluster(learning, seed) if labels is None else labels[~apart]
     head = fit_head(learning, wanted, seed=seed, progress=progress).to(device)
-    if detector.needs_fit:
-        with detector.refit():
-            for rows in torch.arange(len(learning)).split(_ROWS):
-                features = head_features(head, learning[rows].to(device))
-                if labels is not None:
-                    features = features.replace(labels=wanted[rows].to(device))
+    statistics = ActivationStatistics()
+    with detector.refit() if detector.needs_fit else nullcontext():
+        for rows in torch.arange(len(learning)).split(_ROWS):
+            features = head_features(head, learning[rows].to(device))
+            statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
+            if detector.needs_fit:
+                features = features if labels is None else features.replace(labels=wanted[rows].to(device))
                 detector.partial_fit(features)
     scorer = Scorer(nn.Sequential(backbone, head), detector)
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
@@ -175,7 +177,7 @@ def fit_images(
         "backbone": f"{loaded.name}, {learning.shape[1]} wide" + "".join(f"; {note}" for note in notes),
         "precision": _precision(fabric),
     }
-    made = ImageScorer(loaded.name, scorer, loaded.transform, names, facts)
+    made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
     return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
 
 

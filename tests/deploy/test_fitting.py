@@ -49,6 +49,8 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
     assert rows[0].score is None
     assert all(row.error is None and 0 < row.p_value <= 1 for row in rows[1:])
     assert {row.predicted for row in rows[1:]} == ({"a"} if targets == "labels" else {None})
+    one, other = fitted.scorer.explain(noise(1))[0], again.explain(noise(1))[0]
+    assert (one.sentence, one.rows()) == (other.sentence, other.rows())
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,25 @@ def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cac
     images = torch.stack([loaded.transform(source.image(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
     scores = fitted.scorer.scorer(images).score.double().sort().values
     assert torch.allclose(scores, fitted.scorer.scorer.calibration.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["labels", "clusters"])
+def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
+    scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence()).scorer
+    assert int(scorer.statistics.inputs) == 191
+    images = torch.cat([noise(3), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
+    verdict, explained = scorer.scorer(images), scorer.explain(images)
+    features = scorer.scorer.tap(images)
+    for i, one in enumerate(explained):
+        assert one.predicted == int(verdict.logits[i].argmax())
+        assert one.called == (f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted])
+        assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
+        assert torch.equal(one.activation, features.activation[i])
+    assert explained[3].seen > 0
+    assert len(explained[3].missing) <= len(explained[0].missing)
+    scorer.statistics = None
+    with pytest.raises(ValueError, match="holds no statistics"):
+        scorer.explain(images)
 
 
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):

@@ -1,7 +1,7 @@
 """`ImageScorer`: a scorer with all that it needs to judge image files, in one file."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
+from featnorm.explain import Explanation, explain
+from featnorm.hidden import HiddenClassifier
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, create_model, is_users
 from featnorm.scorer import Scorer
 from featnorm.training import ProjectionHead, cut_classifier
@@ -62,6 +65,7 @@ class ImageScorer:
     scorer : of ``Sequential(backbone, head)``, calibrated.
     transform : from a PIL image in RGB to what the backbone takes.
     class_names : what the head's logits are of; None where it was not trained on labels.
+    statistics : of the head's hidden layer, over the images that were learned from; None for no explanations.
     facts : what a reader of its verdicts should know, by short names.
     """
 
@@ -69,6 +73,7 @@ class ImageScorer:
     scorer: Scorer
     transform: Callable[[Image.Image], Tensor]
     class_names: list[str] | None = None
+    statistics: ActivationStatistics | None = None
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -135,6 +140,33 @@ class ImageScorer:
         columns = (names, verdict.score.tolist(), p_values, is_id, predicted)
         return [ImageVerdict(*row, None) for row in zip(*columns, strict=True)]
 
+    @torch.no_grad()
+    def explain(self, images: Tensor) -> list[Explanation]:
+        """Say why each image scores as it does.
+
+        Parameters
+        ----------
+        images : (n, c, h, w), as the transform makes them.
+
+        Raises
+        ------
+        ValueError
+            There are no statistics to explain by, or the model gives a value that is not finite.
+        """
+        if self.statistics is None:
+            raise ValueError("this scorer holds no statistics of the images that it learned from: fit again")
+        images = images.contiguous(memory_format=torch.channels_last).to(self.scorer.tap.device)
+        features = self.scorer.tap.listen(images, classifier=True)
+        assert (
+            features.classifier is not None
+        )  # a head's logits are linear in its activation, but for their length
+        weight, bias = features.classifier
+        activation = features.tensor("activation")
+        offset = None if bias is None else bias.expand(len(images), -1)
+        hidden = HiddenClassifier(activation.float(), weight.float(), offset)
+        names = self.class_names or [f"cluster {k}" for k in range(len(weight))]
+        return explain(hidden, self.statistics, names)
+
     def save(self, path: str | Path) -> None:
         """Write everything to one file, weights included: safetensors with a JSON header, no pickle.
 
@@ -151,6 +183,8 @@ class ImageScorer:
             raise TypeError("an ImageScorer holds Sequential(backbone, head), as featnorm.fit_images makes it")
         tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
         tensors["transform"], tensors["response"] = _impression(self.transform, model[0])
+        if self.statistics is not None:
+            tensors |= {f"statistics.{name}": value for name, value in self.statistics.state_dict().items()}
         header["images"] = {
             "backbone": self.backbone,
             "head": _settings(model[1]),
@@ -189,6 +223,7 @@ class ImageScorer:
             spec, head = kept["backbone"], ProjectionHead(**kept["head"])
             classes, facts = kept["classes"], kept["facts"]
             weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+            statistics = _statistics(tensors)
             kept_impression = tensors["transform"], tensors["response"]
             if not isinstance(spec, str) or not isinstance(facts, dict):
                 raise TypeError("it names no backbone, or its facts are none")
@@ -214,7 +249,7 @@ class ImageScorer:
                 raise archive.ArchiveError(
                     f"{path} was made with another {what} of {spec} than is installed here: fit again"
                 )
-        return cls(spec, scorer, loaded.transform, classes, facts)
+        return cls(spec, scorer, loaded.transform, classes, statistics, facts)
 
 
 def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
@@ -237,6 +272,24 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
             f"{what}: write a function that returns the model without its last layers, and its transform, and "
             "name it by MODULE:FUNCTION"
         ) from None
+
+
+def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
+    """Return what a file knows of the images that were learned from.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        It is none that `ActivationStatistics` could have saved.
+    """
+    prefix = "statistics."
+    kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not kept:
+        return None
+    statistics = ActivationStatistics()
+    statistics.load_state_dict(kept)
+    statistics.validate()
+    return statistics
 
 
 def _settings(head: ProjectionHead) -> dict[str, Any]:

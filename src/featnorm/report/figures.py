@@ -89,7 +89,12 @@ def _draw(ax: Axes, panel: Panel) -> None:
 
 
 def explanation_figure(
-    activation: Sequence[float], on_rate: Sequence[float], logits: Sequence[float], norm: float, predicted: int
+    activation: Sequence[float],
+    on_rate: Sequence[float],
+    logits: Sequence[float],
+    norm: float,
+    predicted: int,
+    peers: str,
 ) -> str:
     """Return the picture of an explanation as SVG text.
 
@@ -97,18 +102,18 @@ def explanation_figure(
     ----------
     activation, on_rate : (d,) of the input, and how often each unit is on for its class.
     logits, norm : (K,) of the hidden classifier, and the l1-norm, which none of them exceeds.
-    predicted : the class.
+    predicted, peers : the class, and what to call those inputs.
     """
     order = sorted(range(len(activation)), key=lambda i: -on_rate[i])
     rank = range(len(order))
     with _figure(9, 3.4) as (figure, text):
         units, classes = figure.subplots(1, 2, width_ratios=[2.2, 1])
         units.fill_between(
-            rank, [on_rate[i] for i in order], color="#b9c6d6", lw=0, label=f"on for class {predicted}, share"
+            rank, [on_rate[i] for i in order], color="#b9c6d6", lw=0, label=f"share of {peers} that it is on for"
         )
         units.set_ylim(0, 1.02)
-        units.set_ylabel("share of the class's inputs")
-        units.set_xlabel("units, those that the class uses most first")
+        units.set_ylabel("share of inputs")
+        units.set_xlabel("units, the most usual first")
         values = units.twinx()
         values.vlines(
             rank, 0, [activation[i] for i in order], color="#c2571a", lw=0.8, label="this input's activation"

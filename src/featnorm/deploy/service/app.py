@@ -186,7 +186,7 @@ def create_app(
     async def score(
         request: Request, explain: Annotated[bool, Query(description="Say why, too.")] = False
     ) -> Response:
-        if explain and not _explains(scorer):
+        if explain and scorer.statistics is None:
             raise HTTPException(400, "this detector's file keeps no statistics to explain by: fit it again")
         uploads = await read_uploads(request, limits, parser)
         results = await _while_there(request, batcher.score(uploads, explain), limits)
@@ -213,7 +213,7 @@ def create_app(
             threshold=_finite(float(calibration.threshold)),
             tpr=calibration.tpr,
             calibration=histogram(calibration.scores, float(calibration.threshold)),
-            explains=_explains(scorer),
+            explains=scorer.statistics is not None,
             limits=dataclasses.asdict(limits),
         )
 
@@ -278,14 +278,15 @@ async def _gone(request: Request) -> None:
 
 
 def _judge(scorer: ImageScorer, images: Sequence[Waiting], fabric: Any) -> list[Judged]:
-    verdicts = scorer.judge(
-        torch.stack([image.tensor for image in images]), [image.upload.name for image in images], fabric=fabric
+    batch = torch.stack([image.tensor for image in images])
+    verdicts = scorer.judge(batch, [image.upload.name for image in images], fabric=fabric)
+    asked = [i for i, image in enumerate(images) if image.explain]
+    why = (
+        {i: explanation.rows() for i, explanation in zip(asked, scorer.explain(batch[asked]), strict=True)}
+        if asked
+        else {}
     )
-    return [Judged(verdict) for verdict in verdicts]
-
-
-def _explains(scorer: ImageScorer) -> bool:
-    return False
+    return [Judged(verdict, why.get(i)) for i, verdict in enumerate(verdicts)]
 
 
 def _result(judged: Judged, explain: bool) -> dict[str, Any]:
