@@ -270,6 +270,7 @@ async def _while_there(request: Request, work: Any, limits: Limits) -> list[Judg
     finally:
         working.cancel()
         leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:

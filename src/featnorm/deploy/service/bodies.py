@@ -138,7 +138,7 @@ async def _from_form(request: Request, limits: Limits) -> list[Upload]:
     try:
         for number, (field, part) in enumerate(form.multi_items(), start=1):
             if not isinstance(part, UploadFile):
-                raise HTTPException(400, f"part {number} of the form, {_text(field)!r}, is not a file")
+                raise HTTPException(400, f"part {number} of the form, {_text(field)!r}, is no file")
             uploads.append(Upload(_named(part.filename, number), await part.read()))
     finally:
         await form.close()
