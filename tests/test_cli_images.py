@@ -1,8 +1,10 @@
 """``featnorm fit`` and ``featnorm score`` as a user types them."""
 
 import csv
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +91,35 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     assert status == 0
     assert "The features of all of them were known." in printed
     assert "trained on 24 clusters" in printed
+
+
+def test_score_writes_a_page(featnorm, detector, known, tmp_path):
+    """The most foreign first, each with its place and its reason; no name breaks the page."""
+    strange = tmp_path / "new" / "<b>str\u00e4nge &.png"
+    strange.parent.mkdir()
+    Image.new("RGB", (400, 300), (250, 250, 0)).save(strange)
+    (tmp_path / "new" / "broken.png").write_bytes(b"no")
+    arguments = ("score", detector, "new", f"{known}[:150]", "--workers", 0, "--html", "page.html")
+    status, printed, _ = featnorm(*arguments, "-o", "t.csv")
+    assert status == 0
+    assert "Wrote t.csv." in printed
+    assert "Wrote page.html." in printed
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    scores = sorted((float(row["score"]), row["path"]) for row in rows_of(tmp_path / "t.csv") if row["score"])
+    cards = re.findall(r'<p class="name">(.*?)</p>', page)
+    assert cards == [html.escape(name) for _, name in scores[:100]]
+    assert page.count("<image ") == 100
+    assert page.count("units that carry the norm") == 100
+    assert "not an image in a format Pillow knows" in page
+    assert "<b>" not in page
+    assert not list(tmp_path.glob(".*")), "the journal is gone"
+    for refused, why in (
+        ("page.txt", "must end in .html"),
+        (str(tmp_path / "none" / "p.html"), "there is no folder"),
+    ):
+        status, _, error = featnorm(*arguments[:-1], refused)
+        assert status == 2
+        assert why in error
 
 
 def test_score_prints_a_row_an_image(featnorm, detector, known, tmp_path):
@@ -228,8 +259,8 @@ def test_what_is_refused(featnorm, detector, known, tmp_path):
             str(known),
             "-o",
             str(known / "a" / "t.csv"),
-        ): "would write over or into what is read",
-        ("export", str(detector), "-o", str(detector)): "would write over or into what is read",
+        ): "would lie over or in what is read",
+        ("export", str(detector), "-o", str(detector)): "would lie over or in what is read",
         ("fit", str(known), "-o", str(known)): "is a folder: name a file",
     }.items():
         status, _, error = featnorm(*arguments)

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from featnorm.protocols import cifar10, head_study, own_images
+from featnorm.protocols import cifar10, heads, own_images
 from featnorm.protocols.tables import Table, make_table, width_figure
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -27,7 +27,7 @@ def tables(file: Path) -> dict[str, Table]:
         case "own-images":
             return own_images.tables(content)
         case "head-study":
-            return head_study.tables(content)
+            return heads.tables(content)
     return {file.stem: make_table(file.stem, content)}
 
 

@@ -7,7 +7,7 @@ import pytest
 from small import reproduce, write_images
 
 from featnorm.models import create_model
-from featnorm.protocols import head_study, own_images
+from featnorm.protocols import heads, own_images
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_views_are_parts_of_the_image():
 
 
 def test_head_study(root, tmp_path, monkeypatch):
-    settings = {name: head_study.SETTINGS[name] for name in ("T = 0.5", "width 64")}
+    settings = {name: heads.SETTINGS[name] for name in ("T = 0.5", "width 64")}
     short = {name: (t, d, replace(recipe, epochs=2, batch_size=32)) for name, (t, d, recipe) in settings.items()}
-    monkeypatch.setattr(head_study, "SETTINGS", short)
+    monkeypatch.setattr(heads, "SETTINGS", short)
     assert reproduce("head-study", root, tmp_path).exit_code == 0
     result = json.loads((tmp_path / "laptop" / "head-study.json").read_text())
     assert [row["setting"] for row in result["rows"]] == ["T = 0.5", "width 64"]

@@ -190,6 +190,10 @@ def score(
             "--out", "-o", help="A .csv, .jsonl or .parquet file for a row an image; the terminal without it."
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="A page to write: the most foreign images first, where each lies, and why."),
+    ] = None,
     model: UsersModel = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -199,7 +203,7 @@ def score(
 ) -> None:
     """Say of every image whether it belongs: score, p-value, verdict, predicted class.
 
-    With `--out` the same command goes on after a kill.
+    With `--out` or `--html` the same command goes on after a kill.
     """
     from featnorm.cli.score import Options, run
 
@@ -208,6 +212,7 @@ def score(
             detector=detector,
             images=images,
             out=out,
+            html=html,
             model=model,
             data_root=data_root,
             device=device,

@@ -8,7 +8,7 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, head_study, own_images, theory
+from featnorm.protocols import cifar10, heads, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 
@@ -40,10 +40,15 @@ def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any
     for missing, why in images.missing.items():
         console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
     jobs = cifar10.jobs(name, cifar10.SCALES[scale])
+    known = heads.pooled(images) if any(job.frozen for job in jobs) else None
     results: list[dict[str, Any]] = []
     for i, job in enumerate(jobs):
         folder = _begin(out, job.folder, i, len(jobs))
-        results.append(cifar10.run(job, cifar10.SCALES[scale], images, folder, fabric=fabric, environment=facts))
+        if known is None:
+            result = cifar10.run(job, cifar10.SCALES[scale], images, folder, fabric=fabric, environment=facts)
+        else:
+            result = heads.run(job, known, folder, environment=facts)
+        results.append(result)
     table = make_table(name, results)
     (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(table.markdown(), encoding="utf-8")
@@ -67,8 +72,8 @@ def _own_images(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _
 
 
 def _head_study(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
-    result = head_study.run(cifar10.load_images(data_root), environment=facts)
-    return result, head_study.tables(result)
+    result = heads.study(cifar10.load_images(data_root), environment=facts)
+    return result, heads.tables(result)
 
 
 _STUDIES = {"own-images": _own_images, "head-study": _head_study}

@@ -1,20 +1,30 @@
 """``featnorm score``: which images do not belong, by a fitted detector."""
 
+import contextlib
 import hashlib
+import heapq
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from featnorm.cli.evaluate import fabric_of
-from featnorm.cli.show import SKIPPED_SHOWN, console, print_skipped, require_file_place
-from featnorm.data import ImageSource, SlicedImages, open_to_score
+from featnorm.cli.show import console, environment, print_skipped, require_file_place
+from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.deploy.records import FORMATS, Journal, images_digest
+from featnorm.explain import Explanation
+from featnorm.report.scores import Shown, write_scores_page
 from featnorm.scorer import Scorer
+
+_MOST_SHOWN = 100  # images on the page
+_EXPLAINED = 16
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Options:
     detector: Path
     images: list[str]
     out: Path | None
+    html: Path | None
     model: str | None
     data_root: Path | None
     device: str
@@ -33,22 +44,41 @@ class Options:
 
 
 class _Tally:
-    """What a run amounts to."""
+    """What a run amounts to, and the images that are the most foreign."""
 
     def __init__(self) -> None:
-        self.judged = 0
+        self.scores = array("d")
         self.foreign = 0
         self.unread = 0
         self.first_unread: list[tuple[str, str]] = []
+        self._rows = 0
+        # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
+        self._lowest: list[tuple[float, int, ImageVerdict]] = []
 
     def add(self, verdict: ImageVerdict) -> None:
-        if verdict.error is not None:
+        row = self._rows
+        self._rows += 1
+        if verdict.score is None:
             self.unread += 1
-            if self.unread <= SKIPPED_SHOWN:
-                self.first_unread.append((verdict.name, verdict.error))
+            if self.unread <= _MOST_SHOWN:
+                self.first_unread.append((verdict.name, str(verdict.error)))
             return
-        self.judged += 1
+        self.scores.append(verdict.score)
         self.foreign += verdict.is_id is False
+        entry = (-verdict.score, -row, verdict)
+        if len(self._lowest) < _MOST_SHOWN:
+            heapq.heappush(self._lowest, entry)
+        else:
+            heapq.heappushpop(self._lowest, entry)
+
+    @property
+    def judged(self) -> int:
+        return len(self.scores)
+
+    @property
+    def lowest(self) -> list[tuple[int, ImageVerdict]]:
+        """Rows and verdicts of the lowest scores, the lowest first."""
+        return [(-row, verdict) for _, row, verdict in sorted(self._lowest, reverse=True)]
 
 
 class _Watch:
@@ -70,14 +100,19 @@ class _Watch:
 
 
 def run(options: Options) -> None:
-    """Judge the images; print or write a row each, and say how fast it went."""
+    """Judge the images; print or write a row each, or a page of them, and say how fast it went."""
     if options.out is not None and options.out.suffix not in FORMATS:
         raise ValueError(f"--out {options.out} must end in {', '.join(FORMATS)}")
-    if options.out is not None:
-        require_file_place(options.out, [options.detector, *map(Path, options.images)])
+    if options.html is not None and options.html.suffix != ".html":
+        raise ValueError(f"--html {options.html} must end in .html")
+    for file in (options.out, options.html):
+        if file is not None:
+            require_file_place(file, [options.detector, *map(Path, options.images)])
     fabric = fabric_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
     scorer.scorer = fabric.to_device(scorer.scorer)
+    if options.html is not None and scorer.scorer.calibration is None:
+        raise ValueError(f"{options.detector} is not calibrated: there are no known scores to show others among")
     source = open_to_score(options.images, root=options.data_root)
     fitted_in = scorer.facts.get("precision", options.precision)
     if fitted_in != options.precision:
@@ -89,19 +124,34 @@ def run(options: Options) -> None:
     def stream(images: ImageSource) -> Iterator[list[ImageVerdict]]:
         return scorer.stream(images, batch_size=options.batch_size, workers=options.workers, fabric=fabric)
 
-    judged = _print(stream(source), tally) if options.out is None else _write(stream, source, options, tally)
-    seconds = time.perf_counter() - began
+    place = options.out or options.html
+    if place is None:
+        judged, seconds = _print(stream(source), tally), time.perf_counter() - began
+    else:
+        journal = _journal(options, place, source)
+        judged = _judge(stream, source, journal)
+        seconds = time.perf_counter() - began
+        for verdict in journal:
+            tally.add(verdict)
+        if options.out is not None:
+            journal.write(options.out)
+        if options.html is not None:
+            with fabric.autocast():
+                _write_page(options.html, scorer, source, tally)
+        journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
-    console.print(f"{tally.foreign} of {tally.judged} images do not belong ({_share(tally)}).")
+    console.print(_summary(tally))
     if judged:
         share = watch.seconds / seconds
         console.print(f"{judged / seconds:.0f} images a second, {share:.0%} of the time in the model itself.")
-    if options.out is not None:
-        console.print(f"Wrote {options.out}.", soft_wrap=True)
+    for file in (options.out, options.html):
+        if file is not None:
+            console.print(f"Wrote {file}.", soft_wrap=True)
 
 
-def _share(tally: _Tally) -> str:
-    return f"{tally.foreign / tally.judged:.1%}" if tally.judged else "none could be read"
+def _summary(tally: _Tally) -> str:
+    share = f"{tally.foreign / tally.judged:.1%}" if tally.judged else "none could be read"
+    return f"{tally.foreign:,} of {tally.judged:,} images do not belong ({share})."
 
 
 def _print(batches: Iterator[list[ImageVerdict]], tally: _Tally) -> int:
@@ -122,13 +172,7 @@ def _print(batches: Iterator[list[ImageVerdict]], tally: _Tally) -> int:
     return count
 
 
-def _write(
-    stream: Callable[[ImageSource], Iterator[list[ImageVerdict]]],
-    source: ImageSource,
-    options: Options,
-    tally: _Tally,
-) -> int:
-    assert options.out is not None
+def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
     with options.detector.open("rb") as file:
         detector = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
@@ -138,7 +182,13 @@ def _write(
         "precision": options.precision,
         "images": images_digest(source),
     }
-    journal = Journal(options.out, settings, options.batch_size)
+    return Journal(place, settings, options.batch_size)
+
+
+def _judge(
+    stream: Callable[[ImageSource], Iterator[list[ImageVerdict]]], source: ImageSource, journal: Journal
+) -> int:
+    """Judge the images that are not in the journal yet; return how many."""
     if journal.done:
         console.print(f"going on after {journal.done} of {len(source)} images", style="dim")
     rest = SlicedImages(source, range(journal.done, len(source)), source.title)
@@ -146,7 +196,40 @@ def _write(
         for batch in stream(rest) if len(rest) else ():
             journal.add(batch)
             bar.update(len(batch))
-    for verdict in journal:
-        tally.add(verdict)
-    journal.finish(options.out)
     return len(rest)
+
+
+def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Tally) -> None:
+    calibration = scorer.scorer.calibration
+    assert calibration is not None
+    write_scores_page(
+        path,
+        title=f"{source.title}: what does not belong",
+        summary=f"{_summary(tally)} {scorer.scorer.detector!r} is set to refuse at most "
+        f"{1 - calibration.tpr:.1%} of what does.",
+        facts={**scorer.facts, "date": environment()["date"]},
+        known=calibration.scores.cpu().numpy(),
+        scores=np.asarray(tally.scores, np.float64),
+        threshold=float(calibration.threshold),
+        shown=_shown(scorer, source, tally.lowest),
+        unread=tally.first_unread,
+        unread_count=tally.unread,
+    )
+
+
+def _shown(
+    scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]]
+) -> Iterator[Shown]:
+    """Yield the images again with what explains them; few at a time, as they may be large."""
+    for start in range(0, len(lowest), _EXPLAINED):
+        images: dict[int, Image.Image] = {}
+        for row, _ in lowest[start : start + _EXPLAINED]:
+            # A file that went away meanwhile costs its picture, not the page.
+            with contextlib.suppress(ImageError):
+                images[row] = source.image(row)
+        why: dict[int, Explanation] = {}
+        if images and scorer.statistics is not None:
+            batch = torch.stack([scorer.transform(image) for image in images.values()])
+            why = dict(zip(images, scorer.explain(batch), strict=True))
+        for row, verdict in lowest[start : start + _EXPLAINED]:
+            yield Shown(verdict, images.get(row), why.get(row))

@@ -75,13 +75,13 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file")
+        raise ValueError(f"{out} is a folder: name a file")
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"the folder {out.parent} cannot be written to")
     place = out.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):
-            raise ValueError(f"--out {out} would write over or into what is read, {path}: choose another place")
+            raise ValueError(f"{out} would lie over or in what is read, {path}: choose another place")
 
 
 def environment() -> dict[str, str]:

@@ -70,10 +70,13 @@ class Journal:
             for line in file:
                 yield ImageVerdict(*json.loads(line))
 
-    def finish(self, out: Path) -> None:
-        """Write the table that the file's ending names, and remove the journal."""
+    def write(self, out: Path) -> None:
+        """Write the table that the file's ending names."""
         with replacing(out) as temporary:
             _WRITERS[out.suffix](self, temporary)
+
+    def remove(self) -> None:
+        """Remove the journal: what was made of it is written."""
         self.path.unlink()
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ every detector.
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,9 @@ class Scale:
     ----------
     name : "laptop" or "paper".
     width : channels of the first stage of the ResNet-18.
-    recipe : of the main table.
-    ablation : of the ablations.
+    recipe : of the main table, and of Table 6.
+    ablation : of the ablations of the head, Table 7 and Figure 7.
+    frozen : whether these train heads alone, on a frozen backbone (`featnorm.protocols.heads`).
     seeds : runs of the main table; an ablation is one.
     """
 
@@ -59,6 +60,7 @@ class Scale:
     width: int
     recipe: Recipe
     ablation: Recipe
+    frozen: bool
     seeds: int
 
 
@@ -73,9 +75,11 @@ _LAPTOP = Recipe(
     augment=True,
     crop=24,
 )
+#: Of heads on a frozen backbone.
+FROZEN = Recipe(epochs=20, batch_size=256, optimiser="sgd", lr=0.06)
 SCALES = {
-    "laptop": Scale("laptop", 24, _LAPTOP, replace(_LAPTOP, epochs=5), seeds=3),
-    "paper": Scale("paper", 64, PRESETS["C.1"], PRESETS["C.1"], seeds=3),
+    "laptop": Scale("laptop", 24, _LAPTOP, FROZEN, frozen=True, seeds=3),
+    "paper": Scale("paper", 64, PRESETS["C.1"], PRESETS["C.1"], frozen=False, seeds=3),
 }
 
 
@@ -103,9 +107,8 @@ class Variant:
 
 
 MAIN = Variant()
-#: The networks of each ablation, trained by its recipe; the other tables are read off the main networks.
+#: The heads of each ablation; the other tables are of the main networks, and one without a head.
 ABLATIONS = {
-    "table6": [MAIN, Variant(hidden=None)],
     "table7": [MAIN, Variant(activation="leaky_relu"), Variant(activation="gelu")],
     "figure7": [Variant(hidden=2**k) for k in range(5, 13)],
 }
@@ -114,22 +117,26 @@ TABLES = ("table3", "table5", "table6", "table7", "table8", "table10", "figure7"
 
 @dataclass(frozen=True)
 class Job:
-    """A network to train for a table."""
+    """A network to train for a table, or where the backbone is frozen its head."""
 
     variant: Variant
     recipe: Recipe
     seed: int
+    frozen: bool = False
 
     @property
     def folder(self) -> str:
         """A name for its folder; tables that need the same network share it."""
-        return f"{self.variant.name}-{self.recipe.epochs}epochs-seed{self.seed}"
+        kind = "-frozen" if self.frozen else ""
+        return f"{self.variant.name}{kind}-{self.recipe.epochs}epochs-seed{self.seed}"
 
 
 def jobs(table: str, scale: Scale) -> list[Job]:
     """Return the networks that a table is made from."""
     if table in ABLATIONS:
-        return [Job(variant, scale.ablation, 0) for variant in ABLATIONS[table]]
+        return [Job(variant, scale.ablation, 0, scale.frozen) for variant in ABLATIONS[table]]
+    if table == "table6":
+        return [Job(variant, scale.recipe, 0) for variant in (MAIN, Variant(hidden=None))]
     return [Job(MAIN, scale.recipe, seed) for seed in range(scale.seeds)]
 
 
@@ -260,12 +267,8 @@ def run(
         "seed": job.seed,
         "images": images.facts,
     }
-    result_file, weights = folder / "result.json", folder / "model.safetensors"
-    if result_file.exists():
-        result: dict[str, Any] = json.loads(result_file.read_text("utf-8"))
-        if any(result.get(key) != value for key, value in made_with.items()):
-            other = [key for key, value in made_with.items() if result.get(key) != value]
-            raise ValueError(f"{result_file} is of other {' and '.join(other)}: choose another folder with --out")
+    result = kept_result(folder, made_with)
+    if result is not None:
         return result
     model = job.variant.build(scale.width, job.seed)
     inputs, labels = images.train
@@ -279,7 +282,7 @@ def run(
         seed=job.seed,
         progress=progress,
     )
-    with replacing(weights) as temporary:
+    with replacing(folder / "model.safetensors") as temporary:
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     result = {
@@ -290,9 +293,32 @@ def run(
         **score(model, images, detectors(job.variant), fabric=fabric, progress=progress),
         "environment": dict(environment),
     }
-    with replacing(result_file) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep_result(folder, result)
     return result
+
+
+def kept_result(folder: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the result that a folder holds, or None.
+
+    Raises
+    ------
+    ValueError
+        It is of other settings.
+    """
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    other = [key for key, value in made_with.items() if result.get(key) != value]
+    if other:
+        raise ValueError(f"{file} is of other {' and '.join(other)}: choose another folder with --out")
+    return result
+
+
+def keep_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write a result into a folder, for `kept_result`."""
+    with replacing(folder / "result.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 def score(
@@ -339,7 +365,7 @@ def score(
         "scores": percentages(evaluation),
         "pooled": percentages(pooled),
         "left_out": evaluation.left_out,
-        "inactive": {name: _inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
+        "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
 
@@ -365,7 +391,8 @@ def _of_pooled(batches: Iterable[Features]) -> list[Features]:
     return [Features(activation=features.tensor("pooled")) for features in batches]
 
 
-def _inactive(batches: Iterable[Features]) -> float:
+def inactive(batches: Iterable[Features]) -> float:
+    """Return the share of the hidden layer's units that are off."""
     off = [(features.tensor("activation") <= 0).double().mean(1) for features in batches]
     return float(torch.cat(off).mean())
 

@@ -197,13 +197,19 @@ def _notes(results: Sequence[Result]) -> list[str]:
         training += f", crops of {recipe['crop']} for the first {recipe['crop_share']:.0%}"
     minutes = [result["train_seconds"] / 60 for result in results]
     return [
-        f"scale {first['scale']}: ResNet-18 of width {first['width']}, {training}",
+        f"scale {first['scale']}: {_network(first)}, {training}",
         (f"{len(results)} seeds, mean ± standard deviation" if several else f"one seed, {first['seed']}")
         + f"; accuracy on ID {spread} %, on the training images {100 * first['train_accuracy']:.1f} %",
-        f"training took {_range(minutes)} minutes a network",
+        f"training took {_range(minutes)} minutes each",
         *(f"{name}: {value}" for name, value in first["images"].items()),
         *(f"{name}: {value}" for name, value in first["environment"].items()),
     ]
+
+
+def _network(result: Result) -> str:
+    if "backbone" in result:
+        return f"heads alone on the frozen backbone of {result['backbone']}, on images that are not augmented"
+    return f"ResNet-18 of width {result['width']}"
 
 
 def _range(values: Sequence[float], digits: int = 0) -> str:

@@ -1,0 +1,140 @@
+"""One HTML file that shows scored images: the most foreign first, where each lies among what is known, and why."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from PIL import Image
+
+from featnorm.deploy import ImageVerdict
+from featnorm.explain import Explanation
+from featnorm.report import plots
+from featnorm.report.html import Picture, number, percent, render, thumbnail, write
+
+Array = npt.NDArray[np.float64]
+
+# The small histogram beside an image, in units of its own.
+_WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image that the page shows; without its picture or its explanation where there is none."""
+
+    verdict: ImageVerdict
+    image: Image.Image | None
+    why: Explanation | None
+
+
+@dataclass(frozen=True)
+class _Card:
+    name: str
+    word: str
+    foreign: bool
+    predicted: str | None
+    score: str
+    p_value: str
+    share: str
+    x: str
+    picture: Picture | None
+    sentence: str
+    rows: list[tuple[str, str]]
+
+
+def write_scores_page(
+    path: Path,
+    *,
+    title: str,
+    summary: str,
+    facts: Mapping[str, str],
+    known: Array,
+    scores: Array,
+    threshold: float,
+    shown: Iterable[Shown],
+    unread: Sequence[tuple[str, str]],
+    unread_count: int,
+) -> None:
+    """Write the page of scored images as one HTML file, which opens offline.
+
+    Parameters
+    ----------
+    path : the file to write, in a folder that exists; a file that is there is replaced.
+    title, summary, facts : heading of the page, a sentence under it, and what else is to be known.
+    known : scores of the calibration images (n,).
+    scores : of the images that were judged (m,); there may be none.
+    threshold : which a score reaches or not.
+    shown : some of those images, in the order to show them in; read one at a time.
+    unread, unread_count : names and reasons of images that could not be read, and how many there are in all.
+    """
+    known = np.sort(known)
+    samples = [known, scores] if len(scores) else [known]
+    names = ["calibration images", "these images"][: len(samples)]
+    low, high = plots.span(samples)
+    histogram, outside = plots.histogram(
+        samples,
+        threshold,
+        prefix="h",
+        label="Score histograms. Median scores: "
+        + "; ".join(f"{name} {number(float(np.median(x)))}" for name, x in zip(names, samples, strict=True)),
+    )
+    cards = [_card(i, one, known, low, high) for i, one in enumerate(shown)]
+    html = render(
+        "scores.html",
+        title=title,
+        summary=summary,
+        facts=dict(facts),
+        histogram=histogram,
+        keys=[(name, *plots.series(i)) for i, name in enumerate(names)],
+        outside=[
+            f"{percent(out.below)} of {name} below, {percent(out.above)} above"
+            for name, out in zip(names, outside, strict=True)
+            if out.below or out.above
+        ],
+        threshold=number(threshold),
+        cards=cards,
+        judged=len(scores),
+        pictures=[card.picture for card in cards if card.picture is not None],
+        strip=_strip(known, low, high),
+        width=_WIDTH,
+        height=_HEIGHT,
+        limit=_place(threshold, low, high),
+        unread=unread,
+        unread_count=unread_count,
+    )
+    write(path, html)
+
+
+def _card(i: int, one: Shown, known: Array, low: float, high: float) -> _Card:
+    verdict = one.verdict
+    assert verdict.score is not None
+    above = float(np.mean(known > verdict.score))
+    return _Card(
+        name=verdict.name,
+        word={True: "belongs", False: "does not belong", None: ""}[verdict.is_id],
+        foreign=verdict.is_id is False,
+        predicted=verdict.predicted,
+        score=number(verdict.score),
+        p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
+        share=percent(above),
+        x=_place(verdict.score, low, high),
+        picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
+        sentence="" if one.why is None else one.why.sentence,
+        rows=[] if one.why is None else one.why.rows(),
+    )
+
+
+def _place(score: float, low: float, high: float) -> str:
+    """Return where a score is marked in the small histogram; at its end where it lies beyond."""
+    return f"{_WIDTH * float(np.clip((score - low) / (high - low), 0, 1)):.1f}"
+
+
+def _strip(known: Array, low: float, high: float) -> Markup:
+    """Return the outline of the calibration scores' histogram, as the data of a path."""
+    counts = np.histogram(known, np.linspace(low, high, _BINS + 1))[0]
+    tops = _HEIGHT * (1 - counts / max(1, counts.max()))
+    step = _WIDTH / _BINS
+    steps = " ".join(f"V{top:.1f}H{(i + 1) * step:.0f}" for i, top in enumerate(tops))
+    return Markup(f"M0 {_HEIGHT:.0f}{steps}V{_HEIGHT:.0f}Z")
