@@ -31,6 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import featnorm as fn
 from featnorm.data import SlicedImages, open_images
 from featnorm.deploy.service import Limits, create_app
+from featnorm.deploy.service import app as service
 from featnorm.deploy.service.app import histogram
 from featnorm.deploy.service.metrics import score_buckets
 from featnorm.deploy.service.requests import JsonLines
@@ -320,25 +321,33 @@ async def until_waiting(app, n):
         await asyncio.sleep(0.002)
 
 
-def test_requests_are_joined_and_judged_as_if_alone(scorer, folder):
+@pytest.fixture
+def batchers(monkeypatch):
+    """The batchers of the applications that a test creates."""
+    made = []
+
+    class Known(service.Batcher):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(service, "Batcher", Known)
+    return made
+
+
+def test_requests_are_joined_and_judged_as_if_alone(scorer, folder, batchers):
     images = [file.read_bytes() for file in sorted((folder / "b").iterdir())[:9]]
 
     async def main():
         held = Held(scorer)
-        prepared = []
-        inner = scorer.transform
-        scorer.transform = lambda image: prepared.append(0) or inner(image)
         async with running(create_app(scorer, Limits(batch_size=6))) as app:
             alone = [(await Asking(app).say(data).answer())[2]["results"][0] for data in images]
-            prepared.clear()
             held.held = True
             first = Asking(app).say(images[0])
             await held.begun()
             others = [Asking(app).say(data) for data in images[1:]]
-            await until(lambda: len(prepared) == 9)
+            await until(lambda: len(batchers[0]._ready) == 8)
             assert await waiting(app) == 8
-            for _ in range(20):  # what is prepared is handed over by the loop
-                await asyncio.sleep(0.001)
             held.go.release(3)
             answers = [await asking.answer() for asking in (first, *others)]
             assert [len(batch) for batch in held.batches] == [1, 6, 2]
@@ -398,7 +407,7 @@ def test_a_client_that_leaves_costs_nothing(scorer, caplog):
     assert [line["status"] for line in lines(caplog) if line.get("request_id") == "gone"] == [499]
 
 
-def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, caplog):
+def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, batchers, caplog):
     async def main():
         held = Held(scorer)
         inner = scorer.judge
@@ -422,7 +431,7 @@ def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, caplog):
             failing = Asking(app, content_type="application/json", x_request_id="me").say(
                 json.dumps(broken).encode()
             )
-            await until_waiting(app, 3)
+            await until(lambda: len(batchers[0]._ready) == 3)
             held.go.release()
             assert (await first.answer())[0] == 200
             status, _, content = await pair.answer()

@@ -23,8 +23,8 @@ log = logging.getLogger("featnorm.service")
 # Those of the files that a folder of images holds, and GIF. Of others Pillow knows, some start programs (EPS), and
 # none is what a browser or a camera makes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# A decoded image may take half a gigabyte, so that more threads are no gain.
-_MOST_DECODERS = 4
+# An image of the most pixels takes a gigabyte and a half while it is made ready: more threads could be too many.
+_MOST_DECODERS = 2
 
 
 class Judged(NamedTuple):
