@@ -6,11 +6,9 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from PIL import Image
 from featnorm.data import open_to_score
 from featnorm.deploy import ImageVerdict
 from featnorm.deploy.records import Journal, images_digest
+from hostile import hostile_files
 
 BACKBONE = ("--model", "featnorm:cifar10-resnet18", "--workers", "0")
 
@@ -207,42 +206,11 @@ def test_a_killed_score_goes_on(known, detector, tmp_path):
     assert not journal.exists()
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def huge_png() -> bytes:
-    """Claim 50,000 x 50,000 pixels in a few hundred bytes."""
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 150_001))
-        + chunk(b"IEND", b"")
-    )
-
-
 def test_a_thousand_hostile_files(featnorm, detector, tmp_path):
     place = tmp_path / "upload"
     pictures(place, 30, 5)
-    whole = (place / "0000.png").read_bytes()
-    svg = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
-    hostile = [
-        lambda i: ("png", whole[: len(whole) * (i % 9) // 10]),
-        lambda i: ("jpg", b"\xff\xd8\xff\xe0" + os.urandom(50)),
-        lambda i: ("png", b""),
-        lambda i: ("png", huge_png()),
-        lambda i: ("png", b"PK\x03\x04" + zlib.compress(b"\0" * 10**6)),
-        lambda i: ("svg", svg),
-        lambda i: ("txt", b"notes"),
-        lambda i: ("gif", b"GIF89a" + os.urandom(20)),
-        lambda i: ("tif", b"II*\0" + os.urandom(40)),
-        lambda i: ("webp", b"RIFF\xff\xff\xff\xffWEBPVP8 " + os.urandom(30)),
-    ]
-    names = ["plain", "\u96ea", "\u202egnp", "a b", "[red]x", "\u00e9", "'quote\"", "-o"]
-    for i in range(1000):
-        ending, data = hostile[i % len(hostile)](i)
-        (place / f"{names[i % len(names)]}{i}.{ending}").write_bytes(data)
+    for name, data in hostile_files(1000, (place / "0000.png").read_bytes()):
+        (place / name).write_bytes(data)
     status, printed, _ = featnorm("score", detector, place, "-o", "t.csv", "--workers", "0")
     assert status == 0
     rows = rows_of(tmp_path / "t.csv")

@@ -249,6 +249,59 @@ def monitor(
 
 
 @app.command()
+def serve(
+    detector: Annotated[Path, typer.Argument(help="A file that `featnorm fit` wrote.")],
+    model: UsersModel = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for any that is free.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the token that clients must send as `Authorization: Bearer TOKEN`; else what the "
+            "variable FEATNORM_TOKEN holds. Anybody is served without either."
+        ),
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 32,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16 * 2**20,
+    max_images: Annotated[int, typer.Option(min=1, help="In a request.")] = 64,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 178_956_970,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Images that wait for the model; beyond, clients are asked to come again.")
+    ] = 256,
+    max_seconds: Annotated[float, typer.Option(help="That a request may take, sending it included.")] = 30.0,
+) -> None:
+    """Judge images over HTTP, and on a page to drop them on.
+
+    `POST /v1/score` takes an image, or several as a form or as base64 in JSON; `/openapi.json` says it all. A line
+    of JSON a request goes to standard error, and counters for Prometheus are at `/metrics`.
+    """
+    from featnorm.cli.serve import Options, run
+    from featnorm.deploy.service import Limits
+
+    run(
+        Options(
+            detector=detector,
+            model=model,
+            host=host,
+            port=port,
+            token_file=token_file,
+            device=device,
+            precision=precision,
+            limits=Limits(
+                body_bytes=max_body_bytes,
+                images=max_images,
+                pixels=max_pixels,
+                queue=max_queue,
+                seconds=max_seconds,
+                batch_size=batch_size,
+            ),
+        )
+    )
+
+
+@app.command()
 def export(
     detector: Annotated[Path, typer.Argument(help="A file that `featnorm fit` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("detector.onnx"),

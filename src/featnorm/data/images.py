@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, repeated so that a folder can be read without torchvision.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
+# Where Pillow refuses an image as a decompression bomb: twice the size at which it warns.
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 _LONGEST = 100  # times the short side
 
@@ -350,15 +351,34 @@ def image_files(folder: Path, *, every: bool = False) -> list[Path]:
     return sorted(file.relative_to(folder) for file in found)
 
 
-def decode(data: bytes | str | Path, name: str) -> Image.Image:
+def decode(
+    data: bytes | str | Path,
+    name: str,
+    *,
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:
     """Decode an image from memory or from a file into RGB.
+
+    Parameters
+    ----------
+    data : bytes, str or Path
+        The encoded image, or its file.
+    name : str
+        What errors call it.
+    formats : tuple of str, optional
+        What it may be, as Pillow names formats; without it all that Pillow knows.
+    most_pixels : int, optional
+        Refuse a larger image before it is decoded; `MOST_PIXELS` holds without it, and above it too.
 
     Raises
     ------
     ImageError
-        If it cannot be read or decoded; it calls the image `name`.
+        If it cannot be read or decoded.
     """
-    return _decoded(lambda: Image.open(BytesIO(data) if isinstance(data, bytes) else data), name)
+    return _decoded(
+        lambda: Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats), name, most_pixels
+    )
 
 
 def file_identity(path: str | Path) -> str:
@@ -387,9 +407,11 @@ def content_digest(data: bytes | str | Path, name: str) -> bytes:
         raise ImageError(name, _reason(error)) from error
 
 
-def _decoded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
+def _decoded(opened: Callable[[], Image.Image], name: str, most_pixels: int | None = None) -> Image.Image:
     try:
         with opened() as image:
+            if most_pixels is not None and image.width * image.height > most_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {most_pixels:,}")
             long, short = max(image.size), min(image.size)
             if long > _LONGEST * short:
                 # Resized to a model's height it would take gigabytes, which Pillow's own guard does not foresee.

@@ -1,7 +1,7 @@
 """`ImageScorer`: a scorer with all that it needs to judge image files, in one file."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm.activation import ActivationStatistics
-from featnorm.data import ImageBatch, ImageSource, image_loader
+from featnorm.data import ImageSource, image_loader
 from featnorm.explain import Explanation, explain
 from featnorm.hidden import HiddenClassifier
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, create_model, is_users
@@ -110,23 +110,35 @@ class ImageScorer:
                 for row, why in part.unread.items()
             }
             if part.batch is not None:
-                with nullcontext() if fabric is None else fabric.autocast():
-                    verdicts |= self._judged(source, part.batch)
+                rows = part.batch.indices.tolist()
+                judged = self.judge(part.batch.images, [source.name(row) for row in rows], fabric=fabric)
+                verdicts |= dict(zip(rows, judged, strict=True))
             yield [verdicts[row] for row in part.rows]
 
-    def _judged(self, source: ImageSource, batch: ImageBatch) -> dict[int, ImageVerdict]:
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        verdict = self.scorer(images.to(self.scorer.tap.device))
+    def judge(self, images: Tensor, names: Sequence[str], *, fabric: Any = None) -> list[ImageVerdict]:
+        """Return the verdicts of images that the transform has made ready, (n, c, h, w).
+
+        Parameters
+        ----------
+        images : the batch, on any device.
+        names : what to call each of them.
+        fabric : see `stream`.
+
+        Raises
+        ------
+        ValueError
+            The model gives a value that is not finite.
+        """
+        images = images.contiguous(memory_format=torch.channels_last)
+        with nullcontext() if fabric is None else fabric.autocast():
+            verdict = self.scorer(images.to(self.scorer.tap.device))
         nothing = [None] * len(images)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
         if self.class_names is not None and verdict.logits is not None:
             predicted = [self.class_names[i] for i in verdict.logits.argmax(1).tolist()]
-        columns = (batch.indices.tolist(), verdict.score.tolist(), p_values, is_id, predicted)
-        return {
-            row: ImageVerdict(source.name(row), score, p_value, belongs, called, None)
-            for row, score, p_value, belongs, called in zip(*columns, strict=True)
-        }
+        columns = (names, verdict.score.tolist(), p_values, is_id, predicted)
+        return [ImageVerdict(*row, None) for row in zip(*columns, strict=True)]
 
     @torch.no_grad()
     def explain(self, images: Tensor) -> list[Explanation]:

@@ -1,0 +1,174 @@
+"""The images of all waiting requests, joined into batches for one model."""
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from starlette.exceptions import HTTPException
+from torch import Tensor
+
+from featnorm.data.images import ImageError, decode, first_line
+from featnorm.deploy.image_scorer import ImageVerdict
+from featnorm.deploy.service.bodies import Upload
+from featnorm.deploy.service.limits import RETRY, Limits
+
+log = logging.getLogger("featnorm.service")
+
+# Those of the files that a folder of images holds, and GIF. Of others Pillow knows, some start programs (EPS), and
+# none is what a browser or a camera makes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# An image of the most pixels takes a gigabyte and a half while it is made ready: more threads could be too many.
+_MOST_DECODERS = 2
+
+
+class Judged(NamedTuple):
+    """What is answered about one image: its verdict, and why, as rows of what and how, where that was asked."""
+
+    verdict: ImageVerdict
+    why: list[tuple[str, str]] | None = None
+
+
+@dataclass(eq=False)
+class Waiting:
+    """An image that waits for the model, and who waits for its verdict."""
+
+    upload: Upload
+    explain: bool
+    future: asyncio.Future[Judged]
+    tensor: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Batcher:
+    """Judges the images of any number of requests, as many at once as wait when the model becomes free.
+
+    Images are decoded in a few threads, and judged in one. `run` has to run meanwhile.
+
+    Parameters
+    ----------
+    prepare : from an image in RGB to a tensor; the transform.
+    judge : from one or more waiting images with tensors to what is answered about each.
+    limits : the bounds.
+    on_batch : told the size of each batch.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[..., Tensor],
+        judge: Callable[[Sequence[Waiting]], list[Judged]],
+        limits: Limits,
+        on_batch: Callable[[int], None],
+    ) -> None:
+        self._prepare = prepare
+        self._judge = judge
+        self._limits = limits
+        self._on_batch = on_batch
+        self._waiting: set[Waiting] = set()
+        self._ready: deque[Waiting] = deque()
+        self._some = asyncio.Event()
+        self._decoders = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_DECODERS), "featnorm-decode")
+        self._model = ThreadPoolExecutor(1, "featnorm-model")
+
+    @property
+    def waiting(self) -> int:
+        """The images that were let in and are not with the model yet."""
+        return len(self._waiting)
+
+    async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[Judged]:
+        """Judge the images of one request, in their order. When it is cancelled, those that wait are dropped.
+
+        Raises
+        ------
+        HTTPException
+            Too many images wait already.
+        """
+        if len(self._waiting) + len(uploads) > self._limits.queue:
+            raise HTTPException(503, f"{len(self._waiting)} images wait already: try again later", RETRY)
+        loop = asyncio.get_running_loop()
+        images = [Waiting(upload, explain, loop.create_future()) for upload in uploads]
+        self._waiting.update(images)
+        try:
+            return await asyncio.gather(*map(self._follow, images))
+        finally:
+            self._waiting.difference_update(images)
+            for image in images:
+                image.future.cancel()
+
+    async def run(self) -> None:
+        """Judge what comes, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._some.wait()
+            batch = self._take()
+            if not batch:
+                self._some.clear()
+                continue
+            self._on_batch(len(batch))
+            outcomes = await loop.run_in_executor(self._model, self._outcomes, batch)
+            for image, outcome in zip(batch, outcomes, strict=True):
+                if image.future.done():  # nobody waits for it any more
+                    continue
+                if isinstance(outcome, Exception):
+                    image.future.set_exception(outcome)
+                else:
+                    image.future.set_result(outcome)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for pool in (self._decoders, self._model):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _follow(self, image: Waiting) -> Judged:
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(self._decoders, self._read, image.upload)
+        if isinstance(made, str):
+            self._waiting.discard(image)
+            return Judged(unreadable(image.upload.name, made))
+        image.tensor = made
+        self._ready.append(image)
+        self._some.set()
+        return await image.future
+
+    def _read(self, upload: Upload) -> Tensor | str:
+        """Return what the transform makes of an image, or why it cannot be judged."""
+        if upload.error is not None:
+            return upload.error
+        try:
+            image = decode(upload.data, upload.name, formats=FORMATS, most_pixels=self._limits.pixels)
+        except ImageError as error:
+            return error.reason
+        try:
+            return self._prepare(image)
+        except Exception:
+            log.exception("the transform failed on an image of %d x %d pixels", *image.size)
+            return "the transform failed on it"
+
+    def _take(self) -> list[Waiting]:
+        batch: list[Waiting] = []
+        while self._ready and len(batch) < self._limits.batch_size:
+            image = self._ready.popleft()
+            if not image.future.done():
+                self._waiting.discard(image)
+                batch.append(image)
+        return batch
+
+    def _outcomes(self, batch: Sequence[Waiting]) -> list[Judged | Exception]:
+        """Judge a batch; where that fails, its images one by one, so that only the culprit's request is told."""
+        try:
+            return [*self._judge(batch)]
+        except Exception as error:
+            if len(batch) > 1:
+                return [outcome for image in batch for outcome in self._outcomes([image])]
+            if isinstance(error, ValueError):  # what a detector refuses, in its own words
+                return [Judged(unreadable(batch[0].upload.name, first_line(error)))]
+            return [error]
+
+
+def unreadable(name: str, why: str) -> ImageVerdict:
+    """Return what is said of an image that has no score."""
+    return ImageVerdict(name, None, None, None, None, why)

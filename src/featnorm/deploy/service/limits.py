@@ -1,0 +1,158 @@
+"""What a client may ask for at most, and what holds it to that while it sends."""
+
+import asyncio
+from dataclasses import dataclass, fields
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from featnorm.data.images import MOST_PIXELS
+
+RETRY = {"Retry-After": "1"}
+# Bodies of the largest size that may be in memory at once, of all requests together.
+_BODIES = 16
+# A client that is refused may first finish a body of this many times the largest size, which is thrown away: one
+# that is cut off while it sends does not read why.
+_DRAINED = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of a service.
+
+    Parameters
+    ----------
+    body_bytes : of a request; 413 beyond.
+    images : of a request; 413 beyond.
+    pixels : of an image, which is refused by itself.
+    queue : images that wait for the model, of all requests; 503 beyond.
+    seconds : that a request may take in all: 408 if its body is not there by then, else 503.
+    batch_size : images that the model judges at once.
+
+    Raises
+    ------
+    ValueError
+        A bound is not above 0, or no request of the largest size would ever be let in.
+    """
+
+    body_bytes: int = 16 * 2**20
+    images: int = 64
+    pixels: int = MOST_PIXELS
+    queue: int = 256
+    seconds: float = 30.0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for bound in fields(self):
+            value = getattr(self, bound.name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"the bound {bound.name} is {value}: it must be above 0, and finite")
+        if self.images > self.queue:
+            raise ValueError(
+                f"a request may hold {self.images} images, and the queue only {self.queue}: it must hold as many"
+            )
+        if self.pixels > MOST_PIXELS:
+            raise ValueError(f"the bound pixels is {self.pixels}: Pillow itself refuses more than {MOST_PIXELS}")
+
+
+class BodyBound:
+    """Counts the bytes of a request's body as they come, whatever its headers say, and the seconds.
+
+    The time by which a request has to be answered is left in its state as ``deadline``, of the loop's clock.
+
+    Parameters
+    ----------
+    app : what reads the bodies.
+    limits : the bounds.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app = app
+        self.limits = limits
+        self.held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, with its body bounded."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = _Body(self, scope, receive, send)
+        try:
+            await self.app(scope, body.receive, body.send)
+        finally:
+            self.held -= body.size
+
+
+class _Body:
+    """The body of one request."""
+
+    def __init__(self, bound: BodyBound, scope: Scope, receive: Receive, send: Send) -> None:
+        self._bound = bound
+        self._receive = receive
+        self._send = send
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
+        self._declared = int(declared) if declared.isascii() and declared.isdigit() else 0
+        self._complete = not self._declared and "transfer-encoding" not in headers
+        # Whoever waits to be asked for the body is refused before sending it.
+        self._asked = "100-continue" not in headers.get("expect", "").lower()
+        self._deadline = asyncio.get_running_loop().time() + bound.limits.seconds
+        scope["state"]["deadline"] = self._deadline
+        self.size = 0
+
+    async def receive(self) -> Message:
+        """Return the next part of the body.
+
+        Raises
+        ------
+        HTTPException
+            The body is too long or too late, or all bodies together are.
+        """
+        if self._complete:
+            return await self._receive()
+        limits = self._bound.limits
+        if self._declared > limits.body_bytes:
+            raise self._too_long()
+        self._asked = True
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body was not there within {limits.seconds:g} seconds") from None
+        self._note(message)
+        size = len(message.get("body", b""))
+        self.size += size
+        self._bound.held += size
+        if self.size > limits.body_bytes:
+            raise self._too_long()
+        if self._bound.held > _BODIES * limits.body_bytes:
+            raise HTTPException(503, "the service holds as much as it can: try again later", RETRY)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; before an answer begins, the rest of the body is read and thrown away."""
+        if message["type"] == "http.response.start" and not self._complete:
+            await self._drain()
+            if not self._complete:
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        left = _DRAINED * self._bound.limits.body_bytes
+        if not self._asked or self._declared > left:
+            return
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                while not self._complete and left > 0:
+                    message = await self._receive()
+                    self._note(message)
+                    left -= len(message.get("body", b""))
+        except TimeoutError:
+            return
+
+    def _note(self, message: Message) -> None:
+        self._complete = not message.get("more_body", False)
+
+    def _too_long(self) -> HTTPException:
+        return HTTPException(413, f"the body is longer than {self._bound.limits.body_bytes:,} bytes")

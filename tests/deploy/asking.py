@@ -1,0 +1,68 @@
+"""A client of an ASGI application that sends its body bit by bit, and may go away."""
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager
+
+
+class Asking:
+    """One request to an application, under way."""
+
+    def __init__(self, app, *, method="POST", path="/v1/score", **headers):
+        headers = {"content-type": "image/png", "transfer-encoding": "chunked"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        path, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": query.encode(),
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        self._inbox = asyncio.Queue()
+        self._sent = []
+        self.task = asyncio.create_task(app(scope, self._inbox.get, self._take))
+
+    async def _take(self, message):
+        self._sent.append(message)
+
+    def say(self, body, *, more=False):
+        self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": more})
+        return self
+
+    def leave(self):
+        self._inbox.put_nowait({"type": "http.disconnect"})
+        return self
+
+    async def answer(self):
+        """Return status, headers and content, once the application is done."""
+        await asyncio.wait_for(self.task, 30)
+        start, *parts = self._sent
+        headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
+        return start["status"], headers, json.loads(b"".join(part["body"] for part in parts))
+
+
+@asynccontextmanager
+async def running(app):
+    """Start an application, and wait until it is ready."""
+    async with app.router.lifespan_context(app):
+        while (await Asking(app, method="GET", path="/readyz").say(b"").answer())[0] != 200:
+            await asyncio.sleep(0.005)
+        yield app
+
+
+async def until(condition):
+    """Wait until something is so."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        await asyncio.sleep(0.002)
