@@ -266,7 +266,7 @@ def serve(
     batch_size: BatchSize = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16 * 2**20,
     max_images: Annotated[int, typer.Option(min=1, help="In a request.")] = 64,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 178_956_970,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 50_000_000,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Images that wait for the model; beyond, clients are asked to come again.")
     ] = 256,

@@ -38,7 +38,7 @@ class Limits:
 
     body_bytes: int = 16 * 2**20
     images: int = 64
-    pixels: int = MOST_PIXELS
+    pixels: int = 50_000_000
     queue: int = 256
     seconds: float = 30.0
     batch_size: int = 32
