@@ -121,7 +121,7 @@ def test_what_could_not_be_read_is_tried_again(
 ) -> None:
     from featnorm.data import images
 
-    def busy(*_: object) -> None:
+    def busy(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
 
     cache = FeatureCache(tmp_path / "cache", "key")
