@@ -12,8 +12,8 @@ from PIL import Image
 
 import featnorm as fn
 from featnorm.data import open_images
-from featnorm.deploy.service import Limits, create_app
-from featnorm.deploy.service.server import _Server, bind
+from featnorm.service import Limits, create_app
+from featnorm.service.server import _Server, bind
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

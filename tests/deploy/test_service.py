@@ -31,12 +31,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
 from featnorm.data import SlicedImages, open_images
-from featnorm.deploy.service import Limits, create_app
-from featnorm.deploy.service import app as service
-from featnorm.deploy.service.app import histogram
-from featnorm.deploy.service.metrics import score_buckets
-from featnorm.deploy.service.requests import JsonLines
-from featnorm.deploy.service.server import _protocol, bind
+from featnorm.service import Limits, create_app
+from featnorm.service import app as service
+from featnorm.service.app import histogram
+from featnorm.service.metrics import score_buckets
+from featnorm.service.requests import JsonLines
+from featnorm.service.server import _protocol, bind
 from hostile import hostile_files, huge_png
 
 TOKEN = "s3cret-t0ken"

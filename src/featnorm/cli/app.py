@@ -278,7 +278,7 @@ def serve(
     of JSON a request goes to standard error, and counters for Prometheus are at `/metrics`.
     """
     from featnorm.cli.serve import Options, run
-    from featnorm.deploy.service import Limits
+    from featnorm.service import Limits
 
     run(
         Options(

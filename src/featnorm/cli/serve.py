@@ -9,9 +9,9 @@ from pathlib import Path
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console
 from featnorm.deploy import ImageScorer
-from featnorm.deploy.service import Limits, create_app
-from featnorm.deploy.service.requests import JsonLines
-from featnorm.deploy.service.server import bind, run_server
+from featnorm.service import Limits, create_app
+from featnorm.service.requests import JsonLines
+from featnorm.service.server import bind, run_server
 
 _TOKEN = "FEATNORM_TOKEN"
 

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from featnorm.deploy.service.metrics import Metrics
+from featnorm.service.metrics import Metrics
 
 log = logging.getLogger("featnorm.service")
 

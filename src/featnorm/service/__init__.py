@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{error.name} is needed here: pip install '.[serve]' in a checkout") from None
 
-from featnorm.deploy.service.app import create_app
-from featnorm.deploy.service.limits import Limits
+from featnorm.service.app import create_app
+from featnorm.service.limits import Limits
 
 __all__ = ["Limits", "create_app"]

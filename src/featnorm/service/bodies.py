@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from featnorm.deploy.service.limits import Limits
+from featnorm.service.limits import Limits
 
 DESCRIPTION: dict[str, Any] = {
     "required": True,

@@ -26,12 +26,12 @@ from starlette.requests import ClientDisconnect
 import featnorm
 from featnorm.deploy.image_scorer import ImageScorer
 from featnorm.deploy.records import row_of
-from featnorm.deploy.service.batching import Batcher, Judged, Waiting
-from featnorm.deploy.service.bodies import DESCRIPTION, Upload, read_uploads
-from featnorm.deploy.service.limits import RETRY, BodyBound, Limits
-from featnorm.deploy.service.metrics import Metrics
-from featnorm.deploy.service.page import render_page
-from featnorm.deploy.service.requests import RequestLog, Tally, problem
+from featnorm.service.batching import Batcher, Judged, Waiting
+from featnorm.service.bodies import DESCRIPTION, Upload, read_uploads
+from featnorm.service.limits import RETRY, BodyBound, Limits
+from featnorm.service.metrics import Metrics
+from featnorm.service.page import render_page
+from featnorm.service.requests import RequestLog, Tally, problem
 
 log = logging.getLogger("featnorm.service")
 

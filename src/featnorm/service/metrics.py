@@ -9,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
-from featnorm.deploy.service.batching import Judged
+from featnorm.service.batching import Judged
 
 # Images that the share of flagged ones is of.
 _RECENT = 1000

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from featnorm.data.images import ImageError, decode, first_line
 from featnorm.deploy.image_scorer import ImageVerdict
-from featnorm.deploy.service.bodies import Upload
-from featnorm.deploy.service.limits import RETRY, Limits
+from featnorm.service.bodies import Upload
+from featnorm.service.limits import RETRY, Limits
 
 log = logging.getLogger("featnorm.service")
 

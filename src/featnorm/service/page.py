@@ -4,13 +4,13 @@ import base64
 import hashlib
 import re
 
+from featnorm.report.html import render
+
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def render_page() -> tuple[str, str]:
     """Return the page, and the policy under which nothing runs in it but its own script."""
-    # Here, since the report stands to the right of this package and brings matplotlib.
-    from featnorm.report.html import render
 
     def page(policy: str) -> str:
         return render(

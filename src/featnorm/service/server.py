@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from featnorm.deploy.service.limits import Limits
+from featnorm.service.limits import Limits
 
 
 def bind(host: str, port: int) -> socket.socket:
