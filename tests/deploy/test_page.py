@@ -57,6 +57,11 @@ def url(scorer):
         yield url
 
 
+def catch_choosers(page):
+    """Have file choosers caught from the start: a key pressed at once opens one before a later wish is heard."""
+    page.on("filechooser", lambda _: None)
+
+
 @pytest.fixture
 def page(browser):
     """A page whose scripts must not fail, and whose policy must not be broken."""
@@ -66,6 +71,7 @@ def page(browser):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
     page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    catch_choosers(page)
     yield page
     page.close()
     assert not wrong
@@ -148,6 +154,7 @@ def test_without_a_mouse(page, url, folder):
 
 def test_on_a_phone(browser, url, folder):
     page = browser.new_page(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    catch_choosers(page)
     page.goto(url)
     with page.expect_file_chooser() as chooser:
         page.locator(".drop").tap()
