@@ -186,8 +186,8 @@ def _notes(results: Sequence[Result]) -> list[str]:
     recipe = first["recipe"]
     seeds = [result["seed"] for result in results] if len({r["variant"]["hidden"] for r in results}) == 1 else []
     several = len(set(seeds)) > 1
-    accuracies = [100 * result["accuracy"] for result in results]
-    spread = _range(accuracies, 1)
+    accuracy = _range([100 * result["accuracy"] for result in results], 1)
+    known = _range([100 * result["train_accuracy"] for result in results], 1)
     optimiser = "SGD" if recipe["optimiser"] == "sgd" else "AdamW"
     training = (
         f"{recipe['epochs']} epochs of {optimiser}, batch {recipe['batch_size']}, learning rate {recipe['lr']}, "
@@ -199,11 +199,16 @@ def _notes(results: Sequence[Result]) -> list[str]:
     return [
         f"scale {first['scale']}: {_network(first)}, {training}",
         (f"{len(results)} seeds, mean ± standard deviation" if several else f"one seed, {first['seed']}")
-        + f"; accuracy on ID {spread} %, on the training images {100 * first['train_accuracy']:.1f} %",
+        + f"; accuracy on ID {accuracy} %, on the training images {known} %",
         f"training took {_range(minutes)} minutes each",
         *(f"{name}: {value}" for name, value in first["images"].items()),
-        *(f"{name}: {value}" for name, value in first["environment"].items()),
+        *(f"{name}: {', '.join(_distinct(results, name))}" for name in first["environment"]),
     ]
+
+
+def _distinct(results: Sequence[Result], fact: str) -> list[str]:
+    """A fact of the environment, of which tables that share networks have several."""
+    return list(dict.fromkeys(result["environment"][fact] for result in results))
 
 
 def _network(result: Result) -> str:
