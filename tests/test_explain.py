@@ -53,10 +53,20 @@ def test_what_is_missing_and_what_is_strange_is_named():
     assert one.svg().count("<svg") == 1
 
 
+def test_classes_are_called_by_their_names():
+    explainer = fn.Explainer(network(), class_names=["cat", "dog"]).fit(known().split(7), progress=False)
+    (one,) = explainer(known()[-1:])
+    assert (one.called, one.hidden_called) == ("dog", "dog")
+    assert dict(one.rows())["the network predicts"] == "dog"
+
+
 def test_what_cannot_be_explained_is_said():
     explainer = fn.Explainer(network())
     with pytest.raises(ValueError, match="call fit with a loader"):
         explainer(known()[:1])
+    misnamed = fn.Explainer(network(), class_names=["cat"]).fit([known()], progress=False)
+    with pytest.raises(ValueError, match="1 names for 2 classes"):
+        misnamed(known()[:1])
 
 
 def test_a_class_that_nothing_was_taken_for_is_compared_with_all():

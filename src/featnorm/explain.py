@@ -140,10 +140,18 @@ class Explainer:
     ----------
     model : a model that `FeatureTap` finds a last hidden layer and logits in.
     layer : see `FeatureTap`.
+    class_names : what the model's logits are of, one name each; without, classes are called by number.
     """
 
-    def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | nn.Module | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         self.tap = FeatureTap(model, layer)
+        self.class_names = class_names
         self.statistics = ActivationStatistics()
 
     def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> "Explainer":
@@ -164,12 +172,12 @@ class Explainer:
         Raises
         ------
         ValueError
-            The explainer was not fitted, or the model has no hidden classifier that can be read off, see
-            `FeatureTap.hidden`.
+            The explainer was not fitted, the model has no hidden classifier that can be read off, see
+            `FeatureTap.hidden`, or there is not a name for each of its classes.
         """
         if self.statistics.is_empty:
             raise ValueError("the explainer knows no in-distribution inputs yet: call fit with a loader of them")
-        return explain(self.tap.hidden(inputs), self.statistics)
+        return explain(self.tap.hidden(inputs), self.statistics, self.class_names)
 
 
 def explain(
@@ -186,8 +194,10 @@ def explain(
     Raises
     ------
     ValueError
-        The statistics are of nothing, or of another number of units.
+        The statistics are of nothing, or of another number of units, or the names of another number of classes.
     """
+    if names is not None and len(names) != hidden.logits.shape[1]:
+        raise ValueError(f"there are {len(names)} names for {hidden.logits.shape[1]} classes")
     a = hidden.activation.cpu()
     if a.shape[1] != statistics.width:
         raise ValueError(
@@ -195,7 +205,7 @@ def explain(
             "single units, of a layer of vectors"
         )
     predicted = hidden.output_logits.argmax(1).tolist()
-    overall, rates, seen = statistics.on_rate, statistics.class_on_rate, statistics.class_inputs.tolist()
+    overall, seen = statistics.on_rate, statistics.class_inputs.tolist()
     norms, counts, nans = l1_norm(a).tolist(), l0_norm(a).tolist(), negative_aware_norm(a).tolist()
     psi, confidence = hidden.logits.cpu(), hidden.confidence.tolist()
 
@@ -219,7 +229,7 @@ def explain(
                 active=int(counts[i]),
                 nan=nans[i],
                 activation=a[i],
-                on_rate=rates[k] if known else overall,
+                on_rate=statistics.class_on[k].double() / known if known else overall,
             )
         )
     return explanations

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from featnorm import archive
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, parse_detector
+from featnorm.features import Features
 from featnorm.tap import FeatureTap
 
 
@@ -113,7 +114,23 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, or gives a value that is not finite.
         """
-        features = self.tap.listen(inputs, classifier="classifier" in self.detector.reads)
+        return self.judge(self.tap.listen(inputs, classifier="classifier" in self.detector.reads))
+
+    @torch.no_grad()
+    def judge(self, features: Features) -> Verdict:
+        """Judge inputs by what the tap heard of them.
+
+        Parameters
+        ----------
+        features : with the classifier, where the detector reads it.
+
+        Raises
+        ------
+        NotFittedError
+            The detector learns and has not been fitted.
+        ValueError
+            The features lack what the detector reads.
+        """
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)

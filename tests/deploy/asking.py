@@ -55,7 +55,9 @@ class Asking:
 async def running(app):
     """Start an application, and wait until it is ready."""
     async with app.router.lifespan_context(app):
+        end = time.monotonic() + 30
         while (await Asking(app, method="GET", path="/readyz").say(b"").answer())[0] != 200:
+            assert time.monotonic() < end, "it never was ready"
             await asyncio.sleep(0.005)
         yield app
 

@@ -16,7 +16,7 @@ from featnorm.evaluation import standard_detectors
 
 LEFT_OUT = {"ReAct(Energy())"}  # not of a cosine classifier's logits
 DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT]
-DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)"]
+DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)", "OneClassSVM()"]
 
 
 def fit(folder, loaded, cache, detector):

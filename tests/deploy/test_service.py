@@ -63,7 +63,9 @@ def client(scorer):
 @contextmanager
 def client_of(app):
     with TestClient(app) as client:
+        end = time.monotonic() + 30
         while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < end, "it never was ready"
             time.sleep(0.002)
         yield client
 
@@ -111,12 +113,12 @@ class Held:
         self.held = False
         inner = scorer.judge
 
-        def judge(images, names, fabric=None):
+        def judge(images, names, **how):
             if self.held:
                 self.batches.append(list(names))
                 self.began.release()
                 assert self.go.acquire(timeout=30)
-            return inner(images, names, fabric=fabric)
+            return inner(images, names, **how)
 
         scorer.judge = judge
 
@@ -427,10 +429,10 @@ def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, batchers, capl
         held = Held(scorer)
         inner = scorer.judge
 
-        def judge(images, names, fabric=None):
+        def judge(images, names, **how):
             if "broken" in names:
                 raise RuntimeError("a secret of the inside")
-            return inner(images.where(images.mean((1, 2, 3), keepdim=True) < 0.7, torch.nan), names, fabric)
+            return inner(images.where(images.mean((1, 2, 3), keepdim=True) < 0.7, torch.nan), names, **how)
 
         async with running(create_app(scorer, Limits(batch_size=4))) as app:
             scorer.judge = judge
@@ -559,11 +561,11 @@ def test_metrics_count(scorer):
 def test_infinite_scores(scorer):
     inner = scorer.judge
 
-    def judge(images, names, fabric=None):
+    def judge(images, names, **how):
         above = {"image 1": True, "image 2": False}
         return [
             verdict._replace(score=math.inf if above[verdict.name] else -math.inf, is_id=above[verdict.name])
-            for verdict in inner(images, names, fabric=fabric)
+            for verdict in inner(images, names, **how)
         ]
 
     with client_of(create_app(scorer)) as client:

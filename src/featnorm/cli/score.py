@@ -8,10 +8,12 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from featnorm.cli.evaluate import fabric_of
@@ -19,9 +21,7 @@ from featnorm.cli.show import console, environment, print_skipped, require_file_
 from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.deploy.records import FORMATS, Journal, images_digest
-from featnorm.explain import Explanation
 from featnorm.report.scores import Shown, write_scores_page
-from featnorm.scorer import Scorer
 
 _MOST_SHOWN = 100  # images on the page
 _EXPLAINED = 16
@@ -84,11 +84,11 @@ class _Tally:
 class _Watch:
     """How long the model itself works, of all the time."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.seconds = 0.0
         self._began = 0.0
-        scorer.register_forward_pre_hook(self._start)
-        scorer.register_forward_hook(self._stop)
+        model.register_forward_pre_hook(self._start)
+        model.register_forward_hook(self._stop)
 
     def _start(self, *_: object) -> None:
         self._began = time.perf_counter()
@@ -117,7 +117,7 @@ def run(options: Options) -> None:
     fitted_in = scorer.facts.get("precision", options.precision)
     if fitted_in != options.precision:
         console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
-    watch = _Watch(scorer.scorer)
+    watch = _Watch(scorer.scorer.model)
     began = time.perf_counter()
     tally = _Tally()
 
@@ -136,8 +136,7 @@ def run(options: Options) -> None:
         if options.out is not None:
             journal.write(options.out)
         if options.html is not None:
-            with fabric.autocast():
-                _write_page(options.html, scorer, source, tally)
+            _write_page(options.html, scorer, source, tally, fabric)
         journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
     console.print(_summary(tally))
@@ -202,7 +201,7 @@ def _judge(
     return len(rest)
 
 
-def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Tally) -> None:
+def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Tally, fabric: Any) -> None:
     calibration = scorer.scorer.calibration
     assert calibration is not None
     write_scores_page(
@@ -214,14 +213,14 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
         known=calibration.scores.cpu().numpy(),
         scores=np.asarray(tally.scores, np.float64),
         threshold=float(calibration.threshold),
-        shown=_shown(scorer, source, tally.lowest),
+        shown=_shown(scorer, source, tally.lowest, fabric),
         unread=tally.first_unread,
         unread_count=tally.unread,
     )
 
 
 def _shown(
-    scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]]
+    scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], fabric: Any
 ) -> Iterator[Shown]:
     """Yield the images again with what explains them; few at a time, as they may be large."""
     for start in range(0, len(lowest), _EXPLAINED):
@@ -230,9 +229,12 @@ def _shown(
             # A file that went away meanwhile costs its picture, not the page.
             with contextlib.suppress(ImageError):
                 images[row] = source.image(row)
-        why: dict[int, Explanation] = {}
+        again: dict[int, ImageVerdict] = {}
         if images and scorer.statistics is not None:
             batch = torch.stack([scorer.transform(image) for image in images.values()])
-            why = dict(zip(images, scorer.explain(batch), strict=True))
+            names = [source.name(row) for row in images]
+            judged = scorer.judge(batch, names, explain=range(len(images)), fabric=fabric)
+            again = dict(zip(images, judged, strict=True))
         for row, verdict in lowest[start : start + _EXPLAINED]:
-            yield Shown(verdict, images.get(row), why.get(row))
+            # In another batch a score may differ in its last digits: the page shows the one of the table.
+            yield Shown(verdict._replace(why=again[row].why) if row in again else verdict, images.get(row))

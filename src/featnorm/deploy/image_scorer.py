@@ -16,6 +16,7 @@ from featnorm import archive
 from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
 from featnorm.explain import Explanation, explain
+from featnorm.features import Features
 from featnorm.hidden import HiddenClassifier
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, create_model, is_users
 from featnorm.scorer import Scorer
@@ -43,6 +44,8 @@ class ImageVerdict(NamedTuple):
         The class, where the head was trained on labels.
     error : str or None
         Why the image cannot be read.
+    why : Explanation or None
+        Why it scores as it does, where that was asked.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ImageVerdict(NamedTuple):
     is_id: bool | None
     predicted: str | None
     error: str | None
+    why: Explanation | None = None
 
 
 @dataclass
@@ -115,57 +119,56 @@ class ImageScorer:
                 verdicts |= dict(zip(rows, judged, strict=True))
             yield [verdicts[row] for row in part.rows]
 
-    def judge(self, images: Tensor, names: Sequence[str], *, fabric: Any = None) -> list[ImageVerdict]:
+    @torch.no_grad()
+    def judge(
+        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), fabric: Any = None
+    ) -> list[ImageVerdict]:
         """Return the verdicts of images that the transform has made ready, (n, c, h, w).
 
         Parameters
         ----------
         images : the batch, on any device.
         names : what to call each of them.
+        explain : the rows of the images to explain, too.
         fabric : see `stream`.
 
         Raises
         ------
         ValueError
-            The model gives a value that is not finite.
+            The model gives a value that is not finite; or images are to be explained, and there are no statistics
+            to do so by.
         """
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last).to(self.scorer.tap.device)
+        reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
         with nullcontext() if fabric is None else fabric.autocast():
-            verdict = self.scorer(images.to(self.scorer.tap.device))
+            features = self.scorer.tap.listen(images, classifier=reads_classifier)
+            verdict = self.scorer.judge(features)
         nothing = [None] * len(images)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
         if self.class_names is not None and verdict.logits is not None:
             predicted = [self.class_names[i] for i in verdict.logits.argmax(1).tolist()]
         columns = (names, verdict.score.tolist(), p_values, is_id, predicted)
-        return [ImageVerdict(*row, None) for row in zip(*columns, strict=True)]
+        verdicts = [ImageVerdict(*row, None) for row in zip(*columns, strict=True)]
+        for row, why in zip(explain, self._explained(features, explain), strict=True):
+            verdicts[row] = verdicts[row]._replace(why=why)
+        return verdicts
 
-    @torch.no_grad()
-    def explain(self, images: Tensor) -> list[Explanation]:
-        """Say why each image scores as it does.
-
-        Parameters
-        ----------
-        images : (n, c, h, w), as the transform makes them.
-
-        Raises
-        ------
-        ValueError
-            There are no statistics to explain by, or the model gives a value that is not finite.
-        """
+    def _explained(self, features: Features, rows: Sequence[int]) -> list[Explanation]:
+        """Explain some of the inputs that the features, with the classifier, are of."""
+        if not rows:
+            return []
         if self.statistics is None:
             raise ValueError("this scorer holds no statistics of the images that it learned from: fit again")
-        images = images.contiguous(memory_format=torch.channels_last).to(self.scorer.tap.device)
-        features = self.scorer.tap.listen(images, classifier=True)
-        assert (
-            features.classifier is not None
-        )  # a head's logits are linear in its activation, but for their length
+        # A head's logits are linear in its activation, but for a length, so that there is a classifier.
+        assert features.classifier is not None
         weight, bias = features.classifier
-        activation = features.tensor("activation")
-        offset = None if bias is None else bias.expand(len(images), -1)
-        hidden = HiddenClassifier(activation.float(), weight.float(), offset)
-        names = self.class_names or [f"cluster {k}" for k in range(len(weight))]
-        return explain(hidden, self.statistics, names)
+        hidden = HiddenClassifier(
+            features.tensor("activation")[list(rows)].float(),
+            weight.float(),
+            None if bias is None else bias.float().expand(len(rows), -1),
+        )
+        return explain(hidden, self.statistics, self.class_names or [f"cluster {k}" for k in range(len(weight))])
 
     def save(self, path: str | Path) -> None:
         """Write everything to one file, weights included: safetensors with a JSON header, no pickle.
@@ -222,8 +225,7 @@ class ImageScorer:
         try:
             spec, head = kept["backbone"], ProjectionHead(**kept["head"])
             classes, facts = kept["classes"], kept["facts"]
-            weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-            statistics = _statistics(tensors)
+            weights, statistics = _under("model.", tensors), _statistics(tensors)
             kept_impression = tensors["transform"], tensors["response"]
             if not isinstance(spec, str) or not isinstance(facts, dict):
                 raise TypeError("it names no backbone, or its facts are none")
@@ -282,14 +284,17 @@ def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
     RuntimeError, ValueError
         It is none that `ActivationStatistics` could have saved.
     """
-    prefix = "statistics."
-    kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    kept = _under("statistics.", tensors)
     if not kept:
         return None
     statistics = ActivationStatistics()
     statistics.load_state_dict(kept)
     statistics.validate()
     return statistics
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _settings(head: ProjectionHead) -> dict[str, Any]:

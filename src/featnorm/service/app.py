@@ -24,9 +24,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import featnorm
-from featnorm.deploy.image_scorer import ImageScorer
+from featnorm.deploy.image_scorer import ImageScorer, ImageVerdict
 from featnorm.deploy.records import row_of
-from featnorm.service.batching import Batcher, Judged, Waiting
+from featnorm.service.batching import Batcher, Waiting
 from featnorm.service.bodies import DESCRIPTION, Upload, read_uploads
 from featnorm.service.limits import RETRY, BodyBound, Limits
 from featnorm.service.metrics import Metrics
@@ -189,15 +189,15 @@ def create_app(
         if explain and scorer.statistics is None:
             raise HTTPException(400, "this detector's file keeps no statistics to explain by: fit it again")
         uploads = await read_uploads(request, limits, parser)
-        results = await _while_there(request, batcher.score(uploads, explain), limits)
+        verdicts = await _while_there(request, batcher.score(uploads, explain), limits)
         tally: Tally = request.state.tally
-        for judged in results:
-            metrics.image(judged)
+        for verdict in verdicts:
+            metrics.image(verdict)
             tally.images += 1
-            tally.flagged += judged.verdict.is_id is False
-            tally.unreadable += judged.verdict.error is not None
+            tally.flagged += verdict.is_id is False
+            tally.unreadable += verdict.error is not None
         status = 422 if tally.unreadable == tally.images else 200
-        return JSONResponse({"results": [_result(judged, explain) for judged in results]}, status)
+        return JSONResponse({"results": [_result(verdict, explain) for verdict in verdicts]}, status)
 
     @app.get(
         "/v1/detector", summary="What judges the images", response_model=Detector, dependencies=guarded,
@@ -255,7 +255,7 @@ def create_app(
     return app
 
 
-async def _while_there(request: Request, work: Any, limits: Limits) -> list[Judged]:
+async def _while_there(request: Request, work: Any, limits: Limits) -> list[ImageVerdict]:
     """Return what becomes of some work, unless the time is up or the client goes away; it is then cancelled."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request))
@@ -278,22 +278,19 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _judge(scorer: ImageScorer, images: Sequence[Waiting], fabric: Any) -> list[Judged]:
-    batch = torch.stack([image.tensor for image in images])
-    verdicts = scorer.judge(batch, [image.upload.name for image in images], fabric=fabric)
-    asked = [i for i, image in enumerate(images) if image.explain]
-    why = (
-        {i: explanation.rows() for i, explanation in zip(asked, scorer.explain(batch[asked]), strict=True)}
-        if asked
-        else {}
+def _judge(scorer: ImageScorer, images: Sequence[Waiting], fabric: Any) -> list[ImageVerdict]:
+    return scorer.judge(
+        torch.stack([image.tensor for image in images]),
+        [image.upload.name for image in images],
+        explain=[i for i, image in enumerate(images) if image.explain],
+        fabric=fabric,
     )
-    return [Judged(verdict, why.get(i)) for i, verdict in enumerate(verdicts)]
 
 
-def _result(judged: Judged, explain: bool) -> dict[str, Any]:
-    row = row_of(judged.verdict)
+def _result(verdict: ImageVerdict, explain: bool) -> dict[str, Any]:
+    row = row_of(verdict)
     result = {"name": row.pop("path"), **row, "score": _finite(row["score"])}
-    return {**result, "why": judged.why} if explain else result
+    return {**result, "why": verdict.why and verdict.why.rows()} if explain else result
 
 
 def _finite(value: float | None) -> float | None:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from starlette.exceptions import HTTPException
@@ -27,20 +26,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MOST_DECODERS = 2
 
 
-class Judged(NamedTuple):
-    """What is answered about one image: its verdict, and why, as rows of what and how, where that was asked."""
-
-    verdict: ImageVerdict
-    why: list[tuple[str, str]] | None = None
-
-
 @dataclass(eq=False)
 class Waiting:
     """An image that waits for the model, and who waits for its verdict."""
 
     upload: Upload
     explain: bool
-    future: asyncio.Future[Judged]
+    future: asyncio.Future[ImageVerdict]
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -52,7 +44,7 @@ class Batcher:
     Parameters
     ----------
     prepare : from an image in RGB to a tensor; the transform.
-    judge : from one or more waiting images with tensors to what is answered about each.
+    judge : from one or more waiting images with tensors to the verdict on each.
     limits : the bounds.
     on_batch : told the size of each batch.
     """
@@ -60,7 +52,7 @@ class Batcher:
     def __init__(
         self,
         prepare: Callable[..., Tensor],
-        judge: Callable[[Sequence[Waiting]], list[Judged]],
+        judge: Callable[[Sequence[Waiting]], list[ImageVerdict]],
         limits: Limits,
         on_batch: Callable[[int], None],
     ) -> None:
@@ -79,7 +71,7 @@ class Batcher:
         """The images that were let in and are not with the model yet."""
         return len(self._waiting)
 
-    async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[Judged]:
+    async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[ImageVerdict]:
         """Judge the images of one request, in their order. When it is cancelled, those that wait are dropped.
 
         Raises
@@ -123,12 +115,12 @@ class Batcher:
         for pool in (self._decoders, self._model):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Waiting) -> Judged:
+    async def _follow(self, image: Waiting) -> ImageVerdict:
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(self._decoders, self._read, image.upload)
         if isinstance(made, str):
             self._waiting.discard(image)
-            return Judged(unreadable(image.upload.name, made))
+            return unreadable(image.upload.name, made)
         image.tensor = made
         self._ready.append(image)
         self._some.set()
@@ -157,7 +149,7 @@ class Batcher:
                 batch.append(image)
         return batch
 
-    def _outcomes(self, batch: Sequence[Waiting]) -> list[Judged | Exception]:
+    def _outcomes(self, batch: Sequence[Waiting]) -> list[ImageVerdict | Exception]:
         """Judge a batch; where that fails, its images one by one, so that only the culprit's request is told."""
         try:
             return [*self._judge(batch)]
@@ -165,7 +157,7 @@ class Batcher:
             if len(batch) > 1:
                 return [outcome for image in batch for outcome in self._outcomes([image])]
             if isinstance(error, ValueError):  # what a detector refuses, in its own words
-                return [Judged(unreadable(batch[0].upload.name, first_line(error)))]
+                return [unreadable(batch[0].upload.name, first_line(error))]
             return [error]
 
 

@@ -9,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
-from featnorm.service.batching import Judged
+from featnorm.deploy import ImageVerdict
 
 # Images that the share of flagged ones is of.
 _RECENT = 1000
@@ -70,9 +70,8 @@ class Metrics:
         """Count a batch."""
         self._batches.observe(size)
 
-    def image(self, judged: Judged) -> None:
+    def image(self, verdict: ImageVerdict) -> None:
         """Count an image that is answered about."""
-        verdict = judged.verdict
         if verdict.score is None:
             self._images.labels("unreadable").inc()
             return
