@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from featnorm.calibration import Calibration
 from featnorm.monitoring import DriftMonitor
 from featnorm.report import plots
-from featnorm.report.html import number, percent, render, write
+from featnorm.report.html import Key, number, percent, render, write
 
 _MOST_POINTS = 2000
 _LATEST = 1000
@@ -72,15 +71,6 @@ class Course:
         return edges, np.add.reduceat(np.array(self._p_sums), starts) / np.diff(edges)
 
 
-@dataclass(frozen=True)
-class _Key:
-    """A set as a legend names it."""
-
-    name: str
-    color: str
-    dash: str = ""
-
-
 def write_drift_page(
     path: Path,
     monitor: DriftMonitor,
@@ -135,8 +125,8 @@ def write_drift_page(
         ),
         histogram=histogram,
         keys=[
-            _Key(f"{len(known):,} calibration scores", *plots.series(0)),
-            _Key(f"the latest {len(latest):,} scores of the stream", *plots.series(1)),
+            Key(f"{len(known):,} calibration scores", *plots.series(0)),
+            Key(f"the latest {len(latest):,} scores of the stream", *plots.series(1)),
         ],
         threshold=number(threshold),
         refused=percent(float(np.mean(latest < threshold))),

@@ -1,9 +1,10 @@
 """Figures that stand alone, as SVG files for documents."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -46,6 +47,23 @@ class Panel:
     lines: Sequence[Line] = ()
     image: npt.NDArray[np.bool_] | None = None
     log2: bool = False  # whether the x axis is logarithmic, with ticks at the points
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data, numbers to four digits, an image as a text of bits a row."""
+        data = asdict(replace(self, image=None))
+        for line in data["lines"]:
+            line |= {axis: [float(f"{value:.4g}") for value in line[axis]] for axis in ("x", "y")}
+        if self.image is not None:
+            data["image"] = ["".join("1" if bit else "0" for bit in row) for row in self.image]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Panel":
+        """Make it again from plain data."""
+        image = data["image"]
+        if image is not None:
+            image = np.array([[bit == "1" for bit in row] for row in image])
+        return cls(**{**data, "lines": [Line(**line) for line in data["lines"]], "image": image})
 
 
 def panel_figure(rows: Sequence[Sequence[Panel]], *, width: float = 3.8, height: float = 3.0) -> str:

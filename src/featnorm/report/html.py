@@ -56,6 +56,16 @@ THEMES = {
 
 
 @dataclass(frozen=True)
+class Key:
+    """A set as the legend of a plot names it."""
+
+    name: str
+    color: str
+    dash: str
+    auroc: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
     """An image file as text, embedded once and referred to by its id."""
 

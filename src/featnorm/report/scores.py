@@ -10,9 +10,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from featnorm.deploy import ImageVerdict
-from featnorm.explain import Explanation
 from featnorm.report import plots
-from featnorm.report.html import Picture, number, percent, render, thumbnail, write
+from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
 
 Array = npt.NDArray[np.float64]
 
@@ -22,11 +21,10 @@ _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
 
 @dataclass(frozen=True)
 class Shown:
-    """An image that the page shows; without its picture or its explanation where there is none."""
+    """An image that the page shows; without its picture where that cannot be had."""
 
     verdict: ImageVerdict
     image: Image.Image | None
-    why: Explanation | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def write_scores_page(
         summary=summary,
         facts=dict(facts),
         histogram=histogram,
-        keys=[(name, *plots.series(i)) for i, name in enumerate(names)],
+        keys=[Key(name, *plots.series(i)) for i, name in enumerate(names)],
         outside=[
             f"{percent(out.below)} of {name} below, {percent(out.above)} above"
             for name, out in zip(names, outside, strict=True)
@@ -121,8 +119,8 @@ def _card(i: int, one: Shown, known: Array, low: float, high: float) -> _Card:
         share=percent(above),
         x=_place(verdict.score, low, high),
         picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
-        sentence="" if one.why is None else one.why.sentence,
-        rows=[] if one.why is None else one.why.rows(),
+        sentence="" if verdict.why is None else verdict.why.sentence,
+        rows=[] if verdict.why is None else verdict.why.rows(),
     )
 
 

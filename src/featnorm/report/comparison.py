@@ -13,7 +13,7 @@ from PIL import Image
 from featnorm._checks import count_for_share
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.report import plots
-from featnorm.report.html import Picture, data_uri, number, percent, render, thumbnail, write
+from featnorm.report.html import Key, Picture, data_uri, number, percent, render, thumbnail, write
 from featnorm.report.tables import columns, ranked, table_rows
 
 __all__ = ["write_page"]
@@ -25,16 +25,6 @@ _MOST_SHOWN = 12
 # What pictures of activation patterns are scaled up to, by whole factors.
 _PATTERN_HEIGHT = 512
 _PATTERN_WIDTH = 200
-
-
-@dataclass(frozen=True)
-class _Key:
-    """A set as the legend of a plot names it."""
-
-    name: str
-    color: str
-    dash: str
-    auroc: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class _Shown:
 class _Mistakes:
     """The inputs of one set that a detector gets wrong, the worst of them with their scores."""
 
-    key: _Key
+    key: Key
     is_id: bool
     wrong: int
     total: int
@@ -71,7 +61,7 @@ class _Panel:
     threshold_note: str
     histogram: Markup
     roc: Markup
-    keys: list[_Key]
+    keys: list[Key]
     outside: list[str]
     mistakes: list[_Mistakes]
 
@@ -80,7 +70,7 @@ class _Panel:
 class _Pattern:
     """The activation pattern of some inputs of a set."""
 
-    key: _Key
+    key: Key
     uri: str
     inputs: int
     units: int
@@ -124,7 +114,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
         may raise an `OSError` or `ValueError` for one it cannot read. None for no thumbnails.
     """
     keys = [
-        _Key(name, *plots.series(index)) for index, name in enumerate([evaluation.id_name, *evaluation.ood_names])
+        Key(name, *plots.series(index)) for index, name in enumerate([evaluation.id_name, *evaluation.ood_names])
     ]
     pictures = _Pictures(image)
     panels = [_panel(outcome, keys, pictures, f"d{i}") for i, outcome in enumerate(ranked(evaluation))]
@@ -132,7 +122,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     known = evaluation.accuracy
     accuracy = {} if known is None else {f"Accuracy on {evaluation.id_name}": percent(known)}
     html = render(
-        "page.html",
+        "comparison.html",
         title=title,
         summary=summary,
         evaluation=evaluation,
@@ -150,7 +140,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     write(path, html)
 
 
-def _panel(outcome: Outcome, sets: Sequence[_Key], pictures: _Pictures, prefix: str) -> _Panel:
+def _panel(outcome: Outcome, sets: Sequence[Key], pictures: _Pictures, prefix: str) -> _Panel:
     id_key, *ood_keys = sets
     id_scores = np.asarray(outcome.id_scores, np.float64)
     ood_scores = [np.asarray(outcome.ood_scores[key.name], np.float64) for key in ood_keys]
@@ -189,14 +179,14 @@ def _panel(outcome: Outcome, sets: Sequence[_Key], pictures: _Pictures, prefix: 
         threshold_note="" if low <= threshold <= high else "outside the picture",
         histogram=picture,
         roc=curves,
-        keys=[id_key, *(_Key(k.name, k.color, k.dash, a) for k, a in zip(ood_keys, aurocs, strict=True))],
+        keys=[id_key, *(Key(k.name, k.color, k.dash, a) for k, a in zip(ood_keys, aurocs, strict=True))],
         outside=[_beyond(key, out) for key, out in zip(sets, outside, strict=True) if out.below or out.above],
         mistakes=mistakes,
     )
 
 
 def _mistakes(
-    key: _Key, scores: npt.NDArray[np.float64], wrong: npt.NDArray[np.bool_], pictures: _Pictures, *, is_id: bool
+    key: Key, scores: npt.NDArray[np.float64], wrong: npt.NDArray[np.bool_], pictures: _Pictures, *, is_id: bool
 ) -> _Mistakes:
     indices = np.flatnonzero(wrong)
     worst = indices[np.argsort(scores[indices] if is_id else -scores[indices], kind="stable")][:_MOST_SHOWN]
@@ -204,7 +194,7 @@ def _mistakes(
     return _Mistakes(key, is_id, len(indices), len(scores), shown)
 
 
-def _beyond(key: _Key, out: plots.Outside) -> str:
+def _beyond(key: Key, out: plots.Outside) -> str:
     def side(share: float, infinite: float, word: str, symbol: str) -> Iterable[str]:
         if share:
             yield f"{percent(share)} {word}" + (f" ({percent(infinite)} at {symbol})" if infinite else "")
@@ -216,7 +206,7 @@ def _beyond(key: _Key, out: plots.Outside) -> str:
     return f"{key.name}: {', '.join(parts)}"
 
 
-def _patterns(evaluation: Evaluation, keys: Sequence[_Key]) -> list[_Pattern]:
+def _patterns(evaluation: Evaluation, keys: Sequence[Key]) -> list[_Pattern]:
     """Pictures of activation patterns: a column an input, a row a unit, one pixel each."""
     known = [(key, evaluation.patterns[key.name]) for key in keys if key.name in evaluation.patterns]
     if not known:
