@@ -9,26 +9,77 @@ anew from the results that the documentation keeps.
 import argparse
 import json
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from featnorm.protocols import cifar10, heads, own_images
+from featnorm.protocols import explanations, heads, own_images
+from featnorm.protocols.figures import Figure
 from featnorm.protocols.tables import Table, make_table, width_figure
+from featnorm.protocols.theory import FIGURES
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 #: The results that each page shows; they lie in a folder of its name.
-PAGES = {"cifar10": (*cifar10.TABLES, "head-study"), "own-images": ("own-images",)}
+PAGES = {
+    "cifar10": ("table3", "table6", "table7", "figure7", "head-study"),
+    "own-images": ("own-images", "shipped"),
+    "theory": (*FIGURES, "explanation"),
+}
+#: Tables that are read off the networks of Table 3.
+READ_OFF = ("table3", "table5", "table8", "table10")
 
 
 def tables(file: Path) -> dict[str, Table]:
     """Return the tables of a file of results, by the names that mark their places."""
     content = json.loads(file.read_text("utf-8"))
+    if file.stem in FIGURES:
+        return {file.stem: Figure.from_json(content).table}
     match file.stem:
         case "own-images":
             return own_images.tables(content)
+        case "shipped":
+            return shipped(content)
+        case "explanation":
+            return explanations.tables(content)
         case "head-study":
             return heads.tables(content)
+        case "table3":
+            return {name: make_table(name, content) for name in READ_OFF}
     return {file.stem: make_table(file.stem, content)}
+
+
+def shipped(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what tools/measure_shipped.py found, as tables."""
+    notes = [
+        f"{content['detector']} on {content['images']}",
+        "command: python tools/measure_shipped.py",
+        *(f"{name}: {value}" for name, value in content["environment"].items()),
+    ]
+    speed = content["per_second"]
+    alone = next(iter(speed.values()))
+    rows = [[way, f"{value:.1f}", f"{value / alone:.2f}"] for way, value in speed.items()]
+    differences = "; ".join(f"{name} {value:.1g}" for name, value in content["difference"].items())
+    answers = (
+        f"ONNX against PyTorch, largest differences: {differences}; other verdicts: {content['other_verdicts']}"
+    )
+    service = [
+        [
+            f"{row['clients']}",
+            f"{row['per_second']:.1f}",
+            f"{row['p50_ms']:.0f}",
+            f"{row['p99_ms']:.0f}",
+            f"{row['images_a_batch']:.1f}",
+            ", ".join(f"{count} x {what}" for what, count in row["errors"].items()) or "none",
+        ]
+        for row in content["service"]
+    ]
+    headers = ["Clients", "requests a second", "median, ms", "99th percentile, ms", "images a batch", "errors"]
+    return {
+        "speed": Table(
+            "Images a second, single precision", ["What", "images a second", "ratio"], rows, [answers, *notes]
+        ),
+        "service": Table("The service, one image a request", headers, service, notes),
+    }
 
 
 def render(page: str) -> str:
@@ -55,10 +106,17 @@ def main() -> None:
         kept.mkdir(exist_ok=True)
         for name in names if folder else ():
             if (folder / f"{name}.json").exists():
-                shutil.copyfile(folder / f"{name}.json", kept / f"{name}.json")
-        if (kept / "figure7.json").exists():
-            results = json.loads((kept / "figure7.json").read_text("utf-8"))
-            (kept / "figure7.svg").write_text(width_figure(results), encoding="utf-8")
+                # Where it wrote is a place on somebody's machine.
+                text = re.sub(r" --out [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
+                (kept / f"{name}.json").write_text(text, "utf-8")
+        for file in kept.glob("figure*.json"):
+            content = json.loads(file.read_text("utf-8"))
+            drawn = width_figure(content) if file.stem == "figure7" else Figure.from_json(content).svg
+            file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+        if (kept / "explanation.json").exists():
+            content = json.loads((kept / "explanation.json").read_text("utf-8"))
+            for name, drawn in explanations.pictures(content).items():
+                (kept / f"explanation-{name}.svg").write_text(drawn, encoding="utf-8")
         (RESULTS / f"{page}.md").write_text(render(page), encoding="utf-8")
 
 

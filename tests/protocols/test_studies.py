@@ -7,7 +7,7 @@ import pytest
 from small import reproduce, write_images
 
 from featnorm.models import create_model
-from featnorm.protocols import heads, own_images
+from featnorm.protocols import explanations, heads, own_images
 
 
 @pytest.fixture
@@ -70,3 +70,19 @@ def test_head_study(root, tmp_path, monkeypatch):
     assert first["KNN()"] == second["KNN()"]
     assert first["NAN()"] != second["NAN()"]
     assert "| width 64 |" in (tmp_path / "laptop" / "head-study.md").read_text()
+
+
+def test_explanation(root, tmp_path):
+    assert reproduce("explanation", root, tmp_path).exit_code == 0
+    result = json.loads((tmp_path / "laptop" / "explanation.json").read_text())
+    assert [row["set"] for row in result["rows"]] == ["cifar10", "SVHN", "large", "noise"]
+    for row in result["rows"]:
+        off = [value <= 0 for value in row["picture"]["activation"]]
+        usual = [rate >= 0.5 for rate in row["picture"]["on_rate"]]
+        assert row["active"] == 512 - sum(off)
+        assert row["usual"] == sum(usual)
+        assert row["missing"] == sum(a and b for a, b in zip(off, usual, strict=True))
+        assert row["predicted"] in explanations.CLASSES
+    drawn = explanations.pictures(result)
+    assert list(drawn) == ["cifar10", "SVHN", "large", "noise"]
+    assert all(text.count("<svg") == 1 for text in drawn.values())

@@ -1,5 +1,6 @@
 """The figures, from networks that are trained for an epoch or two on a few fabricated images."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from small import reproduce
 
 from featnorm.protocols import theory
-from featnorm.protocols.figures import gap, rank_correlation, series
+from featnorm.protocols.figures import Figure, gap, rank_correlation, series
 from featnorm.training import Recipe
 from featnorm.training.probe import LAST
 
@@ -34,6 +35,11 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
     }
     for name in figures:
         assert (out / f"{name}.svg").read_text().count("<svg") == 1
+        kept = json.loads((out / f"{name}.json").read_text())
+        again = Figure.from_json(kept)
+        assert again.to_json() == kept
+        assert again.svg.count('id="axes_') == (out / f"{name}.svg").read_text().count('id="axes_')
+        assert again.table.markdown() == (out / f"{name}.md").read_text()
         assert "scale laptop" in (out / f"{name}.md").read_text()
     assert "layer 5" in (out / "figure12.md").read_text()
     assert "before the rectifier" in (out / "figure8.md").read_text()

@@ -8,7 +8,7 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, heads, own_images, theory
+from featnorm.protocols import cifar10, explanations, heads, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 
@@ -76,7 +76,12 @@ def _head_study(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _
     return result, heads.tables(result)
 
 
-_STUDIES = {"own-images": _own_images, "head-study": _head_study}
+def _explanation(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
+    result = explanations.run(cifar10.load_images(data_root), environment=facts)
+    return result, explanations.tables(result)
+
+
+_STUDIES = {"own-images": _own_images, "head-study": _head_study, "explanation": _explanation}
 
 
 def _figure(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
@@ -88,6 +93,7 @@ def _figure(name: str, scale: str, data_root: Path | None, out: Path, fabric: An
         runs.append(theory.run(job, theory.SCALES[scale], images, folder, fabric=fabric, environment=facts))
     figure = make_figure(name, runs)
     (out / f"{name}.svg").write_text(figure.svg, encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(figure.to_json()) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(figure.table.markdown(), encoding="utf-8")
     _print(figure.table)
 

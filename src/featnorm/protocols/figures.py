@@ -1,7 +1,7 @@
 """The paper's figures, drawn from the runs of `featnorm.protocols.theory`, each with a table of its numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,25 @@ _HIDDEN = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as SVG text, with its numbers as a table."""
+    """A figure as panels in rows, with its numbers as a table."""
 
-    svg: str
+    panels: Sequence[Sequence[Panel]]
     table: Table
+
+    @property
+    def svg(self) -> str:
+        """The figure, drawn."""
+        return panel_figure(self.panels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that is drawn and all of the table as plain data, numbers to four digits."""
+        return {"table": asdict(self.table), "panels": [[panel.to_json() for panel in row] for row in self.panels]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Figure":
+        """Make it again from plain data."""
+        panels = [[Panel.from_json(panel) for panel in row] for row in data["panels"]]
+        return cls(panels, Table(**data["table"]))
 
 
 def make_figure(name: str, runs: Sequence[Run]) -> Figure:
@@ -41,10 +56,7 @@ def make_figure(name: str, runs: Sequence[Run]) -> Figure:
     runs : of the jobs that are named there, in their order.
     """
     panels, title, headers, rows = _MAKERS[name](runs)
-    notes = _notes(runs)
-    return Figure(
-        panel_figure(panels), Table(f"{name.replace('figure', 'Figure ')}, {title}", headers, rows, notes)
-    )
+    return Figure(panels, Table(f"{name.replace('figure', 'Figure ')}, {title}", headers, rows, _notes(runs)))
 
 
 _Parts = tuple[list[list[Panel]], str, list[str], list[list[str]]]

@@ -58,7 +58,7 @@ class Scale:
 
 
 SCALES = {
-    "laptop": Scale("laptop", 16, 5000, replace(PRESETS["B"], epochs=60, batch_size=128), PRESETS["A.3.1"]),
+    "laptop": Scale("laptop", 16, 2500, replace(PRESETS["B"], epochs=40, batch_size=64), PRESETS["A.3.1"]),
     "paper": Scale("paper", 64, None, PRESETS["B"], PRESETS["A.3.1"]),
 }
 

@@ -25,14 +25,22 @@ class LayerTap:
     layers
         Names of modules whose outputs are wanted; None for every rectified layer, be it a module or a function,
         in the order in which they run.
+    last : a name for the last hidden layer, as `FeatureTap` finds it, which then comes first; None for without.
 
     Raises
     ------
     ValueError
-        A module is not in the model or did not run, or nothing in it is rectified.
+        A module is not in the model or did not run, nothing in it is rectified, or there is no last hidden layer.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, layers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        layers: Sequence[str] | None = None,
+        *,
+        last: str | None = None,
+    ) -> None:
         self.model = unwrap(model)
         with undisturbed(self.model):
             record = watch(self.model, inputs[:_WATCHED_ROWS])
@@ -48,18 +56,25 @@ class LayerTap:
                     known = ", ".join([n for n, _ in self.model.named_modules() if n][-8:])
                     raise ValueError(f"no module {name!r} ran; the model's last modules are {known}")
                 found[name] = outputs[-1]
+        self._logits: Point | None = None
+        try:
+            anatomy = find(record, self.model)
+        except ValueError as error:
+            if last is not None:
+                raise
+            self._no_logits = str(error)  # only the hidden classifiers need them
+        else:
+            self._no_logits = anatomy.absent.get("logits", "")
+            if anatomy.logits is not None:
+                self._logits = locate(record, anatomy.logits)
+            if last is not None:
+                if anatomy.activation is None:
+                    raise ValueError(f"there is no last hidden layer: {anatomy.absent['activation']}")
+                found = {last: anatomy.activation, **found}
         if not found:
             raise ValueError("nothing in this model is rectified: name the layers")
         self.points: dict[str, Point] = {name: locate(record, node) for name, node in found.items()}
         self._made = {name: made(node) for name, node in found.items()}
-        self._logits: Point | None = None
-        try:
-            anatomy = find(record, self.model)
-            self._no_logits = anatomy.absent.get("logits", "")
-            if anatomy.logits is not None:
-                self._logits = locate(record, anatomy.logits)
-        except ValueError as error:  # only the hidden classifiers need them
-            self._no_logits = str(error)
 
     @property
     def names(self) -> list[str]:

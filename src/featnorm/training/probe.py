@@ -99,21 +99,40 @@ class Probe:
         binary weight), ``error`` and ``other_error`` (of the target and of the other classes, see
         `HiddenClassifier.approximation_error`), and where asked for ``pre_error`` and ``pre_other_error``.
         """
-        tap = FeatureTap(model)
         sets = {name: fold[0] for name, fold in self.folds.items()} | self.ood
-        layers = LayerTap(model, _pixels(next(iter(sets.values()))[:2]), self.layers) if self.layers else None
+        shown = _pixels(next(iter(sets.values()))[:2])
+        before = () if self.pre_activation is None else (self.pre_activation,)
+        # One pass of each set serves all that is recorded of it.
+        layers = LayerTap(model, shown, (*self.layers, *before), last=LAST)
+        inner = [layer for layer in self.hidden if layer != LAST]
+        others = LayerTap(model, shown, inner) if inner else None
+        # Behind the last hidden layer the coefficients are the same for all inputs, up to a positive factor.
+        weight = FeatureTap(model)(shown).linear()[0] if LAST in self.hidden else None
         counts: dict[tuple[str, str], ActivationStatistics] = {}
         scores: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
+        hidden: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
         for name, images in sets.items():
-            for batch in images.split(_BATCH):
+            targets = self.folds[name][1] if name in self.folds else None
+            for i, batch in enumerate(images.split(_BATCH)):
                 pixels = _pixels(batch)
-                activations = {LAST: tap(pixels).tensor("activation")} | (layers(pixels) if layers else {})
-                for layer, a in activations.items():
+                activations = layers(pixels)
+                for layer in (LAST, *self.layers):
+                    a = activations[layer]
                     counts.setdefault((layer, name), ActivationStatistics()).add(a.cpu())
                     part = scores.setdefault((layer, name), {"norm": [], "nan": [], "sparsity": []})
                     part["norm"].append(l1_norm(a).cpu())
                     part["nan"].append(negative_aware_norm(a).cpu())
                     part["sparsity"].append(l0_norm(a).clamp_min(1).reciprocal().cpu())
+                if targets is None:
+                    continue
+                found = others.hidden(pixels) if others else {}
+                if weight is not None:
+                    found[LAST] = HiddenClassifier(activations[LAST], weight)
+                for layer, classifier in found.items():
+                    z = activations[self.pre_activation] if self.pre_activation and layer == LAST else None
+                    wanted = targets[i * _BATCH : (i + 1) * _BATCH]
+                    for key, value in self._of_hidden(classifier, wanted, z).items():
+                        hidden.setdefault((layer, name), {}).setdefault(key, []).append(value.cpu())
         joined = {key: {what: torch.cat(values) for what, values in part.items()} for key, part in scores.items()}
         result: dict[str, dict[str, Any]] = {}
         for layer in (LAST, *self.layers):
@@ -130,55 +149,32 @@ class Probe:
                 }
                 for fold in (self.folds if self.ood else ())
             }
-        for fold, (images, targets) in self.folds.items() if self.hidden else ():
-            if targets is not None:
-                for layer, measured in self._hidden(model, tap, images, targets).items():
-                    result[layer].setdefault("hidden", {})[fold] = measured
+        for (layer, fold), parts in hidden.items():
+            # An input without any unit on has no relative error, and one class has no others.
+            result[layer].setdefault("hidden", {})[fold] = {
+                key: float(torch.cat(values).nanmean().nan_to_num(0.0)) for key, values in parts.items()
+            }
         return result
 
-    def _hidden(
-        self, model: nn.Module, tap: FeatureTap, images: Tensor, targets: Tensor
-    ) -> dict[str, dict[str, float]]:
-        pixels = _pixels(images[:2])
-        inner = [layer for layer in self.hidden if layer != LAST]
-        others = LayerTap(model, pixels, inner) if inner else None
-        before = LayerTap(model, pixels, [self.pre_activation]) if self.pre_activation else None
-        parts: dict[str, dict[str, list[Tensor]]] = {}
-        for batch, wanted in zip(images.split(_BATCH), targets.split(_BATCH), strict=True):
-            pixels = _pixels(batch)
-            found = others.hidden(pixels) if others else {}
-            if LAST in self.hidden:
-                # Behind it the coefficients are the same for all inputs, up to a positive factor.
-                features = tap(pixels)
-                found[LAST] = HiddenClassifier(features.tensor("activation"), features.linear()[0])
-            for layer, hidden in found.items():
-                classes = wanted.to(hidden.activation.device)
-                error, other_error = hidden.approximation_error(classes)
-                values = {
-                    "accuracy": (hidden.prediction == classes).float(),
-                    "entropy": hidden.entropy,
-                    "sign_difference": 1 - hidden.agreement(classes),
-                    "error": error,
-                    "other_error": other_error,
-                }
-                if before is not None and layer == LAST:
-                    # Off units have coefficient 0, so binary weight -1: they add their size to norm and logit
-                    # alike.
-                    z = next(iter(before(pixels).values()))
-                    if z.shape != hidden.activation.shape or not torch.equal(z.relu(), hidden.activation):
-                        raise ValueError(
-                            f"the last hidden layer is no ReLU of the output of {self.pre_activation!r}"
-                        )
-                    size = torch.linalg.vector_norm(z, 1, dim=1)
-                    values["pre_error"] = error * hidden.norm / size
-                    values["pre_other_error"] = other_error * hidden.norm / size
-                for key, value in values.items():
-                    parts.setdefault(layer, {}).setdefault(key, []).append(value.cpu())
-        # An input without any unit on has no relative error, and one class has no others.
-        return {
-            layer: {key: float(torch.cat(value).nanmean().nan_to_num(0.0)) for key, value in mine.items()}
-            for layer, mine in parts.items()
+    def _of_hidden(self, hidden: HiddenClassifier, targets: Tensor, z: Tensor | None) -> dict[str, Tensor]:
+        """Return what is recorded of a batch's hidden classifier; ``z`` is what its layer rectifies, or None."""
+        classes = targets.to(hidden.activation.device)
+        error, other_error = hidden.approximation_error(classes)
+        values = {
+            "accuracy": (hidden.prediction == classes).float(),
+            "entropy": hidden.entropy,
+            "sign_difference": 1 - hidden.agreement(classes),
+            "error": error,
+            "other_error": other_error,
         }
+        if z is not None:
+            # Off units have coefficient 0, so binary weight -1: they add their size to norm and logit alike.
+            if z.shape != hidden.activation.shape or not torch.equal(z.relu(), hidden.activation):
+                raise ValueError(f"the last hidden layer is no ReLU of the output of {self.pre_activation!r}")
+            size = torch.linalg.vector_norm(z, 1, dim=1)
+            values["pre_error"] = error * hidden.norm / size
+            values["pre_other_error"] = other_error * hidden.norm / size
+        return values
 
 
 def _pixels(batch: Tensor) -> Tensor:

@@ -1,32 +1,44 @@
-"""Ask a service as fast as it answers, and write down how fast that is.
+"""Measure what a detector of `featnorm fit` costs where it runs: scored, exported, and served.
 
-    python tools/load_test.py DETECTOR FOLDER [--clients 1 8 32] [--seconds 10] [--requests 1000] [--out FILE]
+    python tools/measure_shipped.py DETECTOR DATA [--clients 1 8 32] [--seconds 10] [--requests 1000] [--out FILE]
 
-starts `featnorm serve DETECTOR` on a free port of the loopback, sends the images of FOLDER one a request from that
-many clients at once, each until the time is up or all requests are sent, and stops the service.
+judges the first images of DATA (a folder, a parquet file or a name, as for `featnorm score`) by the network
+alone, by the scorer, and by the ONNX graph, in turns. Then it starts `featnorm serve DETECTOR` on a free port of
+the loopback and sends the images, one a request, from that many clients at once, each until the time is up or all
+are sent. The machine should do nothing else meanwhile.
 """
 
 import argparse
 import http.client
+import io
 import json
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from featnorm.cli.app import _keep_freed_memory
 from featnorm.cli.show import environment
-from featnorm.data.images import image_files
+from featnorm.data import ImageSource, SlicedImages, image_loader, open_images
+from featnorm.deploy import ImageScorer, export_onnx
+from featnorm.deploy.export import OUTPUTS
 
-# Images that are read from the folder, at most.
-MOST_IMAGES = 500
+# Images that are judged, at most; what is judged in memory holds them all, as the model takes them.
+MOST_IMAGES = 512
+BATCH = 64
+ROUNDS = 3
 SCORE = ("POST", "/v1/score")
 
 
@@ -34,15 +46,76 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("detector", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("data")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each number of clients, at most")
     parser.add_argument("--requests", type=int, default=1000, help="for each number of clients, at most")
-    parser.add_argument("--out", type=Path, default=Path("load-test.json"))
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("shipped.json"))
     options = parser.parse_args()
-    images = [(options.folder / file).read_bytes() for file in image_files(options.folder)[:MOST_IMAGES]]
-    if not images:
-        parser.error(f"there are no images in {options.folder}")
+    _keep_freed_memory()  # as the commands do
+    source = open_images(options.data, root=options.data_root)
+    source = SlicedImages(source, range(min(len(source), MOST_IMAGES)), source.title)
+    content = {
+        "images": f"{len(source)} of {source.title}",
+        **judged(ImageScorer.load(options.detector), source),
+        "service": served(options, [as_jpeg(source, row) for row in range(len(source))]),
+        "environment": environment(),
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
+    """Return how fast images are judged in each way, and how far the graph's answers are from PyTorch's."""
+    loader = image_loader(source, scorer.transform, batch_size=BATCH, workers=0)
+    batches = [batch.images for batch in loader]
+    rows = [part.contiguous(memory_format=torch.channels_last) for part in batches]
+    with TemporaryDirectory() as folder:
+        graph = Path(folder) / "detector.onnx"
+        export_onnx(scorer, graph)
+        session = onnxruntime.InferenceSession(graph)
+    names = [""] * BATCH
+    network = scorer.scorer.model
+
+    def asked() -> list[list[np.ndarray[Any, Any]]]:
+        return [session.run(None, {"images": part.numpy()}) for part in batches]
+
+    ways: dict[str, Callable[[], Any]] = {
+        "the network alone, images in memory": lambda: [network(part) for part in rows],
+        "the scorer, images in memory": lambda: [scorer.judge(part, names[: len(part)]) for part in rows],
+        "the ONNX graph under onnxruntime, images in memory": asked,
+        "`featnorm score`, from files": lambda: list(scorer.stream(source, batch_size=BATCH)),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for way, run in ways.items():
+                began = time.perf_counter()
+                run()
+                seconds[way].append(time.perf_counter() - began)
+        mine = [scorer.scorer(part) for part in rows]
+    theirs = [np.concatenate(column) for column in zip(*asked(), strict=True)]
+    ours = [
+        torch.cat([getattr(v, name) for v in mine]).numpy() for name in ("logits", "score", "p_value", "is_id")
+    ]
+    largest = [float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "per_second": {way: len(source) / min(times) for way, times in seconds.items()},
+        "detector": repr(scorer.scorer.detector),
+        "difference": dict(zip(OUTPUTS[:3], largest, strict=False)),
+        "other_verdicts": int((ours[3] != theirs[3]).sum()),
+    }
+
+
+def as_jpeg(source: ImageSource, row: int) -> bytes:
+    """Return an image as a client would send it."""
+    buffer = io.BytesIO()
+    source.image(row).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def served(options: argparse.Namespace, images: list[bytes]) -> list[dict[str, Any]]:
+    """Start the service, ask it from each number of clients, and stop it."""
     command = [sys.executable, "-c", "from featnorm.cli import main; main()", "serve", str(options.detector)]
     service = subprocess.Popen(
         [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -58,11 +131,10 @@ def main() -> None:
         for clients in options.clients:
             rows.append(measure(port, images, clients, options.seconds, options.requests))
             print(json.dumps(rows[-1]))
+        return rows
     finally:
         service.terminate()
         service.wait(60)
-    content = {**environment(), "images": len(images), "rows": rows}
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def wait_until_ready(port: int) -> None:

@@ -1,0 +1,116 @@
+"""Why inputs score as they do: a usual input of each set, explained by the network of the package."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featnorm.explain import Explainer
+from featnorm.norms import negative_aware_norm
+from featnorm.pretrained import load_model
+from featnorm.protocols import cifar10
+from featnorm.protocols.heads import NETWORK
+from featnorm.protocols.tables import Table
+from featnorm.report.figures import explanation_figure
+from featnorm.tap import FeatureTap
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+#: Training images that the explainer is fitted on, evenly spaced.
+KNOWN = 5000
+_BATCH = 250
+
+
+def run(images: cifar10.Images, *, environment: Mapping[str, str], progress: bool | None = None) -> dict[str, Any]:
+    """Explain, of each set, the input whose negative-aware norm is the set's median.
+
+    Parameters
+    ----------
+    images : see `featnorm.protocols.cifar10.load_images`.
+    environment : facts of versions, machine and date, which are kept with the result.
+    progress : show progress bars; None for where there is a terminal.
+
+    Returns
+    -------
+    ``rows``, one a set: what the table shows, and what the picture is drawn from; ``images``, ``environment``.
+    """
+    model = load_model(NETWORK).to(memory_format=torch.channels_last)
+    train = images.train[0]
+    rows = torch.linspace(0, len(train) - 1, min(KNOWN, len(train))).round().long()
+    explainer = Explainer(model, class_names=CLASSES).fit(_batches(train[rows]), progress=progress)
+    tap = FeatureTap(model)
+    found = []
+    for name, pixels in {"cifar10": images.test[0], **images.ood}.items():
+        nan = torch.cat([negative_aware_norm(tap(batch).tensor("activation")) for batch in _batches(pixels)])
+        chosen = int(nan.argsort(stable=True)[len(nan) // 2])
+        why = explainer(_pixels(pixels[chosen : chosen + 1]))[0]
+        found.append(
+            {
+                "set": name,
+                "input": chosen,
+                "predicted": why.called,
+                "hidden": why.hidden_called,
+                "confidence": why.hidden_confidence / max(why.norm, 1e-30),
+                "nan": why.nan,
+                "active": why.active,
+                "usual": int((why.on_rate >= 0.5).sum()),
+                "missing": len(why.missing),
+                "strange": len(why.strange),
+                "picture": {
+                    "activation": _short(why.activation),
+                    "on_rate": _short(why.on_rate),
+                    "logits": _short(why.hidden_logits),
+                    "norm": why.norm,
+                    "predicted": why.predicted,
+                    "peers": why.called,
+                },
+            }
+        )
+    return {"rows": found, "images": images.facts, "environment": dict(environment)}
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Table]:
+    """Return the table of a result of `run`, by its name, "explanation"."""
+    rows = [
+        [
+            f"{row['set']}, {row['input']}",
+            row["predicted"],
+            f"{row['hidden']}, {row['confidence']:.0%} of the norm",
+            f"{row['nan']:.3g}",
+            str(row["active"]),
+            f"{row['missing']} of {row['usual']}",
+            str(row["strange"]),
+        ]
+        for row in result["rows"]
+    ]
+    notes = [
+        f"by {NETWORK}, and {KNOWN} of its training images; of each set the input of median NAN",
+        *(f"{name}: {value}" for name, value in {**result["images"], **result["environment"]}.items()),
+    ]
+    headers = [
+        "Input",
+        "predicted",
+        "hidden classifier",
+        "NAN",
+        "units on",
+        "usual units that are off",
+        "unusual on",
+    ]
+    return {"explanation": Table("Why an input scores as it does", headers, rows, notes)}
+
+
+def pictures(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the picture of each explanation as SVG text, by its set."""
+    return {row["set"]: explanation_figure(**row["picture"]) for row in result["rows"]}
+
+
+def _batches(images: Tensor) -> list[Tensor]:
+    return [_pixels(batch) for batch in images.split(_BATCH)]
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last).float().div_(255)
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]
