@@ -26,6 +26,8 @@ LEARNERS = [
     "SSD(clusters='labels')",
     "KNN(k=5)",
     "KNN(k=2, squared=False)",
+    "OneClassSVM()",
+    "OneClassSVM(nu=0.5)",
     "Residual()",
     "Residual(dim=4)",
     "ViM()",

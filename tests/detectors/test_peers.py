@@ -1,11 +1,12 @@
-"""Agreement with pytorch-ood 0.4, whose scores are larger for outliers: ours are theirs, negated."""
+"""Agreement with pytorch-ood 0.4, whose scores are larger for outliers, and with scikit-learn."""
 
 import numpy as np
 import pytest
 import torch
 from fabricate import id_features, of_activation, ood_features
+from sklearn import svm
 
-from featnorm.detectors import KNN, MSP, Energy, Mahalanobis, MaxLogit, ReAct, ViM
+from featnorm.detectors import KNN, MSP, Energy, Mahalanobis, MaxLogit, OneClassSVM, ReAct, ViM
 from featnorm.features import Features
 
 peers = pytest.importorskip("pytorch_ood.detector")
@@ -41,6 +42,14 @@ def test_knn(k):
     plain = KNN(k, squared=False).fit(TRAIN).score(BOTH)
     torch.testing.assert_close(-plain.double(), theirs.double(), rtol=1e-3, atol=1e-4)
     assert_same_ranking(KNN(k).fit(TRAIN).score(BOTH), theirs)
+
+
+@pytest.mark.parametrize("nu", [0.001, 0.05, 0.95])
+def test_one_class_svm(nu):
+    theirs = svm.OneClassSVM(nu=nu, gamma="scale", tol=1e-9).fit(TRAIN.pooled.double().numpy())
+    expected = torch.from_numpy(theirs.decision_function(BOTH.pooled.double().numpy()))
+    scores = OneClassSVM(nu).fit(TRAIN).score(BOTH).double()
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dim", [3, 6, 9])

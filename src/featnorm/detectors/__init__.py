@@ -1,6 +1,7 @@
 """The detectors, one file a family, and the expressions that name them."""
 
 from featnorm.detectors.base import Detector, NotFittedError
+from featnorm.detectors.boundary import OneClassSVM
 from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
 from featnorm.detectors.distance import KNN, SSD, Mahalanobis
 from featnorm.detectors.expression import parse_detector
@@ -27,6 +28,7 @@ __all__ = [
     "Mahalanobis",
     "MaxLogit",
     "NotFittedError",
+    "OneClassSVM",
     "ReAct",
     "Residual",
     "Sparsity",

@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 from featnorm.detectors.base import Detector
+from featnorm.detectors.boundary import OneClassSVM
 from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
 from featnorm.detectors.distance import KNN, SSD, Mahalanobis
 from featnorm.detectors.fusion import Fusion
@@ -29,6 +30,7 @@ _DETECTORS: dict[str, type[Detector]] = {
         Mahalanobis,
         SSD,
         KNN,
+        OneClassSVM,
         Residual,
         ViM,
         ReAct,
