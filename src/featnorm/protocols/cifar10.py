@@ -64,13 +64,15 @@ class Scale:
     seeds: int
 
 
-# As the paper's where it can be (no weight decay, momentum, cosine), with a learning rate for few epochs.
+# The paper's optimiser and schedule, with a learning rate for few epochs. Its 800 epochs are without weight decay;
+# so few as these reach a higher accuracy with it.
 _LAPTOP = Recipe(
-    epochs=16,
+    epochs=26,
     batch_size=128,
     optimiser="sgd",
     lr=0.1,
     nesterov=True,
+    weight_decay=5e-4,
     warmup=0.2,
     augment=True,
     crop=24,
@@ -78,7 +80,7 @@ _LAPTOP = Recipe(
 #: Of heads on a frozen backbone.
 FROZEN = Recipe(epochs=20, batch_size=256, optimiser="sgd", lr=0.06)
 SCALES = {
-    "laptop": Scale("laptop", 24, _LAPTOP, FROZEN, frozen=True, seeds=3),
+    "laptop": Scale("laptop", 32, _LAPTOP, FROZEN, frozen=True, seeds=3),
     "paper": Scale("paper", 64, PRESETS["C.1"], PRESETS["C.1"], frozen=False, seeds=3),
 }
 
@@ -347,8 +349,8 @@ def score(
     tap = FeatureTap(fabric.to_device(model).to(memory_format=torch.channels_last))
 
     def stream(pixels: Tensor, labels: Tensor | None) -> Iterator[Features]:
-        with fabric.autocast():
-            yield from tap.stream(_Batches(pixels, labels), progress=progress)
+        # In full precision whatever the training's: a score's last digits are not the processor's.
+        yield from tap.stream(_Batches(pixels, labels), progress=progress)
 
     test = list(stream(*images.test))
     ood = {name: list(stream(pixels, None)) for name, pixels in images.ood.items()}
