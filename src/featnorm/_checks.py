@@ -1,6 +1,7 @@
 """Argument checks that every function of scores shares."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def as_p_values(x: ScoreLike, name: str) -> Tensor:
 
 def check_share(value: float, name: str, *, one_allowed: bool = False) -> None:
     """Refuse, by a ValueError, what is not in (0, 1), or in (0, 1] where ``one_allowed``."""
-    if not (0 < value < 1 or (one_allowed and value == 1)):
+    if not isinstance(value, Real) or not (0 < value < 1 or (one_allowed and value == 1)):
         raise ValueError(f"{name} must be in (0, 1{']' if one_allowed else ')'}, got {value!r}")
 
 

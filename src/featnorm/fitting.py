@@ -132,7 +132,7 @@ def fit_images(
     device = torch.device("cpu") if fabric is None else fabric.device
     backbone, cut = backbone_of(loaded)
     backbone = backbone.to(device).eval().to(memory_format=torch.channels_last)
-    notes = [*loaded.notes, "its classifier left out" if cut else "as it is"]
+    notes = [*loaded.notes, "its classifier left out" if cut else _as_it_is(backbone)]
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     known = backbone_features(source, loaded, backbone, cache=cache, fabric=fabric, progress=progress, **reading)
     known = _distinct(known)
@@ -180,6 +180,15 @@ def fit_images(
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
     return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
+
+
+def _as_it_is(backbone: nn.Module) -> str:
+    """Say of a model of the user's own that what it returns is taken for features, and when that may be wrong."""
+    note = "what it returns taken for features"
+    *_, (name, last) = backbone.named_modules()
+    if isinstance(last, nn.Linear):
+        note += f", from the linear layer {name!r}: if that is its classifier, return the model without it"
+    return note
 
 
 def _distinct(known: CachedFeatures) -> CachedFeatures:

@@ -1,6 +1,7 @@
 import importlib
 import io
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torchvision.datasets
 from PIL import Image
 
 from featnorm.data import DataError, ImageError, ImageSource, open_images
+from featnorm.data.images import decode, image_files
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +108,29 @@ def test_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     assert [Path(open_images(str(folder)).name(i)).name for i in range(2)] == ["b.png", "a.png"]
 
 
+def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "f", tmp_path / "g"
+    write_images(folder, "a/1.png", "b/2.png")
+    write_images(outside, "c/3.png", "d/4.png")
+    for place, other in (("a", "b"), ("b", "a")):
+        for link in ("l", "m"):
+            (folder / place / link).symlink_to(folder / other)
+    for place, other in (("c", "d"), ("d", "c")):
+        for link in ("l", "m"):
+            (outside / place / link).symlink_to(outside / other)
+            (folder / f"{place}{link}").symlink_to(outside / place)
+    assert [file.name for file in image_files(folder)] == ["1.png", "2.png", "3.png", "4.png"]
+
+
+def test_what_would_be_waited_for_is_no_image(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "f", "a.png")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "lost.png").symlink_to(tmp_path / "nowhere")
+    for every in (False, True):
+        assert [file.name for file in image_files(folder, every=every)] == ["a.png", "lost.png"]
+
+
 def test_index_out_of_range_ends_iteration(tmp_path: Path) -> None:
     source = open_images(str(write_images(tmp_path / "f", "a.png")))
     assert len(list(source)) == 1  # type: ignore[call-overload]
@@ -148,6 +173,34 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:
     for i, reason in enumerate(["floating-point", "32-bit integer"]):
         with pytest.raises(ImageError, match=rf"\.tif: {reason}.* save it with 8 or 16 bits"):
             source.image(i)
+
+
+def test_a_jpeg_of_endless_scans_is_refused_at_once(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    assert 5 < data.count(b"\xff\xda") < 20
+    bomb = data[:last] + data[last:-2] * 200 + data[-2:]
+    assert decode(data, "fine").size == (64, 64)
+    (tmp_path / "bomb.jpg").write_bytes(bomb)
+    for place in (bomb, tmp_path / "bomb.jpg"):
+        with pytest.raises(ImageError, match=r"a JPEG of 2\d\d scans, more than 100: save it anew"):
+            decode(place, "bomb")
+
+
+def test_a_tiff_of_many_jpegs_is_read(tmp_path: Path) -> None:
+    noise = Image.effect_noise((64, 4096), 50).convert("RGB")
+    noise.save(tmp_path / "strips.tif", compression="jpeg", tiffinfo={278: 16})
+    assert (tmp_path / "strips.tif").read_bytes().count(b"\xff\xda") > 200
+    assert decode(tmp_path / "strips.tif", "strips").size == (64, 4096)
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_args, **_options: pytest.fail("it was run"))
+    with pytest.raises(ImageError, match="PostScript is a program"):
+        decode(tmp_path / "a.jpg", "a.jpg")
 
 
 def test_corrupt_images_raise_on_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,9 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
         "    layers = [nn.Conv2d(3, 24, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]\n"
         "    scale = v2.ToDtype(torch.float32, scale=True)\n"
         "    return nn.Sequential(*layers), v2.Compose([v2.ToImage(), v2.Resize((16, 16)), scale])\n"
+        "def classifies():\n"
+        "    model, transform = make()\n"
+        "    return model.append(nn.Linear(24, 10)), transform\n"
         "def only(): return nn.Flatten()\n"
         "def fails(): raise KeyError('no file')\n"
         "def bad(): return nn.Flatten(), lambda image: 1 / 0\n"
@@ -169,6 +172,11 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="mymodel:make: opening a file imports nothing"):
         ImageScorer.load("d.featnorm")
     again = ImageScorer.load("d.featnorm", model="mymodel:make")
+    assert again.facts["backbone"] == "mymodel:make, 24 wide; what it returns taken for features"
+    classifying = fit(folder, create_model("mymodel:classifies"), cache).scorer.facts["backbone"]
+    assert classifying.endswith(
+        "from the linear layer '4': if that is its classifier, return the model without it"
+    )
     images = torch.rand(3, 3, 16, 16)
     assert torch.equal(again.scorer(images).score, fitted.scorer.scorer(images).score)
     # The same weights, computed with otherwise: neither the cache nor the file takes one for the other.
@@ -247,9 +255,10 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
     refused("damaged", backbone=5)
     refused("names 1 classes for 4 logits", classes=["a"])
     refused("damaged", head={"inputs": 3})
-    archive.write(path, {**tensors, "transform": tensors["transform"] + 1}, header)
-    with pytest.raises(fn.ArchiveError, match="another transform"):
-        ImageScorer.load(path)
+    for change in (1, float("nan")):
+        archive.write(path, {**tensors, "transform": tensors["transform"] + change}, header)
+        with pytest.raises(fn.ArchiveError, match="another transform"):
+            ImageScorer.load(path)
     fn.Scorer(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), fn.NAN())
     plain = fn.Scorer(scorer.scorer.model, fn.NAN())
     plain.tap.watch(noise(2))

@@ -133,7 +133,8 @@ def fit(
         str,
         typer.Option(
             help="The backbone: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, or `MODULE:FUNCTION`, a "
-            "function of yours that returns a model and its transform."
+            "function of yours that returns a model, which without its classifier gives features, and its "
+            "transform."
         ),
     ] = "featnorm:efficientnet-lite0",
     weights: Weights = None,

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from featnorm.cli.evaluate import fabric_of
-from featnorm.cli.show import console, environment, print_skipped, require_file_place
+from featnorm.cli.show import console, environment, print_skipped, printable, require_file_place
 from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.deploy.records import FORMATS, Journal, images_digest
@@ -126,11 +126,13 @@ def run(options: Options) -> None:
 
     place = options.out or options.html
     if place is None:
-        judged, seconds = _print(stream(source), tally), time.perf_counter() - began
+        judged = _print(stream(source), tally)
+        seconds, busy = time.perf_counter() - began, watch.seconds
     else:
         journal = _journal(options, place, source)
         judged = _judge(stream, source, journal)
-        seconds = time.perf_counter() - began
+        # Before the page, which asks the model again.
+        seconds, busy = time.perf_counter() - began, watch.seconds
         for verdict in journal:
             tally.add(verdict)
         if options.out is not None:
@@ -141,8 +143,9 @@ def run(options: Options) -> None:
     print_skipped(source.title, tally.first_unread, tally.unread)
     console.print(_summary(tally))
     if judged:
-        share = watch.seconds / seconds
-        console.print(f"{judged / seconds:.0f} images a second, {share:.0%} of the time in the model itself.")
+        console.print(
+            f"{judged / seconds:.0f} images a second, {busy / seconds:.0%} of the time in the model itself."
+        )
     for file in (options.out, options.html):
         if file is not None:
             console.print(f"Wrote {file}.", soft_wrap=True)
@@ -165,9 +168,8 @@ def _print(batches: Iterator[list[ImageVerdict]], tally: _Tally) -> int:
             word = {True: "ID", False: "OOD", None: ""}[verdict.is_id]
             p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
             predicted = "" if verdict.predicted is None else f"  ({verdict.predicted})"
-            console.print(
-                f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {verdict.name}{predicted}", soft_wrap=True
-            )
+            name = printable(verdict.name)
+            console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {name}{predicted}", soft_wrap=True)
     return count
 
 

@@ -36,6 +36,11 @@ def print_table(evaluation: Evaluation) -> None:
         console.print(f"left out {name}: {reason}", soft_wrap=True)
 
 
+def printable(name: str) -> str:
+    """Return a file's name as a terminal may have it: characters that would command it are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None = None) -> None:
     """Print the first of the images of a set that could not be read, and why; ``count`` is of all of them."""
     count = len(files) if count is None else count
@@ -43,7 +48,7 @@ def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None
         return
     console.print(f"skipped {count} unreadable image(s) in {name}:")
     for file, why in files[:SKIPPED_SHOWN]:
-        console.print(f"  {file}: {why}", soft_wrap=True)
+        console.print(f"  {printable(file)}: {why}", soft_wrap=True)
     if count > SKIPPED_SHOWN:
         console.print(f"  ... and {count - SKIPPED_SHOWN} more")
 

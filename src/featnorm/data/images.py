@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, repeated so that a folder can be read without torchvision.
@@ -21,6 +22,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 _LONGEST = 100  # times the short side
+# Passes of a JPEG over its pixels. Encoders make some ten; each costs as much as the image, however few its bytes.
+_MOST_SCANS = 100
+_START_OF_SCAN = b"\xff\xda"
+_CHUNK = 2**20
 
 
 class DataError(ValueError):
@@ -336,19 +341,45 @@ class SlicedImages(ImageSource):
 
 
 def image_files(folder: Path, *, every: bool = False) -> list[Path]:
-    """Return the image files, or every file, in a folder and below it, sorted, relative to it; no hidden ones."""
+    """Return the image files, or every file, in a folder and below it, sorted, relative to it; no hidden ones.
+
+    Links are followed, and every folder is read once: links that lead to each other have no end.
+    """
     found: list[Path] = []
+    root = folder.resolve()
+    seen: set[Path] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        # A link to a folder above would be followed for ever.
         here = Path(place).resolve()
-        folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        # In the order of their names, so that it does not depend on the disk which of two links is followed.
+        folders[:] = sorted(f for f in folders if f[0] != "." and not _leads_back(here / f, root))
         found += [
             Path(place, n)
             for n in names
-            # A pipe or a device would be waited for.
-            if n[0] != "." and (os.path.isfile(here / n) if every else n.lower().endswith(EXTENSIONS))
+            if n[0] != "." and (every or n.lower().endswith(EXTENSIONS)) and _may_be_read(here / n)
         ]
     return sorted(file.relative_to(folder) for file in found)
+
+
+def _leads_back(folder: Path, root: Path) -> bool:
+    """Whether it is a link to a folder above, or to one that the walk comes to by itself."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    if target.is_relative_to(root):
+        return not any(part[0] == "." for part in target.relative_to(root).parts)
+    return root.is_relative_to(target)
+
+
+def _may_be_read(file: Path) -> bool:
+    """Whether it is no pipe or device, which would be waited for; a broken link is told of when it is read."""
+    try:
+        return stat.S_ISREG(os.stat(file).st_mode)
+    except OSError:
+        return True
 
 
 def decode(
@@ -416,11 +447,43 @@ def _decoded(opened: Callable[[], Image.Image], name: str, most_pixels: int | No
             if long > _LONGEST * short:
                 # Resized to a model's height it would take gigabytes, which Pillow's own guard does not foresee.
                 raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a model's input")
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, and not run here: save it as PNG")
+            _check_scans(image)
             image.load()
             return _to_rgb(image)
     # A broken file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, and more.
     except Exception as error:
         raise ImageError(name, _reason(error)) from error
+
+
+def _check_scans(image: Any) -> None:
+    """Refuse a JPEG that would be decoded for hours: its pixels are few, its passes over them are not.
+
+    Raises
+    ------
+    ValueError
+        It is one.
+    """
+    parts = 1
+    if image.format == "TIFF" and image.info.get("compression") == "jpeg":
+        # A JPEG each.
+        offsets = image.tag_v2.get(TiffImagePlugin.STRIPOFFSETS) or image.tag_v2.get(TiffImagePlugin.TILEOFFSETS)
+        parts = len(offsets or ())
+    elif image.format not in ("JPEG", "MPO"):
+        return
+    file, scans, last = image.fp, 0, b""
+    if file is None:  # decoded already, by whoever made it
+        return
+    at = file.tell()
+    file.seek(0)
+    while chunk := file.read(_CHUNK):
+        # Between the marks of a JPEG a byte of ones is followed by zeros, so that none is met by chance.
+        scans += (last + chunk).count(_START_OF_SCAN)
+        last = chunk[-1:]
+    file.seek(at)
+    if scans > parts * _MOST_SCANS:
+        raise ValueError(f"a JPEG of {scans:,} scans, more than {parts * _MOST_SCANS:,}: save it anew")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -247,7 +247,11 @@ class ImageScorer:
         scorer = Scorer.from_content(own, header, network.eval(), path)
         made = _impression(loaded.transform, network[0])
         for what, new, old in zip(("transform", "model"), made, kept_impression, strict=True):
-            if new.shape != old.shape or (new - old).abs().max() > _TOLERANCE * old.abs().max().clamp(min=1e-6):
+            # Not the other way round, where a NaN would pass.
+            alike = new.shape == old.shape and bool(
+                (new - old).abs().max() <= _TOLERANCE * old.abs().max().clamp(min=1e-6)
+            )
+            if not alike:
                 raise archive.ArchiveError(
                     f"{path} was made with another {what} of {spec} than is installed here: fit again"
                 )

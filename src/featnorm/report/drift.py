@@ -67,6 +67,9 @@ class Course:
         """Numbers of images between which stretches lie, and the mean p-value of each."""
         points = max(-(-_LEAST_IMAGES // self._step), -(-len(self._p_sums) // _MOST_STRETCHES))
         starts = np.arange(0, len(self._p_sums), points)
+        if len(starts) > 1 and self.count - starts[-1] * self._step < points * self._step / 2:
+            # Too few for a stretch of their own: its mean would say nothing.
+            starts = starts[:-1]
         edges = np.array([*(starts * self._step), self.count], np.float64)
         return edges, np.add.reduceat(np.array(self._p_sums), starts) / np.diff(edges)
 
