@@ -82,9 +82,9 @@ _PAPER: dict[str, System[Any]] = {
     "GOAD": GOAD(),
 }
 _LAPTOP: dict[str, System[Any]] = {
-    "OC-SVM": SVM(autoencoder_epochs=12, autoencoder_drop=9, batch_size=50, lr=1e-3),
-    "Deep-SVDD": DeepSVDD(autoencoder_epochs=12, autoencoder_drop=9, epochs=8, drop=5, batch_size=50, lr=1e-3),
-    "AnoGAN": AnoGAN(width=16, epochs=30, batch_size=50, search_steps=60, search_lr=0.05),
+    "OC-SVM": SVM(autoencoder_epochs=24, autoencoder_drop=18, batch_size=50, lr=1e-3),
+    "Deep-SVDD": DeepSVDD(autoencoder_epochs=24, autoencoder_drop=18, epochs=12, drop=8, batch_size=50, lr=1e-3),
+    "AnoGAN": AnoGAN(width=16, epochs=60, batch_size=50, search_steps=60, search_lr=0.05),
     "OCGAN": OCGAN(width=16, epochs=40, batch_size=50),
     "Geom": Geom(width=1, recipe=Recipe(epochs=2, batch_size=128, optimiser="adamw", lr=3e-3, weight_decay=5e-4)),
     "GOAD": GOAD(width=1, epochs=2, lr=3e-3),
