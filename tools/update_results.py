@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, own_images
+from featnorm.protocols import explanations, heads, one_class, own_images
 from featnorm.protocols.figures import Figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 from featnorm.protocols.theory import FIGURES
@@ -21,7 +21,7 @@ from featnorm.protocols.theory import FIGURES
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 #: The results that each page shows; they lie in a folder of its name.
 PAGES = {
-    "cifar10": ("table3", "table6", "table7", "figure7", "head-study"),
+    "cifar10": ("table3", "table6", "table7", "figure7", "head-study", "table4"),
     "own-images": ("own-images", "shipped"),
     "theory": (*FIGURES, "explanation"),
 }
@@ -41,6 +41,8 @@ def tables(file: Path) -> dict[str, Table]:
             return shipped(content)
         case "explanation":
             return explanations.tables(content)
+        case "table4":
+            return one_class.tables(content)
         case "head-study":
             return heads.tables(content)
         case "table3":

@@ -86,8 +86,8 @@ def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_reproduced_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no 'table4' to reproduce: choose one of table3"):
-        reproduce("table4", tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="no 'table99' to reproduce: choose all, or one of table3"):
+        reproduce("table99", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="no scale 'huge': choose one of laptop, paper"):
         CliRunner().invoke(app, ["reproduce", "table3", "--scale", "huge"], catch_exceptions=False)
 

@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, explanations, heads, own_images, theory
+from featnorm.protocols import cifar10, explanations, heads, one_class, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 from featnorm.report.results import Section, write_results_page
@@ -32,7 +32,7 @@ _Results = dict[str, _Result]
 
 def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
-    every = (*cifar10.TABLES, *theory.FIGURES, *_STUDIES)
+    every = (*cifar10.TABLES, *theory.FIGURES, *_STUDIES, *one_class.TABLES)
     if name not in (ALL, *every):
         raise ValueError(f"there is no {name!r} to reproduce: choose {ALL}, or one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
@@ -81,19 +81,25 @@ def _make(
     """Make one result, write it and print it; return what it consists of, by name."""
     if name in cifar10.TABLES:
         content, made = _table(name, scale, data_root, out, fabric, facts)
+    elif name in one_class.TABLES:
+        content, made = _one_class(name, scale, data_root, out, fabric, facts)
     elif name in _STUDIES:
         content, made = _STUDIES[name](data_root, fabric, facts)
     else:
         content, made = _figure(name, scale, data_root, out, fabric, facts)
-    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text = "\n".join(result.table.markdown() for result in made.values())
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    _write(name, out, content, made)
     for key, result in made.items():
         for i, picture in enumerate(result.pictures):
             number = f"-{i + 1}" if len(result.pictures) > 1 else ""
             (out / f"{key}{number}.svg").write_text(picture, encoding="utf-8")
         _print(result.table)
     return made
+
+
+def _write(name: str, out: Path, content: Any, made: _Results) -> None:
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(result.table.markdown() for result in made.values())
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def _table(
@@ -127,6 +133,25 @@ def _figure(
         runs.append(theory.run(job, theory.SCALES[scale], images, folder, fabric=fabric, environment=facts))
     figure = make_figure(name, runs)
     return figure.to_json(), {name: _Result(figure.table, (figure.svg,))}
+
+
+def _one_class(
+    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> tuple[Any, _Results]:
+    images = one_class.load_images(data_root)
+    for missing, why in images.missing.items():
+        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
+    settings = one_class.SCALES[scale]
+    planned = one_class.tasks(settings, images)
+    results: list[dict[str, Any]] = []
+    for i, task in enumerate(planned):
+        folder = _begin(out, task.folder, i, len(planned))
+        results.append(one_class.run(task, settings, images, folder, fabric=fabric, environment=facts))
+        content = one_class.summary(results, planned, images)
+        made = {key: _Result(table) for key, table in one_class.tables(content).items()}
+        # An hour or more lies between the first and the last: what there is can be read in the meantime.
+        _write(name, out, content, made)
+    return content, made
 
 
 def _own_images(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:

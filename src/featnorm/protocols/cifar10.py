@@ -197,8 +197,10 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
     return images
 
 
-def labelled(source: ImageSource, side: int, *, progress: bool | None = None) -> tuple[Tensor, Tensor]:
-    """Decode images to squares of a side, with their labels, one of ten each.
+def labelled(
+    source: ImageSource, side: int, *, classes: int = CLASSES, progress: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Decode images to squares of a side, with their labels, one of so many classes each.
 
     Raises
     ------
@@ -206,9 +208,9 @@ def labelled(source: ImageSource, side: int, *, progress: bool | None = None) ->
         An image has no such label, or cannot be read.
     """
     labels = [source.label(i) for i in range(len(source))]
-    wrong = next((i for i, label in enumerate(labels) if label is None or label >= CLASSES), None)
+    wrong = next((i for i, label in enumerate(labels) if label is None or label >= classes), None)
     if wrong is not None:
-        raise DataError(f"{source.name(wrong)} of {source.title} has no label below {CLASSES}")
+        raise DataError(f"{source.name(wrong)} of {source.title} has no label below {classes}")
     return image_tensor(source, side, progress=progress), torch.tensor(labels)
 
 

@@ -1,11 +1,8 @@
 """The training loop: one tensor of images or features, augmented by the batch; resumable at every epoch."""
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._files import replacing
 from featnorm.training.objectives import OBJECTIVES
 from featnorm.training.recipe import Recipe
+from featnorm.training.runs import (
+    CHECKPOINT,
+    LOG,
+    digest,
+    hide_bar,
+    log,
+    read_checkpoint,
+    seeded,
+    write_checkpoint,
+)
 
 Callback = Callable[[dict[str, Any], nn.Module], None]
-
-_CHECKPOINT = "checkpoint.pt"
-_LOG = "log.jsonl"
 
 
 def train(
@@ -81,11 +84,11 @@ def train(
     else:
         module, optimiser = fabric.setup(model, optimiser)
     objective = OBJECTIVES[recipe.objective]
-    checkpoint = None if folder is None else Path(folder) / _CHECKPOINT
+    checkpoint = None if folder is None else Path(folder) / CHECKPOINT
     run: dict[str, Any] = {}
     start = 0
     if checkpoint is not None:
-        run = {"recipe": asdict(recipe), "seed": seed, "world": world, "data": _digest(inputs, targets)}
+        run = {"recipe": asdict(recipe), "seed": seed, "world": world, "data": digest(inputs, targets)}
         if checkpoint.exists():
             start = _resume(checkpoint, run, model, optimiser, schedule, device)
     memory_format = _memory_format(model)
@@ -94,7 +97,7 @@ def train(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=start * steps * recipe.batch_size,
         unit="input",
-        disable=_hide(progress, rank),
+        disable=hide_bar(progress, rank),
         leave=False,
     )
     with bar, torch.inference_mode(False), torch.enable_grad():
@@ -105,7 +108,7 @@ def train(
             meter = _Meter()
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
             # What a network draws itself, as dropout does, depends on the seed and the epoch as well.
-            with _seeded(seed, epoch, rank, device):
+            with seeded(seed, epoch, rank, device):
                 for step, rows in enumerate(order.split(recipe.batch_size)):
                     mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
                     done = epoch * steps + step
@@ -139,7 +142,7 @@ def train(
                 on_epoch(entry, model)
             if rank == 0 and checkpoint is not None:
                 _save(checkpoint, run, epoch + 1, model, optimiser, schedule)
-                _log(checkpoint.with_name(_LOG), entry)
+                log(checkpoint.with_name(LOG), entry)
     return model.eval()
 
 
@@ -182,7 +185,7 @@ def train_head(
     backbone.to(device).eval()
     features, targets = [], []
     with torch.no_grad():
-        for inputs, labels in tqdm(loader, desc="features", disable=_hide(progress, 0), leave=False):
+        for inputs, labels in tqdm(loader, desc="features", disable=hide_bar(progress, 0), leave=False):
             features.append(backbone(inputs.to(device)).float().cpu())
             targets.append(labels.cpu())
     if not features:
@@ -338,30 +341,10 @@ def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
         raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, and there are {len(inputs)}")
 
 
-@contextmanager
-def _seeded(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Draw random numbers by the seed, and give the caller's state back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + epoch) * 1_009 + rank)
-        yield
-
-
-def _digest(inputs: Tensor, targets: Tensor) -> str:
-    """A hash that tells the data of a run from other data."""
-    digest = hashlib.sha256()
-    for values in (inputs, targets):
-        digest.update(f"{values.dtype} {tuple(values.shape)};".encode())
-        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _resume(
     path: Path, run: dict[str, Any], model: nn.Module, optimiser: Any, schedule: Any, device: torch.device
 ) -> int:
-    saved = torch.load(path, map_location=device, weights_only=True)
-    if saved["run"] != run:
-        other = [key for key in run if saved["run"].get(key) != run[key]]
-        raise ValueError(f"{path} is of another run: its {' and '.join(other)} differ; train in another folder")
+    saved = read_checkpoint(path, run, device)
     model.load_state_dict(saved["model"])
     optimiser.load_state_dict(saved["optimiser"])
     schedule.load_state_dict(saved["schedule"])
@@ -369,7 +352,6 @@ def _resume(
 
 
 def _save(path: Path, run: dict[str, Any], epoch: int, model: nn.Module, optimiser: Any, schedule: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "run": run,
         "epoch": epoch,
@@ -377,20 +359,4 @@ def _save(path: Path, run: dict[str, Any], epoch: int, model: nn.Module, optimis
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
     }
-    # A run killed while it writes keeps the checkpoint before.
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _log(path: Path, entry: dict[str, Any]) -> None:
-    """Write the epoch's line, in place of one that a killed run left after its last checkpoint."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.startswith("{") and json.loads(line)["epoch"] < entry["epoch"]]
-    path.write_text("".join(f"{line}\n" for line in (*kept, json.dumps(entry))), encoding="utf-8")
-
-
-def _hide(progress: bool | None, rank: int) -> bool | None:
-    if rank != 0:
-        return True
-    # tqdm's own None: no bar where standard error is not a terminal.
-    return None if progress is None else not progress
+    write_checkpoint(path, state)
