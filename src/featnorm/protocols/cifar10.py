@@ -263,7 +263,7 @@ def run(
         "scale": scale.name,
         "variant": asdict(job.variant),
         "width": scale.width,
-        "recipe": asdict(job.recipe),
+        "recipe": job.recipe.settings(),
         "seed": job.seed,
         "images": images.facts,
     }

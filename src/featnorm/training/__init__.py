@@ -1,6 +1,7 @@
 """Networks whose last hidden layer carries the norm, heads for networks that have none, and how to train them."""
 
-from featnorm.training.loop import augment, train, train_head
+from featnorm.augmentation import augment
+from featnorm.training.loop import train, train_head
 from featnorm.training.networks import (
     MLP,
     CifarResNet18,

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featnorm._files import replacing
-from featnorm.training.objectives import OBJECTIVES
+from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
 from featnorm.training.recipe import Recipe
 
 Callback = Callable[[dict[str, Any], nn.Module], None]
@@ -80,14 +79,16 @@ def train(
         module: Any = model
     else:
         module, optimiser = fabric.setup(model, optimiser)
-    objective = OBJECTIVES[recipe.objective]
+    objective = OBJECTIVES[recipe.objective](recipe).train()
+    with torch.inference_mode(False), torch.no_grad():
+        objective.begin(model, inputs, targets, seed, fabric)
     checkpoint = None if folder is None else Path(folder) / _CHECKPOINT
     run: dict[str, Any] = {}
     start = 0
     if checkpoint is not None:
-        run = {"recipe": asdict(recipe), "seed": seed, "world": world, "data": _digest(inputs, targets)}
+        run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": _digest(inputs, targets)}
         if checkpoint.exists():
-            start = _resume(checkpoint, run, model, optimiser, schedule, device)
+            start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
     memory_format = _memory_format(model)
     targets = targets.to(device)
     bar = tqdm(
@@ -110,21 +111,22 @@ def train(
                     mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
                     done = epoch * steps + step
                     whole = recipe.crop is None or done >= recipe.crop_share * recipe.epochs * steps
-                    views = _views(inputs[rows], generator, recipe, None if whole else recipe.crop)
-                    batch = torch.cat([view[mine] for view in views]).to(device)
-                    if batch.dtype == torch.uint8:
-                        batch = batch.contiguous(memory_format=memory_format).float().div_(255)
-                    outputs = module(batch)
-                    wanted = targets[rows[mine]].repeat(len(views))
-                    loss = objective(outputs, wanted, recipe.temperature, fabric)
+                    crop = None if whole else recipe.crop
+                    views = objective.look(inputs[rows], mine, generator, crop, device)
+                    if views.ndim == 4:
+                        views = views.contiguous(memory_format=memory_format)
+                    if views.dtype == torch.uint8:
+                        views = views.float().div_(255)
+                    places = torch.arange(mine.start, mine.stop, device=device)
+                    found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
                     optimiser.zero_grad(set_to_none=True)
                     if fabric is None:
-                        loss.backward()
+                        found.loss.backward()
                     else:
-                        fabric.backward(loss)
+                        fabric.backward(found.loss)
                     optimiser.step()
                     schedule.step()
-                    meter.add(loss, outputs, wanted, recipe)
+                    meter.add(found)
                     bar.set_postfix(meter.shown(), refresh=False)
                     bar.update(len(rows))
             entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
@@ -138,7 +140,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(entry, model)
             if rank == 0 and checkpoint is not None:
-                _save(checkpoint, run, epoch + 1, model, optimiser, schedule)
+                _save(checkpoint, run, epoch + 1, model, objective, optimiser, schedule)
                 _log(checkpoint.with_name(_LOG), entry)
     return model.eval()
 
@@ -208,17 +210,17 @@ class _Meter:
         self.sums = [0.0, 0.0]
         self.steps = 0
         self.began = time.perf_counter()
-        self.classifies = True
+        self.classifies = False
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
-        self.classifies = recipe.objective == "cross_entropy"
-        self.sums[0] += float(loss.detach())
-        if self.classifies:
-            self.sums[1] += float((outputs.argmax(1) == targets).float().mean())
+    def add(self, step: Step) -> None:
+        self.classifies = step.accuracy is not None
+        self.sums[0] += float(step.loss.detach())
+        if step.accuracy is not None:
+            self.sums[1] += float(step.accuracy)
         self.steps += 1
 
     def shown(self) -> dict[str, str]:
@@ -232,14 +234,6 @@ class _Meter:
         return {"loss": float(means[0]), "accuracy": float(means[1]) if self.classifies else None}
 
 
-def _views(inputs: Tensor, generator: torch.Generator, recipe: Recipe, crop: int | None) -> list[Tensor]:
-    """Return the inputs as a step takes them: as they are, augmented, or two augmentations of each."""
-    if not recipe.augment:
-        return [inputs]
-    count = 2 if recipe.objective == "supcon" else 1
-    return [augment(inputs, generator, crop) for _ in range(count)]
-
-
 def _schedule(
     optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -251,50 +245,6 @@ def _schedule(
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-
-
-def augment(images: Tensor, generator: torch.Generator, crop: int | None = None) -> Tensor:
-    """Move each image by up to an eighth of its side, mirrored at the border, and flip half of them.
-
-    Parameters
-    ----------
-    images : (n, c, h, w), any type.
-    generator : of the moves and flips.
-    crop : cut squares of this side out of the moved images, anywhere; None for whole images.
-
-    Returns
-    -------
-    A new tensor of the same type, (n, c, h, w) or (n, c, crop, crop).
-
-    Raises
-    ------
-    ValueError
-        The crop is larger than the images.
-    """
-    n, channels, height, width = images.shape
-    if crop is not None and not 0 < crop <= min(height, width):
-        raise ValueError(f"a crop of {crop} cannot be cut from images of {height} x {width}")
-    rows_out, columns_out = (height, width) if crop is None else (crop, crop)
-    pad = max(1, height // 8), max(1, width // 8)
-    room = height - rows_out, width - columns_out
-    top, left = (torch.randint(-p, r + p + 1, (n,), generator=generator) for p, r in zip(pad, room, strict=True))
-    flip = torch.rand(n, generator=generator) < 0.5
-    # Indices do what padding, cropping and flipping would, in one gather; -1 is mirrored to 1.
-    rows = _mirror(torch.arange(rows_out) + top[:, None], height)
-    columns = torch.arange(columns_out).expand(n, columns_out)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    columns = _mirror(columns + left[:, None], width)
-    return images[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
-
-
-def _mirror(index: Tensor, size: int) -> Tensor:
-    index = index.abs()
-    return torch.where(index >= size, 2 * (size - 1) - index, index)
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
@@ -356,24 +306,41 @@ def _digest(inputs: Tensor, targets: Tensor) -> str:
 
 
 def _resume(
-    path: Path, run: dict[str, Any], model: nn.Module, optimiser: Any, schedule: Any, device: torch.device
+    path: Path,
+    run: dict[str, Any],
+    model: nn.Module,
+    objective: Objective,
+    optimiser: Any,
+    schedule: Any,
+    device: torch.device,
 ) -> int:
     saved = torch.load(path, map_location=device, weights_only=True)
     if saved["run"] != run:
         other = [key for key in run if saved["run"].get(key) != run[key]]
         raise ValueError(f"{path} is of another run: its {' and '.join(other)} differ; train in another folder")
     model.load_state_dict(saved["model"])
+    # One that holds nothing was not written down at first.
+    objective.load_state_dict(saved.get("objective", {}))
     optimiser.load_state_dict(saved["optimiser"])
     schedule.load_state_dict(saved["schedule"])
     return int(saved["epoch"])
 
 
-def _save(path: Path, run: dict[str, Any], epoch: int, model: nn.Module, optimiser: Any, schedule: Any) -> None:
+def _save(
+    path: Path,
+    run: dict[str, Any],
+    epoch: int,
+    model: nn.Module,
+    objective: Objective,
+    optimiser: Any,
+    schedule: Any,
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "run": run,
         "epoch": epoch,
         "model": model.state_dict(),
+        "objective": objective.state_dict(),
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
     }

@@ -1,12 +1,13 @@
 """What to train on and how: the paper's label schemes and the settings of its appendices."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Scheme = Literal["S", "I", "Is", "R", "O"]
+Objective = Literal["cross_entropy", "supcon"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Recipe:
     augment: bool = False
     crop: int | None = None
     crop_share: float = 0.7
-    objective: Literal["cross_entropy", "supcon"] = "cross_entropy"
+    objective: Objective = "cross_entropy"
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
@@ -59,12 +60,17 @@ class Recipe:
                 raise ValueError(f"{name} must be a share of the steps below 1, got {getattr(self, name)!r}")
         if self.optimiser not in ("sgd", "adamw"):
             raise ValueError(f"there is no optimiser {self.optimiser!r}: use sgd or adamw")
-        if self.objective not in ("cross_entropy", "supcon"):
-            raise ValueError(f"there is no objective {self.objective!r}: use cross_entropy or supcon")
+        if self.objective not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise ValueError(f"there is no objective {self.objective!r}: use one of {known}")
         if self.objective == "supcon" and not self.augment:
             raise ValueError("supcon compares augmented views of each input: set augment=True")
         if self.crop is not None and not self.augment:
             raise ValueError("crops are an augmentation: set augment=True, or crop=None")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain data, by which runs are told apart."""
+        return asdict(self)
 
     def under(self, scheme: Scheme) -> "Recipe":
         """Return the recipe with the augmentation that a label scheme means: I, R and O none, Is always."""
