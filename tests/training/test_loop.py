@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from featnorm.training import (
     ProjectionHead,
     Recipe,
     attach_head,
-    augment,
     scheme_labels,
     train,
     train_head,
@@ -154,50 +152,6 @@ def test_label_schemes():
         scheme_labels("S", torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="no label scheme 'X'"):
         scheme_labels("X", labels)
-
-
-def test_augmentation_is_a_mirrored_crop_and_a_flip():
-    images = torch.randint(0, 256, (40, 3, 16, 24), dtype=torch.uint8)
-    moved = augment(images, torch.Generator().manual_seed(4)).numpy()
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (3, 3)), mode="reflect")
-    flips = tops = 0
-    for i in range(40):
-        places = [
-            (top, left, flip)
-            for top in range(5)
-            for left in range(7)
-            for flip in (False, True)
-            if np.array_equal(moved[i], _cut(padded[i], top, left, flip))
-        ]
-        assert len(places) == 1
-        tops += places[0][0]
-        flips += places[0][2]
-    assert 8 < flips < 32
-    assert 40 < tops < 120
-
-
-def _cut(padded, top, left, flip):
-    cut = padded[:, top : top + 16, left : left + 24]
-    return cut[:, :, ::-1] if flip else cut
-
-
-def test_a_crop_is_cut_from_the_moved_image():
-    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)
-    crops = augment(images, torch.Generator().manual_seed(5), 12).numpy()
-    assert crops.shape == (60, 3, 12, 12)
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
-    corners = set()
-    for i in range(60):
-        places = [
-            (top, left)
-            for top in range(9)
-            for left in range(9)
-            for step in (1, -1)
-            if np.array_equal(crops[i], padded[i][:, top : top + 12, left : left + 12][:, :, ::step])
-        ]
-        assert len(places) == 1
-        corners.update(places)
-    assert {top for top, _ in corners} == set(range(9))
 
 
 def test_crops_come_first_and_whole_images_last():
