@@ -13,10 +13,13 @@ from featnorm.training import (
     MLP,
     PRESETS,
     CifarResNet18,
+    CSIHead,
     Normalize,
     ProjectionHead,
     Recipe,
     attach_head,
+    cifar_network,
+    cifar_network_with,
     scheme_labels,
     train,
     train_head,
@@ -37,6 +40,15 @@ def data(n=96, classes=3, side=8, seed=0):
 def network(seed=0, classes=3):
     torch.manual_seed(seed)
     return nn.Sequential(CifarResNet18(4), ProjectionHead(32, classes, embedding=16))
+
+
+def framework(recipe, seed=0):
+    """A small network of the kind that the recipe's objective reads."""
+    if recipe.objective == "csi":
+        return cifar_network_with(lambda features: CSIHead(features, embedding=16), 4, seed=seed)
+    if recipe.objective == "rotnet":
+        return cifar_network_with(lambda features: nn.Linear(features, 4), 4, seed=seed)
+    return cifar_network(4, None, hidden=32, embedding=16, seed=seed)
 
 
 def weights(model):
@@ -124,8 +136,13 @@ def test_every_preset_runs(name):
     images, targets = data(64)
     recipe = replace(PRESETS[name], epochs=1, batch_size=32)
     torch.manual_seed(0)
-    model = MLP(192, 3, hidden=16, embedding=8) if name == "A.3.1" else network()
-    train(model, images, targets, recipe)
+    if recipe.objective != "cross_entropy":
+        model = framework(recipe)
+    else:
+        model = MLP(192, 3, hidden=16, embedding=8) if name == "A.3.1" else network()
+    entries = []
+    train(model, images, targets, recipe, on_epoch=lambda entry, _: entries.append(entry))
+    assert entries[-1]["loss"] > 0
 
 
 @pytest.mark.parametrize("scheme", ["S", "I", "Is", "R", "O"])
@@ -256,8 +273,11 @@ if __name__ == "__main__":
     fabric.launch(run)
 """
 
-# Every preset for an epoch, and supcon, whose loss runs over the inputs of both processes.
-CASES = {name: replace(recipe, epochs=1, batch_size=16, augment=False) for name, recipe in PRESETS.items()} | {
+# Every preset for an epoch, and supcon; the losses on embeddings run over the inputs of both processes.
+CASES = {
+    name: replace(recipe, epochs=1, batch_size=16, augment=recipe.objective != "cross_entropy")
+    for name, recipe in PRESETS.items()
+} | {
     "supcon": Recipe(epochs=2, batch_size=16, optimiser="sgd", lr=0.05, augment=True, objective="supcon"),
 }
 
@@ -265,8 +285,10 @@ CASES = {name: replace(recipe, epochs=1, batch_size=16, augment=False) for name,
 def plain(recipe):
     """A network without batch normalisation, which two processes compute as one does."""
     torch.manual_seed(0)
-    body = MLP(192, 3, hidden=16, embedding=8)
-    if recipe.objective == "supcon":
+    if recipe.objective == "csi":
+        return nn.Sequential(nn.Flatten(), CSIHead(192, hidden=16, embedding=8))
+    body = MLP(192, 4 if recipe.objective == "rotnet" else 3, hidden=16, embedding=8)
+    if recipe.objective not in ("cross_entropy", "rotnet"):
         body.classifier = nn.Identity()
     return body
 

@@ -6,10 +6,12 @@ from featnorm.training.networks import (
     MLP,
     CifarResNet18,
     CosineClassifier,
+    CSIHead,
     Normalize,
     ProjectionHead,
     attach_head,
     cifar_network,
+    cifar_network_with,
     cut_classifier,
 )
 from featnorm.training.probe import Probe
@@ -18,6 +20,7 @@ from featnorm.training.recipe import PRESETS, Recipe, scheme_labels
 __all__ = [
     "MLP",
     "PRESETS",
+    "CSIHead",
     "CifarResNet18",
     "CosineClassifier",
     "Normalize",
@@ -27,6 +30,7 @@ __all__ = [
     "attach_head",
     "augment",
     "cifar_network",
+    "cifar_network_with",
     "cut_classifier",
     "scheme_labels",
     "train",

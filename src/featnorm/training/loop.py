@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featnorm._files import replacing
+from featnorm.training.lars import LARS
 from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
 from featnorm.training.recipe import Recipe
 
@@ -26,7 +27,7 @@ _LOG = "log.jsonl"
 def train(
     model: nn.Module,
     inputs: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     recipe: Recipe,
     *,
     folder: str | Path | None = None,
@@ -43,10 +44,10 @@ def train(
     Parameters
     ----------
     model
-        Maps pixels (n, c, h, w) between 0 and 1 (let `Normalize` be its first layer), or features (n, D), to
-        logits (n, classes) or, for the supcon objective, to embeddings (n, e).
+        Maps pixels (n, c, h, w) between 0 and 1 (let `Normalize` be its first layer), or features (n, D), to what
+        the recipe's objective reads: logits (n, classes), embeddings (n, e), or both.
     inputs : images (n, c, h, w) uint8, or features (n, D) of floating point.
-    targets : (n,) classes, see `scheme_labels`.
+    targets : (n,) classes, see `scheme_labels`; None for an objective that needs none.
     recipe : the settings.
     folder
         Where ``checkpoint.pt`` and ``log.jsonl`` are written at every epoch; a checkpoint that is there is resumed
@@ -68,8 +69,8 @@ def train(
         Inputs and targets do not fit each other or the recipe, the checkpoint is of another run, or the loss is
         not finite; the last good checkpoint stays.
     """
-    _check(inputs, targets, recipe)
-    targets = targets.long()
+    objective = OBJECTIVES[recipe.objective](recipe).train()
+    targets = _check(inputs, targets, recipe, objective)
     world, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     device = torch.device("cpu") if fabric is None else fabric.device
     optimiser = _optimiser(model, recipe)
@@ -79,15 +80,15 @@ def train(
         module: Any = model
     else:
         module, optimiser = fabric.setup(model, optimiser)
-    objective = OBJECTIVES[recipe.objective](recipe).train()
-    with torch.inference_mode(False), torch.no_grad():
-        objective.begin(model, inputs, targets, seed, fabric)
     checkpoint = None if folder is None else Path(folder) / _CHECKPOINT
     run: dict[str, Any] = {}
     start = 0
     if checkpoint is not None:
         run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": _digest(inputs, targets)}
-        if checkpoint.exists():
+    # What is kept over the steps is no inference tensor, whatever mode the caller is in.
+    with torch.inference_mode(False), torch.no_grad():
+        objective.begin(model, inputs, targets, seed, fabric)
+        if checkpoint is not None and checkpoint.exists():
             start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
     memory_format = _memory_format(model)
     targets = targets.to(device)
@@ -260,6 +261,8 @@ def _memory_format(model: nn.Module) -> torch.memory_format:
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.optimiser == "lars":
+        return LARS(model.parameters(), recipe.lr, recipe.momentum, recipe.weight_decay)
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -269,7 +272,8 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
+def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Objective) -> Tensor:
+    """Refuse what cannot be trained on, and return the targets as integers; zeros for none."""
     images = inputs.dtype == torch.uint8 and inputs.ndim == 4
     if not images and not (inputs.is_floating_point() and inputs.ndim == 2):
         raise ValueError(
@@ -278,6 +282,12 @@ def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
         )
     if recipe.augment and not images:
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")
+    if objective.turns and not (images and inputs.shape[2] == inputs.shape[3]):
+        raise ValueError(f"{recipe.objective} turns square images, and the inputs are of {tuple(inputs.shape)}")
+    if targets is None and objective.needs_targets:
+        raise ValueError(f"{recipe.objective} needs targets: pass classes, see scheme_labels")
+    if targets is None:
+        targets = torch.zeros(len(inputs), dtype=torch.int64)
     if targets.shape != inputs.shape[:1] or targets.is_floating_point():
         raise ValueError(f"targets must be {len(inputs)} integers, got {targets.dtype} {tuple(targets.shape)}")
     if len(targets) and int(targets.min()) < 0:
@@ -286,6 +296,7 @@ def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
         )
     if len(inputs) < recipe.batch_size:
         raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, and there are {len(inputs)}")
+    return targets.long()
 
 
 @contextmanager
