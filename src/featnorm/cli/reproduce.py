@@ -1,6 +1,7 @@
 """``featnorm reproduce``: the paper's tables with our numbers beside its own, and its figures."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, explanations, heads, own_images, theory
+from featnorm.protocols import cifar10, explanations, heads, label_free, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 
@@ -17,7 +18,7 @@ _Made = tuple[dict[str, Any], dict[str, Table]]
 
 def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
-    every = (*cifar10.TABLES, *theory.FIGURES, *_STUDIES)
+    every = (*cifar10.TABLES, *label_free.TABLES, *theory.FIGURES, *_STUDIES)
     if name not in every:
         raise ValueError(f"there is no {name!r} to reproduce: choose one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
@@ -28,6 +29,8 @@ def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, p
     facts = {"device": f"{fabric.device}, {precision}", **environment()}
     if name in cifar10.TABLES:
         _table(name, scale, data_root, out, fabric, facts)
+    elif name in label_free.TABLES:
+        _frameworks(name, scale, data_root, out, fabric, facts)
     elif name in _STUDIES:
         _study(name, data_root, out, fabric, facts)
     else:
@@ -36,9 +39,7 @@ def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, p
 
 
 def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
-    images = cifar10.load_images(data_root)
-    for missing, why in images.missing.items():
-        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
+    images = _images(data_root, cifar10.PAPER_SETS)
     jobs = cifar10.jobs(name, cifar10.SCALES[scale])
     known = heads.pooled(images) if any(job.frozen for job in jobs) else None
     results: list[dict[str, Any]] = []
@@ -49,11 +50,35 @@ def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any
         else:
             result = heads.run(job, known, folder, environment=facts)
         results.append(result)
+    _keep(name, results, out)
+    if name == "figure7":
+        (out / "figure7.svg").write_text(width_figure(results), encoding="utf-8")
+
+
+def _frameworks(
+    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> None:
+    images = _images(data_root, label_free.TABLES[name])
+    size = label_free.SCALES[scale]
+    jobs = label_free.jobs(name, size)
+    results = []
+    for i, job in enumerate(jobs):
+        folder = _begin(out, job.folder, i, len(jobs))
+        results.append(label_free.run(job, size, images, folder, fabric=fabric, environment=facts))
+    _keep(name, results, out)
+
+
+def _images(data_root: Path | None, paper_sets: Mapping[str, str]) -> cifar10.Images:
+    images = cifar10.load_images(data_root, paper_sets)
+    for missing, why in images.missing.items():
+        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
+    return images
+
+
+def _keep(name: str, results: list[dict[str, Any]], out: Path) -> None:
     table = make_table(name, results)
     (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(table.markdown(), encoding="utf-8")
-    if name == "figure7":
-        (out / "figure7.svg").write_text(width_figure(results), encoding="utf-8")
     _print(table)
 
 
