@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import torch
 from small import reproduce
 
 from featnorm.protocols import cifar10, label_free
@@ -105,3 +106,26 @@ def test_the_papers_settings():
     assert (moco.temperature, moco.weight_decay, moco.optimiser) == (0.1, 5e-4, "sgd")
     for table in label_free.TABLES:
         assert all(job.recipe.crop is None for job in label_free.jobs(table, paper))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_model_is_asked_again_in_the_precision_of_the_training(root, same):
+    from lightning_fabric import Fabric
+
+    images = cifar10.load_images(root, progress=False)
+    framework = label_free.FRAMEWORKS["RotNet"]
+    model = framework.build(4, 0)
+    kinds = []
+    model[1].stem[0].register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
+    result = cifar10.score(
+        model,
+        images,
+        framework.detectors(),
+        fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"),
+        labels=False,
+        same_precision=same,
+        progress=False,
+    )
+    assert set(kinds) == ({torch.bfloat16} if same else {torch.bfloat16, torch.float32})
+    assert result["accuracy"] is None
+    assert set(result["scores"]) == {"RotNet()"}

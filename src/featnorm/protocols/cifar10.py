@@ -7,6 +7,7 @@ every detector.
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,7 @@ def train_and_score(
     fabric: Any,
     labels: bool = True,
     most: int | None = None,
+    same_precision: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Train a network, or go on where its training was left, keep its weights, and score everything with it.
@@ -302,7 +304,7 @@ def train_and_score(
     Parameters
     ----------
     model : with its initial weights.
-    images, chosen, labels, most : see `score`; without labels it is trained without them too.
+    images, chosen, labels, most, same_precision : see `score`; without labels it is trained without them too.
     recipe, seed : of the training.
     folder, fabric, progress : see `run`.
 
@@ -328,7 +330,16 @@ def train_and_score(
         "train_loss": log[-1]["loss"],
         "train_accuracy": log[-1]["accuracy"],
         "train_seconds": sum(entry["seconds"] for entry in log),
-        **score(model, images, chosen, fabric=fabric, labels=labels, most=most, progress=progress),
+        **score(
+            model,
+            images,
+            chosen,
+            fabric=fabric,
+            labels=labels,
+            most=most,
+            same_precision=same_precision,
+            progress=progress,
+        ),
     }
 
 
@@ -364,6 +375,7 @@ def score(
     fabric: Any,
     labels: bool = True,
     most: int | None = None,
+    same_precision: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Score every set of images by every detector, from one extraction of each set.
@@ -374,6 +386,9 @@ def score(
     chosen : the detectors; where none of them learns, the training images are not read.
     labels : whether to use the labels; without, the accuracy is None.
     most : training images that the detectors learn from, evenly spaced over all; None for all.
+    same_precision
+        Whether detectors that ask the model again do so in the precision of the training, as it is asked at first.
+        ODIN's step is too small for bfloat16.
     images, fabric, progress : see `run`.
 
     Returns
@@ -383,10 +398,11 @@ def score(
     are off, by set; ``score_seconds``.
     """
     began = time.perf_counter()
-    tap = FeatureTap(fabric.to_device(model).to(memory_format=torch.channels_last))
+    model = fabric.to_device(model).to(memory_format=torch.channels_last)
+    tap = _AutocastTap(model, fabric) if same_precision else FeatureTap(model)
 
     def stream(pixels: Tensor, targets: Tensor | None) -> Iterator[Features]:
-        with fabric.autocast():
+        with nullcontext() if same_precision else fabric.autocast():
             yield from tap.stream(_Batches(pixels, targets if labels else None), progress=progress)
 
     test = list(stream(*images.test))
@@ -409,6 +425,18 @@ def score(
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
+
+
+class _AutocastTap(FeatureTap):
+    """A tap that runs the model in the precision of the training, whoever asks."""
+
+    def __init__(self, model: nn.Module, fabric: Any) -> None:
+        super().__init__(model)
+        self._fabric = fabric
+
+    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
+        with self._fabric.autocast():
+            return super().listen(inputs, classifier=classifier)
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ SCALES = {
         "laptop",
         32,
         {
-            "MoCo-v2": _short("MoCo-v2", 15, 256, 0.06, 24),
-            "RotNet": _short("RotNet", 6, 128, 0.1, 24),
-            "CSI": _short("CSI", 4, 128, 0.1, 20, 0.9),
+            "MoCo-v2": _short("MoCo-v2", 12, 256, 0.06, 24),
+            "RotNet": _short("RotNet", 5, 128, 0.1, 24),
+            "CSI": _short("CSI", 3, 128, 0.1, 20, 0.9),
             "CIDER": _short("CIDER", 10, 256, 0.25, 24),
         },
         most=5000,
@@ -188,6 +188,7 @@ def run(
             fabric=fabric,
             labels=framework.labels,
             most=most,
+            same_precision=True,
             progress=progress,
         )
         result = {**made_with, **outcome, "environment": dict(environment)}
