@@ -109,7 +109,7 @@ def test_the_papers_settings():
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_model_is_asked_again_in_the_precision_of_the_training(root, same):
+def test_the_model_is_asked_in_the_precision_of_its_training(root, same):
     from lightning_fabric import Fabric
 
     images = cifar10.load_images(root, progress=False)
@@ -126,6 +126,6 @@ def test_the_model_is_asked_again_in_the_precision_of_the_training(root, same):
         same_precision=same,
         progress=False,
     )
-    assert set(kinds) == ({torch.bfloat16} if same else {torch.bfloat16, torch.float32})
+    assert set(kinds) == {torch.bfloat16 if same else torch.float32}
     assert result["accuracy"] is None
     assert set(result["scores"]) == {"RotNet()"}

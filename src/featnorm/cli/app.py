@@ -332,8 +332,10 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`; and "
-            "`own-images` and `head-study`, what its heads are worth elsewhere and what moves them."
+            help="Of the paper: `table3`, `table5` to `table8`, `table10`, `figure1` to `figure14`; "
+            "`own-images` and `head-study`, what its heads are worth elsewhere and what moves them; "
+            "`explanation`, why inputs score as they do; and `all`, which makes what can be made here and one "
+            "page of it."
         ),
     ],
     scale: Annotated[

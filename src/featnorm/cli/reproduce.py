@@ -1,7 +1,9 @@
 """``featnorm reproduce``: the paper's tables with our numbers beside its own, and its figures."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,95 @@ from featnorm.cli.show import console, environment, prepare_folder
 from featnorm.protocols import cifar10, explanations, heads, label_free, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
+from featnorm.report.results import Section, write_results_page
 
-_Made = tuple[dict[str, Any], dict[str, Table]]
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A table or figure as it was made."""
+
+    table: Table
+    pictures: tuple[str, ...] = ()
+
+
+_Results = dict[str, _Result]
 
 
 def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
     every = (*cifar10.TABLES, *label_free.TABLES, *theory.FIGURES, *_STUDIES)
-    if name not in every:
-        raise ValueError(f"there is no {name!r} to reproduce: choose one of {', '.join(every)}")
+    if name not in (ALL, *every):
+        raise ValueError(f"there is no {name!r} to reproduce: choose {ALL}, or one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
         raise ValueError(f"there is no scale {scale!r}: choose one of {', '.join(cifar10.SCALES)}")
     out = out / scale
     prepare_folder(out)
     fabric = fabric_of(device, precision)
     facts = {"device": f"{fabric.device}, {precision}", **environment()}
-    if name in cifar10.TABLES:
-        _table(name, scale, data_root, out, fabric, facts)
-    elif name in label_free.TABLES:
-        _frameworks(name, scale, data_root, out, fabric, facts)
-    elif name in _STUDIES:
-        _study(name, data_root, out, fabric, facts)
-    else:
-        _figure(name, scale, data_root, out, fabric, facts)
+    if name == ALL:
+        _all(every, scale, data_root, out, fabric, facts)
+        return
+    _make(name, scale, data_root, out, fabric, facts)
     console.print(f"Wrote {out / name}.md.", soft_wrap=True)
 
 
-def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
-    images = _images(data_root, cifar10.PAPER_SETS)
+def _all(
+    names: Sequence[str], scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> None:
+    """Make everything that can be made here; the page grows with every result, and says what is not on it."""
+    page, sections, missing = out / "results.html", list[Section](), dict[str, str]()
+    for name in names:
+        console.print(f"[bold]{name}[/]")
+        try:
+            made = _make(name, scale, data_root, out, fabric, facts)
+        except (ValueError, OSError) as error:
+            missing[name] = str(error)
+            console.print(f"not made: {error}", style="dim", soft_wrap=True)
+        else:
+            for key, result in made.items():
+                table = result.table
+                sections.append(Section(key, table.title, table.headers, table.rows, table.notes, result.pictures))
+        write_results_page(
+            page,
+            sections,
+            title=f"The paper's results, at {scale} scale",
+            summary="Every table and figure that could be made here, the paper's numbers beside ours.",
+            facts=facts,
+            missing=missing,
+        )
+    console.print(f"Wrote {page}.", soft_wrap=True)
+
+
+def _make(
+    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> _Results:
+    """Make one result, write it and print it; return what it consists of, by name."""
+    if name in cifar10.TABLES:
+        content, made = _table(name, scale, data_root, out, fabric, facts)
+    elif name in label_free.TABLES:
+        content, made = _frameworks(name, scale, data_root, out, fabric, facts)
+    elif name in _STUDIES:
+        content, made = _STUDIES[name](data_root, fabric, facts)
+    else:
+        content, made = _figure(name, scale, data_root, out, fabric, facts)
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(result.table.markdown() for result in made.values())
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    for key, result in made.items():
+        for i, picture in enumerate(result.pictures):
+            number = f"-{i + 1}" if len(result.pictures) > 1 else ""
+            (out / f"{key}{number}.svg").write_text(picture, encoding="utf-8")
+        _print(result.table)
+    return made
+
+
+def _table(
+    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> tuple[Any, _Results]:
+    images = _images("cifar10", data_root)
+    _name_missing(images)
     jobs = cifar10.jobs(name, cifar10.SCALES[scale])
     known = heads.pooled(images) if any(job.frozen for job in jobs) else None
     results: list[dict[str, Any]] = []
@@ -50,77 +113,66 @@ def _table(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any
         else:
             result = heads.run(job, known, folder, environment=facts)
         results.append(result)
-    _keep(name, results, out)
-    if name == "figure7":
-        (out / "figure7.svg").write_text(width_figure(results), encoding="utf-8")
+    pictures = (width_figure(results),) if name == "figure7" else ()
+    return results, {name: _Result(make_table(name, results), pictures)}
 
 
 def _frameworks(
     name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> None:
-    images = _images(data_root, label_free.TABLES[name])
-    size = label_free.SCALES[scale]
+) -> tuple[Any, _Results]:
+    sets, size = label_free.TABLES[name], label_free.SCALES[scale]
+    same = sets is cifar10.PAPER_SETS
+    images = _images("cifar10", data_root) if same else cifar10.load_images(data_root, sets)
+    _name_missing(images)
     jobs = label_free.jobs(name, size)
     results = []
     for i, job in enumerate(jobs):
         folder = _begin(out, job.folder, i, len(jobs))
         results.append(label_free.run(job, size, images, folder, fabric=fabric, environment=facts))
-    _keep(name, results, out)
+    return results, {name: _Result(make_table(name, results))}
 
 
-def _images(data_root: Path | None, paper_sets: Mapping[str, str]) -> cifar10.Images:
-    images = cifar10.load_images(data_root, paper_sets)
+def _name_missing(images: cifar10.Images) -> None:
     for missing, why in images.missing.items():
         console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
-    return images
 
 
-def _keep(name: str, results: list[dict[str, Any]], out: Path) -> None:
-    table = make_table(name, results)
-    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(table.markdown(), encoding="utf-8")
-    _print(table)
-
-
-def _study(name: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
-    result, made = _STUDIES[name](data_root, fabric, facts)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = "\n".join(table.markdown() for table in made.values())
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
-    for table in made.values():
-        _print(table)
-
-
-def _own_images(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
-    result = own_images.run(data_root, fabric=fabric, environment=facts)
-    return result, own_images.tables(result)
-
-
-def _head_study(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
-    result = heads.study(cifar10.load_images(data_root), environment=facts)
-    return result, heads.tables(result)
-
-
-def _explanation(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> _Made:
-    result = explanations.run(cifar10.load_images(data_root), environment=facts)
-    return result, explanations.tables(result)
-
-
-_STUDIES = {"own-images": _own_images, "head-study": _head_study, "explanation": _explanation}
-
-
-def _figure(name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]) -> None:
+def _figure(
+    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> tuple[Any, _Results]:
     jobs = theory.FIGURES[name]
-    images = theory.load_images(jobs[0].data, data_root)
+    images = _images(jobs[0].data, data_root)
     runs = []
     for i, job in enumerate(jobs):
         folder = _begin(out, job.folder, i, len(jobs))
         runs.append(theory.run(job, theory.SCALES[scale], images, folder, fabric=fabric, environment=facts))
     figure = make_figure(name, runs)
-    (out / f"{name}.svg").write_text(figure.svg, encoding="utf-8")
-    (out / f"{name}.json").write_text(json.dumps(figure.to_json()) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(figure.table.markdown(), encoding="utf-8")
-    _print(figure.table)
+    return figure.to_json(), {name: _Result(figure.table, (figure.svg,))}
+
+
+def _own_images(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:
+    content = own_images.run(data_root, fabric=fabric, environment=facts)
+    return content, {name: _Result(table) for name, table in own_images.tables(content).items()}
+
+
+def _head_study(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:
+    content = heads.study(_images("cifar10", data_root), environment=facts)
+    return content, {name: _Result(table) for name, table in heads.tables(content).items()}
+
+
+def _explanation(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:
+    content = explanations.run(_images("cifar10", data_root), environment=facts)
+    pictures = tuple(explanations.pictures(content).values())
+    return content, {name: _Result(table, pictures) for name, table in explanations.tables(content).items()}
+
+
+_STUDIES = {"own-images": _own_images, "head-study": _head_study, "explanation": _explanation}
+
+
+@functools.cache
+def _images(data: theory.Data, root: Path | None) -> cifar10.Images:
+    """Decode a data set once, however many results are made from it."""
+    return theory.load_images(data, root)
 
 
 def _begin(out: Path, name: str, i: int, of: int) -> Path:
