@@ -21,7 +21,9 @@ from featnorm.protocols.theory import FIGURES
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 #: The results that each page shows; they lie in a folder of its name.
 PAGES = {
-    "cifar10": ("table3", "table6", "table7", "figure7", "head-study", "table4"),
+    "cifar10": ("table3", "table6", "table7", "figure7", "head-study"),
+    "label-free": ("table3-label-free", "table11"),
+    "one-class": ("table4",),
     "own-images": ("own-images", "shipped"),
     "theory": (*FIGURES, "explanation"),
 }

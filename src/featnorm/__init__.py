@@ -9,6 +9,7 @@ from featnorm.archive import ArchiveError
 from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.detectors import (
+    CSI,
     KNN,
     MSP,
     NAN,
@@ -28,6 +29,7 @@ from featnorm.detectors import (
     OneClassSVM,
     ReAct,
     Residual,
+    RotNet,
     Sparsity,
     Views,
     ViM,
@@ -55,6 +57,7 @@ from featnorm.tap import FeatureTap, LayerTap
 __version__ = "0.1.0"
 
 __all__ = [
+    "CSI",
     "KNN",
     "MSP",
     "NAN",
@@ -87,6 +90,7 @@ __all__ = [
     "OneClassSVM",
     "ReAct",
     "Residual",
+    "RotNet",
     "Scorer",
     "Sparsity",
     "Verdict",

@@ -61,7 +61,7 @@ def test_its_metadata_names_the_classes(folder, loaded, cache, tmp_path):
 
 
 def test_what_is_refused(folder, loaded, cache, tmp_path, monkeypatch):
-    for detector in (fn.Views(fn.NAN()), fn.ODIN(), fn.Views(fn.KNN(k=3))):
+    for detector in (fn.Views(fn.NAN()), fn.ODIN(), fn.Views(fn.KNN(k=3)), fn.RotNet()):
         scorer = fit(folder, loaded, cache, detector)
         with pytest.raises(ExportError, match="asks the model again"):
             export_onnx(scorer, tmp_path / "d.onnx")

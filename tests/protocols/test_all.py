@@ -7,7 +7,7 @@ import pytest
 from small import reproduce
 
 from featnorm.cli import reproduce as command
-from featnorm.protocols import cifar10, one_class, theory
+from featnorm.protocols import cifar10, label_free, one_class, theory
 from featnorm.training import Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=32, optimiser="sgd", lr=0.02)
@@ -17,6 +17,7 @@ RECIPE = Recipe(epochs=1, batch_size=32, optimiser="sgd", lr=0.02)
 def few(monkeypatch):
     """Two tables of one network, a figure that can be made and one whose images are not there."""
     monkeypatch.setattr(cifar10, "TABLES", ("table5", "table10"))
+    monkeypatch.setattr(label_free, "TABLES", {})
     monkeypatch.setattr(one_class, "TABLES", ())
     monkeypatch.setattr(
         theory, "FIGURES", {"figure2": theory.FIGURES["figure2"], "figure13": theory.FIGURES["figure13"]}

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from featnorm import norms
 from featnorm.features import Features
 from featnorm.tap import FeatureTap
+from featnorm.training import CSIHead
 
 N, IN, D, E, C = 5, 6, 8, 4, 3
 
@@ -1456,3 +1457,35 @@ def test_share_of_units_that_are_off_agrees_with_the_norm(x: Tensor) -> None:
 def test_describe_asks_for_a_batch_where_the_input_cannot_be_guessed(net: nn.Module) -> None:
     with pytest.raises(ValueError, match="watch"):
         FeatureTap(net).describe()
+
+
+def test_an_embedding_beside_logits_of_another_head(images):
+    body = nn.Sequential(nn.Conv2d(3, D, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(body, CSIHead(D, hidden=7, embedding=E))
+    tap = FeatureTap(model)
+    features = tap(images)
+    pooled = body(images)
+    head = model[1].projection
+    torch.testing.assert_close(features.pooled, pooled)
+    torch.testing.assert_close(features.activation, torch.relu(head.hidden(pooled)))
+    torch.testing.assert_close(features.embedding, head(pooled))
+    torch.testing.assert_close(features.logits, model[1].rotation(pooled))
+    assert "hidden layer of an MLP head" in tap.describe()
+    with pytest.raises(ValueError, match="the logits are of another head"):
+        features.linear()
+
+
+def test_an_embedding_that_the_logits_are_made_from_is_found_as_ever(x):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.embedding, self.classifier = nn.Linear(IN, D), nn.Linear(D, E), nn.Linear(E, C)
+
+        def forward(self, x):
+            embedding = self.embedding(self.hidden(x).relu())
+            return {"embedding": embedding, "logits": self.classifier(embedding)}
+
+    model = Both()
+    features = FeatureTap(model)(x)
+    torch.testing.assert_close(features.embedding, model(x)["embedding"])
+    torch.testing.assert_close(features.linear()[0], model.classifier.weight @ model.embedding.weight)

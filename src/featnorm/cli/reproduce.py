@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, explanations, heads, one_class, own_images, theory
+from featnorm.protocols import cifar10, explanations, heads, label_free, one_class, own_images, theory
 from featnorm.protocols.figures import make_figure
 from featnorm.protocols.tables import Table, make_table, width_figure
 from featnorm.report.results import Section, write_results_page
@@ -32,7 +32,7 @@ _Results = dict[str, _Result]
 
 def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
-    every = (*cifar10.TABLES, *theory.FIGURES, *_STUDIES, *one_class.TABLES)
+    every = (*cifar10.TABLES, *label_free.TABLES, *theory.FIGURES, *_STUDIES, *one_class.TABLES)
     if name not in (ALL, *every):
         raise ValueError(f"there is no {name!r} to reproduce: choose {ALL}, or one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
@@ -83,6 +83,8 @@ def _make(
         content, made = _table(name, scale, data_root, out, fabric, facts)
     elif name in one_class.TABLES:
         content, made = _one_class(name, scale, data_root, out, fabric, facts)
+    elif name in label_free.TABLES:
+        content, made = _frameworks(name, scale, data_root, out, fabric, facts)
     elif name in _STUDIES:
         content, made = _STUDIES[name](data_root, fabric, facts)
     else:
@@ -106,8 +108,7 @@ def _table(
     name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
 ) -> tuple[Any, _Results]:
     images = _images("cifar10", data_root)
-    for missing, why in images.missing.items():
-        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
+    _name_missing(images)
     jobs = cifar10.jobs(name, cifar10.SCALES[scale])
     known = heads.pooled(images) if any(job.frozen for job in jobs) else None
     results: list[dict[str, Any]] = []
@@ -120,6 +121,26 @@ def _table(
         results.append(result)
     pictures = (width_figure(results),) if name == "figure7" else ()
     return results, {name: _Result(make_table(name, results), pictures)}
+
+
+def _frameworks(
+    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
+) -> tuple[Any, _Results]:
+    sets, size = label_free.TABLES[name], label_free.SCALES[scale]
+    same = sets is cifar10.PAPER_SETS
+    images = _images("cifar10", data_root) if same else cifar10.load_images(data_root, sets)
+    _name_missing(images)
+    jobs = label_free.jobs(name, size)
+    results = []
+    for i, job in enumerate(jobs):
+        folder = _begin(out, job.folder, i, len(jobs))
+        results.append(label_free.run(job, size, images, folder, fabric=fabric, environment=facts))
+    return results, {name: _Result(make_table(name, results))}
+
+
+def _name_missing(images: cifar10.Images) -> None:
+    for missing, why in images.missing.items():
+        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
 
 
 def _figure(

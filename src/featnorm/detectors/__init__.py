@@ -8,10 +8,12 @@ from featnorm.detectors.expression import parse_detector
 from featnorm.detectors.fusion import Fusion
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
 from featnorm.detectors.perturbation import ODIN, Views
+from featnorm.detectors.rotation import CSI, RotNet
 from featnorm.detectors.shaping import ReAct
 from featnorm.detectors.subspace import Residual, ViM
 
 __all__ = [
+    "CSI",
     "KNN",
     "MSP",
     "NAN",
@@ -31,6 +33,7 @@ __all__ = [
     "OneClassSVM",
     "ReAct",
     "Residual",
+    "RotNet",
     "Sparsity",
     "ViM",
     "Views",

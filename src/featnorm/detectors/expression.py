@@ -11,6 +11,7 @@ from featnorm.detectors.distance import KNN, SSD, Mahalanobis
 from featnorm.detectors.fusion import Fusion
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
 from featnorm.detectors.perturbation import ODIN, Views
+from featnorm.detectors.rotation import CSI, RotNet
 from featnorm.detectors.shaping import ReAct
 from featnorm.detectors.subspace import Residual, ViM
 
@@ -36,6 +37,8 @@ _DETECTORS: dict[str, type[Detector]] = {
         ReAct,
         ODIN,
         Views,
+        RotNet,
+        CSI,
     )
 }
 _MOST_CHARACTERS = 500

@@ -168,11 +168,14 @@ class Images:
     missing: dict[str, str] = field(default_factory=dict)  # OOD set -> why it could not be had
 
 
-def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
+def load_images(
+    root: Path | None, paper_sets: Mapping[str, str] = PAPER_SETS, *, progress: bool | None = None
+) -> Images:
     """Decode CIFAR-10 and the OOD sets.
 
-    The OOD sets are the paper's, from the data root or downloaded. Where the data root has a folder ``ood32``,
-    they are the parquet files and folders in it, and those of the paper's that are under the root as well.
+    The OOD sets are the paper's for a table, from the data root or downloaded. Where the data root has a folder
+    ``ood32``, they are the parquet files and folders in it, and those of the paper's that are under the root as
+    well.
 
     Raises
     ------
@@ -180,7 +183,7 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
         CIFAR-10, or every OOD set, cannot be had; or an image cannot be read.
     """
     train, test = (open_images(f"cifar10:{split}", root=root) for split in ("train", "test"))
-    sets, missing = _ood_sources(root)
+    sets, missing = _ood_sources(root, paper_sets)
     if not sets:
         raise DataError("no OOD set can be had: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
     images = Images(
@@ -214,14 +217,16 @@ def labelled(
     return image_tensor(source, side, progress=progress), torch.tensor(labels)
 
 
-def _ood_sources(root: Path | None) -> tuple[dict[str, ImageSource], dict[str, str]]:
+def _ood_sources(
+    root: Path | None, paper_sets: Mapping[str, str]
+) -> tuple[dict[str, ImageSource], dict[str, str]]:
     own: dict[str, str] = {}
     if root is not None and (root / OWN_FOLDER).is_dir():
         places = sorted(place for place in (root / OWN_FOLDER).iterdir() if place.name[0] != ".")
         own = {place.stem: str(place) for place in places if place.is_dir() or place.suffix == ".parquet"}
     sets: dict[str, ImageSource] = {}
     missing: dict[str, str] = {}
-    for name, spec in {**PAPER_SETS, **own}.items():
+    for name, spec in {**paper_sets, **own}.items():
         folder = spec.partition(":")[0]
         if own and name not in own and not any((root or Path()).glob(f"{folder}*")):
             missing[name] = f"not under the data root, whose {OWN_FOLDER} takes its place"
@@ -267,7 +272,7 @@ def run(
         "scale": scale.name,
         "variant": asdict(job.variant),
         "width": scale.width,
-        "recipe": asdict(job.recipe),
+        "recipe": job.recipe.settings(),
         "seed": job.seed,
         "images": images.facts,
     }
@@ -275,30 +280,70 @@ def run(
     if result is not None:
         return result
     model = job.variant.build(scale.width, job.seed)
-    inputs, labels = images.train
+    outcome = train_and_score(
+        model, images, detectors(job.variant), job.recipe, job.seed, folder, fabric=fabric, progress=progress
+    )
+    result = {**made_with, **outcome, "environment": dict(environment)}
+    keep_result(folder, result)
+    return result
+
+
+def train_and_score(
+    model: nn.Module,
+    images: Images,
+    chosen: Sequence[Detector],
+    recipe: Recipe,
+    seed: int,
+    folder: Path,
+    *,
+    fabric: Any,
+    labels: bool = True,
+    most: int | None = None,
+    same_precision: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Train a network, or go on where its training was left, keep its weights, and score everything with it.
+
+    Parameters
+    ----------
+    model : with its initial weights.
+    images, chosen, labels, most, same_precision : see `score`; without labels it is trained without them too.
+    recipe, seed : of the training.
+    folder, fabric, progress : see `run`.
+
+    Returns
+    -------
+    The training log's last loss and accuracy, its seconds, and what `score` returns.
+    """
+    inputs, targets = images.train
     train(
         model.to(memory_format=torch.channels_last),
         inputs,
-        labels,
-        job.recipe,
+        targets if labels else None,
+        recipe,
         folder=folder,
         fabric=fabric,
-        seed=job.seed,
+        seed=seed,
         progress=progress,
     )
     with replacing(folder / "model.safetensors") as temporary:
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    result = {
-        **made_with,
+    return {
         "train_loss": log[-1]["loss"],
         "train_accuracy": log[-1]["accuracy"],
         "train_seconds": sum(entry["seconds"] for entry in log),
-        **score(model, images, detectors(job.variant), fabric=fabric, progress=progress),
-        "environment": dict(environment),
+        **score(
+            model,
+            images,
+            chosen,
+            fabric=fabric,
+            labels=labels,
+            most=most,
+            same_precision=same_precision,
+            progress=progress,
+        ),
     }
-    keep_result(folder, result)
-    return result
 
 
 def kept_result(folder: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -331,14 +376,22 @@ def score(
     chosen: Sequence[Detector],
     *,
     fabric: Any,
+    labels: bool = True,
+    most: int | None = None,
+    same_precision: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Score every set of images by every detector, from one extraction of each set.
 
     Parameters
     ----------
-    model : maps images (n, 3, 32, 32) in [0, 1] to logits.
+    model : maps images (n, 3, 32, 32) in [0, 1] to logits, or to embeddings.
     chosen : the detectors; where none of them learns, the training images are not read.
+    labels : whether to use the labels; without, the accuracy is None.
+    most : training images that the detectors learn from, evenly spaced over all; None for all.
+    same_precision
+        Whether the model is asked in the precision of its training, for detectors that ask it again about many
+        changed inputs; else in full precision: a score's last digits are not the processor's.
     images, fabric, progress : see `run`.
 
     Returns
@@ -348,15 +401,17 @@ def score(
     are off, by set; ``score_seconds``.
     """
     began = time.perf_counter()
-    tap = FeatureTap(fabric.to_device(model).to(memory_format=torch.channels_last))
+    model = fabric.to_device(model).to(memory_format=torch.channels_last)
+    tap = _AutocastTap(model, fabric) if same_precision else FeatureTap(model)
 
-    def stream(pixels: Tensor, labels: Tensor | None) -> Iterator[Features]:
-        # In full precision whatever the training's: a score's last digits are not the processor's.
-        yield from tap.stream(_Batches(pixels, labels), progress=progress)
+    def stream(pixels: Tensor, targets: Tensor | None) -> Iterator[Features]:
+        yield from tap.stream(_Batches(pixels, targets if labels else None), progress=progress)
 
     test = list(stream(*images.test))
     ood = {name: list(stream(pixels, None)) for name, pixels in images.ood.items()}
-    fit = stream(*images.train) if any(detector.needs_fit for detector in chosen) else None
+    known, targets = images.train
+    rows = torch.linspace(0, len(known) - 1, min(len(known), most or len(known))).round().long()
+    fit = stream(known[rows], targets[rows]) if any(detector.needs_fit for detector in chosen) else None
     evaluation = compare(chosen, fit=fit, id_set=("cifar10", test), ood_sets=ood)
     pooled = compare(
         [NAN(), L1Norm(), Sparsity()],
@@ -372,6 +427,18 @@ def score(
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
+
+
+class _AutocastTap(FeatureTap):
+    """A tap that runs the model in the precision of its training, whoever asks."""
+
+    def __init__(self, model: nn.Module, fabric: Any) -> None:
+        super().__init__(model)
+        self._fabric = fabric
+
+    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
+        with self._fabric.autocast():
+            return super().listen(inputs, classifier=classifier)
 
 
 @dataclass(frozen=True)

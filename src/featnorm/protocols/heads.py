@@ -93,7 +93,7 @@ def run(
         "scale": "laptop",
         "backbone": NETWORK,
         "variant": asdict(job.variant),
-        "recipe": asdict(job.recipe),
+        "recipe": job.recipe.settings(),
         "seed": job.seed,
         "images": known.facts,
     }
@@ -129,7 +129,7 @@ def study(
     for name, (temperature, width, recipe) in SETTINGS.items():
         chosen = [make() for make in _DETECTORS]
         outcome = _fit_and_score(known, Variant(width), recipe, chosen, temperature=temperature, progress=progress)
-        rows.append({"setting": name, "recipe": asdict(recipe), **outcome})
+        rows.append({"setting": name, "recipe": recipe.settings(), **outcome})
     return {"rows": rows, "images": images.facts, "environment": dict(environment)}
 
 

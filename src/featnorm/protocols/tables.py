@@ -45,8 +45,8 @@ def make_table(name: str, results: Sequence[Result]) -> Table:
 
     Parameters
     ----------
-    name : one of `featnorm.protocols.cifar10.TABLES`.
-    results : of the runs that `featnorm.protocols.cifar10.jobs` names.
+    name : one of `featnorm.protocols.cifar10.TABLES` or `featnorm.protocols.label_free.TABLES`.
+    results : of the runs that ``jobs`` of that module names.
     """
     return _MAKERS[name](results)
 
@@ -97,6 +97,53 @@ def _table3(results: Sequence[Result]) -> Table:
     notes += [f"left out {name}: {why}" for name, why in results[0]["left_out"].items()]
     title = f"Table 3, {paper['where'].partition(', ')[2]}: AUROC ↑ / FPR95 ↓ in percent"
     return Table(title, ["Detector", "Mean, ours", "Average, paper", *sets], rows, notes)
+
+
+def _frameworks(name: str, title: str) -> Callable[[Sequence[Result]], Table]:
+    """A table of the rows that the paper has, and what else was measured, each of the network that it is for."""
+
+    def make(results: Sequence[Result]) -> Table:
+        paper = numbers("cifar10")[name]
+        measured = {
+            detector: (result, pairs) for result in results for detector, pairs in result["scores"].items()
+        }
+        sets = [fact.removeprefix("OOD, ") for fact in results[0]["images"] if fact.startswith("OOD, ")]
+        rows = []
+        for detector in dict.fromkeys((*paper["rows"], *measured)):
+            theirs = paper["rows"].get(detector, {})
+            result, pairs = measured.get(detector, (None, {}))
+            ours = "–" if result is None else cell([mean_pair(result, detector)])
+            row = [detector, "–" if result is None else result["framework"], ours, _printed(theirs.get("Average"))]
+            for set_name in sets:
+                bracket = f" ({_printed(theirs[set_name])})" if set_name in theirs else ""
+                row.append((cell([pairs[set_name]]) if pairs else "–") + bracket)
+            rows.append(row)
+        first = results[0]
+        notes = [
+            f"scale {first['scale']}: {_network(first)}, one network a framework, seed {first['seed']}",
+            *(f"{result['framework']}: {_training(result)}" for result in results),
+            f"the paper's: {paper['where'].partition(', ')[2]}; its number for a set is in brackets",
+            *_facts(results),
+        ]
+        notes += [f"left out {what}: {why}" for result in results for what, why in result["left_out"].items()]
+        headers = ["Detector", "trained by", "Mean, ours", "Average, paper", *sets]
+        return Table(f"{title}: AUROC ↑ / FPR95 ↓ in percent", headers, rows, notes)
+
+    return make
+
+
+def _training(result: Result) -> str:
+    """How a framework's network was trained and its detectors fitted, in words."""
+    recipe = result["recipe"]
+    text = (
+        f"{recipe['epochs']} epochs of {recipe['optimiser'].upper()}, batch {recipe['batch_size']}, learning rate "
+        f"{recipe['lr']}, weight decay {recipe['weight_decay']}"
+    )
+    if recipe["crop"] is not None:
+        text += f", views of {recipe['crop']} pixels for the first {recipe['crop_share']:.0%}"
+    text += f"; training took {result['train_seconds'] / 60:.0f} minutes, scoring "
+    text += f"{result['score_seconds'] / 60:.0f}"
+    return text + ("" if result["most"] is None else f"; fitted to {result['most']} training images")
 
 
 def _simple(table: str, title: str, detectors: Sequence[str]) -> Callable[[Sequence[Result]], Table]:
@@ -164,6 +211,8 @@ _MAKERS: dict[str, Callable[[Sequence[Result]], Table]] = {
     "table8": _simple("table8", "Table 8, the embedding magnitude", ("EmbeddingMagnitude()", *_NORMS)),
     "table10": _simple("table10", "Table 10, the hidden classifier", ("HiddenConfidence()", "NAN()")),
     "figure7": _figure7,
+    "table3-label-free": _frameworks("table3-label-free", "Table 3, without supervised labels of ID"),
+    "table11": _frameworks("table11", "Table 11, CIDER"),
 }
 
 
@@ -176,8 +225,8 @@ def cell(pairs: Sequence[_Pair]) -> str:
     return " / ".join(texts)
 
 
-def _printed(pair: _Pair | None) -> str:
-    return "–" if pair is None else f"{pair[0]} / {pair[1]}"
+def _printed(pair: Sequence[float | None] | None) -> str:
+    return "–" if pair is None else " / ".join("–" if value is None else f"{value}" for value in pair)
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
@@ -201,6 +250,14 @@ def _notes(results: Sequence[Result]) -> list[str]:
         (f"{len(results)} seeds, mean ± standard deviation" if several else f"one seed, {first['seed']}")
         + f"; accuracy on ID {accuracy} %, on the training images {known} %",
         f"training took {_range(minutes)} minutes each",
+        *_facts(results),
+    ]
+
+
+def _facts(results: Sequence[Result]) -> list[str]:
+    """What the images are and where the numbers were made."""
+    first = results[0]
+    return [
         *(f"{name}: {value}" for name, value in first["images"].items()),
         *(f"{name}: {', '.join(_distinct(results, name))}" for name in first["environment"]),
     ]

@@ -190,7 +190,7 @@ def run(
         "scale": scale.name,
         "job": asdict(job),
         "width": scale.width,
-        "recipe": asdict(recipe),
+        "recipe": recipe.settings(),
         "inputs": len(inputs),
         "images": images.facts,
     }

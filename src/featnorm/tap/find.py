@@ -66,8 +66,13 @@ def find(record: Record, model: nn.Module, layer: str | None = None) -> Anatomy:
     """Find the layers of a watched model; ``layer`` names the module that puts out the last hidden layer."""
     walk = _Walk(record)
     output = _choose_output(record)
-    walk.back(output)
-    anatomy = _anatomy(walk, output, model)
+    beside = _embedding_beside(record, output)
+    walk.back(beside or output)
+    anatomy = _anatomy(walk, beside or output, model)
+    if beside is not None:
+        anatomy.embedding, anatomy.logits, anatomy.classifier = beside, output, []
+        anatomy.absent.pop("embedding", None)
+        anatomy.absent["classifier"] = "the logits are of another head than the embedding's, and its hidden layer"
     if layer is not None:
         _choose_layer(anatomy, record, layer, walk.read_by_first)
     return anatomy
@@ -311,6 +316,14 @@ def _choose_output(record: Record) -> Node:
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
     return node
+
+
+def _embedding_beside(record: Record, logits: Node) -> Node | None:
+    """Return the embedding of a model that returns it by name beside logits that are not made from it."""
+    for slot, node in record.outputs:
+        if slot and slot[-1] == "embedding" and _is_vector(node):
+            return None if any(node is other for other in _ancestors(logits)) else node
+    return None
 
 
 def _ancestors(node: Node) -> list[Node]:

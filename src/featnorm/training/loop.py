@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm.training.objectives import OBJECTIVES
+from featnorm.training.lars import LARS
+from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
 from featnorm.training.recipe import Recipe
 from featnorm.training.runs import (
     CHECKPOINT,
@@ -30,7 +30,7 @@ Callback = Callable[[dict[str, Any], nn.Module], None]
 def train(
     model: nn.Module,
     inputs: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     recipe: Recipe,
     *,
     folder: str | Path | None = None,
@@ -47,10 +47,10 @@ def train(
     Parameters
     ----------
     model
-        Maps pixels (n, c, h, w) between 0 and 1 (let `Normalize` be its first layer), or features (n, D), to
-        logits (n, classes) or, for the supcon objective, to embeddings (n, e).
+        Maps pixels (n, c, h, w) between 0 and 1 (let `Normalize` be its first layer), or features (n, D), to what
+        the recipe's objective reads: logits (n, classes), embeddings (n, e), or both.
     inputs : images (n, c, h, w) uint8, or features (n, D) of floating point.
-    targets : (n,) classes, see `scheme_labels`.
+    targets : (n,) classes, see `scheme_labels`; None for an objective that needs none.
     recipe : the settings.
     folder
         Where ``checkpoint.pt`` and ``log.jsonl`` are written at every epoch; a checkpoint that is there is resumed
@@ -72,8 +72,8 @@ def train(
         Inputs and targets do not fit each other or the recipe, the checkpoint is of another run, or the loss is
         not finite; the last good checkpoint stays.
     """
-    _check(inputs, targets, recipe)
-    targets = targets.long()
+    objective = OBJECTIVES[recipe.objective](recipe).train()
+    targets = _check(inputs, targets, recipe, objective)
     world, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     device = torch.device("cpu") if fabric is None else fabric.device
     optimiser = _optimiser(model, recipe)
@@ -83,14 +83,16 @@ def train(
         module: Any = model
     else:
         module, optimiser = fabric.setup(model, optimiser)
-    objective = OBJECTIVES[recipe.objective]
     checkpoint = None if folder is None else Path(folder) / CHECKPOINT
     run: dict[str, Any] = {}
     start = 0
     if checkpoint is not None:
-        run = {"recipe": asdict(recipe), "seed": seed, "world": world, "data": digest(inputs, targets)}
-        if checkpoint.exists():
-            start = _resume(checkpoint, run, model, optimiser, schedule, device)
+        run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": digest(inputs, targets)}
+    # What is kept over the steps is no inference tensor, whatever mode the caller is in.
+    with torch.inference_mode(False), torch.no_grad():
+        objective.begin(model, inputs, targets, seed, fabric)
+        if checkpoint is not None and checkpoint.exists():
+            start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
     memory_format = _memory_format(model)
     targets = targets.to(device)
     bar = tqdm(
@@ -113,21 +115,22 @@ def train(
                     mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
                     done = epoch * steps + step
                     whole = recipe.crop is None or done >= recipe.crop_share * recipe.epochs * steps
-                    views = _views(inputs[rows], generator, recipe, None if whole else recipe.crop)
-                    batch = torch.cat([view[mine] for view in views]).to(device)
-                    if batch.dtype == torch.uint8:
-                        batch = batch.contiguous(memory_format=memory_format).float().div_(255)
-                    outputs = module(batch)
-                    wanted = targets[rows[mine]].repeat(len(views))
-                    loss = objective(outputs, wanted, recipe.temperature, fabric)
+                    crop = None if whole else recipe.crop
+                    views = objective.look(inputs[rows], mine, generator, crop, device)
+                    if views.ndim == 4:
+                        views = views.contiguous(memory_format=memory_format)
+                    if views.dtype == torch.uint8:
+                        views = views.float().div_(255)
+                    places = torch.arange(mine.start, mine.stop, device=device)
+                    found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
                     optimiser.zero_grad(set_to_none=True)
                     if fabric is None:
-                        loss.backward()
+                        found.loss.backward()
                     else:
-                        fabric.backward(loss)
+                        fabric.backward(found.loss)
                     optimiser.step()
                     schedule.step()
-                    meter.add(loss, outputs, wanted, recipe)
+                    meter.add(found)
                     bar.set_postfix(meter.shown(), refresh=False)
                     bar.update(len(rows))
             entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
@@ -141,7 +144,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(entry, model)
             if rank == 0 and checkpoint is not None:
-                _save(checkpoint, run, epoch + 1, model, optimiser, schedule)
+                _save(checkpoint, run, epoch + 1, model, objective, optimiser, schedule)
                 log(checkpoint.with_name(LOG), entry)
     return model.eval()
 
@@ -211,17 +214,17 @@ class _Meter:
         self.sums = [0.0, 0.0]
         self.steps = 0
         self.began = time.perf_counter()
-        self.classifies = True
+        self.classifies = False
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
-        self.classifies = recipe.objective == "cross_entropy"
-        self.sums[0] += float(loss.detach())
-        if self.classifies:
-            self.sums[1] += float((outputs.argmax(1) == targets).float().mean())
+    def add(self, step: Step) -> None:
+        self.classifies = step.accuracy is not None
+        self.sums[0] += float(step.loss.detach())
+        if step.accuracy is not None:
+            self.sums[1] += float(step.accuracy)
         self.steps += 1
 
     def shown(self) -> dict[str, str]:
@@ -233,14 +236,6 @@ class _Meter:
         if fabric is not None:
             means = fabric.all_reduce(means, reduce_op="mean")
         return {"loss": float(means[0]), "accuracy": float(means[1]) if self.classifies else None}
-
-
-def _views(inputs: Tensor, generator: torch.Generator, recipe: Recipe, crop: int | None) -> list[Tensor]:
-    """Return the inputs as a step takes them: as they are, augmented, or two augmentations of each."""
-    if not recipe.augment:
-        return [inputs]
-    count = 2 if recipe.objective == "supcon" else 1
-    return [augment(inputs, generator, crop) for _ in range(count)]
 
 
 def _schedule(
@@ -256,50 +251,6 @@ def _schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 
-def augment(images: Tensor, generator: torch.Generator, crop: int | None = None) -> Tensor:
-    """Move each image by up to an eighth of its side, mirrored at the border, and flip half of them.
-
-    Parameters
-    ----------
-    images : (n, c, h, w), any type.
-    generator : of the moves and flips.
-    crop : cut squares of this side out of the moved images, anywhere; None for whole images.
-
-    Returns
-    -------
-    A new tensor of the same type, (n, c, h, w) or (n, c, crop, crop).
-
-    Raises
-    ------
-    ValueError
-        The crop is larger than the images.
-    """
-    n, channels, height, width = images.shape
-    if crop is not None and not 0 < crop <= min(height, width):
-        raise ValueError(f"a crop of {crop} cannot be cut from images of {height} x {width}")
-    rows_out, columns_out = (height, width) if crop is None else (crop, crop)
-    pad = max(1, height // 8), max(1, width // 8)
-    room = height - rows_out, width - columns_out
-    top, left = (torch.randint(-p, r + p + 1, (n,), generator=generator) for p, r in zip(pad, room, strict=True))
-    flip = torch.rand(n, generator=generator) < 0.5
-    # Indices do what padding, cropping and flipping would, in one gather; -1 is mirrored to 1.
-    rows = _mirror(torch.arange(rows_out) + top[:, None], height)
-    columns = torch.arange(columns_out).expand(n, columns_out)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    columns = _mirror(columns + left[:, None], width)
-    return images[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
-
-
-def _mirror(index: Tensor, size: int) -> Tensor:
-    index = index.abs()
-    return torch.where(index >= size, 2 * (size - 1) - index, index)
-
-
 def _memory_format(model: nn.Module) -> torch.memory_format:
     """Return channels last, which convolutions are fastest in, where they can be trained in it.
 
@@ -313,6 +264,8 @@ def _memory_format(model: nn.Module) -> torch.memory_format:
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.optimiser == "lars":
+        return LARS(model.parameters(), recipe.lr, recipe.momentum, recipe.weight_decay)
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -322,7 +275,8 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
+def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Objective) -> Tensor:
+    """Refuse what cannot be trained on, and return the targets as integers; zeros for none."""
     images = inputs.dtype == torch.uint8 and inputs.ndim == 4
     if not images and not (inputs.is_floating_point() and inputs.ndim == 2):
         raise ValueError(
@@ -331,6 +285,12 @@ def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
         )
     if recipe.augment and not images:
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")
+    if objective.turns and not (images and inputs.shape[2] == inputs.shape[3]):
+        raise ValueError(f"{recipe.objective} turns square images, and the inputs are of {tuple(inputs.shape)}")
+    if targets is None and objective.needs_targets:
+        raise ValueError(f"{recipe.objective} needs targets: pass classes, see scheme_labels")
+    if targets is None:
+        targets = torch.zeros(len(inputs), dtype=torch.int64)
     if targets.shape != inputs.shape[:1] or targets.is_floating_point():
         raise ValueError(f"targets must be {len(inputs)} integers, got {targets.dtype} {tuple(targets.shape)}")
     if len(targets) and int(targets.min()) < 0:
@@ -339,23 +299,41 @@ def _check(inputs: Tensor, targets: Tensor, recipe: Recipe) -> None:
         )
     if len(inputs) < recipe.batch_size:
         raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, and there are {len(inputs)}")
+    return targets.long()
 
 
 def _resume(
-    path: Path, run: dict[str, Any], model: nn.Module, optimiser: Any, schedule: Any, device: torch.device
+    path: Path,
+    run: dict[str, Any],
+    model: nn.Module,
+    objective: Objective,
+    optimiser: Any,
+    schedule: Any,
+    device: torch.device,
 ) -> int:
     saved = read_checkpoint(path, run, device)
     model.load_state_dict(saved["model"])
+    # One that holds nothing was not written down at first.
+    objective.load_state_dict(saved.get("objective", {}))
     optimiser.load_state_dict(saved["optimiser"])
     schedule.load_state_dict(saved["schedule"])
     return int(saved["epoch"])
 
 
-def _save(path: Path, run: dict[str, Any], epoch: int, model: nn.Module, optimiser: Any, schedule: Any) -> None:
+def _save(
+    path: Path,
+    run: dict[str, Any],
+    epoch: int,
+    model: nn.Module,
+    objective: Objective,
+    optimiser: Any,
+    schedule: Any,
+) -> None:
     state = {
         "run": run,
         "epoch": epoch,
         "model": model.state_dict(),
+        "objective": objective.state_dict(),
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
     }

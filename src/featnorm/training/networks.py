@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,7 @@ class ProjectionHead(nn.Module):
     Parameters
     ----------
     inputs : width D of the pooled feature that it reads.
-    classes : number of classes; None for none, which returns the embedding (for the supcon objective).
+    classes : number of classes; None for none, which returns the embedding (for contrastive objectives).
     hidden : width d_L of the last hidden layer (paper Figure 7); as wide as the input where None, as MoCo-v2's.
     embedding : width of the embedding.
     activation : of the hidden layer (paper Table 7).
@@ -105,6 +105,26 @@ class ProjectionHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the logits (n, classes), or embeddings (n, embedding), of pooled features (n, inputs)."""
         return self.classifier(self.embedding(self.activation(self.hidden(pooled))))
+
+
+class CSIHead(nn.Module):
+    """CSI's heads: an embedding through a hidden layer, and the logits of rotations (Tack et al., NeurIPS 2020).
+
+    Parameters
+    ----------
+    inputs : width D of the pooled feature that both read.
+    hidden : width of the embedding's hidden layer; as wide as the input where None.
+    embedding : width of the embedding.
+    """
+
+    def __init__(self, inputs: int, *, hidden: int | None = None, embedding: int = 128) -> None:
+        super().__init__()
+        self.projection = ProjectionHead(inputs, None, hidden=hidden, embedding=embedding)
+        self.rotation = nn.Linear(inputs, 4)
+
+    def forward(self, pooled: Tensor) -> dict[str, Tensor]:
+        """Return the ``embedding`` (n, e) and the ``logits`` (n, 4) of pooled features (n, inputs)."""
+        return {"embedding": self.projection(pooled), "logits": self.rotation(pooled)}
 
 
 class MLP(nn.Module):
@@ -208,7 +228,7 @@ class _Block(nn.Module):
 
 def cifar_network(
     width: int,
-    classes: int,
+    classes: int | None,
     *,
     hidden: int | None = 512,
     embedding: int = 128,
@@ -223,7 +243,7 @@ def cifar_network(
     Parameters
     ----------
     width : of the `CifarResNet18`.
-    classes : number of classes.
+    classes : number of classes; None for none, which takes a hidden layer and returns the embedding.
     hidden : width of the `ProjectionHead`'s hidden layer; None for cosine logits of the pooled feature itself.
     embedding, activation : of the head; nothing without a hidden layer.
     temperature : of the cosine logits.
@@ -233,24 +253,45 @@ def cifar_network(
     Raises
     ------
     ValueError
-        The activation is unknown, or the temperature is not positive.
+        The activation is unknown, the temperature is not positive, or there is neither class nor hidden layer.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = CifarResNet18(width)
-        head = (
-            CosineClassifier(backbone.features, classes, temperature)
-            if hidden is None
-            else ProjectionHead(
-                backbone.features,
+
+    def head(features: int) -> nn.Module:
+        if hidden is not None:
+            return ProjectionHead(
+                features,
                 classes,
                 hidden=hidden,
                 embedding=embedding,
                 activation=activation,
                 temperature=temperature,
             )
-        )
-        return nn.Sequential(Normalize(mean, std), backbone, head)
+        if classes is None:
+            raise ValueError("a head without classes is a projection: give it a hidden layer")
+        return CosineClassifier(features, classes, temperature)
+
+    return cifar_network_with(head, width, mean=mean, std=std, seed=seed)
+
+
+def cifar_network_with(
+    head: Callable[[int], nn.Module],
+    width: int,
+    *,
+    mean: Sequence[float] = CIFAR10_MEAN,
+    std: Sequence[float] = CIFAR10_STD,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Return ``Sequential(Normalize, CifarResNet18, head)`` with a head of one's own.
+
+    Parameters
+    ----------
+    head : makes it from the width of the pooled feature, such as `CSIHead`.
+    width, mean, std, seed : see `cifar_network`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = CifarResNet18(width)
+        return nn.Sequential(Normalize(mean, std), backbone, head(backbone.features))
 
 
 def attach_head(

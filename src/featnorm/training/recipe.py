@@ -1,12 +1,24 @@
 """What to train on and how: the paper's label schemes and the settings of its appendices."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from featnorm.augmentation import SCALE
+
 Scheme = Literal["S", "I", "Is", "R", "O"]
+Objective = Literal["cross_entropy", "supcon", "simclr", "moco", "rotnet", "cider", "csi"]
+
+_COMPARE_VIEWS = ("supcon", "simclr", "moco", "cider", "csi")
+# The settings that some objectives alone read.
+_READ_BY = {
+    "scale": ("simclr", "moco", "cider", "csi"),
+    "queue": ("moco",),
+    "ema": ("moco", "cider"),
+    "weight": ("cider", "csi"),
+}
 
 
 @dataclass(frozen=True)
@@ -16,29 +28,40 @@ class Recipe:
     Parameters
     ----------
     epochs, batch_size : passes over the data, and inputs a step (over all processes).
-    optimiser : "sgd", with its momentum, or "adamw".
+    optimiser : "sgd" or "lars", with their momentum, or "adamw".
     lr : the highest learning rate; it falls to 0 by a cosine.
-    momentum, nesterov : of SGD.
+    momentum, nesterov : of SGD; LARS takes the momentum.
     weight_decay : of the optimiser; 0 is none.
     warmup : the share of the steps over which the learning rate rises, by a line.
-    augment : random crops (padding of an eighth, mirrored) and horizontal flips.
+    augment
+        Random crops (padding of an eighth, mirrored) and horizontal flips; for simclr, moco, cider and csi the
+        views of SimCLR, see `featnorm.augmentation.Distortion`.
     crop, crop_share
         Train on crops of this side, in pixels, for this share of the steps at first, and on whole images after
         it: convolutions cost by the area. None for whole images throughout.
     objective
-        "cross_entropy" on the logits that the model returns, or "supcon" on the embeddings that it returns, of
-        two augmented views of each input.
-    temperature : of supcon; that of the logits is the model's.
+        What is lowered. "cross_entropy" reads logits, and so does "rotnet", which needs four. "supcon", "simclr",
+        "moco" and "cider" read embeddings, of two augmented views of each input; "csi" reads a mapping with
+        "embedding" and "logits", see `CSIHead`. Each is described in `featnorm.training.objectives`; those of
+        simclr, moco, rotnet and csi need no labels.
+    temperature : of the objectives that read embeddings; that of the logits is the model's.
+    scale : the least area of the random resized crops, as a share of the image's; of simclr, moco, cider and csi.
+    queue : how many keys moco contrasts with.
+    ema
+        How much of an old value a moving average keeps at each step: moco's momentum encoder, or at each input
+        cider's prototypes.
+    weight : of cider's compactness loss, or of csi's rotation loss; the other has 1.
 
     Raises
     ------
     ValueError
-        A number is out of its range, the optimiser or the objective is unknown, or supcon has no augmentation.
+        A number is out of its range, the optimiser or the objective is unknown, or one that compares views has no
+        augmentation.
     """
 
     epochs: int
     batch_size: int
-    optimiser: Literal["sgd", "adamw"]
+    optimiser: Literal["sgd", "lars", "adamw"]
     lr: float
     momentum: float = 0.9
     nesterov: bool = False
@@ -47,24 +70,43 @@ class Recipe:
     augment: bool = False
     crop: int | None = None
     crop_share: float = 0.7
-    objective: Literal["cross_entropy", "supcon"] = "cross_entropy"
+    objective: Objective = "cross_entropy"
     temperature: float = 0.1
+    scale: float = SCALE
+    queue: int = 4096
+    ema: float = 0.99
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "temperature"):
+        for name in ("epochs", "batch_size", "lr", "temperature", "weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         for name in ("warmup", "crop_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share of the steps below 1, got {getattr(self, name)!r}")
-        if self.optimiser not in ("sgd", "adamw"):
-            raise ValueError(f"there is no optimiser {self.optimiser!r}: use sgd or adamw")
-        if self.objective not in ("cross_entropy", "supcon"):
-            raise ValueError(f"there is no objective {self.objective!r}: use cross_entropy or supcon")
-        if self.objective == "supcon" and not self.augment:
-            raise ValueError("supcon compares augmented views of each input: set augment=True")
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"scale must be a share of the image's area, got {self.scale!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be a share below 1, got {self.ema!r}")
+        if self.optimiser not in ("sgd", "lars", "adamw"):
+            raise ValueError(f"there is no optimiser {self.optimiser!r}: use sgd, lars or adamw")
+        if self.objective not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise ValueError(f"there is no objective {self.objective!r}: use one of {known}")
+        if self.objective in _COMPARE_VIEWS and not self.augment:
+            raise ValueError(f"{self.objective} compares augmented views of each input: set augment=True")
+        if self.objective == "moco" and self.queue < self.batch_size:
+            raise ValueError(f"a queue of {self.queue} does not hold the keys of a batch of {self.batch_size}")
         if self.crop is not None and not self.augment:
             raise ValueError("crops are an augmentation: set augment=True, or crop=None")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain data, without those that only other objectives read.
+
+        Runs are told apart by it.
+        """
+        unread = {name for name, objectives in _READ_BY.items() if self.objective not in objectives}
+        return {name: value for name, value in asdict(self).items() if name not in unread}
 
     def under(self, scheme: Scheme) -> "Recipe":
         """Return the recipe with the augmentation that a label scheme means: I, R and O none, Is always."""
@@ -72,13 +114,78 @@ class Recipe:
         return replace(self, augment=augment, crop=self.crop if augment else None)
 
 
-#: The paper's own settings by the section that gives them. "Other setups follow the default setting in PyTorch":
-#: no weight decay for SGD, 0.01 for AdamW.
+#: Settings by their source: sections of the paper ("Other setups follow the default setting in PyTorch": no weight
+#: decay for SGD, 0.01 for AdamW), and those of a framework's authors for CIFAR-10. Wherever these let the learning
+#: rate fall by steps, it falls by a cosine here.
+#:
+#: - MoCo-v2: the paper's C.1, and for what that leaves open the demo on CIFAR-10 that it names (He et al.).
+#: - SimCLR, CSI: CSI's own code (Tack et al., NeurIPS 2020), whose SimCLR is the same without rotations.
+#: - RotNet: Gidaris et al., ICLR 2018, section 3.1.
+#: - CIDER: its own code (Ming et al., ICLR 2023), for CIFAR-10.
 PRESETS = {
     "A.3.1": Recipe(epochs=200, batch_size=256, optimiser="adamw", lr=1e-3, weight_decay=0.01),
     "B": Recipe(epochs=200, batch_size=256, optimiser="sgd", lr=0.06),
     "C.1": Recipe(epochs=800, batch_size=512, optimiser="sgd", lr=0.03, augment=True),
     "D.4": Recipe(epochs=10, batch_size=256, optimiser="sgd", lr=0.03),
+    "MoCo-v2": Recipe(
+        epochs=800,
+        batch_size=512,
+        optimiser="sgd",
+        lr=0.06,
+        weight_decay=5e-4,
+        augment=True,
+        objective="moco",
+        temperature=0.1,
+        queue=4096,
+        ema=0.99,
+    ),
+    "SimCLR": Recipe(
+        epochs=1000,
+        batch_size=512,
+        optimiser="lars",
+        lr=1.0,
+        weight_decay=1e-6,
+        warmup=0.01,
+        augment=True,
+        objective="simclr",
+        temperature=0.5,
+    ),
+    "RotNet": Recipe(
+        epochs=100,
+        batch_size=128,
+        optimiser="sgd",
+        lr=0.1,
+        nesterov=True,
+        weight_decay=5e-4,
+        augment=True,
+        objective="rotnet",
+    ),
+    "CIDER": Recipe(
+        epochs=500,
+        batch_size=512,
+        optimiser="sgd",
+        lr=0.5,
+        nesterov=True,
+        weight_decay=1e-4,
+        warmup=0.02,
+        augment=True,
+        objective="cider",
+        temperature=0.1,
+        scale=0.2,
+        ema=0.95,
+        weight=2.0,
+    ),
+    "CSI": Recipe(
+        epochs=1000,
+        batch_size=128,
+        optimiser="lars",
+        lr=1.0,
+        weight_decay=1e-6,
+        warmup=0.01,
+        augment=True,
+        objective="csi",
+        temperature=0.5,
+    ),
 }
 
 

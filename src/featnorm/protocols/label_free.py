@@ -1,0 +1,196 @@
+"""CIFAR-10 by training frameworks: Table 3 without labels, and Table 11 with CIDER (paper 6.3, C.1, D.6).
+
+The data is that of `featnorm.protocols.cifar10`. Each framework trains one network, which is scored by the
+detectors that it is for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from featnorm.detectors import CSI, KNN, NAN, SSD, Detector, RotNet, Views
+from featnorm.protocols.cifar10 import PAPER_SETS, Images, keep_result, kept_result, train_and_score
+from featnorm.training import PRESETS, CSIHead, Recipe, cifar_network, cifar_network_with
+
+#: The OOD sets of each table, as `featnorm.protocols.cifar10.PAPER_SETS`.
+TABLES = {
+    "table3-label-free": PAPER_SETS,
+    "table11": {
+        "SVHN": "svhn:test",
+        "Places365": "places365:val",
+        "iSUN": "isun",
+        "Texture": "dtd:test",
+        "LSUN": "lsun",
+    },
+}
+_FRAMEWORKS = {"table3-label-free": ("MoCo-v2", "RotNet", "CSI"), "table11": ("CIDER",)}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the networks are and how long they are trained.
+
+    Parameters
+    ----------
+    name : "laptop" or "paper".
+    width : channels of the first stage of the ResNet-18.
+    recipes : by framework.
+    most : training images that a detector which asks the model again in fitting learns from; None for all.
+    """
+
+    name: str
+    width: int
+    recipes: Mapping[str, Recipe]
+    most: int | None
+
+
+def _short(name: str, epochs: int, batch_size: int, lr: float, crop: int, crop_share: float = 0.8) -> Recipe:
+    """A framework's settings for half an hour on one core: few epochs, small views first, SGD with a warm-up."""
+    return replace(
+        PRESETS[name],
+        epochs=epochs,
+        batch_size=batch_size,
+        optimiser="sgd",
+        lr=lr,
+        warmup=0.1,
+        crop=crop,
+        crop_share=crop_share,
+    )
+
+
+SCALES = {
+    "laptop": Scale(
+        "laptop",
+        32,
+        {
+            "MoCo-v2": _short("MoCo-v2", 12, 256, 0.06, 24),
+            "RotNet": _short("RotNet", 5, 128, 0.1, 24),
+            "CSI": _short("CSI", 3, 128, 0.1, 20, 0.9),
+            "CIDER": _short("CIDER", 10, 256, 0.25, 24),
+        },
+        most=5000,
+    ),
+    "paper": Scale("paper", 64, PRESETS, most=None),
+}
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A way to train, and what it is scored by.
+
+    Parameters
+    ----------
+    build : returns the network, for pixels in [0, 1], from a width and a seed.
+    detectors : returns the detectors, with the settings of their sources.
+    labels : whether it trains on labels.
+    asks_in_fit : whether its detectors ask the model again to learn, which takes forty passes an image for CSI.
+    """
+
+    build: Callable[[int, int], nn.Sequential]
+    detectors: Callable[[], list[Detector]]
+    labels: bool = False
+    asks_in_fit: bool = False
+
+
+def _of_moco() -> list[Detector]:
+    # Nine views are for NAN on MoCo alone (C.1); one view beside it shows what they are worth.
+    nan, views = NAN(), Views(NAN())
+    return [KNN(), SSD(), views, KNN() / views, SSD() / views, nan, KNN() / nan, SSD() / nan]
+
+
+def _of_cider() -> list[Detector]:
+    return [NAN(), KNN(k=100), KNN(k=100) / NAN()]
+
+
+#: MoCo's and CIDER's head is an MLP, whose hidden layer NAN reads; RotNet's a linear layer, as in its source.
+FRAMEWORKS = {
+    "MoCo-v2": Framework(lambda width, seed: cifar_network(width, None, seed=seed), _of_moco),
+    "RotNet": Framework(
+        lambda width, seed: cifar_network_with(lambda features: nn.Linear(features, 4), width, seed=seed),
+        lambda: [RotNet()],
+    ),
+    "CSI": Framework(
+        lambda width, seed: cifar_network_with(CSIHead, width, seed=seed), lambda: [CSI()], asks_in_fit=True
+    ),
+    "CIDER": Framework(lambda width, seed: cifar_network(width, None, seed=seed), _of_cider, labels=True),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to train for a table."""
+
+    framework: str
+    recipe: Recipe
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        """A name for its folder."""
+        return f"{self.framework.lower()}-{self.recipe.epochs}epochs-seed{self.seed}"
+
+
+def jobs(table: str, scale: Scale) -> list[Job]:
+    """Return the networks that a table is made from."""
+    return [Job(framework, scale.recipes[framework]) for framework in _FRAMEWORKS[table]]
+
+
+def run(
+    job: Job,
+    scale: Scale,
+    images: Images,
+    folder: Path,
+    *,
+    fabric: Any,
+    environment: Mapping[str, str],
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Train a framework's network, or go on where its training was left, and score everything with it.
+
+    Parameters
+    ----------
+    job, scale : what to train.
+    images, folder, fabric, environment, progress : see `featnorm.protocols.cifar10.run`.
+
+    Returns
+    -------
+    The content of ``result.json``: what was run, its training log's last line, and what
+    `featnorm.protocols.cifar10.score` returns.
+
+    Raises
+    ------
+    ValueError
+        The folder holds a run of other settings.
+    """
+    framework = FRAMEWORKS[job.framework]
+    most = scale.most if framework.asks_in_fit else None
+    made_with = {
+        "scale": scale.name,
+        "framework": job.framework,
+        "width": scale.width,
+        "recipe": job.recipe.settings(),
+        "seed": job.seed,
+        "images": images.facts,
+        "most": most,
+    }
+    result = kept_result(folder, made_with)
+    if result is None:
+        outcome = train_and_score(
+            framework.build(scale.width, job.seed),
+            images,
+            framework.detectors(),
+            job.recipe,
+            job.seed,
+            folder,
+            fabric=fabric,
+            labels=framework.labels,
+            most=most,
+            same_precision=True,
+            progress=progress,
+        )
+        result = {**made_with, **outcome, "environment": dict(environment)}
+        keep_result(folder, result)
+    return result

@@ -1,0 +1,203 @@
+"""RotNet and CSI, which turn the input: no features made up by hand can stand for that, so a model is asked."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from fabricate import assert_close, assert_same_state, state
+from torch import nn
+from torchvision.transforms import functional as images_of
+
+import featnorm as fn
+from featnorm.augmentation import Distortion
+from featnorm.features import Features
+from featnorm.training import CSIHead
+
+E, SIDE = 5, 8
+
+
+def net(head, seed=0):
+    torch.manual_seed(seed)
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(512, 6)
+    )
+    model = nn.Sequential(body, head)
+    model(torch.rand(64, 3, SIDE, SIDE))  # running statistics that are not the initial ones
+    return model
+
+
+@pytest.fixture
+def rotnet():
+    return net(nn.Linear(6, 4))
+
+
+@pytest.fixture
+def csi():
+    torch.manual_seed(1)
+    head = CSIHead(6, hidden=7, embedding=E)
+    model = net(head)
+    with torch.no_grad():  # as after training: every rotation's own logit is positive on average
+        head.rotation.bias += 3
+    return model
+
+
+def pictures(n, seed=2):
+    return torch.rand(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+TRAIN, TEST = pictures(30), pictures(6, seed=3)
+
+
+def test_rotnet_is_its_definition(rotnet):
+    got = fn.Scorer(rotnet, fn.RotNet())(TEST).score
+    model = copy.deepcopy(rotnet).eval().double()
+    for i, image in enumerate(TEST.double()):
+        with torch.no_grad():
+            probabilities = [
+                model(images_of.rotate(image[None], 90 * turn))[0].softmax(0)[turn] for turn in range(4)
+            ]
+        assert float(got[i]) == pytest.approx(float(sum(probabilities)) / 4, rel=1e-5)
+
+
+def csi_reference(model, image, augmentations, scale):
+    """Means over the views of one image, in float64: embeddings (4, e), and the logit of each rotation (4,)."""
+    model = copy.deepcopy(model).eval().double()
+    embeddings, logits = torch.zeros(4, E).double(), torch.zeros(4).double()
+    for seed in range(augmentations):
+        generator = torch.Generator().manual_seed(seed)
+        mirrored = images_of.hflip(image) if torch.rand((), generator=generator) < 0.5 else image
+        for turn in range(4):
+            drawn = Distortion.draw(1, (SIDE, SIDE), generator, scale=(scale, scale), flips=False)
+            view = images_of.rotate(mirrored, 90 * turn)
+            top, left, height, width = (int(v) for v in drawn.box[0])
+            view = images_of.resized_crop(view, top, left, height, width, [SIDE, SIDE], antialias=False)
+            for which in drawn.order[0]:
+                change = ("brightness", "contrast", "saturation", "hue")[int(which)]
+                view = getattr(images_of, f"adjust_{change}")(view, float(drawn.factors[0, which]))
+            if drawn.grey[0]:
+                view = images_of.rgb_to_grayscale(view, 3)
+            with torch.no_grad():
+                said = model(view[None].double())
+            embeddings[turn] += said["embedding"][0] / augmentations
+            logits[turn] += said["logits"][0, turn] / augmentations
+    return embeddings, logits
+
+
+def test_csi_is_its_definition(csi):
+    scorer = fn.Scorer(csi, fn.CSI(augmentations=3, scale=0.5)).fit(TRAIN.split(13))
+    known = [csi_reference(csi, image, 3, 0.5) for image in TRAIN]
+    got = scorer(TEST).score
+    for i, image in enumerate(TEST):
+        z, f = csi_reference(csi, image, 3, 0.5)
+        total = 0.0
+        for turn in range(4):
+            length = np.mean([float(other[turn].norm()) for other, _ in known])
+            logit = np.mean([float(other[turn]) for _, other in known])
+            total += max(float(z[turn] @ other[turn] / other[turn].norm()) for other, _ in known) / length
+            total += float(f[turn]) / logit
+        assert float(got[i]) == pytest.approx(total / 4, rel=1e-4)
+
+
+def features(model, images, size=None):
+    return list(fn.FeatureTap(model).stream(images.split(size or len(images)), progress=False))
+
+
+def test_csi_streams_merges_and_forgets(csi):
+    def fitted(images, size=None):
+        detector = fn.CSI(augmentations=2)
+        for part in features(csi, images, size):
+            detector.partial_fit(part)
+        return detector
+
+    (asked,) = features(csi, TEST)
+    whole = fitted(TRAIN)
+    expected = whole.score(asked)
+    assert_close(fitted(TRAIN, 7).score(asked), expected)
+    assert_close(fitted(TRAIN[:9]).merge(fitted(TRAIN[9:])).score(asked), expected)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    assert_close(fitted(TRAIN[order]).score(asked), expected)
+    other = fitted(TEST)
+    other.fit(features(csi, TRAIN)[0])
+    assert_same_state(state(other), state(whole))
+    assert_close(fn.parse_detector("CSI(augmentations=2)").fit(features(csi, TRAIN)[0]).score(asked), expected)
+
+
+def test_csi_compares_with_every_training_input(csi, monkeypatch):
+    (known,), (asked,) = features(csi, TRAIN), features(csi, TEST)
+    detector = fn.CSI(augmentations=1).fit(known)
+    expected = detector.score(asked)
+    monkeypatch.setattr("featnorm.detectors.rotation._COMPARED", 4)
+    assert_close(detector.score(asked), expected)
+
+
+@pytest.mark.parametrize("detector", [fn.RotNet(), fn.CSI(augmentations=2)])
+def test_scores_are_of_each_input_alone_and_leave_the_model(detector, csi, rotnet, tmp_path):
+    model = csi if detector.needs_fit else rotnet
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = TEST.clone()
+    model.train()
+    scorer = fn.Scorer(model, detector).fit([TRAIN]).calibrate(TRAIN.split(10))
+    scores = scorer(TEST).score
+    assert scores.dtype == torch.float32
+    alone = torch.cat([scorer(TEST[i : i + 1]).score for i in range(6)])
+    torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(scorer(TEST).score, scores)
+    assert scorer(TEST[:0]).score.shape == (0,)
+    assert all(module.training for module in model.modules())
+    assert_same_state(before, model.state_dict())
+    assert torch.equal(TEST, kept)
+    scorer.save(tmp_path / "d.featnorm")
+    torch.testing.assert_close(fn.Scorer.load(tmp_path / "d.featnorm", model=model)(TEST).score, scores)
+
+
+def test_what_is_wrong_is_named(csi, rotnet):
+    detector = fn.CSI(augmentations=1)
+    with pytest.raises(fn.NotFittedError):
+        fn.Scorer(csi, detector)(TEST)
+    scorer = fn.Scorer(csi, detector).fit([TRAIN])
+    before = state(detector)
+    for images, message in (
+        (TRAIN - 0.5, "let Normalize be its first layer"),
+        (torch.rand(4, 3, SIDE, SIDE) * 255, "images .* between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scorer.fit([images])
+        with pytest.raises(ValueError, match=message):
+            scorer(images)
+    (asked,) = features(csi, TEST)
+    for bare in (asked.to("cpu"), asked[:2]):
+        for use in (detector.score, detector.partial_fit):
+            with pytest.raises(ValueError, match="came without their inputs"):
+                use(bare)
+    assert_same_state(before, state(detector))
+    with pytest.raises(ValueError, match="came without their inputs"):
+        fn.RotNet().score(features(rotnet, TEST)[0].to("cpu"))
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"only square images .* shape \(2, 3, 8, 6\)"):
+        fn.Scorer(nn.Sequential(wide, nn.Linear(8, 4)), fn.RotNet())(torch.rand(2, 3, 8, 6))
+    with pytest.raises(ValueError, match="the logits of 4 rotations, and the model returns 10"):
+        fn.Scorer(nn.Sequential(wide, nn.Linear(8, 10)), fn.RotNet())(TEST)
+    with pytest.raises(ValueError, match=r"reads `embedding`"):
+        fn.Scorer(nn.Sequential(wide, nn.Linear(8, 4)), fn.CSI()).fit([TRAIN])
+    other = net(CSIHead(6, hidden=7, embedding=E + 1))
+    with pytest.raises(ValueError, match="fitted to `embedding` of width 5, got width 6"):
+        detector.score(features(other, TEST)[0])
+    with torch.no_grad():
+        csi[1].rotation.bias[2] -= 30
+    with pytest.raises(ValueError, match="mean logit of 180 degrees over the training inputs is not positive"):
+        scorer.fit([TRAIN])(TEST)
+    with pytest.raises(ValueError, match="augmentations >= 1"):
+        fn.CSI(augmentations=0)
+    with pytest.raises(ValueError, match="a scale between 0 and 1"):
+        fn.CSI(scale=0)
+    with pytest.raises(ValueError, match="reads `logits`"):
+        fn.RotNet().score(Features(activation=torch.rand(2, 3)))
+
+
+@pytest.mark.parametrize("expression", ["RotNet()", "CSI()", "CSI(augmentations=4, scale=0.3)"])
+def test_an_expression_is_its_own_repr(expression):
+    detector = fn.parse_detector(expression)
+    assert repr(detector) == expression
+    assert detector.needs_inputs
