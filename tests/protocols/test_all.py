@@ -7,7 +7,7 @@ import pytest
 from small import reproduce
 
 from featnorm.cli import reproduce as command
-from featnorm.protocols import cifar10, theory
+from featnorm.protocols import cifar10, imagenet, theory
 from featnorm.training import Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=32, optimiser="sgd", lr=0.02)
@@ -17,6 +17,7 @@ RECIPE = Recipe(epochs=1, batch_size=32, optimiser="sgd", lr=0.02)
 def few(monkeypatch):
     """Two tables of one network, a figure that can be made and one whose images are not there."""
     monkeypatch.setattr(cifar10, "TABLES", ("table5", "table10"))
+    monkeypatch.setattr(imagenet, "TABLES", {"table1": imagenet.TABLES["table1"]})
     monkeypatch.setattr(
         theory, "FIGURES", {"figure2": theory.FIGURES["figure2"], "figure13": theory.FIGURES["figure13"]}
     )
@@ -39,6 +40,7 @@ def test_all_makes_one_page_and_names_what_is_missing(root, few, tmp_path, monke
     assert '<h2 id="figure13">' not in page
     assert "figure13" in page
     assert "svhn:train" in page
+    assert "tiny-imagenet-200.zip" in page
     assert page.count("data:image/svg+xml") == 1 + len(list(out.glob("explanation-*.svg")))
     assert "Paper" in page
     for name in ("table5", "figure2"):

@@ -83,10 +83,10 @@ def _table3(results: Sequence[Result]) -> Table:
     rows = []
     for name in names:
         theirs = paper["rows"].get(name, {})
-        row = [name, cell([mean_pair(result, name) for result in results]), _printed(theirs.get("Average"))]
+        row = [name, cell([mean_pair(result, name) for result in results]), printed(theirs.get("Average"))]
         for set_name in sets:
             ours = cell([result["scores"][name][set_name] for result in results])
-            row.append(ours + (f" ({_printed(theirs[set_name])})" if set_name in theirs else ""))
+            row.append(ours + (f" ({printed(theirs[set_name])})" if set_name in theirs else ""))
         rows.append(row)
     shared = [set_name for set_name in sets if any(set_name in row for row in paper["rows"].values())]
     notes = _notes(results)
@@ -108,7 +108,7 @@ def _simple(table: str, title: str, detectors: Sequence[str]) -> Callable[[Seque
             theirs = numbers("cifar10")[table]["rows"].get(detector)
             theirs = theirs.get("Average") if isinstance(theirs, dict) else theirs
             ours = cell([mean_pair(result, detector) for result in results])
-            rows.append([_LABELS[detector], ours, _printed(theirs)])
+            rows.append([_LABELS[detector], ours, printed(theirs)])
         return Table(f"{title}: AUROC ↑ / FPR95 ↓ in percent", ["Score", "Ours", "Paper"], rows, _notes(results))
 
     return make
@@ -152,7 +152,7 @@ def _ablation(title: str, first: list[str], rows: list[list[str]], results: Sequ
 def _norms(result: Result, part: str, theirs: Mapping[str, _Pair]) -> list[str]:
     cells = []
     for detector in _NORMS:
-        cells += [cell([mean_pair(result, detector, part)]), _printed(theirs.get(detector))]
+        cells += [cell([mean_pair(result, detector, part)]), printed(theirs.get(detector))]
     return cells
 
 
@@ -176,7 +176,8 @@ def cell(pairs: Sequence[_Pair]) -> str:
     return " / ".join(texts)
 
 
-def _printed(pair: _Pair | None) -> str:
+def printed(pair: _Pair | None) -> str:
+    """AUROC / FPR95 as the paper prints them, or a dash where it does not."""
     return "–" if pair is None else f"{pair[0]} / {pair[1]}"
 
 
@@ -202,11 +203,11 @@ def _notes(results: Sequence[Result]) -> list[str]:
         + f"; accuracy on ID {accuracy} %, on the training images {known} %",
         f"training took {_range(minutes)} minutes each",
         *(f"{name}: {value}" for name, value in first["images"].items()),
-        *(f"{name}: {', '.join(_distinct(results, name))}" for name in first["environment"]),
+        *(f"{name}: {', '.join(distinct(results, name))}" for name in first["environment"]),
     ]
 
 
-def _distinct(results: Sequence[Result], fact: str) -> list[str]:
+def distinct(results: Sequence[Result], fact: str) -> list[str]:
     """A fact of the environment, of which tables that share networks have several."""
     return list(dict.fromkeys(result["environment"][fact] for result in results))
 
