@@ -251,11 +251,11 @@ def test_laptop(laptop, tmp_path):
     ]
     assert (out / "table1.md").read_text().count("| Detector |") == 4
     tiny = [result for result in results if result["data"] == "tiny_imagenet"]
-    assert tiny[0]["images"]["OOD, other classes"].endswith(", 32")
+    assert tiny[0]["images"]["OOD, other classes"].endswith(", 16")
     assert tiny[0]["images"]["resolution"] == "all shrunk to 64 pixels"
     assert tiny[1]["accuracy"] is not None
     # Nothing was asked again for the heads.
-    assert [result["computed"] for result in tiny] == [8 * 20 + 32 + 20, 0, 0]
+    assert [result["computed"] for result in tiny] == [8 * 20 + 16 + 10, 0, 0]
     sample = [result for result in results if result["data"] == "imagenet1k_sample"]
     assert "found no variation within the 20 classes" in sample[0]["left_out"]["Mahalanobis()"]
     assert sample[1]["accuracy"] is None

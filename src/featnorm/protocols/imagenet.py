@@ -274,14 +274,17 @@ def run(
         read = partial(head_features, head)
         logit_of = torch.arange(len(data.classes)) if several else None
     headed = time.perf_counter()
-    right = None if logit_of is None else logit_of[_labels(data.test, test)]
+    right: Tensor | None = None
+    if logit_of is not None:
+        known = _labels(data.test, test)
+        right = torch.where(known < 0, -1, logit_of[known.clamp(min=0)])
     with tempfile.TemporaryDirectory(dir=folder) as banks:
         fitted, left_out, shares = _fitted(read, train, labels, scale, Path(banks))
         evaluation = compare(
             fitted,
             fit=None,
             id_set=("in-distribution", _stream(read, test, right)),
-            ood_sets={name: _stream(read, known) for name, known in ood.items()},
+            ood_sets={name: _stream(read, values) for name, values in ood.items()},
         )
     sets = {"training images": train, "in-distribution": test, **ood}
     result = {
