@@ -93,3 +93,12 @@ def test_no_detector_or_no_input_is_an_error():
         compare([fn.KNN()], fit=None, id_set=("known", [known]), ood_sets={"far": [known]})
     with pytest.raises(ValueError, match="no usable input in far"):
         compare([fn.NAN()], fit=None, id_set=("known", [known]), ood_sets={"far": []})
+
+
+def test_detectors_that_come_fitted_need_no_fit():
+    train, known, far = features(90, 1.0, 3), features(60, 1.0, 0), features(50, 0.1, 2)
+    fitted = fn.KNN(k=3).fit(train)
+    result = compare([fitted, fn.SSD()], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})
+    (outcome,) = result.outcomes
+    np.testing.assert_array_equal(outcome.id_scores, fitted.score(known).numpy())
+    assert "none were given to fit on" in result.left_out["SSD()"]

@@ -9,12 +9,13 @@ anew from the results that the documentation keeps.
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, one_class, own_images
+from featnorm.protocols import explanations, heads, imagenet, one_class, own_images
 from featnorm.protocols.figures import Figure
+from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
 from featnorm.protocols.theory import FIGURES
 
@@ -25,6 +26,7 @@ PAGES = {
     "label-free": ("table3-label-free", "table11"),
     "one-class": ("table4",),
     "own-images": ("own-images", "shipped"),
+    "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
 }
 #: Tables that are read off the networks of Table 3.
@@ -47,9 +49,21 @@ def tables(file: Path) -> dict[str, Table]:
             return one_class.tables(content)
         case "head-study":
             return heads.tables(content)
+        case "table1":
+            return large_scale(content)
         case "table3":
             return {name: make_table(name, content) for name in READ_OFF}
     return {file.stem: make_table(file.stem, content)}
+
+
+def large_scale(content: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    """Return all tables of the ImageNet-1k benchmark, as Table 1 has the networks of the others too."""
+    found = {}
+    for name in imagenet.TABLES:
+        wanted = {job.block for job in imagenet.jobs(name, imagenet.SCALES[content[0]["scale"]])}
+        runs = [run for run in content if f"{run['network']}, {run['data']}" in wanted]
+        found.update(make_tables(name, runs))
+    return found
 
 
 def shipped(content: Mapping[str, Any]) -> dict[str, Table]:

@@ -105,7 +105,9 @@ def compare(
     Parameters
     ----------
     detectors : what to compare.
-    fit : in-distribution features to fit on; None for none, which leaves out the detectors that learn.
+    fit
+        In-distribution features to fit on; None for none, which leaves out the detectors that learn and have not
+        learned before.
     id_set : name and features of the in-distribution test inputs.
     ood_sets : features of the OOD test inputs by name.
 
@@ -124,7 +126,7 @@ def compare(
         del active[name]
 
     for name, detector in list(active.items()):
-        if detector.needs_fit and fit is None:
+        if fit is None and not detector.is_fitted:
             leave_out(name, "it learns from in-distribution inputs, and none were given to fit on")
     if fit is not None:
         for features in fit:

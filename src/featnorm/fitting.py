@@ -195,7 +195,7 @@ def _distinct(known: CachedFeatures) -> CachedFeatures:
     """Leave out copies: they are no further draws of what images like these look like."""
     first = sorted({digest: i for i, digest in reversed(list(enumerate(known.digests)))}.values())
     digests = [known.digests[i] for i in first]
-    return replace(known, values=known.values[first], rows=known.rows[first], digests=digests)
+    return replace(known, places=known.places[first], rows=known.rows[first], digests=digests)
 
 
 def held_out(digests: Sequence[bytes]) -> Tensor:
@@ -226,7 +226,9 @@ def fit_head(
         torch.manual_seed(seed)
         head = ProjectionHead(values.shape[1], int(targets.max()) + 1, temperature=TEMPERATURE)
     recipe = replace(recipe, batch_size=batch, epochs=epochs)
-    train(head, (values - mean) / deviation, targets, recipe, seed=seed, progress=progress)
+    # Standardised by the batch: the features of a large data set are mapped from a file, and stay there.
+    model = nn.Sequential(_Standardised(mean, deviation), head)
+    train(model, values, targets, recipe, seed=seed, progress=progress)
     # The first layer takes the standardisation in, so that the head reads features as they are.
     with torch.no_grad():
         head.hidden.weight.div_(deviation)
@@ -234,10 +236,34 @@ def fit_head(
     return head
 
 
+class _Standardised(nn.Module):
+    """Features (n, D) less a mean (D,), over a deviation (D,)."""
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.mean, self.deviation = mean, deviation
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values - self.mean) / self.deviation
+
+
 @torch.no_grad()
 def head_features(head: ProjectionHead, values: Tensor) -> Features:
     """Return what a network of a backbone and this head says of inputs whose features (n, D) are known."""
     return FeatureTap(head)(values).replace(pooled=values, source=None)
+
+
+@torch.no_grad()
+def headless_features(classifier: nn.Module, values: Tensor) -> Features:
+    """Return what a network says, as it came, of inputs whose pooled features (n, D) are known.
+
+    Parameters
+    ----------
+    classifier : its last layer, linear.
+    values : the pooled features, rectified maps: they are the last hidden layer too.
+    """
+    weight, bias = (parameter.detach() for parameter in classifier.parameters())
+    return Features(activation=values, pooled=values, logits=classifier(values), classifier=(weight, bias))
 
 
 def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tensor:

@@ -314,8 +314,18 @@ def _without_counters(state: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _read(path: Path, wanted: Set[str]) -> dict[str, Tensor]:
-    """Read a state dict, out of what it is nested in and without the prefixes of wrappers."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, out of what it is nested in. No code is run, whatever the file holds.
+
+    Parameters
+    ----------
+    path : a ``.safetensors`` file or one of ``torch.save``.
+
+    Raises
+    ------
+    ModelError
+        There is no such file, it is corrupt, it holds no state dict, or it would run code.
+    """
     if not path.is_file():
         raise ModelError(f"no weights file {path}: check the path")
     data: Any
@@ -331,7 +341,7 @@ def _read(path: Path, wanted: Set[str]) -> dict[str, Tensor]:
         if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
             raise ModelError(
                 f"{path} holds Python objects ({code[1]}), and loading those could run any code: "
-                "save model.state_dict() alone"
+                "save model.state_dict() alone, where you trust the file"
             ) from error
         raise ModelError(
             f"cannot read {path} ({type(error).__name__}): "
@@ -345,6 +355,12 @@ def _read(path: Path, wanted: Set[str]) -> dict[str, Tensor]:
     if not state:
         held = ", ".join(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
         raise ModelError(f"no state dict in {path}: it holds {held or 'nothing'}; save model.state_dict()")
+    return state
+
+
+def _read(path: Path, wanted: Set[str]) -> dict[str, Tensor]:
+    """Read a state dict without the prefixes of wrappers."""
+    state = read_weights(path)
     while state.keys() != wanted and (
         prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None)
     ):

@@ -178,3 +178,20 @@ def test_an_image_that_cannot_be_opened_is_named_and_tried_again(folder: Path, t
     (tmp_path / "away.png").rename(folder / "08.png")
     assert 8 in ask(cache, source, Backbone()).rows
     assert all(json.loads(line) for line in (cache.folder / "index.jsonl").read_text().splitlines())
+
+
+def test_features_of_one_pass_stay_in_the_file(folder: Path, tmp_path: Path) -> None:
+    source = open_images(str(folder))
+    known = ask(FeatureCache(tmp_path / "cache", "key"), source, Backbone())
+    # Image 15 is a copy of 9, so that the places are not one after the other.
+    assert not torch.equal(known.places, torch.arange(len(known.places)))
+    parts = list(known.batches(5))
+    assert [len(part) for part in parts] == [5, 5, 3]
+    assert torch.equal(torch.cat(parts), known.values)
+    (folder / "15.png").unlink()
+    known = ask(FeatureCache(tmp_path / "cache", "key"), open_images(str(folder)), Backbone())
+    assert known.values.data_ptr() == known.stored.data_ptr()
+    before = known.values.clone()
+    known.values.zero_()  # whoever changes them does not change the file
+    again = ask(FeatureCache(tmp_path / "cache", "key"), open_images(str(folder)), Backbone())
+    assert torch.equal(again.values, before)

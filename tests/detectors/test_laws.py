@@ -48,6 +48,7 @@ from featnorm.detectors import (
     parse_detector,
     statistics,
 )
+from featnorm.detectors.statistics import unit_rows
 from featnorm.features import PER_INPUT, Features
 from featnorm.metrics import auroc
 
@@ -895,3 +896,22 @@ def test_a_bare_tensor_is_refused_with_what_to_do(detector):
     for call in (detector.score, detector.partial_fit) if detector.needs_fit else (detector.score,):
         with pytest.raises(TypeError, match=r"takes Features, got Tensor: wrap tensors in Features\("):
             call(torch.rand(3, 4))
+
+
+def test_a_bank_is_used_without_a_copy(tmp_path):
+    train = Features(pooled=torch.rand(300, 6, generator=torch.Generator().manual_seed(1)))
+    rows = unit_rows(train.tensor("pooled")).float()
+    file = tmp_path / "bank.f32"
+    file.write_bytes(rows.numpy().tobytes())
+    mapped = torch.from_file(str(file), size=rows.numel()).reshape(rows.shape)
+    used = KNN(k=5).use_bank(mapped)
+    assert used.bank.rows.data_ptr() == mapped.data_ptr()
+    test = Features(pooled=torch.rand(40, 6, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(used.score(test), KNN(k=5).fit(train).score(test))
+    # What is learned later is added to it, and the bank that was given stays as it is.
+    used.partial_fit(test)
+    assert (len(used.bank.rows), len(mapped)) == (340, 300)
+    with pytest.raises(ValueError, match=r"row 7 of the bank of KNN\(\) has length 2"):
+        KNN().use_bank(torch.cat([rows[:7], 2 * rows[7:]]))
+    with pytest.raises(ValueError, match=r"takes a bank \(n, D\) of float32, got torch.float64"):
+        KNN().use_bank(rows.double())

@@ -15,10 +15,10 @@ def write_images(folder, count, seed, size=32, shift=0):
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
 
 
-def reproduce(name, root, out):
+def reproduce(name, root, out, *options):
     """Run ``featnorm reproduce`` with errors as they are raised."""
     return CliRunner().invoke(
         app,
-        ["reproduce", name, "--data-root", str(root), "--out", str(out), "--device", "cpu"],
+        ["reproduce", name, "--data-root", str(root), "--out", str(out), "--device", "cpu", *map(str, options)],
         catch_exceptions=False,
     )

@@ -7,7 +7,7 @@ import pytest
 from small import reproduce
 
 from featnorm.cli import reproduce as command
-from featnorm.protocols import cifar10, label_free, one_class, theory
+from featnorm.protocols import cifar10, imagenet, label_free, one_class, theory
 from featnorm.training import Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=32, optimiser="sgd", lr=0.02)
@@ -19,6 +19,7 @@ def few(monkeypatch):
     monkeypatch.setattr(cifar10, "TABLES", ("table5", "table10"))
     monkeypatch.setattr(label_free, "TABLES", {})
     monkeypatch.setattr(one_class, "TABLES", ())
+    monkeypatch.setattr(imagenet, "TABLES", {"table1": imagenet.TABLES["table1"]})
     monkeypatch.setattr(
         theory, "FIGURES", {"figure2": theory.FIGURES["figure2"], "figure13": theory.FIGURES["figure13"]}
     )
@@ -41,6 +42,7 @@ def test_all_makes_one_page_and_names_what_is_missing(root, few, tmp_path, monke
     assert '<h2 id="figure13">' not in page
     assert "figure13" in page
     assert "svhn:train" in page
+    assert "tiny-imagenet-200.zip" in page
     assert page.count("data:image/svg+xml") == 1 + len(list(out.glob("explanation-*.svg")))
     assert "Paper" in page
     for name in ("table5", "figure2"):

@@ -333,7 +333,8 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="Of the paper: `table3` to `table8`, `table10`, `figure1` to `figure14`; "
+            help="Of the paper: `table1` to `table12`, `table3-label-free`, `table6-imagenet`, `figure1` to "
+            "`figure14`; "
             "`own-images` and `head-study`, what its heads are worth elsewhere and what moves them; "
             "`explanation`, why inputs score as they do; and `all`, which makes what can be made here and one "
             "page of it."
@@ -343,6 +344,10 @@ def reproduce(
         str, typer.Option(help="`paper`: its protocol, to the letter. `laptop`: what two cores do.")
     ] = "laptop",
     data_root: DataRoot = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the authors' checkpoints, for ImageNet-1k's tables at scale `paper`."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="The folder of the networks and tables; a run that was broken off goes on there.")
     ] = Path("featnorm-reproduction"),
@@ -352,7 +357,7 @@ def reproduce(
     """Train what a table or figure of the paper needs, and print our numbers beside the paper's."""
     from featnorm.cli.reproduce import run
 
-    run(name, scale, data_root, out, device, precision)
+    run(name, scale, data_root, weights, out, device, precision)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,36 @@ from rich.table import Table as Grid
 
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.protocols import cifar10, explanations, heads, label_free, one_class, own_images, theory
+from featnorm.data import DataError
+from featnorm.protocols import (
+    cifar10,
+    explanations,
+    heads,
+    imagenet,
+    label_free,
+    one_class,
+    own_images,
+    theory,
+)
 from featnorm.protocols.figures import make_figure
+from featnorm.protocols.imagenet_data import MissingError
+from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
 from featnorm.report.results import Section, write_results_page
 
 ALL = "all"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What every result of a command is made with."""
+
+    scale: str
+    data_root: Path | None
+    weights: Path | None
+    out: Path
+    fabric: Any
+    facts: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -30,9 +55,24 @@ class _Result:
 _Results = dict[str, _Result]
 
 
-def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, precision: str) -> None:
+def run(
+    name: str,
+    scale: str,
+    data_root: Path | None,
+    weights: Path | None,
+    out: Path,
+    device: str,
+    precision: str,
+) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
-    every = (*cifar10.TABLES, *label_free.TABLES, *theory.FIGURES, *_STUDIES, *one_class.TABLES)
+    every = (
+        *cifar10.TABLES,
+        *label_free.TABLES,
+        *imagenet.TABLES,
+        *theory.FIGURES,
+        *_STUDIES,
+        *one_class.TABLES,
+    )
     if name not in (ALL, *every):
         raise ValueError(f"there is no {name!r} to reproduce: choose {ALL}, or one of {', '.join(every)}")
     if scale not in cifar10.SCALES:
@@ -41,22 +81,26 @@ def run(name: str, scale: str, data_root: Path | None, out: Path, device: str, p
     prepare_folder(out)
     fabric = fabric_of(device, precision)
     facts = {"device": f"{fabric.device}, {precision}", **environment()}
+    setting = _Setting(scale, data_root, weights, out, fabric, facts)
     if name == ALL:
-        _all(every, scale, data_root, out, fabric, facts)
+        _all(every, setting)
         return
-    _make(name, scale, data_root, out, fabric, facts)
+    try:
+        _make(name, setting)
+    except MissingError as error:
+        for line in error.lines:
+            print(f"- {line}", file=sys.stderr)
+        raise DataError(f"{name} at scale {scale} lacks what is listed above: {len(error.lines)} things") from None
     console.print(f"Wrote {out / name}.md.", soft_wrap=True)
 
 
-def _all(
-    names: Sequence[str], scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> None:
+def _all(names: Sequence[str], setting: _Setting) -> None:
     """Make everything that can be made here; the page grows with every result, and says what is not on it."""
-    page, sections, missing = out / "results.html", list[Section](), dict[str, str]()
+    page, sections, missing = setting.out / "results.html", list[Section](), dict[str, str]()
     for name in names:
-        console.print(f"[bold]{name}[/]")
+        console.print(name, style="bold")
         try:
-            made = _make(name, scale, data_root, out, fabric, facts)
+            made = _make(name, setting)
         except (ValueError, OSError) as error:
             missing[name] = str(error)
             console.print(f"not made: {error}", style="dim", soft_wrap=True)
@@ -67,28 +111,29 @@ def _all(
         write_results_page(
             page,
             sections,
-            title=f"The paper's results, at {scale} scale",
+            title=f"The paper's results, at {setting.scale} scale",
             summary="Every table and figure that could be made here, the paper's numbers beside ours.",
-            facts=facts,
+            facts=setting.facts,
             missing=missing,
         )
     console.print(f"Wrote {page}.", soft_wrap=True)
 
 
-def _make(
-    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> _Results:
+def _make(name: str, setting: _Setting) -> _Results:
     """Make one result, write it and print it; return what it consists of, by name."""
     if name in cifar10.TABLES:
-        content, made = _table(name, scale, data_root, out, fabric, facts)
+        content, made = _table(name, setting)
     elif name in one_class.TABLES:
-        content, made = _one_class(name, scale, data_root, out, fabric, facts)
+        content, made = _one_class(name, setting)
     elif name in label_free.TABLES:
-        content, made = _frameworks(name, scale, data_root, out, fabric, facts)
+        content, made = _frameworks(name, setting)
+    elif name in imagenet.TABLES:
+        content, made = _imagenet_table(name, setting)
     elif name in _STUDIES:
-        content, made = _STUDIES[name](data_root, fabric, facts)
+        content, made = _STUDIES[name](setting)
     else:
-        content, made = _figure(name, scale, data_root, out, fabric, facts)
+        content, made = _figure(name, setting)
+    out = setting.out
     _write(name, out, content, made)
     for key, result in made.items():
         for i, picture in enumerate(result.pictures):
@@ -104,18 +149,17 @@ def _write(name: str, out: Path, content: Any, made: _Results) -> None:
     (out / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def _table(
-    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> tuple[Any, _Results]:
-    images = _images("cifar10", data_root)
-    _name_missing(images)
-    jobs = cifar10.jobs(name, cifar10.SCALES[scale])
+def _table(name: str, setting: _Setting) -> tuple[Any, _Results]:
+    scale, fabric, facts = cifar10.SCALES[setting.scale], setting.fabric, setting.facts
+    images = _images("cifar10", setting.data_root)
+    _name_missing(images.missing)
+    jobs = cifar10.jobs(name, scale)
     known = heads.pooled(images) if any(job.frozen for job in jobs) else None
     results: list[dict[str, Any]] = []
     for i, job in enumerate(jobs):
-        folder = _begin(out, job.folder, i, len(jobs))
+        folder = _begin(setting.out, job.folder, i, len(jobs))
         if known is None:
-            result = cifar10.run(job, cifar10.SCALES[scale], images, folder, fabric=fabric, environment=facts)
+            result = cifar10.run(job, scale, images, folder, fabric=fabric, environment=facts)
         else:
             result = heads.run(job, known, folder, environment=facts)
         results.append(result)
@@ -123,70 +167,81 @@ def _table(
     return results, {name: _Result(make_table(name, results), pictures)}
 
 
-def _frameworks(
-    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> tuple[Any, _Results]:
-    sets, size = label_free.TABLES[name], label_free.SCALES[scale]
+def _frameworks(name: str, setting: _Setting) -> tuple[Any, _Results]:
+    sets, scale = label_free.TABLES[name], label_free.SCALES[setting.scale]
     same = sets is cifar10.PAPER_SETS
-    images = _images("cifar10", data_root) if same else cifar10.load_images(data_root, sets)
-    _name_missing(images)
-    jobs = label_free.jobs(name, size)
+    root = setting.data_root
+    images = _images("cifar10", root) if same else cifar10.load_images(root, sets)
+    _name_missing(images.missing)
+    jobs = label_free.jobs(name, scale)
     results = []
     for i, job in enumerate(jobs):
-        folder = _begin(out, job.folder, i, len(jobs))
-        results.append(label_free.run(job, size, images, folder, fabric=fabric, environment=facts))
+        folder = _begin(setting.out, job.folder, i, len(jobs))
+        results.append(
+            label_free.run(job, scale, images, folder, fabric=setting.fabric, environment=setting.facts)
+        )
     return results, {name: _Result(make_table(name, results))}
 
 
-def _name_missing(images: cifar10.Images) -> None:
-    for missing, why in images.missing.items():
-        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
+def _name_missing(missing: Mapping[str, str]) -> None:
+    for name, why in missing.items():
+        console.print(f"without {name}: {why}", style="dim", soft_wrap=True)
 
 
-def _figure(
-    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> tuple[Any, _Results]:
+def _imagenet_table(name: str, setting: _Setting) -> tuple[Any, _Results]:
+    scale, where = imagenet.SCALES[setting.scale], (setting.data_root, setting.weights)
+    imagenet.require(name, scale, *where)
+    jobs = imagenet.jobs(name, scale)
+    results = []
+    for i, job in enumerate(jobs):
+        folder = _begin(setting.out, job.folder, i, len(jobs))
+        made: dict[str, Any] = {"fabric": setting.fabric, "environment": setting.facts}
+        results.append(imagenet.run(job, scale, *where, folder, cache=setting.out / "features", **made))
+    return results, {key: _Result(table) for key, table in make_tables(name, results).items()}
+
+
+def _figure(name: str, setting: _Setting) -> tuple[Any, _Results]:
+    scale, fabric, facts = theory.SCALES[setting.scale], setting.fabric, setting.facts
     jobs = theory.FIGURES[name]
-    images = _images(jobs[0].data, data_root)
+    images = _images(jobs[0].data, setting.data_root)
     runs = []
     for i, job in enumerate(jobs):
-        folder = _begin(out, job.folder, i, len(jobs))
-        runs.append(theory.run(job, theory.SCALES[scale], images, folder, fabric=fabric, environment=facts))
+        folder = _begin(setting.out, job.folder, i, len(jobs))
+        runs.append(theory.run(job, scale, images, folder, fabric=fabric, environment=facts))
     figure = make_figure(name, runs)
     return figure.to_json(), {name: _Result(figure.table, (figure.svg,))}
 
 
-def _one_class(
-    name: str, scale: str, data_root: Path | None, out: Path, fabric: Any, facts: dict[str, str]
-) -> tuple[Any, _Results]:
-    images = one_class.load_images(data_root)
-    for missing, why in images.missing.items():
-        console.print(f"without {missing}: {why}", style="dim", soft_wrap=True)
-    settings = one_class.SCALES[scale]
-    planned = one_class.tasks(settings, images)
+def _one_class(name: str, setting: _Setting) -> tuple[Any, _Results]:
+    images = one_class.load_images(setting.data_root)
+    _name_missing(images.missing)
+    scale = one_class.SCALES[setting.scale]
+    planned = one_class.tasks(scale, images)
     results: list[dict[str, Any]] = []
     for i, task in enumerate(planned):
-        folder = _begin(out, task.folder, i, len(planned))
-        results.append(one_class.run(task, settings, images, folder, fabric=fabric, environment=facts))
+        folder = _begin(setting.out, task.folder, i, len(planned))
+        results.append(
+            one_class.run(task, scale, images, folder, fabric=setting.fabric, environment=setting.facts)
+        )
         content = one_class.summary(results, planned, images)
         made = {key: _Result(table) for key, table in one_class.tables(content).items()}
         # An hour or more lies between the first and the last: what there is can be read in the meantime.
-        _write(name, out, content, made)
+        _write(name, setting.out, content, made)
     return content, made
 
 
-def _own_images(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:
-    content = own_images.run(data_root, fabric=fabric, environment=facts)
+def _own_images(setting: _Setting) -> tuple[Any, _Results]:
+    content = own_images.run(setting.data_root, fabric=setting.fabric, environment=setting.facts)
     return content, {name: _Result(table) for name, table in own_images.tables(content).items()}
 
 
-def _head_study(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:
-    content = heads.study(_images("cifar10", data_root), environment=facts)
+def _head_study(setting: _Setting) -> tuple[Any, _Results]:
+    content = heads.study(_images("cifar10", setting.data_root), environment=setting.facts)
     return content, {name: _Result(table) for name, table in heads.tables(content).items()}
 
 
-def _explanation(data_root: Path | None, fabric: Any, facts: dict[str, str]) -> tuple[Any, _Results]:
-    content = explanations.run(_images("cifar10", data_root), environment=facts)
+def _explanation(setting: _Setting) -> tuple[Any, _Results]:
+    content = explanations.run(_images("cifar10", setting.data_root), environment=setting.facts)
     pictures = tuple(explanations.pictures(content).values())
     return content, {name: _Result(table, pictures) for name, table in explanations.tables(content).items()}
 

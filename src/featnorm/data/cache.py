@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ class CachedFeatures:
 
     Attributes
     ----------
-    values : Tensor
-        (n, D) float32, in the order of the source.
+    stored : Tensor
+        (N, D) float32, all that the cache holds, mapped from its file and not read until it is asked for.
+    places : Tensor
+        (n,) int64, where in it the features of each image are, in the order of the source.
     rows : Tensor
         (n,) int64, which images of the source they are of.
     digests : list of bytes
@@ -36,11 +39,25 @@ class CachedFeatures:
         For how many images the backbone was asked; the others were known.
     """
 
-    values: Tensor
+    stored: Tensor
+    places: Tensor
     rows: Tensor
     digests: list[bytes]
     corrupt: list[tuple[str, str]]
     computed: int
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The features (n, D); still mapped where they lie one after the other, as those of one pass do."""
+        first, n = int(self.places[0]), len(self.places)
+        if torch.equal(self.places, torch.arange(first, first + n)):
+            return self.stored[first : first + n]
+        return self.stored[self.places]
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the features in order, at most ``size`` at a time, each time read anew."""
+        for places in self.places.split(size):
+            yield self.stored[places]
 
 
 class FeatureCache:
@@ -126,9 +143,11 @@ class FeatureCache:
         if not rows:
             name, why = corrupt[0]
             raise DataError(f"none of the {len(corrupt)} images of {source.title} can be read; {name}: {why}")
-        stored = np.memmap(self._features, np.float32, "r").reshape(-1, state.width)
-        values = torch.from_numpy(stored[[state.places[digests[row]] for row in rows]])
-        return CachedFeatures(values, torch.tensor(rows), [digests[row] for row in rows], corrupt, asked)
+        # Copied on writing, so that whoever changes the features does not change the file.
+        stored = torch.from_numpy(np.memmap(self._features, np.float32, "c").reshape(-1, state.width))
+        kept = [digests[row] for row in rows]
+        places = torch.tensor([state.places[digest] for digest in kept])
+        return CachedFeatures(stored, places, torch.tensor(rows), kept, corrupt, asked)
 
     def _open(self) -> "_State":
         """Read the index; cut off what a killed process left of a batch."""

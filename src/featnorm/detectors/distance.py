@@ -1,6 +1,6 @@
 """Detectors that measure a distance to the training features."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from featnorm.features import Features
 
 # Above this many rows k-means and its covariances are learned from a sample of them.
 _CLUSTERED_ROWS = 1 << 16
+# Rows of a bank that are looked at at a time.
+_CHECKED_ROWS = 1 << 14
 
 
 class _Gaussians(NamedTuple):
@@ -215,6 +217,33 @@ class KNN(Detector):
         self.k = k
         self.squared = squared
         self.bank = Bank()
+
+    def use_bank(self, rows: Tensor) -> Self:
+        """Take a bank as it is, in place of what was learned, without a copy: it may be mapped from a file.
+
+        Parameters
+        ----------
+        rows : training features of unit length, as `unit_rows` makes them, (n, D) float32.
+
+        Raises
+        ------
+        ValueError
+            The rows are of another shape or type, or one is neither of unit length nor zero.
+        """
+        if rows.ndim != 2 or rows.dtype != torch.float32:
+            raise ValueError(f"{self!r} takes a bank (n, D) of float32, got {rows.dtype} {tuple(rows.shape)}")
+        for start in range(0, len(rows), _CHECKED_ROWS):
+            lengths = torch.linalg.vector_norm(rows[start : start + _CHECKED_ROWS], dim=1)
+            wrong = ~(((lengths - 1).abs() < 1e-3) | (lengths == 0))
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"row {start + row} of the bank of {self!r} has length {float(lengths[row]):.3g}: "
+                    "divide each row by its length"
+                )
+        self.bank.rows = rows
+        self._forget_derived()
+        return self
 
     def _learn(self, features: Features) -> None:
         self.bank.add(unit_rows(features.tensor("pooled")))

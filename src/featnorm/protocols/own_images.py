@@ -19,8 +19,7 @@ from featnorm.calibration import Calibration
 from featnorm.data import ImageSource, SlicedImages, open_images
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare, standard_detectors
-from featnorm.features import Features
-from featnorm.fitting import backbone_features, cluster, fit_head, head_features, held_out
+from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features, held_out
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model
 from featnorm.protocols.cifar10 import percentages
@@ -99,7 +98,7 @@ def run(
     ood = {"other classes": near.values} | {name: fold(spec).values for name, spec in _FAR.items()}
     learned, calibrate = train.split()
     heads: dict[str, list[dict[str, Any]]] = {
-        "no head": [_evaluate(lambda values: _headless(classifier, values), learned, test, ood)]
+        "no head": [_evaluate(lambda values: headless_features(classifier, values), learned, test, ood)]
     }
     refused: dict[str, list[float]] = {}
     for name in ("labels", "clusters"):
@@ -185,13 +184,6 @@ def _evaluate(features_of: Any, learned: _Fold, test: _Fold, ood: Mapping[str, T
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
     return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.left_out}
-
-
-@torch.no_grad()
-def _headless(classifier: nn.Module, values: Tensor) -> Features:
-    """Return what the network says as it came, its own classifier being of other classes."""
-    weight, bias = (parameter.detach() for parameter in classifier.parameters())
-    return Features(activation=values, pooled=values, logits=classifier(values), classifier=(weight, bias))
 
 
 def _refused(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:

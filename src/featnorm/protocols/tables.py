@@ -83,10 +83,10 @@ def _table3(results: Sequence[Result]) -> Table:
     rows = []
     for name in names:
         theirs = paper["rows"].get(name, {})
-        row = [name, cell([mean_pair(result, name) for result in results]), _printed(theirs.get("Average"))]
+        row = [name, cell([mean_pair(result, name) for result in results]), printed(theirs.get("Average"))]
         for set_name in sets:
             ours = cell([result["scores"][name][set_name] for result in results])
-            row.append(ours + (f" ({_printed(theirs[set_name])})" if set_name in theirs else ""))
+            row.append(ours + (f" ({printed(theirs[set_name])})" if set_name in theirs else ""))
         rows.append(row)
     shared = [set_name for set_name in sets if any(set_name in row for row in paper["rows"].values())]
     notes = _notes(results)
@@ -113,9 +113,9 @@ def _frameworks(name: str, title: str) -> Callable[[Sequence[Result]], Table]:
             theirs = paper["rows"].get(detector, {})
             result, pairs = measured.get(detector, (None, {}))
             ours = "–" if result is None else cell([mean_pair(result, detector)])
-            row = [detector, "–" if result is None else result["framework"], ours, _printed(theirs.get("Average"))]
+            row = [detector, "–" if result is None else result["framework"], ours, printed(theirs.get("Average"))]
             for set_name in sets:
-                bracket = f" ({_printed(theirs[set_name])})" if set_name in theirs else ""
+                bracket = f" ({printed(theirs[set_name])})" if set_name in theirs else ""
                 row.append((cell([pairs[set_name]]) if pairs else "–") + bracket)
             rows.append(row)
         first = results[0]
@@ -155,7 +155,7 @@ def _simple(table: str, title: str, detectors: Sequence[str]) -> Callable[[Seque
             theirs = numbers("cifar10")[table]["rows"].get(detector)
             theirs = theirs.get("Average") if isinstance(theirs, dict) else theirs
             ours = cell([mean_pair(result, detector) for result in results])
-            rows.append([_LABELS[detector], ours, _printed(theirs)])
+            rows.append([_LABELS[detector], ours, printed(theirs)])
         return Table(f"{title}: AUROC ↑ / FPR95 ↓ in percent", ["Score", "Ours", "Paper"], rows, _notes(results))
 
     return make
@@ -199,7 +199,7 @@ def _ablation(title: str, first: list[str], rows: list[list[str]], results: Sequ
 def _norms(result: Result, part: str, theirs: Mapping[str, _Pair]) -> list[str]:
     cells = []
     for detector in _NORMS:
-        cells += [cell([mean_pair(result, detector, part)]), _printed(theirs.get(detector))]
+        cells += [cell([mean_pair(result, detector, part)]), printed(theirs.get(detector))]
     return cells
 
 
@@ -225,7 +225,8 @@ def cell(pairs: Sequence[_Pair]) -> str:
     return " / ".join(texts)
 
 
-def _printed(pair: Sequence[float | None] | None) -> str:
+def printed(pair: Sequence[float | None] | None) -> str:
+    """AUROC / FPR95 as the paper prints them, or a dash where it does not."""
     return "–" if pair is None else " / ".join("–" if value is None else f"{value}" for value in pair)
 
 
@@ -259,11 +260,11 @@ def _facts(results: Sequence[Result]) -> list[str]:
     first = results[0]
     return [
         *(f"{name}: {value}" for name, value in first["images"].items()),
-        *(f"{name}: {', '.join(_distinct(results, name))}" for name in first["environment"]),
+        *(f"{name}: {', '.join(distinct(results, name))}" for name in first["environment"]),
     ]
 
 
-def _distinct(results: Sequence[Result], fact: str) -> list[str]:
+def distinct(results: Sequence[Result], fact: str) -> list[str]:
     """A fact of the environment, of which tables that share networks have several."""
     return list(dict.fromkeys(result["environment"][fact] for result in results))
 
