@@ -60,7 +60,8 @@ def main() -> None:
         "images": f"{len(source)} of {source.title}",
         **judged(ImageScorer.load(options.detector), source),
         "service": served(options, [as_jpeg(source, row) for row in range(len(source))]),
-        "environment": environment(),
+        # Not the command, whose places are of this machine.
+        "environment": {name: fact for name, fact in environment().items() if name != "command"},
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Make a trained network of the CIFAR-10 benchmark part of the package, with a card of what it reaches.
 
-python tools/publish_model.py featnorm-reproduction/laptop/relu-512-16epochs-seed0 cifar10-resnet18
+python tools/publish_model.py featnorm-reproduction/laptop/relu-512-26epochs-seed0 cifar10-resnet18
 """
 
 import argparse
@@ -30,7 +30,7 @@ weights, with no other data. Kept in half precision; what follows was measured w
 - {size:.1f} MB, {parameters:,} parameters
 - the licence is featnorm's; the images it learned from are CIFAR-10 (Krizhevsky, 2009)
 
-It is one network of the benchmark's three, made to try featnorm with and to check its figures by. It tells apart
+It is one of the benchmark's networks, made to try featnorm with and to check its figures by. It tells apart
 ten kinds of small photographs and is fit for no other use.
 
 {table}"""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, imagenet, one_class, own_images
+from featnorm.protocols import explanations, heads, imagenet, own_images
 from featnorm.protocols.figures import Figure
 from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
@@ -23,8 +23,6 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 #: The results that each page shows; they lie in a folder of its name.
 PAGES = {
     "cifar10": ("table3", "table6", "table7", "figure7", "head-study"),
-    "label-free": ("table3-label-free", "table11"),
-    "one-class": ("table4",),
     "own-images": ("own-images", "shipped"),
     "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
@@ -45,14 +43,15 @@ def tables(file: Path) -> dict[str, Table]:
             return shipped(content)
         case "explanation":
             return explanations.tables(content)
-        case "table4":
-            return one_class.tables(content)
         case "head-study":
             return heads.tables(content)
         case "table1":
             return large_scale(content)
         case "table3":
             return {name: make_table(name, content) for name in READ_OFF}
+        case "table3-short":
+            # Kept from when these networks were smaller and trained for fewer epochs.
+            return {file.stem: make_table("table3", content)}
     return {file.stem: make_table(file.stem, content)}
 
 
@@ -124,8 +123,8 @@ def main() -> None:
         kept.mkdir(exist_ok=True)
         for name in names if folder else ():
             if (folder / f"{name}.json").exists():
-                # Where it wrote is a place on somebody's machine.
-                text = re.sub(r" --out [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
+                # Where it read and wrote are places on somebody's machine.
+                text = re.sub(r" --(out|data-root) [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
                 (kept / f"{name}.json").write_text(text, "utf-8")
         for file in kept.glob("figure*.json"):
             content = json.loads(file.read_text("utf-8"))

@@ -16,6 +16,7 @@ Run = Mapping[str, Any]
 """What `featnorm.protocols.theory.run` returns."""
 
 _SCORES = {"norm": "l1-norm", "nan": "NAN"}
+_FOLDS = {"train": "ID, training", "test": "ID, test"}
 _HIDDEN = {
     "accuracy": "accuracy",
     "entropy": "entropy, nats",
@@ -95,7 +96,9 @@ def _scheme(run: Run) -> str:
 
 
 def _sets(run: Run) -> list[str]:
-    return [key.removeprefix("norm:") for key in run["end"] if key.startswith("norm:")]
+    """The folds of ID, and after them the OOD sets by name."""
+    names = {key.removeprefix("norm:") for key in run["end"] if key.startswith("norm:")}
+    return sorted(names, key=lambda name: (name not in _FOLDS, name != "train", name))
 
 
 def _figure1(runs: Sequence[Run]) -> _Parts:
@@ -106,7 +109,7 @@ def _figure1(runs: Sequence[Run]) -> _Parts:
             "epoch",
             "l1-norm",
             [
-                Line(name, series(run, LAST, "norm", name), _epochs(run), style)
+                Line(_FOLDS.get(name, name), series(run, LAST, "norm", name), _epochs(run), style)
                 for style, name in enumerate(name for name in _sets(run) if name != "train")
             ],
         )
@@ -118,7 +121,7 @@ def _figure1(runs: Sequence[Run]) -> _Parts:
             "l1-norm",
             "density",
             [
-                Line(name, decayed["end"][f"norm:{name}"].tolist(), style=style, histogram=True)
+                Line(_FOLDS.get(name, name), decayed["end"][f"norm:{name}"].tolist(), style=style, histogram=True)
                 for style, name in enumerate(name for name in _sets(decayed) if name != "train")
             ],
         )
@@ -252,7 +255,12 @@ def _figure6(runs: Sequence[Run]) -> _Parts:
             "1 / units on",
             "density",
             [
-                Line(name, (1 / run["end"][f"l0:{name}"].clamp_min(1)).tolist(), style=style, histogram=True)
+                Line(
+                    _FOLDS.get(name, name),
+                    (1 / run["end"][f"l0:{name}"].clamp_min(1)).tolist(),
+                    style=style,
+                    histogram=True,
+                )
                 for style, name in enumerate(others)
             ],
         )
@@ -278,7 +286,12 @@ def _figure6(runs: Sequence[Run]) -> _Parts:
             ]
         )
     headers = ["Layer", "entropy, first → last epoch", *(f"AUROC of {name}" for name in _SCORES.values())]
-    return [panels], "sparsity, entropy and detection by layer", [*headers, *(f"1/l0, {n}" for n in others)], rows
+    return (
+        [panels],
+        "sparsity, entropy and detection by layer",
+        [*headers, *(f"1/l0, {_FOLDS.get(n, n)}" for n in others)],
+        rows,
+    )
 
 
 def _figure8(runs: Sequence[Run]) -> _Parts:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Told apart without colour too, by dash, and by marker where points are few.
 _STYLES = [
@@ -146,6 +147,7 @@ def explanation_figure(
         classes.text(len(logits) - 0.5, norm, "l1-norm", ha="right", va="bottom")
         classes.axhline(0, color="#333333", lw=0.6)
         classes.margins(y=0.1)
+        classes.xaxis.set_major_locator(MaxNLocator(integer=True))
         classes.set_xlabel("class (dark: predicted)")
         classes.set_ylabel("hidden logit")
         for ax in (units, values, classes):
