@@ -23,6 +23,7 @@ _STYLES = [
     ("#5a5a5a", "P", (0, (1, 2))),
 ]
 _FEW = 16  # points of a line, which get markers
+_MOST_INSIDE = 4  # lines whose legend finds room among them
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
         ax.minorticks_off()
     _plain(ax)
-    if len(panel.lines) > 1:
+    if len(panel.lines) > _MOST_INSIDE:
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+    elif len(panel.lines) > 1:
         ax.legend(frameon=False, fontsize=8)
 
 
