@@ -23,6 +23,7 @@ from featnorm.features import Features
 from featnorm.tap import FeatureTap
 from featnorm.training import PRESETS, Recipe, cifar_network, train
 from featnorm.training.networks import Activation
+from featnorm.training.probe import spaced
 
 SIDE = 32
 CLASSES = 10
@@ -409,9 +410,8 @@ def score(
 
     test = list(stream(*images.test))
     ood = {name: list(stream(pixels, None)) for name, pixels in images.ood.items()}
-    known, targets = images.train
-    rows = torch.linspace(0, len(known) - 1, min(len(known), most or len(known))).round().long()
-    fit = stream(known[rows], targets[rows]) if any(detector.needs_fit for detector in chosen) else None
+    learns = any(detector.needs_fit for detector in chosen)
+    fit = stream(*(spaced(values, most) for values in images.train)) if learns else None
     evaluation = compare(chosen, fit=fit, id_set=("cifar10", test), ood_sets=ood)
     pooled = compare(
         [NAN(), L1Norm(), Sparsity()],

@@ -14,6 +14,7 @@ from featnorm.protocols.heads import NETWORK
 from featnorm.protocols.tables import Table
 from featnorm.report.figures import explanation_figure
 from featnorm.tap import FeatureTap
+from featnorm.training.probe import spaced
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 #: Training images that the explainer is fitted on, evenly spaced.
@@ -35,9 +36,8 @@ def run(images: cifar10.Images, *, environment: Mapping[str, str], progress: boo
     ``rows``, one a set: what the table shows, and what the picture is drawn from; ``images``, ``environment``.
     """
     model = load_model(NETWORK).to(memory_format=torch.channels_last)
-    train = images.train[0]
-    rows = torch.linspace(0, len(train) - 1, min(KNOWN, len(train))).round().long()
-    explainer = Explainer(model, class_names=CLASSES).fit(_batches(train[rows]), progress=progress)
+    known = spaced(images.train[0], KNOWN)
+    explainer = Explainer(model, class_names=CLASSES).fit(_batches(known), progress=progress)
     tap = FeatureTap(model)
     found = []
     for name, pixels in {"cifar10": images.test[0], **images.ood}.items():

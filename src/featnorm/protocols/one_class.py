@@ -23,6 +23,7 @@ from featnorm.protocols.explanations import CLASSES
 from featnorm.protocols.paper import numbers
 from featnorm.protocols.tables import Table
 from featnorm.training import Recipe
+from featnorm.training.probe import spaced
 
 TABLES = ("table4",)
 
@@ -239,10 +240,7 @@ def run(
 
 def _of_class(labels: Tensor, label: int, most: int | None) -> Tensor:
     """Return the rows of a class, evenly spaced where there are more than so many."""
-    rows = (labels == label).nonzero()[:, 0]
-    if most is None or len(rows) <= most:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, most).round().long()]
+    return spaced((labels == label).nonzero()[:, 0], most)
 
 
 def summary(results: Sequence[Mapping[str, Any]], planned: Sequence[Task], images: Images) -> dict[str, Any]:

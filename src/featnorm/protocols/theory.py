@@ -22,7 +22,7 @@ from featnorm.tap import FeatureTap
 from featnorm.training import MLP, PRESETS, Normalize, Probe, Recipe, cifar_network, train
 from featnorm.training import scheme_labels as targets_of
 from featnorm.training.networks import CIFAR10_MEAN, CIFAR10_STD, Activation
-from featnorm.training.probe import LAST
+from featnorm.training.probe import LAST, spaced
 from featnorm.training.recipe import Scheme
 
 Data = Literal["cifar10", "svhn", "mnist"]
@@ -181,10 +181,8 @@ def run(
         The folder holds a run of other settings.
     """
     inputs, labels = images.train
-    if job.network == "resnet" and scale.images is not None:
-        # Evenly spaced, since a folder of images is sorted by class.
-        rows = torch.linspace(0, len(inputs) - 1, min(scale.images, len(inputs))).round().long()
-        inputs, labels = inputs[rows], labels[rows]
+    if job.network == "resnet":
+        inputs, labels = spaced(inputs, scale.images), spaced(labels, scale.images)
     recipe = job.recipe(scale)
     made_with = {
         "scale": scale.name,

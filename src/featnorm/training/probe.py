@@ -67,10 +67,10 @@ class Probe:
                 f"the hidden classifier of {unknown[0]!r} is asked for, and the layer is not among layers"
             )
         self.folds: dict[str, Fold] = {
-            name: (_spaced(inputs, most), None if targets is None else _spaced(targets, most))
+            name: (spaced(inputs, most), None if targets is None else spaced(targets, most))
             for name, (inputs, targets) in folds.items()
         }
-        self.ood = {name: _spaced(inputs, most) for name, inputs in ood.items()}
+        self.ood = {name: spaced(inputs, most) for name, inputs in ood.items()}
         self.layers = tuple(layers)
         self.hidden = tuple(hidden)
         self.pre_activation = pre_activation
@@ -181,7 +181,11 @@ def _pixels(batch: Tensor) -> Tensor:
     return batch.float().div(255) if batch.dtype == torch.uint8 else batch
 
 
-def _spaced(values: Tensor, most: int) -> Tensor:
-    if len(values) <= most:
+def spaced(values: Tensor, most: int | None) -> Tensor:
+    """Return at most so many of the rows, evenly spaced, since a folder of images is sorted by class.
+
+    All of them, uncopied, where there are no more, or ``most`` is None.
+    """
+    if most is None or len(values) <= most:
         return values
     return values[torch.linspace(0, len(values) - 1, most).round().long()]
