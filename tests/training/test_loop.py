@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes to the same weights, and does on two processes what it does on one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from featnorm.cli.evaluate import fabric_of
 from featnorm.training import (
     MLP,
     PRESETS,
@@ -408,3 +410,30 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match="loss is not finite in epoch 1"):
         train(bad, images, targets, RECIPE, folder=tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++")
+def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path):
+    images, targets = data(64)
+    recipe = Recipe(epochs=3, batch_size=16, optimiser="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
+    fabric = fabric_of("cpu", "32-true", compiled=True)
+
+    def network():
+        torch.manual_seed(0)
+        convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(8, 3))
+
+    plain = train(network(), images, targets, recipe)
+    compiled = train(network(), images, targets, recipe, fabric=fabric)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[key], value, rtol=1e-3, atol=1e-5)
+
+    def stop(entry, _):
+        if entry["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), images, targets, recipe, folder=tmp_path, fabric=fabric, on_epoch=stop)
+    resumed = train(network(), images, targets, recipe, folder=tmp_path, fabric=fabric)
+    assert_same(weights(compiled), weights(resumed))

@@ -63,6 +63,7 @@ def run(
     out: Path,
     device: str,
     precision: str,
+    compiled: bool,
 ) -> None:
     """Train what a table or figure needs, or go on where that was left; write and print it."""
     every = (
@@ -79,8 +80,9 @@ def run(
         raise ValueError(f"there is no scale {scale!r}: choose one of {', '.join(cifar10.SCALES)}")
     out = out / scale
     prepare_folder(out)
-    fabric = fabric_of(device, precision)
-    facts = {"device": f"{fabric.device}, {precision}", **environment()}
+    fabric = fabric_of(device, precision, compiled=compiled)
+    how = f"{fabric.device}, {precision}" + (", compiled" if compiled else "")
+    facts = {"device": how, **environment()}
     setting = _Setting(scale, data_root, weights, out, fabric, facts)
     if name == ALL:
         _all(every, setting)
