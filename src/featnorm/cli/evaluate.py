@@ -184,7 +184,8 @@ def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
     class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
         def setup(self, module: Any, *optimisers: Any, **options: Any) -> Any:
             # Crops come in two sizes: code for each is faster than code for any.
-            return super().setup(torch.compile(module, dynamic=False), *optimisers, **options)
+            compiled_module: Any = torch.compile(module, dynamic=False)
+            return super().setup(compiled_module, *optimisers, **options)
 
     kind = Compiling if compiled else Fabric
     try:

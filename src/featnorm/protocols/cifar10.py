@@ -20,7 +20,7 @@ from featnorm.data import DataError, ImageSource, image_tensor, open_images
 from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, L1Norm, ReAct, Sparsity, Views
 from featnorm.evaluation import Evaluation, compare, standard_detectors
 from featnorm.features import Features
-from featnorm.tap import FeatureTap
+from featnorm.tap import AutocastTap, FeatureTap
 from featnorm.training import PRESETS, Recipe, cifar_network, train
 from featnorm.training.networks import Activation
 from featnorm.training.probe import spaced
@@ -403,7 +403,7 @@ def score(
     """
     began = time.perf_counter()
     model = fabric.to_device(model).to(memory_format=torch.channels_last)
-    tap = _AutocastTap(model, fabric) if same_precision else FeatureTap(model)
+    tap = AutocastTap(model, fabric) if same_precision else FeatureTap(model)
 
     def stream(pixels: Tensor, targets: Tensor | None) -> Iterator[Features]:
         yield from tap.stream(_Batches(pixels, targets if labels else None), progress=progress)
@@ -427,18 +427,6 @@ def score(
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
-
-
-class _AutocastTap(FeatureTap):
-    """A tap that runs the model in the precision of its training, whoever asks."""
-
-    def __init__(self, model: nn.Module, fabric: Any) -> None:
-        super().__init__(model)
-        self._fabric = fabric
-
-    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
-        with self._fabric.autocast():
-            return super().listen(inputs, classifier=classifier)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,22 @@ The data is that of `featnorm.protocols.cifar10`. Each framework trains one netw
 detectors that it is for.
 """
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from featnorm.detectors import CSI, KNN, NAN, SSD, Detector, RotNet, Views
+from featnorm.detectors import CSI, KNN, NAN, Detector, RotNet
+from featnorm.metrics import auroc, fpr_at_tpr
+from featnorm.oneclass import GOAD
+from featnorm.oneclass.frameworks import moco_detectors
 from featnorm.protocols.cifar10 import PAPER_SETS, Images, keep_result, kept_result, train_and_score
 from featnorm.training import PRESETS, CSIHead, Recipe, cifar_network, cifar_network_with
+from featnorm.training.probe import spaced
 
 #: The OOD sets of each table, as `featnorm.protocols.cifar10.PAPER_SETS`.
 TABLES = {
@@ -26,7 +32,7 @@ TABLES = {
         "LSUN": "lsun",
     },
 }
-_FRAMEWORKS = {"table3-label-free": ("MoCo-v2", "RotNet", "CSI"), "table11": ("CIDER",)}
+_FRAMEWORKS = {"table3-label-free": ("MoCo-v2", "RotNet", "GOAD", "CSI"), "table11": ("CIDER",)}
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,21 @@ class Scale:
     name : "laptop" or "paper".
     width : channels of the first stage of the ResNet-18.
     recipes : by framework.
-    most : training images that a detector which asks the model again in fitting learns from; None for all.
+    goad : the system of one-class classification that has a row in Table 3.
+    most
+        Training images that a detector which asks the model again in fitting learns from, and that GOAD trains on,
+        where each is seen in 72 transformations; None for all.
     """
 
     name: str
     width: int
     recipes: Mapping[str, Recipe]
+    goad: GOAD
     most: int | None
 
 
-def _short(name: str, epochs: int, batch_size: int, lr: float, crop: int, crop_share: float = 0.8) -> Recipe:
-    """A framework's settings for half an hour on one core: few epochs, small views first, SGD with a warm-up."""
+def short(name: str, epochs: int, batch_size: int, lr: float, crop: int, crop_share: float = 0.8) -> Recipe:
+    """Return a framework's settings for small machines: few epochs, small views first, SGD with a warm-up."""
     return replace(
         PRESETS[name],
         epochs=epochs,
@@ -66,14 +76,15 @@ SCALES = {
         "laptop",
         32,
         {
-            "MoCo-v2": _short("MoCo-v2", 12, 256, 0.06, 24),
-            "RotNet": _short("RotNet", 5, 128, 0.1, 24),
-            "CSI": _short("CSI", 3, 128, 0.1, 20, 0.9),
-            "CIDER": _short("CIDER", 10, 256, 0.25, 24),
+            "MoCo-v2": short("MoCo-v2", 12, 256, 0.06, 24),
+            "RotNet": short("RotNet", 5, 128, 0.1, 24),
+            "CSI": short("CSI", 3, 128, 0.1, 20, 0.9),
+            "CIDER": short("CIDER", 10, 256, 0.25, 24),
         },
+        goad=GOAD(width=1, epochs=2, lr=3e-3),
         most=5000,
     ),
-    "paper": Scale("paper", 64, PRESETS, most=None),
+    "paper": Scale("paper", 64, PRESETS, GOAD(), most=None),
 }
 
 
@@ -95,19 +106,13 @@ class Framework:
     asks_in_fit: bool = False
 
 
-def _of_moco() -> list[Detector]:
-    # Nine views are for NAN on MoCo alone (C.1); one view beside it shows what they are worth.
-    nan, views = NAN(), Views(NAN())
-    return [KNN(), SSD(), views, KNN() / views, SSD() / views, nan, KNN() / nan, SSD() / nan]
-
-
 def _of_cider() -> list[Detector]:
     return [NAN(), KNN(k=100), KNN(k=100) / NAN()]
 
 
 #: MoCo's and CIDER's head is an MLP, whose hidden layer NAN reads; RotNet's a linear layer, as in its source.
 FRAMEWORKS = {
-    "MoCo-v2": Framework(lambda width, seed: cifar_network(width, None, seed=seed), _of_moco),
+    "MoCo-v2": Framework(lambda width, seed: cifar_network(width, None, seed=seed), moco_detectors),
     "RotNet": Framework(
         lambda width, seed: cifar_network_with(lambda features: nn.Linear(features, 4), width, seed=seed),
         lambda: [RotNet()],
@@ -121,10 +126,10 @@ FRAMEWORKS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A network to train for a table."""
+    """A network to train for a table: by a framework's recipe, or GOAD as a system of its own."""
 
     framework: str
-    recipe: Recipe
+    recipe: Recipe | GOAD
     seed: int = 0
 
     @property
@@ -135,7 +140,7 @@ class Job:
 
 def jobs(table: str, scale: Scale) -> list[Job]:
     """Return the networks that a table is made from."""
-    return [Job(framework, scale.recipes[framework]) for framework in _FRAMEWORKS[table]]
+    return [Job(name, scale.goad if name == "GOAD" else scale.recipes[name]) for name in _FRAMEWORKS[table]]
 
 
 def run(
@@ -148,7 +153,7 @@ def run(
     environment: Mapping[str, str],
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Train a framework's network, or go on where its training was left, and score everything with it.
+    """Train a network, or go on where its training was left, and score everything with it.
 
     Parameters
     ----------
@@ -157,40 +162,79 @@ def run(
 
     Returns
     -------
-    The content of ``result.json``: what was run, its training log's last line, and what
-    `featnorm.protocols.cifar10.score` returns.
+    The content of ``result.json``: what was run, and of what `featnorm.protocols.cifar10.train_and_score` returns
+    at least ``scores``, ``left_out`` and the seconds.
 
     Raises
     ------
     ValueError
         The folder holds a run of other settings.
     """
-    framework = FRAMEWORKS[job.framework]
-    most = scale.most if framework.asks_in_fit else None
+    most = scale.most
+    if isinstance(job.recipe, GOAD):
+        settings = {"width": job.recipe.width, "recipe": asdict(job.recipe)}
+    else:
+        settings = {"width": scale.width, "recipe": job.recipe.settings()}
+        most = most if FRAMEWORKS[job.framework].asks_in_fit else None
     made_with = {
         "scale": scale.name,
         "framework": job.framework,
-        "width": scale.width,
-        "recipe": job.recipe.settings(),
+        **settings,
         "seed": job.seed,
         "images": images.facts,
         "most": most,
     }
     result = kept_result(folder, made_with)
     if result is None:
-        outcome = train_and_score(
-            framework.build(scale.width, job.seed),
-            images,
-            framework.detectors(),
-            job.recipe,
-            job.seed,
-            folder,
-            fabric=fabric,
-            labels=framework.labels,
-            most=most,
-            same_precision=True,
-            progress=progress,
-        )
+        outcome = _train_and_score(job, scale.width, images, most, folder, fabric, progress)
         result = {**made_with, **outcome, "environment": dict(environment)}
         keep_result(folder, result)
     return result
+
+
+def _train_and_score(
+    job: Job, width: int, images: Images, most: int | None, folder: Path, fabric: Any, progress: bool | None
+) -> dict[str, Any]:
+    if isinstance(job.recipe, GOAD):
+        return _run_goad(job.recipe, images, most, job.seed, folder, fabric, progress)
+    framework = FRAMEWORKS[job.framework]
+    return train_and_score(
+        framework.build(width, job.seed),
+        images,
+        framework.detectors(),
+        job.recipe,
+        job.seed,
+        folder,
+        fabric=fabric,
+        labels=framework.labels,
+        most=most,
+        same_precision=True,
+        progress=progress,
+    )
+
+
+def _run_goad(
+    system: GOAD, images: Images, most: int | None, seed: int, folder: Path, fabric: Any, progress: bool | None
+) -> dict[str, Any]:
+    """Train GOAD on all classes as if they were one, and score every set."""
+    began = time.perf_counter()
+    known = spaced(images.train[0], most)
+    model = system.train(known, folder=folder, fabric=fabric, seed=seed, progress=progress)
+    trained = time.perf_counter()
+
+    def scores(pixels: torch.Tensor) -> torch.Tensor:
+        return system.scores(model, pixels, fabric=fabric, progress=progress)["GOAD"]
+
+    inside = scores(images.test[0])
+    found = {name: scores(pixels) for name, pixels in images.ood.items()}
+    return {
+        "scores": {
+            "GOAD()": {
+                name: [100 * auroc(inside, values), 100 * fpr_at_tpr(inside, values)]
+                for name, values in found.items()
+            }
+        },
+        "left_out": {},
+        "train_seconds": trained - began,
+        "score_seconds": time.perf_counter() - trained,
+    }

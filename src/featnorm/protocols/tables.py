@@ -135,15 +135,21 @@ def _frameworks(name: str, title: str) -> Callable[[Sequence[Result]], Table]:
 def _training(result: Result) -> str:
     """How a framework's network was trained and its detectors fitted, in words."""
     recipe = result["recipe"]
-    text = (
-        f"{recipe['epochs']} epochs of {recipe['optimiser'].upper()}, batch {recipe['batch_size']}, learning rate "
-        f"{recipe['lr']}, weight decay {recipe['weight_decay']}"
-    )
-    if recipe["crop"] is not None:
+    batches = f"batch {recipe['batch_size']}, learning rate {recipe['lr']}"
+    if result["framework"] == "GOAD":
+        text = (
+            f"a WideResNet of depth {recipe['depth']} and width {recipe['width']}, {recipe['epochs']} epochs of "
+            f"Adam on 72 transformations of each image, {batches}"
+        )
+    else:
+        text = f"{recipe['epochs']} epochs of {recipe['optimiser'].upper()}, {batches}, weight decay "
+        text += f"{recipe['weight_decay']}"
+    if recipe.get("crop") is not None:
         text += f", views of {recipe['crop']} pixels for the first {recipe['crop_share']:.0%}"
     text += f"; training took {result['train_seconds'] / 60:.0f} minutes, scoring "
     text += f"{result['score_seconds'] / 60:.0f}"
-    return text + ("" if result["most"] is None else f"; fitted to {result['most']} training images")
+    verb = "trained on" if result["framework"] == "GOAD" else "fitted to"
+    return text + ("" if result["most"] is None else f"; {verb} {result['most']} training images")
 
 
 def _simple(table: str, title: str, detectors: Sequence[str]) -> Callable[[Sequence[Result]], Table]:

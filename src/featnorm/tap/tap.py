@@ -264,6 +264,25 @@ class _Source:
                 return torch.autograd.grad(loss(features), inputs)[0]
 
 
+class AutocastTap(FeatureTap):
+    """A tap that runs the model in the precision of a Fabric, whoever asks: detectors that ask again too.
+
+    Parameters
+    ----------
+    model : see `FeatureTap`.
+    fabric : a `lightning_fabric.Fabric`.
+    """
+
+    def __init__(self, model: nn.Module, fabric: Any) -> None:
+        super().__init__(model)
+        self._fabric = fabric
+
+    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
+        """See `FeatureTap`."""
+        with self._fabric.autocast():
+            return super().listen(inputs, classifier=classifier)
+
+
 class _Plan:
     """What a tap found, without the tensors that it was found by."""
 
