@@ -13,7 +13,7 @@ with torch.no_grad():
     for _ in range(12):
         model(images)
 """
-KEEP = "from featnorm.cli.app import _keep_freed_memory; _keep_freed_memory()\n"
+KEEP = "from featnorm._memory import keep_freed_memory; keep_freed_memory()\n"
 
 
 @pytest.mark.parametrize("memory", ["given back", "kept"])

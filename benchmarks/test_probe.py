@@ -5,7 +5,7 @@ import time
 import torch
 from torch import nn
 
-from featnorm.cli.app import _keep_freed_memory
+from featnorm._memory import keep_freed_memory
 from featnorm.training import Probe, cifar_network
 
 TRAINING_IMAGES = 45_000
@@ -17,7 +17,7 @@ def images(n):
 
 
 def test_an_epoch(benchmark, capsys):
-    _keep_freed_memory()
+    keep_freed_memory()
     model = cifar_network(24, 10, hidden=512, seed=0).to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
     pixels = torch.rand(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)

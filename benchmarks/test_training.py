@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from featnorm.cli.app import _keep_freed_memory
+from featnorm._memory import keep_freed_memory
 from featnorm.training import CifarResNet18, ProjectionHead
 
 BATCH = 128
@@ -33,7 +33,7 @@ def counted(work):
 @pytest.fixture(scope="module")
 def best():
     """The machine's best convolution in operations a second, and which it is."""
-    _keep_freed_memory()
+    keep_freed_memory()
     found = {}
     for name, (layout, dtype, compiled) in WAYS.items():
         if compiled:

@@ -45,7 +45,7 @@ def table(path: Path, scores, unread=(5, 1700)):
         if i < len(rows):
             rows.insert(i, ImageVerdict(f"broken/{i}.png", None, None, None, None, "not an image"))
     journal = Journal(path, {}, 1)
-    journal.add(rows)
+    journal.add(0, rows)
     journal.write(path)
     journal.remove()
     return path.name

@@ -29,7 +29,7 @@ import onnxruntime
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from featnorm.cli.app import _keep_freed_memory
+from featnorm._memory import keep_freed_memory
 from featnorm.cli.show import environment
 from featnorm.data import ImageSource, SlicedImages, image_loader, open_images
 from featnorm.deploy import ImageScorer, export_onnx
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--out", type=Path, default=Path("shipped.json"))
     options = parser.parse_args()
-    _keep_freed_memory()  # as the commands do
+    keep_freed_memory()  # as the commands do
     source = open_images(options.data, root=options.data_root)
     source = SlicedImages(source, range(min(len(source), MOST_IMAGES)), source.title)
     content = {

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,15 @@ from featnorm import archive
 from featnorm._checks import check_share
 from featnorm.activation import ActivationStatistics
 from featnorm.calibration import Calibration
-from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, SlicedImages, image_loader
+from featnorm.data import (
+    CachedFeatures,
+    DataError,
+    FeatureCache,
+    ImageSource,
+    SlicedImages,
+    extract_images,
+    image_loader,
+)
 from featnorm.deploy import ImageScorer
 from featnorm.deploy.image_scorer import backbone_of
 from featnorm.detectors import Detector, KLUniform
@@ -84,6 +93,7 @@ def fit_images(
     batch_size: int = 64,
     workers: int | None = None,
     fabric: Any = None,
+    ray: Any = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Fitted:
@@ -106,6 +116,9 @@ def fit_images(
     cache : the folder of a `FeatureCache`; ``~/.cache/featnorm/features`` without it.
     batch_size, workers : of `featnorm.data.image_loader`.
     fabric : a `lightning_fabric.Fabric` for device and precision; the CPU without it.
+    ray
+        A `featnorm.distributed.Cluster`, whose actors ask the backbone and fit the detector; without it this
+        process does.
     seed : of the head's initial weights, its training, and the clusters.
     progress : show progress bars; None for where there is a terminal.
 
@@ -134,7 +147,8 @@ def fit_images(
     backbone = backbone.to(device).eval().to(memory_format=torch.channels_last)
     notes = [*loaded.notes, "its classifier left out" if cut else _as_it_is(backbone)]
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
-    known = backbone_features(source, loaded, backbone, cache=cache, fabric=fabric, progress=progress, **reading)
+    asking = {"cache": cache, "fabric": fabric, "ray": ray, "progress": progress}
+    known = backbone_features(source, loaded, backbone, **asking, **reading)
     known = _distinct(known)
     if len(known.rows) < LEAST_IMAGES:
         raise DataError(
@@ -147,14 +161,17 @@ def fit_images(
     labels, names = _labels(source, known.rows, ~apart, targets)
     wanted = cluster(learning, seed) if labels is None else labels[~apart]
     head = fit_head(learning, wanted, seed=seed, progress=progress).to(device)
-    statistics = ActivationStatistics()
-    with detector.refit() if detector.needs_fit else nullcontext():
-        for rows in torch.arange(len(learning)).split(_ROWS):
-            features = head_features(head, learning[rows].to(device))
-            statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
-            if detector.needs_fit:
-                features = features if labels is None else features.replace(labels=wanted[rows].to(device))
-                detector.partial_fit(features)
+    lessons = (
+        (learning[rows], None if labels is None else wanted[rows])
+        for rows in torch.arange(len(learning)).split(_ROWS)
+    )
+    if ray is None:
+        statistics = ActivationStatistics()
+        with detector.refit():
+            for values, classes in lessons:
+                learn(head, detector, statistics, values.to(device), classes)
+    else:
+        statistics = ray.fit(lessons, head, detector)
     scorer = Scorer(nn.Sequential(backbone, head), detector)
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, **reading)
@@ -180,6 +197,29 @@ def fit_images(
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
     return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
+
+
+def learn(
+    head: ProjectionHead,
+    detector: Detector,
+    statistics: ActivationStatistics,
+    values: Tensor,
+    labels: Tensor | None,
+) -> None:
+    """Teach a detector and statistics a part of the images.
+
+    Parameters
+    ----------
+    head : behind the backbone, on the device of the features.
+    detector : learns where it can.
+    statistics : of the head's hidden layer, on the CPU.
+    values : features of the backbone (n, D).
+    labels : classes (n,); None for none.
+    """
+    features = head_features(head, values)
+    statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
+    if detector.needs_fit:
+        detector.partial_fit(features if labels is None else features.replace(labels=labels.to(values.device)))
 
 
 def _as_it_is(backbone: nn.Module) -> str:
@@ -315,6 +355,7 @@ def backbone_features(
     batch_size: int = 64,
     workers: int | None = None,
     fabric: Any = None,
+    ray: Any = None,
     progress: bool | None = None,
 ) -> CachedFeatures:
     """Return what a backbone says of images, from its `FeatureCache`.
@@ -324,7 +365,7 @@ def backbone_features(
     source : the images.
     loaded : whose transform it is, and whose name errors give.
     backbone : on its device, in eval mode.
-    cache, batch_size, workers, fabric, progress : see `fit_images`.
+    cache, batch_size, workers, fabric, ray, progress : see `fit_images`.
 
     Raises
     ------
@@ -345,8 +386,13 @@ def backbone_features(
         "precision": _precision(fabric),
         "pillow": PIL.__version__,
     }
-    store = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key))
-    return store.features(source, loaded.transform, ask, batch_size=batch_size, workers=workers, progress=progress)
+    if ray is None:
+        extract = partial(
+            extract_images, transform=loaded.transform, backbone=ask, batch_size=batch_size, workers=workers
+        )
+    else:
+        extract = ray.extract(loaded, backbone, batch_size=batch_size, precision=_precision(fabric))
+    return FeatureCache(cache or DEFAULT_CACHE, json.dumps(key)).features(source, extract, progress=progress)
 
 
 def _precision(fabric: Any) -> str:

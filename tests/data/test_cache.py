@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, open_images
+from featnorm.data import CachedFeatures, DataError, FeatureCache, ImageSource, extract_images, open_images
 
 BATCH = 4
 
@@ -49,8 +50,13 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def ask(cache: FeatureCache, source: ImageSource, backbone: Backbone, workers: int = 0) -> CachedFeatures:
-    return cache.features(source, to_tensor, backbone, batch_size=BATCH, workers=workers, progress=False)
+def ask(
+    cache: FeatureCache, source: ImageSource, backbone: Callable[[Tensor], Tensor], workers: int = 0
+) -> CachedFeatures:
+    def extract(images):
+        return extract_images(images, to_tensor, backbone, batch_size=BATCH, workers=workers)
+
+    return cache.features(source, extract, progress=False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -149,9 +155,9 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     source = open_images(str(folder))
     cache = FeatureCache(tmp_path / "cache", "key")
     with pytest.raises(DataError, match=r"returned \(2, 3, 4, 5\) for 2 images, not features"):
-        cache.features(source, to_tensor, lambda images: images, batch_size=BATCH, progress=False)
+        ask(cache, source, lambda images: images)
     with pytest.raises(DataError, match=r"feature of .*00.png is not finite"):
-        cache.features(source, to_tensor, lambda x: x.mean((2, 3)).log() - torch.inf, batch_size=BATCH)
+        ask(cache, source, lambda x: x.mean((2, 3)).log() - torch.inf)
     with FileLock(cache.folder / "lock"), pytest.raises(DataError, match="another process is at work"):
         ask(cache, source, Backbone())
     ask(cache, source, Backbone())

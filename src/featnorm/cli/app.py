@@ -1,14 +1,14 @@
 """The commands, their options, and what becomes of an error."""
 
-import ctypes
 import io
-import platform
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from featnorm._memory import keep_freed_memory
 
 app = typer.Typer(
     name="featnorm",
@@ -34,6 +34,14 @@ Weights = Annotated[
 ]
 Layer = Annotated[
     str | None, typer.Option(help="The module that puts out the last hidden layer; found without it.")
+]
+UseRay = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="On the Ray cluster that RAY_ADDRESS names, or on one of all this machine's processors; its machines "
+        "must be able to read the images.",
+    ),
 ]
 DataRoot = Annotated[
     Path | None,
@@ -152,6 +160,7 @@ def fit(
     precision: Precision = "32-true",
     batch_size: BatchSize = 64,
     workers: Workers = None,
+    ray: UseRay = False,
     seed: Annotated[int, typer.Option(help="Of the head's training.")] = 0,
 ) -> None:
     """Learn what belongs to your images, and write a detector of what does not.
@@ -176,6 +185,7 @@ def fit(
             precision=precision,
             batch_size=batch_size,
             workers=workers,
+            ray=ray,
             seed=seed,
         )
     )
@@ -201,6 +211,7 @@ def score(
     precision: Precision = "32-true",
     batch_size: BatchSize = 64,
     workers: Workers = None,
+    ray: UseRay = False,
 ) -> None:
     """Say of every image whether it belongs: score, p-value, verdict, predicted class.
 
@@ -220,6 +231,7 @@ def score(
             precision=precision,
             batch_size=batch_size,
             workers=workers,
+            ray=ray,
         )
     )
 
@@ -370,7 +382,7 @@ def reproduce(
 
 def main() -> None:
     """Run the command line; an error is one line on standard error and exit status 2."""
-    _keep_freed_memory()
+    keep_freed_memory()
     # What Pillow remarks on a file is said, where it matters, by the error that names the file.
     warnings.filterwarnings("ignore", module="PIL")
     # A terminal that cannot show an arrow must not cost the result.
@@ -387,17 +399,3 @@ def main() -> None:
             raise
         typer.echo(f"featnorm: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         sys.exit(2)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors, for this process.
-
-    Without this glibc gives every large tensor back to the system and asks for it anew, page by page: more than
-    half the time of a convolutional network on a CPU goes there (benchmarks/test_malloc.py).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)

@@ -31,6 +31,7 @@ class Options:
     precision: str
     batch_size: int
     workers: int | None
+    ray: bool
     seed: int
 
 
@@ -43,6 +44,11 @@ def run(options: Options) -> None:
     detector = parse_detector(options.detector)
     source = open_images(options.data, root=options.data_root)
     loaded = create_model(options.model, weights=options.weights)
+    cluster = None
+    if options.ray:
+        from featnorm.distributed import Cluster
+
+        cluster = Cluster(options.device)
     console.print(f"{len(source)} images of {source.title}, seen through {loaded.name}.", soft_wrap=True)
     fitted = fit_images(
         source,
@@ -54,6 +60,7 @@ def run(options: Options) -> None:
         batch_size=options.batch_size,
         workers=options.workers,
         fabric=fabric_of(options.device, options.precision),
+        ray=cluster,
         seed=options.seed,
     )
     fitted.scorer.save(options.out)

@@ -19,9 +19,13 @@ from tqdm import tqdm
 from featnorm.cli.evaluate import fabric_of
 from featnorm.cli.show import console, environment, print_skipped, printable, require_file_place
 from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
+from featnorm.data.loading import rows_of
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.deploy.records import FORMATS, Journal, images_digest
 from featnorm.report.scores import Shown, write_scores_page
+
+#: Numbers and verdicts of batches.
+_Judged = Iterator[tuple[int, list[ImageVerdict]]]
 
 _MOST_SHOWN = 100  # images on the page
 _EXPLAINED = 16
@@ -41,6 +45,7 @@ class Options:
     precision: str
     batch_size: int
     workers: int | None
+    ray: bool
 
 
 class _Tally:
@@ -118,34 +123,47 @@ def run(options: Options) -> None:
     if fitted_in != options.precision:
         console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
     watch = _Watch(scorer.scorer.model)
+    cluster = None
+    if options.ray:
+        from featnorm.distributed import Cluster
+
+        cluster = Cluster(options.device)
     began = time.perf_counter()
     tally = _Tally()
 
-    def stream(images: ImageSource) -> Iterator[list[ImageVerdict]]:
-        return scorer.stream(images, batch_size=options.batch_size, workers=options.workers, fabric=fabric)
+    def judge(batches: Sequence[int]) -> _Judged:
+        settings: dict[str, Any] = {"batch_size": options.batch_size}
+        if cluster is not None:
+            return cluster.score(scorer, source, batches, precision=options.precision, **settings)
+        rows = [row for number in batches for row in rows_of(number, options.batch_size, len(source))]
+        rest = SlicedImages(source, rows, source.title)
+        verdicts = scorer.stream(rest, workers=options.workers, fabric=fabric, **settings) if rows else iter(())
+        return zip(batches, verdicts, strict=True)
 
+    every = range(-(-len(source) // options.batch_size))
     place = options.out or options.html
     if place is None:
-        judged = _print(stream(source), tally)
+        judged = _print(judge(every), tally)
         seconds, busy = time.perf_counter() - began, watch.seconds
     else:
-        journal = _journal(options, place, source)
-        judged = _judge(stream, source, journal)
-        # Before the page, which asks the model again.
-        seconds, busy = time.perf_counter() - began, watch.seconds
-        for verdict in journal:
-            tally.add(verdict)
-        if options.out is not None:
-            journal.write(options.out)
-        if options.html is not None:
-            _write_page(options.html, scorer, source, tally, fabric)
-        journal.remove()
+        with _journal(options, place, source) as journal:
+            judged = _judge(judge, journal.missing(len(every)), len(source), journal)
+            # Before the page, which asks the model again.
+            seconds, busy = time.perf_counter() - began, watch.seconds
+            for verdict in journal:
+                tally.add(verdict)
+            if options.out is not None:
+                journal.write(options.out)
+            if options.html is not None:
+                _write_page(options.html, scorer, source, tally, fabric)
+            journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
     console.print(_summary(tally))
     if judged:
-        console.print(
-            f"{judged / seconds:.0f} images a second, {busy / seconds:.0%} of the time in the model itself."
-        )
+        where = f"{busy / seconds:.0%} of the time in the model itself"
+        if cluster is not None:
+            where = f"by at most {cluster.actors.count} actors of {cluster.actors.device}"
+        console.print(f"{judged / seconds:.0f} images a second, {where}.")
     for file in (options.out, options.html):
         if file is not None:
             console.print(f"Wrote {file}.", soft_wrap=True)
@@ -156,10 +174,10 @@ def _summary(tally: _Tally) -> str:
     return f"{tally.foreign:,} of {tally.judged:,} images do not belong ({share})."
 
 
-def _print(batches: Iterator[list[ImageVerdict]], tally: _Tally) -> int:
+def _print(batches: _Judged, tally: _Tally) -> int:
     console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
     count = 0
-    for batch in batches:
+    for _, batch in batches:
         for verdict in batch:
             tally.add(verdict)
             count += 1
@@ -189,18 +207,17 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
     return journal
 
 
-def _judge(
-    stream: Callable[[ImageSource], Iterator[list[ImageVerdict]]], source: ImageSource, journal: Journal
-) -> int:
-    """Judge the images that are not in the journal yet; return how many."""
+def _judge(judge: Callable[[Sequence[int]], _Judged], missing: Sequence[int], total: int, journal: Journal) -> int:
+    """Judge the batches that are not in the journal yet; return how many images."""
     if journal.done:
-        console.print(f"going on after {journal.done} of {len(source)} images", style="dim")
-    rest = SlicedImages(source, range(journal.done, len(source)), source.title)
-    with tqdm(total=len(source), initial=journal.done, unit="image", disable=None, leave=False) as bar:
-        for batch in stream(rest) if len(rest) else ():
-            journal.add(batch)
+        console.print(f"going on after {journal.done} of {total} images", style="dim")
+    judged = 0
+    with tqdm(total=total, initial=journal.done, unit="image", disable=None, leave=False) as bar:
+        for number, batch in judge(missing):
+            journal.add(number, batch)
+            judged += len(batch)
             bar.update(len(batch))
-    return len(rest)
+    return judged
 
 
 def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Tally, fabric: Any) -> None:

@@ -2,18 +2,20 @@
 
 from featnorm.data.cache import CachedFeatures, FeatureCache
 from featnorm.data.images import DataError, ImageError, ImageSource, SlicedImages
-from featnorm.data.loading import ImageBatch, ImageLoader, image_loader, image_tensor
+from featnorm.data.loading import Extracted, ImageBatch, ImageLoader, extract_images, image_loader, image_tensor
 from featnorm.data.sources import open_images, open_to_score
 
 __all__ = [
     "CachedFeatures",
     "DataError",
+    "Extracted",
     "FeatureCache",
     "ImageBatch",
     "ImageError",
     "ImageLoader",
     "ImageSource",
     "SlicedImages",
+    "extract_images",
     "image_loader",
     "image_tensor",
     "open_images",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from featnorm.data.images import DataError, ImageError, ImageSource, SlicedImages
-from featnorm.data.loading import image_loader
+from featnorm.data.loading import Extracted
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,8 @@ class FeatureCache:
     def features(
         self,
         source: ImageSource,
-        transform: Callable[[Image.Image], Tensor],
-        backbone: Callable[[Tensor], Tensor],
+        extract: Callable[[ImageSource], Iterator[Extracted]],
         *,
-        batch_size: int = 64,
-        workers: int | None = None,
         progress: bool | None = None,
     ) -> CachedFeatures:
         """Return the features of a source; the backbone is asked for those that are not known yet.
@@ -95,9 +91,7 @@ class FeatureCache:
         Parameters
         ----------
         source : the images.
-        transform : as `image_loader` takes it.
-        backbone : from a batch of transformed images (n, 3, H, W) to features (n, D).
-        batch_size, workers : of `image_loader`.
+        extract : asks the backbone about images, see `extract_images`.
         progress : show a progress bar; None for where there is a terminal.
 
         Raises
@@ -120,14 +114,11 @@ class FeatureCache:
                 # Last, those that could not be read before: what ailed them may have been the disk.
                 missing += [row for row in wanted if digests[row] in state.corrupt]
                 images = SlicedImages(source, missing, source.title)
-                loader = image_loader(images, transform, batch_size=batch_size, workers=workers)
                 with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
-                    for part in loader.parts():
+                    for part in extract(images) if missing else ():
                         corrupt = [(digests[missing[i]], why) for i, why in part.unread.items()]
-                        values, good = None, []
-                        if part.batch is not None:
-                            good = [digests[missing[i]] for i in part.batch.indices.tolist()]
-                            values = _checked(backbone(part.batch.images), part.batch.indices, images)
+                        good = [digests[missing[i]] for i in part.indices]
+                        values = None if part.values is None else _checked(part.values, part.indices, images)
                         self._append(state, values, good, corrupt)
                         bar.update(len(part.rows))
                 return self._gather(state, source, digests, unread, len(state.places) - known)
@@ -224,7 +215,7 @@ def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], 
     return digests, unread
 
 
-def _checked(values: Tensor, indices: Tensor, images: ImageSource) -> Tensor:
+def _checked(values: Tensor, indices: Sequence[int], images: ImageSource) -> Tensor:
     """Return the features of a batch as float32 on the CPU."""
     if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(indices):
         what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -232,7 +223,7 @@ def _checked(values: Tensor, indices: Tensor, images: ImageSource) -> Tensor:
     values = values.float().cpu()
     if not torch.isfinite(values).all():
         row = int((~torch.isfinite(values)).any(1).nonzero()[0])
-        raise DataError(f"the backbone's feature of {images.name(int(indices[row]))} is not finite")
+        raise DataError(f"the backbone's feature of {images.name(indices[row])} is not finite")
     return values
 
 

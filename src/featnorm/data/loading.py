@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from featnorm._memory import in_parts
 from featnorm.data.images import DataError, ImageError, ImageSource, first_line
 
 _FEW = 256  # images; below, starting workers takes longer than reading
@@ -57,6 +58,38 @@ class ImagePart:
 
 
 @dataclass
+class Extracted:
+    """What a backbone says of consecutive images of a source.
+
+    Attributes
+    ----------
+    rows : range
+        Where in the source they stand.
+    indices : list of int
+        Where those stand that could be read.
+    values : Tensor or None
+        What the backbone returned for these; None where there is none.
+    unread : dict of int to str
+        Why the others could not, by where in the source they stand.
+    """
+
+    rows: range
+    indices: list[int]
+    values: Tensor | None
+    unread: dict[int, str]
+
+    def moved(self, start: int) -> "Extracted":
+        """Return the same of a source in which these images begin elsewhere."""
+        by = start - self.rows.start
+        return Extracted(
+            range(start, start + len(self.rows)),
+            [i + by for i in self.indices],
+            self.values,
+            {i + by: why for i, why in self.unread.items()},
+        )
+
+
+@dataclass
 class _Result:
     """What a worker sends back: as data, since an exception would end the loader and lose its own message."""
 
@@ -77,8 +110,7 @@ class _Batches(Dataset[_Result]):
         return math.ceil(len(self.source) / self.batch_size)
 
     def __getitem__(self, number: int) -> _Result:
-        start = number * self.batch_size
-        part = ImagePart(range(start, min(start + self.batch_size, len(self.source))))
+        part = ImagePart(rows_of(number, self.batch_size, len(self.source)))
         result = _Result(part)
         images: list[Tensor] = []
         indices: list[int] = []
@@ -151,6 +183,42 @@ class ImageLoader:
                     error.add_note(result.trace)
                 raise error
             yield result.part
+
+
+def rows_of(number: int, batch_size: int, total: int) -> range:
+    """Return the rows of a batch by its number, of so many in all."""
+    return range(number * batch_size, min((number + 1) * batch_size, total))
+
+
+def extract_images(
+    source: ImageSource,
+    transform: Callable[[Image.Image], Tensor],
+    backbone: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Iterator[Extracted]:
+    """Yield what a backbone says of images, batch by batch in their order.
+
+    Where the device has not the memory for a batch, the backbone is asked for parts of it.
+
+    Parameters
+    ----------
+    source, transform, batch_size, workers : see `image_loader`.
+    backbone : from a batch of transformed images (n, 3, H, W) to features (n, D).
+
+    Raises
+    ------
+    DataError
+        See `image_loader`.
+    """
+    for part in image_loader(source, transform, batch_size=batch_size, workers=workers).parts():
+        if part.batch is None:
+            yield Extracted(part.rows, [], None, part.unread)
+            continue
+        found = in_parts(backbone, part.batch.images)
+        values = found[0] if len(found) == 1 else torch.cat(found)
+        yield Extracted(part.rows, part.batch.indices.tolist(), values, part.unread)
 
 
 def image_loader(

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._memory import in_parts
 from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
 from featnorm.explain import Explanation, explain
@@ -95,6 +97,8 @@ class ImageScorer:
     ) -> Iterator[list[ImageVerdict]]:
         """Yield the verdicts of a source's images batch by batch, in its order, those that cannot be read as well.
 
+        Where the device has not the memory for a batch, parts of it are judged.
+
         Parameters
         ----------
         source : the images.
@@ -108,15 +112,19 @@ class ImageScorer:
         ValueError
             The model gives a value that is not finite.
         """
+
+        def ask(images: Tensor) -> list[ImageVerdict]:
+            return self.judge(images, [""] * len(images), fabric=fabric)
+
         for part in image_loader(source, self.transform, batch_size=batch_size, workers=workers).parts():
             verdicts = {
                 row: ImageVerdict(source.name(row), None, None, None, None, why)
                 for row, why in part.unread.items()
             }
             if part.batch is not None:
-                rows = part.batch.indices.tolist()
-                judged = self.judge(part.batch.images, [source.name(row) for row in rows], fabric=fabric)
-                verdicts |= dict(zip(rows, judged, strict=True))
+                judged = chain(*in_parts(ask, part.batch.images))
+                for row, verdict in zip(part.batch.indices.tolist(), judged, strict=True):
+                    verdicts[row] = verdict._replace(name=source.name(row))
             yield [verdicts[row] for row in part.rows]
 
     @torch.no_grad()

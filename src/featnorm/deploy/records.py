@@ -4,9 +4,10 @@ import csv
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
@@ -21,10 +22,11 @@ _ROWS = 10_000
 
 
 class Journal:
-    """The verdicts of a run so far, a line each, beside the file that they are for.
+    """The verdicts of a run so far, a line a batch, beside the file that they are for.
 
-    Every batch is written before the next one is judged. A run of the same images by the same detector goes on
-    where an earlier one was killed, at a whole batch, so that it judges the batches that an unbroken one would.
+    Every batch is on disk before the next one is waited for, in whatever order batches come. A run of the same
+    images by the same detector goes on where an earlier one was killed, at whole batches, so that it judges the
+    batches that an unbroken one would.
 
     Parameters
     ----------
@@ -49,6 +51,7 @@ class Journal:
         self.path = out.with_name(f".{out.name}.part")
         self.done = 0
         self.begun_anew = False
+        self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
         self._lock = FileLock(out.with_name(f".{out.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
@@ -59,26 +62,42 @@ class Journal:
             with self.path.open("rb+") as file:
                 if file.readline() == first.encode():
                     end = file.tell()
-                    for count, line in enumerate(file, start=1):
+                    for line in file:
                         if not line.endswith(b"\n"):
                             break
-                        if count % batch_size == 0:
-                            self.done, end = count, file.tell()
+                        number, verdicts = json.loads(line)
+                        self._starts[number] = end
+                        self.done += len(verdicts)
+                        end += len(line)
                     file.truncate(end)
                     return
             self.begun_anew = True
         self.path.write_text(first, encoding="utf-8")
 
-    def add(self, verdicts: Sequence[ImageVerdict]) -> None:
-        """Write a batch."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Whoever goes on after a run that was broken off may do so in the same process.
+        self._lock.release()
+
+    def missing(self, batches: int) -> list[int]:
+        """Return the numbers of the batches, of so many, that it does not hold."""
+        return [number for number in range(batches) if number not in self._starts]
+
+    def add(self, number: int, verdicts: Sequence[ImageVerdict]) -> None:
+        """Write a batch by its number."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+            file.seek(0, os.SEEK_END)
+            self._starts[number] = file.tell()
+            file.write(json.dumps([number, verdicts]) + "\n")
 
     def __iter__(self) -> Iterator[ImageVerdict]:
-        with self.path.open(encoding="utf-8") as file:
-            next(file)
-            for line in file:
-                yield ImageVerdict(*json.loads(line))
+        with self.path.open("rb") as file:
+            for _, start in sorted(self._starts.items()):
+                file.seek(start)
+                for verdict in json.loads(file.readline())[1]:
+                    yield ImageVerdict(*verdict)
 
     def write(self, out: Path) -> None:
         """Write the table that the file's ending names."""

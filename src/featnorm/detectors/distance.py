@@ -251,27 +251,43 @@ class KNN(Detector):
     def _derive(self) -> Any:
         return self.bank.rows.cpu().numpy()
 
+    @property
+    def bank_shape(self) -> tuple[int, int]:
+        """Rows and width of the bank."""
+        return len(self.bank.rows), self.bank.width
+
+    def nearest(self, queries: Tensor, k: int) -> Tensor:
+        """Return the squared distances to the nearest of the bank.
+
+        Parameters
+        ----------
+        queries : features of unit length, as `unit_rows` makes them, (m, D) float32.
+        k : how many neighbours; all where the bank has fewer.
+
+        Returns
+        -------
+        (m, k) on the CPU, the nearest first.
+        """
+        import faiss
+
+        k = min(k, self.bank_shape[0])
+        if len(queries) == 0:
+            return queries.new_empty(0, k)
+        return torch.from_numpy(faiss.knn(queries.cpu().contiguous().numpy(), self._learned(), k)[0])
+
     def _score(self, features: Features) -> Tensor:
         pooled = features.tensor("pooled")
-        self._same_width("pooled", pooled, self.bank.width)
-        if self.bank.rows.shape[0] < self.k:
-            raise ValueError(
-                f"{self!r} has only {len(self.bank.rows)} inputs in its bank: fit on more, or lower k"
-            )
+        rows, width = self.bank_shape
+        self._same_width("pooled", pooled, width)
+        if rows < self.k:
+            raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
         queries = unit_rows(pooled.detach()).float()
         # faiss has no place in a graph that is traced, and the search is exact either way.
-        squared = self._traced(queries) if torch.compiler.is_compiling() else self._searched(queries)
+        tracing = torch.compiler.is_compiling()
+        squared = self._traced(queries) if tracing else self.nearest(queries, self.k)[:, -1].clone()
         # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
         squared = squared.clamp_min(0).to(pooled.device)
         return -(squared if self.squared else squared.sqrt())
-
-    def _searched(self, queries: Tensor) -> Tensor:
-        import faiss
-
-        if len(queries) == 0:
-            return queries.new_empty(0)
-        found = faiss.knn(queries.cpu().contiguous().numpy(), self._learned(), self.k)[0]
-        return torch.from_numpy(found[:, -1].copy())
 
     def _traced(self, queries: Tensor) -> Tensor:
         bank = self.bank.rows.float()
