@@ -7,13 +7,16 @@ name.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# A block of this many elements stays in a core's cache between the comparison that fills it and the sum that
-# reads it; the whole array's worth of booleans would be written to memory and read back.
-_BLOCK_ELEMENTS = 1 << 18
+# A block of this many elements, and what is made of it, stay in a core's cache between the map that fills it and
+# the sum that reads it; the whole array's worth would be written to memory and read back. On a GPU every operation
+# on a block has a cost of its own, so blocks there only bound the memory.
+_BLOCK_ELEMENTS = 1 << 17
+_DEVICE_ELEMENTS = 1 << 26
 
 
 def l1_norm(a: Tensor) -> Tensor:
@@ -33,7 +36,9 @@ def l1_norm(a: Tensor) -> Tensor:
         ``a`` is not a floating-point matrix.
     """
     _require_matrix(a)
-    return torch.linalg.vector_norm(a, 1, dim=1, dtype=_wide(a))
+    if _differentiated(a) or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(a, 1, dim=1, dtype=_wide(a))
+    return _row_sums(a, _magnitudes)[0]
 
 
 def l0_norm(a: Tensor) -> Tensor:
@@ -58,14 +63,7 @@ def l0_norm(a: Tensor) -> Tensor:
     a = a.detach()
     if torch.compiler.is_compiling():
         return (a > 0).to(_wide(a)).sum(1)
-    counts = a.new_empty(a.shape[0], dtype=_wide(a))
-    rows = max(1, _BLOCK_ELEMENTS // max(a.shape[1], 1))
-    active = a.new_empty((min(rows, a.shape[0]), a.shape[1]), dtype=_wide(a))
-    for start in range(0, a.shape[0], rows):
-        block = a[start : start + rows]
-        torch.gt(block, 0, out=active[: len(block)])
-        torch.sum(active[: len(block)], 1, out=counts[start : start + rows])
-    return counts
+    return _row_sums(a, _active)[0]
 
 
 def lp_norm(a: Tensor, p: float) -> Tensor:
@@ -119,7 +117,41 @@ def negative_aware_norm(a: Tensor) -> Tensor:
     ValueError
         ``a`` is not a floating-point matrix.
     """
-    return l1_norm(a) / l0_norm(a).clamp_min(1)
+    _require_matrix(a)
+    if _differentiated(a) or torch.compiler.is_compiling():
+        return l1_norm(a) / l0_norm(a).clamp_min(1)
+    magnitude, count = _row_sums(a, _magnitudes, _active)
+    return magnitude / count.clamp_min(1)
+
+
+def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], object]) -> list[Tensor]:
+    """Return for each map the sums (n,) over the units of what it makes of them, in one pass over memory."""
+    elements = _BLOCK_ELEMENTS if a.device.type == "cpu" else _DEVICE_ELEMENTS
+    rows = max(1, elements // max(a.shape[1], 1))
+    a = a.detach()
+    sums = [a.new_empty(a.shape[0], dtype=_wide(a)) for _ in maps]
+    made = a.new_empty((min(rows, a.shape[0]), a.shape[1]), dtype=_wide(a))
+    for start in range(0, a.shape[0], rows):
+        block = a[start : start + rows]
+        for fill, total in zip(maps, sums, strict=True):
+            fill(block, made[: len(block)])
+            torch.sum(made[: len(block)], 1, out=total[start : start + rows])
+    return sums
+
+
+def _magnitudes(block: Tensor, out: Tensor) -> None:
+    if block.dtype == out.dtype:
+        torch.abs(block, out=out)
+    else:
+        out.copy_(block).abs_()
+
+
+def _active(block: Tensor, out: Tensor) -> None:
+    torch.gt(block, 0, out=out)
+
+
+def _differentiated(a: Tensor) -> bool:
+    return a.requires_grad and torch.is_grad_enabled()
 
 
 def _wide(a: Tensor) -> torch.dtype:
