@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A block of this many elements, and what is made of it, stay in a core's cache between the map that fills it and
-# the sum that reads it; the whole array's worth would be written to memory and read back. On a GPU every operation
-# on a block has a cost of its own, so blocks there only bound the memory.
+# A core's share of a block is this many elements: they, and what is made of them, stay in its cache between the
+# map that fills it and the sum that reads it; the whole array's worth would be written to memory and read back. On
+# a GPU every operation on a block has a cost of its own, so blocks there only bound the memory.
 _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_ELEMENTS = 1 << 26
 
@@ -126,16 +126,17 @@ def negative_aware_norm(a: Tensor) -> Tensor:
 
 def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], object]) -> list[Tensor]:
     """Return for each map the sums (n,) over the units of what it makes of them, in one pass over memory."""
-    elements = _BLOCK_ELEMENTS if a.device.type == "cpu" else _DEVICE_ELEMENTS
+    elements = torch.get_num_threads() * _BLOCK_ELEMENTS if a.device.type == "cpu" else _DEVICE_ELEMENTS
     rows = max(1, elements // max(a.shape[1], 1))
     a = a.detach()
     sums = [a.new_empty(a.shape[0], dtype=_wide(a)) for _ in maps]
     made = a.new_empty((min(rows, a.shape[0]), a.shape[1]), dtype=_wide(a))
-    for start in range(0, a.shape[0], rows):
-        block = a[start : start + rows]
-        for fill, total in zip(maps, sums, strict=True):
-            fill(block, made[: len(block)])
-            torch.sum(made[: len(block)], 1, out=total[start : start + rows])
+    # All views at once: made one by one, they cost as much as a block's sum.
+    for block, *totals in zip(a.split(rows), *(total.split(rows) for total in sums), strict=True):
+        made = made[: len(block)]
+        for fill, total in zip(maps, totals, strict=True):
+            fill(block, made)
+            torch.sum(made, 1, out=total)
     return sums
 
 
