@@ -1,4 +1,4 @@
-"""A training step, as a share of what the machine's convolutions reach at best, under each way to run it.
+"""A training step against its operations at the rate of the machine's best convolution, under each way to run it.
 
 The machine's best is that of one large 3 x 3 convolution forward, over precisions and memory formats. A step's
 operations are counted from its shapes, forward and back.
@@ -11,10 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from featnorm._memory import keep_freed_memory
 from featnorm.training import CifarResNet18, ProjectionHead
 
-BATCH = 128
 WAYS = {
     "default layout": (torch.contiguous_format, None, False),
     "channels last": (torch.channels_last, None, False),
@@ -33,7 +31,6 @@ def counted(work):
 @pytest.fixture(scope="module")
 def best():
     """The machine's best convolution in operations a second, and which it is."""
-    keep_freed_memory()
     found = {}
     for name, (layout, dtype, compiled) in WAYS.items():
         if compiled:
@@ -52,14 +49,15 @@ def best():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_step(benchmark, best, way, capsys):
+def test_step(compare, size, best, way):
     layout, dtype, compiled = WAYS[way]
     torch.manual_seed(0)
-    model = nn.Sequential(CifarResNet18(32), ProjectionHead(256, 10, hidden=512)).to(memory_format=layout)
+    width, batch = size(32, 8), size(128, 16)
+    model = nn.Sequential(CifarResNet18(width), ProjectionHead(8 * width, 10, hidden=512)).to(memory_format=layout)
     runs = torch.compile(model) if compiled else model
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=layout)
-    targets = torch.arange(BATCH) % 10
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
+    targets = torch.arange(batch) % 10
 
     def step(network=runs):
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -69,12 +67,9 @@ def test_step(benchmark, best, way, capsys):
         optimiser.step()
 
     operations = counted(lambda: step(model))
-    benchmark.group = f"a step on {BATCH} images, ResNet-18 of width 32"
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
-    reached = operations / benchmark.stats.stats.min
-    benchmark.extra_info["share of the best convolution"] = reached / best[1]
-    with capsys.disabled():
-        print(
-            f"\n{way}: {reached / 1e9:.0f} of {best[1] / 1e9:.0f} GFLOP/s ({reached / best[1]:.0%} of the best "
-            f"convolution, {best[0]})"
-        )
+    work, sizes, rounds = f"a training step, {way}", f"{batch} images, ResNet-18 of width {width}", 3
+    medians = compare.time(work, step, {}, rounds=rounds, sizes=sizes)
+    if medians:
+        reference = f"its operations at the rate of the best convolution ({best[0]})"
+        least = operations / best[1]
+        compare.record(work, medians["ours"], reference, least, None, unit="s", rounds=rounds, sizes=sizes)

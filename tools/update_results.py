@@ -2,8 +2,8 @@
 
     python tools/update_results.py [FOLDER]
 
-takes over the results in FOLDER, such as featnorm-reproduction/laptop, and then writes every table
-anew from the results that the documentation keeps.
+takes over the results in FOLDER, such as featnorm-reproduction/laptop or what `make bench` wrote, and then
+writes every table anew from the results that the documentation keeps.
 """
 
 import argparse
@@ -26,6 +26,7 @@ PAGES = {
     "own-images": ("own-images", "shipped"),
     "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
+    "speed": ("speed",),
 }
 #: Tables that are read off the networks of Table 3.
 READ_OFF = ("table3", "table5", "table8", "table10")
@@ -41,6 +42,8 @@ def tables(file: Path) -> dict[str, Table]:
             return own_images.tables(content)
         case "shipped":
             return shipped(content)
+        case "speed":
+            return speed(content)
         case "explanation":
             return explanations.tables(content)
         case "head-study":
@@ -97,6 +100,40 @@ def shipped(content: Mapping[str, Any]) -> dict[str, Table]:
         ),
         "service": Table("The service, one image a request", headers, service, notes),
     }
+
+
+def speed(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what `make bench` measured, a table a theme."""
+    facts = [f"{name}: {value}" for name, value in content["environment"].items()]
+    if content["scale"] != "full":
+        facts.append("at sizes that only try the benchmarks")
+    headers = ["Work", "against", "ours", "theirs", "ratio", "mark", "met", "rounds", "of what"]
+    found = {}
+    for theme in dict.fromkeys(row["theme"] for row in content["results"]):
+        rows = [
+            [
+                row["work"],
+                row["reference"],
+                _quantity(row["ours"], row["unit"]),
+                _quantity(row["theirs"], row["unit"]),
+                f"{row['ratio']:.3g}",
+                "–" if row["at_most"] is None else f"≤ {row['at_most']:.3g}",
+                {True: "yes", False: "no", None: "–"}[row["met"]],
+                f"{row['rounds']}",
+                row["sizes"],
+            ]
+            for row in content["results"]
+            if row["theme"] == theme
+        ]
+        found[theme] = Table(f"{theme.capitalize()}, medians", headers, rows, facts)
+    return found
+
+
+def _quantity(value: float, unit: str) -> str:
+    """Return seconds ("s") or bytes ("B") with a prefix that keeps them readable."""
+    prefixes = {"s": [(1, "s"), (1e-3, "ms"), (1e-6, "µs")], "B": [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")]}[unit]
+    scale, name = next((prefix for prefix in prefixes if abs(value) >= prefix[0]), prefixes[-1])
+    return f"{value / scale:.3g} {name}"
 
 
 def render(page: str) -> str:

@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors, for this process.
 
     Without this glibc gives every large tensor back to the system and asks for it anew, page by page: more than
-    half the time of a convolutional network on a CPU goes there (benchmarks/test_malloc.py).
+    half the time of a convolutional network on a CPU goes there (benchmarks/test_process.py).
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -16,7 +16,7 @@ def update_results():
     return module
 
 
-@pytest.mark.parametrize("page", ["cifar10", "own-images", "imagenet", "theory"])
+@pytest.mark.parametrize("page", ["cifar10", "own-images", "imagenet", "theory", "speed"])
 def test_the_published_tables_are_of_the_published_results(update_results, page):
     assert list((update_results.RESULTS / page).glob("*.json"))
     text = (update_results.RESULTS / f"{page}.md").read_text("utf-8")
@@ -24,4 +24,4 @@ def test_the_published_tables_are_of_the_published_results(update_results, page)
 
 
 def test_every_page_is_looked_at(update_results):
-    assert set(update_results.PAGES) == {"cifar10", "own-images", "imagenet", "theory"}
+    assert set(update_results.PAGES) == {"cifar10", "own-images", "imagenet", "theory", "speed"}

@@ -1,0 +1,82 @@
+"""`featnorm score` on JPEGs against the bare model on decoded tensors: the mark is 90 % of its throughput.
+
+The mark is for where decoding fits the cores, which is where some are left beside the model's. On the same cores
+no more is possible than the model after the decoding, which is the second row.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+import featnorm as fn
+from featnorm.data import image_loader, open_images
+from featnorm.deploy import ImageScorer
+from featnorm.models import create_model
+
+BATCH = 64
+DISTINCT = 500
+COMMAND = "import sys; from featnorm.cli import main; sys.argv[0] = 'featnorm'; main()"
+
+
+def photographs(folder, n):
+    """Noise that is smooth and fine at once, so that a JPEG of it is about as large as a photograph's."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    contents = []
+    for i in range(n):
+        if i < DISTINCT:
+            fine = Image.fromarray(random.integers(0, 256, (256, 256, 3), dtype=np.uint8))
+            image = Image.blend(fine.filter(ImageFilter.GaussianBlur(6)), fine, 0.1)
+            image.save(folder / f"{i:05}.jpg", quality=90)
+            contents.append((folder / f"{i:05}.jpg").read_bytes())
+        else:
+            (folder / f"{i:05}.jpg").write_bytes(contents[i % DISTINCT])
+    return folder
+
+
+def test_score(compare, size, tmp_path):
+    n = size(20_000, 128)
+    folder = photographs(tmp_path / "photographs", n)
+    source = open_images(str(folder))
+    loaded = create_model("featnorm:efficientnet-lite0" if size(True, False) else "featnorm:cifar10-resnet18")
+    known = open_images(f"{folder}[:{min(n, DISTINCT)}]")
+    file = tmp_path / "detector.featnorm"
+    fn.fit_images(known, loaded, cache=tmp_path / "cache", progress=False).scorer.save(file)
+    scorer = ImageScorer.load(file)
+    model = scorer.scorer.model.eval()
+    loader = image_loader(source, scorer.transform, batch_size=BATCH)
+    decoded = next(iter(loader)).images.contiguous(memory_format=torch.channels_last)
+
+    def command():
+        out = tmp_path / "scores.csv"
+        out.unlink(missing_ok=True)
+        call = [sys.executable, "-c", COMMAND, "score", str(file), str(folder), "-o", str(out), "--device", "cpu"]
+        subprocess.run(call, check=True, capture_output=True)
+
+    def bare():
+        with torch.no_grad():
+            for start in range(0, n, BATCH):
+                model(decoded[: n - start])
+
+    def decode():
+        for _ in loader:
+            pass
+
+    def one_after_the_other():
+        decode()
+        bare()
+
+    compare.time(
+        "featnorm score, the process included",
+        command,
+        {
+            "the model on decoded tensors": (bare, 1 / 0.9),
+            "decoding by all cores, then the model": (one_after_the_other, None),
+        },
+        rounds=size(3, 1),
+        sizes=f"{n:,} JPEGs of 256 x 256, {loaded.name}, batches of {BATCH}",
+        warm=False,
+    )

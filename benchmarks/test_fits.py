@@ -1,0 +1,87 @@
+"""Streamed fits, to the first score, against the product X'X: at most 1.25 of it, and in memory of d x d."""
+
+import pytest
+import torch
+
+import featnorm as fn
+from measuring import peak_memory
+
+DETECTORS = {"Mahalanobis": fn.Mahalanobis, "SSD": fn.SSD, "Residual": fn.Residual, "ViM": fn.ViM}
+BATCH = 4096
+CLASSES = 1000
+# Distinct batches of the stream, which goes over them again and again.
+DISTINCT = 16
+GRAMS = 3
+
+
+def batches(d, count):
+    """Features that do not fill their space evenly, as those of a network do not."""
+    random = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.1, 3, d)
+    weight = torch.randn(CLASSES, d, generator=random) / d**0.5
+    bias = torch.randn(CLASSES, generator=random)
+    made = []
+    for _ in range(count):
+        pooled = (torch.randn(BATCH, d, generator=random) * scale).relu_()
+        logits = torch.addmm(bias, pooled, weight.T)
+        labels = torch.randint(CLASSES, (BATCH,), generator=random)
+        made.append(fn.Features(pooled=pooled, logits=logits, labels=labels, classifier=(weight, bias)))
+    return made
+
+
+def fit(name, stream, times):
+    detector = DETECTORS[name]()
+    for i in range(times):
+        detector.partial_fit(stream[i % len(stream)])
+    detector.score(stream[0][:1])
+
+
+@pytest.fixture(scope="module")
+def stream(size):
+    return batches(size(2048, 256), size(DISTINCT, 2))
+
+
+@pytest.fixture(scope="module")
+def doubles(stream):
+    return [features.pooled.double() for features in stream]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_time(compare, size, stream, doubles, name):
+    d, times = stream[0].pooled.shape[1], size(244, 4)
+
+    def product(of):
+        gram = of[0].new_zeros(d, d)
+        for i in range(times):
+            gram.addmm_(of[i % len(of)].T, of[i % len(of)])
+
+    compare.time(
+        f"fit of {name}",
+        lambda: fit(name, stream, times),
+        {
+            "X'X in float64, as the fit takes it": (lambda: product(doubles), 1.25),
+            "X'X in float32": (lambda: product([features.pooled for features in stream]), None),
+        },
+        rounds=3,
+        sizes=f"n = {times * BATCH:,}, d = {d}, {CLASSES} classes, in batches of {BATCH}",
+        warm=False,
+    )
+
+
+def streamed(name, d, times):
+    stream = batches(d, 1)
+    yield
+    fit(name, stream, times)
+    yield
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("times", [4, 8, 16])
+def test_memory(compare, size, name, times):
+    d = size(2048, 256)
+    compare.memory(
+        f"fit of {name}, n = {times * BATCH:,}",
+        lambda: peak_memory(streamed, name, d, times),
+        {f"{GRAMS} d² float64 and a batch": (lambda: GRAMS * 8 * d * d + 4 * BATCH * d, 1)},
+        sizes=f"d = {d}, {CLASSES} classes, in batches of {BATCH}",
+    )
