@@ -94,6 +94,24 @@ def test_moments_take_blocks(monkeypatch):
     torch.testing.assert_close(blocks.covariance(), whole.covariance())
 
 
+@pytest.mark.parametrize("per_group", [False, True])
+def test_moments_take_panels(monkeypatch, per_group):
+    z, labels = rows_of(d=11), torch.arange(200) % 3
+    whole = Moments(gram_per_group=per_group)
+    whole.add(z, labels)
+    monkeypatch.setattr(statistics, "_PANEL_COLUMNS", 4)
+    for panels in split_fit(lambda: Moments(gram_per_group=per_group), z, SIZES, labels):
+        torch.testing.assert_close(panels.covariance(), whole.covariance())
+        torch.testing.assert_close(panels.within_covariance(), whole.within_covariance())
+        about = Moments()
+        about.add(z, shift=panels.shift)
+        torch.testing.assert_close(panels.second_moment(), about.second_moment())
+        if per_group:
+            pairs = zip(panels.group_covariances(), whole.group_covariances(), strict=True)
+            for (covariance, _), (expected, _) in pairs:
+                torch.testing.assert_close(covariance, expected)
+
+
 def test_moments_refuse_another_width_and_too_much_memory(monkeypatch):
     moments = Moments()
     moments.add(rows_of())

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 # Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again.
 _BLOCK_ROWS = 4096
+# Columns of a Gram matrix that are summed at a time: wide enough for a product at full speed.
+_PANEL_COLUMNS = 512
+# Of numbers and what is made of them, so many stay in a core's cache.
+_CACHED_ELEMENTS = 1 << 17
 # Several detectors may hold one each, so a single one is held well below a machine's memory.
 _MOST_GRAM_BYTES = 1 << 30
 _MOST_GRAMS_BYTES = 8 << 30
@@ -101,7 +105,8 @@ class Moments(Statistic):
     """Count, sum and Gram matrix of rows about a fixed point, by group.
 
     Sums are taken about ``shift``, the first block's mean unless given, so that the covariance does not drown
-    in the square of a large mean.
+    in the square of a large mean. A Gram matrix is summed from the diagonal down, in panels of columns, which for
+    wide rows is little more than half of the products; its upper part is filled in where it is read.
 
     Parameters
     ----------
@@ -111,7 +116,7 @@ class Moments(Statistic):
     groups: Tensor  # (G,) the sorted labels seen
     counts: Tensor  # (G,)
     sums: Tensor  # (G, d) about shift
-    gram: Tensor  # (1, d, d) or (G, d, d) about shift
+    gram: Tensor  # (1, d, d) or (G, d, d) about shift, right from the diagonal down
     shift: Tensor  # (d,)
 
     def __init__(self, *, gram_per_group: bool = False) -> None:
@@ -172,11 +177,10 @@ class Moments(Statistic):
             centred = block.double().sub_(self.shift) if block.dtype != torch.float64 else block - self.shift
             self.sums.index_add_(0, where, centred)
             if not self.gram_per_group:
-                self.gram[0].addmm_(centred.T, centred)
+                _add_products(self.gram[0], centred)
                 continue
             for g in where.unique().tolist():
-                members = centred[where == g]
-                self.gram[g].addmm_(members.T, members)
+                _add_products(self.gram[g], centred[where == g])
 
     def merge(self, other: Self) -> None:
         """Take in the rows that another has seen."""
@@ -212,7 +216,7 @@ class Moments(Statistic):
 
     def second_moment(self) -> Tensor:
         """Return ``(Z - s)'(Z - s) / N`` about the shift s, (d, d)."""
-        return self.gram.sum(0) / self.total
+        return self._whole_gram() / self.total
 
     def covariance(self) -> Tensor:
         """Return the biased covariance of all rows, (d, d)."""
@@ -222,16 +226,20 @@ class Moments(Statistic):
     def within_covariance(self) -> Tensor:
         """Return the biased covariance about each group's own mean, pooled over the groups, (d, d)."""
         scaled = self.sums / self.counts.sqrt()[:, None]
-        return (self.gram.sum(0) - scaled.T @ scaled) / self.total
+        return (self._whole_gram() - scaled.T @ scaled) / self.total
 
     def group_covariances(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each group's own biased covariance, (d, d), and its rounding error, (d,); see `rounding`."""
         for gram, total, count in zip(self.gram, self.sums, self.counts, strict=True):
-            yield gram / count - torch.outer(total / count, total / count), _rounding(gram / count)
+            moment = _fill_in(gram / count)
+            yield moment - torch.outer(total / count, total / count), _rounding(moment)
 
     def rounding(self) -> Tensor:
         """Return the variance of each unit that rounding of the sums alone may make, (d,)."""
         return _rounding(self.second_moment())
+
+    def _whole_gram(self) -> Tensor:
+        return _fill_in(self.gram.sum(0))
 
     def _open(self, labels: Tensor, shift: Tensor) -> None:
         """Make room for the groups of these labels."""
@@ -488,6 +496,21 @@ def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
     return vectors[:, kept] / values[kept].sqrt()
 
 
+def _add_products(gram: Tensor, rows: Tensor) -> None:
+    """Add ``rows' rows`` to a Gram matrix, in its panels from the diagonal down."""
+    for start in range(0, len(gram), _PANEL_COLUMNS):
+        end = start + _PANEL_COLUMNS
+        gram[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
+
+
+def _fill_in(gram: Tensor) -> Tensor:
+    """Write above the diagonal what `_add_products` leaves out, in place; return the matrix."""
+    for start in range(0, len(gram), _PANEL_COLUMNS):
+        end = start + _PANEL_COLUMNS
+        gram[start:end, end:] = gram[end:, start:end].T
+    return gram
+
+
 def _rounding(second_moment: Tensor) -> Tensor:
     return len(second_moment) * torch.finfo(torch.float64).eps * second_moment.diagonal()
 
@@ -495,8 +518,10 @@ def _rounding(second_moment: Tensor) -> Tensor:
 def _row_keys(rows: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0x5EED)
     weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
-    bits = rows.view(torch.int32).to(torch.int64)
-    keys = (bits * weights.to(rows.device)).sum(1)
+    weights = weights.to(rows.device)
+    few = max(1, _CACHED_ELEMENTS // max(rows.shape[1], 1))
+    bits = rows.view(torch.int32)
+    keys = torch.cat([part.to(torch.int64).mul_(weights).sum(1) for part in bits.split(few)])
     # A multiplicative mix, so that the high bits, by which keys are ordered, depend on every bit of the row.
     for multiplier in (-0x61C8864680B583EB, -0x3B314601E57A13AD):
         keys = (keys ^ (keys >> 32)) * multiplier
