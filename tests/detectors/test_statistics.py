@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from featnorm.detectors import statistics
-from featnorm.detectors.statistics import Bank, FloatHistogram, Moments, RowSample, Total, unit_rows, whitening
+from featnorm.detectors.statistics import (
+    Bank,
+    FloatHistogram,
+    Moments,
+    RowSample,
+    Total,
+    single_unit_rows,
+    unit_rows,
+    whitening,
+)
 
 F64 = torch.float64
 
@@ -355,3 +364,12 @@ def test_whitening_is_a_root_of_the_pseudo_inverse():
 def test_whitening_of_nothing_has_no_directions():
     zero = torch.zeros(3, 3, dtype=F64)
     assert whitening(zero, torch.zeros((), dtype=F64)).shape == (3, 0)
+
+
+def test_unit_rows_in_single_precision_take_blocks(monkeypatch):
+    z = rows_of(dtype=torch.float32)
+    z[3] = 0
+    expected = unit_rows(z).float()
+    monkeypatch.setattr(statistics, "_BLOCK_ROWS", 17)
+    assert torch.equal(single_unit_rows(z), expected)
+    assert single_unit_rows(z[:0]).shape == (0, 5)

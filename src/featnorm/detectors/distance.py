@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Bank, Moments, RowSample, unit_rows, whitening
+from featnorm.detectors.statistics import Bank, Moments, RowSample, single_unit_rows, unit_rows, whitening
 from featnorm.features import Features
 
 # Above this many rows k-means and its covariances are learned from a sample of them.
@@ -246,7 +246,7 @@ class KNN(Detector):
         return self
 
     def _learn(self, features: Features) -> None:
-        self.bank.add(unit_rows(features.tensor("pooled")))
+        self.bank.add(single_unit_rows(features.tensor("pooled")))
 
     def _derive(self) -> Any:
         return self.bank.rows.cpu().numpy()

@@ -12,8 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-# Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again.
-_BLOCK_ROWS = 4096
+# Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again. At
+# this size a product with the block is still at full speed, and the block smaller than a wide Gram matrix.
+_BLOCK_ROWS = 1024
+# Rows that a sample takes at a time: each time it is written anew.
+_SAMPLED_ROWS = 4096
 # Columns of a Gram matrix that are summed at a time: wide enough for a product at full speed.
 _PANEL_COLUMNS = 512
 # Of numbers and what is made of them, so many stay in a core's cache.
@@ -343,7 +346,7 @@ class RowSample(Statistic):
     def add(self, rows: Tensor) -> None:
         """Add rows, (n, d)."""
         self.require_width(rows)
-        for block in rows.split(_BLOCK_ROWS):
+        for block in rows.split(_SAMPLED_ROWS):
             block = block.to(self.rows.device, torch.float32).contiguous()
             self._keep(block, _row_keys(block), len(block))
 
@@ -483,6 +486,14 @@ def unit_rows(z: Tensor) -> Tensor:
     """Return each row over its length, in float64; ``z / (||z|| + 1e-10)``, so a zero vector stays zero."""
     z = z.double()
     return z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10)
+
+
+def single_unit_rows(z: Tensor) -> Tensor:
+    """Return `unit_rows` in float32, a block at a time: float64 of all rows would be several times as large."""
+    unit = z.new_empty(z.shape, dtype=torch.float32)
+    for rows, made in zip(z.split(_BLOCK_ROWS), unit.split(_BLOCK_ROWS), strict=True):
+        made.copy_(unit_rows(rows))
+    return unit
 
 
 def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
