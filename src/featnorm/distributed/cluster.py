@@ -224,14 +224,22 @@ class _Actor:
     """What does the work; a result is data, and so is an error, which would come back without its own message."""
 
     def __init__(self, kept: list[Any], batch_size: int, actors: Actors) -> None:
+        self.kept, self.batch_size, self.actors = kept, batch_size, actors
+        self.ask: Callable[[ImageSource], Iterator[Any]] | None = None
+
+    def _start(self) -> None:
+        # Not when it is made: an actor that came too late to do anything would wait for ever for what is not kept
+        # any more, and hold its processor.
         import ray
 
         keep_freed_memory()
-        work, self.source = ray.get(kept)
-        self.batch_size = batch_size
-        self.ask = work.start(torch.device(actors.device), actors.workers)
+        work, self.source = ray.get(self.kept)
+        self.ask = work.start(torch.device(self.actors.device), self.actors.workers)
 
     def __call__(self, shards: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        if self.ask is None:
+            self._start()
+        assert self.ask is not None
         numbers = [number for shard in shards["batches"] for number in json.loads(shard)]
         rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(self.source))]
         images = SlicedImages(self.source, rows, self.source.title)
