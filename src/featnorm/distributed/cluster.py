@@ -189,16 +189,18 @@ class Cluster:
         """
         import ray
 
-        fit_part = ray.remote(num_cpus=1)(_fit_part)
+        # No more run at once than there may be actors. They claim no processor: actors that are on their way out,
+        # or came too late, still hold theirs for a while.
+        fit_part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_fit_part)
         # As it is before it learns: what it knows need not travel.
         with detector.refit():
             kept = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
             statistics = ActivationStatistics()
             running: list[Any] = []
             for values, labels in parts:
-                running.append(fit_part.remote(kept, values, labels))
-                if len(running) > self.actors.count:
+                if len(running) == self.actors.count:
                     _merge(ray.get(running.pop(0)), detector, statistics)
+                running.append(fit_part.remote(kept, values, labels))
             for result in running:
                 _merge(ray.get(result), detector, statistics)
         return statistics
