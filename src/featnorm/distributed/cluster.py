@@ -189,16 +189,18 @@ class Cluster:
         """
         import ray
 
-        fit_part = ray.remote(num_cpus=1)(_fit_part)
+        # No more run at once than there may be actors. They claim no processor: actors that are on their way out,
+        # or came too late, still hold theirs for a while.
+        fit_part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_fit_part)
         # As it is before it learns: what it knows need not travel.
         with detector.refit():
             kept = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
             statistics = ActivationStatistics()
             running: list[Any] = []
             for values, labels in parts:
-                running.append(fit_part.remote(kept, values, labels))
-                if len(running) > self.actors.count:
+                if len(running) == self.actors.count:
                     _merge(ray.get(running.pop(0)), detector, statistics)
+                running.append(fit_part.remote(kept, values, labels))
             for result in running:
                 _merge(ray.get(result), detector, statistics)
         return statistics
@@ -224,14 +226,22 @@ class _Actor:
     """What does the work; a result is data, and so is an error, which would come back without its own message."""
 
     def __init__(self, kept: list[Any], batch_size: int, actors: Actors) -> None:
+        self.kept, self.batch_size, self.actors = kept, batch_size, actors
+        self.ask: Callable[[ImageSource], Iterator[Any]] | None = None
+
+    def _start(self) -> None:
+        # Not when it is made: an actor that came too late to do anything would wait for ever for what is not kept
+        # any more, and hold its processor.
         import ray
 
         keep_freed_memory()
-        work, self.source = ray.get(kept)
-        self.batch_size = batch_size
-        self.ask = work.start(torch.device(actors.device), actors.workers)
+        work, self.source = ray.get(self.kept)
+        self.ask = work.start(torch.device(self.actors.device), self.actors.workers)
 
     def __call__(self, shards: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        if self.ask is None:
+            self._start()
+        assert self.ask is not None
         numbers = [number for shard in shards["batches"] for number in json.loads(shard)]
         rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(self.source))]
         images = SlicedImages(self.source, rows, self.source.title)
