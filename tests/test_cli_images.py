@@ -232,14 +232,12 @@ def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_pa
 
 def test_a_journal_is_of_these_images_and_one_process(tmp_path):
     row = ImageVerdict("a", 1.0, 0.5, True, None, None)
-    first = Journal(tmp_path / "t.csv", {"images": "x"}, 1)
-    first.add(0, [row])
-    with pytest.raises(ValueError, match="another process is writing"):
-        Journal(tmp_path / "t.csv", {"images": "x"}, 1)
-    first.__exit__()
-    again = Journal(tmp_path / "t.csv", {"images": "x"}, 1)
-    assert (again.done, again.begun_anew) == (1, False)
-    again.__exit__()
+    with Journal(tmp_path / "t.csv", {"images": "x"}, 1) as first:
+        first.add(0, [row])
+        with pytest.raises(ValueError, match="another process is writing"):
+            Journal(tmp_path / "t.csv", {"images": "x"}, 1)
+    with Journal(tmp_path / "t.csv", {"images": "x"}, 1) as again:
+        assert (again.done, again.begun_anew) == (1, False)
     other = Journal(tmp_path / "t.csv", {"images": "y"}, 1)
     assert (other.done, other.begun_anew) == (0, True)
 

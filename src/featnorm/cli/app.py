@@ -369,7 +369,7 @@ def reproduce(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the networks that are trained: on a CPU an eighth faster, after half a minute for each "
+            help="Compile the networks that are trained: on a CPU a sixth faster, after half a minute for each "
             "network and size of crop. Needs a C++ compiler.",
         ),
     ] = False,

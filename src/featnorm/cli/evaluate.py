@@ -164,6 +164,15 @@ def _refuse_twice(options: Options) -> None:
         seen[key] = spec
 
 
+def cluster_of(device: str, ray: bool) -> Any:
+    """Return the Ray cluster where it is asked for, else None."""
+    if not ray:
+        return None
+    from featnorm.distributed import Cluster
+
+    return Cluster(device)
+
+
 def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
     """Return Fabric on one device; what it sets up for training is compiled where that is asked for.
 

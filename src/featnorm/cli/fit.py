@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from featnorm.cli.evaluate import fabric_of
+from featnorm.cli.evaluate import cluster_of, fabric_of
 from featnorm.cli.show import console, print_skipped, require_file_place
 from featnorm.data import open_images
 from featnorm.detectors import parse_detector
@@ -44,11 +44,7 @@ def run(options: Options) -> None:
     detector = parse_detector(options.detector)
     source = open_images(options.data, root=options.data_root)
     loaded = create_model(options.model, weights=options.weights)
-    cluster = None
-    if options.ray:
-        from featnorm.distributed import Cluster
-
-        cluster = Cluster(options.device)
+    cluster = cluster_of(options.device, options.ray)
     console.print(f"{len(source)} images of {source.title}, seen through {loaded.name}.", soft_wrap=True)
     fitted = fit_images(
         source,

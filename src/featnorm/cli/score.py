@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from featnorm.cli.evaluate import fabric_of
+from featnorm.cli.evaluate import cluster_of, fabric_of
 from featnorm.cli.show import console, environment, print_skipped, printable, require_file_place
 from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.data.loading import rows_of
@@ -115,19 +115,16 @@ def run(options: Options) -> None:
             require_file_place(file, [options.detector, *map(Path, options.images)])
     fabric = fabric_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
-    scorer.scorer = fabric.to_device(scorer.scorer)
     if options.html is not None and scorer.scorer.calibration is None:
         raise ValueError(f"{options.detector} is not calibrated: there are no known scores to show others among")
     source = open_to_score(options.images, root=options.data_root)
     fitted_in = scorer.facts.get("precision", options.precision)
     if fitted_in != options.precision:
         console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
-    watch = _Watch(scorer.scorer.model)
-    cluster = None
-    if options.ray:
-        from featnorm.distributed import Cluster
-
-        cluster = Cluster(options.device)
+    cluster, watch = cluster_of(options.device, options.ray), None
+    if cluster is None:
+        scorer.scorer = fabric.to_device(scorer.scorer)
+        watch = _Watch(scorer.scorer.model)
     began = time.perf_counter()
     tally = _Tally()
 
@@ -137,19 +134,19 @@ def run(options: Options) -> None:
             return cluster.score(scorer, source, batches, precision=options.precision, **settings)
         rows = [row for number in batches for row in rows_of(number, options.batch_size, len(source))]
         rest = SlicedImages(source, rows, source.title)
-        verdicts = scorer.stream(rest, workers=options.workers, fabric=fabric, **settings) if rows else iter(())
+        verdicts = scorer.stream(rest, workers=options.workers, fabric=fabric, **settings)
         return zip(batches, verdicts, strict=True)
 
     every = range(-(-len(source) // options.batch_size))
     place = options.out or options.html
     if place is None:
         judged = _print(judge(every), tally)
-        seconds, busy = time.perf_counter() - began, watch.seconds
+        pace = _pace(judged, time.perf_counter() - began, watch, cluster)
     else:
         with _journal(options, place, source) as journal:
             judged = _judge(judge, journal.missing(len(every)), len(source), journal)
             # Before the page, which asks the model again.
-            seconds, busy = time.perf_counter() - began, watch.seconds
+            pace = _pace(judged, time.perf_counter() - began, watch, cluster)
             for verdict in journal:
                 tally.add(verdict)
             if options.out is not None:
@@ -160,13 +157,18 @@ def run(options: Options) -> None:
     print_skipped(source.title, tally.first_unread, tally.unread)
     console.print(_summary(tally))
     if judged:
-        where = f"{busy / seconds:.0%} of the time in the model itself"
-        if cluster is not None:
-            where = f"by at most {cluster.actors.count} actors of {cluster.actors.device}"
-        console.print(f"{judged / seconds:.0f} images a second, {where}.")
+        console.print(pace)
     for file in (options.out, options.html):
         if file is not None:
             console.print(f"Wrote {file}.", soft_wrap=True)
+
+
+def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> str:
+    if watch is not None:
+        where = f"{watch.seconds / seconds:.0%} of the time in the model itself"
+    else:
+        where = f"by at most {cluster.actors.count} actors of {cluster.actors.device}"
+    return f"{judged / seconds:.0f} images a second, {where}."
 
 
 def _summary(tally: _Tally) -> str:

@@ -115,7 +115,7 @@ class FeatureCache:
                 missing += [row for row in wanted if digests[row] in state.corrupt]
                 images = SlicedImages(source, missing, source.title)
                 with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
-                    for part in extract(images) if missing else ():
+                    for part in extract(images):
                         corrupt = [(digests[missing[i]], why) for i, why in part.unread.items()]
                         good = [digests[missing[i]] for i in part.indices]
                         values = None if part.values is None else _checked(part.values, part.indices, images)

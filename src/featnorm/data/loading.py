@@ -65,28 +65,26 @@ class Extracted:
     ----------
     rows : range
         Where in the source they stand.
-    indices : list of int
-        Where those stand that could be read.
     values : Tensor or None
-        What the backbone returned for these; None where there is none.
+        What the backbone returned for those that could be read; None where there is none.
     unread : dict of int to str
         Why the others could not, by where in the source they stand.
     """
 
     rows: range
-    indices: list[int]
     values: Tensor | None
     unread: dict[int, str]
+
+    @property
+    def indices(self) -> list[int]:
+        """Where in the source those stand that could be read."""
+        return [row for row in self.rows if row not in self.unread]
 
     def moved(self, start: int) -> "Extracted":
         """Return the same of a source in which these images begin elsewhere."""
         by = start - self.rows.start
-        return Extracted(
-            range(start, start + len(self.rows)),
-            [i + by for i in self.indices],
-            self.values,
-            {i + by: why for i, why in self.unread.items()},
-        )
+        unread = {row + by: why for row, why in self.unread.items()}
+        return Extracted(range(start, start + len(self.rows)), self.values, unread)
 
 
 @dataclass
@@ -214,11 +212,11 @@ def extract_images(
     """
     for part in image_loader(source, transform, batch_size=batch_size, workers=workers).parts():
         if part.batch is None:
-            yield Extracted(part.rows, [], None, part.unread)
+            yield Extracted(part.rows, None, part.unread)
             continue
         found = in_parts(backbone, part.batch.images)
         values = found[0] if len(found) == 1 else torch.cat(found)
-        yield Extracted(part.rows, part.batch.indices.tolist(), values, part.unread)
+        yield Extracted(part.rows, values, part.unread)
 
 
 def image_loader(

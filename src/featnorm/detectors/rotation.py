@@ -8,7 +8,7 @@ from torch import Tensor
 
 from featnorm.augmentation import Distortion, distort, rotations
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Bank, unit_rows
+from featnorm.detectors.statistics import Bank, single_unit_rows
 from featnorm.features import Features
 
 _TURNS = 4
@@ -110,7 +110,7 @@ class CSI(Detector):
                 f"{90 * int((means <= 0).nonzero()[0])} degrees over the training inputs is not positive"
             )
         lengths = torch.linalg.vector_norm(embeddings.double(), dim=2).mean(0)
-        axes = torch.stack([unit_rows(embeddings[:, turn]).float() for turn in range(_TURNS)])
+        axes = torch.stack([single_unit_rows(embeddings[:, turn]) for turn in range(_TURNS)])
         return _Learned(axes, 1 / lengths, 1 / means)
 
     def _score(self, features: Features) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -227,26 +228,24 @@ class _Actor:
 
     def __init__(self, kept: list[Any], batch_size: int, actors: Actors) -> None:
         self.kept, self.batch_size, self.actors = kept, batch_size, actors
-        self.ask: Callable[[ImageSource], Iterator[Any]] | None = None
 
-    def _start(self) -> None:
+    @cached_property
+    def _begun(self) -> tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]]:
         # Not when it is made: an actor that came too late to do anything would wait for ever for what is not kept
         # any more, and hold its processor.
         import ray
 
         keep_freed_memory()
-        work, self.source = ray.get(self.kept)
-        self.ask = work.start(torch.device(self.actors.device), self.actors.workers)
+        work, source = ray.get(self.kept)
+        return source, work.start(torch.device(self.actors.device), self.actors.workers)
 
     def __call__(self, shards: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        if self.ask is None:
-            self._start()
-        assert self.ask is not None
+        source, ask = self._begun
         numbers = [number for shard in shards["batches"] for number in json.loads(shard)]
-        rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(self.source))]
-        images = SlicedImages(self.source, rows, self.source.title)
+        rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(source))]
+        images = SlicedImages(source, rows, source.title)
         try:
-            for number, result in zip(numbers, self.ask(images), strict=True):
+            for number, result in zip(numbers, ask(images), strict=True):
                 yield _row(number, result)
         except (ValueError, OSError) as error:
             yield _row(-1, error)

@@ -33,7 +33,7 @@ from featnorm.detectors import (
     Sparsity,
     ViM,
 )
-from featnorm.detectors.statistics import FloatHistogram, unit_rows
+from featnorm.detectors.statistics import FloatHistogram, single_unit_rows
 from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features
@@ -395,6 +395,6 @@ def _bank(train: CachedFeatures, count: int, file: Path) -> Tensor:
     chosen[order[:count]] = True
     with file.open("wb") as opened:
         for values, wanted in zip(train.batches(_ROWS), chosen.split(_ROWS), strict=True):
-            opened.write(unit_rows(values[wanted]).float().numpy().tobytes())
+            opened.write(single_unit_rows(values[wanted]).numpy().tobytes())
     width = train.stored.shape[1]
     return torch.from_file(str(file), size=count * width).reshape(count, width)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from featnorm.detectors import CSI, KNN, NAN, Detector, RotNet
-from featnorm.metrics import auroc, fpr_at_tpr
+from featnorm.metrics import evaluate
 from featnorm.oneclass import GOAD
 from featnorm.oneclass.frameworks import moco_detectors
 from featnorm.protocols.cifar10 import PAPER_SETS, Images, keep_result, kept_result, train_and_score
@@ -226,13 +226,10 @@ def _run_goad(
         return system.scores(model, pixels, fabric=fabric, progress=progress)["GOAD"]
 
     inside = scores(images.test[0])
-    found = {name: scores(pixels) for name, pixels in images.ood.items()}
+    found = {name: evaluate(inside, scores(pixels)) for name, pixels in images.ood.items()}
     return {
         "scores": {
-            "GOAD()": {
-                name: [100 * auroc(inside, values), 100 * fpr_at_tpr(inside, values)]
-                for name, values in found.items()
-            }
+            "GOAD()": {name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in found.items()}
         },
         "left_out": {},
         "train_seconds": trained - began,

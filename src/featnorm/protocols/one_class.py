@@ -95,7 +95,6 @@ _PAPER: dict[str, System[Any]] = {
     "CSI": CSI(),
     "MoCo-v2": MoCo(),
 }
-
 _LAPTOP: dict[str, System[Any]] = {
     "OC-SVM": SVM(autoencoder_epochs=24, autoencoder_drop=18, batch_size=50, lr=1e-3),
     "Deep-SVDD": DeepSVDD(autoencoder_epochs=24, autoencoder_drop=18, epochs=12, drop=8, batch_size=50, lr=1e-3),
