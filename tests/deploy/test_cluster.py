@@ -41,7 +41,7 @@ def remote(workers, scorer, source, batches=None):
     return [found[number] for number in batches]
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, *, p_value=1e-6):
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert [(v.name, v.error, v.predicted, v.is_id) for v in a] == [
@@ -50,7 +50,7 @@ def assert_same(found, expected):
         for one, other in zip(a, b, strict=True):
             if other.score is not None:
                 assert one.score == pytest.approx(other.score, rel=1e-6, abs=1e-6)
-                assert one.p_value == pytest.approx(other.p_value, abs=1e-6)
+                assert one.p_value == pytest.approx(other.p_value, abs=p_value)
 
 
 def fit(folder, loaded, cache, **options):
@@ -151,7 +151,7 @@ def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
     queries = torch.nn.functional.normalize(torch.randn(5, 6))
     whole = fn.KNN(7).use_bank(bank)
     # More neighbours than a part has rows.
-    parts = [ray.remote(BankPart).remote(part.numpy()) for part in bank.tensor_split(5)]
+    parts = [ray.remote(BankPart).remote(part.numpy(), 7, None) for part in bank.tensor_split(5)]
     found = ShardedKNN(whole, parts).nearest(queries, 7)
     exact = torch.cdist(queries.double(), bank.double()).square().sort(1).values[:, :7]
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
@@ -242,7 +242,9 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, loaded, cache
     monkeypatch.setattr(ImageScorer, "judge", small)
     found = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
     assert sum(sizes) == 13  # one cannot be read
-    assert_same([found], [expected])
+    # A batch of another size rounds otherwise, and some of these calibrated: such a tie may go either way.
+    one_more = 1 / (len(scorer.scorer.calibration.scores) + 1)
+    assert_same([found], [expected], p_value=1.01 * one_more)
     monkeypatch.setattr(
         ImageScorer, "judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
     )

@@ -22,6 +22,7 @@ def test_an_expression_is_its_own_repr(expression):
         ("NAN", "NAN()"),
         ("  KNN( k = 50 )/NAN \n", "KNN() / NAN()"),
         ("KNN(7, False)", "KNN(k=7, squared=False)"),
+        ("KNN(recall=0.99) / NAN", "KNN(recall=0.99) / NAN()"),
         ("ReAct(Energy)", "ReAct(Energy())"),
         ("ReAct(Energy(), 90.0)", "ReAct(Energy())"),
         ("ReAct(detector=MSP, percentile=85)", "ReAct(MSP(), percentile=85)"),
@@ -53,7 +54,7 @@ def test_settings_arrive():
 
 
 distances = st.one_of(
-    st.builds(KNN, st.integers(1, 999), st.booleans()),
+    st.builds(KNN, st.integers(1, 999), st.booleans(), st.none() | st.sampled_from([0.5, 0.99])),
     st.builds(SSD, st.one_of(st.integers(1, 9), st.just("labels"))),
     st.builds(Mahalanobis),
 )
@@ -209,6 +210,9 @@ def test_only_detectors_have_names(expression):
         "KNN(k=0)",
         "KNN(k=-1)",
         "KNN(k=2.5)",
+        "KNN(recall=1)",
+        "KNN(recall=0.0)",
+        "KNN(recall='0.9')",
         "KNN(k='5')",
         "KNN(k=NAN())",
         "KNN(n=5)",

@@ -240,6 +240,10 @@ class Detector(nn.Module, ABC):
         if got.shape[1] != fitted:
             raise ValueError(f"{self!r} was fitted to `{name}` of width {fitted}, got width {got.shape[1]}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy works it out again: it may be as large as what was learned, or an index that cannot be copied.
+        return {**self.__dict__, "_derived": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._derived = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,18 +1,16 @@
-"""Detectors that measure a distance to the training features."""
+"""Detectors that measure a distance to Gaussians of the training features."""
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Bank, Moments, RowSample, single_unit_rows, unit_rows, whitening
+from featnorm.detectors.statistics import Moments, RowSample, unit_rows, whitening
 from featnorm.features import Features
 
 # Above this many rows k-means and its covariances are learned from a sample of them.
 _CLUSTERED_ROWS = 1 << 16
-# Rows of a bank that are looked at at a time.
-_CHECKED_ROWS = 1 << 14
 
 
 class _Gaussians(NamedTuple):
@@ -185,114 +183,6 @@ class SSD(Detector):
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
         gaussians: _Gaussians = self._learned()
         return -gaussians.nearest(unit_rows(features.tensor("pooled")))
-
-
-class KNN(Detector):
-    """Distance to the k-th nearest training input, negated (Sun et al., ICML 2022).
-
-    Reads the pooled feature, normalised to unit length: ``z / (||z|| + 1e-10)``. Exact search by faiss.
-
-    Parameters
-    ----------
-    k : which neighbour; 50 for CIFAR-10 and 1000 for ImageNet-1k in the source, each with the whole bank.
-    squared
-        Score the squared distance, as the source does. It ranks alike alone, but not in a `Fusion`.
-
-    Raises
-    ------
-    ValueError
-        ``k`` is not a positive whole number, or is more than the inputs in the bank.
-    """
-
-    reads = ("pooled",)
-    learns = ("pooled",)
-    role = "distance"
-
-    def __init__(self, k: int = 50, squared: bool = True) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"KNN takes a whole number k >= 1, got {k!r}")
-        if not isinstance(squared, bool):
-            raise ValueError(f"KNN takes squared=True or False, got {squared!r}")
-        super().__init__()
-        self.k = k
-        self.squared = squared
-        self.bank = Bank()
-
-    def use_bank(self, rows: Tensor) -> Self:
-        """Take a bank as it is, in place of what was learned, without a copy: it may be mapped from a file.
-
-        Parameters
-        ----------
-        rows : training features of unit length, as `unit_rows` makes them, (n, D) float32.
-
-        Raises
-        ------
-        ValueError
-            The rows are of another shape or type, or one is neither of unit length nor zero.
-        """
-        if rows.ndim != 2 or rows.dtype != torch.float32:
-            raise ValueError(f"{self!r} takes a bank (n, D) of float32, got {rows.dtype} {tuple(rows.shape)}")
-        for start in range(0, len(rows), _CHECKED_ROWS):
-            lengths = torch.linalg.vector_norm(rows[start : start + _CHECKED_ROWS], dim=1)
-            wrong = ~(((lengths - 1).abs() < 1e-3) | (lengths == 0))
-            if wrong.any():
-                row = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"row {start + row} of the bank of {self!r} has length {float(lengths[row]):.3g}: "
-                    "divide each row by its length"
-                )
-        self.bank.rows = rows
-        self._forget_derived()
-        return self
-
-    def _learn(self, features: Features) -> None:
-        self.bank.add(single_unit_rows(features.tensor("pooled")))
-
-    def _derive(self) -> Any:
-        return self.bank.rows.cpu().numpy()
-
-    @property
-    def bank_shape(self) -> tuple[int, int]:
-        """Rows and width of the bank."""
-        return len(self.bank.rows), self.bank.width
-
-    def nearest(self, queries: Tensor, k: int) -> Tensor:
-        """Return the squared distances to the nearest of the bank.
-
-        Parameters
-        ----------
-        queries : features of unit length, as `unit_rows` makes them, (m, D) float32.
-        k : how many neighbours; all where the bank has fewer.
-
-        Returns
-        -------
-        (m, k) on the CPU, the nearest first.
-        """
-        import faiss
-
-        k = min(k, self.bank_shape[0])
-        if len(queries) == 0:
-            return queries.new_empty(0, k)
-        return torch.from_numpy(faiss.knn(queries.cpu().contiguous().numpy(), self._learned(), k)[0])
-
-    def _score(self, features: Features) -> Tensor:
-        pooled = features.tensor("pooled")
-        rows, width = self.bank_shape
-        self._same_width("pooled", pooled, width)
-        if rows < self.k:
-            raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
-        queries = unit_rows(pooled.detach()).float()
-        # faiss has no place in a graph that is traced, and the search is exact either way.
-        tracing = torch.compiler.is_compiling()
-        squared = self._traced(queries) if tracing else self.nearest(queries, self.k)[:, -1].clone()
-        # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
-        squared = squared.clamp_min(0).to(pooled.device)
-        return -(squared if self.squared else squared.sqrt())
-
-    def _traced(self, queries: Tensor) -> Tensor:
-        bank = self.bank.rows.float()
-        products = torch.addmm(bank.square().sum(1), queries, bank.T, alpha=-2)
-        return products.topk(self.k, largest=False).values[:, -1] + queries.square().sum(1)
 
 
 def _require_labels(detector: Detector, labels: Tensor) -> None:

@@ -16,10 +16,11 @@ class BankPart:
     Parameters
     ----------
     rows : (n, D) float32, of unit length.
+    k, recall : of the whole bank's `featnorm.KNN`.
     """
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self._knn = KNN(1).use_bank(torch.from_numpy(np.array(rows)))
+    def __init__(self, rows: np.ndarray, k: int, recall: float | None) -> None:
+        self._knn = KNN(k, recall=recall).use_bank(torch.from_numpy(np.array(rows)))
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return the squared distances (m, k) of queries (m, D) to the nearest rows, or to all where fewer."""
@@ -36,12 +37,12 @@ class ShardedKNN(KNN):
     """
 
     def __init__(self, like: KNN, parts: Sequence[Any]) -> None:
-        super().__init__(like.k, like.squared)
+        super().__init__(like.k, like.squared, like.recall)
         self.parts = list(parts)
         self.shape = like.bank_shape
 
     def __repr__(self) -> str:
-        return repr(KNN(self.k, self.squared))
+        return repr(KNN(self.k, self.squared, self.recall))
 
     @property
     def is_fitted(self) -> bool:
