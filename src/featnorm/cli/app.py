@@ -20,7 +20,8 @@ app = typer.Typer(
 )
 
 _DATA = (
-    "an image folder, a parquet file, or a data set by name such as `cifar10:test`; "
+    "an image folder, a parquet file, either in an object store (`s3://bucket/photos`), "
+    "or a data set by name such as `cifar10:test`; "
     "a slice may follow, as in `DATA[:500]` or `DATA[1::2]`"
 )
 Model = Annotated[

@@ -85,9 +85,12 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         Name of every label, where the source knows them.
     names_are_paths : bool
         Whether `name` is the path of a file, which tells it from the images of other sources too.
+    may_fork : bool
+        Whether a fork of this process can read it: the client of an object store does not survive one.
     """
 
     names_are_paths = False
+    may_fork = True
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
@@ -252,6 +255,7 @@ class JoinedImages(ImageSource):
         self._ends = list(accumulate(len(source) for source in sources))
         super().__init__(" and ".join(source.title for source in sources), [None] * self._ends[-1], None)
         self._sources = sources
+        self.may_fork = all(source.may_fork for source in sources)
 
     def _place(self, i: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._ends, i)
@@ -324,6 +328,7 @@ class SlicedImages(ImageSource):
     def __init__(self, source: ImageSource, rows: Sequence[int], title: str) -> None:
         super().__init__(title, [source.label(row) for row in rows], source.class_names)
         self.names_are_paths = source.names_are_paths
+        self.may_fork = source.may_fork
         self._source = source
         self._rows = rows
 

@@ -239,7 +239,8 @@ def image_loader(
         Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
     workers : int, optional
         Processes that read; 0 is this one. Without it 0 for fewer than 256 images, else one a processor, at
-        most 8.
+        most 8. Those that read an object store are started anew: a script then keeps what it does under
+        ``if __name__ == "__main__"``, and the transform has to be picklable.
     on_corrupt : callable, optional
         Called in this process with the name of each unreadable image and the reason, before its batch comes.
 
@@ -258,7 +259,12 @@ def image_loader(
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if workers is None:
         workers = 0 if len(source) < _FEW else min(_processors(), 8)
-    batches = DataLoader(_Batches(source, transform, batch_size), batch_size=None, num_workers=workers)
+    batches = DataLoader(
+        _Batches(source, transform, batch_size),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers and not source.may_fork else None,
+    )
     return ImageLoader(source, batches, on_corrupt)
 
 

@@ -2,7 +2,8 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from featnorm.data.images import (
     first_line,
     vision_module,
 )
+from featnorm.data.stores import StoredFile
 
 
 class ParquetImages(ImageSource):
@@ -29,7 +31,7 @@ class ParquetImages(ImageSource):
 
     Parameters
     ----------
-    files : sequence of Path
+    files : sequence of Path or StoredFile
         One file, or the shards of one data set, in order.
     title : str
         Name for tables.
@@ -42,13 +44,14 @@ class ParquetImages(ImageSource):
         If pyarrow is not installed.
     """
 
-    def __init__(self, files: Sequence[Path], title: str) -> None:
+    def __init__(self, files: Sequence[Path | StoredFile], title: str) -> None:
         indices = [_Index(path) for path in files]
         labels = [label for index in indices for label in index.labels]
         if not labels:
             raise DataError(f"no rows in {', '.join(map(str, files))}")
         super().__init__(title, labels, next((i.class_names for i in indices if i.class_names), None))
         self._files = list(files)
+        self.may_fork = not any(isinstance(file, StoredFile) for file in files)
         self._paths = [path for index in indices for path in index.paths]
         self._first_rows = [0, *accumulate(len(index.labels) for index in indices)]
         # Of every row group: its file and its number there, and the rows of all files up to its end.
@@ -67,7 +70,8 @@ class ParquetImages(ImageSource):
 
     def _identity(self, i: int) -> str:
         file, _ = self._groups[bisect_right(self._ends, i)]
-        return f"{file_identity(self._files[file].resolve())} {i}"
+        of_file = self._files[file]
+        return f"{of_file.identity if isinstance(of_file, StoredFile) else file_identity(of_file.resolve())} {i}"
 
     def _encoded(self, i: int) -> bytes | Path:
         """Return an image as the row holds it, or the file that it names."""
@@ -80,15 +84,17 @@ class ParquetImages(ImageSource):
         if entry.get("bytes") is not None:
             return bytes(entry["bytes"])
         if entry.get("path"):
-            file, _ = self._groups[group]
-            return self._files[file].parent / entry["path"]
+            of_group = self._files[self._groups[group][0]]
+            if isinstance(of_group, StoredFile):
+                return of_group.beside(entry["path"]).read()
+            return of_group.parent / entry["path"]
         raise ImageError(self._name(i), "no image in this row")
 
     def _read(self, file: int, group: int) -> Any:
-        pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
+        pa = vision_module("pyarrow")
         try:
             # Without pyarrow's threads, which do not survive the fork of a DataLoader worker.
-            with pq.ParquetFile(self._files[file], pre_buffer=False) as opened:
+            with _opened(self._files[file]) as opened:
                 return opened.read_row_group(group, columns=["image"], use_threads=False)["image"]
         except (pa.ArrowException, OSError) as error:
             raise DataError(
@@ -106,10 +112,10 @@ class ParquetImages(ImageSource):
 class _Index:
     """What a parquet file says without its images being read."""
 
-    def __init__(self, path: Path) -> None:
-        pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
+    def __init__(self, path: Path | StoredFile) -> None:
+        pa = vision_module("pyarrow")
         try:
-            with pq.ParquetFile(path) as file:
+            with _opened(path) as file:
                 schema = file.schema_arrow
                 _check_image_column(schema, path)
                 self.group_sizes = [
@@ -127,7 +133,19 @@ class _Index:
         self.class_names = _class_names(schema.metadata or {})
 
 
-def _check_image_column(schema: Any, path: Path) -> None:
+@contextmanager
+def _opened(file: Path | StoredFile) -> Iterator[Any]:
+    pq = vision_module("pyarrow.parquet")
+    if isinstance(file, Path):
+        with pq.ParquetFile(file, pre_buffer=False) as opened:
+            yield opened
+        return
+    # Of a store the bytes of a row group are fetched at once, and not column by column.
+    with file.open() as stream, pq.ParquetFile(stream, pre_buffer=True) as opened:
+        yield opened
+
+
+def _check_image_column(schema: Any, path: Path | StoredFile) -> None:
     if "image" not in schema.names:
         raise DataError(f"no column 'image' in {path}: it has {', '.join(schema.names) or 'none'}")
     kind = schema.field("image").type

@@ -1,9 +1,9 @@
-"""From a short text to the images it means: ``"photos/"``, ``"cifar10:test"``, ``"test.parquet[:500]"``."""
+"""From a short text to the images it means: ``"photos/"``, ``"cifar10:test"``, ``"s3://bucket/x.parquet[:500]"``."""
 
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featnorm.data.images import (
@@ -20,6 +20,7 @@ from featnorm.data.images import (
     vision_module,
 )
 from featnorm.data.parquet import ParquetImages
+from featnorm.data.stores import StoredFolder, StoredImages, is_address, look_up
 
 __all__ = ["DataError", "ImageError", "ImageSource", "open_images", "open_to_score"]
 
@@ -63,6 +64,8 @@ def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
         - a folder of images; if all lie in sub-folders, the first-level sub-folders are the classes;
         - a ``.parquet`` file in the Hugging Face layout (``image``: a struct of ``bytes`` and ``path``;
           perhaps ``label``: an integer), or a folder of such files, the shards of one data set;
+        - the address of either in an object store, as pyarrow's file systems take it: ``s3://bucket/photos``,
+          ``gs://...``, ``abfs://...``, ``hdfs://...``, settings in a query (``?region=eu-west-1``);
         - ``NAME`` or ``NAME:SPLIT``, split "test" unless told. Looked for under the data root as
           ``NAME/SPLIT.parquet``, ``NAME.parquet``, ``NAME/SPLIT/`` and ``NAME/`` (those without a split for
           "test" only), else downloaded there as torchvision's data set of that name, in upper or lower case;
@@ -91,6 +94,8 @@ def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
         return _open_path(path, _title(path))
     if match := _SLICE.fullmatch(spec):
         return _sliced(open_images(match["spec"], root=root), match["slice"])
+    if is_address(spec):
+        return _open_stored(look_up(spec))
     if not spec or path.is_absolute() or spec[0] in ".~" or path.suffix == ".parquet":
         raise DataError(f"no file or folder {spec!r}: check the path")
     root = root or os.environ.get("FEATNORM_DATA")
@@ -122,10 +127,18 @@ def open_to_score(specs: Sequence[str], *, root: str | Path | None = None) -> Im
         if files:
             sources.append(ImageFiles(files, _file_title(files)))
             files = []
-        sources.append(_every_file(path) if path.is_dir() else open_images(spec, root=root))
+        sources.append(_opened_to_score(spec, path, root))
     if files:
         sources.append(ImageFiles(files, _file_title(files)))
     return sources[0] if len(sources) == 1 else JoinedImages(sources)
+
+
+def _opened_to_score(spec: str, path: Path, root: str | Path | None) -> ImageSource:
+    if path.is_dir():
+        return _every_file(path)
+    if is_address(spec) and not _SLICE.fullmatch(spec):
+        return _open_stored(look_up(spec), every=True)
+    return open_images(spec, root=root)
 
 
 def _file_title(files: Sequence[Path]) -> str:
@@ -148,11 +161,7 @@ def _open_path(path: Path, title: str) -> ImageSource:
             raise DataError(f"{path} is neither a folder nor a .parquet file: name the folder it lies in")
         return ParquetImages([path], title)
     try:
-        splits = _splits_in(path)
-        if len(splits) > 1:
-            raise DataError(
-                f"{path} holds several splits, which must not be mixed: name one of {', '.join(splits)}"
-            )
+        _refuse_splits(path, _splits_in(path))
         shards = _shards(path)
         if shards and not image_files(path):
             return ParquetImages(shards, title)
@@ -161,21 +170,52 @@ def _open_path(path: Path, title: str) -> ImageSource:
         raise DataError(f"cannot read the folder {path}: {first_line(error)}") from error
 
 
+def _open_stored(folder: StoredFolder, *, every: bool = False) -> ImageSource:
+    place = folder.place
+    path = PurePosixPath(place.path)
+    title = _name_of(path.parent.name, path.stem if folder.is_file else path.name)
+    if folder.is_file:
+        if path.suffix == ".parquet":
+            return ParquetImages(folder.files, title)
+        if not every:
+            raise DataError(f"{place} is neither a folder nor a .parquet file: name the folder it lies in")
+        return StoredImages(folder.files, path.name)
+    shards = folder.parquet_files()
+    if not every:
+        _refuse_splits(place, _named_splits([shard.name for shard in shards], folder.folders))
+    if shards and not folder.image_files():
+        return ParquetImages(shards, title)
+    return folder.images(title, every=every)
+
+
+def _refuse_splits(place: object, splits: list[str]) -> None:
+    if len(splits) > 1:
+        raise DataError(f"{place} holds several splits, which must not be mixed: name one of {', '.join(splits)}")
+
+
 def _shards(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.parquet") if p.is_file() and p.name[0] != ".")
 
 
 def _splits_in(folder: Path) -> list[str]:
     """Return the splits of a folder: those its parquet files, or all its sub-folders, are named after."""
-    stems = {re.split(r"[-._]", shard.stem)[0].lower() for shard in _shards(folder)} & _SPLIT_NAMES
-    folders = {p.name.lower() for p in folder.iterdir() if p.is_dir() and p.name[0] != "."}
-    return sorted(stems | (folders if folders <= _SPLIT_NAMES else set()))
+    folders = [p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."]
+    return _named_splits([shard.name for shard in _shards(folder)], folders)
+
+
+def _named_splits(shards: Iterable[str], folders: Iterable[str]) -> list[str]:
+    stems = {re.split(r"[-._]", shard)[0].lower() for shard in shards} & _SPLIT_NAMES
+    names = {folder.lower() for folder in folders}
+    return sorted(stems | (names if names <= _SPLIT_NAMES else set()))
 
 
 def _title(path: Path) -> str:
     path = path.resolve()
-    own = path.stem if path.is_file() else path.name
-    return f"{path.parent.name}:{own}" if own.lower() in _SPLIT_NAMES else own
+    return _name_of(path.parent.name, path.stem if path.is_file() else path.name)
+
+
+def _name_of(parent: str, own: str) -> str:
+    return f"{parent}:{own}" if own.lower() in _SPLIT_NAMES else own
 
 
 def _open_name(spec: str, root: Path | None) -> ImageSource:
