@@ -119,7 +119,7 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
         for link in ("l", "m"):
             (outside / place / link).symlink_to(outside / other)
             (folder / f"{place}{link}").symlink_to(outside / place)
-    assert [file.name for file in image_files(folder)] == ["1.png", "2.png", "3.png", "4.png"]
+    assert [os.path.basename(file) for file in image_files(folder)] == ["1.png", "2.png", "3.png", "4.png"]
 
 
 def test_what_would_be_waited_for_is_no_image(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_would_be_waited_for_is_no_image(tmp_path: Path) -> None:
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "lost.png").symlink_to(tmp_path / "nowhere")
     for every in (False, True):
-        assert [file.name for file in image_files(folder, every=every)] == ["a.png", "lost.png"]
+        assert image_files(folder, every=every) == ["a.png", "lost.png"]
 
 
 def test_index_out_of_range_ends_iteration(tmp_path: Path) -> None:

@@ -132,8 +132,10 @@ def run(options: Options) -> None:
         settings: dict[str, Any] = {"batch_size": options.batch_size}
         if cluster is not None:
             return cluster.score(scorer, source, batches, precision=options.precision, **settings)
-        rows = [row for number in batches for row in rows_of(number, options.batch_size, len(source))]
-        rest = SlicedImages(source, rows, source.title)
+        rest = source
+        if len(batches) < len(every):
+            rows = [row for number in batches for row in rows_of(number, options.batch_size, len(source))]
+            rest = SlicedImages(source, rows, source.title)
         verdicts = scorer.stream(rest, workers=options.workers, fabric=fabric, **settings)
         return zip(batches, verdicts, strict=True)
 

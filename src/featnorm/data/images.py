@@ -3,10 +3,9 @@
 import hashlib
 import importlib
 import os
-import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -191,13 +190,13 @@ class FolderImages(ImageSource):
             raise DataError(f"no {'files' if every else 'images'} in {folder}{expected}")
         labels: list[int | None] = [None] * len(files)
         classes = None
-        if all(len(file.parts) > 1 for file in files):
+        if all(os.sep in file for file in files):
             classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
             numbers = {name: number for number, name in enumerate(classes)}
-            labels = [numbers[file.parts[0]] for file in files]
+            labels = [numbers[file.partition(os.sep)[0]] for file in files]
         super().__init__(title, labels, classes)
         self._folder = str(folder)
-        self._files = [str(file) for file in files]
+        self._files = files
 
     def _image(self, i: int) -> Image.Image:
         return decode(self._name(i), self._name(i))
@@ -345,28 +344,45 @@ class SlicedImages(ImageSource):
         return self._source.digest(self._rows[i])
 
 
-def image_files(folder: Path, *, every: bool = False) -> list[Path]:
-    """Return the image files, or every file, in a folder and below it, sorted, relative to it; no hidden ones.
+def image_files(folder: Path, *, every: bool = False) -> list[str]:
+    """Return the image files, or every file, in a folder and below it, relative to it; no hidden ones.
 
-    Links are followed, and every folder is read once: links that lead to each other have no end.
+    They are sorted, folder by folder. Links are followed, and every folder is read once: links that lead to each
+    other have no end.
     """
-    found: list[Path] = []
-    root = folder.resolve()
-    seen: set[Path] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = Path(place).resolve()
-        if here in seen:
-            folders.clear()
-            continue
-        seen.add(here)
-        # In the order of their names, so that it does not depend on the disk which of two links is followed.
-        folders[:] = sorted(f for f in folders if f[0] != "." and not _leads_back(here / f, root))
-        found += [
-            Path(place, n)
-            for n in names
-            if n[0] != "." and (every or n.lower().endswith(EXTENSIONS)) and _may_be_read(here / n)
-        ]
-    return sorted(file.relative_to(folder) for file in found)
+    return list(_walk(str(folder), "", every, folder.resolve(), set()))
+
+
+def _walk(place: str, prefix: str, every: bool, root: Path, seen: set[Path]) -> Iterator[str]:
+    here = Path(place).resolve()
+    if here in seen:
+        return
+    seen.add(here)
+    try:
+        with os.scandir(place) as entries:
+            # In the order of their names, so that it does not depend on the disk which of two links is followed.
+            # An entry itself takes several times the memory of its name, and a folder may have millions.
+            kinds = sorted((entry.name, _kind(entry)) for entry in entries if entry.name[0] != ".")
+    except OSError:
+        return
+    for name, kind in kinds:
+        path = os.path.join(place, name)
+        if kind == "folder":
+            if not _leads_back(Path(path), root):
+                yield from _walk(path, os.path.join(prefix, name), every, root, seen)
+        elif kind == "file" and (every or name.lower().endswith(EXTENSIONS)):
+            yield os.path.join(prefix, name)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return "folder", "file", or "" for a pipe or device, which would be waited for."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        # A broken link is told of when it is read.
+        return "file" if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)) else ""
+    except OSError:
+        return "file"
 
 
 def _leads_back(folder: Path, root: Path) -> bool:
@@ -377,14 +393,6 @@ def _leads_back(folder: Path, root: Path) -> bool:
     if target.is_relative_to(root):
         return not any(part[0] == "." for part in target.relative_to(root).parts)
     return root.is_relative_to(target)
-
-
-def _may_be_read(file: Path) -> bool:
-    """Whether it is no pipe or device, which would be waited for; a broken link is told of when it is read."""
-    try:
-        return stat.S_ISREG(os.stat(file).st_mode)
-    except OSError:
-        return True
 
 
 def decode(
