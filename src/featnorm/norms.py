@@ -124,31 +124,32 @@ def negative_aware_norm(a: Tensor) -> Tensor:
     return magnitude / count.clamp_min(1)
 
 
-def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], object]) -> list[Tensor]:
+def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
     """Return for each map the sums (n,) over the units of what it makes of them, in one pass over memory."""
     elements = torch.get_num_threads() * _BLOCK_ELEMENTS if a.device.type == "cpu" else _DEVICE_ELEMENTS
     rows = max(1, elements // max(a.shape[1], 1))
     a = a.detach()
-    sums = [a.new_empty(a.shape[0], dtype=_wide(a)) for _ in maps]
-    made = a.new_empty((min(rows, a.shape[0]), a.shape[1]), dtype=_wide(a))
+    made = a.new_empty((min(rows, len(a)), a.shape[1]), dtype=_wide(a))
+    if len(a) <= rows:
+        # At one input the views of a block would cost more than its sums.
+        return [torch.sum(fill(a, made), 1) for fill in maps]
+    sums = [a.new_empty(len(a), dtype=_wide(a)) for _ in maps]
     # All views at once: made one by one, they cost as much as a block's sum.
     for block, *totals in zip(a.split(rows), *(total.split(rows) for total in sums), strict=True):
         made = made[: len(block)]
         for fill, total in zip(maps, totals, strict=True):
-            fill(block, made)
-            torch.sum(made, 1, out=total)
+            torch.sum(fill(block, made), 1, out=total)
     return sums
 
 
-def _magnitudes(block: Tensor, out: Tensor) -> None:
+def _magnitudes(block: Tensor, out: Tensor) -> Tensor:
     if block.dtype == out.dtype:
-        torch.abs(block, out=out)
-    else:
-        out.copy_(block).abs_()
+        return torch.abs(block, out=out)
+    return out.copy_(block).abs_()
 
 
-def _active(block: Tensor, out: Tensor) -> None:
-    torch.gt(block, 0, out=out)
+def _active(block: Tensor, out: Tensor) -> Tensor:
+    return torch.gt(block, 0, out=out)
 
 
 def _differentiated(a: Tensor) -> bool:

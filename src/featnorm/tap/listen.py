@@ -113,7 +113,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     compiled = False
     try:
         with _MODES_LOCK:
-            for module in model.modules():
+            for module in _modules(model):
                 compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
                 # A module that is in evaluation mode of itself, and not because another thread listens to it, is
                 # left alone: most models are, and then nothing is done for each module.
@@ -133,6 +133,21 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                 if not entry[0]:  # the last listener, of whatever thread, turns the mode back
                     module.training = bool(entry[1])
                     del _MODES[module]
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield every module once.
+
+    `torch.nn.Module.modules` makes names on its way and drops them, for which a batch of one input would wait.
+    """
+    waiting, seen = [model], {id(model)}
+    while waiting:
+        module = waiting.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
 
 
 @contextmanager
