@@ -14,7 +14,8 @@ from PIL import Image
 
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.metrics import evaluate, roc_curve
-from featnorm.report import markdown_page, plots, table_rows, write_page
+from featnorm.report import markdown_page, plots, table_rows
+from featnorm.report.comparison import write_page
 from featnorm.report.html import THEMES
 from featnorm.report.results import Section, write_results_page
 from featnorm.report.tables import markdown_table

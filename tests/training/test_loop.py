@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from featnorm.cli.evaluate import fabric_of
+from featnorm.cli.machine import fabric_of
 from featnorm.training import (
     MLP,
     PRESETS,

@@ -13,7 +13,7 @@ from featnorm.detectors import NAN
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
 from featnorm.protocols import digits
-from featnorm.report import write_page
+from featnorm.report.comparison import write_page
 from featnorm.scorer import Scorer
 from featnorm.tap import FeatureTap
 

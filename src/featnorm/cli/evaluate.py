@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder, print_skipped, print_table
 from featnorm.data import DataError, ImageSource, image_loader, open_images
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
 from featnorm.models import create_model
-from featnorm.report import markdown_page, write_page
+from featnorm.report import markdown_page
+from featnorm.report.comparison import write_page
 from featnorm.tap import FeatureTap
 
 # What the images to fit on are called where sets are named; a set of that name goes by its specification.
 _FIT = "fit"
-# Those under which the weights stay as they are; Fabric would convert them for the others.
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -162,42 +162,3 @@ def _refuse_twice(options: Options) -> None:
         if key in seen:
             raise DataError(f"{spec} is given twice: --fit, --id and every --ood must be different inputs")
         seen[key] = spec
-
-
-def cluster_of(device: str, ray: bool) -> Any:
-    """Return the Ray cluster where it is asked for, else None."""
-    if not ray:
-        return None
-    from featnorm.distributed import Cluster
-
-    return Cluster(device)
-
-
-def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
-    """Return Fabric on one device; what it sets up for training is compiled where that is asked for.
-
-    Raises
-    ------
-    ValueError
-        There is no such device or precision here.
-    ImportError
-        Fabric is not installed.
-    """
-    if precision not in _PRECISIONS:
-        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {precision}")
-    try:
-        from lightning_fabric import Fabric
-    except ImportError:
-        raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
-
-    class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
-        def setup(self, module: Any, *optimisers: Any, **options: Any) -> Any:
-            # Crops come in two sizes: code for each is faster than code for any.
-            compiled_module: Any = torch.compile(module, dynamic=False)
-            return super().setup(compiled_module, *optimisers, **options)
-
-    kind = Compiling if compiled else Fabric
-    try:
-        return kind(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"--device {device} --precision {precision}: {error}") from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from featnorm.cli.evaluate import cluster_of, fabric_of
+from featnorm.cli.machine import cluster_of, fabric_of
 from featnorm.cli.show import console, print_skipped, require_file_place
 from featnorm.data import open_images
 from featnorm.detectors import parse_detector

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table as Grid
 
-from featnorm.cli.evaluate import fabric_of
+from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
 from featnorm.data import DataError
 from featnorm.protocols import (

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,16 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from featnorm.cli.evaluate import cluster_of, fabric_of
+from featnorm.cli.machine import cluster_of, fabric_of
 from featnorm.cli.show import console, environment, print_skipped, printable, require_file_place
 from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.data.loading import rows_of
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.deploy.records import FORMATS, Journal, images_digest
-from featnorm.report.scores import Shown, write_scores_page
+
+if TYPE_CHECKING:
+    # Imported where a page is drawn, for matplotlib takes half a second.
+    from featnorm.report.scores import Shown
 
 #: Numbers and verdicts of batches.
 _Judged = Iterator[tuple[int, list[ImageVerdict]]]
@@ -225,6 +228,8 @@ def _judge(judge: Callable[[Sequence[int]], _Judged], missing: Sequence[int], to
 
 
 def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Tally, fabric: Any) -> None:
+    from featnorm.report.scores import write_scores_page
+
     calibration = scorer.scorer.calibration
     assert calibration is not None
     write_scores_page(
@@ -244,8 +249,10 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
 
 def _shown(
     scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], fabric: Any
-) -> Iterator[Shown]:
+) -> "Iterator[Shown]":
     """Yield the images again with what explains them; few at a time, as they may be large."""
+    from featnorm.report.scores import Shown
+
     for start in range(0, len(lowest), _EXPLAINED):
         images: dict[int, Image.Image] = {}
         for row, _ in lowest[start : start + _EXPLAINED]:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from featnorm.cli.evaluate import fabric_of
+from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console
 from featnorm.deploy import ImageScorer
 from featnorm.service import Limits, create_app

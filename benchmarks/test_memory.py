@@ -1,0 +1,85 @@
+"""The memory of a command at n, 2n and 4n images: what it holds of the images themselves must not grow with them.
+
+`score` and `evaluate` keep names and scores. `fit` learns from the features of all images, which it keeps.
+"""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMAND = "import sys; from featnorm.cli import main; sys.argv[0] = 'featnorm'; main()"
+MODEL = "featnorm:cifar10-resnet18"
+# Of the whole process, most of which are libraries.
+GROWTH = 1.05
+
+
+def peak(*arguments):
+    """Return the largest memory that a command holds at once, in bytes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, arguments), "--device", "cpu", "--workers", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, said.decode()
+    return used.ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory, size):
+    """Folders of n, 2n and 4n images."""
+    root, n = tmp_path_factory.mktemp("photographs"), size(4_000, 300)
+    random = np.random.default_rng(0)
+    folders = {}
+    for times in (1, 2, 4):
+        folders[times * n] = root / str(times)
+        folders[times * n].mkdir()
+        for i in range(times * n):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folders[times * n] / f"{i:06}.jpg")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def detector(photographs, tmp_path_factory):
+    file = tmp_path_factory.mktemp("detector") / "d.featnorm"
+    fewest = photographs[min(photographs)]
+    peak("fit", f"{fewest}[:200]", "--model", MODEL, "-o", file, "--cache", file.parent)
+    return file
+
+
+@pytest.fixture(scope="module")
+def held(photographs, detector, tmp_path_factory):
+    """Return what a command holds of the folder of so many images, asked once."""
+    out = tmp_path_factory.mktemp("out")
+
+    @cache
+    def ask(command, n):
+        folder = photographs[n]
+        if command == "score":
+            return peak("score", detector, folder, "-o", out / "scores.csv")
+        if command == "evaluate":
+            sets = ("--fit", f"{folder}[:50%]", "--id", f"{folder}[50%:]", "--ood", f"{folder}[::2]")
+            return peak("evaluate", "--model", MODEL, *sets, "--detector", "SSD", "--out", out / folder.name)
+        return peak("fit", folder, "--model", MODEL, "-o", out / "f.featnorm", "--cache", out / f"cache-{n}")
+
+    return ask
+
+
+@pytest.mark.parametrize("times", [2, 4])
+@pytest.mark.parametrize("command", ["score", "evaluate", "fit"])
+def test_growth(compare, photographs, held, command, times):
+    least = min(photographs)
+    more = (held(command, times * least) - held(command, least)) / ((times - 1) * least)
+    compare.memory(
+        f"featnorm {command}, {times * least:,} images",
+        lambda: held(command, times * least),
+        {f"{least:,} images": (lambda: held(command, least), None if command == "fit" else GROWTH)},
+        sizes=f"32 x 32 pixels, {more:,.0f} bytes more for each image that is more",
+    )

@@ -1,0 +1,47 @@
+"""Where a command runs: on a device of this machine, or on a cluster."""
+
+from typing import Any
+
+import torch
+
+# Those under which the weights stay as they are; Fabric would convert them for the others.
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def cluster_of(device: str, ray: bool) -> Any:
+    """Return the Ray cluster where it is asked for, else None."""
+    if not ray:
+        return None
+    from featnorm.distributed import Cluster
+
+    return Cluster(device)
+
+
+def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
+    """Return Fabric on one device; what it sets up for training is compiled where that is asked for.
+
+    Raises
+    ------
+    ValueError
+        There is no such device or precision here.
+    ImportError
+        Fabric is not installed.
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {precision}")
+    try:
+        from lightning_fabric import Fabric
+    except ImportError:
+        raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
+
+    class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
+        def setup(self, module: Any, *optimisers: Any, **options: Any) -> Any:
+            # Crops come in two sizes: code for each is faster than code for any.
+            compiled_module: Any = torch.compile(module, dynamic=False)
+            return super().setup(compiled_module, *optimisers, **options)
+
+    kind = Compiling if compiled else Fabric
+    try:
+        return kind(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--device {device} --precision {precision}: {error}") from None
