@@ -246,6 +246,13 @@ def test_help_and_module_run_without_heavy_imports(tmp_path):
         assert command in done.stdout
 
 
+def test_compiling_without_a_compiler(featnorm, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    status, _, said = featnorm("reproduce", "table3", "--compile")
+    assert status == 2
+    assert "--compile needs a C++ compiler, and there is no g++ or clang++ here" in said
+
+
 def test_version(featnorm):
     import featnorm as library
 

@@ -1,11 +1,14 @@
 """Where a command runs: on a device of this machine, or on a cluster."""
 
+import os
+import shutil
 from typing import Any
 
 import torch
 
 # Those under which the weights stay as they are; Fabric would convert them for the others.
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
 def cluster_of(device: str, ray: bool) -> Any:
@@ -23,12 +26,14 @@ def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
     Raises
     ------
     ValueError
-        There is no such device or precision here.
+        There is no such device, precision or compiler here.
     ImportError
         Fabric is not installed.
     """
     if precision not in _PRECISIONS:
         raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {precision}")
+    if compiled and not any(map(shutil.which, _COMPILERS)):
+        raise ValueError("--compile needs a C++ compiler, and there is no g++ or clang++ here: leave it out")
     try:
         from lightning_fabric import Fabric
     except ImportError:

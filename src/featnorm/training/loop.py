@@ -314,7 +314,7 @@ def _resume(
     saved = read_checkpoint(path, run, device)
     model.load_state_dict(saved["model"])
     # One that holds nothing was not written down at first.
-    objective.load_state_dict(saved.get("objective", {}))
+    objective.load_state_dict(saved["objective"])
     optimiser.load_state_dict(saved["optimiser"])
     schedule.load_state_dict(saved["schedule"])
     return int(saved["epoch"])
