@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Moments, RowSample, unit_rows, whitening
+from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_blocks, unit_rows, whitening
 from featnorm.features import Features
 
 # Above this many rows k-means and its covariances are learned from a sample of them.
@@ -116,10 +116,13 @@ class SSD(Detector):
             _require_labels(self, features.tensor("labels"))
 
     def _learn(self, features: Features) -> None:
-        unit = unit_rows(features.tensor("pooled"))
-        self.moments.add(unit, features.labels if self.clusters == "labels" else None)
+        pooled, row = features.tensor("pooled"), 0
+        for unit in unit_blocks(pooled):
+            labels = features.tensor("labels")[row : row + len(unit)] if self.clusters == "labels" else None
+            self.moments.add(unit, labels)
+            row += len(unit)
         if self.sample is not None:
-            self.sample.add(unit)
+            self.sample.add(single_unit_rows(pooled))
 
     def _derive(self) -> _Gaussians:
         covariance, rounding = self.moments.covariance(), self.moments.rounding()

@@ -176,8 +176,10 @@ class Moments(Statistic):
             self._open(present, self.shift)
         position = torch.searchsorted(self.groups, present)[group]
         self.counts.index_add_(0, position, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
+        # One buffer for all blocks: freed and made anew, several would lie in the heap at once.
+        buffer = self.gram.new_empty(min(len(rows), _BLOCK_ROWS), rows.shape[1])
         for block, where in zip(rows.split(_BLOCK_ROWS), position.split(_BLOCK_ROWS), strict=True):
-            centred = block.double().sub_(self.shift) if block.dtype != torch.float64 else block - self.shift
+            centred = buffer[: len(block)].copy_(block).sub_(self.shift)
             self.sums.index_add_(0, where, centred)
             if not self.gram_per_group:
                 _add_products(self.gram[0], centred)
@@ -357,15 +359,15 @@ class RowSample(Statistic):
 
     def _keep(self, rows: Tensor, keys: Tensor, seen: int) -> None:
         self.seen = self.seen + seen
-        if len(self.keys) >= self.size:
-            promising = keys < self.keys[-1]
-            rows, keys = rows[promising], keys[promising]
-        if len(keys) == 0:
+        mine = len(self.keys)
+        theirs = torch.arange(len(keys), device=keys.device)
+        if mine >= self.size:
+            theirs = (keys < self.keys[-1]).nonzero().squeeze(1)
+        if len(theirs) == 0:
             return
-        keys = torch.cat([self.keys, keys])
-        keys, order = keys.sort(stable=True)
-        rows = torch.cat([self.rows, rows]) if len(self.rows) else rows
-        self.rows, self.keys = rows[order[: self.size]], keys[: self.size]
+        keys, order = torch.cat([self.keys, keys[theirs]]).sort(stable=True)
+        places = torch.cat([torch.arange(mine, device=keys.device), theirs + mine])[order[: self.size]]
+        self.rows, self.keys = _joined_rows(self.rows, rows, places), keys[: self.size]
 
 
 class FloatHistogram(Statistic):
@@ -482,17 +484,40 @@ class Bank(Statistic):
             self.add(other.rows)
 
 
+def _joined_rows(first: Tensor, second: Tensor, order: Tensor) -> Tensor:
+    """Return the rows of two, one under the other, in an order, without a copy of both."""
+    if len(first) == 0:
+        return second[order]
+    made = second.new_empty(len(order), second.shape[1])
+    for places, part in zip(made.split(_BLOCK_ROWS), order.split(_BLOCK_ROWS), strict=True):
+        mine = part < len(first)
+        places[mine] = first[part[mine]]
+        places[~mine] = second[part[~mine] - len(first)]
+    return made
+
+
 def unit_rows(z: Tensor) -> Tensor:
     """Return each row over its length, in float64; ``z / (||z|| + 1e-10)``, so a zero vector stays zero."""
     z = z.double()
-    return z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10)
+    return z / _lengths(z)
+
+
+def unit_blocks(z: Tensor) -> Iterator[Tensor]:
+    """Yield `unit_rows` a block at a time, without a gradient: those of all rows would be twice as large as z."""
+    for block in z.split(_BLOCK_ROWS):
+        unit = block.detach().to(torch.float64, copy=True)
+        yield unit.div_(_lengths(unit))
+
+
+def _lengths(z: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10
 
 
 def single_unit_rows(z: Tensor) -> Tensor:
-    """Return `unit_rows` in float32, a block at a time: float64 of all rows would be several times as large."""
+    """Return `unit_rows` in float32."""
     unit = z.new_empty(z.shape, dtype=torch.float32)
-    for rows, made in zip(z.split(_BLOCK_ROWS), unit.split(_BLOCK_ROWS), strict=True):
-        made.copy_(unit_rows(rows))
+    for rows, made in zip(unit_blocks(z), unit.split(_BLOCK_ROWS), strict=True):
+        made.copy_(rows)
     return unit
 
 
