@@ -15,10 +15,10 @@ import featnorm as fn
 from featnorm.data import image_loader, open_images
 from featnorm.deploy import ImageScorer
 from featnorm.models import create_model
+from measuring import COMMAND
 
 BATCH = 64
 DISTINCT = 500
-COMMAND = "import sys; from featnorm.cli import main; sys.argv[0] = 'featnorm'; main()"
 
 
 def photographs(folder, n):

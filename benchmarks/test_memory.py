@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COMMAND = "import sys; from featnorm.cli import main; sys.argv[0] = 'featnorm'; main()"
+from measuring import COMMAND
+
 MODEL = "featnorm:cifar10-resnet18"
 # Of the whole process, most of which are libraries.
 GROWTH = 1.05

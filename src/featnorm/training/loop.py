@@ -313,7 +313,6 @@ def _resume(
 ) -> int:
     saved = read_checkpoint(path, run, device)
     model.load_state_dict(saved["model"])
-    # One that holds nothing was not written down at first.
     objective.load_state_dict(saved["objective"])
     optimiser.load_state_dict(saved["optimiser"])
     schedule.load_state_dict(saved["schedule"])
