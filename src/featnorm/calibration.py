@@ -79,7 +79,8 @@ def conformal_p_values(calibration_scores: ScoreLike, scores: Tensor) -> Tensor:
     ValueError
         No calibration score, or scores that the module's description refuses.
     """
-    return _p_values(_sorted(calibration_scores, "calibration_scores"), _batch(scores))
+    calibration = _sorted(calibration_scores, "calibration_scores")
+    return _p_values(_count_at_most(calibration, _batch(scores)), len(calibration))
 
 
 def benjamini_hochberg(p_values: ScoreLike, fdr: float = 0.05) -> Tensor:
@@ -160,23 +161,29 @@ class Calibration(nn.Module):
         super().__init__()
         scores = _sorted(id_scores, "id_scores")
         self.tpr = tpr
+        self._rank = _rank(len(scores), tpr)
         self.register_buffer("scores", scores)
-        self.register_buffer("threshold", scores[_rank(len(scores), tpr) - 1].clone())
+        self.register_buffer("threshold", scores[self._rank - 1].clone())
 
     def p_value(self, scores: Tensor) -> Tensor:
         """P-values of (m,) scores, small for OOD: (m,) float64; see `conformal_p_values`."""
-        return _p_values(self.scores, _batch(scores))
+        return self.judge(scores)[0]
 
     def is_id(self, scores: Tensor) -> Tensor:
-        """Whether each of (m,) scores reaches the threshold: (m,) bool, True for ID.
+        """Whether each of (m,) scores reaches the threshold: (m,) bool, True for ID; as `judge`."""
+        return self.judge(scores)[1]
+
+    def judge(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the p-values of (m,) scores, and whether each reaches the threshold, by one look-up.
 
         Raises
         ------
         ValueError
             Scores that are not one-dimensional or hold a NaN.
         """
-        scores = _batch(scores)
-        return scores >= self.threshold.to(scores.device)
+        at_most = _count_at_most(self.scores, _batch(scores))
+        # The threshold is the k-th smallest: reached where k of the scores at least are no larger.
+        return _p_values(at_most, len(self.scores)), at_most >= self._rank
 
     def false_alarm_range(self, confidence: float = 0.9) -> tuple[float, float]:
         """Bounds of the share of new ID inputs that this threshold refuses.
@@ -231,10 +238,14 @@ def _sorted(scores: ScoreLike, name: str) -> Tensor:
     return as_score_tensor(scores, name).to(torch.float64).sort().values
 
 
-def _p_values(calibration: Tensor, scores: Tensor) -> Tensor:
-    """Conformal p-values from calibration scores in ascending order."""
-    at_most = torch.searchsorted(calibration.to(scores.device), scores.contiguous(), right=True)
-    return (1 + at_most).to(torch.float64) / (len(calibration) + 1)
+def _count_at_most(calibration: Tensor, scores: Tensor) -> Tensor:
+    """How many of the calibration scores, in ascending order, are no larger than each score."""
+    return torch.searchsorted(calibration.to(scores.device), scores.contiguous(), right=True)
+
+
+def _p_values(at_most: Tensor, n: int) -> Tensor:
+    """Conformal p-values, from how many of n calibration scores are no larger."""
+    return (1 + at_most).to(torch.float64) / (n + 1)
 
 
 def _batch(scores: Tensor) -> Tensor:

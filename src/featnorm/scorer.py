@@ -134,7 +134,7 @@ class Scorer(nn.Module):
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)
-        return Verdict(score, self.calibration.p_value(score), self.calibration.is_id(score), features.logits)
+        return Verdict(score, *self.calibration.judge(score), features.logits)
 
     def get_extra_state(self) -> dict[str, float | None]:
         """Return the share to accept, which is in no buffer, for `state_dict`."""
