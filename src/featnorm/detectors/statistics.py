@@ -17,6 +17,8 @@ from torch import Tensor, nn
 _BLOCK_ROWS = 1024
 # Rows that a sample takes at a time: each time it is written anew.
 _SAMPLED_ROWS = 4096
+# Columns of a sample that are put in a new order at a time, which is all the memory that it takes.
+_SAMPLED_COLUMNS = 256
 # Columns of a Gram matrix that are summed at a time: wide enough for a product at full speed.
 _PANEL_COLUMNS = 512
 # Of numbers and what is made of them, so many stay in a core's cache.
@@ -367,7 +369,13 @@ class RowSample(Statistic):
             return
         keys, order = torch.cat([self.keys, keys[theirs]]).sort(stable=True)
         places = torch.cat([torch.arange(mine, device=keys.device), theirs + mine])[order[: self.size]]
-        self.rows, self.keys = _joined_rows(self.rows, rows, places), keys[: self.size]
+        self.keys = keys[: self.size]
+        if len(places) > mine:
+            self.rows = _joined_rows(self.rows, rows, places)
+            return
+        parts = (table.split(_SAMPLED_COLUMNS, 1) for table in (self.rows, rows))
+        for columns, others in zip(*parts, strict=True):
+            columns.copy_(_joined_rows(columns, others, places))
 
 
 class FloatHistogram(Statistic):

@@ -159,4 +159,9 @@ def _origin(features: Features) -> Tensor:
     zero = features.tensor("pooled").new_zeros(features.tensor("pooled").shape[1], dtype=torch.float64)
     if bias is None or not features.classifier_reads("pooled"):
         return zero
-    return (-torch.linalg.pinv(weight.double()) @ bias.double()).to(zero.device)
+    # The shortest solution of least squares is the pseudo-inverse's, for a third of its time and memory; of its
+    # drivers the one that takes any rank runs on a CPU alone.
+    found: Tensor = torch.linalg.lstsq(
+        weight.double().cpu(), -bias.double().cpu()[:, None], driver="gelsd"
+    ).solution
+    return found[:, 0].to(zero.device)
