@@ -172,6 +172,13 @@ def test_a_sample_knows_no_order_no_batches_and_no_halves(order, cut, size):
         assert got.is_complete == (size >= 60)
 
 
+def test_a_wide_sample_is_put_in_order_a_part_at_a_time():
+    z = torch.randn(400, 600, generator=torch.Generator().manual_seed(0))
+    whole, parts = sample_of(z, 50), sample_of(z, 50, 30)
+    assert torch.equal(parts.rows, whole.rows)
+    assert {tuple(r.tolist()) for r in parts.rows} <= {tuple(r.tolist()) for r in z}
+
+
 @pytest.mark.parametrize("kind", ["normal", "integers", "one dimension", "one-hot", "relu"])
 def test_a_sample_is_uniform(kind):
     g = torch.Generator().manual_seed(0)
