@@ -78,7 +78,7 @@ SCALES = {
         {
             "MoCo-v2": short("MoCo-v2", 12, 256, 0.06, 24),
             "RotNet": short("RotNet", 5, 128, 0.1, 24),
-            "CSI": short("CSI", 3, 128, 0.1, 20, 0.9),
+            "CSI": short("CSI", 2, 128, 0.1, 20, 0.9),
             "CIDER": short("CIDER", 10, 256, 0.25, 24),
         },
         goad=GOAD(width=1, epochs=2, lr=3e-3),
