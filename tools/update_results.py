@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, imagenet, own_images
+from featnorm.protocols import explanations, heads, imagenet, one_class, own_images
 from featnorm.protocols.figures import Figure
 from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
@@ -26,6 +26,7 @@ PAGES = {
     "own-images": ("own-images", "shipped"),
     "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
+    "one-class": one_class.TABLES,
     "speed": ("speed",),
 }
 #: Tables that are read off the networks of Table 3.
@@ -50,6 +51,8 @@ def tables(file: Path) -> dict[str, Table]:
             return heads.tables(content)
         case "table1":
             return large_scale(content)
+        case "table4":
+            return one_class.tables(content)
         case "table3":
             return {name: make_table(name, content) for name in READ_OFF}
         case "table3-short":
