@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, imagenet, one_class, own_images
+from featnorm.protocols import explanations, heads, imagenet, label_free, one_class, own_images
 from featnorm.protocols.figures import Figure
 from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
@@ -26,6 +26,7 @@ PAGES = {
     "own-images": ("own-images", "shipped"),
     "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
+    "label-free": tuple(label_free.TABLES),
     "one-class": one_class.TABLES,
     "speed": ("speed",),
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ["cifar10", "own-images", "imagenet", "theory", "one-class", "speed"]
+PAGES = ["cifar10", "own-images", "imagenet", "theory", "label-free", "one-class", "speed"]
 TOOL = Path(__file__).parents[2] / "tools" / "update_results.py"
 
 
