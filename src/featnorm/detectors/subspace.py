@@ -161,7 +161,6 @@ def _origin(features: Features) -> Tensor:
         return zero
     # The shortest solution of least squares is the pseudo-inverse's, for a third of its time and memory; of its
     # drivers the one that takes any rank runs on a CPU alone.
-    found: Tensor = torch.linalg.lstsq(
-        weight.double().cpu(), -bias.double().cpu()[:, None], driver="gelsd"
-    ).solution
+    weight, bias = weight.cpu().double(), bias.cpu().double()
+    found: Tensor = torch.linalg.lstsq(weight, -bias[:, None], driver="gelsd").solution
     return found[:, 0].to(zero.device)

@@ -117,7 +117,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                 compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
                 # A module that is in evaluation mode of itself, and not because another thread listens to it, is
                 # left alone: most models are, and then nothing is done for each module.
-                if module.training or (_MODES and module in _MODES):
+                if module.training or module in _MODES:
                     _MODES.setdefault(module, [0, module.training])[0] += 1
                     entered.append(module)
                     module.training = False
