@@ -15,6 +15,7 @@ from featnorm.cli.show import console, environment, prepare_folder
 from featnorm.data import DataError
 from featnorm.protocols import (
     cifar10,
+    contrast,
     explanations,
     heads,
     imagenet,
@@ -248,7 +249,24 @@ def _explanation(setting: _Setting) -> tuple[Any, _Results]:
     return content, {name: _Result(table, pictures) for name, table in explanations.tables(content).items()}
 
 
-_STUDIES = {"own-images": _own_images, "head-study": _head_study, "explanation": _explanation}
+def _contrast(setting: _Setting) -> tuple[Any, _Results]:
+    images = one_class.load_images(setting.data_root)
+    scale = contrast.SCALES[setting.scale]
+    results = []
+    for i, name in enumerate(scale.classes):
+        folder = _begin(setting.out, f"{contrast.NAME}-{name}", i, len(scale.classes))
+        results.append(contrast.run(name, scale, images, folder, fabric=setting.fabric, environment=setting.facts))
+    made = {key: _Result(table) for key, table in contrast.tables(results).items()}
+    made[contrast.NAME] = _Result(made[contrast.NAME].table, (contrast.picture(results),))
+    return results, made
+
+
+_STUDIES = {
+    "own-images": _own_images,
+    "head-study": _head_study,
+    "explanation": _explanation,
+    contrast.NAME: _contrast,
+}
 
 
 @functools.cache

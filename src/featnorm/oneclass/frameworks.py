@@ -49,10 +49,10 @@ class _Framework(System[Scored]):
     recipe: Recipe
 
     def _train(self, images: Tensor, run: Run) -> Scored:
-        network = self._network(run.seed).to(memory_format=torch.channels_last)
+        network = self.network(run.seed)
         train(
             network,
-            self._inputs(images),
+            self.inputs(images),
             None,
             self.recipe,
             folder=run.folder,
@@ -60,7 +60,19 @@ class _Framework(System[Scored]):
             seed=run.seed,
             progress=run.progress,
         )
-        model = Scored(network, self._detectors()).eval()
+        return self.fit(network, images, self.detectors(), run)
+
+    def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], run: Run) -> Scored:
+        """Return a network, trained as far as it is, with detectors that learned from its features.
+
+        Parameters
+        ----------
+        network : from `network`; it is put in evaluation mode.
+        images : (n, 3, 32, 32) uint8, of the class.
+        detectors : not yet fitted.
+        run : device and precision.
+        """
+        model = Scored(network, detectors).eval()
         tap = _tap(model, run)
         for batch in images.split(_BATCH):
             features = tap(_pixels(batch, run))
@@ -78,14 +90,17 @@ class _Framework(System[Scored]):
                 parts[repr(detector)].append(detector.score(features).cpu())
         return {name: torch.cat(scores) for name, scores in parts.items()}
 
-    def _inputs(self, images: Tensor) -> Tensor:
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return what the network is trained on, of images (n, 3, 32, 32)."""
         return images
 
     @abstractmethod
-    def _network(self, seed: int) -> nn.Module: ...
+    def network(self, seed: int) -> nn.Module:
+        """Return the network with the initial weights of a seed."""
 
     @abstractmethod
-    def _detectors(self) -> list[Detector]: ...
+    def detectors(self) -> list[Detector]:
+        """Return the detectors that it is scored by, not yet fitted."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +121,16 @@ class MoCo(_Framework):
     recipe: Recipe = MOCO
     k: int = 50
 
-    def _inputs(self, images: Tensor) -> Tensor:
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return every image in its four turns, (4 n, 3, 32, 32)."""
         return torch.cat(rotations(images))
 
-    def _network(self, seed: int) -> nn.Module:
-        return cifar_network(self.width, None, seed=seed)
+    def network(self, seed: int) -> nn.Module:
+        """Return the ResNet-18 with MoCo's projection head."""
+        return cifar_network(self.width, None, seed=seed).to(memory_format=torch.channels_last)
 
-    def _detectors(self) -> list[Detector]:
+    def detectors(self) -> list[Detector]:
+        """Return NAN, SSD, KNN and the fusions."""
         return moco_detectors(self.k)
 
 
@@ -129,10 +147,12 @@ class CSI(_Framework):
     width: int = 64
     recipe: Recipe = PRESETS["CSI"]
 
-    def _network(self, seed: int) -> nn.Module:
-        return cifar_network_with(CSIHead, self.width, seed=seed)
+    def network(self, seed: int) -> nn.Module:
+        """Return the ResNet-18 with CSI's two heads."""
+        return cifar_network_with(CSIHead, self.width, seed=seed).to(memory_format=torch.channels_last)
 
-    def _detectors(self) -> list[Detector]:
+    def detectors(self) -> list[Detector]:
+        """Return CSI's score."""
         return [CSIScore()]
 
 

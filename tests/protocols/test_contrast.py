@@ -1,0 +1,100 @@
+"""A MoCo-v2 network asked over its training, on fabricated images."""
+
+import json
+
+import pytest
+from small import reproduce
+
+from featnorm.metrics import auroc
+from featnorm.oneclass import MoCo
+from featnorm.protocols import contrast, one_class
+from featnorm.training import Recipe
+from featnorm.training import train as really_train
+
+RECIPE = Recipe(epochs=3, batch_size=16, optimiser="sgd", lr=0.02, augment=True, objective="moco", queue=32)
+SYSTEM = MoCo(8, RECIPE, k=3)
+TINY = contrast.Scale("laptop", SYSTEM, contrast.CLASSES[:2], (0, 1, 3))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(contrast.SCALES, "laptop", TINY)
+
+
+def test_the_network_is_asked_before_its_training_and_on_the_way(root, tiny, tmp_path):
+    assert reproduce("moco-length", root, tmp_path).exit_code == 0
+    out = tmp_path / "laptop"
+    folders = [out / f"moco-length-{name}" for name in ("airplane", "automobile")]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    for result in results:
+        assert [look["epoch"] for look in result["looks"]] == [0, 1, 3]
+        assert (result["known"], result["inside"], result["outside"]) == (12, 4, 36)
+    # What it says at the end is what the system of Table 4 says with the same images.
+    images = one_class.load_images(root, progress=False)
+    (train, of), (test, labels) = images.train["CIFAR-10"], images.test["CIFAR-10"]
+    model = SYSTEM.train(train[of == 1], progress=False)
+    for name, scores in SYSTEM.scores(model, test).items():
+        found = results[1]["looks"][-1]["scores"][name]
+        assert found["auroc"] == pytest.approx(100 * auroc(scores[labels == 1], scores[labels != 1]), abs=1e-6)
+        assert found["inside"] == pytest.approx(float(scores[labels == 1].mean()), rel=1e-4)
+        assert found["outside"] == pytest.approx(float(scores[labels != 1].mean()), rel=1e-4)
+    document = (out / "moco-length.md").read_text()
+    nan = sum(result["looks"][1]["scores"]["NAN()"]["auroc"] for result in results) / 2
+    header, _, *rows = [line.split(" | ") for line in document.splitlines() if line.startswith("|")]
+    assert [row[0].strip("| ") for row in rows[:3]] == ["0", "1", "3"]
+    assert rows[1][header.index("NAN()")] == f"{nan:.1f}"
+    assert rows[0][header.index("loss")] == "–"
+    assert rows[3][header.index("Views(NAN())")] == "93.7"
+    assert "| automobile, 3 | " in document
+    assert json.loads((out / "moco-length.json").read_text()) == results
+    assert contrast.picture(results).count("epoch of four turns") == 2
+
+
+def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    assert reproduce("moco-length", root, whole).exit_code == 0
+
+    def die_in_epoch(epoch):
+        def train(*args, on_epoch, **options):
+            def look(entry, network):
+                on_epoch(entry, network)
+                if entry["epoch"] == epoch:
+                    raise KeyboardInterrupt
+
+            return really_train(*args, on_epoch=look, **options)
+
+        return train
+
+    broken = tmp_path / "broken"
+    # In the first epoch before there is a checkpoint, and once there is one.
+    for epoch in (1, 3):
+        monkeypatch.setattr(contrast, "train", die_in_epoch(epoch))
+        assert reproduce("moco-length", root, broken).exit_code == 130
+    monkeypatch.setattr(contrast, "train", really_train)
+    assert reproduce("moco-length", root, broken).exit_code == 0
+    looks = [
+        json.loads((out / "laptop" / "moco-length-airplane" / "result.json").read_text())["looks"]
+        for out in (whole, broken)
+    ]
+    assert looks[0] == looks[1]
+
+    def never(*_args, **_options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(contrast, "train", never)
+    assert reproduce("moco-length", root, broken).exit_code == 0
+
+
+def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
+    assert reproduce("moco-length", root, tmp_path).exit_code == 0
+    other = contrast.Scale("laptop", SYSTEM, contrast.CLASSES[:2], (0, 3))
+    monkeypatch.setitem(contrast.SCALES, "laptop", other)
+    with pytest.raises(ValueError, match="is of other epochs: choose another folder"):
+        reproduce("moco-length", root, tmp_path)
+
+
+def test_every_scale_asks_at_the_end():
+    for scale in contrast.SCALES.values():
+        assert scale.epochs[0] == 0
+        assert scale.epochs[-1] == scale.system.recipe.epochs
+        assert list(scale.epochs) == sorted(set(scale.epochs))
