@@ -9,11 +9,11 @@ writes every table anew from the results that the documentation keeps.
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, imagenet, label_free, one_class, own_images
+from featnorm.protocols import contrast, explanations, heads, imagenet, label_free, one_class, own_images
 from featnorm.protocols.figures import Figure
 from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
@@ -27,8 +27,14 @@ PAGES = {
     "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
     "label-free": tuple(label_free.TABLES),
-    "one-class": one_class.TABLES,
+    "one-class": (*one_class.TABLES, contrast.NAME),
     "speed": ("speed",),
+}
+#: How the pictures are drawn anew from the numbers that are kept.
+DRAWN: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(FIGURES, lambda content: Figure.from_json(content).svg),
+    "figure7": width_figure,
+    contrast.NAME: contrast.picture,
 }
 #: Tables that are read off the networks of Table 3.
 READ_OFF = ("table3", "table5", "table8", "table10")
@@ -54,6 +60,8 @@ def tables(file: Path) -> dict[str, Table]:
             return large_scale(content)
         case "table4":
             return one_class.tables(content)
+        case contrast.NAME:
+            return contrast.tables(content)
         case "table3":
             return {name: make_table(name, content) for name in READ_OFF}
         case "table3-short":
@@ -167,10 +175,10 @@ def main() -> None:
                 # Where it read and wrote are places on somebody's machine.
                 text = re.sub(r" --(out|data-root) [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
                 (kept / f"{name}.json").write_text(text, "utf-8")
-        for file in kept.glob("figure*.json"):
+        for file in kept.glob("*.json"):
             content = json.loads(file.read_text("utf-8"))
-            drawn = width_figure(content) if file.stem == "figure7" else Figure.from_json(content).svg
-            file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+            if file.stem in DRAWN:
+                file.with_suffix(".svg").write_text(DRAWN[file.stem](content), encoding="utf-8")
         if (kept / "explanation.json").exists():
             content = json.loads((kept / "explanation.json").read_text("utf-8"))
             for name, drawn in explanations.pictures(content).items():
