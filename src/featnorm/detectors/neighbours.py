@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Bank, single_unit_rows, unit_rows
+from featnorm.detectors.statistics import Bank, unit_rows, write_unit_rows
 from featnorm.features import Features
 
 # Rows of a bank that are looked at at a time.
@@ -89,7 +89,7 @@ class KNN(Detector):
         return self
 
     def _learn(self, features: Features) -> None:
-        self.bank.add(single_unit_rows(features.tensor("pooled")))
+        self.bank.add(features.tensor("pooled"), write_unit_rows)
 
     def _derive(self) -> "_Search":
         bank = self.bank.rows.cpu().numpy()

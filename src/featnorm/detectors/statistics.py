@@ -471,8 +471,8 @@ class Bank(Statistic):
         """The number of dimensions of a row."""
         return self.rows.shape[1]
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows, (n, d)."""
+    def add(self, rows: Tensor, write: Callable[[Tensor, Tensor], object] | None = None) -> None:
+        """Add rows, (n, d), or what ``write(rows, out)`` makes of them in the bank's own memory."""
         self.require_width(rows)
         if len(rows) == 0:
             return
@@ -483,7 +483,10 @@ class Bank(Statistic):
             if start:
                 room[:start] = self.rows
             self._room = room
-        self._room[start:end] = rows
+        if write is None:
+            self._room[start:end] = rows
+        else:
+            write(rows, self._room[start:end])
         self.rows = self._room[:end]
 
     def merge(self, other: Self) -> None:
@@ -510,9 +513,9 @@ def unit_rows(z: Tensor) -> Tensor:
     return z / _lengths(z)
 
 
-def unit_blocks(z: Tensor) -> Iterator[Tensor]:
+def unit_blocks(z: Tensor, rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
     """Yield `unit_rows` a block at a time, without a gradient: those of all rows would be twice as large as z."""
-    for block in z.split(_BLOCK_ROWS):
+    for block in z.split(rows):
         unit = block.detach().to(torch.float64, copy=True)
         yield unit.div_(_lengths(unit))
 
@@ -524,9 +527,17 @@ def _lengths(z: Tensor) -> Tensor:
 def single_unit_rows(z: Tensor) -> Tensor:
     """Return `unit_rows` in float32."""
     unit = z.new_empty(z.shape, dtype=torch.float32)
-    for rows, made in zip(unit_blocks(z), unit.split(_BLOCK_ROWS), strict=True):
-        made.copy_(rows)
+    write_unit_rows(z, unit)
     return unit
+
+
+def write_unit_rows(z: Tensor, out: Tensor) -> None:
+    """Write `unit_rows` to memory of their shape, in its type."""
+    # Doubles that stay in the caches of the cores; a GPU wants few operations and not small ones.
+    cached = max(1, torch.get_num_threads() * _CACHED_ELEMENTS // max(z.shape[1], 1))
+    rows = cached if z.device.type == "cpu" else _BLOCK_ROWS
+    for unit, made in zip(unit_blocks(z, rows), out.split(rows), strict=True):
+        made.copy_(unit)
 
 
 def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
@@ -564,8 +575,11 @@ def _row_keys(rows: Tensor) -> Tensor:
     weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
     weights = weights.to(rows.device)
     few = max(1, _CACHED_ELEMENTS // max(rows.shape[1], 1))
-    bits = rows.view(torch.int32)
-    keys = torch.cat([part.to(torch.int64).mul_(weights).sum(1) for part in bits.split(few)])
+    keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    # One buffer for all parts: freed and made anew, all of them would lie in the heap at once.
+    buffer = keys.new_empty(min(few, len(rows)), rows.shape[1])
+    for part, sums in zip(rows.view(torch.int32).split(few), keys.split(few), strict=True):
+        torch.sum(buffer[: len(part)].copy_(part).mul_(weights), 1, out=sums)
     # A multiplicative mix, so that the high bits, by which keys are ordered, depend on every bit of the row.
     for multiplier in (-0x61C8864680B583EB, -0x3B314601E57A13AD):
         keys = (keys ^ (keys >> 32)) * multiplier
