@@ -17,18 +17,28 @@ class _Gaussians(NamedTuple):
     """Whitened Gaussians: ``|| (z - origin) L - centre ||^2`` is a squared Mahalanobis distance."""
 
     origin: Tensor  # (D,)
-    scale: Tensor  # (D,) the standard deviations by which features are divided
+    scale: Tensor | None  # (D,) the standard deviations by which features are divided; None for by none
     factors: list[Tensor]  # each (D, r)
     centres: list[Tensor]  # each (C, r), the means that share the factor
+    lengths: list[Tensor]  # each (C,), the squared lengths of the centres
+
+    @classmethod
+    def about(
+        cls, origin: Tensor, scale: Tensor | None, factors: list[Tensor], centres: list[Tensor]
+    ) -> "_Gaussians":
+        """Make it of the means; their lengths, which each batch needs, are taken once."""
+        return cls(origin, scale, factors, centres, [means.square().sum(1) for means in centres])
 
     def nearest(self, z: Tensor) -> Tensor:
         """Return the squared distance of each row to the nearest mean, (n,) float64."""
-        z = (z.double() - self.origin) / self.scale
+        z = z.double() - self.origin
+        if self.scale is not None:
+            z = z / self.scale
         nearest = z.new_full((z.shape[0],), torch.inf)
-        for factor, centres in zip(self.factors, self.centres, strict=True):
+        for factor, centres, lengths in zip(self.factors, self.centres, self.lengths, strict=True):
             white = z @ factor
             # ||w - c||^2 expanded, so that no (n, C, r) tensor is made.
-            offsets = torch.addmm(centres.square().sum(1), white, centres.T, alpha=-2).amin(1)
+            offsets = torch.addmm(lengths, white, centres.T, alpha=-2).amin(1)
             nearest = torch.minimum(nearest, white.square().sum(1) + offsets)
         return nearest.clamp_min(0)
 
@@ -70,7 +80,7 @@ class Mahalanobis(Detector):
             )
         origin = self.moments.mean()
         centres = (self.moments.means() - origin) @ factor
-        return _Gaussians(origin, torch.ones_like(origin), [factor], [centres])
+        return _Gaussians.about(origin, None, [factor], [centres])
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
@@ -139,7 +149,7 @@ class SSD(Detector):
         if self.clusters == 1:
             standard = covariance / torch.outer(scale, scale)
             factor = whitening(standard, (rounding / scale.square())[alive].max())
-            return _Gaussians(origin, scale, [factor], [torch.zeros_like(factor[:1])])
+            return _Gaussians.about(origin, scale, [factor], [torch.zeros_like(factor[:1])])
         factors, centres = [], []
         for mean, own, noise in self._clusters(origin, scale):
             factor = whitening(own, noise[alive].max())
@@ -150,7 +160,7 @@ class SSD(Detector):
                 )
             factors.append(factor)
             centres.append((mean @ factor)[None])
-        return _Gaussians(origin, scale, factors, centres)
+        return _Gaussians.about(origin, scale, factors, centres)
 
     def _clusters(self, origin: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return the mean, covariance and rounding error of each cluster, standardised."""
