@@ -62,7 +62,9 @@ def as_score_tensor(x: ScoreLike, name: str, *, allow_empty: bool = False) -> Te
         )
     elif x.dtype not in (torch.float32, torch.float64):
         x = x.to(torch.float32)
-    _refuse(x.isnan(), name, "NaN", "a NaN has no rank: find out why this input has no score")
+    # The sum tells in one read without a temporary; infinities of both signs make it NaN too.
+    if math.isnan(x.sum().item()):
+        _refuse(x.isnan(), name, "NaN", "a NaN has no rank: find out why this input has no score")
     return x
 
 

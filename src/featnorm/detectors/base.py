@@ -1,6 +1,7 @@
 """What every detector is: a module that learns from `Features` and scores `Features`."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -257,7 +258,7 @@ def _require_finite(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         return
     # The sum tells in one read without a temporary; only when it is not finite is the culprit looked for.
-    if torch.isfinite(value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32))):
+    if math.isfinite(value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).item()):
         return
     bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)
     if len(bad):
