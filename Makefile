@@ -19,7 +19,7 @@ lint: .venv/dev.stamp
 # Hours. `python -m pytest benchmarks/test_knn.py --small` tries one theme in seconds; with --results FOLDER and
 # without --small its rows take the place of the old ones there.
 bench: .venv/bench.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --results featnorm-benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --results featnorm-benchmarks -o faulthandler_timeout=0
 	$(BIN)/python tools/update_results.py featnorm-benchmarks
 
 clean:

@@ -76,7 +76,7 @@ def test_score(compare, size, tmp_path):
             "the model on decoded tensors": (bare, 1 / 0.9),
             "decoding by all cores, then the model": (one_after_the_other, None),
         },
-        rounds=size(3, 1),
+        rounds=1,  # of several minutes and hundreds of batches each
         sizes=f"{n:,} JPEGs of 256 x 256, {loaded.name}, batches of {BATCH}",
         warm=False,
     )

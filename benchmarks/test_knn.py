@@ -12,10 +12,13 @@ from sklearn.neighbors import NearestNeighbors
 import featnorm as fn
 
 K = 50
+# The marks are of 50,000. Exact searches take queries in blocks of this many or fewer, so that 50,000 take as many
+# times as long, which is hours for three libraries and several rounds.
+QUERIES = 4_096
 
 
 def test_exact(compare, size):
-    queries, rows, d = size(50_000, 2_000), size(1_280_000, 20_000), size(512, 128)
+    queries, rows, d = size(QUERIES, 2_000), size(1_280_000, 20_000), size(512, 128)
     random = torch.Generator().manual_seed(0)
     bank = torch.nn.functional.normalize(torch.randn(rows, d, generator=random))
     asked = torch.nn.functional.normalize(torch.randn(queries, d, generator=random))
@@ -41,7 +44,7 @@ def test_index(compare, size):
     # An index needs rows that lie along fewer directions than they have units, as a network's do: ten classes,
     # and within them directions that matter less and less. Levina and Bickel's estimate of the dimension at a row,
     # from its 50 neighbours, is 14 for these and 15 for the features of our ResNet-18 on CIFAR-10.
-    asked, rows, d = size(50_000, 2_000), size(1_280_000, 150_000), size(512, 128)
+    asked, rows, d = size(QUERIES, 2_000), size(1_280_000, 150_000), size(512, 128)
     random = torch.Generator().manual_seed(0)
     means = torch.randn(10, d, generator=random)
     directions = torch.randn(64, d, generator=random) / torch.arange(1, 65)[:, None]
