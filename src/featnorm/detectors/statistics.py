@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 # Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again. At
 # this size a product with the block is still at full speed, and the block smaller than a wide Gram matrix.
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 512
 # Rows that a sample takes at a time: each time it is written anew.
 _SAMPLED_ROWS = 4096
 # Columns of a sample that are put in a new order at a time, which is all the memory that it takes.
@@ -514,9 +514,13 @@ def unit_rows(z: Tensor) -> Tensor:
 
 
 def unit_blocks(z: Tensor, rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
-    """Yield `unit_rows` a block at a time, without a gradient: those of all rows would be twice as large as z."""
-    for block in z.split(rows):
-        unit = block.detach().to(torch.float64, copy=True)
+    """Yield `unit_rows` a block at a time, without a gradient: those of all rows would be twice as large as z.
+
+    Each is overwritten by the next.
+    """
+    buffer = z.new_empty((min(rows, len(z)), z.shape[1]), dtype=torch.float64)
+    for block in z.detach().split(rows):
+        unit = buffer[: len(block)].copy_(block)
         yield unit.div_(_lengths(unit))
 
 
