@@ -56,10 +56,14 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def log(path: Path, entry: dict[str, Any]) -> None:
-    """Write the epoch's line, in place of one that a killed run left after its last checkpoint."""
+    """Write the epoch's line, in place of one that a killed run left after its last checkpoint.
+
+    A run that is killed here keeps the lines before it.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.startswith("{") and json.loads(line)["epoch"] < entry["epoch"]]
-    path.write_text("".join(f"{line}\n" for line in (*kept, json.dumps(entry))), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in (*kept, json.dumps(entry))), encoding="utf-8")
 
 
 def hide_bar(progress: bool | None, rank: int = 0) -> bool | None:
