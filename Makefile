@@ -17,7 +17,8 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 
 # Hours. `python -m pytest benchmarks/test_knn.py --small` tries one theme in seconds; with --results FOLDER and
-# without --small its rows take the place of the old ones there.
+# without --small its rows take the place of the old ones there. Some take longer than the
+# five minutes at which a test counts as hung: -o faulthandler_timeout=0.
 bench: .venv/bench.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --results featnorm-benchmarks -o faulthandler_timeout=0
 	$(BIN)/python tools/update_results.py featnorm-benchmarks

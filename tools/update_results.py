@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import contrast, explanations, heads, imagenet, label_free, one_class, own_images
+from featnorm.protocols import explanations, heads, imagenet, label_free, moco_length, one_class, own_images
 from featnorm.protocols.figures import Figure
 from featnorm.protocols.imagenet_tables import make_tables
 from featnorm.protocols.tables import Table, make_table, width_figure
@@ -27,14 +27,14 @@ PAGES = {
     "imagenet": ("table1",),
     "theory": (*FIGURES, "explanation"),
     "label-free": tuple(label_free.TABLES),
-    "one-class": (*one_class.TABLES, contrast.NAME),
+    "one-class": (*one_class.TABLES, moco_length.NAME),
     "speed": ("speed",),
 }
 #: How the pictures are drawn anew from the numbers that are kept.
 DRAWN: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(FIGURES, lambda content: Figure.from_json(content).svg),
     "figure7": width_figure,
-    contrast.NAME: contrast.picture,
+    moco_length.NAME: moco_length.picture,
 }
 #: Tables that are read off the networks of Table 3.
 READ_OFF = ("table3", "table5", "table8", "table10")
@@ -60,8 +60,8 @@ def tables(file: Path) -> dict[str, Table]:
             return large_scale(content)
         case "table4":
             return one_class.tables(content)
-        case contrast.NAME:
-            return contrast.tables(content)
+        case moco_length.NAME:
+            return moco_length.tables(content)
         case "table3":
             return {name: make_table(name, content) for name in READ_OFF}
         case "table3-short":
@@ -176,8 +176,8 @@ def main() -> None:
                 text = re.sub(r" --(out|data-root) [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
                 (kept / f"{name}.json").write_text(text, "utf-8")
         for file in kept.glob("*.json"):
-            content = json.loads(file.read_text("utf-8"))
             if file.stem in DRAWN:
+                content = json.loads(file.read_text("utf-8"))
                 file.with_suffix(".svg").write_text(DRAWN[file.stem](content), encoding="utf-8")
         if (kept / "explanation.json").exists():
             content = json.loads((kept / "explanation.json").read_text("utf-8"))

@@ -7,18 +7,18 @@ from small import reproduce
 
 from featnorm.metrics import auroc
 from featnorm.oneclass import MoCo
-from featnorm.protocols import contrast, one_class
+from featnorm.protocols import moco_length, one_class
 from featnorm.training import Recipe
 from featnorm.training import train as really_train
 
 RECIPE = Recipe(epochs=3, batch_size=16, optimiser="sgd", lr=0.02, augment=True, objective="moco", queue=32)
 SYSTEM = MoCo(8, RECIPE, k=3)
-TINY = contrast.Scale("laptop", SYSTEM, contrast.CLASSES[:2], (0, 1, 3))
+TINY = moco_length.Scale("laptop", SYSTEM, moco_length.CLASSES[:2], (0, 1, 3))
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(contrast.SCALES, "laptop", TINY)
+    monkeypatch.setitem(moco_length.SCALES, "laptop", TINY)
 
 
 def test_the_network_is_asked_before_its_training_and_on_the_way(root, tiny, tmp_path):
@@ -47,7 +47,7 @@ def test_the_network_is_asked_before_its_training_and_on_the_way(root, tiny, tmp
     assert rows[3][header.index("Views(NAN())")] == "93.7"
     assert "| automobile, 3 | " in document
     assert json.loads((out / "moco-length.json").read_text()) == results
-    assert contrast.picture(results).count("epoch of four turns") == 2
+    assert moco_length.picture(results).count("epoch of four turns") == 2
 
 
 def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path, monkeypatch):
@@ -68,9 +68,9 @@ def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path,
     broken = tmp_path / "broken"
     # In the first epoch before there is a checkpoint, and once there is one.
     for epoch in (1, 3):
-        monkeypatch.setattr(contrast, "train", die_in_epoch(epoch))
+        monkeypatch.setattr(moco_length, "train", die_in_epoch(epoch))
         assert reproduce("moco-length", root, broken).exit_code == 130
-    monkeypatch.setattr(contrast, "train", really_train)
+    monkeypatch.setattr(moco_length, "train", really_train)
     assert reproduce("moco-length", root, broken).exit_code == 0
     looks = [
         json.loads((out / "laptop" / "moco-length-airplane" / "result.json").read_text())["looks"]
@@ -81,20 +81,20 @@ def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path,
     def never(*_args, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(contrast, "train", never)
+    monkeypatch.setattr(moco_length, "train", never)
     assert reproduce("moco-length", root, broken).exit_code == 0
 
 
 def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
     assert reproduce("moco-length", root, tmp_path).exit_code == 0
-    other = contrast.Scale("laptop", SYSTEM, contrast.CLASSES[:2], (0, 3))
-    monkeypatch.setitem(contrast.SCALES, "laptop", other)
+    other = moco_length.Scale("laptop", SYSTEM, moco_length.CLASSES[:2], (0, 3))
+    monkeypatch.setitem(moco_length.SCALES, "laptop", other)
     with pytest.raises(ValueError, match="is of other epochs: choose another folder"):
         reproduce("moco-length", root, tmp_path)
 
 
 def test_every_scale_asks_at_the_end():
-    for scale in contrast.SCALES.values():
+    for scale in moco_length.SCALES.values():
         assert scale.epochs[0] == 0
         assert scale.epochs[-1] == scale.system.recipe.epochs
         assert list(scale.epochs) == sorted(set(scale.epochs))

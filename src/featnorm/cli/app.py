@@ -349,7 +349,7 @@ def reproduce(
             help="Of the paper: `table1` to `table12`, `table3-label-free`, `table6-imagenet`, `figure1` to "
             "`figure14`; "
             "`own-images` and `head-study`, what its heads are worth elsewhere and what moves them; "
-            "`moco-length`, from when on NAN works without labels; "
+            "`moco-length`, whether and when NAN comes to work without labels; "
             "`explanation`, why inputs score as they do; and `all`, which makes what can be made here and one "
             "page of it."
         ),

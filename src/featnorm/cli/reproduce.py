@@ -15,11 +15,11 @@ from featnorm.cli.show import console, environment, prepare_folder
 from featnorm.data import DataError
 from featnorm.protocols import (
     cifar10,
-    contrast,
     explanations,
     heads,
     imagenet,
     label_free,
+    moco_length,
     one_class,
     own_images,
     theory,
@@ -249,15 +249,17 @@ def _explanation(setting: _Setting) -> tuple[Any, _Results]:
     return content, {name: _Result(table, pictures) for name, table in explanations.tables(content).items()}
 
 
-def _contrast(setting: _Setting) -> tuple[Any, _Results]:
+def _moco_length(setting: _Setting) -> tuple[Any, _Results]:
     images = one_class.load_images(setting.data_root)
-    scale = contrast.SCALES[setting.scale]
+    scale = moco_length.SCALES[setting.scale]
     results = []
     for i, name in enumerate(scale.classes):
-        folder = _begin(setting.out, f"{contrast.NAME}-{name}", i, len(scale.classes))
-        results.append(contrast.run(name, scale, images, folder, fabric=setting.fabric, environment=setting.facts))
-    made = {key: _Result(table) for key, table in contrast.tables(results).items()}
-    made[contrast.NAME] = _Result(made[contrast.NAME].table, (contrast.picture(results),))
+        folder = _begin(setting.out, f"{moco_length.NAME}-{name}", i, len(scale.classes))
+        results.append(
+            moco_length.run(name, scale, images, folder, fabric=setting.fabric, environment=setting.facts)
+        )
+    made = {key: _Result(table) for key, table in moco_length.tables(results).items()}
+    made[moco_length.NAME] = _Result(made[moco_length.NAME].table, (moco_length.picture(results),))
     return results, made
 
 
@@ -265,7 +267,7 @@ _STUDIES = {
     "own-images": _own_images,
     "head-study": _head_study,
     "explanation": _explanation,
-    contrast.NAME: _contrast,
+    moco_length.NAME: _moco_length,
 }
 
 

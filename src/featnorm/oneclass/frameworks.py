@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,9 @@ class _Framework(System[Scored]):
             seed=run.seed,
             progress=run.progress,
         )
-        return self.fit(network, images, self.detectors(), run)
+        return self.fit(network, images, self.detectors(), fabric=run.fabric)
 
-    def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], run: Run) -> Scored:
+    def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], *, fabric: Any = None) -> Scored:
         """Return a network, trained as far as it is, with detectors that learned from its features.
 
         Parameters
@@ -70,8 +70,9 @@ class _Framework(System[Scored]):
         network : from `network`; it is put in evaluation mode.
         images : (n, 3, 32, 32) uint8, of the class.
         detectors : not yet fitted.
-        run : device and precision.
+        fabric : see `train`.
         """
+        run = Run(fabric=fabric)
         model = Scored(network, detectors).eval()
         tap = _tap(model, run)
         for batch in images.split(_BATCH):

@@ -11,19 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from featnorm.detectors import KNN, NAN, SSD, Detector, L1Norm, Sparsity, Views
+from featnorm.detectors import KNN, NAN, SSD, L1Norm, Sparsity
 from featnorm.metrics import auroc
 from featnorm.oneclass import MoCo
-from featnorm.oneclass.system import Run
 from featnorm.protocols.cifar10 import keep_result, kept_result
 from featnorm.protocols.explanations import CLASSES
 from featnorm.protocols.label_free import short
-from featnorm.protocols.one_class import Images
+from featnorm.protocols.one_class import PAPER_ROWS, Images
 from featnorm.protocols.paper import numbers
-from featnorm.protocols.tables import Table
+from featnorm.protocols.tables import Table, distinct
 from featnorm.report.figures import Line, Panel, panel_figure
 from featnorm.training import train
 from featnorm.training.runs import log
@@ -113,7 +111,7 @@ def run(
 
     def look(entry: Mapping[str, Any], network: nn.Module) -> None:
         if entry["epoch"] in scale.epochs:
-            found = _ask(system, network, known, pixels, labels == label, Run(fabric=fabric))
+            found = _ask(system, network, known, pixels, labels == label, fabric)
             log(looks, {"epoch": entry["epoch"], "loss": entry["loss"], "scores": found})
 
     network = system.network(0)
@@ -138,25 +136,18 @@ def run(
     return result
 
 
-def detectors(system: MoCo) -> list[Detector]:
-    """Return those that the network is asked by: the paper's, and the two parts of NAN."""
-    return [*system.detectors(), L1Norm(), Sparsity()]
-
-
 def _ask(
-    system: MoCo, network: nn.Module, known: torch.Tensor, pixels: torch.Tensor, inside: torch.Tensor, run: Run
+    system: MoCo, network: nn.Module, known: Tensor, pixels: Tensor, inside: Tensor, fabric: Any
 ) -> dict[str, dict[str, float]]:
-    """Return AUROC and means of each score of a network that is trained thus far."""
-    model = system.fit(network, known, detectors(system), run)
-    with torch.no_grad():
-        scores = system.scores(model, pixels, fabric=run.fabric)
+    """Return AUROC and means of the paper's scores, and of NAN's two parts, of a network trained thus far."""
+    model = system.fit(network, known, [*system.detectors(), L1Norm(), Sparsity()], fabric=fabric)
     return {
         name: {
             "auroc": 100 * auroc(values[inside], values[~inside]),
             "inside": float(values[inside].double().mean()),
             "outside": float(values[~inside].double().mean()),
         }
-        for name, values in scores.items()
+        for name, values in system.scores(model, pixels, fabric=fabric).items()
     }
 
 
@@ -178,26 +169,15 @@ def picture(results: Sequence[Mapping[str, Any]]) -> str:
 def tables(results: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     """Return "moco-length", means over the classes by epoch, and "moco-length-classes", each class by itself."""
     paper = numbers("one-class")["table4"]["rows"]
-    knn, ssd, nan = KNN(results[0]["settings"]["k"]), SSD(), Views(NAN())
-    theirs = {
-        repr(score): f"{paper[row][_DATA]}"
-        for score, row in (
-            (knn, "KNN"),
-            (ssd, "SSD"),
-            (nan, "NAN"),
-            (knn / nan, "KNN + NAN"),
-            (ssd / nan, "SSD + NAN"),
-        )
-    }
     names = list(results[0]["looks"][0]["scores"])
     means = [_row(f"{looks[0]['epoch']}", looks) for looks in zip(*(r["looks"] for r in results), strict=True)]
-    paper_row = ["the paper's, of ten classes", "–", *(theirs.get(name, "–") for name in names)]
+    theirs = (paper.get(PAPER_ROWS.get(name, name), {}).get(_DATA, "–") for name in names)
     by_class = [_row(f"{r['class']}, {look['epoch']}", [look]) for r in results for look in r["looks"]]
     return {
         NAME: Table(
             "MoCo-v2 on one class of CIFAR-10, over its training: mean AUROC ↑ in percent",
             ["Epoch", "loss", *names],
-            [*means, paper_row],
+            [*means, ["the paper's, of ten classes", "–", *map(str, theirs)]],
             _notes(results),
         ),
         f"{NAME}-classes": Table(
@@ -234,8 +214,5 @@ def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{recipe['batch_size']}, learning rate {recipe['lr']}, weight decay {recipe['weight_decay']}{small}",
         f"{first['images']}: {inside} of the class against the others",
         f"l1-norm of the class and of the others at the end: {norms}",
-        *(
-            f"{fact}: {', '.join(dict.fromkeys(result['environment'][fact] for result in results))}"
-            for fact in first["environment"]
-        ),
+        *(f"{fact}: {', '.join(distinct(results, fact))}" for fact in first["environment"]),
     ]

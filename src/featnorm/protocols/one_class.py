@@ -22,7 +22,7 @@ from featnorm.protocols.cifar10 import SIDE, keep_result, kept_result, labelled
 from featnorm.protocols.explanations import CLASSES
 from featnorm.protocols.label_free import short
 from featnorm.protocols.paper import numbers
-from featnorm.protocols.tables import Table
+from featnorm.protocols.tables import Table, distinct
 from featnorm.training import Recipe
 from featnorm.training.probe import spaced
 
@@ -54,7 +54,7 @@ SUPER_CLASSES = {
 _NAMES = {"CIFAR-10": tuple(CLASSES), "CIFAR-100": tuple(SUPER_CLASSES)}
 
 #: The rows of the paper's table that ours stand beside.
-_ROWS = {
+PAPER_ROWS = {
     "OC-SVM on pixels": "OC-SVM",
     "OC-SVM on an autoencoder": "OC-SVM",
     "Geom, softmax sum": "",
@@ -283,14 +283,14 @@ def tables(content: Mapping[str, Any]) -> dict[str, Table]:
             found.setdefault(row, {}).setdefault(result["data"], {})[result["class"]] = value
     rows = []
     for row, sets in found.items():
-        theirs = paper["rows"].get(_ROWS.get(row, row), {})
+        theirs = paper["rows"].get(PAPER_ROWS.get(row, row), {})
         cells = [row]
         for data, names in _NAMES.items():
             values = sets.get(data, {})
             whole = len(values) == len(names)
             cells += [f"{statistics.fmean(values.values()):.1f}" if whole else "–", f"{theirs.get(data, '–')}"]
         rows.append(cells)
-    shown = {_ROWS.get(row, row) for row in found}
+    shown = {PAPER_ROWS.get(row, row) for row in found}
     for row, theirs in paper["rows"].items():
         if row not in shown:
             rows.append([row, *(cell for data in _NAMES for cell in ("–", f"{theirs.get(data, '–')}"))])
@@ -308,10 +308,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, Table]:
         *(f"without {data}: {why}" for data, why in content["missing"].items()),
         *(f"not run yet: {what}, {count} of its classes" for what, count in content["left"].items()),
         "minutes a class: " + ", ".join(f"{name} {statistics.fmean(t) / 60:.1f}" for name, t in seconds.items()),
-        *(
-            f"{fact}: {', '.join(dict.fromkeys(result['environment'][fact] for result in results))}"
-            for fact in results[0]["environment"]
-        ),
+        *(f"{fact}: {', '.join(distinct(results, fact))}" for fact in results[0]["environment"]),
     ]
     headers = ["Score", *(f"{data}, {whose}" for data in _NAMES for whose in ("ours", "paper"))]
     made = {"table4": Table("Table 4, one-class classification: mean AUROC ↑ in percent", headers, rows, notes)}

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featnorm._files import replacing
 from featnorm.activation import ActivationStatistics
 from featnorm.hidden import HiddenClassifier
 from featnorm.metrics import auroc
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
 from featnorm.tap import FeatureTap, LayerTap
+from featnorm.training.runs import log
 
 Fold = tuple[Tensor, Tensor | None]
 
@@ -85,8 +85,7 @@ class Probe:
         self.records = [record for record in self.records if record["epoch"] < entry["epoch"]]
         self.records.append({"epoch": entry["epoch"], "loss": entry["loss"], "layers": self.measure(model)})
         if self.file is not None:
-            with replacing(self.file) as temporary:
-                temporary.write_text("".join(f"{json.dumps(record)}\n" for record in self.records), "utf-8")
+            log(self.file, self.records[-1])
 
     def measure(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """Return what there is to record of every layer now.
