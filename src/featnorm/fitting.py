@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._checks import check_share
+from featnorm._layout import fast_layout
 from featnorm.activation import ActivationStatistics
 from featnorm.calibration import Calibration
 from featnorm.data import (
@@ -144,7 +145,7 @@ def fit_images(
         )
     device = torch.device("cpu") if fabric is None else fabric.device
     backbone, cut = backbone_of(loaded)
-    backbone = backbone.to(device).eval().to(memory_format=torch.channels_last)
+    backbone = fast_layout(backbone.to(device).eval())
     notes = [*loaded.notes, "its classifier left out" if cut else _as_it_is(backbone)]
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     asking = {"cache": cache, "fabric": fabric, "ray": ray, "progress": progress}
@@ -376,7 +377,7 @@ def backbone_features(
 
     @torch.no_grad()
     def ask(images: Tensor) -> Tensor:
-        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        images = fast_layout(images.to(device))
         with nullcontext() if fabric is None else fabric.autocast():
             return backbone(images)
 

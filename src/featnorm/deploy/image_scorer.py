@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._layout import fast_layout
 from featnorm._memory import in_parts
 from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
@@ -146,7 +147,7 @@ class ImageScorer:
             The model gives a value that is not finite; or images are to be explained, and there are no statistics
             to do so by.
         """
-        images = images.contiguous(memory_format=torch.channels_last).to(self.scorer.tap.device)
+        images = fast_layout(images.to(self.scorer.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
         with nullcontext() if fabric is None else fabric.autocast():
             features = self.scorer.tap.listen(images, classifier=reads_classifier)
@@ -242,7 +243,7 @@ class ImageScorer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise archive.ArchiveError(f"{path} is damaged: {error}") from None
         loaded = _architecture(spec, model, path)
-        network = nn.Sequential(backbone_of(loaded)[0], head).to(memory_format=torch.channels_last)
+        network = fast_layout(nn.Sequential(backbone_of(loaded)[0], head))
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:

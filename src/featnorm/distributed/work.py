@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.data import Extracted, ImageSource, extract_images
 from featnorm.deploy import ImageScorer, ImageVerdict
 
@@ -69,13 +70,13 @@ class Extracting:
 
     def start(self, device: torch.device, workers: int) -> Callable[[ImageSource], Iterator[Extracted]]:
         """See `Work`."""
-        backbone = self.backbone.to(device).eval().to(memory_format=torch.channels_last)
+        backbone = fast_layout(self.backbone.to(device).eval())
         fabric = _fabric(device, self.precision)
 
         @torch.no_grad()
         def ask(images: Tensor) -> Tensor:
             with fabric.autocast():
-                return backbone(images.to(device).contiguous(memory_format=torch.channels_last))
+                return backbone(fast_layout(images.to(device)))
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
             return extract_images(images, self.transform, ask, batch_size=self.batch_size, workers=workers)

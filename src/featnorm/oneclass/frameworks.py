@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.augmentation import rotations
 from featnorm.detectors import CSI as CSIScore
 from featnorm.detectors import KNN, NAN, SSD, Detector, Views
@@ -76,7 +77,7 @@ class _Framework(System[Scored]):
         model = Scored(network, detectors).eval()
         tap = _tap(model, run)
         for batch in images.split(_BATCH):
-            features = tap(_pixels(batch, run))
+            features = tap(as_pixels(batch, run.device))
             for detector in model.detectors:
                 if detector.needs_fit:
                     detector.partial_fit(features)
@@ -86,7 +87,7 @@ class _Framework(System[Scored]):
         tap = _tap(model, run)
         parts: dict[str, list[Tensor]] = {repr(detector): [] for detector in model.detectors}
         for batch in images.split(_BATCH):
-            features = tap(_pixels(batch, run))
+            features = tap(as_pixels(batch, run.device))
             for detector in model.detectors:
                 parts[repr(detector)].append(detector.score(features).cpu())
         return {name: torch.cat(scores) for name, scores in parts.items()}
@@ -128,7 +129,7 @@ class MoCo(_Framework):
 
     def network(self, seed: int) -> nn.Module:
         """Return the ResNet-18 with MoCo's projection head."""
-        return cifar_network(self.width, None, seed=seed).to(memory_format=torch.channels_last)
+        return cifar_network(self.width, None, seed=seed)
 
     def detectors(self) -> list[Detector]:
         """Return NAN, SSD, KNN and the fusions."""
@@ -150,7 +151,7 @@ class CSI(_Framework):
 
     def network(self, seed: int) -> nn.Module:
         """Return the ResNet-18 with CSI's two heads."""
-        return cifar_network_with(CSIHead, self.width, seed=seed).to(memory_format=torch.channels_last)
+        return cifar_network_with(CSIHead, self.width, seed=seed)
 
     def detectors(self) -> list[Detector]:
         """Return CSI's score."""
@@ -158,9 +159,5 @@ class CSI(_Framework):
 
 
 def _tap(model: Scored, run: Run) -> FeatureTap:
-    model.to(run.device)
+    fast_layout(model.to(run.device))
     return FeatureTap(model.network) if run.fabric is None else AutocastTap(model.network, run.fabric)
-
-
-def _pixels(images: Tensor, run: Run) -> Tensor:
-    return as_pixels(images, run.device).contiguous(memory_format=torch.channels_last)

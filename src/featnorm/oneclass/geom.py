@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.oneclass.geometry import TRANSFORMATIONS, WideResNet, transform
 from featnorm.oneclass.system import Run, System, answers
 from featnorm.training import Recipe, train
@@ -34,7 +35,7 @@ class Transformed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return log-softmax outputs (n, 72, 72): of each transformation of an image, by class."""
-        views = transform(pixels).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        views = fast_layout(transform(pixels).flatten(0, 1))
         return self.network(views).float().log_softmax(1).unflatten(0, (len(pixels), _COUNT))
 
 
@@ -62,7 +63,7 @@ class Geom(System[Transformed]):
     def _train(self, images: Tensor, run: Run) -> Transformed:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            network = WideResNet(self.depth, self.width, _COUNT).to(memory_format=torch.channels_last)
+            network = WideResNet(self.depth, self.width, _COUNT)
         train(
             network,
             torch.cat([transform(batch).flatten(0, 1) for batch in images.split(_IMAGES)]),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.oneclass.geometry import TRANSFORMATIONS, WideResNet, transform
 from featnorm.oneclass.steps import Losses, Parts, adam, train_steps
 from featnorm.oneclass.system import Run, System, answers
@@ -38,7 +39,7 @@ class Centres(nn.Module):
 
 
 def _ask(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    views = 2 * transform(pixels).flatten(0, 1).contiguous(memory_format=torch.channels_last) - 1
+    views = 2 * fast_layout(transform(pixels).flatten(0, 1)) - 1
     return features(views).float().unflatten(0, (len(pixels), _COUNT))
 
 
@@ -73,7 +74,7 @@ class GOAD(System[Centres]):
     def _train(self, images: Tensor, run: Run) -> Centres:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            model = Centres(WideResNet(self.depth, self.width, _COUNT)).to(memory_format=torch.channels_last)
+            model = Centres(WideResNet(self.depth, self.width, _COUNT))
         targets = torch.arange(_COUNT, device=run.device).repeat(self.batch_size)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featnorm._layout import UnitStrides, fast_layout
 from featnorm.oneclass.system import Run, as_pixels, check_images
 from featnorm.training.runs import (
     CHECKPOINT,
@@ -76,7 +77,7 @@ def train_steps(
     fabric, device = run.fabric, run.device
     if fabric is not None and fabric.world_size > 1:
         raise ValueError(f"this training is of one process, and fabric has {fabric.world_size}: use devices=1")
-    model.to(device)
+    fast_layout(model.to(device))
     parts: dict[str, Any] = dict(model.named_children())
     active: dict[str, Any] = dict(optimisers)
     if fabric is not None:
@@ -103,7 +104,7 @@ def train_steps(
         disable=hide_bar(run.progress),
         leave=False,
     )
-    with bar, torch.inference_mode(False), torch.enable_grad():
+    with bar, torch.inference_mode(False), torch.enable_grad(), UnitStrides():
         for epoch in range(start, epochs):
             model.train()
             began = time.perf_counter()

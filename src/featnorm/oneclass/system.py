@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
+
 SIDE = 32
 
 _BATCH = 250
@@ -123,8 +125,8 @@ def check_images(images: Tensor, least: int = 1) -> None:
 
 
 def as_pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Return images uint8 as pixels in [0, 1] on a device."""
-    return images.to(device).float().div_(255)
+    """Return images uint8 as pixels in [0, 1] on a device, in the layout that `fast_layout` gives."""
+    return fast_layout(images.to(device)).float().div_(255)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featnorm._files import replacing
+from featnorm._layout import fast_layout
 from featnorm.data import DataError, ImageSource, image_tensor, open_images
 from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, L1Norm, ReAct, Sparsity, Views
 from featnorm.evaluation import Evaluation, compare, standard_detectors
@@ -318,7 +319,7 @@ def train_and_score(
     """
     inputs, targets = images.train
     train(
-        model.to(memory_format=torch.channels_last),
+        model,
         inputs,
         targets if labels else None,
         recipe,
@@ -402,7 +403,7 @@ def score(
     are off, by set; ``score_seconds``.
     """
     began = time.perf_counter()
-    model = fabric.to_device(model).to(memory_format=torch.channels_last)
+    model = fast_layout(fabric.to_device(model))
     tap = AutocastTap(model, fabric) if same_precision else FeatureTap(model)
 
     def stream(pixels: Tensor, targets: Tensor | None) -> Iterator[Features]:
@@ -442,7 +443,7 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self.pixels), _BATCH):
             rows = slice(start, start + _BATCH)
-            inputs = self.pixels[rows].contiguous(memory_format=torch.channels_last).float().div_(255)
+            inputs = fast_layout(self.pixels[rows]).float().div_(255)
             yield inputs if self.labels is None else (inputs, self.labels[rows])
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featnorm._layout import fast_layout
 from featnorm.explain import Explainer
 from featnorm.norms import negative_aware_norm
 from featnorm.pretrained import load_model
@@ -35,7 +36,7 @@ def run(images: cifar10.Images, *, environment: Mapping[str, str], progress: boo
     -------
     ``rows``, one a set: what the table shows, and what the picture is drawn from; ``images``, ``environment``.
     """
-    model = load_model(NETWORK).to(memory_format=torch.channels_last)
+    model = fast_layout(load_model(NETWORK))
     known = spaced(images.train[0], KNOWN)
     explainer = Explainer(model, class_names=CLASSES).fit(_batches(known), progress=progress)
     tap = FeatureTap(model)
@@ -109,7 +110,7 @@ def _batches(images: Tensor) -> list[Tensor]:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last).float().div_(255)
+    return fast_layout(images).float().div_(255)
 
 
 def _short(values: Tensor) -> list[float]:

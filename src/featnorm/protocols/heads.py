@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.detectors import KNN, MSP, NAN, Detector, Energy, HiddenConfidence, KLUniform, L1Norm, Sparsity
 from featnorm.evaluation import compare
 from featnorm.fitting import head_features
@@ -48,11 +49,10 @@ class Pooled:
 @torch.no_grad()
 def pooled(images: cifar10.Images) -> Pooled:
     """Ask the backbone for the features of every image."""
-    backbone = load_model(NETWORK)[:2].to(memory_format=torch.channels_last)
+    backbone = fast_layout(load_model(NETWORK)[:2])
 
     def ask(pixels: Tensor) -> Tensor:
-        batches = (batch.contiguous(memory_format=torch.channels_last) for batch in pixels.split(250))
-        return torch.cat([backbone(batch.float().div(255)) for batch in batches])
+        return torch.cat([backbone(fast_layout(batch).float().div(255)) for batch in pixels.split(250)])
 
     (train_images, train_labels), (test_images, test_labels) = images.train, images.test
     return Pooled(

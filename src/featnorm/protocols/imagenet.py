@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.data import CachedFeatures, ImageSource
 from featnorm.data.images import vision_module
 from featnorm.detectors import (
@@ -251,7 +252,7 @@ def run(
     if result is not None:
         return result
     network = _load(job.network, weights)
-    backbone = network.backbone.model.to(fabric.device).to(memory_format=torch.channels_last)
+    backbone = fast_layout(network.backbone.model.to(fabric.device))
     loaded = network.backbone
     if data.side is not None:
         loaded = replace(loaded, transform=Shrunk(loaded.transform, data.side))

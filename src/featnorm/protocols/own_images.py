@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from featnorm._layout import fast_layout
 from featnorm.calibration import Calibration
 from featnorm.data import ImageSource, SlicedImages, open_images
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
@@ -84,7 +85,7 @@ def run(
     """
     loaded = create_model(DEFAULT_MODEL)
     classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
-    backbone = cut_classifier(loaded.model)[0].to(fabric.device).eval().to(memory_format=torch.channels_last)
+    backbone = fast_layout(cut_classifier(loaded.model)[0].to(fabric.device).eval())
 
     def fold(spec: str, classes: int | None = None) -> _Fold:
         source = open_images(spec, root=root)

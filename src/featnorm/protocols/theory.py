@@ -216,8 +216,6 @@ def run(
         if other := [key for key, value in made_with.items() if kept["made_with"].get(key) != value]:
             raise ValueError(f"{folder} holds a run of other {' and '.join(other)}: choose another with --out")
         return {**kept, "records": probe.records, "end": load_file(end_file)}
-    if job.network == "resnet":
-        model = model.to(memory_format=torch.channels_last)
     train(model, inputs, targets, recipe, folder=folder, fabric=fabric, progress=progress, on_epoch=probe)
     with replacing(end_file) as temporary:
         save_file(end(model, probe), temporary)

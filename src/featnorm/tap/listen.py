@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from featnorm._layout import UnitStrides
 from featnorm.tap.find import same_vector
 from featnorm.tap.watch import Node, Record, Slot, is_on_top, on_top, tensors_in
 
@@ -108,7 +109,10 @@ def listen(
 
 @contextmanager
 def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back at the end, whatever happens."""
+    """Evaluation mode, and every module's own mode back at the end, whatever happens.
+
+    With gradients, they are safe for the narrow convolutions that `UnitStrides` is about.
+    """
     entered: list[nn.Module] = []
     compiled = False
     try:
@@ -123,7 +127,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                     module.training = False
         # Compiled code was traced without the hooks that listen.
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with torch.set_grad_enabled(gradients), eager:
+        with torch.set_grad_enabled(gradients), eager, UnitStrides() if gradients else nullcontext():
             yield
     finally:
         with _MODES_LOCK:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featnorm._layout import UnitStrides, fast_layout
 from featnorm.training.lars import LARS
 from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
 from featnorm.training.recipe import Recipe
@@ -90,10 +91,10 @@ def train(
         run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": digest(inputs, targets)}
     # What is kept over the steps is no inference tensor, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad():
+        fast_layout(model)
         objective.begin(model, inputs, targets, seed, fabric)
         if checkpoint is not None and checkpoint.exists():
             start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
-    memory_format = _memory_format(model)
     targets = targets.to(device)
     bar = tqdm(
         total=recipe.epochs * steps * recipe.batch_size,
@@ -102,7 +103,7 @@ def train(
         disable=hide_bar(progress, rank),
         leave=False,
     )
-    with bar, torch.inference_mode(False), torch.enable_grad():
+    with bar, torch.inference_mode(False), torch.enable_grad(), UnitStrides():
         for epoch in range(start, recipe.epochs):
             module.train()
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -117,8 +118,7 @@ def train(
                     whole = recipe.crop is None or done >= recipe.crop_share * recipe.epochs * steps
                     crop = None if whole else recipe.crop
                     views = objective.look(inputs[rows], mine, generator, crop, device)
-                    if views.ndim == 4:
-                        views = views.contiguous(memory_format=memory_format)
+                    views = fast_layout(views)
                     if views.dtype == torch.uint8:
                         views = views.float().div_(255)
                     places = torch.arange(mine.start, mine.stop, device=device)
@@ -249,16 +249,6 @@ def _schedule(
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-
-
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    """Return channels last, which convolutions are fastest in, where they can be trained in it.
-
-    On a CPU, torch 2.14's backward pass through a channels-last convolution with fewer than 8 output channels
-    writes past its memory and ends the process.
-    """
-    narrow = any(isinstance(module, nn.Conv2d) and module.out_channels < 8 for module in model.modules())
-    return torch.contiguous_format if narrow else torch.channels_last
 
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
