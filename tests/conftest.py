@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
+import running
 from featnorm.cli import main
+
+
+def pytest_configure(config):
+    running.register(config)
 
 
 @pytest.fixture(scope="session")
