@@ -1,6 +1,7 @@
 """A MoCo-v2 network asked over its training, on fabricated images."""
 
 import json
+import shutil
 
 import pytest
 from small import reproduce
@@ -21,9 +22,18 @@ def tiny(monkeypatch):
     monkeypatch.setitem(moco_length.SCALES, "laptop", TINY)
 
 
-def test_the_network_is_asked_before_its_training_and_on_the_way(root, tiny, tmp_path):
-    assert reproduce("moco-length", root, tmp_path).exit_code == 0
-    out = tmp_path / "laptop"
+@pytest.fixture(scope="module")
+def made(root, tmp_path_factory):
+    """The folder of a run that was not broken off; to be read, or copied."""
+    out = tmp_path_factory.mktemp("moco-length")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(moco_length.SCALES, "laptop", TINY)
+        assert reproduce("moco-length", root, out).exit_code == 0
+    return out
+
+
+def test_the_network_is_asked_before_its_training_and_on_the_way(root, made):
+    out = made / "laptop"
     folders = [out / f"moco-length-{name}" for name in ("airplane", "automobile")]
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     for result in results:
@@ -50,9 +60,7 @@ def test_the_network_is_asked_before_its_training_and_on_the_way(root, tiny, tmp
     assert moco_length.picture(results).count("epoch of four turns") == 2
 
 
-def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    assert reproduce("moco-length", root, whole).exit_code == 0
+def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, made, tiny, tmp_path, monkeypatch):
 
     def die_in_epoch(epoch):
         def train(*args, on_epoch, **options):
@@ -74,7 +82,7 @@ def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path,
     assert reproduce("moco-length", root, broken).exit_code == 0
     looks = [
         json.loads((out / "laptop" / "moco-length-airplane" / "result.json").read_text())["looks"]
-        for out in (whole, broken)
+        for out in (made, broken)
     ]
     assert looks[0] == looks[1]
 
@@ -85,8 +93,8 @@ def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path,
     assert reproduce("moco-length", root, broken).exit_code == 0
 
 
-def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
-    assert reproduce("moco-length", root, tmp_path).exit_code == 0
+def test_a_result_of_other_settings_is_refused(root, made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     other = moco_length.Scale("laptop", SYSTEM, moco_length.CLASSES[:2], (0, 3))
     monkeypatch.setitem(moco_length.SCALES, "laptop", other)
     with pytest.raises(ValueError, match="is of other epochs: choose another folder"):

@@ -34,13 +34,16 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
         *(f"mlp-{data}-{name}-S" for data in ("cifar10", "mnist") for name in theory.ACTIVATIONS),
     }
     for name in figures:
-        assert (out / f"{name}.svg").read_text().count("<svg") == 1
+        picture = (out / f"{name}.svg").read_text()
+        assert picture.count("<svg") == 1
         kept = json.loads((out / f"{name}.json").read_text())
         again = Figure.from_json(kept)
         assert again.to_json() == kept
-        assert again.svg.count('id="axes_') == (out / f"{name}.svg").read_text().count('id="axes_')
+        assert picture.count('id="axes_') == sum(len(row) for row in again.panels)
         assert again.table.markdown() == (out / f"{name}.md").read_text()
         assert "scale laptop" in (out / f"{name}.md").read_text()
+    # Drawing takes seconds: one of them is drawn again from what was kept.
+    assert again.svg.count('id="axes_') == picture.count('id="axes_')
     assert "layer 5" in (out / "figure12.md").read_text()
     assert "before the rectifier" in (out / "figure8.md").read_text()
 

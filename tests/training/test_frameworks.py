@@ -54,8 +54,10 @@ def test_it_tells_far_inputs_apart(name, sets):
     lr, detectors = CASES[name]
     recipe = replace(PRESETS[name], epochs=6, batch_size=32, optimiser="sgd", lr=lr, scale=0.3, warmup=0.1)
     if name == "MoCo-v2":
-        # So short a queue that it seldom holds the same digit, whose keys are no negatives.
-        recipe = replace(recipe, queue=64, temperature=0.2)
+        # So short a queue that it seldom holds the same digit, whose keys are no negatives. Views and length of
+        # training with which the distances are right whatever the seed: rounding, which differs from processor to
+        # processor, does as much.
+        recipe = replace(recipe, queue=64, temperature=0.2, epochs=9, batch_size=48, scale=0.8)
     targets = sets["labels"] if name == "CIDER" else None
     losses = []
     model = train(

@@ -103,7 +103,7 @@ def train(
         disable=hide_bar(progress, rank),
         leave=False,
     )
-    with bar, torch.inference_mode(False), torch.enable_grad(), UnitStrides():
+    with bar, torch.inference_mode(False), torch.enable_grad():
         for epoch in range(start, recipe.epochs):
             module.train()
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -122,12 +122,13 @@ def train(
                     if views.dtype == torch.uint8:
                         views = views.float().div_(255)
                     places = torch.arange(mine.start, mine.stop, device=device)
-                    found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
                     optimiser.zero_grad(set_to_none=True)
-                    if fabric is None:
-                        found.loss.backward()
-                    else:
-                        fabric.backward(found.loss)
+                    with UnitStrides():
+                        found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
+                        if fabric is None:
+                            found.loss.backward()
+                        else:
+                            fabric.backward(found.loss)
                     optimiser.step()
                     schedule.step()
                     meter.add(found)
