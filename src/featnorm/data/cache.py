@@ -80,7 +80,7 @@ class FeatureCache:
 
     Every batch is on disk before the next one is asked for, so that a process that is killed loses one at most,
     and the same call goes on with the batches that an unbroken one would have had. An image is known by a digest
-    of the content that it was decoded from: a changed one is computed anew, one that was moved or copied is not.
+    of the content that it was decoded from: a changed one is computed again, one that was moved or copied is not.
     Every batch has a checksum, which is compared each time the cache is opened; a batch that differs is dropped
     and computed again. One process at a time may use it.
 
