@@ -350,11 +350,10 @@ class _Store(AbstractContextManager["_Store"]):
 
     def _verify(self, batches: list[_Batch | None], hide: bool | None) -> None:
         """Compare the features with their checksums in one pass; put None in the place of batches that differ."""
-        order = [i for i, batch in enumerate(batches) if batch is not None and batch.digests]
-        order.sort(key=lambda i: batches[i].start)  # type: ignore[union-attr]
+        order = sorted((batch.start, i) for i, batch in enumerate(batches) if batch is not None and batch.digests)
         rows = sum(len(batch.digests) for batch in batches if batch is not None)
         with tqdm(total=rows, unit="image", desc="checking the cache", disable=hide, leave=False) as bar:
-            for i in order:
+            for _, i in order:
                 batch = batches[i]
                 assert batch is not None
                 self._file.seek(_ROW_UNIT * batch.width * batch.start)
