@@ -73,6 +73,10 @@ class Fitted:
         Images that the backbone was asked for; the features of the others were known.
     accuracy : float or None
         Of the head on the held-out images; None without labels.
+    changed : int
+        Images whose content changed while they were read; the later content counts.
+    damaged : int
+        Batches of features that were found damaged on disk and dropped; those needed were computed again.
     """
 
     scorer: ImageScorer
@@ -81,6 +85,8 @@ class Fitted:
     held_out: int
     computed: int
     accuracy: float | None
+    changed: int
+    damaged: int
 
 
 def fit_images(
@@ -197,7 +203,8 @@ def fit_images(
         "precision": _precision(fabric),
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
-    return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
+    counts = len(learning), len(chosen), known.computed
+    return Fitted(made, known.corrupt, *counts, accuracy, known.changed, known.damaged)
 
 
 def learn(
