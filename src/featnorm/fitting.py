@@ -29,6 +29,7 @@ from featnorm.data import (
     extract_images,
     image_loader,
 )
+from featnorm.data.images import DECODING
 from featnorm.deploy import ImageScorer
 from featnorm.deploy.image_scorer import backbone_of
 from featnorm.detectors import Detector, KLUniform
@@ -385,6 +386,7 @@ def backbone_features(
         "made of noise": _noise_digest(loaded, ask),
         "precision": _precision(fabric),
         "pillow": PIL.__version__,
+        "decoding": DECODING,
     }
     if ray is None:
         extract = partial(

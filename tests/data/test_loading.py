@@ -64,7 +64,7 @@ def test_batches_in_order_without_the_corrupt(tmp_path: Path, workers: int) -> N
     assert [batch.labels.tolist() for batch in batches] == [[-1, -1], [-1, -1, -1]]
     assert batches[0].labels.dtype == batches[0].indices.dtype == torch.int64
     assert [Path(name).name for name, _ in corrupt] == [f"{i:02}.png" for i in (1, 3, 4, 5, 9)]
-    assert {reason for _, reason in corrupt} == {"not an image in a format Pillow knows"}
+    assert {reason for _, reason in corrupt} == {"not an image in a format that featnorm reads"}
     assert reds(list(loader)) == [0, 2, 6, 7, 8]
     assert len(corrupt) == 10
 
