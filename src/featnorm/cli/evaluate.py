@@ -10,8 +10,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import console, environment, prepare_folder, print_skipped, print_table
+from featnorm.cli.show import (
+    console,
+    environment,
+    prepare_folder,
+    print_label_columns,
+    print_reading,
+    print_skipped,
+    print_table,
+)
 from featnorm.data import DataError, ImageSource, image_loader, open_images
+from featnorm.data.formats import PassedOver
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
@@ -35,6 +44,7 @@ class Options:
     fit: str | None
     detectors: list[str] | None
     layer: str | None
+    label_column: str | None
     out: Path
     data_root: Path | None
     device: str
@@ -92,9 +102,17 @@ def run(options: Options) -> None:
         else standard_detectors()
     )
     _refuse_twice(options)
-    fit = None if options.fit is None else open_images(options.fit, root=options.data_root)
-    sources = _named([options.id_data, *options.ood], options.data_root)
+
+    def labeled(spec: str) -> ImageSource:
+        return open_images(spec, root=options.data_root, label_column=options.label_column)
+
+    fit = None if options.fit is None else labeled(options.fit)
+    opened = [(options.id_data, labeled(options.id_data))]
+    opened += [(spec, open_images(spec, root=options.data_root, labels=False)) for spec in options.ood]
+    sources = _named(opened)
     id_name, *ood_names = sources
+    for source in [sources[id_name], *([] if fit is None else [fit])]:
+        print_label_columns(source, "there are no classes")
     loaded = create_model(options.model, weights=options.weights)
     fabric = fabric_of(options.device, options.precision)
     # Convolutions read channels last: three times as fast on a CPU, and faster on a GPU.
@@ -136,6 +154,15 @@ def run(options: Options) -> None:
         console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
     for name, files in evaluation.skipped.items():
         print_skipped(name, files)
+    every = opened if options.fit is None or fit is None else [(options.fit, fit), *opened]
+    # Sets may be slices of one folder.
+    beside = {spec.partition("[")[0]: source.passed_over for spec, source in every}
+    print_reading(
+        sum(map(len, reader.rows.values())),
+        sum(map(len, reader.skipped.values())),
+        [source for _, source in every],
+        sum(beside.values(), PassedOver()),
+    )
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)
 
 
@@ -143,9 +170,8 @@ def _classes_of(features: Features) -> int | None:
     return None if features.logits is None else features.logits.shape[1]
 
 
-def _named(specs: list[str], root: Path | None) -> dict[str, ImageSource]:
+def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
     """Return each set by a short name or, where two would share it, by what the user called it."""
-    opened = [(spec, open_images(spec, root=root)) for spec in specs]
     titles = [source.title for _, source in opened]
     return {
         source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source

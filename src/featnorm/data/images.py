@@ -120,6 +120,8 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         Files that were found beside the images and are none.
     label_columns : tuple of str
         Columns of an unlabelled table that could hold its labels.
+    several : set of int
+        Of the images that were decoded so far in this process, those of which the file holds more frames or pages.
     """
 
     names_are_paths = False
@@ -130,6 +132,7 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
         self.class_names = class_names
+        self.several: set[int] = set()
         # Hugging Face and torchvision mark an unlabelled image with -1.
         self._labels = [None if label is None or label < 0 else label for label in labels]
 
@@ -149,7 +152,7 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         IndexError
             If there is no image `i`.
         """
-        return self._image(self._checked(i))
+        return self._noted(i, self._image(self._checked(i)))
 
     def label(self, i: int) -> int | None:
         """Return the class of image `i`, or None where it has none."""
@@ -177,6 +180,11 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
 
     def _identity(self, i: int) -> str:
         return self._name(i)
+
+    def _noted(self, i: int, image: Image.Image) -> Image.Image:
+        if is_first_of_several(image):
+            self.several.add(i)
+        return image
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
