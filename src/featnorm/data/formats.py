@@ -43,12 +43,13 @@ _MARKS = {
 }
 # Formats that Pillow can be built without, by what it calls them then.
 _FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}
-_PATTERNS = {name: re.compile(mark, re.DOTALL) for name, mark in _MARKS.items()}
+_PATTERN = re.compile(b"|".join(b"(?P<%s>%s)" % (name.encode(), mark) for name, mark in _MARKS.items()), re.DOTALL)
 
 
 def format_of(head: bytes) -> str | None:
     """Return the format of a file by its first `HEAD_BYTES`; None where it is no image that is known here."""
-    return next((name for name, mark in _PATTERNS.items() if mark.match(head)), None)
+    match = _PATTERN.match(head)
+    return None if match is None else match.lastgroup
 
 
 def named_as_image(name: str) -> bool | None:
