@@ -284,15 +284,18 @@ SAID = (
 
 def test_every_command_reads_the_same_files_and_says_so(featnorm, detector, tmp_path):
     folder = mixed(tmp_path / "mixed")
-    status, printed, _ = featnorm("fit", folder, "-o", "m.featnorm", "--cache", "cache", *BACKBONE)
-    assert status == 0
-    assert SAID in printed
+    for times in ("Asked the backbone for 121", "The features of all of them were known"):
+        status, printed, _ = featnorm("fit", folder, "-o", "m.featnorm", "--cache", "cache", *BACKBONE)
+        assert status == 0
+        assert SAID in printed
+        assert times in printed
     assert "trained on 2 classes" in printed
     assert "skipped 1 unreadable image(s) in mixed:" in printed
-    status, printed, _ = featnorm("score", detector, folder, "--workers", "0")
-    assert status == 0
-    assert SAID in printed
-    assert "Thumbs.db" not in printed
+    for out in ((), ("-o", "m.csv")):
+        status, printed, _ = featnorm("score", detector, folder, "--workers", "0", *out)
+        assert status == 0
+        assert SAID in printed
+        assert "Thumbs.db" not in printed
     status, printed, _ = featnorm("evaluate", "--model", "featnorm:cifar10-resnet18", "--id", folder,
                                   "--ood", f"{folder}[:10]", "--detector", "NAN", "--workers", "0")  # fmt: skip
     assert status == 0

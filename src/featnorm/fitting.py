@@ -73,6 +73,12 @@ class Fitted:
         Images that the backbone was asked for; the features of the others were known.
     accuracy : float or None
         Of the head on the held-out images; None without labels.
+    changed : int
+        Images whose content changed while they were read; the later content counts.
+    damaged : int
+        Batches of features that were found damaged on disk and dropped; those needed were computed again.
+    several : int
+        Images that are the first of several frames or pages of their file.
     """
 
     scorer: ImageScorer
@@ -81,6 +87,9 @@ class Fitted:
     held_out: int
     computed: int
     accuracy: float | None
+    changed: int
+    damaged: int
+    several: int
 
 
 def fit_images(
@@ -150,6 +159,7 @@ def fit_images(
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     asking = {"cache": cache, "fabric": fabric, "ray": ray, "progress": progress}
     known = backbone_features(source, loaded, backbone, **asking, **reading)
+    several = known.several
     known = _distinct(known)
     if len(known.rows) < LEAST_IMAGES:
         raise DataError(
@@ -197,7 +207,8 @@ def fit_images(
         "precision": _precision(fabric),
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
-    return Fitted(made, known.corrupt, len(learning), len(chosen), known.computed, accuracy)
+    counts = len(learning), len(chosen), known.computed
+    return Fitted(made, known.corrupt, *counts, accuracy, known.changed, known.damaged, several)
 
 
 def learn(

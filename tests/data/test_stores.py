@@ -139,7 +139,6 @@ def test_slices_and_single_files(at, folder):
     assert len(joined) == 14
     assert joined.digest(0) == joined.digest(1)
     assert joined.identity(0) != joined.identity(1)
-    assert not joined.may_fork
     with pytest.raises(DataError, match=r"neither a folder nor a \.parquet file"):
         open_images(at("one.png"))
 

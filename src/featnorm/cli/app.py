@@ -61,7 +61,7 @@ Precision = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.")]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode images; one a processor without it.")
+    int | None, typer.Option(min=0, help="Number of threads that decode images. Default: one per CPU, at most 8.")
 ]
 
 

@@ -63,6 +63,7 @@ class _Reader:
         self.options = options
         self.skipped: dict[str, list[tuple[str, str]]] = {}
         self.rows: dict[str, list[int]] = {}
+        self.several = 0
 
     def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
         """Yield the features of a source, skipping what cannot be read."""
@@ -80,7 +81,11 @@ class _Reader:
             why = "the images have no classes (SSD and KNN need none)"
         elif classes is not None and len(classes) == 1:
             why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
-        for batch in tqdm(loader, desc=name, unit="batch", disable=None, leave=False):
+        for part in tqdm(loader.parts(), total=len(loader), desc=name, unit="batch", disable=None, leave=False):
+            batch = part.batch
+            if batch is None:
+                continue
+            self.several += len(part.several)
             rows.extend(batch.indices.tolist())
             images = batch.images.contiguous(memory_format=torch.channels_last)
             with self.fabric.autocast():
@@ -160,7 +165,7 @@ def run(options: Options) -> None:
     print_reading(
         sum(map(len, reader.rows.values())),
         sum(map(len, reader.skipped.values())),
-        [source for _, source in every],
+        reader.several,
         sum(beside.values(), PassedOver()),
     )
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)

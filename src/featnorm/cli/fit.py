@@ -76,8 +76,16 @@ def run(options: Options) -> None:
     fitted.scorer.save(options.out)
     print_skipped(source.title, fitted.corrupt)
     unread = len(fitted.corrupt)
-    print_reading(len(source) - unread, unread, [source], source.passed_over)
+    print_reading(len(source) - unread, unread, fitted.several, source.passed_over)
     facts = fitted.scorer.facts
+    if fitted.changed:
+        console.print(f"{fitted.changed} image(s) changed while they were read: the later content was used.")
+    if fitted.damaged:
+        console.print(
+            f"{fitted.damaged} damaged batch(es) of features were removed from the cache; what was needed of them "
+            "was computed again.",
+            soft_wrap=True,
+        )
     if fitted.computed:
         console.print(f"Asked the backbone for {fitted.computed} images; a next fit on them starts at once.")
     else:

@@ -59,6 +59,7 @@ class _Tally:
         self.scores = array("d")
         self.foreign = 0
         self.unread = 0
+        self.several = 0
         self.first_unread: list[tuple[str, str]] = []
         self._rows = 0
         # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
@@ -74,6 +75,7 @@ class _Tally:
             return
         self.scores.append(verdict.score)
         self.foreign += verdict.is_id is False
+        self.several += verdict.several
         entry = (-verdict.score, -row, verdict)
         if len(self._lowest) < _MOST_SHOWN:
             heapq.heappush(self._lowest, entry)
@@ -161,7 +163,7 @@ def run(options: Options) -> None:
                 _write_page(options.html, scorer, source, tally, fabric)
             journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
-    print_reading(tally.judged, tally.unread, [source], source.passed_over)
+    print_reading(tally.judged, tally.unread, tally.several, source.passed_over)
     if tally.judged:
         console.print(_summary(tally))
     if judged:

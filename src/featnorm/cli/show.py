@@ -56,22 +56,20 @@ def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None
         console.print(f"  ... and {count - SKIPPED_SHOWN} more")
 
 
-def print_reading(read: int, unreadable: int, sources: Sequence[ImageSource], passed_over: PassedOver) -> None:
+def print_reading(read: int, unreadable: int, several: int, passed_over: PassedOver) -> None:
     """Print in one line what became of the images: read, passed over, unreadable.
 
     Parameters
     ----------
-    read, unreadable : int
-        Numbers of images.
-    sources : sequence of ImageSource
-        Where they come from; they know whose first frame was taken.
+    read, unreadable, several : int
+        Numbers of images: of those that were read, that could not be, and that are the first of several frames.
     passed_over : PassedOver
         What was found beside the images.
     """
     said = ["read 1 image" if read == 1 else f"read {read:,} images", str(passed_over)]
     if unreadable:
         said.append(f"{unreadable:,} unreadable")
-    if several := sum(len(source.several) for source in sources):
+    if several:
         said.append(f"{several:,} {'has' if several == 1 else 'have'} several frames or pages: the first is used")
     console.print("; ".join(filter(None, said)), soft_wrap=True)
 

@@ -3,19 +3,27 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from featnorm._files import WriteError, acquire_lock, flush_to_disk, replacing, sync_folder
 from featnorm.data.images import DataError, ImageError, ImageSource, SlicedImages
 from featnorm.data.loading import Extracted
+
+# Caches of other formats lie in other folders, and are not read.
+_FORMAT = 2
+_ROW_UNIT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,14 @@ class CachedFeatures:
         Name and reason of each image that could not be read.
     computed : int
         For how many images the backbone was asked; the others were known.
+    changed : int
+        Number of images whose content changed while the source was read. Features and digest are those of the
+        later content.
+    damaged : int
+        Number of batches that were found damaged on disk and dropped. Features that were in them and are needed
+        here have been computed again.
+    several : int
+        Number of images that are the first of several frames or pages of their file.
     """
 
     stored: Tensor
@@ -44,6 +60,9 @@ class CachedFeatures:
     digests: list[bytes]
     corrupt: list[tuple[str, str]]
     computed: int
+    changed: int
+    damaged: int
+    several: int
 
     @cached_property
     def values(self) -> Tensor:
@@ -64,8 +83,9 @@ class FeatureCache:
 
     Every batch is on disk before the next one is asked for, so that a process that is killed loses one at most,
     and the same call goes on with the batches that an unbroken one would have had. An image is known by a digest
-    of its content: a changed one is computed anew, one that was moved or copied is not. One process at a time
-    may use it.
+    of the content that it was decoded from: a changed one is computed anew, one that was moved or copied is not.
+    Every batch has a checksum, which is compared each time the cache is opened; a batch that differs is dropped
+    and computed again. One process at a time may use it.
 
     Parameters
     ----------
@@ -74,10 +94,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
-        self.folder = Path(folder).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:32]
-        self._features = self.folder / "features.f32"
-        # A line a batch: what is not named here in a whole line does not count.
-        self._index = self.folder / "index.jsonl"
+        self.folder = Path(folder).expanduser() / f"{_FORMAT}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
     def features(
         self,
@@ -98,110 +115,334 @@ class FeatureCache:
         ------
         DataError
             No image could be read, another process is at work in this cache, the backbone returns something else
-            than (n, D), or a feature is not finite.
+            than (n, D), a feature is not finite, or a file of the cache cannot be read.
+        WriteError
+            A file of the cache cannot be written. The batches that were written before stay usable.
         """
         hide = None if progress is None else not progress
-        digests, unread = _digests(source, hide)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / "lock", timeout=1):
-                state = self._open()
-                known = len(state.places)
-                # Once each, in order: what a killed process has left begins at a whole batch.
-                first = {digest: row for row, digest in reversed(digests.items())}
-                wanted = [row for row, digest in digests.items() if first[digest] == row]
-                missing = [row for row in wanted if not state.knows(digests[row])]
-                # Last, those that could not be read before: what ailed them may have been the disk.
-                missing += [row for row in wanted if digests[row] in state.corrupt]
+        with self._locked(), _Store(self.folder, hide) as store:
+            digests, unread = _digests(source, hide)
+            tried: set[int] = set()
+            changed: set[int] = set()
+            known = len(store.places)
+            # A second round is needed only where an image has changed and its copies, which were to share its
+            # features, have not.
+            while missing := _missing(store, digests, tried):
+                tried.update(missing)
                 images = SlicedImages(source, missing, source.title)
                 with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
                     for part in extract(images):
-                        corrupt = [(digests[missing[i]], why) for i, why in part.unread.items()]
-                        good = [digests[missing[i]] for i in part.indices]
                         values = None if part.values is None else _checked(part.values, part.indices, images)
-                        self._append(state, values, good, corrupt)
+                        good: list[bytes] = []
+                        corrupt: list[tuple[bytes, str]] = []
+                        several: set[bytes] = set()
+                        for i in part.rows:
+                            row, digest = missing[i], part.digests.get(i)
+                            if digest is None:  # it could be read a moment ago
+                                unread[row] = part.unread[i]
+                                del digests[row]
+                                continue
+                            if digest != digests[row]:
+                                changed.add(row)
+                                digests[row] = digest
+                            if i in part.unread:
+                                corrupt.append((digest, part.unread[i]))
+                            else:
+                                good.append(digest)
+                            if i in part.several:
+                                several.add(digest)
+                        store.add(values, good, corrupt, several)
                         bar.update(len(part.rows))
-                return self._gather(state, source, digests, unread, len(state.places) - known)
+            return _gather(store, source, digests, unread, len(store.places) - known, len(changed))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = acquire_lock(self.folder / "lock", timeout=1)
         except Timeout:
             raise DataError(f"another process is at work in {self.folder}: wait for it") from None
+        except WriteError:
+            raise
+        except OSError as error:
+            raise WriteError(self.folder, error) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def _gather(
-        self, state: "_State", source: ImageSource, digests: dict[int, bytes], unread: dict[int, str], asked: int
-    ) -> CachedFeatures:
-        reasons = unread | {row: why for row, d in digests.items() if (why := state.corrupt.get(d)) is not None}
-        corrupt = [(source.name(row), reasons[row]) for row in sorted(reasons)]
-        rows = [row for row, digest in digests.items() if digest in state.places]
-        if not rows:
-            name, why = corrupt[0]
-            raise DataError(f"none of the {len(corrupt)} images of {source.title} can be read; {name}: {why}")
-        # Copied on writing, so that whoever changes the features does not change the file.
-        stored = torch.from_numpy(np.memmap(self._features, np.float32, "c").reshape(-1, state.width))
-        kept = [digests[row] for row in rows]
-        places = torch.tensor([state.places[digest] for digest in kept])
-        return CachedFeatures(stored, places, torch.tensor(rows), kept, corrupt, asked)
 
-    def _open(self) -> "_State":
-        """Read the index; cut off what a killed process left of a batch."""
-        state = _State()
-        if self._index.exists():
-            whole, newline, _ = self._index.read_bytes().rpartition(b"\n")
-            _truncate(self._index, len(whole) + len(newline))
-            try:
-                for line in whole.splitlines():
-                    entry = json.loads(line)
-                    corrupt = [(bytes.fromhex(digest), why) for digest, why in entry["corrupt"]]
-                    state.add(entry["width"], map(bytes.fromhex, entry["digests"]), corrupt)
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"the cache {self.folder} is damaged: delete it") from None
-        held = self._features.stat().st_size if self._features.exists() else 0
-        wanted = 4 * state.width * len(state.places)
-        if held < wanted:
-            raise DataError(f"the cache {self.folder} is damaged, with features missing: delete it")
-        if held:
-            _truncate(self._features, wanted)
-        return state
+@dataclass(frozen=True)
+class _Batch:
+    """A line of the index.
 
-    def _append(
-        self, state: "_State", values: Tensor | None, digests: list[bytes], corrupt: list[tuple[bytes, str]]
-    ) -> None:
-        corrupt = [(digest, why) for digest, why in corrupt if state.corrupt.get(digest) != why]
-        if not digests and not corrupt:
-            return
-        if values is not None:
-            if state.width not in (0, values.shape[1]):
-                raise DataError(
-                    f"the backbone returned {values.shape[1]} features an image, and {state.width} before"
-                )
-            state.width = values.shape[1]
-            with self._features.open("ab") as file:
-                file.write(values.numpy().tobytes())
+    Parameters
+    ----------
+    start : the first of its rows in the file of features.
+    width : numbers in a row.
+    sha256 : of the bytes of its rows.
+    digests : of the images of its rows.
+    corrupt : digests and reasons of those that could not be read.
+    several : digests of those that are the first of several frames or pages.
+    """
+
+    start: int
+    width: int
+    sha256: str
+    digests: list[bytes]
+    corrupt: list[tuple[bytes, str]]
+    several: list[bytes]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.digests)
+
+    def line(self, seed: bytes) -> bytes:
+        """Return it as a line of JSON, which ends with the line's own checksum."""
         entry = {
-            "width": state.width,
-            "digests": [digest.hex() for digest in digests],
-            "corrupt": [(digest.hex(), why) for digest, why in corrupt],
+            "start": self.start,
+            "width": self.width,
+            "sha256": self.sha256,
+            "digests": [digest.hex() for digest in self.digests],
+            "corrupt": [(digest.hex(), why) for digest, why in self.corrupt],
+            "several": [digest.hex() for digest in self.several],
         }
-        with self._index.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        state.add(state.width, digests, corrupt)
+        text = json.dumps(entry).encode().removesuffix(b"}")
+        return text + _line_end(seed, text)
+
+    @classmethod
+    def of_line(cls, seed: bytes, line: bytes) -> Self | None:
+        """Return what a line says; None where it is damaged."""
+        text, comma, _ = line.rpartition(b", ")
+        if not comma or line != text + _line_end(seed, text):
+            return None
+        entry = json.loads(line)
+        corrupt = [(bytes.fromhex(digest), why) for digest, why in entry["corrupt"]]
+        digests = [bytes.fromhex(digest) for digest in entry["digests"]]
+        several = [bytes.fromhex(digest) for digest in entry["several"]]
+        return cls(entry["start"], entry["width"], entry["sha256"], digests, corrupt, several)
 
 
-class _State:
-    """What a cache holds: the place of the features of every content, and why others could not be read."""
+class _Store(AbstractContextManager["_Store"]):
+    """The files of a cache, of which only one may be open at a time.
 
-    def __init__(self) -> None:
+    ``features.f32`` holds rows of float32. ``index.jsonl`` has one line per batch: where its rows are, which
+    images they are of, and their checksum. Rows that no line names are free. A line is written when its rows are
+    on the disk, so that no line is ever ahead of them.
+
+    Parameters
+    ----------
+    folder : of the cache.
+    hide : no progress bar, see tqdm.
+
+    Raises
+    ------
+    WriteError
+        A file cannot be opened for writing.
+    DataError
+        A file cannot be read.
+    """
+
+    def __init__(self, folder: Path, hide: bool | None) -> None:
         self.width = 0
         self.places: dict[bytes, int] = {}
         self.corrupt: dict[bytes, str] = {}
+        self.several: set[bytes] = set()
+        self.damaged = 0
+        self.features = folder / "features.f32"
+        self._index_path = folder / "index.jsonl"
+        # A line of another cache is none of this one.
+        self._seed = folder.name.encode()
+        self._free: list[tuple[int, float]] = []
+        new = not self._index_path.exists()
+        self._file = _opened(self.features)
+        try:
+            self._index = _opened(self._index_path)
+            try:
+                if new:
+                    sync_folder(folder)
+                    sync_folder(folder.parent)
+                self._read(hide)
+            except BaseException:
+                self._index.close()
+                raise
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._index.close()
+        self._file.close()
 
     def knows(self, digest: bytes) -> bool:
         return digest in self.places or digest in self.corrupt
 
-    def add(self, width: int, digests: Iterable[bytes], corrupt: Iterable[tuple[bytes, str]]) -> None:
-        self.width = width
-        for digest in digests:
-            self.places[digest] = len(self.places)
+    def add(
+        self,
+        values: Tensor | None,
+        digests: Sequence[bytes],
+        corrupt: Iterable[tuple[bytes, str]],
+        several: Set[bytes],
+    ) -> None:
+        """Write the features (n, D) of images by their digests, and why others could not be read.
+
+        Those of the digests that are in ``several`` are of first frames.
+        """
+        # An image that has changed may be one that is known by now.
+        rows = {digest: i for i, digest in reversed(list(enumerate(digests))) if digest not in self.places}
+        new = sorted(rows, key=rows.__getitem__)
+        corrupt = [
+            (digest, why)
+            for digest, why in corrupt
+            if digest not in self.places and digest not in rows and self.corrupt.get(digest) != why
+        ]
+        if not new and not corrupt:
+            return
+        content, start = b"", 0
+        if values is not None and new:
+            if self.width not in (0, values.shape[1]):
+                raise DataError(
+                    f"the backbone returned {values.shape[1]} features an image, and {self.width} before"
+                )
+            self.width = values.shape[1]
+            content = values[[rows[digest] for digest in new]].numpy().tobytes()
+            start = self._room(len(new))
+            self._write(self._file, start * self._row_bytes, content)
+        frames = [digest for digest in new if digest in several]
+        batch = _Batch(start, self.width, hashlib.sha256(content).hexdigest(), new, corrupt, frames)
+        self._write(self._index, self._index.seek(0, os.SEEK_END), batch.line(self._seed))
+        self._take(batch)
+
+    @property
+    def _row_bytes(self) -> int:
+        return _ROW_UNIT * self.width
+
+    def _take(self, batch: _Batch) -> None:
+        for row, digest in enumerate(batch.digests, batch.start):
+            self.places[digest] = row
             self.corrupt.pop(digest, None)
-        self.corrupt.update(corrupt)
+        self.corrupt.update(batch.corrupt)
+        self.several.update(batch.several)
+
+    def _room(self, rows: int) -> int:
+        """Take so many free rows that lie one after the other; return the first."""
+        number = next(i for i, (start, end) in enumerate(self._free) if end - start >= rows)
+        start, end = self._free[number]
+        self._free[number] = (start + rows, end)
+        return start
+
+    def _write(self, file: FileIO, offset: int, content: bytes) -> None:
+        try:
+            file.seek(offset)
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+            flush_to_disk(file)
+        except OSError as error:
+            raise WriteError(Path(str(file.name)), error) from None
+
+    def _read(self, hide: bool | None) -> None:
+        """Read the index, leave out what is damaged, and remove it from the index."""
+        batches: list[_Batch | None] = []
+        try:
+            end = 0
+            with self._index_path.open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        # A process was killed, or the disk was full, while it wrote the line.
+                        self._index.truncate(end)
+                        break
+                    end += len(line)
+                    batches.append(_Batch.of_line(self._seed, line))
+            self._verify(batches, hide)
+        except OSError as error:
+            raise DataError(f"cannot read the cache {self._index_path.parent}: {error.strerror}") from None
+        self.damaged = batches.count(None)
+        if self.damaged:
+            self._rewrite(batches)
+        good = [batch for batch in batches if batch is not None]
+        for batch in good:
+            self._take(batch)
+        end = 0
+        for batch in sorted(good, key=lambda batch: batch.start):
+            if batch.digests:
+                self._free.append((end, batch.start))
+                end = max(end, batch.end)
+        self._free.append((end, np.inf))
+
+    def _verify(self, batches: list[_Batch | None], hide: bool | None) -> None:
+        """Compare the features with their checksums in one pass; put None in the place of batches that differ."""
+        order = [i for i, batch in enumerate(batches) if batch is not None and batch.digests]
+        order.sort(key=lambda i: batches[i].start)  # type: ignore[union-attr]
+        rows = sum(len(batch.digests) for batch in batches if batch is not None)
+        with tqdm(total=rows, unit="image", desc="checking the cache", disable=hide, leave=False) as bar:
+            for i in order:
+                batch = batches[i]
+                assert batch is not None
+                self._file.seek(_ROW_UNIT * batch.width * batch.start)
+                content = self._file.read(_ROW_UNIT * batch.width * len(batch.digests))
+                if hashlib.sha256(content).hexdigest() != batch.sha256:
+                    batches[i] = None
+                else:
+                    self.width = batch.width
+                bar.update(len(batch.digests))
+
+    def _rewrite(self, batches: Sequence[_Batch | None]) -> None:
+        """Replace the index by one of the lines that are not damaged."""
+        self._index.close()
+        try:
+            with (
+                replacing(self._index_path) as temporary,
+                self._index_path.open("rb") as lines,
+                temporary.open("wb") as kept,
+            ):
+                kept.writelines(line for line, batch in zip(lines, batches, strict=True) if batch is not None)
+        finally:
+            self._index = _opened(self._index_path)
+
+
+def _line_end(seed: bytes, text: bytes) -> bytes:
+    return b', "checksum": "%s"}\n' % hashlib.sha256(seed + b" " + text).hexdigest().encode()
+
+
+def _opened(path: Path) -> FileIO:
+    """Open a file to read and to write anywhere, which is made where there is none."""
+    try:
+        return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
+    except OSError as error:
+        raise WriteError(path, error) from None
+
+
+def _missing(store: _Store, digests: dict[int, bytes], tried: set[int]) -> list[int]:
+    """Return the images that the backbone is to be asked for, by their rows."""
+    first: dict[bytes, int] = {}
+    for row, digest in digests.items():
+        first.setdefault(digest, row)
+    # Once each, in order: what a killed process has left begins at a whole batch.
+    wanted = [(row, digest) for digest, row in first.items() if row not in tried]
+    missing = [row for row, digest in wanted if not store.knows(digest)]
+    # Last, those that could not be read before: what ailed them may have been the disk.
+    return missing + [row for row, digest in wanted if digest in store.corrupt]
+
+
+def _gather(
+    store: _Store, source: ImageSource, digests: dict[int, bytes], unread: dict[int, str], asked: int, changed: int
+) -> CachedFeatures:
+    reasons = unread | {row: why for row, d in digests.items() if (why := store.corrupt.get(d)) is not None}
+    corrupt = [(source.name(row), reasons[row]) for row in sorted(reasons)]
+    rows = [row for row, digest in digests.items() if digest in store.places]
+    if not rows:
+        name, why = corrupt[0]
+        raise DataError(f"none of the {len(corrupt)} images of {source.title} can be read; {name}: {why}")
+    # Copied on writing, so that whoever changes the features does not change the file.
+    shape = max(store.places.values()) + 1, store.width
+    stored = torch.from_numpy(np.memmap(store.features, np.float32, "c", shape=shape))
+    kept = [digests[row] for row in rows]
+    places = torch.tensor([store.places[digest] for digest in kept])
+    several = sum(digest in store.several for digest in kept)
+    return CachedFeatures(
+        stored, places, torch.tensor(rows), kept, corrupt, asked, changed, store.damaged, several
+    )
 
 
 def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
@@ -225,8 +466,3 @@ def _checked(values: Tensor, indices: Sequence[int], images: ImageSource) -> Ten
         row = int((~torch.isfinite(values)).any(1).nonzero()[0])
         raise DataError(f"the backbone's feature of {images.name(indices[row])} is not finite")
     return values
-
-
-def _truncate(file: Path, size: int) -> None:
-    if file.stat().st_size > size:
-        os.truncate(file, size)

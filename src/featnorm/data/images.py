@@ -72,12 +72,18 @@ class ImageError(DataError):
         What the source calls the image: its file, or its row.
     reason : str
         What is wrong with it, one line.
+
+    Attributes
+    ----------
+    digest : bytes or None
+        `ImageSource.digest` of the content that cannot be decoded; None if no content was read.
     """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
         self.name = name
         self.reason = reason
+        self.digest: bytes | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -106,7 +112,8 @@ def vision_module(name: str) -> Any:
 class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
     """Images with names and, perhaps, labels; a map-style data set without a transform.
 
-    ``source[i]`` is ``(source.image(i), source.label(i))``. Indices run from 0 to ``len(source) - 1``.
+    ``source[i]`` is ``(source.image(i), source.label(i))``. Indices run from 0 to ``len(source) - 1``. Several
+    threads may read it at a time.
 
     Attributes
     ----------
@@ -116,25 +123,19 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         Name of every label, where the source knows them.
     names_are_paths : bool
         Whether `name` is the path of a file, which tells it from the images of other sources too.
-    may_fork : bool
-        Whether a fork of this process can read it: the client of an object store does not survive one.
     passed_over : PassedOver
         Files that were found beside the images and are none.
     label_columns : tuple of str
         Columns of an unlabelled table that could hold its labels.
-    several : set of int
-        Of the images that were decoded so far in this process, those of which the file holds more frames or pages.
     """
 
     names_are_paths = False
-    may_fork = True
     passed_over = PassedOver()
     label_columns: tuple[str, ...] = ()
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
         self.class_names = class_names
-        self.several: set[int] = set()
         # Hugging Face and torchvision mark an unlabelled image with -1.
         self._labels = [None if label is None or label < 0 else label for label in labels]
 
@@ -154,7 +155,7 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         IndexError
             If there is no image `i`.
         """
-        return self._noted(i, self._image(self._checked(i)))
+        return self._image(self._checked(i))
 
     def label(self, i: int) -> int | None:
         """Return the class of image `i`, or None where it has none."""
@@ -176,17 +177,26 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         """
         return self._digest(self._checked(i))
 
+    def read(self, i: int) -> tuple[Image.Image, bytes]:
+        """Return image `i` as `image` does, and the `digest` of the content that it was decoded from.
+
+        The content is read once, so that image and digest belong together even if a file is being replaced.
+
+        Raises
+        ------
+        ImageError
+            If the image is corrupt, truncated or unreadable; the error holds the digest of what was read.
+        IndexError
+            If there is no image `i`.
+        """
+        return self._read(self._checked(i))
+
     def identity(self, i: int) -> str:
         """Return what tells image `i` from others without its content being read: name, size, time of change."""
         return self._identity(self._checked(i))
 
     def _identity(self, i: int) -> str:
         return self._name(i)
-
-    def _noted(self, i: int, image: Image.Image) -> Image.Image:
-        if is_first_of_several(image):
-            self.several.add(i)
-        return image
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -201,6 +211,9 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
 
     @abstractmethod
     def _digest(self, i: int) -> bytes: ...
+
+    @abstractmethod
+    def _read(self, i: int) -> tuple[Image.Image, bytes]: ...
 
 
 class FolderImages(ImageSource):
@@ -253,6 +266,9 @@ class FolderImages(ImageSource):
     def _digest(self, i: int) -> bytes:
         return content_digest(self._name(i), self._name(i))
 
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
+        return decode_with_digest(self._name(i), self._name(i))
+
 
 class ImageFiles(ImageSource):
     """Image files, one by one, without labels.
@@ -283,6 +299,9 @@ class ImageFiles(ImageSource):
     def _digest(self, i: int) -> bytes:
         return content_digest(self._files[i], self._files[i])
 
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
+        return decode_with_digest(self._files[i], self._files[i])
+
 
 class JoinedImages(ImageSource):
     """The images of several sources, one after the other, without their labels.
@@ -297,7 +316,6 @@ class JoinedImages(ImageSource):
         self._ends = list(accumulate(len(source) for source in sources))
         super().__init__(" and ".join(source.title for source in sources), [None] * self._ends[-1], None)
         self._sources = sources
-        self.may_fork = all(source.may_fork for source in sources)
         self.passed_over = sum((source.passed_over for source in sources), PassedOver())
 
     def _place(self, i: int) -> tuple[ImageSource, int]:
@@ -319,6 +337,10 @@ class JoinedImages(ImageSource):
     def _digest(self, i: int) -> bytes:
         source, row = self._place(i)
         return source.digest(row)
+
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
+        source, row = self._place(i)
+        return source.read(row)
 
 
 class TorchvisionImages(ImageSource):
@@ -350,9 +372,12 @@ class TorchvisionImages(ImageSource):
         return f"{self.title} image {i}"
 
     def _digest(self, i: int) -> bytes:
+        return self._read(i)[1]
+
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
         # torchvision hands out images, and no file: what they show tells them apart as well.
         image = self._image(i)
-        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+        return image, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
 
 
 class SlicedImages(ImageSource):
@@ -371,7 +396,6 @@ class SlicedImages(ImageSource):
     def __init__(self, source: ImageSource, rows: Sequence[int], title: str) -> None:
         super().__init__(title, [source.label(row) for row in rows], source.class_names)
         self.names_are_paths = source.names_are_paths
-        self.may_fork = source.may_fork
         self.passed_over = source.passed_over
         self.label_columns = source.label_columns
         self._source = source
@@ -388,6 +412,9 @@ class SlicedImages(ImageSource):
 
     def _digest(self, i: int) -> bytes:
         return self._source.digest(self._rows[i])
+
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
+        return self._source.read(self._rows[i])
 
 
 def image_files(folder: Path) -> tuple[list[str], PassedOver]:
@@ -561,6 +588,28 @@ def content_digest(data: bytes | str | Path, name: str) -> bytes:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise ImageError(name, _reason(error)) from error
+
+
+def decode_with_digest(data: bytes | str | Path, name: str) -> tuple[Image.Image, bytes]:
+    """Decode an image as `decode` does, and return its `content_digest` too; a file is read once.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read or decoded; if it was read, the error holds its digest.
+    """
+    if not isinstance(data, bytes):
+        try:
+            with open(data, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise ImageError(name, _reason(error)) from error
+    digest = content_digest(data, name)
+    try:
+        return decode(data, name), digest
+    except ImageError as error:
+        error.digest = digest
+        raise
 
 
 def _decoded(opened: Callable[[], Image.Image], name: str, most_pixels: int | None = None) -> Image.Image:

@@ -1,23 +1,32 @@
-"""Images in batches: decoded and transformed in workers, corrupt ones left out and reported."""
+"""Images in batches: decoded and transformed by threads, corrupt ones left out and reported."""
 
 import math
 import os
+import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from featnorm._memory import in_parts
-from featnorm.data.images import DataError, ImageError, ImageSource, first_line
+from featnorm.data.images import DataError, ImageError, ImageSource, first_line, is_first_of_several
 
-_FEW = 256  # images; below, starting workers takes longer than reading
+_FEW = 256  # images; below, there is nothing to gain from threads
+_MAX_WORKERS = 8
+# Batches per thread that are read ahead of the one that is asked for.
+_AHEAD = 2
+# On Windows a wait without an end cannot be interrupted.
+_POLL_SECONDS = 0.5
+
+_T = TypeVar("_T")
 
 
 class ImageBatch(NamedTuple):
@@ -50,11 +59,18 @@ class ImagePart:
         Those that could be read; None where there is none.
     unread : dict of int to str
         Why the others could not, by where in the source they stand.
+    digests : dict of int to bytes
+        `ImageSource.digest` of the content that was decoded, by where in the source it stands; of an unread image
+        as well if its content could be read.
+    several : set of int
+        Where in the source those stand that are the first of several frames or pages of their file.
     """
 
     rows: range
     batch: ImageBatch | None = None
     unread: dict[int, str] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    several: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -69,11 +85,17 @@ class Extracted:
         What the backbone returned for those that could be read; None where there is none.
     unread : dict of int to str
         Why the others could not, by where in the source they stand.
+    digests : dict of int to bytes
+        See `ImagePart`.
+    several : set of int
+        See `ImagePart`.
     """
 
     rows: range
     values: Tensor | None
     unread: dict[int, str]
+    digests: dict[int, bytes]
+    several: set[int]
 
     @property
     def indices(self) -> list[int]:
@@ -84,19 +106,16 @@ class Extracted:
         """Return the same of a source in which these images begin elsewhere."""
         by = start - self.rows.start
         unread = {row + by: why for row, why in self.unread.items()}
-        return Extracted(range(start, start + len(self.rows)), self.values, unread)
+        digests = {row + by: digest for row, digest in self.digests.items()}
+        several = {row + by for row in self.several}
+        return Extracted(range(start, start + len(self.rows)), self.values, unread, digests, several)
 
 
-@dataclass
-class _Result:
-    """What a worker sends back: as data, since an exception would end the loader and lose its own message."""
-
-    part: ImagePart
-    error: str | None = None
-    trace: str = ""
+class _Stopped(Exception):
+    """Nobody waits for the batch any more."""
 
 
-class _Batches(Dataset[_Result]):
+class _Batches:
     """Whole batches of a source, by their number."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor], batch_size: int) -> None:
@@ -107,33 +126,38 @@ class _Batches(Dataset[_Result]):
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.batch_size)
 
-    def __getitem__(self, number: int) -> _Result:
+    def read(self, number: int, stop: threading.Event) -> ImagePart:
         part = ImagePart(rows_of(number, self.batch_size, len(self.source)))
-        result = _Result(part)
         images: list[Tensor] = []
         indices: list[int] = []
         for i in part.rows:
+            if stop.is_set():
+                raise _Stopped
             try:
-                image = self.source.image(i)
+                image, part.digests[i] = self.source.read(i)
             except ImageError as error:
                 part.unread[i] = error.reason
+                if error.digest is not None:
+                    part.digests[i] = error.digest
                 continue
+            if is_first_of_several(image):
+                part.several.add(i)
             try:
                 transformed = self.transform(image)
             except Exception as error:
                 what = f"{type(error).__name__}: {first_line(error)}"
-                result.error = f"the transform failed on {self.source.name(i)} ({what})"
-                result.trace = traceback.format_exc()
-                return result
-            result.error = self._refusal(i, transformed, images)
-            if result.error is not None:
-                return result
+                failure = DataError(f"the transform failed on {self.source.name(i)} ({what})")
+                failure.add_note(traceback.format_exc())
+                raise failure from None
+            refusal = self._refusal(i, transformed, images)
+            if refusal is not None:
+                raise DataError(refusal)
             images.append(transformed)
             indices.append(i)
         if images:
             labels = [-1 if (label := self.source.label(i)) is None else label for i in indices]
             part.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
-        return result
+        return part
 
     def _refusal(self, i: int, transformed: object, before: list[Tensor]) -> str | None:
         name = self.source.name(i)
@@ -154,11 +178,9 @@ class ImageLoader:
     batches if in none all images are corrupt.
     """
 
-    def __init__(
-        self, source: ImageSource, batches: DataLoader[_Result], on_corrupt: Callable[[str, str], None] | None
-    ) -> None:
-        self._source = source
+    def __init__(self, batches: _Batches, workers: int, on_corrupt: Callable[[str, str], None] | None) -> None:
         self._batches = batches
+        self._workers = workers
         self._on_corrupt = on_corrupt
 
     def __len__(self) -> int:
@@ -171,16 +193,67 @@ class ImageLoader:
 
     def parts(self) -> Iterator[ImagePart]:
         """Yield what became of each batch in order, of those with no image that can be read as well."""
-        for result in self._batches:
+        for part in self._read():
             if self._on_corrupt is not None:
-                for row, reason in result.part.unread.items():
-                    self._on_corrupt(self._source.name(row), reason)
-            if result.error is not None:
-                error = DataError(result.error)
-                if result.trace:
-                    error.add_note(result.trace)
-                raise error
-            yield result.part
+                for row, reason in part.unread.items():
+                    self._on_corrupt(self._batches.source.name(row), reason)
+            yield part
+
+    def _read(self) -> Iterator[ImagePart]:
+        stop = threading.Event()
+        numbers = iter(range(len(self)))
+        if not self._workers:
+            for number in numbers:
+                yield self._batches.read(number, stop)
+            return
+        pool = _started(min(self._workers, len(self)))
+        ahead: deque[Future[ImagePart]] = deque()
+        try:
+            for number in numbers:
+                ahead.append(pool.submit(self._batches.read, number, stop))
+                if len(ahead) == _AHEAD * self._workers:
+                    yield _result(ahead.popleft())
+            while ahead:
+                yield _result(ahead.popleft())
+        finally:
+            # Also if the caller leaves or is interrupted: each thread ends after the image that it is at.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _started(workers: int) -> ThreadPoolExecutor:
+    """Return threads that compute by themselves, without those of torch's operators.
+
+    torch keeps the number of its threads for each thread that calls it, and the latest number that was set for
+    threads to come, which is put back here.
+    """
+    # Threads that load Pillow's plugins at the same time may each find a format unknown.
+    Image.init()
+    own = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "featnorm-images")
+    gate = threading.Barrier(workers)
+
+    def start() -> None:
+        torch.get_num_threads()  # sets this thread's number, if only by being asked
+        torch.set_num_threads(1)
+        gate.wait()
+
+    try:
+        for future in [pool.submit(start) for _ in range(workers)]:
+            _result(future)
+    except BaseException:
+        gate.abort()
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(own)
+    return pool
+
+
+def _result(future: Future[_T]) -> _T:
+    while not wait([future], _POLL_SECONDS).done:
+        pass
+    return future.result()
 
 
 def rows_of(number: int, batch_size: int, total: int) -> range:
@@ -212,11 +285,11 @@ def extract_images(
     """
     for part in image_loader(source, transform, batch_size=batch_size, workers=workers).parts():
         if part.batch is None:
-            yield Extracted(part.rows, None, part.unread)
+            yield Extracted(part.rows, None, part.unread, part.digests, part.several)
             continue
         found = in_parts(backbone, part.batch.images)
         values = found[0] if len(found) == 1 else torch.cat(found)
-        yield Extracted(part.rows, values, part.unread)
+        yield Extracted(part.rows, values, part.unread, part.digests, part.several)
 
 
 def image_loader(
@@ -238,9 +311,10 @@ def image_loader(
     batch_size : int
         Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
     workers : int, optional
-        Processes that read; 0 is this one. Without it 0 for fewer than 256 images, else one a processor, at
-        most 8. Those that read an object store are started anew: a script then keeps what it does under
-        ``if __name__ == "__main__"``, and the transform has to be picklable.
+        Threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256 images,
+        else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that threads are as
+        fast as processes, and need no shared memory; a transform that is mostly Python code gains little from
+        more of them. Several threads call the transform at the same time.
     on_corrupt : callable, optional
         Called in this process with the name of each unreadable image and the reason, before its batch comes.
 
@@ -258,14 +332,8 @@ def image_loader(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if workers is None:
-        workers = 0 if len(source) < _FEW else min(_processors(), 8)
-    batches = DataLoader(
-        _Batches(source, transform, batch_size),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers and not source.may_fork else None,
-    )
-    return ImageLoader(source, batches, on_corrupt)
+        workers = 0 if len(source) < _FEW else min(_processors(), _MAX_WORKERS)
+    return ImageLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
 
 
 def _processors() -> int:

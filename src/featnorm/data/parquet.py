@@ -1,12 +1,14 @@
 """Parquet files in the Hugging Face layout as a source of images."""
 
 import json
+import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from PIL import Image
 
@@ -16,6 +18,7 @@ from featnorm.data.images import (
     ImageSource,
     content_digest,
     decode,
+    decode_with_digest,
     file_identity,
     first_line,
     vision_module,
@@ -26,8 +29,9 @@ from featnorm.data.stores import StoredFile
 class ParquetImages(ImageSource):
     """Images in parquet files, read one row group at a time.
 
-    The row group read last stays in memory, encoded as in the file, so that reading in order touches each row
-    group once. No file is kept open between reads: a copy in another process never shares a file's position.
+    The row group that a thread has read last stays in memory, encoded as in the file, so that reading in order
+    touches each row group once; threads that are at the same one share it. No file is kept open between reads: a
+    copy in another process never shares a file's position.
 
     Parameters
     ----------
@@ -66,22 +70,21 @@ class ParquetImages(ImageSource):
         if labels and all(index.labels is None for index in indices):
             self.label_columns = indices[0].candidates
         self._files = list(files)
-        self.may_fork = not any(isinstance(file, StoredFile) for file in files)
         self._paths = [path for index in indices for path in index.paths]
         self._first_rows = [0, *accumulate(index.rows for index in indices)]
         # Of every row group: its file and its number there, and the rows of all files up to its end.
         self._groups = [(f, g) for f, index in enumerate(indices) for g in range(len(index.group_sizes))]
         self._ends = list(accumulate(size for index in indices for size in index.group_sizes))
-        self._held: tuple[int, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        self._held = _RowGroups()
 
     def _image(self, i: int) -> Image.Image:
         return decode(self._encoded(i), self._name(i))
 
     def _digest(self, i: int) -> bytes:
         return content_digest(self._encoded(i), self._name(i))
+
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
+        return decode_with_digest(self._encoded(i), self._name(i))
 
     def _identity(self, i: int) -> str:
         file, _ = self._groups[bisect_right(self._ends, i)]
@@ -91,11 +94,8 @@ class ParquetImages(ImageSource):
     def _encoded(self, i: int) -> bytes | Path:
         """Return an image as the row holds it, or the file that it names."""
         group = bisect_right(self._ends, i)
-        held = self._held
-        if held is None or held[0] != group:
-            self._held = None  # lets the old row group go before the new one comes
-            held = self._held = (group, self._read(*self._groups[group]))
-        entry = held[1][i - (self._ends[group - 1] if group else 0)].as_py() or {}
+        images = self._held.find(group, lambda: self._row_group(*self._groups[group]))
+        entry = images[i - (self._ends[group - 1] if group else 0)].as_py() or {}
         if entry.get("bytes") is not None:
             return bytes(entry["bytes"])
         if entry.get("path"):
@@ -105,7 +105,7 @@ class ParquetImages(ImageSource):
             return of_group.parent / entry["path"]
         raise ImageError(self._name(i), "no image in this row")
 
-    def _read(self, file: int, group: int) -> Any:
+    def _row_group(self, file: int, group: int) -> Any:
         pa = vision_module("pyarrow")
         try:
             # Without pyarrow's threads, which do not survive the fork of a DataLoader worker.
@@ -122,6 +122,27 @@ class ParquetImages(ImageSource):
         file = bisect_right(self._first_rows, i) - 1
         row = f"row {i - self._first_rows[file]}"
         return row if len(self._files) == 1 else f"{self._files[file].name} {row}"
+
+
+class _RowGroups:
+    """The row groups that threads have read last, by their numbers; a copy holds none."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._all: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type["_RowGroups"], tuple[()]]:
+        return _RowGroups, ()
+
+    def find(self, group: int, read: Callable[[], Any]) -> Any:
+        """Return a row group, which is read only if no thread holds it."""
+        if getattr(self._own, "group", None) != group:
+            self._own.group = self._own.images = None  # lets the old row group go before the new one comes
+            self._own.images = self._all.get(group)
+            if self._own.images is None:
+                self._all[group] = self._own.images = read()
+            self._own.group = group
+        return self._own.images
 
 
 class _Index:

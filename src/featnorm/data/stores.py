@@ -20,6 +20,7 @@ from featnorm.data.images import (
     ImageSource,
     content_digest,
     decode,
+    decode_with_digest,
     first_line,
     no_images,
     vision_module,
@@ -119,7 +120,6 @@ class StoredImages(ImageSource):
     """
 
     names_are_paths = True
-    may_fork = False
 
     def __init__(
         self,
@@ -142,6 +142,9 @@ class StoredImages(ImageSource):
 
     def _digest(self, i: int) -> bytes:
         return content_digest(self._files[i].read(), self._name(i))
+
+    def _read(self, i: int) -> tuple[Image.Image, bytes]:
+        return decode_with_digest(self._files[i].read(), self._name(i))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Actors:
 
     @property
     def workers(self) -> int:
-        """Processes that read images beside the actor's own."""
+        """Threads that read images beside the actor's own."""
         return self.cpus if self.gpus else 0
 
 

@@ -21,7 +21,7 @@ class Work(Protocol):
         Parameters
         ----------
         device : where to compute.
-        workers : processes that read images beside this one; 0 for this one.
+        workers : threads that read images beside this one; 0 for this one.
         """
 
 
