@@ -195,6 +195,7 @@ def test_alpha_of_sixteen_bits() -> None:
         (gray_png(8, bytes([100, 7]), 2, 100), [255, 7]),
         (gray_png(16, struct.pack(">HH", 25700, 257), 2, 25700), [255, 1]),
     ],
+    ids=["1 bit, black", "1 bit, white", "2 bits", "4 bits", "8 bits", "16 bits"],
 )
 def test_a_gray_that_stands_for_transparency_is_white(data: bytes, expected: list[int]) -> None:
     assert [pixel[0] for pixel in pixels(data)[0]] == expected
@@ -266,6 +267,8 @@ def test_heic_is_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.M
         format = "HEIF"
 
         def _open(self) -> None:
+            if b"damaged" in self.fp.read():
+                raise SyntaxError("not a HEIF file")
             self._size, self._mode, self.is_animated = (9, 6), "RGB", True
 
         def load(self) -> None:  # type: ignore[override]
@@ -286,3 +289,7 @@ def test_heic_is_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.M
         image = decode(data, "it")
         assert np.array_equal(image, picture())
         assert is_first_of_several(image)
+    with pytest.raises(
+        ImageError, match="it: a HEIF file that is damaged, or of a kind that Pillow does not read"
+    ):
+        decode(HEIC + b"damaged", "it")

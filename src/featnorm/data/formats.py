@@ -94,7 +94,7 @@ def register_format(head: bytes) -> str | None:
 def reason_not_read(head: bytes) -> str:
     """Say why Pillow does not know a file that begins so, and what to do about it."""
     match format_of(head):
-        case "HEIF":
+        case "HEIF" if "HEIF" not in Image.OPEN:
             return "an HEIC or HEIF image, which Pillow reads with pillow-heif: pip install pillow-heif"
         case "AVIF" | "WEBP" | "JPEG2000" as name if not features.check(_FEATURES[name]):
             return f"an image in {name}, which this Pillow was built without: pip install --upgrade pillow"

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from itertools import accumulate
@@ -560,7 +561,8 @@ def _opened(data: bytes | str | Path) -> Image.Image:
             with open(data, "rb") as file:
                 head = file.read(HEAD_BYTES)
         if format_ := register_format(head):
-            return opened((format_,))
+            with suppress(UnidentifiedImageError):
+                return opened((format_,))
         raise ValueError(reason_not_read(head)) from None
 
 
