@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -122,7 +124,7 @@ def test_score_writes_a_page(featnorm, detector, known, tmp_path):
     assert cards == [html.escape(name) for _, name in scores[:100]]
     assert page.count("<image ") == 100
     assert page.count("units that carry the norm") == 100
-    assert "not an image in a format Pillow knows" in page
+    assert "not an image in a format that featnorm reads" in page
     assert "<b>" not in page
     assert not list(tmp_path.glob(".*")), "the journal is gone"
     for refused, why in (
@@ -226,12 +228,159 @@ def test_a_thousand_hostile_files(featnorm, detector, tmp_path):
     status, printed, _ = featnorm("score", detector, place, "-o", "t.csv", "--workers", "0")
     assert status == 0
     rows = rows_of(tmp_path / "t.csv")
-    assert len(rows) == 1030
+    # Text and drawings as text are no images, whatever a browser makes of them.
+    others = {str(file) for file in place.iterdir() if file.suffix in (".txt", ".svg")}
+    assert len(others) == 200
+    assert len(rows) == 830
     refused = {row["path"] for row in rows if row["error"]}
-    assert refused == {str(file) for file in place.iterdir() if len(file.stem) != 4 or not file.stem.isdigit()}
+    assert (
+        refused
+        == {str(file) for file in place.iterdir() if len(file.stem) != 4 or not file.stem.isdigit()} - others
+    )
     assert all(row["score"] for row in rows if row["path"] not in refused)
-    assert "skipped 1000 unreadable image(s)" in printed
-    assert "and 990 more" in printed
+    assert "skipped 800 unreadable image(s)" in printed
+    assert "and 790 more" in printed
+    assert (
+        "read 30 images; passed over 200 files that are not images (.svg 100, .txt 100); 800 unreadable\n"
+        in printed
+    )
+
+
+def test_a_photograph_is_judged_as_it_is_seen(featnorm, detector, tmp_path):
+    """Stored on its side with the orientation that camera and viewer agree on, it is the same photograph."""
+    upright = Image.effect_noise((40, 30), 90).convert("RGB")
+    upright.paste((250, 0, 0), (0, 0, 40, 8))
+    scores, pictures_shown = [], []
+    exif = Image.Exif()
+    exif[274] = 6
+    for name, image, options in (
+        ("upright", upright, {}),
+        ("turned", upright.transpose(Image.Transpose.ROTATE_90), {"exif": exif}),
+        ("cut out", Image.merge("RGBA", (*upright.split(), Image.new("L", upright.size, 255))), {}),
+        ("not turned", upright.transpose(Image.Transpose.ROTATE_90), {}),
+    ):
+        image.save(tmp_path / f"{name}.png", **options)
+        out = (f"{name}.csv", f"{name}.html")
+        assert featnorm("score", detector, f"{name}.png", "-o", out[0], "--html", out[1], "--workers", "0")[0] == 0
+        row = rows_of(tmp_path / out[0])[0]
+        scores.append((row["score"], row["p_value"], row["verdict"]))
+        page = (tmp_path / out[1]).read_text(encoding="utf-8")
+        pictures_shown.append(re.findall(r'data:image/(?:png|jpeg|webp);base64,[^"]+', page))
+    assert scores[0] == scores[1] == scores[2] != scores[3]
+    assert len(pictures_shown[0]) == 1
+    assert pictures_shown[0] == pictures_shown[1] == pictures_shown[2] != pictures_shown[3]
+
+
+def mixed(folder: Path) -> Path:
+    """Return a folder of 120 images in two classes, under names of every kind, among other files."""
+    random = np.random.default_rng(1)
+    for i in range(120):
+        place = folder / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8) // (1 + i % 2))
+        name, form = [("jfif", "JPEG"), ("avif", "AVIF"), ("gif", "GIF"), ("", "PNG"), ("bin", "WEBP")][i % 5]
+        image.save(place / f"{i:03}{'.' * bool(name)}{name}", form)
+    for name in ("a/clip.mp4", "b/1.txt", "b/2.txt", "b/3.txt", "b/Thumbs.db", ".DS_Store"):
+        (folder / name).write_bytes(b"no image")
+    (folder / "b" / "broken.jpg").write_bytes(b"no image")
+    frames = [Image.new("RGB", (16, 16), (red, 0, 0)) for red in (0, 200)]
+    frames[0].save(folder / "a" / "moving.gif", save_all=True, append_images=frames[1:])
+    return folder
+
+
+SAID = (
+    "read 121 images; passed over 5 files that are not images (.txt 3, .db 1, .mp4 1) and 1 hidden; 1 unreadable; "
+    "1 has several frames or pages: the first is used\n"
+)
+
+
+def test_every_command_reads_the_same_files_and_says_so(featnorm, detector, tmp_path):
+    folder = mixed(tmp_path / "mixed")
+    for times in ("Asked the backbone for 121", "The features of all of them were known"):
+        status, printed, _ = featnorm("fit", folder, "-o", "m.featnorm", "--cache", "cache", *BACKBONE)
+        assert status == 0
+        assert SAID in printed
+        assert times in printed
+    assert "trained on 2 classes" in printed
+    assert "skipped 1 unreadable image(s) in mixed:" in printed
+    for out in ((), ("-o", "m.csv")):
+        status, printed, _ = featnorm("score", detector, folder, "--workers", "0", *out)
+        assert status == 0
+        assert SAID in printed
+        assert "Thumbs.db" not in printed
+    status, printed, _ = featnorm("evaluate", "--model", "featnorm:cifar10-resnet18", "--id", folder,
+                                  "--ood", f"{folder}[:10]", "--detector", "NAN", "--workers", "0")  # fmt: skip
+    assert status == 0
+    assert SAID.replace("121", "131") in printed
+
+
+def test_score_of_nothing_readable_fails(featnorm, detector, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in ("a.png", "b.jpg"):
+        (folder / name).write_bytes(b"no image")
+    for out in ((), ("-o", "t.csv", "--html", "t.html")):
+        status, printed, error = featnorm("score", detector, folder, "--workers", "0", *out)
+        assert status == 2
+        assert "skipped 2 unreadable image(s)" in printed
+        assert "read 0 images; 2 unreadable\n" in printed
+        assert "do not belong" not in printed
+        assert error == (
+            f"featnorm: none of the 2 images could be read; the first is {folder / 'a.png'}: "
+            "not an image in a format that featnorm reads\n"
+        )
+    assert [row["error"] != "" for row in rows_of(tmp_path / "t.csv")] == [True, True]
+    (folder / "a.png").rename(folder / "a.txt")
+    (folder / "b.jpg").rename(folder / "b.txt")
+    status, _, error = featnorm("score", detector, folder)
+    assert status == 2
+    assert error == f"featnorm: no images in {folder}: passed over 2 files that are not images (.txt 2)\n"
+
+
+def test_labels_of_a_column(featnorm, tmp_path):
+    random = np.random.default_rng(2)
+    images = []
+    for i in range(110):
+        buffer = io.BytesIO()
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8) // (1 + i % 2)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    breeds = ["tabby", "pug"] * 55
+    pq.write_table(pa.table({"image": images, "breed": breeds, "weight": [1.0] * 110}), tmp_path / "t.parquet")
+    arguments = ("fit", "t.parquet", "-o", "d.featnorm", "--cache", "cache", *BACKBONE)
+    status, printed, _ = featnorm(*arguments)
+    assert status == 0
+    assert (
+        "t has no column 'label', so clusters of the features take the place of classes. Its columns breed could "
+        "hold labels: name one by --label-column." in printed
+    )
+    assert "trained on 8 clusters" in printed or "clusters of the features." in printed
+    status, printed, _ = featnorm(*arguments, "--label-column", "breed")
+    assert status == 0
+    assert "trained on 2 classes" in printed
+    assert "could hold labels" not in printed
+    assert featnorm("score", "d.featnorm", "t.parquet", "-o", "t.csv", "--workers", "0")[0] == 0
+    assert {row["predicted"] for row in rows_of(tmp_path / "t.csv")} <= {"pug", "tabby"}
+    evaluate = ("evaluate", "--model", "featnorm:cifar10-resnet18", "--id", "t.parquet", "--ood", "t.parquet[:9]",
+                "--detector", "NAN", "--workers", "0")  # fmt: skip
+    status, printed, _ = featnorm(*evaluate)
+    assert status == 0
+    assert "t has no column 'label', so there are no classes. Its columns breed could hold labels" in printed
+    status, printed, _ = featnorm(*evaluate, "--label-column", "breed")
+    assert status == 0
+    assert "could hold labels" not in printed
+    for command_ in (arguments, evaluate):
+        status, _, error = featnorm(*command_, "--label-column", "weight")
+        assert status == 2
+        assert (
+            "column 'weight' of t.parquet is double: labels are integers, strings or booleans; breed could be"
+            in error
+        )
+    breeds[7] = None
+    pq.write_table(pa.table({"image": images, "label": breeds}), tmp_path / "t.parquet")
+    status, printed, _ = featnorm(*arguments)
+    assert status == 0
+    assert "1 of the images have no label, row 7 for one, so clusters of the features take the place" in printed
 
 
 def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_path):

@@ -30,6 +30,7 @@ from featnorm.data import (
     extract_images,
     image_loader,
 )
+from featnorm.data.images import DECODING
 from featnorm.deploy import ImageScorer
 from featnorm.deploy.image_scorer import backbone_of
 from featnorm.detectors import Detector, KLUniform
@@ -77,6 +78,8 @@ class Fitted:
         Images whose content changed while they were read; the later content counts.
     damaged : int
         Batches of features that were found damaged on disk and dropped; those needed were computed again.
+    several : int
+        Images that are the first of several frames or pages of their file.
     """
 
     scorer: ImageScorer
@@ -87,6 +90,7 @@ class Fitted:
     accuracy: float | None
     changed: int
     damaged: int
+    several: int
 
 
 def fit_images(
@@ -156,6 +160,7 @@ def fit_images(
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     asking = {"cache": cache, "fabric": fabric, "ray": ray, "progress": progress}
     known = backbone_features(source, loaded, backbone, **asking, **reading)
+    several = known.several
     known = _distinct(known)
     if len(known.rows) < LEAST_IMAGES:
         raise DataError(
@@ -204,7 +209,7 @@ def fit_images(
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
     counts = len(learning), len(chosen), known.computed
-    return Fitted(made, known.corrupt, *counts, accuracy, known.changed, known.damaged)
+    return Fitted(made, known.corrupt, *counts, accuracy, known.changed, known.damaged, several)
 
 
 def learn(
@@ -393,6 +398,7 @@ def backbone_features(
         "made of noise": _noise_digest(loaded, ask),
         "precision": _precision(fabric),
         "pillow": PIL.__version__,
+        "decoding": DECODING,
     }
     if ray is None:
         extract = partial(

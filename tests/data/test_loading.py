@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm.data import DataError, ImageBatch, image_loader, loading, open_images
+from featnorm.data import DataError, ImageBatch, extract_images, image_loader, loading, open_images
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -68,7 +68,7 @@ def test_batches_in_order_without_the_corrupt(tmp_path: Path, workers: int) -> N
     assert [batch.labels.tolist() for batch in batches] == [[-1, -1], [-1, -1, -1]]
     assert batches[0].labels.dtype == batches[0].indices.dtype == torch.int64
     assert [Path(name).name for name, _ in corrupt] == [f"{i:02}.png" for i in (1, 3, 4, 5, 9)]
-    assert {reason for _, reason in corrupt} == {"not an image in a format Pillow knows"}
+    assert {reason for _, reason in corrupt} == {"not an image in a format that featnorm reads"}
     assert reds(list(loader)) == [0, 2, 6, 7, 8]
     assert len(corrupt) == 10
 
@@ -262,3 +262,13 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._FEW
+
+
+def test_first_frames_are_told_wherever_a_part_begins(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "f", 5, corrupt=(1,))
+    frames = [Image.new("RGB", (5, 4), (value, 0, 0)) for value in (3, 200)]
+    frames[0].save(folder / "03.png", save_all=True, append_images=frames[1:])
+    source = open_images(str(folder))
+    parts = list(extract_images(source, to_tensor, lambda images: images.flatten(1), batch_size=2, workers=0))
+    assert [part.several for part in parts] == [set(), {3}, set()]
+    assert parts[1].moved(10).several == {11}

@@ -15,6 +15,7 @@ import torchvision.datasets
 from PIL import Image
 
 from featnorm.data import DataError, ImageError, ImageSource, open_images
+from featnorm.data.formats import PassedOver
 from featnorm.data.images import decode, image_files
 
 
@@ -97,7 +98,11 @@ def test_flat_and_mixed_folders_have_no_classes(tmp_path: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no images in .*: expected files ending in \.jpg"):
+    with pytest.raises(DataError, match=r"no images in [^:]*$"):
+        open_images(str(tmp_path))
+    (tmp_path / "a.txt").write_text("no image")
+    (tmp_path / "b.MP4").touch()
+    with pytest.raises(DataError, match=r"no images in .*: passed over 2 files .* \(\.mp4 1, \.txt 1\)"):
         open_images(str(tmp_path))
 
 
@@ -119,7 +124,7 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
         for link in ("l", "m"):
             (outside / place / link).symlink_to(outside / other)
             (folder / f"{place}{link}").symlink_to(outside / place)
-    assert [os.path.basename(file) for file in image_files(folder)] == ["1.png", "2.png", "3.png", "4.png"]
+    assert [os.path.basename(file) for file in image_files(folder)[0]] == ["1.png", "2.png", "3.png", "4.png"]
 
 
 def test_what_would_be_waited_for_is_no_image(tmp_path: Path) -> None:
@@ -127,8 +132,10 @@ def test_what_would_be_waited_for_is_no_image(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe.jpg")
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "lost.png").symlink_to(tmp_path / "nowhere")
-    for every in (False, True):
-        assert image_files(folder, every=every) == ["a.png", "lost.png"]
+    os.mkfifo(folder / "pipe")
+    files, passed_over = image_files(folder)
+    assert files == ["a.png", "lost.png"]
+    assert passed_over == PassedOver({"pipes and devices": 3})
 
 
 def test_index_out_of_range_ends_iteration(tmp_path: Path) -> None:
@@ -149,7 +156,7 @@ def test_every_mode_comes_out_as_rgb(tmp_path: Path) -> None:
     gray.save(tmp_path / "gray.png")
     gray.convert("LA").save(tmp_path / "la.png")
     gray.convert("1").save(tmp_path / "one.png")
-    Image.new("RGBA", (4, 4), (100, 100, 100, 0)).save(tmp_path / "rgba.png")
+    Image.new("RGBA", (4, 4), (100, 100, 100, 255)).save(tmp_path / "rgba.png")
     Image.new("CMYK", (4, 4), (10, 20, 30, 40)).save(tmp_path / "cmyk.jpg")
     source = open_images(str(tmp_path))
     images = {Path(source.name(i)).name: source.image(i) for i in range(len(source))}
@@ -222,7 +229,8 @@ def test_corrupt_images_raise_on_reading(tmp_path: Path, monkeypatch: pytest.Mon
         assert str(caught.value) == f"{source.name(i)}: {caught.value.reason}"
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
         reasons[Path(caught.value.name).name] = caught.value.reason
-    assert reasons["text.jpg"] == reasons["empty.jpg"] == "not an image in a format Pillow knows"
+    assert reasons["text.jpg"] == "not an image in a format that featnorm reads"
+    assert reasons["empty.jpg"] == "an empty file"
     assert reasons["lost.png"] == "No such file or directory"
     assert "truncated" in reasons["cut.jpg"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
@@ -276,7 +284,7 @@ def test_parquet_rows_without_an_image_path_or_label(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=f"row {i}: no image in this row"):
             source.image(i)
     assert values(open_images(f"{path}[2:4]")) == [3, 7]
-    with pytest.raises(ImageError, match="row 4: not an image"):
+    with pytest.raises(ImageError, match="row 4: an empty file"):
         source.image(4)
 
 

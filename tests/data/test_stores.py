@@ -13,6 +13,7 @@ from PIL import Image
 from pyarrow import fs
 
 from featnorm.data import DataError, ImageError, image_loader, open_images, open_to_score
+from featnorm.data.formats import PassedOver
 
 server = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
 
@@ -110,7 +111,25 @@ def test_classes_and_corrupt_files(at, folder):
     with pytest.raises(ImageError, match=r"photos/b/broken\.png: "):
         stored.image(3)
     scored = open_to_score([at("photos")])
-    assert [scored.name(i)[-9:] for i in range(len(scored))][-1] == "notes.txt"
+    assert [scored.name(i) for i in range(len(scored))] == [stored.name(i) for i in range(len(stored))]
+    assert str(stored.passed_over) == "passed over 1 file that is not an image (.txt 1) and 2 hidden"
+    assert stored.passed_over == scored.passed_over == local.passed_over
+
+
+def test_images_are_known_by_their_content(put, tmp_path):
+    """Files whose names do not tell are looked at, by their first bytes alone."""
+    folder = tmp_path / "f"
+    (folder / "x").mkdir(parents=True)
+    picture(1).save(folder / "x/a.png")
+    (folder / "x/scan").write_bytes((folder / "x/a.png").read_bytes())
+    (folder / "x/b.dat").write_bytes((folder / "x/a.png").read_bytes())
+    (folder / "x/c.json").write_text("{}")
+    (folder / "x/empty").touch()
+    address = put(tmp_path, "content")("f")
+    for source in (open_images(address), open_to_score([address])):
+        assert [source.name(i).rpartition("/")[2] for i in range(len(source))] == ["a.png", "b.dat", "scan"]
+        assert [source.label(i) for i in range(3)] == [0, 0, 0]
+        assert source.passed_over == PassedOver({".json": 1, "no ending": 1})
 
 
 def test_slices_and_single_files(at, folder):

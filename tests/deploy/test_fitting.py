@@ -109,6 +109,12 @@ def test_the_same_images_give_the_same_detector(folder, loaded, cache, tmp_path)
     assert fit(folder, loaded, tmp_path / "other").computed == 239
 
 
+def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded, cache, monkeypatch):
+    fit(folder, loaded, cache)
+    monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
+    assert fit(folder, loaded, cache).computed == 239
+
+
 def test_copies_are_on_one_side():
     digests = [bytes([i // 2]) for i in range(400)]
     apart = fitting.held_out(digests)

@@ -114,7 +114,7 @@ def test_chosen_images_are_judged(page, url, folder):
     foreign.get_by_text("Why").click()
     assert foreign.get_by_role("rowheader", name="the network predicts").is_visible()
     refused = card(page, EVIL)
-    playwright.expect(refused).to_contain_text("not an image in a format Pillow knows")
+    playwright.expect(refused).to_contain_text("not an image in a format that featnorm reads")
     assert refused.locator("img").count() == 0
     assert "KNN(k=3)" in page.locator("#about").inner_text()
     page.get_by_role("button", name="Clear").click()

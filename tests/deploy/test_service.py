@@ -165,12 +165,12 @@ def test_an_unreadable_image_costs_no_other_its_verdict(client):
     errors = [(result["name"], result["error"], result["score"] is None) for result in answer.json()["results"]]
     assert errors[0] == ("?", "its data is not base64", True)
     assert errors[1] == ("image 2", None, False)
-    assert errors[2] == ("image 3", "not an image in a format Pillow knows", True)
+    assert errors[2] == ("image 3", "not an image in a format that featnorm reads", True)
     assert errors[3][0] == "image 4"
     assert "exceeds limit" in errors[3][1]
     none = client.post("/v1/score", content=b"", headers={"content-type": "image/png"})
     assert none.status_code == 422
-    assert none.json()["results"][0]["error"] == "not an image in a format Pillow knows"
+    assert none.json()["results"][0]["error"] == "an empty file"
 
 
 def test_a_thousand_hostile_files(client):
@@ -263,7 +263,7 @@ def test_bounds_of_an_image_and_of_limits(scorer):
 def test_formats_that_start_programs_are_not_read(client):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     answer = client.post("/v1/score", content=eps, headers={"content-type": "image/png"})
-    assert answer.json()["results"][0]["error"] == "not an image in a format Pillow knows"
+    assert answer.json()["results"][0]["error"] == "PostScript is a program, and not run here: save it as PNG"
 
 
 def test_a_body_is_bounded_while_it_comes(scorer):

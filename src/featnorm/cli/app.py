@@ -36,6 +36,13 @@ Weights = Annotated[
 Layer = Annotated[
     str | None, typer.Option(help="The module that puts out the last hidden layer; found without it.")
 ]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of a parquet file that holds the labels: integers, strings or booleans. Default: `label`, if "
+        "there is one."
+    ),
+]
 UseRay = Annotated[
     bool,
     typer.Option(
@@ -103,6 +110,7 @@ def evaluate(
         typer.Option(help="A detector, such as `NAN` or `KNN(k=50)/NAN`; may be repeated. All without it."),
     ] = None,
     layer: Layer = None,
+    label_column: LabelColumn = None,
     out: Annotated[Path, typer.Option(help="The folder to write the page and the table to.")] = Path(
         "featnorm-evaluation"
     ),
@@ -124,6 +132,7 @@ def evaluate(
             fit=fit,
             detectors=detector,
             layer=layer,
+            label_column=label_column,
             out=out,
             data_root=data_root,
             device=device,
@@ -152,6 +161,7 @@ def fit(
         str,
         typer.Option(help="What the head learns: `labels`, `clusters` of the features, or `auto`, labels if any."),
     ] = "auto",
+    label_column: LabelColumn = None,
     tpr: Annotated[float, typer.Option(help="The share of images like these to accept.")] = 0.95,
     cache: Annotated[
         Path | None, typer.Option(help="The folder to keep features in; `~/.cache/featnorm/features` without it.")
@@ -181,6 +191,7 @@ def fit(
             targets=targets,
             tpr=tpr,
             cache=cache,
+            label_column=label_column,
             data_root=data_root,
             device=device,
             precision=precision,

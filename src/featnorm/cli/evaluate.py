@@ -10,8 +10,17 @@ from tqdm import tqdm
 
 from featnorm._layout import fast_layout
 from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import console, environment, prepare_folder, print_skipped, print_table
+from featnorm.cli.show import (
+    console,
+    environment,
+    prepare_folder,
+    print_label_columns,
+    print_reading,
+    print_skipped,
+    print_table,
+)
 from featnorm.data import DataError, ImageSource, image_loader, open_images
+from featnorm.data.formats import PassedOver
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
@@ -35,6 +44,7 @@ class Options:
     fit: str | None
     detectors: list[str] | None
     layer: str | None
+    label_column: str | None
     out: Path
     data_root: Path | None
     device: str
@@ -53,6 +63,7 @@ class _Reader:
         self.options = options
         self.skipped: dict[str, list[tuple[str, str]]] = {}
         self.rows: dict[str, list[int]] = {}
+        self.several = 0
 
     def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
         """Yield the features of a source, skipping what cannot be read."""
@@ -70,7 +81,11 @@ class _Reader:
             why = "the images have no classes (SSD and KNN need none)"
         elif classes is not None and len(classes) == 1:
             why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
-        for batch in tqdm(loader, desc=name, unit="batch", disable=None, leave=False):
+        for part in tqdm(loader.parts(), total=len(loader), desc=name, unit="batch", disable=None, leave=False):
+            batch = part.batch
+            if batch is None:
+                continue
+            self.several += len(part.several)
             rows.extend(batch.indices.tolist())
             images = fast_layout(batch.images)
             with self.fabric.autocast():
@@ -92,9 +107,17 @@ def run(options: Options) -> None:
         else standard_detectors()
     )
     _refuse_twice(options)
-    fit = None if options.fit is None else open_images(options.fit, root=options.data_root)
-    sources = _named([options.id_data, *options.ood], options.data_root)
+
+    def labeled(spec: str) -> ImageSource:
+        return open_images(spec, root=options.data_root, label_column=options.label_column)
+
+    fit = None if options.fit is None else labeled(options.fit)
+    opened = [(options.id_data, labeled(options.id_data))]
+    opened += [(spec, open_images(spec, root=options.data_root, labels=False)) for spec in options.ood]
+    sources = _named(opened)
     id_name, *ood_names = sources
+    for source in [sources[id_name], *([] if fit is None else [fit])]:
+        print_label_columns(source, "there are no classes")
     loaded = create_model(options.model, weights=options.weights)
     fabric = fabric_of(options.device, options.precision)
     model = fast_layout(fabric.to_device(loaded.model))
@@ -135,6 +158,15 @@ def run(options: Options) -> None:
         console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
     for name, files in evaluation.skipped.items():
         print_skipped(name, files)
+    every = opened if options.fit is None or fit is None else [(options.fit, fit), *opened]
+    # Sets may be slices of one folder.
+    beside = {spec.partition("[")[0]: source.passed_over for spec, source in every}
+    print_reading(
+        sum(map(len, reader.rows.values())),
+        sum(map(len, reader.skipped.values())),
+        reader.several,
+        sum(beside.values(), PassedOver()),
+    )
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)
 
 
@@ -142,9 +174,8 @@ def _classes_of(features: Features) -> int | None:
     return None if features.logits is None else features.logits.shape[1]
 
 
-def _named(specs: list[str], root: Path | None) -> dict[str, ImageSource]:
+def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
     """Return each set by a short name or, where two would share it, by what the user called it."""
-    opened = [(spec, open_images(spec, root=root)) for spec in specs]
     titles = [source.title for _, source in opened]
     return {
         source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source

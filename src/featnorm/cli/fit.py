@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import cast, get_args
 
 from featnorm.cli.machine import cluster_of, fabric_of
-from featnorm.cli.show import console, print_skipped, require_file_place
-from featnorm.data import open_images
+from featnorm.cli.show import (
+    console,
+    print_label_columns,
+    print_reading,
+    print_skipped,
+    printable,
+    require_file_place,
+)
+from featnorm.data import ImageSource, open_images
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
 from featnorm.models import create_model, is_users
@@ -26,6 +33,7 @@ class Options:
     targets: str
     tpr: float
     cache: Path | None
+    label_column: str | None
     data_root: Path | None
     device: str
     precision: str
@@ -42,10 +50,16 @@ def run(options: Options) -> None:
     require_file_place(options.out, [Path(options.data)])
     began = time.perf_counter()
     detector = parse_detector(options.detector)
-    source = open_images(options.data, root=options.data_root)
+    source = open_images(
+        options.data,
+        root=options.data_root,
+        labels=options.targets != "clusters" or options.label_column is not None,
+        label_column=options.label_column,
+    )
     loaded = create_model(options.model, weights=options.weights)
     cluster = cluster_of(options.device, options.ray)
     console.print(f"{len(source)} images of {source.title}, seen through {loaded.name}.", soft_wrap=True)
+    _print_missing_labels(source, options.targets)
     fitted = fit_images(
         source,
         loaded,
@@ -61,6 +75,8 @@ def run(options: Options) -> None:
     )
     fitted.scorer.save(options.out)
     print_skipped(source.title, fitted.corrupt)
+    unread = len(fitted.corrupt)
+    print_reading(len(source) - unread, unread, fitted.several, source.passed_over)
     facts = fitted.scorer.facts
     if fitted.changed:
         console.print(f"{fitted.changed} image(s) changed while they were read: the later content was used.")
@@ -93,3 +109,17 @@ def run(options: Options) -> None:
     )
     again = f" --model {options.model}" if is_users(options.model) else ""
     console.print(f"  featnorm score {shlex.quote(str(options.out))} IMAGES{again}", soft_wrap=True)
+
+
+def _print_missing_labels(source: ImageSource, targets: str) -> None:
+    """Say why labels are not used where there are some, or could be."""
+    if targets != "auto":
+        return
+    print_label_columns(source, "clusters of the features take the place of classes")
+    without = [i for i in range(len(source)) if source.label(i) is None]
+    if 0 < len(without) < len(source):
+        console.print(
+            f"{len(without):,} of the images have no label, {printable(source.name(without[0]))} for one, so "
+            "clusters of the features take the place of classes.",
+            soft_wrap=True,
+        )

@@ -18,7 +18,7 @@ def run(model: str, weights: Path | None, data: str | None, layer: str | None, d
     loaded = create_model(model, weights=weights, pretrained=weights is None and data is not None)
     tap = FeatureTap(loaded.model, layer)
     if data is not None:
-        source = open_images(data, root=data_root)
+        source = open_images(data, root=data_root, labels=False)
         # One batch of readable images is enough to look at the model.
         loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
         batch = next(islice(loader, 1), None)

@@ -17,8 +17,9 @@ from torch import nn
 from tqdm import tqdm
 
 from featnorm.cli.machine import cluster_of, fabric_of
-from featnorm.cli.show import console, environment, print_skipped, printable, require_file_place
-from featnorm.data import ImageError, ImageSource, SlicedImages, open_to_score
+from featnorm.cli.show import console, environment, print_reading, print_skipped, printable, require_file_place
+from featnorm.data import DataError, ImageError, ImageSource, SlicedImages, open_to_score
+from featnorm.data.images import DECODING
 from featnorm.data.loading import rows_of
 from featnorm.deploy import ImageScorer, ImageVerdict
 from featnorm.deploy.records import FORMATS, Journal, images_digest
@@ -58,6 +59,7 @@ class _Tally:
         self.scores = array("d")
         self.foreign = 0
         self.unread = 0
+        self.several = 0
         self.first_unread: list[tuple[str, str]] = []
         self._rows = 0
         # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
@@ -73,6 +75,7 @@ class _Tally:
             return
         self.scores.append(verdict.score)
         self.foreign += verdict.is_id is False
+        self.several += verdict.several
         entry = (-verdict.score, -row, verdict)
         if len(self._lowest) < _MOST_SHOWN:
             heapq.heappush(self._lowest, entry)
@@ -160,12 +163,17 @@ def run(options: Options) -> None:
                 _write_page(options.html, scorer, source, tally, fabric)
             journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
-    console.print(_summary(tally))
+    print_reading(tally.judged, tally.unread, tally.several, source.passed_over)
+    if tally.judged:
+        console.print(_summary(tally))
     if judged:
         console.print(pace)
     for file in (options.out, options.html):
         if file is not None:
             console.print(f"Wrote {file}.", soft_wrap=True)
+    if not tally.judged:
+        name, why = tally.first_unread[0]
+        raise DataError(f"none of the {tally.unread:,} images could be read; the first is {name}: {why}")
 
 
 def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> str:
@@ -206,6 +214,7 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
         "model": options.model,
         "device": options.device,
         "precision": options.precision,
+        "decoding": DECODING,
         "images": images_digest(source),
     }
     journal = Journal(place, settings, options.batch_size)

@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
+from featnorm.data import ImageSource
+from featnorm.data.formats import PassedOver
 from featnorm.evaluation import Evaluation
 from featnorm.report.tables import table_rows
 
 # Into a file or a pipe a table is as wide as it needs, and is not folded to a terminal that is not there.
 # No markup either: a file may be called [red].
 SKIPPED_SHOWN = 10
+COLUMNS_SHOWN = 6
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -51,6 +54,37 @@ def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None
         console.print(f"  {printable(file)}: {why}", soft_wrap=True)
     if count > SKIPPED_SHOWN:
         console.print(f"  ... and {count - SKIPPED_SHOWN} more")
+
+
+def print_reading(read: int, unreadable: int, several: int, passed_over: PassedOver) -> None:
+    """Print in one line what became of the images: read, passed over, unreadable.
+
+    Parameters
+    ----------
+    read, unreadable, several : int
+        Numbers of images: of those that were read, that could not be, and that are the first of several frames.
+    passed_over : PassedOver
+        What was found beside the images.
+    """
+    said = ["read 1 image" if read == 1 else f"read {read:,} images", str(passed_over)]
+    if unreadable:
+        said.append(f"{unreadable:,} unreadable")
+    if several:
+        said.append(f"{several:,} {'has' if several == 1 else 'have'} several frames or pages: the first is used")
+    console.print("; ".join(filter(None, said)), soft_wrap=True)
+
+
+def print_label_columns(source: ImageSource, consequence: str) -> None:
+    """Print which columns of an unlabelled table could hold its labels, and what comes of there being none."""
+    if not source.label_columns:
+        return
+    shown = ", ".join(map(printable, source.label_columns[:COLUMNS_SHOWN]))
+    more = ", ..." if source.label_columns[COLUMNS_SHOWN:] else ""
+    console.print(
+        f"{source.title} has no column 'label', so {consequence}. Its columns {shown}{more} could hold labels: "
+        "name one by --label-column.",
+        soft_wrap=True,
+    )
 
 
 def prepare_folder(out: Path) -> None:

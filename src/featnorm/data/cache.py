@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +50,8 @@ class CachedFeatures:
     damaged : int
         Number of batches that were found damaged on disk and dropped. Features that were in them and are needed
         here have been computed again.
+    several : int
+        Number of images that are the first of several frames or pages of their file.
     """
 
     stored: Tensor
@@ -60,6 +62,7 @@ class CachedFeatures:
     computed: int
     changed: int
     damaged: int
+    several: int
 
     @cached_property
     def values(self) -> Tensor:
@@ -132,6 +135,7 @@ class FeatureCache:
                         values = None if part.values is None else _checked(part.values, part.indices, images)
                         good: list[bytes] = []
                         corrupt: list[tuple[bytes, str]] = []
+                        several: set[bytes] = set()
                         for i in part.rows:
                             row, digest = missing[i], part.digests.get(i)
                             if digest is None:  # it could be read a moment ago
@@ -145,7 +149,9 @@ class FeatureCache:
                                 corrupt.append((digest, part.unread[i]))
                             else:
                                 good.append(digest)
-                        store.add(values, good, corrupt)
+                            if i in part.several:
+                                several.add(digest)
+                        store.add(values, good, corrupt, several)
                         bar.update(len(part.rows))
             return _gather(store, source, digests, unread, len(store.places) - known, len(changed))
 
@@ -177,6 +183,7 @@ class _Batch:
     sha256 : of the bytes of its rows.
     digests : of the images of its rows.
     corrupt : digests and reasons of those that could not be read.
+    several : digests of those that are the first of several frames or pages.
     """
 
     start: int
@@ -184,6 +191,7 @@ class _Batch:
     sha256: str
     digests: list[bytes]
     corrupt: list[tuple[bytes, str]]
+    several: list[bytes]
 
     @property
     def end(self) -> int:
@@ -197,6 +205,7 @@ class _Batch:
             "sha256": self.sha256,
             "digests": [digest.hex() for digest in self.digests],
             "corrupt": [(digest.hex(), why) for digest, why in self.corrupt],
+            "several": [digest.hex() for digest in self.several],
         }
         text = json.dumps(entry).encode().removesuffix(b"}")
         return text + _line_end(seed, text)
@@ -210,7 +219,8 @@ class _Batch:
         entry = json.loads(line)
         corrupt = [(bytes.fromhex(digest), why) for digest, why in entry["corrupt"]]
         digests = [bytes.fromhex(digest) for digest in entry["digests"]]
-        return cls(entry["start"], entry["width"], entry["sha256"], digests, corrupt)
+        several = [bytes.fromhex(digest) for digest in entry["several"]]
+        return cls(entry["start"], entry["width"], entry["sha256"], digests, corrupt, several)
 
 
 class _Store(AbstractContextManager["_Store"]):
@@ -237,6 +247,7 @@ class _Store(AbstractContextManager["_Store"]):
         self.width = 0
         self.places: dict[bytes, int] = {}
         self.corrupt: dict[bytes, str] = {}
+        self.several: set[bytes] = set()
         self.damaged = 0
         self.features = folder / "features.f32"
         self._index_path = folder / "index.jsonl"
@@ -266,8 +277,17 @@ class _Store(AbstractContextManager["_Store"]):
     def knows(self, digest: bytes) -> bool:
         return digest in self.places or digest in self.corrupt
 
-    def add(self, values: Tensor | None, digests: Sequence[bytes], corrupt: Iterable[tuple[bytes, str]]) -> None:
-        """Write the features (n, D) of images by their digests, and why others could not be read."""
+    def add(
+        self,
+        values: Tensor | None,
+        digests: Sequence[bytes],
+        corrupt: Iterable[tuple[bytes, str]],
+        several: Set[bytes],
+    ) -> None:
+        """Write the features (n, D) of images by their digests, and why others could not be read.
+
+        Those of the digests that are in ``several`` are of first frames.
+        """
         # An image that has changed may be one that is known by now.
         rows = {digest: i for i, digest in reversed(list(enumerate(digests))) if digest not in self.places}
         new = sorted(rows, key=rows.__getitem__)
@@ -288,7 +308,8 @@ class _Store(AbstractContextManager["_Store"]):
             content = values[[rows[digest] for digest in new]].numpy().tobytes()
             start = self._room(len(new))
             self._write(self._file, start * self._row_bytes, content)
-        batch = _Batch(start, self.width, hashlib.sha256(content).hexdigest(), new, corrupt)
+        frames = [digest for digest in new if digest in several]
+        batch = _Batch(start, self.width, hashlib.sha256(content).hexdigest(), new, corrupt, frames)
         self._write(self._index, self._index.seek(0, os.SEEK_END), batch.line(self._seed))
         self._take(batch)
 
@@ -301,6 +322,7 @@ class _Store(AbstractContextManager["_Store"]):
             self.places[digest] = row
             self.corrupt.pop(digest, None)
         self.corrupt.update(batch.corrupt)
+        self.several.update(batch.several)
 
     def _room(self, rows: int) -> int:
         """Take so many free rows that lie one after the other; return the first."""
@@ -416,7 +438,10 @@ def _gather(
     stored = torch.from_numpy(np.memmap(store.features, np.float32, "c", shape=shape))
     kept = [digests[row] for row in rows]
     places = torch.tensor([store.places[digest] for digest in kept])
-    return CachedFeatures(stored, places, torch.tensor(rows), kept, corrupt, asked, changed, store.damaged)
+    several = sum(digest in store.several for digest in kept)
+    return CachedFeatures(
+        stored, places, torch.tensor(rows), kept, corrupt, asked, changed, store.damaged, several
+    )
 
 
 def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:

@@ -5,18 +5,33 @@ import importlib
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, repeated so that a folder can be read without torchvision.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from featnorm.data.formats import (
+    FORMATS,
+    HEAD_BYTES,
+    PassedOver,
+    ending,
+    looks_like_image,
+    named_as_image,
+    reason_not_read,
+    register_format,
+)
+
+#: Version of the rule by which a file becomes RGB pixels. Whatever is kept of decoded images depends on it.
+DECODING = 2
 # Where Pillow refuses an image as a decompression bomb: twice the size at which it warns.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
@@ -25,6 +40,24 @@ _LONGEST = 100  # times the short side
 _MOST_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
 _CHUNK = 2**20
+# Files are looked at by threads: on a network disk each has to be waited for.
+_LOOKERS = 16
+_LOOKS = 64
+# What an EXIF orientation asks of whoever shows the stored pixels.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Bits of TIFF's NewSubfileType: a smaller copy of another page, and a mask of one.
+_NEW_SUBFILE_TYPE, _SMALLER, _MASK = 254, 1, 4
+# TIFF's PhotometricInterpretation of a sensor's values, and the tag that every DNG has.
+_PHOTOMETRIC, _SENSOR, _DNG_VERSION = 262, 32803, 50706
+_FIRST_OF_SEVERAL = "first of several"
 
 
 class DataError(ValueError):
@@ -91,9 +124,15 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         Name of every label, where the source knows them.
     names_are_paths : bool
         Whether `name` is the path of a file, which tells it from the images of other sources too.
+    passed_over : PassedOver
+        Files that were found beside the images and are none.
+    label_columns : tuple of str
+        Columns of an unlabelled table that could hold its labels.
     """
 
     names_are_paths = False
+    passed_over = PassedOver()
+    label_columns: tuple[str, ...] = ()
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
@@ -108,10 +147,7 @@ class ImageSource(Dataset[tuple[Image.Image, int | None]], ABC):
         return self.image(i), self.label(i)
 
     def image(self, i: int) -> Image.Image:
-        """Return image `i` in RGB, fully decoded.
-
-        Sixteen bits a channel are scaled to eight; an alpha channel is dropped and an EXIF orientation not
-        applied, as in torchvision's data sets.
+        """Return image `i` in RGB, fully decoded and upright; see `decode`.
 
         Raises
         ------
@@ -185,7 +221,7 @@ class FolderImages(ImageSource):
     """Image files found in a folder and below it.
 
     If all images lie in sub-folders, the first-level sub-folders, sorted, are the classes, empty ones too: a
-    missing class must not shift the labels of those after it. Hidden files and folders are skipped.
+    missing class must not shift the labels of those after it. Which files are images is `image_files`' to say.
 
     Parameters
     ----------
@@ -193,8 +229,8 @@ class FolderImages(ImageSource):
         Where to look.
     title : str
         Name for tables.
-    every : bool
-        Take every file for an image, whatever its name ends in; those that are none are corrupt.
+    found : tuple of list of str and PassedOver, optional
+        What `image_files` returned for the folder, if it has been asked already.
 
     Raises
     ------
@@ -204,11 +240,10 @@ class FolderImages(ImageSource):
 
     names_are_paths = True
 
-    def __init__(self, folder: Path, title: str, *, every: bool = False) -> None:
-        files = image_files(folder, every=every)
+    def __init__(self, folder: Path, title: str, found: tuple[list[str], PassedOver] | None = None) -> None:
+        files, passed_over = image_files(folder) if found is None else found
         if not files:
-            expected = "" if every else f": expected files ending in {', '.join(EXTENSIONS)}"
-            raise DataError(f"no {'files' if every else 'images'} in {folder}{expected}")
+            raise no_images(folder, passed_over)
         labels: list[int | None] = [None] * len(files)
         classes = None
         if all(os.sep in file for file in files):
@@ -216,6 +251,7 @@ class FolderImages(ImageSource):
             numbers = {name: number for number, name in enumerate(classes)}
             labels = [numbers[file.partition(os.sep)[0]] for file in files]
         super().__init__(title, labels, classes)
+        self.passed_over = passed_over
         self._folder = str(folder)
         self._files = files
 
@@ -281,6 +317,7 @@ class JoinedImages(ImageSource):
         self._ends = list(accumulate(len(source) for source in sources))
         super().__init__(" and ".join(source.title for source in sources), [None] * self._ends[-1], None)
         self._sources = sources
+        self.passed_over = sum((source.passed_over for source in sources), PassedOver())
 
     def _place(self, i: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._ends, i)
@@ -360,6 +397,8 @@ class SlicedImages(ImageSource):
     def __init__(self, source: ImageSource, rows: Sequence[int], title: str) -> None:
         super().__init__(title, [source.label(row) for row in rows], source.class_names)
         self.names_are_paths = source.names_are_paths
+        self.passed_over = source.passed_over
+        self.label_columns = source.label_columns
         self._source = source
         self._rows = rows
 
@@ -379,34 +418,84 @@ class SlicedImages(ImageSource):
         return self._source.read(self._rows[i])
 
 
-def image_files(folder: Path, *, every: bool = False) -> list[str]:
-    """Return the image files, or every file, in a folder and below it, relative to it; no hidden ones.
+def image_files(folder: Path) -> tuple[list[str], PassedOver]:
+    """Return the image files in a folder and below it, relative to it, and what else is there.
 
-    They are sorted, folder by folder. Links are followed, and every folder is read once: links that lead to each
-    other have no end.
+    A file is an image if its name ends as image files' do, or if it begins as one of the `FORMATS`; only files of
+    other names are opened, to read their first bytes. One that cannot be opened counts as an image, so that it is
+    reported when it is read. Hidden files and folders are passed over.
+
+    The files are sorted, folder by folder. Links are followed, and every folder is read once: links that lead to
+    each other have no end.
     """
-    return list(_walk(str(folder), "", every, folder.resolve(), set()))
+    with ThreadPoolExecutor(_LOOKERS, "featnorm-look") as lookers:
+        walk = _Walk(folder.resolve(), lookers)
+        walk.enter(str(folder), "")
+    return walk.files, PassedOver(walk.kinds, walk.hidden, tuple(walk.closed))
 
 
-def _walk(place: str, prefix: str, every: bool, root: Path, seen: set[Path]) -> Iterator[str]:
-    here = Path(place).resolve()
-    if here in seen:
-        return
-    seen.add(here)
+class _Walk:
+    """The files of a folder and all below it."""
+
+    def __init__(self, root: Path, lookers: Executor) -> None:
+        self.files: list[str] = []
+        self.kinds: Counter[str] = Counter()
+        self.hidden = 0
+        self.closed: list[str] = []
+        self._root = root
+        self._lookers = lookers
+        self._seen: set[Path] = set()
+
+    def enter(self, place: str, prefix: str) -> None:
+        here = Path(place).resolve()
+        if here in self._seen:
+            return
+        self._seen.add(here)
+        try:
+            with os.scandir(place) as entries:
+                # In the order of their names, so that it does not depend on the disk which of two links is
+                # followed. An entry itself takes several times the memory of its name, and a folder may have
+                # millions.
+                kinds = sorted((entry.name, _kind(entry)) for entry in entries)
+        except OSError:
+            self.closed.append(prefix or place)
+            return
+        files = [name for name, kind in kinds if kind == "file" and name[0] != "."]
+        looks = [name for name in files if named_as_image(name) is None]
+        # A task for a thread is some of them: on a local disk a file takes less time than to hand it over.
+        share = min(_LOOKS, -(-len(looks) // _LOOKERS))
+        shares = [looks[start : start + share] for start in range(0, len(looks), share or 1)]
+        found = set().union(*self._lookers.map(partial(_images_in, place), shares))
+        for name, kind in kinds:
+            if name[0] == ".":
+                self.hidden += 1
+            elif kind == "folder":
+                path = os.path.join(place, name)
+                if not _leads_back(Path(path), self._root):
+                    self.enter(path, os.path.join(prefix, name))
+            elif kind == "file" and (name in found or named_as_image(name)):
+                self.files.append(os.path.join(prefix, name))
+            else:
+                self.kinds[ending(name) if kind == "file" else "pipes and devices"] += 1
+
+
+def no_images(place: object, passed_over: PassedOver) -> DataError:
+    """Return the error that there is no image at a place, with what there is."""
+    beside = str(passed_over)
+    return DataError(f"no images in {place}" + (f": {beside}" if beside else ""))
+
+
+def _images_in(place: str, names: list[str]) -> list[str]:
+    """Return those of the files of a folder that begin as images, or cannot be opened."""
+    return [name for name in names if _begins_as_image(os.path.join(place, name))]
+
+
+def _begins_as_image(path: str) -> bool:
     try:
-        with os.scandir(place) as entries:
-            # In the order of their names, so that it does not depend on the disk which of two links is followed.
-            # An entry itself takes several times the memory of its name, and a folder may have millions.
-            kinds = sorted((entry.name, _kind(entry)) for entry in entries if entry.name[0] != ".")
+        with open(path, "rb", buffering=0) as file:
+            return looks_like_image(file.read(HEAD_BYTES))
     except OSError:
-        return
-    for name, kind in kinds:
-        path = os.path.join(place, name)
-        if kind == "folder":
-            if not _leads_back(Path(path), root):
-                yield from _walk(path, os.path.join(prefix, name), every, root, seen)
-        elif kind == "file" and (every or name.lower().endswith(EXTENSIONS)):
-            yield os.path.join(prefix, name)
+        return True
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -430,14 +519,12 @@ def _leads_back(folder: Path, root: Path) -> bool:
     return root.is_relative_to(target)
 
 
-def decode(
-    data: bytes | str | Path,
-    name: str,
-    *,
-    formats: tuple[str, ...] | None = None,
-    most_pixels: int | None = None,
-) -> Image.Image:
-    """Decode an image from memory or from a file into RGB.
+def decode(data: bytes | str | Path, name: str, *, most_pixels: int | None = None) -> Image.Image:
+    """Decode an image from memory or from a file into RGB, as it is meant to be seen.
+
+    Any of the `FORMATS` is read, whatever the file is called. An EXIF orientation is applied, transparent pixels
+    are laid on white, sixteen bits per channel are scaled to eight, and of several frames or pages the first is
+    returned (`is_first_of_several`). Color profiles are not applied.
 
     Parameters
     ----------
@@ -445,19 +532,38 @@ def decode(
         The encoded image, or its file.
     name : str
         What errors call it.
-    formats : tuple of str, optional
-        What it may be, as Pillow names formats; without it all that Pillow knows.
     most_pixels : int, optional
-        Refuse a larger image before it is decoded; `MOST_PIXELS` holds without it, and above it too.
+        Refuse a larger image before it is decoded. `MOST_PIXELS` is the limit by default, and the highest.
 
     Raises
     ------
     ImageError
         If it cannot be read or decoded.
     """
-    return _decoded(
-        lambda: Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats), name, most_pixels
-    )
+    return _decoded(lambda: _opened(data), name, most_pixels)
+
+
+def is_first_of_several(image: Image.Image) -> bool:
+    """Whether a decoded image is the first of several frames or pages of its file."""
+    return _FIRST_OF_SEVERAL in image.info
+
+
+def _opened(data: bytes | str | Path) -> Image.Image:
+    def opened(formats: tuple[str, ...]) -> Image.Image:
+        return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
+
+    try:
+        return opened(FORMATS)
+    except UnidentifiedImageError:
+        if isinstance(data, bytes):
+            head = data[:HEAD_BYTES]
+        else:
+            with open(data, "rb") as file:
+                head = file.read(HEAD_BYTES)
+        if format_ := register_format(head):
+            with suppress(UnidentifiedImageError):
+                return opened((format_,))
+        raise ValueError(reason_not_read(head)) from None
 
 
 def file_identity(path: str | Path) -> str:
@@ -517,11 +623,19 @@ def _decoded(opened: Callable[[], Image.Image], name: str, most_pixels: int | No
             if long > _LONGEST * short:
                 # Resized to a model's height it would take gigabytes, which Pillow's own guard does not foresee.
                 raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a model's input")
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, and not run here: save it as PNG")
             _check_scans(image)
+            _check_raw(image)
+            key = _color_key(image)
             image.load()
-            return _to_rgb(image)
+            # What else a file tells of its pixels holds no longer for these.
+            rgb = _to_rgb(image, key)
+            profile = image.info.get("icc_profile")
+            rgb.info = {} if profile is None else {"icc_profile": profile}
+            if (turn := _TURNS.get(_orientation(image))) is not None:
+                rgb = rgb.transpose(turn)
+            if _has_several(image):
+                rgb.info[_FIRST_OF_SEVERAL] = True
+            return rgb
     # A broken file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, and more.
     except Exception as error:
         raise ImageError(name, _reason(error)) from error
@@ -556,7 +670,69 @@ def _check_scans(image: Any) -> None:
         raise ValueError(f"a JPEG of {scans:,} scans, more than {parts * _MOST_SCANS:,}: save it anew")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _check_raw(image: Any) -> None:
+    """Refuse a camera's raw file: it is a TIFF, whose first image is a thumbnail or no picture yet.
+
+    Raises
+    ------
+    ValueError
+        It is one.
+    """
+    if image.format != "TIFF":
+        return
+    tags = image.tag_v2
+    kind = tags.get(_NEW_SUBFILE_TYPE)
+    smaller = isinstance(kind, int) and kind & _SMALLER
+    if smaller or _DNG_VERSION in tags or tags.get(_PHOTOMETRIC) == _SENSOR:
+        raise ValueError("a camera's raw file, or a TIFF that begins with a thumbnail: convert it to JPEG or PNG")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken metadata costs the turn, not the image
+        return 1
+
+
+def _has_several(image: Any) -> bool:
+    # The other images of a camera's MPO are previews and maps of its one photograph.
+    if image.format == "MPO":
+        return False
+    try:
+        if image.format != "TIFF":
+            return bool(getattr(image, "is_animated", False))
+        if not image.is_animated:
+            return False
+        image.seek(1)
+        return not image.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & (_SMALLER | _MASK)
+    except Exception:  # what follows the first frame is broken, and not read
+        return False
+
+
+def _color_key(image: Any) -> Any:
+    """Return the one color that stands for transparency in an image without alpha, as its pixels will have it."""
+    if image.mode not in ("1", "L", "RGB", "I;16", "I"):
+        return None
+    key = image.info.pop("transparency", None)
+    tiles = getattr(image, "tile", None)
+    if key is None or not tiles:
+        return key
+    # Pillow scales the pixels to eight bits, and leaves the key in the depth of the file.
+    raw = tiles[0][3]
+    if raw in ("L;2", "L;4"):
+        return key * (85 if raw == "L;2" else 17)
+    if raw == "RGB;16B":
+        return tuple(value >> 8 for value in key)
+    return key
+
+
+def _to_rgb(image: Image.Image, key: Any) -> Image.Image:
+    """Return an image in RGB, on white where it is transparent, or where its color is the key."""
+    opaque = None
+    if key is not None:
+        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+        differs = pixels != np.asarray(key)
+        opaque = Image.fromarray(np.uint8(255) * (differs if differs.ndim == 2 else differs.any(2)))
     # Pillow cuts off values above 255 where it should scale them: a 16-bit image would turn white.
     if image.mode.startswith("I"):
         values = np.asarray(image)
@@ -565,14 +741,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
-    elif "transparency" in image.info:
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+        opaque = image.getchannel("A")
+    rgb = image.convert("RGB")
+    if opaque is None or opaque.getextrema() == (255, 255):
+        return rgb
+    white = Image.new("RGB", rgb.size, "white")
+    white.paste(rgb, mask=opaque)
+    return white
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text names the file, or a buffer's address
-        return "not an image in a format Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

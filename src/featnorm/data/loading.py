@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featnorm._memory import in_parts
-from featnorm.data.images import DataError, ImageError, ImageSource, first_line
+from featnorm.data.images import DataError, ImageError, ImageSource, first_line, is_first_of_several
 
 _FEW = 256  # images; below, there is nothing to gain from threads
 _MAX_WORKERS = 8
@@ -62,12 +62,15 @@ class ImagePart:
     digests : dict of int to bytes
         `ImageSource.digest` of the content that was decoded, by where in the source it stands; of an unread image
         as well if its content could be read.
+    several : set of int
+        Where in the source those stand that are the first of several frames or pages of their file.
     """
 
     rows: range
     batch: ImageBatch | None = None
     unread: dict[int, str] = field(default_factory=dict)
     digests: dict[int, bytes] = field(default_factory=dict)
+    several: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -84,12 +87,15 @@ class Extracted:
         Why the others could not, by where in the source they stand.
     digests : dict of int to bytes
         See `ImagePart`.
+    several : set of int
+        See `ImagePart`.
     """
 
     rows: range
     values: Tensor | None
     unread: dict[int, str]
     digests: dict[int, bytes]
+    several: set[int]
 
     @property
     def indices(self) -> list[int]:
@@ -101,7 +107,8 @@ class Extracted:
         by = start - self.rows.start
         unread = {row + by: why for row, why in self.unread.items()}
         digests = {row + by: digest for row, digest in self.digests.items()}
-        return Extracted(range(start, start + len(self.rows)), self.values, unread, digests)
+        several = {row + by for row in self.several}
+        return Extracted(range(start, start + len(self.rows)), self.values, unread, digests, several)
 
 
 class _Stopped(Exception):
@@ -133,6 +140,8 @@ class _Batches:
                 if error.digest is not None:
                     part.digests[i] = error.digest
                 continue
+            if is_first_of_several(image):
+                part.several.add(i)
             try:
                 transformed = self.transform(image)
             except Exception as error:
@@ -276,11 +285,11 @@ def extract_images(
     """
     for part in image_loader(source, transform, batch_size=batch_size, workers=workers).parts():
         if part.batch is None:
-            yield Extracted(part.rows, None, part.unread, part.digests)
+            yield Extracted(part.rows, None, part.unread, part.digests, part.several)
             continue
         found = in_parts(backbone, part.batch.images)
         values = found[0] if len(found) == 1 else torch.cat(found)
-        yield Extracted(part.rows, values, part.unread, part.digests)
+        yield Extracted(part.rows, values, part.unread, part.digests, part.several)
 
 
 def image_loader(

@@ -39,24 +39,39 @@ class ParquetImages(ImageSource):
         One file, or the shards of one data set, in order.
     title : str
         Name for tables.
+    labels : bool
+        Read the labels.
+    label_column : str, optional
+        The column that holds them: integers, of which negative ones mean none; strings or booleans, whose sorted
+        values are the classes; any of them dictionary-encoded. A null is an image without a label. Default:
+        ``label``, if there is one.
 
     Raises
     ------
     DataError
-        If a file cannot be read, has no usable ``image`` column, or there is not one row in all of them.
+        If a file cannot be read, has no usable ``image`` column, has labels of another type or of another than the
+        first file, or there is not one row in all of them.
     ImportError
         If pyarrow is not installed.
     """
 
-    def __init__(self, files: Sequence[Path | StoredFile], title: str) -> None:
-        indices = [_Index(path) for path in files]
-        labels = [label for index in indices for label in index.labels]
-        if not labels:
+    def __init__(
+        self,
+        files: Sequence[Path | StoredFile],
+        title: str,
+        *,
+        labels: bool = True,
+        label_column: str | None = None,
+    ) -> None:
+        indices = [_Index(path, (label_column or "label") if labels else None) for path in files]
+        if not sum(index.rows for index in indices):
             raise DataError(f"no rows in {', '.join(map(str, files))}")
-        super().__init__(title, labels, next((i.class_names for i in indices if i.class_names), None))
+        super().__init__(title, *_labels(indices, label_column))
+        if labels and all(index.labels is None for index in indices):
+            self.label_columns = indices[0].candidates
         self._files = list(files)
         self._paths = [path for index in indices for path in index.paths]
-        self._first_rows = [0, *accumulate(len(index.labels) for index in indices)]
+        self._first_rows = [0, *accumulate(index.rows for index in indices)]
         # Of every row group: its file and its number there, and the rows of all files up to its end.
         self._groups = [(f, g) for f, index in enumerate(indices) for g in range(len(index.group_sizes))]
         self._ends = list(accumulate(size for index in indices for size in index.group_sizes))
@@ -131,27 +146,98 @@ class _RowGroups:
 
 
 class _Index:
-    """What a parquet file says without its images being read."""
+    """What a parquet file says without its images being read.
 
-    def __init__(self, path: Path | StoredFile) -> None:
+    Parameters
+    ----------
+    path : Path or StoredFile
+        The file.
+    label_column : str or None
+        The column of the labels; None if they are not wanted.
+    """
+
+    def __init__(self, path: Path | StoredFile, label_column: str | None) -> None:
         pa = vision_module("pyarrow")
+        self.path = path
+        self.labels: list[Any] | None = None
+        self.label_kind = "missing"
+        self.class_names: list[str] | None = None
         try:
             with _opened(path) as file:
                 schema = file.schema_arrow
                 _check_image_column(schema, path)
+                self.columns = list(schema.names)
+                self.candidates = tuple(field.name for field in schema if _kind_of_labels(field.type))
+                self.rows = file.metadata.num_rows
                 self.group_sizes = [
                     file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)
                 ]
-                self.labels: list[int | None] = [None] * file.metadata.num_rows
-                if "label" in schema.names and pa.types.is_integer(schema.field("label").type):
-                    self.labels = file.read(columns=["label"])["label"].to_pylist()
-                self.paths: list[str | None] = [None] * file.metadata.num_rows
+                if label_column is not None and label_column in schema.names:
+                    self._read_labels(file, label_column)
+                self.paths: list[str | None] = [None] * self.rows
                 if schema.field("image").type.get_field_index("path") >= 0:
                     images = file.read(columns=["image.path"])["image"].to_pylist()
                     self.paths = [None if image is None else image["path"] for image in images]
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"cannot read {path} as parquet: {first_line(error)}") from error
-        self.class_names = _class_names(schema.metadata or {})
+
+    def _read_labels(self, file: Any, column: str) -> None:
+        type_ = file.schema_arrow.field(column).type
+        # Without a single label, whoever wrote the file could not know what they are.
+        kind = "integers" if vision_module("pyarrow").types.is_null(type_) else _kind_of_labels(type_)
+        if kind is None:
+            raise DataError(
+                f"column {column!r} of {self.path} is {type_}: labels are integers, strings or booleans"
+                + (f"; {', '.join(self.candidates)} could be" if self.candidates else "")
+            )
+        self.label_kind = kind
+        self.labels = file.read(columns=[column])[column].to_pylist()
+        if kind == "integers":
+            self.class_names = _class_names(file.schema_arrow.metadata or {}, column)
+
+
+def _labels(indices: Sequence[_Index], column: str | None) -> tuple[list[int | None], list[str] | None]:
+    """Return the labels of all files, and the names of their classes.
+
+    Raises
+    ------
+    DataError
+        The files do not agree, or do not have the column.
+    """
+    without = next((index for index in indices if index.labels is None), None)
+    if without is not None and column is not None:
+        raise DataError(f"no column {column!r} in {without.path}: it has {', '.join(without.columns)}")
+    first = indices[0]
+    for index in indices:
+        if index.label_kind != first.label_kind:
+            raise DataError(
+                f"the labels of {index.path} are {index.label_kind}, those of {first.path} {first.label_kind}: "
+                "the shards of a data set must agree"
+            )
+        if index.class_names != first.class_names:
+            raise DataError(
+                f"{index.path} and {first.path} name their classes differently: the shards of a data set must "
+                "agree"
+            )
+    given = [label for index in indices for label in index.labels or [None] * index.rows]
+    if first.label_kind in ("integers", "missing"):
+        return given, first.class_names
+    named = [None if label is None else str(label) for label in given]
+    names = sorted({label for label in named if label is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    return [None if label is None else numbers[label] for label in named], names or None
+
+
+def _kind_of_labels(type_: Any) -> str | None:
+    """Return what labels of an Arrow type are; None where it cannot hold labels."""
+    types = vision_module("pyarrow").types
+    if types.is_dictionary(type_):
+        return _kind_of_labels(type_.value_type)
+    if types.is_integer(type_):
+        return "integers"
+    if types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_):
+        return "strings"
+    return "booleans" if types.is_boolean(type_) else None
 
 
 @contextmanager
@@ -174,9 +260,9 @@ def _check_image_column(schema: Any, path: Path | StoredFile) -> None:
         raise DataError(f"column 'image' of {path} is {kind}: it must be a struct of bytes and path")
 
 
-def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
+def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str] | None:
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names]

@@ -2,10 +2,13 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from featnorm.data.formats import PassedOver
 from featnorm.data.images import (
     DataError,
     FolderImages,
@@ -20,7 +23,7 @@ from featnorm.data.images import (
     vision_module,
 )
 from featnorm.data.parquet import ParquetImages
-from featnorm.data.stores import StoredFolder, StoredImages, is_address, look_up
+from featnorm.data.stores import StoredFile, StoredFolder, StoredImages, is_address, look_up
 
 __all__ = ["DataError", "ImageError", "ImageSource", "open_images", "open_to_score"]
 
@@ -53,7 +56,9 @@ _SLICE = re.compile(r"(?P<spec>.+)\[(?P<slice>[^\[\]]*)\]", re.DOTALL)
 _PART = re.compile(r"(?P<number>[+-]?\d+)(?P<percent>%?)")
 
 
-def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
+def open_images(
+    spec: str, *, root: str | Path | None = None, labels: bool = True, label_column: str | None = None
+) -> ImageSource:
     """Open images by path or by name.
 
     Parameters
@@ -63,7 +68,7 @@ def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
 
         - a folder of images; if all lie in sub-folders, the first-level sub-folders are the classes;
         - a ``.parquet`` file in the Hugging Face layout (``image``: a struct of ``bytes`` and ``path``;
-          perhaps ``label``: an integer), or a folder of such files, the shards of one data set;
+          perhaps a column of labels), or a folder of such files, the shards of one data set;
         - the address of either in an object store, as pyarrow's file systems take it: ``s3://bucket/photos``,
           ``gs://...``, ``abfs://...``, ``hdfs://...``, settings in a query (``?region=eu-west-1``);
         - ``NAME`` or ``NAME:SPLIT``, split "test" unless told. Looked for under the data root as
@@ -76,6 +81,11 @@ def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
     root : str or Path, optional
         The data root. Without it the environment variable ``FEATNORM_DATA``; without either, downloads go to
         ``~/.cache/featnorm``.
+    labels : bool
+        Read the labels of a parquet file; images alone are wanted without.
+    label_column : str, optional
+        The column of a parquet file that holds the labels: integers, strings or booleans, dictionary-encoded or
+        not. Default: ``label``, if there is one.
 
     Returns
     -------
@@ -85,32 +95,62 @@ def open_images(spec: str, *, root: str | Path | None = None) -> ImageSource:
     Raises
     ------
     DataError
-        If the data cannot be found, read or downloaded, or if there is no image in it or in the slice.
+        If the data cannot be found, read or downloaded, if there is no image in it or in the slice, or if there
+        is no column of that name or no labels in it.
     ImportError
         If ``featnorm[vision]`` is needed and not installed.
     """
+    return _open(spec, root, _Labels(labels, label_column))
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Which column of a table holds the labels; None for the default, and whether they are wanted at all."""
+
+    wanted: bool = True
+    column: str | None = None
+
+    def table(self, files: Sequence[Path | StoredFile], title: str, beside: PassedOver) -> ParquetImages:
+        """Open the shards of a table; what else lies in their folder is passed over."""
+        images = ParquetImages(files, title, labels=self.wanted, label_column=self.column)
+        kinds = Counter(beside.kinds)
+        kinds[".parquet"] -= len(files)
+        images.passed_over = PassedOver(+kinds, beside.hidden, beside.closed)
+        return images
+
+    def require_none(self, place: object) -> None:
+        if self.column is not None:
+            raise DataError(
+                f"{place} is no parquet file and has no column {self.column!r}: the classes of images in folders "
+                "are the folders"
+            )
+
+
+def _open(spec: str, root: str | Path | None, labels: _Labels) -> ImageSource:
     path = Path(os.path.expanduser(spec))
     if spec and os.path.exists(path):
-        return _open_path(path, _title(path))
+        return _open_path(path, _title(path), labels)
     if match := _SLICE.fullmatch(spec):
-        return _sliced(open_images(match["spec"], root=root), match["slice"])
+        return _sliced(_open(match["spec"], root, labels), match["slice"])
     if is_address(spec):
-        return _open_stored(look_up(spec))
+        return _open_stored(look_up(spec), labels)
     if not spec or path.is_absolute() or spec[0] in ".~" or path.suffix == ".parquet":
         raise DataError(f"no file or folder {spec!r}: check the path")
     root = root or os.environ.get("FEATNORM_DATA")
-    return _open_name(spec, None if root is None else Path(root).expanduser())
+    return _open_name(spec, None if root is None else Path(root).expanduser(), labels)
 
 
 def open_to_score(specs: Sequence[str], *, root: str | Path | None = None) -> ImageSource:
     """Open what a user wants scored: image files, and all that `open_images` takes, one after the other.
 
-    In folders every file is taken for an image, so that one that is none is refused by name and not passed over.
+    A file that is named is taken, whatever it is. A folder may hold several splits.
 
     Parameters
     ----------
-    specs : one or more of them.
-    root : see `open_images`.
+    specs : sequence of str
+        One or more of them.
+    root : str or Path, optional
+        See `open_images`.
 
     Raises
     ------
@@ -135,57 +175,57 @@ def open_to_score(specs: Sequence[str], *, root: str | Path | None = None) -> Im
 
 def _opened_to_score(spec: str, path: Path, root: str | Path | None) -> ImageSource:
     if path.is_dir():
-        return _every_file(path)
+        return _open_folder(path, _title(path), _Labels(False), mixed=True)
     if is_address(spec) and not _SLICE.fullmatch(spec):
-        return _open_stored(look_up(spec), every=True)
-    return open_images(spec, root=root)
+        return _open_stored(look_up(spec), _Labels(False), mixed=True)
+    return open_images(spec, root=root, labels=False)
 
 
 def _file_title(files: Sequence[Path]) -> str:
     return files[0].name if len(files) == 1 else f"{len(files)} files"
 
 
-def _every_file(folder: Path) -> ImageSource:
-    try:
-        shards = _shards(folder)
-        if shards and not image_files(folder):
-            return ParquetImages(shards, _title(folder))
-        return FolderImages(folder, _title(folder), every=True)
-    except OSError as error:
-        raise DataError(f"cannot read the folder {folder}: {first_line(error)}") from error
+def _open_path(path: Path, title: str, labels: _Labels) -> ImageSource:
+    if path.is_dir():
+        return _open_folder(path, title, labels)
+    if path.suffix != ".parquet":
+        raise DataError(f"{path} is neither a folder nor a .parquet file: name the folder it lies in")
+    return labels.table([path], title, PassedOver())
 
 
-def _open_path(path: Path, title: str) -> ImageSource:
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise DataError(f"{path} is neither a folder nor a .parquet file: name the folder it lies in")
-        return ParquetImages([path], title)
+def _open_folder(path: Path, title: str, labels: _Labels, *, mixed: bool = False) -> ImageSource:
+    """Open a folder of images, or of the shards of a table; of several splits only if they may be mixed."""
     try:
-        _refuse_splits(path, _splits_in(path))
+        if not mixed:
+            _refuse_splits(path, _splits_in(path))
         shards = _shards(path)
-        if shards and not image_files(path):
-            return ParquetImages(shards, title)
-        return FolderImages(path, title)
+        found = image_files(path)
+        if shards and not found[0]:
+            return labels.table(shards, title, found[1])
+        labels.require_none(path)
+        return FolderImages(path, title, found)
     except OSError as error:
         raise DataError(f"cannot read the folder {path}: {first_line(error)}") from error
 
 
-def _open_stored(folder: StoredFolder, *, every: bool = False) -> ImageSource:
+def _open_stored(folder: StoredFolder, labels: _Labels, *, mixed: bool = False) -> ImageSource:
     place = folder.place
     path = PurePosixPath(place.path)
     title = _name_of(path.parent.name, path.stem if folder.is_file else path.name)
     if folder.is_file:
         if path.suffix == ".parquet":
-            return ParquetImages(folder.files, title)
-        if not every:
+            return labels.table(folder.files, title, PassedOver())
+        if not mixed:
             raise DataError(f"{place} is neither a folder nor a .parquet file: name the folder it lies in")
         return StoredImages(folder.files, path.name)
     shards = folder.parquet_files()
-    if not every:
+    if not mixed:
         _refuse_splits(place, _named_splits([shard.name for shard in shards], folder.folders))
-    if shards and not folder.image_files():
-        return ParquetImages(shards, title)
-    return folder.images(title, every=every)
+    found = folder.image_files()
+    if shards and not found[0]:
+        return labels.table(shards, title, found[1])
+    labels.require_none(place)
+    return folder.images(title, found)
 
 
 def _refuse_splits(place: object, splits: list[str]) -> None:
@@ -218,11 +258,11 @@ def _name_of(parent: str, own: str) -> str:
     return f"{parent}:{own}" if own.lower() in _SPLIT_NAMES else own
 
 
-def _open_name(spec: str, root: Path | None) -> ImageSource:
+def _open_name(spec: str, root: Path | None, labels: _Labels) -> ImageSource:
     name, colon, split = spec.partition(":")
     title = name.rpartition("/")[2] + colon + split
     if root is not None and (place := _find(root, name, split or "test")):
-        return _open_path(place, title)
+        return _open_path(place, title, labels)
     known = next((known for known in _TORCHVISION if known.lower() == name.lower()), None)
     if known is None:
         places = "no data root is set (FEATNORM_DATA)"
@@ -232,6 +272,7 @@ def _open_name(spec: str, root: Path | None) -> ImageSource:
             f"cannot find {spec!r}: no such path, {places}, "
             f"and torchvision downloads only {', '.join(_TORCHVISION)}: check the spelling"
         )
+    labels.require_none(f"torchvision's {known}")
     return _open_torchvision(known, split, root, title)
 
 

@@ -2,7 +2,9 @@
 
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -11,8 +13,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from featnorm.data.formats import HEAD_BYTES, PassedOver, ending, looks_like_image, named_as_image
 from featnorm.data.images import (
-    EXTENSIONS,
     DataError,
     ImageError,
     ImageSource,
@@ -20,9 +22,12 @@ from featnorm.data.images import (
     decode,
     decode_with_digest,
     first_line,
+    no_images,
     vision_module,
 )
 
+# Requests at once for the beginnings of files; each is an answer to wait for.
+_LOOKERS = 32
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://.+", re.IGNORECASE | re.DOTALL)
 
 
@@ -87,6 +92,16 @@ class StoredFile:
         except OSError as error:
             raise ImageError(str(self), first_line(error)) from error
 
+    def begins_as_image(self) -> bool:
+        """Whether its first bytes are an image's; true where they cannot be read, which is told later."""
+        if self.size == 0:
+            return False
+        try:
+            with self.open() as file:
+                return looks_like_image(bytes(file.read(HEAD_BYTES)))
+        except OSError:
+            return True
+
     def beside(self, path: str) -> "StoredFile":
         """Return the file of that path relative to the folder that this one lies in."""
         return StoredFile(self.store, posixpath.normpath(PurePosixPath(self.path).parent / path))
@@ -146,12 +161,15 @@ class StoredFolder:
         The folders that lie in it directly.
     is_file : bool
         Whether it is a file.
+    hidden : int
+        How many hidden files and folders it holds.
     """
 
     place: StoredFile
     files: tuple[StoredFile, ...]
     folders: tuple[str, ...]
     is_file: bool
+    hidden: int = 0
 
     def parts(self, file: StoredFile) -> tuple[str, ...]:
         """Return the path of a file in it, from here."""
@@ -161,28 +179,43 @@ class StoredFolder:
         """Return the parquet files that lie in it directly."""
         return [f for f in self.files if f.name.endswith(".parquet") and len(self.parts(f)) == 1]
 
-    def image_files(self) -> list[StoredFile]:
-        """Return the image files in it and below."""
-        return [file for file in self.files if file.name.lower().endswith(EXTENSIONS)]
+    def image_files(self) -> tuple[list[StoredFile], PassedOver]:
+        """Return the image files in it and below, and what else there is, as `featnorm.data.images.image_files`.
 
-    def images(self, title: str, *, every: bool = False) -> StoredImages:
-        """Return the images in it, or every file; see `FolderImages`.
+        A file whose name does not end as image files' do costs two short requests, of which many run at once.
+        """
+        looks = [file for file in self.files if named_as_image(file.name) is None]
+        with ThreadPoolExecutor(_LOOKERS, "featnorm-look") as lookers:
+            looked = dict(zip(looks, lookers.map(StoredFile.begins_as_image, looks), strict=True))
+        files: list[StoredFile] = []
+        kinds: Counter[str] = Counter()
+        for file in self.files:
+            if named_as_image(file.name) or looked.get(file):
+                files.append(file)
+            else:
+                kinds[ending(file.name)] += 1
+        return files, PassedOver(kinds, self.hidden)
+
+    def images(self, title: str, found: tuple[list[StoredFile], PassedOver]) -> StoredImages:
+        """Return the images that `image_files` found; see `FolderImages`.
 
         Raises
         ------
         DataError
             There is none.
         """
-        files = list(self.files) if every else self.image_files()
+        files, passed_over = found
         if not files:
-            expected = "" if every else f": expected files ending in {', '.join(EXTENSIONS)}"
-            raise DataError(f"no {'files' if every else 'images'} in {self.place}{expected}")
+            raise no_images(self.place, passed_over)
         parts = [self.parts(file) for file in files]
-        if not all(len(of_file) > 1 for of_file in parts):
-            return StoredImages(files, title)
-        classes = sorted({*self.folders, *(of_file[0] for of_file in parts)})
-        numbers = {name: number for number, name in enumerate(classes)}
-        return StoredImages(files, title, [numbers[of_file[0]] for of_file in parts], classes)
+        labels = classes = None
+        if all(len(of_file) > 1 for of_file in parts):
+            classes = sorted({*self.folders, *(of_file[0] for of_file in parts)})
+            numbers = {name: number for number, name in enumerate(classes)}
+            labels = [numbers[of_file[0]] for of_file in parts]
+        images = StoredImages(files, title, labels, classes)
+        images.passed_over = passed_over
+        return images
 
 
 def look_up(address: str) -> StoredFolder:
@@ -213,11 +246,14 @@ def look_up(address: str) -> StoredFolder:
         # Without its cause, which may show the keys in the address.
         raise DataError(f"cannot list {shown}: {why}") from None
     seen = [(info, PurePosixPath(info.path).relative_to(place.path).parts) for info in below]
+    # The topmost of each, whatever is in it.
+    tops = (next((i for i, part in enumerate(parts) if part[0] == "."), None) for _, parts in seen)
+    hidden = {parts[: top + 1] for (_, parts), top in zip(seen, tops, strict=True) if top is not None}
     seen = [(info, parts) for info, parts in seen if parts and not any(part[0] == "." for part in parts)]
     files = [StoredFile(address, info.path, info.size, info.mtime_ns) for info, _ in seen if info.is_file]
     folders = {parts[0] for info, parts in seen if len(parts) > 1 or info.type == fs.FileType.Directory}
     by_parts = sorted(files, key=lambda file: PurePosixPath(file.path).parts)
-    return StoredFolder(place, tuple(by_parts), tuple(sorted(folders)), False)
+    return StoredFolder(place, tuple(by_parts), tuple(sorted(folders)), False, len(hidden))
 
 
 @lru_cache(maxsize=16)

@@ -47,6 +47,8 @@ class ImageVerdict(NamedTuple):
         The class, where the head was trained on labels.
     error : str or None
         Why the image cannot be read.
+    several : bool
+        Whether the image is the first of several frames or pages of its file.
     why : Explanation or None
         Why it scores as it does, where that was asked.
     """
@@ -57,6 +59,7 @@ class ImageVerdict(NamedTuple):
     is_id: bool | None
     predicted: str | None
     error: str | None
+    several: bool = False
     why: Explanation | None = None
 
 
@@ -125,7 +128,7 @@ class ImageScorer:
             if part.batch is not None:
                 judged = chain(*in_parts(ask, part.batch.images))
                 for row, verdict in zip(part.batch.indices.tolist(), judged, strict=True):
-                    verdicts[row] = verdict._replace(name=source.name(row))
+                    verdicts[row] = verdict._replace(name=source.name(row), several=row in part.several)
             yield [verdicts[row] for row in part.rows]
 
     @torch.no_grad()

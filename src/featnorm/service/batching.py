@@ -19,9 +19,6 @@ from featnorm.service.limits import RETRY, Limits
 
 log = logging.getLogger("featnorm.service")
 
-# Those of the files that a folder of images holds, and GIF. Of others Pillow knows, some start programs (EPS), and
-# none is what a browser or a camera makes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # An image of the most pixels takes a gigabyte and a half while it is made ready: more threads could be too many.
 _MOST_DECODERS = 2
 
@@ -131,7 +128,7 @@ class Batcher:
         if upload.error is not None:
             return upload.error
         try:
-            image = decode(upload.data, upload.name, formats=FORMATS, most_pixels=self._limits.pixels)
+            image = decode(upload.data, upload.name, most_pixels=self._limits.pixels)
         except ImageError as error:
             return error.reason
         try:
