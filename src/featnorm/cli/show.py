@@ -1,6 +1,5 @@
 """What the commands print, and what they say of the machine."""
 
-import os
 import platform
 import shlex
 import sys
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
+from featnorm._files import try_place
 from featnorm.evaluation import Evaluation
 from featnorm.report.tables import table_rows
 
@@ -53,13 +53,13 @@ def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None
         console.print(f"  ... and {count - SKIPPED_SHOWN} more")
 
 
-def prepare_folder(out: Path) -> None:
-    """Make the folder for the results, before the work and not after it.
+def prepare_folder(out: Path, files: Sequence[Path]) -> None:
+    """Make the folder for the results, before the work and not after it, and see that files can be written to it.
 
     Raises
     ------
     ValueError
-        It cannot be made or written to.
+        The folder cannot be made or written to, or one of the files cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,8 @@ def prepare_folder(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {out} is no folder that can be written to: {error.strerror}") from None
+    for file in files:
+        try_place(file)
 
 
 def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
@@ -77,12 +79,7 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
     ValueError
         It cannot, or it is an input, or lies in a folder of them.
     """
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"the folder {out.parent} cannot be written to")
+    try_place(out)
     place = out.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):
