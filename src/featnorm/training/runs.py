@@ -87,6 +87,7 @@ def log(path: Path, entry: dict[str, Any]) -> None:
     ValueError
         As `read_log`.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read_log(path) if line["epoch"] < entry["epoch"]] if path.exists() else []
     write_text(path, "".join(f"{seal(line)}\n" for line in (*kept, entry)))
 
