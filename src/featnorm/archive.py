@@ -89,7 +89,12 @@ def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: 
             raise ValueError("it has a share to accept without calibration scores, or these without a share")
         return Calibration(scores, tpr)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ArchiveError(f"{path} is damaged: {error}") from None
+        raise damaged(path, error) from None
+
+
+def damaged(path: str | Path, error: Exception) -> ArchiveError:
+    """Return the error of a file whose content is not what it should be, in one line."""
+    return ArchiveError(f"{path} is damaged: {' '.join(str(error).split())}")
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:

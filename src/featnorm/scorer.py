@@ -222,5 +222,5 @@ class Scorer(nn.Module):
         except archive.ArchiveError:
             raise
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-            raise archive.ArchiveError(f"{path} is damaged: {error}") from None
+            raise archive.damaged(path, error) from None
         return scorer

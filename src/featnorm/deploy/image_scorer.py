@@ -236,20 +236,21 @@ class ImageScorer:
             weights, statistics = _under("model.", tensors), _statistics(tensors)
             spec, head = _text(kept["backbone"]), _head(kept["head"], weights)
             classes, facts = kept["classes"], kept["facts"]
-            kept_impression = tensors["transform"], tensors["response"]
+            kept_impression = tensors["transform"].float(), tensors["response"].float()
             facts = {_text(name): _text(fact) for name, fact in facts.items()}
             if classes is not None:
                 classes = [_text(name) for name in classes]
                 if len(classes) != kept["head"]["classes"]:
                     raise ValueError(f"it names {len(classes)} classes for {kept['head']['classes']} logits")
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-            raise archive.ArchiveError(f"{path} is damaged: {error}") from None
+            raise archive.damaged(path, error) from None
         loaded = _architecture(spec, model, path)
         network = nn.Sequential(backbone_of(loaded)[0], head).to(memory_format=torch.channels_last)
         try:
             load_weights(network, weights)
         except RuntimeError as error:
-            raise archive.ArchiveError(f"{path} does not fit {loaded.name}: {error}") from None
+            why = " ".join(str(error).split())
+            raise archive.ArchiveError(f"{path} does not fit {loaded.name}: {why}") from None
         own = {
             name: value
             for name, value in tensors.items()
@@ -268,10 +269,14 @@ class ImageScorer:
                 )
         made_of = cls(spec, scorer, loaded.transform, classes, statistics, facts)
         try:
+            # What a head has, and verdicts and explanations read.
+            scorer.tap.require(("activation", "logits", "classifier"))
             image = loaded.transform(_picture()).float()[None]
             made_of.judge(image, [""], explain=() if statistics is None else [0])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-            raise archive.ArchiveError(f"{path} is damaged: it scores no image ({first_line(error)})") from None
+            raise archive.ArchiveError(
+                f"{path} is damaged: it cannot score an image ({first_line(error)})"
+            ) from None
         return made_of
 
 
