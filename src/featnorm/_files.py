@@ -122,6 +122,13 @@ def append(path: Path, content: bytes) -> None:
         raise WriteError(path, error) from None
 
 
+def try_folder(path: Path) -> None:
+    """Raise an OSError where no file can be made in a folder."""
+    # By a name, which not every system and disk that has room for a nameless file has room for.
+    with tempfile.NamedTemporaryFile(dir=path, prefix="."):
+        pass
+
+
 def try_place(path: Path) -> None:
     """Find out whether a file can be written or replaced, without changing what is there.
 
@@ -132,8 +139,7 @@ def try_place(path: Path) -> None:
     """
     try:
         _require_folder(path)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try_folder(path.parent)
         there = path.stat()
     except FileNotFoundError as error:
         if error.errno is None:

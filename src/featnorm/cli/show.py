@@ -3,7 +3,6 @@
 import platform
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
-from featnorm._files import try_place
+from featnorm._files import try_folder, try_place
 from featnorm.evaluation import Evaluation
 from featnorm.report.tables import table_rows
 
@@ -63,8 +62,7 @@ def prepare_folder(out: Path, files: Sequence[Path]) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        try_folder(out)
     except OSError as error:
         raise ValueError(f"--out {out} is no folder that can be written to: {error.strerror}") from None
     for file in files:
