@@ -94,7 +94,8 @@ def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: 
 
 def damaged(path: str | Path, error: Exception) -> ArchiveError:
     """Return the error of a file whose content is not what it should be, in one line."""
-    return ArchiveError(f"{path} is damaged: {' '.join(str(error).split())}")
+    why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return ArchiveError(f"{path} is damaged: {why}")
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
