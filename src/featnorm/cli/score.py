@@ -220,6 +220,12 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
     journal = Journal(place, settings, options.batch_size)
     if journal.begun_anew:
         console.print("an earlier run was of other images, detector or options: starting anew", style="dim")
+    if journal.damaged is not None:
+        console.print(
+            f"line {journal.damaged} of {journal.path} is damaged: images are scored again from there on",
+            style="dim",
+            soft_wrap=True,
+        )
     return journal
 
 
