@@ -12,6 +12,8 @@ from featnorm.data.images import MOST_PIXELS
 RETRY = {"Retry-After": "1"}
 # Bodies of the largest size that may be in memory at once, of all requests together.
 _BODIES = 16
+# Who sends no token has no claim on our time: the rest of its body is not awaited.
+_UNAUTHORIZED = 401
 # A client that is refused may first finish a body of this many times the largest size, which is thrown away: one
 # that is cut off while it sends does not read why.
 _DRAINED = 4
@@ -27,8 +29,15 @@ class Limits:
     images : of a request; 413 beyond.
     pixels : of an image, which is refused by itself.
     queue : images that wait for the model, of all requests; 503 beyond.
-    seconds : that a request may take in all: 408 if its body is not there by then, else 503.
+    queue_pixels : pixels that wait to be decoded, as the headers of the images declare them, of all requests; 503
+        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least.
+    seconds : that a request may take in all: 408 if its body is not there by then, else 503. `featnorm serve`
+        gives a client as long to send the head of a request, and to read an answer.
     batch_size : images that the model judges at once.
+    connections : that `featnorm serve` keeps open. Beyond, it closes the one that has waited longest for its
+        client to finish a request; if all requests are complete, a new connection gets 503.
+    grace : seconds after SIGTERM or Ctrl+C within which `featnorm serve` ends. Requests that are under way are
+        answered in the first 70 % of them.
 
     Raises
     ------
@@ -40,8 +49,11 @@ class Limits:
     images: int = 64
     pixels: int = 50_000_000
     queue: int = 256
+    queue_pixels: int = 800_000_000
     seconds: float = 30.0
     batch_size: int = 32
+    connections: int = 512
+    grace: float = 10.0
 
     def __post_init__(self) -> None:
         for bound in fields(self):
@@ -54,6 +66,27 @@ class Limits:
             )
         if self.pixels > MOST_PIXELS:
             raise ValueError(f"the bound pixels is {self.pixels}: Pillow itself refuses more than {MOST_PIXELS}")
+        if self.pixels > self.queue_pixels:
+            raise ValueError(
+                f"an image may have {self.pixels} pixels, and the queue only {self.queue_pixels}: "
+                "it must hold as many"
+            )
+
+
+def declared_length(headers: Headers) -> int:
+    """Return the length of a request's body by its headers, in bytes; 0 where they do not tell."""
+    declared = headers.get("content-length", "0")
+    return int(declared) if declared.isascii() and declared.isdigit() else 0
+
+
+def has_body(headers: Headers) -> bool:
+    """Return whether a request with these headers has a body."""
+    return declared_length(headers) > 0 or "transfer-encoding" in headers
+
+
+def closing(start: Message) -> Message:
+    """Return the start of a response with the announcement that the connection ends with it."""
+    return {**start, "headers": [*start.get("headers", ()), (b"connection", b"close")]}
 
 
 class BodyBound:
@@ -92,9 +125,8 @@ class _Body:
         self._receive = receive
         self._send = send
         headers = Headers(scope=scope)
-        declared = headers.get("content-length", "0")
-        self._declared = int(declared) if declared.isascii() and declared.isdigit() else 0
-        self._complete = not self._declared and "transfer-encoding" not in headers
+        self._declared = declared_length(headers)
+        self._complete = not has_body(headers)
         # Whoever waits to be asked for the body is refused before sending it.
         self._asked = "100-continue" not in headers.get("expect", "").lower()
         self._deadline = asyncio.get_running_loop().time() + bound.limits.seconds
@@ -133,9 +165,10 @@ class _Body:
     async def send(self, message: Message) -> None:
         """Pass a message on; before an answer begins, the rest of the body is read and thrown away."""
         if message["type"] == "http.response.start" and not self._complete:
-            await self._drain()
+            if message["status"] != _UNAUTHORIZED:
+                await self._drain()
             if not self._complete:
-                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+                message = closing(message)
         await self._send(message)
 
     async def _drain(self) -> None:
