@@ -3,8 +3,6 @@
 import logging
 import os
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,16 +50,20 @@ def run(options: Options) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{bound.getsockname()[1]}/"
     _log_lines()
-    ends = run_server(
-        app,
-        bound,
-        options.limits,
-        lambda: console.print(f"Serving {options.detector} at {url} (Ctrl+C ends it).", soft_wrap=True),
-    )
-    # Python waits for threads that still decode or judge, and they cannot be stopped.
-    watchdog = threading.Timer(max(0.0, ends - time.monotonic()), os._exit, (0,))
-    watchdog.daemon = True
-    watchdog.start()
+    status = 0
+    try:
+        run_server(
+            app,
+            bound,
+            options.limits,
+            lambda: console.print(f"Serving {options.detector} at {url} (Ctrl+C ends it).", soft_wrap=True),
+        )
+    except KeyboardInterrupt:
+        status = 130
+    # Python would wait for threads that still decode or judge, for nobody, and they cannot be stopped.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _token(file: Path | None) -> str | None:

@@ -161,7 +161,7 @@ def create_app(
     app.add_middleware(RequestLog, metrics=metrics)  # the last is the outermost
     bearer = HTTPBearer(auto_error=False)
 
-    def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         assert token is not None
         if given is None or not secrets.compare_digest(given.credentials.encode(), token.encode()):
             raise HTTPException(

@@ -91,11 +91,14 @@ class Batcher:
         loop = asyncio.get_running_loop()
         images = [Waiting(upload, explain, loop.create_future()) for upload in uploads]
         self._waiting.update(images)
+        # All at once, so that the next request finds them counted.
+        made = [self._decoders.submit(partial(self._read, upload), self._cost(upload)) for upload in uploads]
         try:
-            return await asyncio.gather(*map(self._follow, images))
+            return await asyncio.gather(*map(self._follow, images, made))
         finally:
             self._waiting.difference_update(images)
-            for image in images:
+            for decoded, image in zip(made, images, strict=True):
+                decoded.cancel()
                 image.future.cancel()
 
     async def run(self) -> None:
@@ -122,8 +125,8 @@ class Batcher:
         self._decoders.close()
         self._model.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Waiting) -> ImageVerdict:
-        made = await self._decoders.run(partial(self._read, image.upload), self._cost(image.upload))
+    async def _follow(self, image: Waiting, decoded: asyncio.Future[Tensor | str]) -> ImageVerdict:
+        made = await decoded
         if isinstance(made, str):
             self._waiting.discard(image)
             return unreadable(image.upload.name, made)

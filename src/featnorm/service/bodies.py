@@ -171,6 +171,8 @@ def decode_base64(text: str) -> bytes:
     try:
         encoded = text.encode("ascii").translate(_ALPHABET, b" \t\r\n")
         bare = encoded.removesuffix(b"=").removesuffix(b"=")
+        if b"=" in bare:
+            raise ValueError("its data is not base64")
         return binascii.a2b_base64(bare + b"=" * (-len(bare) % 4), strict_mode=True)
     except (UnicodeEncodeError, binascii.Error):
         raise ValueError("its data is not base64") from None

@@ -50,30 +50,30 @@ class Decoders:
         self._waiting: dict[bool, list[_Job]] = {False: [], True: []}  # heaps, by whether they are large
         self._running: list[_Job] = []
 
-    async def run(self, work: Callable[[], T], pixels: int) -> T:
-        """Return what some work returns that decodes an image of so many pixels.
+    def submit(self, work: Callable[[], T], pixels: int) -> asyncio.Future[T]:
+        """Return the future result of some work that decodes an image of so many pixels.
 
-        If this is cancelled, work that has not begun is dropped.
+        If it is cancelled, work that has not begun is dropped.
         """
         loop = asyncio.get_running_loop()
         due = loop.time() + pixels / _PER_SECOND
         job = _Job(due, next(self._numbers), work, pixels, loop.create_future())
+        job.result.add_done_callback(lambda _: self._drop(job))
         heapq.heappush(self._waiting[job.large], job)
         self.pixels += pixels
         self._start()
-        try:
-            result: T = await job.result
-            return result
-        finally:
-            waiting = self._waiting[job.large]
-            if job in waiting:
-                waiting.remove(job)
-                heapq.heapify(waiting)
-                self.pixels -= pixels
+        return job.result
 
     def close(self) -> None:
         """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _drop(self, job: _Job) -> None:
+        waiting = self._waiting[job.large]
+        if job in waiting:
+            waiting.remove(job)
+            heapq.heapify(waiting)
+            self.pixels -= job.pixels
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()

@@ -4,7 +4,6 @@ import asyncio
 import math
 import signal
 import socket
-import time
 from collections.abc import Callable
 
 import uvicorn
@@ -16,7 +15,7 @@ from featnorm.service.limits import Limits
 # Connections that the system may have accepted for us at once. Together with those of `Limits` they have to stay
 # below the usual bound of 1,024 open files.
 _BACKLOG = 128
-# The share of the grace period in which requests are still answered. The rest is for threads to end.
+# The share of the grace period in which requests are still answered. The rest is for connections to end.
 _ANSWERED = 0.7
 
 
@@ -43,7 +42,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Callable[[], None]) -> float:
+def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Requests that are under way then have 70 % of the grace period to be answered; the others get 503.
@@ -54,11 +53,6 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
     bound : what `bind` returned.
     limits : the application's.
     on_start : called once it can be connected to.
-
-    Returns
-    -------
-    float
-        When the grace period ends, on the clock of `time.monotonic`. Threads may still be working.
     """
     config = uvicorn.Config(
         app,
@@ -72,14 +66,12 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
         backlog=_BACKLOG,
         timeout_graceful_shutdown=math.ceil(limits.grace),
     )
-    server = _Server(config, on_start, limits.grace)
     # uvicorn ends by raising the signal once more, which would make an orderly end look like a kill.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        server.run(sockets=[bound])
+        _Server(config, on_start, limits.grace).run(sockets=[bound])
     finally:
         signal.signal(signal.SIGTERM, before)
-    return server.ends
 
 
 class _Server(uvicorn.Server):
@@ -89,21 +81,19 @@ class _Server(uvicorn.Server):
     ----------
     config : its settings; where ``http`` is not of `connection_type`, requests are awaited as uvicorn does.
     on_start : called once it can be connected to.
-    grace : seconds from the signal to the end of the process.
+    grace : seconds from the signal to the end.
     """
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None], grace: float) -> None:
         super().__init__(config)
         self._on_start = on_start
         self._grace = grace
-        self.ends = math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.ends = time.monotonic() + self._grace
         asyncio.get_running_loop().call_later(_ANSWERED * self._grace, self._cut_off)
         await super().shutdown(sockets)
 
