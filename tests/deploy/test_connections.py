@@ -44,7 +44,9 @@ class Echo:
             if not going.done():
                 going.cancel()
                 return
-        content = b"x" * 2**25 if path == "/big" else json.dumps([scope["method"], path, body.decode()]).encode()
+        sizes = {"/big": 2**25, "/page": 2**17}
+        content = json.dumps([scope["method"], path, body.decode()]).encode()
+        content = b"x" * sizes[path] if path in sizes else content
         close = [(b"connection", b"close")] if path == "/early" else []
         headers = [(b"content-length", b"%d" % len(content)), *close]
         self.headers = scope["headers"]
@@ -334,6 +336,19 @@ def test_a_client_that_does_not_read_is_not_waited_for(closing):
         writer.close()
 
     serving(test, Limits(seconds=0.2))
+
+
+def test_a_client_that_asks_and_never_reads_gets_few_answers():
+    async def test(service):
+        _, writer = await service.connect()
+        while not writer.is_closing() and (service.connections or not service.app.seen):
+            writer.write(GET % b"page")
+            await asyncio.sleep(0.001)
+        # What the buffers of both systems hold, which is far less than what was asked for.
+        assert len(service.app.seen) < 200
+        writer.close()
+
+    serving(test, Limits(seconds=0.5))
 
 
 def test_the_oldest_unfinished_request_makes_room():

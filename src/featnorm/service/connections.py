@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import uuid
 from http import HTTPStatus
 from typing import Any
@@ -24,6 +25,8 @@ _FREE_CHUNKS = 4096
 _MIN_CHUNK = 64
 # Bytes around the content of a chunk: its size, perhaps an extension, and line ends.
 _CHUNK_FRAME = 64
+# Bytes of answers that the system keeps for a client to read; an answer is shorter than that.
+_SEND_BUFFER = 2**18
 # Requests that a client may send before the first of them is answered.
 _MAX_PIPELINED = 32
 # Seconds for which what a refused client still sends is read and thrown away. If the connection were closed at
@@ -115,7 +118,9 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Bound the connection."""
         super().connection_made(transport)
-        # To be told whenever anything is left that the client has not read.
+        # The system would keep megabytes for a client that asks and does not read.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        # To be told whenever anything is left that does not fit there.
         transport.set_write_buffer_limits(high=0)
         self._await_head()
         if len(self.connections) > self.bounds.connections:
