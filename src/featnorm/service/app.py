@@ -6,8 +6,8 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -124,18 +124,17 @@ def create_app(
         raise ValueError("the token must be printable ASCII without spaces, and not empty")
     hosts = [allowed_name(host) for host in allowed_hosts]
     metrics = Metrics(calibration.scores, limits.batch_size)
-    workers: WeakKeyDictionary[asyncio.AbstractEventLoop, Workers] = WeakKeyDictionary()
+    workers: dict[asyncio.AbstractEventLoop, Workers] = {}
     metrics.watch_queue(lambda: sum(some.batcher.waiting for some in workers.values()))
 
     def start() -> Workers:
         """Return the workers of the running event loop."""
         loop = asyncio.get_running_loop()
         if loop not in workers:
-            workers[loop] = Workers(
-                lambda: Batcher(
-                    scorer.transform, lambda images: _judge(scorer, images, fabric), limits, metrics.batch
-                )
-            )
+            for ended in [other for other in workers if other.is_closed()]:
+                del workers[ended]
+            judge = partial(_judge, scorer, fabric)
+            workers[loop] = Workers(Batcher(scorer.transform, judge, limits, metrics.batch))
         return workers[loop]
 
     @asynccontextmanager
@@ -292,7 +291,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _judge(scorer: ImageScorer, images: Sequence[Waiting], fabric: Any) -> list[ImageVerdict]:
+def _judge(scorer: ImageScorer, fabric: Any, images: Sequence[Waiting]) -> list[ImageVerdict]:
     return scorer.judge(
         torch.stack([image.tensor for image in images]),
         [image.upload.name for image in images],

@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from featnorm.data.images import MOST_PIXELS
 
 RETRY = {"Retry-After": "1"}
-# Bodies of the largest size that may be in memory at once, of all requests together.
+# Bodies of the largest size that may be in memory at once, of all requests together. Beyond, the request whose
+# body has been coming for longest gives way, so that nobody keeps the others out by not finishing.
 _BODIES = 16
 # Who sends no token has no claim on our time: the rest of its body is not awaited.
 _UNAUTHORIZED = 401
@@ -104,6 +105,7 @@ class BodyBound:
         self.app = app
         self.limits = limits
         self.held = 0
+        self.coming: dict[_Body, None] = {}  # oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its body bounded."""
@@ -114,7 +116,7 @@ class BodyBound:
         try:
             await self.app(scope, body.receive, body.send)
         finally:
-            self.held -= body.size
+            body.forget()
 
 
 class _Body:
@@ -125,13 +127,30 @@ class _Body:
         self._receive = receive
         self._send = send
         headers = Headers(scope=scope)
+        self._reading: asyncio.Timeout | None = None
+        self._evicted = False
         self._declared = declared_length(headers)
         self._complete = not has_body(headers)
         # Whoever waits to be asked for the body is refused before sending it.
         self._asked = "100-continue" not in headers.get("expect", "").lower()
         self._deadline = asyncio.get_running_loop().time() + bound.limits.seconds
         scope["state"]["deadline"] = self._deadline
-        self.size = 0
+        self._size = 0
+        if not self._complete:
+            bound.coming[self] = None
+
+    def forget(self) -> None:
+        """Count the body no longer."""
+        self._bound.held -= self._size
+        self._size = 0
+        self._bound.coming.pop(self, None)
+
+    def evict(self) -> None:
+        """Stop waiting for the rest, for the sake of other requests."""
+        self._evicted = True
+        self.forget()
+        if self._reading is not None and not self._reading.expired():
+            self._reading.reschedule(asyncio.get_running_loop().time())
 
     async def receive(self) -> Message:
         """Return the next part of the body.
@@ -147,19 +166,28 @@ class _Body:
         if self._declared > limits.body_bytes:
             raise self._too_long()
         self._asked = True
+        if self._evicted:
+            raise self._full()
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline) as self._reading:
                 message = await self._receive()
         except TimeoutError:
+            if self._evicted:
+                raise self._full() from None
             raise HTTPException(408, f"the body was not there within {limits.seconds:g} seconds") from None
+        finally:
+            self._reading = None
         self._note(message)
         size = len(message.get("body", b""))
-        self.size += size
+        self._size += size
         self._bound.held += size
-        if self.size > limits.body_bytes:
+        if self._size > limits.body_bytes:
             raise self._too_long()
-        if self._bound.held > _BODIES * limits.body_bytes:
-            raise HTTPException(503, "the service holds as much as it can: try again later", RETRY)
+        while self._bound.held > _BODIES * limits.body_bytes:
+            oldest = next(iter(self._bound.coming), self)
+            oldest.evict()
+            if oldest is self:
+                raise self._full()
         return message
 
     async def send(self, message: Message) -> None:
@@ -173,7 +201,7 @@ class _Body:
 
     async def _drain(self) -> None:
         left = _DRAINED * self._bound.limits.body_bytes
-        if not self._asked or self._declared > left:
+        if not self._asked or self._evicted or self._declared > left:
             return
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -186,6 +214,11 @@ class _Body:
 
     def _note(self, message: Message) -> None:
         self._complete = not message.get("more_body", False)
+        if self._complete:
+            self._bound.coming.pop(self, None)
+
+    def _full(self) -> HTTPException:
+        return HTTPException(503, "the service holds as much as it can: try again later", RETRY)
 
     def _too_long(self) -> HTTPException:
         return HTTPException(413, f"the body is longer than {self._bound.limits.body_bytes:,} bytes")

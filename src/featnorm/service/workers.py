@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -19,18 +18,17 @@ class Workers:
 
     Parameters
     ----------
-    make : returns the batcher.
+    batcher : judges images; not running yet.
 
     Attributes
     ----------
-    batcher : judges images.
     parser : one thread to parse bodies in.
     ready : whether a first image has been judged.
     stopped : whether `stop` was called.
     """
 
-    def __init__(self, make: Callable[[], Batcher]) -> None:
-        self.batcher = make()
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
         self.parser = ThreadPoolExecutor(1, "featnorm-parse")
         self.ready = False
         self.stopped = False
