@@ -30,11 +30,11 @@ class Limits:
     images : of a request; 413 beyond.
     pixels : of an image, which is refused by itself.
     queue : images that wait for the model, of all requests; 503 beyond.
-    queue_pixels : pixels that wait to be decoded, as the headers of the images declare them, of all requests; 503
-        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least.
     seconds : that a request may take in all: 408 if its body is not there by then, else 503. `featnorm serve`
         gives a client as long to send the head of a request, and to read an answer.
     batch_size : images that the model judges at once.
+    queue_pixels : pixels that wait to be decoded, as the headers of the images declare them, of all requests; 503
+        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least.
     connections : that `featnorm serve` keeps open. Beyond, it closes the one that has waited longest for its
         client to finish a request; if all requests are complete, a new connection gets 503.
     grace : seconds after SIGTERM or Ctrl+C within which `featnorm serve` ends. Requests that are under way are
@@ -50,9 +50,9 @@ class Limits:
     images: int = 64
     pixels: int = 50_000_000
     queue: int = 256
-    queue_pixels: int = 800_000_000
     seconds: float = 30.0
     batch_size: int = 32
+    queue_pixels: int = 800_000_000
     connections: int = 512
     grace: float = 10.0
 
