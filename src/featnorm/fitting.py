@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
-from featnorm._checks import check_share
+from featnorm._checks import check_share, check_type
 from featnorm.activation import ActivationStatistics
 from featnorm.calibration import Calibration
 from featnorm.data import (
@@ -32,6 +32,7 @@ from featnorm.data import (
 from featnorm.deploy import ImageScorer
 from featnorm.deploy.image_scorer import backbone_of
 from featnorm.detectors import Detector, KLUniform
+from featnorm.detectors.base import check_detector
 from featnorm.features import Features
 from featnorm.models import LoadedModel
 from featnorm.scorer import Scorer
@@ -129,7 +130,10 @@ def fit_images(
     ValueError
         The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
     """
+    check_type(source, ImageSource, "the images", "a source, as featnorm.data.open_images makes it")
+    check_type(loaded, LoadedModel, "the backbone", "a LoadedModel, as featnorm.models.create_model makes it")
     detector = KLUniform() if detector is None else detector
+    check_detector(detector, "fit_images")
     check_share(tpr, "tpr")
     if targets not in get_args(Targets):
         raise ValueError(f"there are no targets {targets!r}: use {', '.join(get_args(Targets))}")
