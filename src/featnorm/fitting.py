@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._checks import check_share, check_type
+from featnorm._errors import UserCodeError
 from featnorm.activation import ActivationStatistics
 from featnorm.calibration import Calibration
 from featnorm.data import (
@@ -34,7 +35,7 @@ from featnorm.deploy.image_scorer import backbone_of
 from featnorm.detectors import Detector, KLUniform
 from featnorm.detectors.base import check_detector
 from featnorm.features import Features
-from featnorm.models import LoadedModel
+from featnorm.models import LoadedModel, users_forward, users_transform
 from featnorm.scorer import Scorer
 from featnorm.tap import FeatureTap
 from featnorm.training import PRESETS, ProjectionHead, Recipe, train
@@ -381,7 +382,7 @@ def backbone_features(
     @torch.no_grad()
     def ask(images: Tensor) -> Tensor:
         images = images.to(device).contiguous(memory_format=torch.channels_last)
-        with nullcontext() if fabric is None else fabric.autocast():
+        with users_forward(loaded.name, backbone), nullcontext() if fabric is None else fabric.autocast():
             return backbone(images)
 
     key = {
@@ -407,11 +408,15 @@ def _noise_digest(loaded: LoadedModel, backbone: Callable[[Tensor], Tensor]) -> 
     """Return what tells a transform and a backbone's code from others: what they make of two pictures."""
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise), Image.fromarray(noise[:47, :61])]
-    first, again = ([loaded.transform(picture) for picture in pictures] for _ in range(2))
+    with users_transform(loaded.name, "a picture of noise"):
+        first, again = ([loaded.transform(picture) for picture in pictures] for _ in range(2))
     if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
         raise DataError(f"the transform of {loaded.name} is random: use the one of evaluation")
     digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in first))
-    features = backbone(first[0][None])
+    try:
+        features = backbone(first[0][None])
+    except UserCodeError as error:
+        raise error.on("a picture of noise") from error.__cause__
     if isinstance(features, Tensor):
         # Coarsely, as the last bits may differ from run to run.
         values = features.float().cpu()

@@ -12,10 +12,11 @@ from tqdm import tqdm
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder, print_skipped, print_table
 from featnorm.data import DataError, ImageSource, image_loader, open_images
+from featnorm.data.loading import named
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
-from featnorm.models import create_model
+from featnorm.models import create_model, users_forward
 from featnorm.report import markdown_page
 from featnorm.report.comparison import write_page
 from featnorm.tap import FeatureTap
@@ -73,7 +74,8 @@ class _Reader:
         for batch in tqdm(loader, desc=name, unit="batch", disable=None, leave=False):
             rows.extend(batch.indices.tolist())
             images = batch.images.contiguous(memory_format=torch.channels_last)
-            with self.fabric.autocast():
+            where = users_forward(self.options.model, self.tap.model, named(source, batch.indices.tolist()))
+            with where, self.fabric.autocast():
                 features = self.tap(images)
             # Labels of other classes than the model's own say nothing of its accuracy.
             foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)

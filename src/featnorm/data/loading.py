@@ -3,7 +3,7 @@
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,10 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from featnorm._errors import UserCodeError, place_of
 from featnorm._memory import in_parts
 from featnorm.data.images import DataError, ImageError, ImageSource, first_line
 
 _FEW = 256  # images; below, starting workers takes longer than reading
+
+
+class TransformError(DataError, UserCodeError):
+    """A transform that raised an error; its traceback, which may be of another process, is a note of this one."""
 
 
 class ImageBatch(NamedTuple):
@@ -122,7 +127,7 @@ class _Batches(Dataset[_Result]):
                 transformed = self.transform(image)
             except Exception as error:
                 what = f"{type(error).__name__}: {first_line(error)}"
-                result.error = f"the transform failed on {self.source.name(i)} ({what})"
+                result.error = f"the transform failed on {self.source.name(i)} ({what}) at {place_of(error)}"
                 result.trace = traceback.format_exc()
                 return result
             result.error = self._refusal(i, transformed, images)
@@ -176,11 +181,19 @@ class ImageLoader:
                 for row, reason in result.part.unread.items():
                     self._on_corrupt(self._source.name(row), reason)
             if result.error is not None:
-                error = DataError(result.error)
-                if result.trace:
-                    error.add_note(result.trace)
+                if not result.trace:
+                    raise DataError(result.error)
+                error = TransformError(result.error)
+                error.add_note(result.trace)
                 raise error
             yield result.part
+
+
+def named(source: ImageSource, rows: Sequence[int]) -> str:
+    """Return what to call some images of a source in an error: the one, or the first and the last."""
+    if len(rows) == 1:
+        return source.name(rows[0])
+    return f"a batch of {len(rows)} images, {source.name(rows[0])} to {source.name(rows[-1])}"
 
 
 def rows_of(number: int, batch_size: int, total: int) -> range:
@@ -214,7 +227,10 @@ def extract_images(
         if part.batch is None:
             yield Extracted(part.rows, None, part.unread)
             continue
-        found = in_parts(backbone, part.batch.images)
+        try:
+            found = in_parts(backbone, part.batch.images)
+        except UserCodeError as error:
+            raise error.on(named(source, part.batch.indices.tolist())) from error.__cause__
         values = found[0] if len(found) == 1 else torch.cat(found)
         yield Extracted(part.rows, values, part.unread)
 
@@ -247,8 +263,8 @@ def image_loader(
     Returns
     -------
     ImageLoader
-        An iterable of `ImageBatch`. Iterating raises DataError if the transform fails (its own traceback
-        is a note of the exception), returns no tensor, or returns different shapes within a batch.
+        An iterable of `ImageBatch`. Iterating raises DataError if the transform returns no tensor, or different
+        shapes within a batch, and its subclass `TransformError` if it raises an error (whose traceback is a note).
 
     Raises
     ------

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from featnorm._checks import Setting, shown, table
+from featnorm._errors import RefusalError
 from featnorm.detectors.statistics import Statistic
 from featnorm.features import Features
 
 Role = Literal["norm", "distance", "confidence"]
 
 
-class NotFittedError(RuntimeError):
+class NotFittedError(RefusalError, RuntimeError):
     """A detector that learns was asked for a score before it has seen anything."""
 
 

@@ -136,7 +136,11 @@ class FeatureTap:
             inputs, labels, why = _split(batch, i)
             if not len(inputs):
                 continue
-            features = self(inputs)
+            try:
+                features = self(inputs)
+            except Exception as error:
+                error.add_note(f"(on batch {i} of the loader, counted from 0)")
+                raise
             empty = False
             if labels is None:
                 yield features.replace(absent={**features.absent, "labels": why})
