@@ -48,7 +48,7 @@ def place_of(error: BaseException) -> str:
     """Return where an error was raised, as ``module:function (file:line)``.
 
     That is the innermost call in code that is neither featnorm's nor an installed library's; where there is none,
-    the innermost call.
+    the innermost forward pass of a module, or else the innermost call.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{_short(error.filename)}:{error.lineno}"
@@ -58,14 +58,17 @@ def place_of(error: BaseException) -> str:
         for frame, line in frames
         if not (is_featnorms(frame.f_code.co_filename) or is_library(frame.f_code.co_filename))
     ]
+    forward = [(frame, line) for frame, line in frames if frame.f_code.co_name == "forward"]
     if not frames:
-        return "a worker process"
-    frame, line = (theirs or frames)[-1]
+        return "a place in another process"
+    frame, line = (theirs or forward or frames)[-1]
     code = frame.f_code
     return f"{frame.f_globals.get('__name__', '?')}:{code.co_qualname} ({_short(code.co_filename)}:{line})"
 
 
 def _short(file: str) -> str:
-    """Return a path relative to the working directory, where it lies in there."""
-    here = os.path.join(os.getcwd(), "")
-    return file.removeprefix(here)
+    """Return a path relative to the working directory, or to the folder of the libraries, where it lies in one."""
+    for folder in (os.path.join(os.getcwd(), ""), *sorted(_LIBRARIES, key=len, reverse=True)):
+        if file.startswith(folder):
+            return file.removeprefix(folder)
+    return file
