@@ -44,26 +44,23 @@ def frames_of(error: BaseException) -> list[tuple[FrameType, int]]:
     return list(traceback.walk_tb(error.__traceback__))
 
 
-def place_of(error: BaseException) -> str:
-    """Return where an error was raised, as ``module:function (file:line)``.
+def at(error: BaseException) -> str:
+    """Return where code that is not featnorm's raised an error, as ``, at module:function (file:line)``.
 
-    That is the innermost call in code that is neither featnorm's nor an installed library's; where there is none,
-    the innermost forward pass of a module, or else the innermost call.
+    That is the innermost call in code that is no installed library's; where there is none, the innermost forward
+    pass of a module, or else the innermost call. Empty where the call by featnorm itself failed, or where the
+    error is of another process.
     """
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{_short(error.filename)}:{error.lineno}"
-    frames = frames_of(error)
-    theirs = [
-        (frame, line)
-        for frame, line in frames
-        if not (is_featnorms(frame.f_code.co_filename) or is_library(frame.f_code.co_filename))
-    ]
-    forward = [(frame, line) for frame, line in frames if frame.f_code.co_name == "forward"]
+        return f", at {_short(error.filename)}:{error.lineno}"
+    frames = [part for part in frames_of(error) if not is_featnorms(part[0].f_code.co_filename)]
     if not frames:
-        return "a place in another process"
+        return ""
+    theirs = [part for part in frames if not is_library(part[0].f_code.co_filename)]
+    forward = [part for part in frames if part[0].f_code.co_name == "forward"]
     frame, line = (theirs or forward or frames)[-1]
     code = frame.f_code
-    return f"{frame.f_globals.get('__name__', '?')}:{code.co_qualname} ({_short(code.co_filename)}:{line})"
+    return f", at {frame.f_globals.get('__name__', '?')}:{code.co_qualname} ({_short(code.co_filename)}:{line})"
 
 
 def _short(file: str) -> str:

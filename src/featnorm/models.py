@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featnorm._errors import UserCodeError, frames_of, is_featnorms, place_of, said
+from featnorm._errors import UserCodeError, at, frames_of, is_featnorms, said
 from featnorm.data.images import first_line, vision_module
 from featnorm.pretrained import load_model
 
@@ -247,7 +247,7 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
 
 
 def _users_fault(what: str, error: Exception) -> UserModelError:
-    return UserModelError(f"{what} raised {said(error)}, at {place_of(error)}")
+    return UserModelError(f"{what} raised {said(error)}{at(error)}")
 
 
 @contextmanager

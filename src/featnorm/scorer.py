@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._checks import check_share
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, parse_detector
 from featnorm.detectors.base import check_detector
@@ -105,6 +106,7 @@ class Scorer(nn.Module):
         ValueError
             There are too few inputs for the share (19 at 0.95, 99 at 0.99), or a score cannot be had.
         """
+        check_share(tpr, "tpr")
         scores = [self.detector.score(features) for features in self.tap.stream(loader, progress=progress)]
         joined = torch.cat(scores)
         self.calibration = Calibration(joined, tpr).to(joined.device)

@@ -18,6 +18,7 @@ from featnorm.models import ModelError, UserModelError, create_model
 
 HINT = " (rerun with --debug for the traceback)\n"
 MINE = """
+import threading
 from pathlib import Path
 
 import torch
@@ -67,6 +68,12 @@ def crop(image):
 
 def cropping():
     return Net(), crop
+
+
+def locked():
+    net = Features()
+    net.lock = threading.Lock()
+    return net, to_tensor
 
 
 def failing():
@@ -190,7 +197,7 @@ class TestUsersCode:
         odd = pictures(mine / "known" / "odd", 1, 2, (8, 7)) / "000.png"
         options = ["--model", "mine:cropping", "--id", known, "--ood", other, "--workers", workers]
         there = place("crop", 'raise ZeroDivisionError("no room")')
-        said = f"the transform failed on {odd} (ZeroDivisionError: no room) at {there}"
+        said = f"the transform failed on {odd} (ZeroDivisionError: no room), at {there}"
         assert featnorm("evaluate", *options, "--batch-size", 1) == (2, "", f"featnorm: {said}{HINT}")
         status, _, error = featnorm("evaluate", *options, "--batch-size", 1, "--debug")
         assert status == 2
@@ -203,9 +210,18 @@ class TestUsersCode:
             "mine:failing": r"mine:failing\(\) raised LookupError: no weights, at mine:failing \(mine\.py:\d+\)$",
             "mine:failing_transform": r"the transform of mine:failing_transform raised ZeroDivisionError: "
             r"division by zero, at mine:failing_transform\.<locals>\.<lambda> \(mine\.py:\d+\), on a black image",
+            "math:sqrt": r"math:sqrt\(\) raised TypeError: math\.sqrt\(\) takes exactly one argument \(0 given\)$",
         }.items():
             with pytest.raises(UserModelError, match=words):
                 create_model(spec)
+
+    def test_a_model_that_cannot_be_copied(self, featnorm, mine):
+        photos = pictures(mine / "photos", 2)
+        status, _, error = featnorm("fit", photos, "--model", "mine:locked")
+        assert status == 2
+        assert (
+            "the model of mine:locked cannot be copied without its classifier (TypeError: cannot pickle" in error
+        )
 
     def test_a_module_that_cannot_be_imported(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -316,7 +332,8 @@ class TestStatus:
         assert featnorm("--debug", "demo", "--help")[0] == 0
 
     def test_a_wrong_call(self, featnorm):
-        for wrong in (["demo", "--no-such-option"], ["no-such-command"], ["demo", "--seed", "x"], ["fit"]):
+        seeds = (["demo", "--seed", "x"], ["demo", "--seed", "-1"], ["demo", "--seed", 2**70])
+        for wrong in (["demo", "--no-such-option"], ["no-such-command"], ["fit"], *seeds):
             status, _, said = featnorm(*wrong)
             assert status == 2
             assert "Traceback" not in said

@@ -104,7 +104,7 @@ def options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write the page to.")] = Path("featnorm-demo"),
-    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and the training.")] = 0,
 ) -> None:
     """Train a small network on handwritten digits and see which detectors tell what it does not know.
 
@@ -188,7 +188,7 @@ def fit(
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: UseRay = False,
-    seed: Annotated[int, typer.Option(help="Of the head's training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the head's training.")] = 0,
 ) -> None:
     """Learn what belongs to your images, and write a detector of what does not.
 

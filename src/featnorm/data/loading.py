@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from featnorm._errors import UserCodeError, place_of
+from featnorm._errors import UserCodeError, at
 from featnorm._memory import in_parts
 from featnorm.data.images import DataError, ImageError, ImageSource, first_line
 
@@ -127,7 +127,7 @@ class _Batches(Dataset[_Result]):
                 transformed = self.transform(image)
             except Exception as error:
                 what = f"{type(error).__name__}: {first_line(error)}"
-                result.error = f"the transform failed on {self.source.name(i)} ({what}) at {place_of(error)}"
+                result.error = f"the transform failed on {self.source.name(i)} ({what}){at(error)}"
                 result.trace = traceback.format_exc()
                 return result
             result.error = self._refusal(i, transformed, images)

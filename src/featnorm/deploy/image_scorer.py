@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._errors import at, said
 from featnorm._memory import in_parts
 from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
@@ -296,7 +297,7 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
     Raises
     ------
     ModelError
-        The classifier of a model of a library is not found.
+        The classifier of a model of a library is not found, or a model of the user's own cannot be copied.
     """
     try:
         return cut_classifier(loaded.model)[0], True
@@ -308,6 +309,12 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
             f"{what}: write a function that returns the model without its last layers, and its transform, and "
             "name it by MODULE:FUNCTION"
         ) from None
+    except Exception as error:
+        if not is_users(loaded.name):
+            raise
+        raise ModelError(
+            f"the model of {loaded.name} cannot be copied without its classifier ({said(error)}{at(error)})"
+        ) from error
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
