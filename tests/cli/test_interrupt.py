@@ -123,6 +123,11 @@ def test_after_the_work_while_the_process_ends(tmp_path):
     )
 
 
+def test_what_runs_in_the_background_goes_on(tmp_path):
+    ignored = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    assert run(ignored + at_work("ctrl_c()", "print('done')"), tmp_path) == (0, "done\n", "")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
 def test_a_forked_worker_leaves_it_to_the_command(tmp_path):
     work = (

@@ -50,6 +50,9 @@ class Interruption:
 
     def watch(self) -> None:
         """Handle Ctrl-C from now on, until the process ends."""
+        # As a shell has it for what runs in the background: Ctrl-C is meant for something else.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            return
         try:
             signal.signal(signal.SIGINT, self._handle)
         except ValueError:  # only the main thread is interrupted
