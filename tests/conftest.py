@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,4 +35,8 @@ def featnorm(monkeypatch, capsys, tmp_path):
             main()
         return end.value.code, *capsys.readouterr()
 
-    return run
+    # The command handles Ctrl-C to the end of its process, which here is pytest's.
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    yield run
+    signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = hook

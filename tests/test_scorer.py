@@ -303,6 +303,42 @@ def test_what_is_no_detector_or_no_tensor_is_named():
         fn.Scorer(model, "NAN")
     with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
         fn.Scorer(model, fn.NAN())([1, 2])
+    with pytest.raises(TypeError, match=r"Scorer takes a detector, got the class NAN: write NAN\(\)"):
+        fn.Scorer(model, fn.NAN)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 4), [torch.zeros(2, 4)], {"x": 1}, None, "x", 5])
+def test_a_wrong_thing_at_any_entry_is_named(wrong):
+    """What is no model, no batch, no loader and no features, at every method that takes such."""
+    model = model_for(fn.NAN())
+    scorer = fn.Scorer(model, fn.NAN())
+    learner = fn.Scorer(model, fn.KNN(k=1))
+    tap = fn.FeatureTap(model)
+    name = type(wrong).__name__
+    for take in (fn.FeatureTap, fn.Explainer, lambda w: fn.Scorer(w, fn.NAN()), lambda w: fn.LayerTap(w, w)):
+        with pytest.raises(TypeError, match=rf"the model must be a torch\.nn\.Module, got {name}"):
+            take(wrong)
+    with pytest.raises(TypeError, match=rf"takes Features, got {name}: wrap tensors in"):
+        scorer.judge(wrong)
+    for classifier in ((wrong, 3), wrong) if wrong is not None else ((wrong, 3),):
+        with pytest.raises(TypeError, match=r"classifier must be a pair|of the classifier must be a tensor"):
+            fn.Features(logits=torch.zeros(2, 4), classifier=classifier)
+    with pytest.raises(TypeError, match=r"must be a sequence of Features, got|batch 0 must be Features, got"):
+        fn.Features.cat(wrong)
+    if not isinstance(wrong, torch.Tensor):
+        for take in (scorer, tap, tap.watch, tap.hidden, lambda w: fn.LayerTap(model, w)):
+            with pytest.raises(TypeError, match=f"the inputs must be a tensor, got {name}"):
+                take(wrong)
+        for take in (fn.negative_aware_norm, fn.l1_norm, fn.l0_norm, lambda w: fn.lp_norm(w, 2)):
+            with pytest.raises(TypeError, match=f"the activations must be a tensor, got {name}"):
+                take(wrong)
+        with pytest.raises(TypeError, match=f"activations must be a tensor, got {name}"):
+            fn.ActivationStatistics().add(wrong)
+    if wrong is None or isinstance(wrong, (int, torch.Tensor)):
+        loaders = (scorer.fit, learner.fit, scorer.calibrate, tap.extract, fn.Explainer(model).fit)
+        for take in loaders:
+            with pytest.raises(TypeError, match=r"a tensor is no loader|the loader must be an iterable"):
+                take(wrong)
 
 
 def test_a_covariance_too_large_for_its_machine_is_refused():

@@ -1,7 +1,11 @@
-"""Argument checks that every function of scores shares."""
+"""Argument checks: of scores, which every function of scores shares, and of the settings of detectors."""
 
 import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ ScoreLike = Tensor | npt.ArrayLike
 """Scores as users hold them: a tensor, a numpy array or a sequence of numbers."""
 
 _WANTED = "must be a 1-D tensor, array or sequence of real numbers"
+# Characters of a value's own words in an error message.
+_SHOWN = 80
 
 
 def as_score_tensor(x: ScoreLike, name: str, *, allow_empty: bool = False) -> Tensor:
@@ -94,6 +100,148 @@ def count_for_share(share: float, n: int) -> int:
     share counts as reached 1e-15 below it, more than the rounding of both and less than 1 / n ever is.
     """
     return max(math.ceil(n * (share - 1e-15)), 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a constructor argument may be, as one row of a class's table of settings.
+
+    Attributes
+    ----------
+    wanted : str
+        What is allowed, for the error message: "must be ``wanted``".
+    read : callable
+        From what was passed to the plain Python value that is kept, of which ``repr`` makes the same value again;
+        raises TypeError or ValueError for anything that is not allowed.
+    """
+
+    wanted: str
+    read: Callable[[Any], Any]
+
+    def check(self, value: object, name: str, owner: str) -> Any:
+        """Return the value to keep.
+
+        Parameters
+        ----------
+        value : what was passed.
+        name, owner : the argument and its class, for the error message.
+
+        Raises
+        ------
+        ValueError
+            The value is not allowed.
+        """
+        try:
+            return self.read(value)
+        # A tensor without a value (of the device "meta") raises a RuntimeError.
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{owner}: {name} must be {self.wanted}, got {shown(value)}") from None
+
+    def __or__(self, other: "Setting") -> "Setting":
+        """Return a setting that allows what either of two allows."""
+
+        def read(value: Any) -> Any:
+            try:
+                return self.read(value)
+            except (TypeError, ValueError):
+                return other.read(value)
+
+        return Setting(f"{self.wanted} or {other.wanted}", read)
+
+
+def table(**settings: Setting) -> Mapping[str, Setting]:
+    """Return the settings of a class by the names of its constructor's arguments."""
+    return MappingProxyType(settings)
+
+
+def whole(least: int) -> Setting:
+    """Return a setting for integers of any library, ``least`` or more; a bool is no integer."""
+
+    def read(value: Any) -> int:
+        number = operator.index(_plain(value))
+        if number < least:
+            raise ValueError(number)
+        return number
+
+    return Setting(f"an integer >= {least}", read)
+
+
+def real(above: float, below: float, *, closed: str = "") -> Setting:
+    """Return a setting for real numbers of any library in an interval.
+
+    Parameters
+    ----------
+    above, below : the ends of the interval; NaN lies in none.
+    closed : which ends belong to it: "left", "right", or by default neither.
+    """
+    left, right = closed == "left", closed == "right"
+
+    def read(value: Any) -> float:
+        number = _plain(value)
+        if not isinstance(number, Real):
+            raise TypeError(number)
+        number = number if isinstance(number, int) else float(number)
+        if not (above < number < below or (left and number == above) or (right and number == below)):
+            raise ValueError(number)
+        return number
+
+    return Setting(f"a number in {'[' if left else '('}{above:g}, {below:g}{']' if right else ')'}", read)
+
+
+def choice(*allowed: str | bool | None) -> Setting:
+    """Return a setting for one of a few strings, booleans or None."""
+
+    def read(value: Any) -> str | bool | None:
+        plain = _plain(value, booleans=True)
+        if not isinstance(plain, (str, bool, type(None))):
+            raise TypeError(plain)
+        # What is kept is the choice itself, and not an equal value of another library.
+        return allowed[allowed.index(plain)]
+
+    return Setting(" or ".join(map(repr, allowed)), read)
+
+
+def several(item: Setting) -> Setting:
+    """Return a setting for a sequence of one value or more, kept as a tuple."""
+
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (Sequence, np.ndarray, Tensor)) or isinstance(value, (str, bytes)):
+            raise TypeError(value)
+        if not len(value):
+            raise ValueError(value)
+        return tuple(item.read(part) for part in value)
+
+    return Setting(f"a sequence (each item {item.wanted})", read)
+
+
+def check_type(value: object, kind: type | tuple[type, ...], name: str, wanted: str) -> None:
+    """Refuse, by a TypeError, a value of another type.
+
+    Parameters
+    ----------
+    value : what was passed.
+    kind : the type, or one of the types, that it must have.
+    name, wanted : what it is called, and what must be passed, for the error message.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message has it: its ``repr``, or kind and size where that is long."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN and "\n" not in text else f"a {type(value).__name__}"
+
+
+def _plain(value: Any, *, booleans: bool = False) -> Any:
+    """Return the Python number in a scalar of torch or numpy, and all else as it is; refuse a bool."""
+    if isinstance(value, np.generic) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, bool) and not booleans:
+        raise TypeError(value)
+    return value
 
 
 def _refuse(bad: Tensor, name: str, what: str, remedy: str) -> None:

@@ -1,12 +1,14 @@
 """Memory: kept where the system would take it back, and batches that are larger than it."""
 
+from __future__ import annotations
+
 import ctypes
 import platform
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Result = TypeVar("_Result")
 
@@ -38,6 +40,8 @@ def in_parts(ask: Callable[[Tensor], _Result], inputs: Tensor) -> list[_Result]:
     torch.OutOfMemoryError
         There is none for a single one.
     """
+    import torch  # not above: the command line keeps memory before it imports anything large
+
     try:
         return [ask(inputs)]
     except torch.OutOfMemoryError:

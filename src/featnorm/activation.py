@@ -5,6 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from featnorm._checks import check_type
 from featnorm.detectors.statistics import Statistic
 
 
@@ -50,6 +51,8 @@ class ActivationStatistics(Statistic):
             The activation is no floating-point matrix, has a NaN, or is of another width than those before; or the
             labels are not n integers.
         """
+        check_type(activation, Tensor, "activations", "a tensor")
+        check_type(labels, (Tensor, type(None)), "labels", "a tensor or None")
         if activation.ndim != 2 or not activation.is_floating_point():
             raise ValueError(
                 f"activations must be floating point (n, d), got {activation.dtype} {tuple(activation.shape)}"

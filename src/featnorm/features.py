@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from featnorm._checks import check_type, shown
+
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 
 PER_INPUT = ("activation", "pooled", "embedding", "logits", "labels")
@@ -93,10 +95,15 @@ class Features:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
         if self.classifier is not None:
-            self._check_classifier(*self.classifier)
+            self._check_classifier(self.classifier)
 
     @staticmethod
-    def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:
+    def _check_classifier(classifier: object) -> None:
+        if not isinstance(classifier, (tuple, list)) or len(classifier) != 2:
+            raise TypeError(f"classifier must be a pair (W, b), got {shown(classifier)}")
+        weight, bias = classifier
+        check_type(weight, Tensor, "W of the classifier", "a tensor")
+        check_type(bias, (Tensor, type(None)), "b of the classifier", "a tensor or None")
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             raise ValueError(
                 "classifier must be (W, b) with W of shape (C, f) and b of shape (C,) or None, got "
@@ -198,9 +205,14 @@ class Features:
         ------
         ValueError
             There is no batch, or two batches have different fields.
+        TypeError
+            What was passed is no sequence of `Features`.
         """
+        check_type(parts, Sequence, "parts", "a sequence of Features")
         if not parts:
             raise ValueError("no batch of Features to join")
+        for i, part in enumerate(parts):
+            check_type(part, Features, f"batch {i}", "Features")
         names = [name for name, _ in parts[0].fields()]
         for i, part in enumerate(parts):
             if [name for name, _ in part.fields()] != names:

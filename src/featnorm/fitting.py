@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
-from featnorm._checks import check_share
+from featnorm._checks import check_share, check_type
+from featnorm._errors import UserCodeError
 from featnorm._layout import fast_layout
 from featnorm._weights import single_precision
 from featnorm.activation import ActivationStatistics
@@ -35,8 +36,9 @@ from featnorm.data.images import DECODING
 from featnorm.deploy import ImageScorer
 from featnorm.deploy.image_scorer import backbone_of
 from featnorm.detectors import Detector, KLUniform
+from featnorm.detectors.base import check_detector
 from featnorm.features import Features
-from featnorm.models import LoadedModel
+from featnorm.models import LoadedModel, users_forward, users_transform
 from featnorm.scorer import Scorer
 from featnorm.tap import FeatureTap
 from featnorm.training import PRESETS, ProjectionHead, Recipe, train
@@ -141,7 +143,10 @@ def fit_images(
     ValueError
         The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
     """
+    check_type(source, ImageSource, "the images", "a source, as featnorm.data.open_images makes it")
+    check_type(loaded, LoadedModel, "the backbone", "a LoadedModel, as featnorm.models.create_model makes it")
     detector = KLUniform() if detector is None else detector
+    check_detector(detector, "fit_images")
     check_share(tpr, "tpr")
     if targets not in get_args(Targets):
         raise ValueError(f"there are no targets {targets!r}: use {', '.join(get_args(Targets))}")
@@ -391,7 +396,7 @@ def backbone_features(
     @torch.no_grad()
     def ask(images: Tensor) -> Tensor:
         images = fast_layout(images.to(device))
-        with nullcontext() if fabric is None else fabric.autocast():
+        with users_forward(loaded.name, backbone), nullcontext() if fabric is None else fabric.autocast():
             return backbone(images)
 
     key = {
@@ -418,11 +423,15 @@ def _noise_digest(loaded: LoadedModel, backbone: Callable[[Tensor], Tensor]) -> 
     """Return what tells a transform and a backbone's code from others: what they make of two pictures."""
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise), Image.fromarray(noise[:47, :61])]
-    first, again = ([loaded.transform(picture) for picture in pictures] for _ in range(2))
+    with users_transform(loaded.name, "a picture of noise"):
+        first, again = ([loaded.transform(picture) for picture in pictures] for _ in range(2))
     if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
         raise DataError(f"the transform of {loaded.name} is random: use the one of evaluation")
     digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in first))
-    features = backbone(first[0][None])
+    try:
+        features = backbone(first[0][None])
+    except UserCodeError as error:
+        raise error.on("a picture of noise") from error.__cause__
     if isinstance(features, Tensor):
         # Coarsely, as the last bits may differ from run to run.
         values = features.float().cpu()

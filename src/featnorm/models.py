@@ -8,7 +8,8 @@ import importlib.util
 import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from itertools import zip_longest
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from featnorm._errors import UserCodeError, at, frames_of, is_featnorms, said
 from featnorm._weights import load_weights, single_precision
 from featnorm.data.images import first_line, vision_module
 from featnorm.pretrained import load_model
@@ -49,6 +51,10 @@ _TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
 
 class ModelError(ValueError):
     """A model that cannot be made, or weights that do not fit it; the message is one line."""
+
+
+class UserModelError(ModelError, UserCodeError):
+    """A model, or the function that makes it, that is the user's own and raised an error, which is the cause."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,11 @@ def is_users(spec: str) -> bool:
     return bool(colon) and not known and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
 
+def brings_weights(spec: str) -> bool:
+    """Tell whether a specification names a model that is only made with its weights: featnorm's, or the user's."""
+    return spec.startswith(_OWN) or is_users(spec)
+
+
 def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     """Return what a function of the user's own makes."""
     module, _, function = spec.partition(":")
@@ -222,19 +233,21 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise _users_fault(f"importing {module}", error) from error
         raise ModelError(
             f"cannot import {spec} ({error}): no such module from {here}, nor a library, "
             f"{', '.join(_LIBRARIES)} or {_OWN[:-1]}"
         ) from error
     except Exception as error:
-        raise ModelError(f"importing {module} raised {type(error).__name__}: {first_line(error)}") from error
+        raise _users_fault(f"importing {module}", error) from error
     if not callable(make := getattr(imported, function, None)):
         raise ModelError(f"{module} has no function {function}")
     try:
         made = make()
     # Whatever the user's code raises is theirs to read, with its traceback behind it.
     except Exception as error:
-        raise ModelError(f"{spec}() raised {type(error).__name__}: {first_line(error)}") from error
+        raise _users_fault(f"{spec}()", error) from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
         raise ModelError(f"{what}, got {type(made).__name__}")
     model, transform = made
@@ -242,14 +255,71 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     if weights is not None:
         path = Path(weights).expanduser()
         notes = _load(model, _read(path, _tensors(model).keys()), path, spec)
-    try:
+    with users_transform(spec, "a black image of 256 x 256 pixels"):
         example = transform(Image.new("RGB", (256, 256)))
-    except Exception as error:
-        raise ModelError(f"the transform of {spec} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(example, Tensor) or example.ndim != 3:
         raise ModelError(f"{what}; the transform gave no tensor (channels, height, width)")
     channels, height, width = example.shape
     return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes)
+
+
+def _users_fault(what: str, error: Exception) -> UserModelError:
+    return UserModelError(f"{what} raised {said(error)}{at(error)}")
+
+
+@contextmanager
+def users_transform(spec: str, inputs: str) -> Iterator[None]:
+    """Say whose code it is that raises in the block, which calls the transform of a model and nothing else.
+
+    Parameters
+    ----------
+    spec : the specification of the model; the transforms of libraries are none of the user's.
+    inputs : what the transform is called on.
+
+    Raises
+    ------
+    UserModelError
+        The user's own transform raised an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_users(spec):
+            raise
+        raise _users_fault(f"the transform of {spec}", error).on(inputs) from error
+
+
+@contextmanager
+def users_forward(spec: str, model: nn.Module, inputs: str = "") -> Iterator[None]:
+    """Say whose code it is that raises in the block, where that is the forward pass of the user's own model.
+
+    Parameters
+    ----------
+    spec : the specification of the model; an error in a library's is none of the user's.
+    model : the model, or the part of it that runs in the block.
+    inputs : what the model is called on; empty where the caller names it.
+
+    Raises
+    ------
+    UserModelError
+        The user's own model raised an error in its forward pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in frames_of(error)]
+        ran = any(frame.f_locals.get("self") is model for frame in frames)
+        # Too little memory is the machine's fault, and smaller batches are tried; what featnorm itself refuses, or
+        # does wrong while it listens to the model, has its own words.
+        if (
+            not is_users(spec)
+            or isinstance(error, torch.OutOfMemoryError)
+            or not ran
+            or is_featnorms(frames[-1].f_code.co_filename)
+        ):
+            raise
+        fault = _users_fault(f"the model of {spec}", error)
+        raise (fault.on(inputs) if inputs else fault) from error
 
 
 def _resolve(spec: str) -> tuple[str, str, list[str]]:

@@ -12,11 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from featnorm._checks import check_type, real
+
 # A core's share of a block is this many elements: they, and what is made of them, stay in its cache between the
 # map that fills it and the sum that reads it; the whole array's worth would be written to memory and read back. On
 # a GPU every operation on a block has a cost of its own, so blocks there only bound the memory.
 _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_ELEMENTS = 1 << 26
+_POWER = real(0, math.inf, closed="right")
 
 
 def l1_norm(a: Tensor) -> Tensor:
@@ -81,11 +84,10 @@ def lp_norm(a: Tensor, p: float) -> Tensor:
     Raises
     ------
     ValueError
-        ``a`` is not a floating-point matrix, or ``p`` is not positive (for ``p = 0`` see `l0_norm`).
+        ``a`` is not a floating-point matrix, or ``p`` is not a positive number (for ``p = 0`` see `l0_norm`).
     """
     _require_matrix(a)
-    if not p > 0:
-        raise ValueError(f"lp_norm needs p > 0, got {p!r}; l0_norm counts the active units")
+    p = _POWER.check(p, "p", "lp_norm")
     if p == 1:
         return l1_norm(a)
     if a.shape[1] == 0:
@@ -161,6 +163,7 @@ def _wide(a: Tensor) -> torch.dtype:
 
 
 def _require_matrix(a: Tensor) -> None:
+    check_type(a, Tensor, "the activations", "a tensor")
     if a.ndim != 2 or not a.is_floating_point():
         raise ValueError(
             f"expected floating-point activations of shape (n, d), got {a.dtype} of shape {tuple(a.shape)}; "

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._checks import check_share
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, parse_detector
+from featnorm.detectors.base import check_detector
 from featnorm.features import Features
 from featnorm.tap import FeatureTap
+from featnorm.tap.tap import check_loader
 
 
 class Verdict(NamedTuple):
@@ -35,6 +38,11 @@ class Scorer(nn.Module):
     detector : any detector; it is moved to the model's device.
     layer : the module whose output is the last hidden layer, where `FeatureTap` should not find it itself.
 
+    Raises
+    ------
+    TypeError
+        The model is no `torch.nn.Module`, or the detector no `Detector`.
+
     Examples
     --------
     >>> scorer = Scorer(model, NAN()).fit(train_loader).calibrate(held_out_loader, tpr=0.95)
@@ -44,8 +52,7 @@ class Scorer(nn.Module):
 
     def __init__(self, model: nn.Module, detector: Detector, layer: str | nn.Module | None = None) -> None:
         super().__init__()
-        if not isinstance(detector, Detector):
-            raise TypeError(f"a Scorer takes a detector such as NAN(), got {detector!r}")
+        check_detector(detector, "Scorer")
         self.model = model
         self.tap = FeatureTap(model, layer)
         parameter = next(model.parameters(), None)
@@ -69,8 +76,9 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, an input or a label is bad, or the loader is
             empty; an earlier fit is then kept.
         TypeError
-            The inputs are not tensors.
+            The loader is no iterable of batches, or the inputs are not tensors.
         """
+        check_loader(loader)
         if not self.detector.needs_fit:
             if iter(loader) is loader:
                 return self  # an iterator gives each batch once, and calibration wants them all
@@ -98,6 +106,7 @@ class Scorer(nn.Module):
         ValueError
             There are too few inputs for the share (19 at 0.95, 99 at 0.99), or a score cannot be had.
         """
+        check_share(tpr, "tpr")
         scores = [self.detector.score(features) for features in self.tap.stream(loader, progress=progress)]
         joined = torch.cat(scores)
         self.calibration = Calibration(joined, tpr).to(joined.device)

@@ -173,7 +173,9 @@ def test_what_is_not_there(at, name, message):
         open_images(at(name))
 
 
-@pytest.mark.parametrize("address", ["nope://bucket/x", "s3://", "s3:///", "://x", "s3://k:s@b?no_such=1"])
+@pytest.mark.parametrize(
+    "address", ["nope://bucket/x", "s3://", "s3:///", "://x", "s3://k:s@b?no_such=1", "hf://x"]
+)
 def test_addresses_that_are_none(address):
     with pytest.raises(DataError) as error:
         open_images(address)

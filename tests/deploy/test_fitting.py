@@ -211,6 +211,17 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
         fit(tmp_path / "few", loaded, cache)
 
 
+def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
+    source = open_images(str(folder))
+    for words, arguments, options in (
+        ("the images must be a source", (str(folder), loaded), {}),
+        ("the backbone must be a LoadedModel", (source, "timm:test_resnet"), {}),
+        ("fit_images takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
+    ):
+        with pytest.raises(TypeError, match=words):
+            fn.fit_images(*arguments, **options)
+
+
 def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
     for words, options in {
         "tpr": {"tpr": 1.0},

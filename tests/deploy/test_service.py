@@ -1015,6 +1015,7 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             ("serve", "nothing.featnorm", "--port", 0): "there is no detector file",
             ("serve", detector, "--token-file", "nothing"): "nothing",
             ("serve", detector, "--token-file", "empty"): "there is no token in empty",
+            ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
             ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is no host name",

@@ -154,5 +154,5 @@ def test_a_copy_has_no_index_until_it_is_asked(bank, queries, copied):
 
 @pytest.mark.parametrize("recall", [0, 1, 1.0, 0.0, -0.5, "0.9", True, float("nan")])
 def test_a_recall_that_is_none(recall):
-    with pytest.raises(ValueError, match=r"recall=None for an exact search, or a share between 0 and 1"):
+    with pytest.raises(ValueError, match=r"KNN: recall must be a number in \(0, 1\) or None, got "):
         KNN(K, recall=recall)

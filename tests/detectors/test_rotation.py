@@ -188,9 +188,9 @@ def test_what_is_wrong_is_named(csi, rotnet):
         csi[1].rotation.bias[2] -= 30
     with pytest.raises(ValueError, match="mean logit of 180 degrees over the training inputs is not positive"):
         scorer.fit([TRAIN])(TEST)
-    with pytest.raises(ValueError, match="augmentations >= 1"):
+    with pytest.raises(ValueError, match="CSI: augmentations must be an integer >= 1, got "):
         fn.CSI(augmentations=0)
-    with pytest.raises(ValueError, match="a scale between 0 and 1"):
+    with pytest.raises(ValueError, match=r"CSI: scale must be a number in \(0, 1\], got "):
         fn.CSI(scale=0)
     with pytest.raises(ValueError, match="reads `logits`"):
         fn.RotNet().score(Features(activation=torch.rand(2, 3)))

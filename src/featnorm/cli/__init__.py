@@ -1,5 +1,5 @@
 """The command line: ``featnorm``."""
 
-from featnorm.cli.app import main
+from featnorm.cli.entry import main
 
 __all__ = ["main"]

@@ -1,22 +1,44 @@
-"""The commands, their options, and what becomes of an error."""
+"""The commands and their options."""
 
 import io
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from featnorm._memory import keep_freed_memory
+from featnorm.cli.faults import STATUSES
+
+
+class _Escaped(BaseException):
+    """Carries an error past typer, which would make an ending of its own of it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, EOFError) as error:
+            raise _Escaped(error) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="featnorm",
     help="Does your PyTorch model know this input? Out-of-distribution detection by the negative-aware norm.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    epilog="Exit status: " + ", ".join(f"{status} {meaning}" for status, meaning in STATUSES.items()) + ".",
 )
 
 _DATA = (
@@ -78,6 +100,10 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    # `featnorm.cli.entry` acts on it, wherever in the command it stands.
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of any error; may stand at the end of a command.")
+    ] = False,
 ) -> None:
     """Take the options that belong to no command."""
 
@@ -85,7 +111,7 @@ def options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write the page to.")] = Path("featnorm-demo"),
-    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and the training.")] = 0,
 ) -> None:
     """Train a small network on handwritten digits and see which detectors tell what it does not know.
 
@@ -172,7 +198,7 @@ def fit(
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: UseRay = False,
-    seed: Annotated[int, typer.Option(help="Of the head's training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the head's training.")] = 0,
 ) -> None:
     """Learn what belongs to your images, and write a detector of what does not.
 
@@ -415,8 +441,8 @@ def reproduce(
     run(name, scale, data_root, weights, out, device, precision, compiled)
 
 
-def main() -> None:
-    """Run the command line; an error is one line on standard error and exit status 2."""
+def run(arguments: Sequence[str]) -> None:
+    """Run the command that the arguments name; it ends by a SystemExit, or by whatever error it raised."""
     keep_freed_memory()
     # What Pillow remarks on a file is said, where it matters, by the error that names the file.
     warnings.filterwarnings("ignore", module="PIL")
@@ -425,12 +451,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # What the library refuses, in its own words; a fault of the library's own keeps its traceback.
-        if isinstance(error, NotImplementedError):
-            raise
-        typer.echo(f"featnorm: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-        sys.exit(2)
+        app(arguments, prog_name="featnorm")
+    except _Escaped as escaped:
+        raise escaped.error from None

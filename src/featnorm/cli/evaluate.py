@@ -22,10 +22,11 @@ from featnorm.cli.show import (
 )
 from featnorm.data import DataError, ImageSource, image_loader, open_images
 from featnorm.data.formats import PassedOver
+from featnorm.data.loading import named
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
-from featnorm.models import create_model
+from featnorm.models import create_model, users_forward
 from featnorm.report import markdown_page
 from featnorm.report.comparison import write_page
 from featnorm.tap import FeatureTap
@@ -89,7 +90,8 @@ class _Reader:
             self.several += len(part.several)
             rows.extend(batch.indices.tolist())
             images = fast_layout(batch.images)
-            with self.fabric.autocast():
+            where = users_forward(self.options.model, self.tap.model, named(source, batch.indices.tolist()))
+            with where, self.fabric.autocast():
                 features = self.tap(images)
             # Labels of other classes than the model's own say nothing of its accuracy.
             foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)

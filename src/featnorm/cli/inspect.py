@@ -7,7 +7,8 @@ import torch
 
 from featnorm.cli.show import console
 from featnorm.data import image_loader, open_images
-from featnorm.models import create_model
+from featnorm.data.loading import named
+from featnorm.models import brings_weights, create_model, users_forward
 from featnorm.tap import FeatureTap
 
 _INPUTS = 64
@@ -15,7 +16,9 @@ _INPUTS = 64
 
 def run(model: str, weights: Path | None, data: str | None, layer: str | None, data_root: Path | None) -> None:
     """Watch the model on a batch, of data or of noise, and describe what was found."""
-    loaded = create_model(model, weights=weights, pretrained=weights is None and data is not None)
+    # The library's weights would have to be downloaded, and where the layers are does not depend on them.
+    needed = data is not None or brings_weights(model)
+    loaded = create_model(model, weights=weights, pretrained=weights is None and needed)
     tap = FeatureTap(loaded.model, layer)
     if data is not None:
         source = open_images(data, root=data_root, labels=False)
@@ -24,9 +27,11 @@ def run(model: str, weights: Path | None, data: str | None, layer: str | None, d
         batch = next(islice(loader, 1), None)
         if batch is None:
             raise ValueError(f"there is no readable image in the first {_INPUTS} of {data}")
-        tap.watch(batch.images)
+        with users_forward(model, tap.model, named(source, batch.indices.tolist())):
+            tap.watch(batch.images)
         console.print(tap.describe(), soft_wrap=True)
         return
-    tap.watch(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
+    with users_forward(model, tap.model, f"noise of shape (2, {', '.join(map(str, loaded.input_size))})"):
+        tap.watch(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
     console.print(tap.describe(), soft_wrap=True)
     console.print("Watched on noise; with --data the share of inactive units is that of real inputs.", style="dim")

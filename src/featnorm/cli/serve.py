@@ -69,7 +69,10 @@ def run(options: Options) -> None:
 def _token(file: Path | None) -> str | None:
     """Return the token that clients must send. It is no option: whoever lists processes would see it."""
     if file is not None:
-        token, where = file.read_text(encoding="utf-8").strip(), str(file)
+        try:
+            token, where = file.read_text(encoding="utf-8").strip(), str(file)
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is no text: name the file that holds the token") from None
     elif _TOKEN in os.environ:
         token, where = os.environ[_TOKEN].strip(), _TOKEN
     else:

@@ -5,7 +5,7 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from featnorm._errors import UserCodeError, at
 from featnorm._memory import in_parts
 from featnorm.data.images import DataError, ImageError, ImageSource, first_line, is_first_of_several
 
@@ -27,6 +28,10 @@ _AHEAD = 2
 _POLL_SECONDS = 0.5
 
 _T = TypeVar("_T")
+
+
+class TransformError(DataError, UserCodeError):
+    """A transform that raised an error; its traceback, which may be of another process, is a note of this one."""
 
 
 class ImageBatch(NamedTuple):
@@ -146,7 +151,7 @@ class _Batches:
                 transformed = self.transform(image)
             except Exception as error:
                 what = f"{type(error).__name__}: {first_line(error)}"
-                failure = DataError(f"the transform failed on {self.source.name(i)} ({what})")
+                failure = TransformError(f"the transform failed on {self.source.name(i)} ({what}){at(error)}")
                 failure.add_note(traceback.format_exc())
                 raise failure from None
             refusal = self._refusal(i, transformed, images)
@@ -256,6 +261,13 @@ def _result(future: Future[_T]) -> _T:
     return future.result()
 
 
+def named(source: ImageSource, rows: Sequence[int]) -> str:
+    """Return what to call some images of a source in an error: the one, or the first and the last."""
+    if len(rows) == 1:
+        return source.name(rows[0])
+    return f"a batch of {len(rows)} images, {source.name(rows[0])} to {source.name(rows[-1])}"
+
+
 def rows_of(number: int, batch_size: int, total: int) -> range:
     """Return the rows of a batch by its number, of so many in all."""
     return range(number * batch_size, min((number + 1) * batch_size, total))
@@ -287,7 +299,10 @@ def extract_images(
         if part.batch is None:
             yield Extracted(part.rows, None, part.unread, part.digests, part.several)
             continue
-        found = in_parts(backbone, part.batch.images)
+        try:
+            found = in_parts(backbone, part.batch.images)
+        except UserCodeError as error:
+            raise error.on(named(source, part.batch.indices.tolist())) from error.__cause__
         values = found[0] if len(found) == 1 else torch.cat(found)
         yield Extracted(part.rows, values, part.unread, part.digests, part.several)
 
@@ -321,8 +336,8 @@ def image_loader(
     Returns
     -------
     ImageLoader
-        An iterable of `ImageBatch`. Iterating raises DataError if the transform fails (its own traceback
-        is a note of the exception), returns no tensor, or returns different shapes within a batch.
+        An iterable of `ImageBatch`. Iterating raises DataError if the transform returns no tensor, or different
+        shapes within a batch, and its subclass `TransformError` if it raises an error (whose traceback is a note).
 
     Raises
     ------

@@ -241,7 +241,10 @@ def look_up(address: str) -> StoredFolder:
         if found.is_file:
             return StoredFolder(place, (StoredFile(address, path, found.size, found.mtime_ns),), (), True)
         below = system.get_file_info(fs.FileSelector(path, recursive=True))
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    # File systems that are written in Python refuse an address by a ValueError.
+    except (pa.ArrowException, OSError, ValueError) as error:
         why = first_line(error).replace(_quoted(address), shown)
         # Without its cause, which may show the keys in the address.
         raise DataError(f"cannot list {shown}: {why}") from None

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,16 +14,26 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._errors import at, said
 from featnorm._layout import fast_layout
 from featnorm._memory import in_parts
 from featnorm._weights import load_weights, single_precision
 from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
 from featnorm.data.images import first_line
+from featnorm.data.loading import named
 from featnorm.explain import Explanation, explain
 from featnorm.features import Features
 from featnorm.hidden import HiddenClassifier
-from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, create_model, is_users
+from featnorm.models import (
+    DEFAULT_MODEL,
+    LoadedModel,
+    ModelError,
+    create_model,
+    is_users,
+    users_forward,
+    users_transform,
+)
 from featnorm.scorer import Scorer
 from featnorm.training import ProjectionHead, cut_classifier
 
@@ -120,7 +130,7 @@ class ImageScorer:
         """
 
         def ask(images: Tensor) -> list[ImageVerdict]:
-            return self.judge(images, [""] * len(images), fabric=fabric)
+            return self._judge(images, [""] * len(images), fabric=fabric)
 
         for part in image_loader(source, self.transform, batch_size=batch_size, workers=workers).parts():
             verdicts = {
@@ -128,7 +138,8 @@ class ImageScorer:
                 for row, why in part.unread.items()
             }
             if part.batch is not None:
-                judged = chain(*in_parts(ask, part.batch.images))
+                with self._users_forward(named(source, part.batch.indices.tolist())):
+                    judged = chain(*in_parts(ask, part.batch.images))
                 for row, verdict in zip(part.batch.indices.tolist(), judged, strict=True):
                     verdicts[row] = verdict._replace(name=source.name(row), several=row in part.several)
             yield [verdicts[row] for row in part.rows]
@@ -151,7 +162,19 @@ class ImageScorer:
         ValueError
             The model gives a value that is not finite; or images are to be explained, and there are no statistics
             to do so by.
+        UserModelError
+            The backbone is the user's own and raised an error.
         """
+        with self._users_forward(f"a batch of {len(images)} images, {names[0]} to {names[-1]}" if names else ""):
+            return self._judge(images, names, explain=explain, fabric=fabric)
+
+    def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
+        model = self.scorer.model
+        return users_forward(self.backbone, model[0] if isinstance(model, nn.Sequential) else model, inputs)
+
+    def _judge(
+        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), fabric: Any = None
+    ) -> list[ImageVerdict]:
         images = fast_layout(images.to(self.scorer.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
         with nullcontext() if fabric is None else fabric.autocast():
@@ -201,7 +224,7 @@ class ImageScorer:
         if not (isinstance(model, nn.Sequential) and len(model) == 2 and isinstance(model[1], ProjectionHead)):
             raise TypeError("an ImageScorer holds Sequential(backbone, head), as featnorm.fit_images makes it")
         tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
-        tensors["transform"], tensors["response"] = _impression(self.transform, model[0])
+        tensors["transform"], tensors["response"] = _impression(self.backbone, self.transform, model[0])
         if self.statistics is not None:
             tensors |= {f"statistics.{name}": value for name, value in self.statistics.state_dict().items()}
         header["images"] = {
@@ -263,7 +286,7 @@ class ImageScorer:
             if name.startswith("detector.") or name == archive.CALIBRATION
         }
         scorer = Scorer.from_content(own, header, network.eval(), path)
-        made = _impression(loaded.transform, network[0])
+        made = _impression(loaded.name, loaded.transform, network[0])
         for what, new, old in zip(("transform", "model"), made, kept_impression, strict=True):
             # Not the other way round, where a NaN would pass.
             alike = new.shape == old.shape and bool(
@@ -294,7 +317,7 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
     Raises
     ------
     ModelError
-        The classifier of a model of a library is not found.
+        The classifier of a model of a library is not found, or a model of the user's own cannot be copied.
     """
     try:
         return cut_classifier(loaded.model)[0], True
@@ -306,6 +329,12 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
             f"{what}: write a function that returns the model without its last layers, and its transform, and "
             "name it by MODULE:FUNCTION"
         ) from None
+    except Exception as error:
+        if not is_users(loaded.name):
+            raise
+        raise ModelError(
+            f"the model of {loaded.name} cannot be copied without its classifier ({said(error)}{at(error)})"
+        ) from error
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
@@ -394,9 +423,13 @@ def _picture() -> Image.Image:
 
 
 @torch.no_grad()
-def _impression(transform: Callable[[Image.Image], Tensor], backbone: nn.Module) -> tuple[Tensor, Tensor]:
+def _impression(
+    spec: str, transform: Callable[[Image.Image], Tensor], backbone: nn.Module
+) -> tuple[Tensor, Tensor]:
     """Return what a transform makes of a picture, coarsely (c, 8, 8), and a backbone of that (D,)."""
-    made = transform(_picture()).float()
+    with users_transform(spec, "a picture of two ramps"):
+        made = transform(_picture()).float()
     parameter = next(backbone.parameters(), None)
-    features = backbone(made[None].to("cpu" if parameter is None else parameter.device))
+    with users_forward(spec, backbone, "a picture of two ramps"):
+        features = backbone(made[None].to("cpu" if parameter is None else parameter.device))
     return nn.functional.adaptive_avg_pool2d(made, _BLOCKS), features[0].float().cpu()

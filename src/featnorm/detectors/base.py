@@ -3,20 +3,22 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from featnorm._checks import Setting, shown, table
+from featnorm._errors import RefusalError
 from featnorm.detectors.statistics import Statistic
 from featnorm.features import Features
 
 Role = Literal["norm", "distance", "confidence"]
 
 
-class NotFittedError(RuntimeError):
+class NotFittedError(RefusalError, RuntimeError):
     """A detector that learns was asked for a score before it has seen anything."""
 
 
@@ -34,6 +36,8 @@ class Detector(nn.Module, ABC):
     learns: tuple[str, ...] = ()
     #: A distance may be divided by a norm (`Fusion`).
     role: Role = "confidence"
+    #: What each constructor argument must be, but for detectors inside, which `check_detector` looks at.
+    settings: ClassVar[Mapping[str, Setting]] = table()
     # Whether the score asks the model again, about inputs that it changes.
     _asks_again = False
 
@@ -48,6 +52,8 @@ class Detector(nn.Module, ABC):
         ------
         ValueError
             A field is missing or not finite; what was learned before is then still there.
+        TypeError
+            What was passed is no `Features`.
         """
         with self.refit():
             self.partial_fit(features)
@@ -78,6 +84,8 @@ class Detector(nn.Module, ABC):
         ------
         ValueError
             A field is missing, not finite or of another width than before; nothing is then learned from it.
+        TypeError
+            What was passed is no `Features`.
         """
         self._check_fit(features)
         # Sums made under inference mode could never be added to again.
@@ -92,8 +100,11 @@ class Detector(nn.Module, ABC):
         Raises
         ------
         ValueError
-            The other is of another kind, has other settings or was fitted to features of other widths.
+            The other is another detector, has other settings or was fitted to features of other widths.
+        TypeError
+            The other is no detector.
         """
+        check_detector(other, f"{self!r}.merge")
         if repr(self) != repr(other):
             raise ValueError(f"cannot merge {other!r} into {self!r}: both must be the same detector")
         pairs = list(zip(self._statistics(), other._statistics(), strict=True))
@@ -120,6 +131,8 @@ class Detector(nn.Module, ABC):
             The detector learns and has not.
         ValueError
             A field is missing, not finite (the row is named) or not of the width that was fitted.
+        TypeError
+            What was passed is no `Features`.
         """
         self._require(features, self.reads)
         self.require_fitted()
@@ -202,6 +215,11 @@ class Detector(nn.Module, ABC):
 
     # What they share.
 
+    def _set(self, **given: Any) -> None:
+        """Check settings by the table, and keep them as attributes of their names."""
+        for name, value in given.items():
+            setattr(self, name, self.settings[name].check(value, name, type(self).__name__))
+
     def _learned(self) -> Any:
         if self._derived is None:
             with torch.no_grad():
@@ -224,9 +242,10 @@ class Detector(nn.Module, ABC):
         if torch.compiler.is_compiling():
             return
         if not isinstance(features, Features):
+            field = (*names, *self.reads)[0]
             raise TypeError(
                 f"{self!r} takes Features, got {type(features).__name__}: wrap tensors in "
-                f"Features({names[0]}=...), or let FeatureTap(model) make them from inputs"
+                f"Features({field}=...), or let FeatureTap(model) make them from inputs"
             )
         for name in names:
             try:
@@ -257,6 +276,20 @@ class Detector(nn.Module, ABC):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._derived = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def check_detector(value: object, owner: str) -> None:
+    """Refuse, by a TypeError, what is no detector.
+
+    Parameters
+    ----------
+    value : what was passed as a detector.
+    owner : what takes it, for the error message.
+    """
+    if isinstance(value, type) and issubclass(value, Detector):
+        raise TypeError(f"{owner} takes a detector, got the class {value.__name__}: write {value.__name__}()")
+    if not isinstance(value, Detector):
+        raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}")
 
 
 def _require_finite(name: str, value: Tensor) -> None:

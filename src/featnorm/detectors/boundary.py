@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from featnorm._checks import real, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import RowSample
 from featnorm.features import Features
@@ -47,12 +48,12 @@ class OneClassSVM(Detector):
 
     reads = ("pooled",)
     learns = ("pooled",)
+    settings = table(nu=real(0, 1))
+    nu: float
 
     def __init__(self, nu: float = 0.1) -> None:
-        if isinstance(nu, bool) or not isinstance(nu, (int, float)) or not 0 < nu < 1:
-            raise ValueError(f"OneClassSVM takes nu between 0 and 1, got {nu!r}")
         super().__init__()
-        self.nu = nu
+        self._set(nu=nu)
         self.sample = RowSample(_MOST_ROWS)
 
     def _learn(self, features: Features) -> None:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from featnorm._checks import choice, table, whole
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_blocks, unit_rows, whitening
 from featnorm.features import Features
@@ -110,15 +111,15 @@ class SSD(Detector):
 
     reads = ("pooled",)
     role = "distance"
+    settings = table(clusters=whole(1) | choice("labels"))
+    clusters: int | Literal["labels"]
 
     def __init__(self, clusters: int | Literal["labels"] = 1) -> None:
-        if clusters != "labels" and (not isinstance(clusters, int) or clusters < 1):
-            raise ValueError(f"SSD takes clusters=1, a larger whole number or 'labels', got {clusters!r}")
         super().__init__()
-        self.clusters = clusters
-        self.learns = ("pooled", "labels") if clusters == "labels" else ("pooled",)
-        self.moments = Moments(gram_per_group=clusters == "labels")
-        self.sample = RowSample(_CLUSTERED_ROWS) if clusters not in (1, "labels") else None
+        self._set(clusters=clusters)
+        self.learns = ("pooled", "labels") if self.clusters == "labels" else ("pooled",)
+        self.moments = Moments(gram_per_group=self.clusters == "labels")
+        self.sample = RowSample(_CLUSTERED_ROWS) if self.clusters not in (1, "labels") else None
 
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)

@@ -4,6 +4,7 @@ import ast
 import difflib
 from typing import Any
 
+from featnorm._checks import check_type
 from featnorm.detectors.base import Detector
 from featnorm.detectors.boundary import OneClassSVM
 from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
@@ -55,7 +56,10 @@ def parse_detector(expression: str) -> Detector:
     ------
     ValueError
         The expression is not understood, names an unknown detector, or its settings are wrong.
+    TypeError
+        The expression is no string.
     """
+    check_type(expression, str, "the expression", 'a string such as "KNN(k=10) / NAN"')
     if len(expression) > _MOST_CHARACTERS:
         raise ValueError(f"a detector expression has at most {_MOST_CHARACTERS} characters")
     try:

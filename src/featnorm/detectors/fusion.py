@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from featnorm.detectors.base import Detector
+from featnorm.detectors.base import Detector, check_detector
 from featnorm.features import Features
 
 
@@ -25,8 +25,8 @@ class Fusion(Detector):
     """
 
     def __init__(self, distance: Detector, norm: Detector) -> None:
-        if not (isinstance(distance, Detector) and isinstance(norm, Detector)):
-            raise TypeError(f"a fusion divides a detector by a detector, got {distance!r} and {norm!r}")
+        for detector in (distance, norm):
+            check_detector(detector, "Fusion")
         if distance.role != "distance":
             raise TypeError(f"{distance!r} is not a distance: only KNN, SSD, Mahalanobis and Residual divide")
         if norm.role != "norm":

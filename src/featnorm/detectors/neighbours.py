@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featnorm._checks import choice, real, shown, table, whole
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Bank, unit_rows, write_unit_rows
 from featnorm.features import Features
@@ -45,20 +46,14 @@ class KNN(Detector):
     reads = ("pooled",)
     learns = ("pooled",)
     role = "distance"
+    settings = table(k=whole(1), squared=choice(True, False), recall=real(0, 1) | choice(None))
+    k: int
+    squared: bool
+    recall: float | None
 
     def __init__(self, k: int = 50, squared: bool = True, recall: float | None = None) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"KNN takes a whole number k >= 1, got {k!r}")
-        if not isinstance(squared, bool):
-            raise ValueError(f"KNN takes squared=True or False, got {squared!r}")
-        if recall is not None and (not isinstance(recall, float) or not 0 < recall < 1):
-            raise ValueError(
-                f"KNN takes recall=None for an exact search, or a share between 0 and 1, got {recall!r}"
-            )
         super().__init__()
-        self.k = k
-        self.squared = squared
-        self.recall = recall
+        self._set(k=k, squared=squared, recall=recall)
         self.bank = Bank()
 
     def use_bank(self, rows: Tensor) -> Self:
@@ -72,7 +67,11 @@ class KNN(Detector):
         ------
         ValueError
             The rows are of another shape or type, or one is neither of unit length nor zero.
+        TypeError
+            The rows are no tensor.
         """
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{self!r} takes a bank (n, D) as a tensor of float32, got {shown(rows)}")
         if rows.ndim != 2 or rows.dtype != torch.float32:
             raise ValueError(f"{self!r} takes a bank (n, D) of float32, got {rows.dtype} {tuple(rows.shape)}")
         for start in range(0, len(rows), _CHECKED_ROWS):

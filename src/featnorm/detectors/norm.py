@@ -1,8 +1,11 @@
 """Detectors that read a vector's size: the paper's negative-aware norm and what it is compared with."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from featnorm._checks import real, table
 from featnorm.detectors.base import Detector
 from featnorm.features import Features
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
@@ -35,7 +38,7 @@ class LpNorm(_Norm):
 
     Parameters
     ----------
-    p : the exponent, positive; infinity for the largest unit.
+    p : the exponent, positive; infinity for the largest unit. For the number of active units see `Sparsity`.
 
     Raises
     ------
@@ -43,11 +46,12 @@ class LpNorm(_Norm):
         ``p`` is not positive.
     """
 
+    settings = table(p=real(0, math.inf, closed="right"))
+    p: float
+
     def __init__(self, p: float = 2) -> None:
-        if not p > 0:
-            raise ValueError(f"LpNorm needs p > 0, got {p!r}; Sparsity counts the active units")
         super().__init__()
-        self.p = p
+        self._set(p=p)
 
     def _score(self, features: Features) -> Tensor:
         return lp_norm(features.tensor("activation"), self.p)

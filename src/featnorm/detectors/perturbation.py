@@ -1,11 +1,13 @@
 """Detectors that ask the model again about a changed input."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from featnorm.detectors.base import Detector
+from featnorm._checks import choice, real, several, table
+from featnorm.detectors.base import Detector, check_detector
 from featnorm.features import Features
 
 
@@ -31,19 +33,19 @@ class ODIN(Detector):
     """
 
     reads = ("logits",)
+    settings = table(
+        temperature=real(0, math.inf),
+        eps=real(0, math.inf, closed="left"),
+        std=several(real(0, math.inf)) | choice(None),
+    )
+    temperature: float
+    eps: float
+    std: tuple[float, ...] | None
     _asks_again = True
 
     def __init__(self, temperature: float = 1000, eps: float = 0.0014, std: Sequence[float] | None = None) -> None:
-        if not temperature > 0:
-            raise ValueError(f"ODIN takes a temperature > 0, got {temperature!r}")
-        if not eps >= 0:
-            raise ValueError(f"ODIN takes a step eps >= 0, got {eps!r}")
-        if std is not None and not all(deviation > 0 for deviation in std):
-            raise ValueError(f"ODIN takes deviations > 0, got {std!r}")
         super().__init__()
-        self.temperature = temperature
-        self.eps = eps
-        self.std = None if std is None else tuple(std)
+        self._set(temperature=temperature, eps=eps, std=std)
 
     def _score(self, features: Features) -> Tensor:
         source = features.source_of(self)
@@ -85,16 +87,15 @@ class Views(Detector):
         (n, channels, height, width).
     """
 
+    settings = table(shift=real(0, 1))
+    shift: float
     _asks_again = True
 
     def __init__(self, detector: Detector, shift: float = 0.125) -> None:
-        if not isinstance(detector, Detector):
-            raise TypeError(f"Views averages a detector, got {detector!r}")
-        if not 0 < shift < 1:
-            raise ValueError(f"Views takes a shift between 0 and 1, got {shift!r}")
+        check_detector(detector, "Views")
         super().__init__()
+        self._set(shift=shift)
         self.detector = detector
-        self.shift = shift
         self.role = detector.role
         self.reads = detector.reads
         self.learns = detector.learns

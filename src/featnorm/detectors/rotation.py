@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from featnorm._checks import real, table, whole
 from featnorm.augmentation import Distortion, distort, rotations
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Bank, single_unit_rows
@@ -78,16 +79,14 @@ class CSI(Detector):
 
     reads = ("embedding", "logits")
     learns = ("embedding", "logits")
+    settings = table(augmentations=whole(1), scale=real(0, 1, closed="right"))
+    augmentations: int
+    scale: float
     _asks_again = True
 
     def __init__(self, augmentations: int = 10, scale: float = 0.54) -> None:
-        if not isinstance(augmentations, int) or isinstance(augmentations, bool) or augmentations < 1:
-            raise ValueError(f"CSI takes a whole number of augmentations >= 1, got {augmentations!r}")
-        if not 0 < scale <= 1:
-            raise ValueError(f"CSI takes a scale between 0 and 1, got {scale!r}")
         super().__init__()
-        self.augmentations = augmentations
-        self.scale = scale
+        self._set(augmentations=augmentations, scale=scale)
         self.bank = Bank()  # of z_0 to z_3 and f_0 to f_3, side by side
 
     def _check_fit(self, features: Features) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from featnorm.detectors.base import Detector, NotFittedError
+from featnorm._checks import real, table
+from featnorm.detectors.base import Detector, NotFittedError, check_detector
 from featnorm.detectors.statistics import FloatHistogram
 from featnorm.features import Features
 
@@ -30,16 +31,16 @@ class ReAct(Detector):
         they are not a linear map of the clipped layer (a cosine classifier, or a head in between).
     """
 
+    settings = table(percentile=real(0, 100))
+    percentile: float
+
     def __init__(self, detector: Detector, percentile: float = 90) -> None:
-        if not isinstance(detector, Detector):
-            raise TypeError(f"ReAct wraps a detector, got {detector!r}")
-        if not 0 < percentile < 100:
-            raise ValueError(f"ReAct takes a percentile between 0 and 100, got {percentile!r}")
+        check_detector(detector, "ReAct")
         if "embedding" in detector.reads:
             raise ValueError(f"ReAct cannot wrap {detector!r}: the embedding is made from unclipped features")
         super().__init__()
+        self._set(percentile=percentile)
         self.detector = detector
-        self.percentile = percentile
         self.role = detector.role
         self.activations = FloatHistogram()
         self._reshapes_logits = "logits" in detector.reads

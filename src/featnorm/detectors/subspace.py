@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from featnorm._checks import choice, table, whole
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, Total
 from featnorm.features import Features
@@ -34,11 +35,12 @@ class _Subspace(NamedTuple):
 class _SubspaceDetector(Detector):
     """The principal subspace of the pooled features about the classifier's origin."""
 
+    settings = table(dim=whole(1) | choice(None))
+    dim: int | None
+
     def __init__(self, dim: int | None = None) -> None:
-        if dim is not None and (not isinstance(dim, int) or dim < 1):
-            raise ValueError(f"{type(self).__name__} takes a whole number dim >= 1 or None, got {dim!r}")
         super().__init__()
-        self.dim = dim
+        self._set(dim=dim)
         self.moments = Moments()
 
     def _check_fit(self, features: Features) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from featnorm._checks import check_type
 from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import base_op, find, is_rectifier
 from featnorm.tap.linear import hidden_classifiers
@@ -31,6 +32,8 @@ class LayerTap:
     ------
     ValueError
         A module is not in the model or did not run, nothing in it is rectified, or there is no last hidden layer.
+    TypeError
+        The model is no `torch.nn.Module`, or the inputs are no tensor.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class LayerTap:
         *,
         last: str | None = None,
     ) -> None:
+        check_type(model, nn.Module, "the model", "a torch.nn.Module")
+        check_type(inputs, Tensor, "the inputs", "a tensor")
         self.model = unwrap(model)
         with undisturbed(self.model):
             record = watch(self.model, inputs[:_WATCHED_ROWS])

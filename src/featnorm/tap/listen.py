@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from featnorm._errors import RefusalError
 from featnorm._layout import UnitStrides
 from featnorm.tap.find import same_vector
 from featnorm.tap.watch import Node, Record, Slot, is_on_top, on_top, tensors_in
+
+
+class PathError(RefusalError, RuntimeError):
+    """A model that took another path than when it was watched."""
+
 
 _MODES_LOCK = threading.RLock()
 _MODES: dict[nn.Module, list[int]] = {}  # how many listen to a module now, and the mode it had before the first
@@ -97,7 +103,7 @@ def listen(
 
     Raises
     ------
-    RuntimeError
+    PathError
         A point was not reached: the model took another path than when it was watched.
     """
     caught: dict[Point, Tensor] = {}
@@ -117,7 +123,7 @@ def listen(
             model(inputs)
     missed = [point for point in wanted if point not in caught]
     if missed:
-        raise RuntimeError(
+        raise PathError(
             f"the model did not pass through {missed[0].module or 'its output'!r} as it did when it was "
             "watched; make a new FeatureTap for it"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featnorm._checks import check_type
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
@@ -41,9 +42,13 @@ class FeatureTap:
     ------
     ValueError
         ``layer`` is not in the model.
+    TypeError
+        The model is no `torch.nn.Module`, or ``layer`` is neither a module nor a name.
     """
 
     def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+        check_type(model, nn.Module, "the model", "a torch.nn.Module")
+        check_type(layer, (str, nn.Module, type(None)), "layer", "a module of the model or its name")
         self.model = unwrap(model)
         self.layer = self._name(layer)
         self._plan: _Plan | None = None
@@ -57,7 +62,10 @@ class FeatureTap:
         ValueError
             The model returns neither logits nor features of shape (n, width), or the chosen layer does not
             run.
+        TypeError
+            The inputs are no tensor.
         """
+        check_type(inputs, Tensor, "the inputs", "a tensor")
         self._watch(inputs)
         return self
 
@@ -70,8 +78,7 @@ class FeatureTap:
 
     def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
         """Return the features of one batch, with a copy of the classifier's weights or without."""
-        if not isinstance(inputs, Tensor):
-            raise TypeError(f"the inputs must be a tensor, got {type(inputs).__name__}")
+        check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
         if self._plan is None:
             return self._watch(inputs)
@@ -118,9 +125,10 @@ class FeatureTap:
         ------
         ValueError
             A batch holds no tensor of inputs, or the loader none at all.
+        TypeError
+            The loader is no iterable of batches.
         """
-        if isinstance(loader, Tensor):
-            raise ValueError("a tensor is no loader, as its rows would be taken for batches: pass [tensor]")
+        check_loader(loader)
         total = _length(loader)
         bar = tqdm(loader, total=total, unit="batch", disable=_hide(progress), leave=False)
         empty = True
@@ -128,7 +136,11 @@ class FeatureTap:
             inputs, labels, why = _split(batch, i)
             if not len(inputs):
                 continue
-            features = self(inputs)
+            try:
+                features = self(inputs)
+            except Exception as error:
+                error.add_note(f"(on batch {i} of the loader, counted from 0)")
+                raise
             empty = False
             if labels is None:
                 yield features.replace(absent={**features.absent, "labels": why})
@@ -166,7 +178,10 @@ class FeatureTap:
         ValueError
             The model has no logits or no such layer, or something behind the layer is not a linear map once its
             factors are fixed, such as attention or a LayerNorm; it is named.
+        TypeError
+            The inputs are no tensor.
         """
+        check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
         with undisturbed(self.model):
             record = watch(self.model, inputs[:_WATCHED_ROWS])
@@ -390,6 +405,16 @@ def _text(value: Any) -> str:
 
 def _texts(values: Any) -> dict[str, str]:
     return {_text(name): _text(text) for name, text in values.items()}
+
+
+def check_loader(loader: object) -> None:
+    """Refuse, by a TypeError, what yields no batches."""
+    if isinstance(loader, Tensor):
+        raise TypeError("a tensor is no loader, as its rows would be taken for batches: pass [tensor]")
+    if not (hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")):
+        raise TypeError(
+            f"the loader must be an iterable of batches such as a DataLoader, got {type(loader).__name__}"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,0 +1,35 @@
+"""`main`: from the first moment of a command to its exit status."""
+
+import sys
+
+from featnorm.cli.interrupt import INTERRUPTED, Interruption
+
+_DEBUG = "--debug"
+
+
+def main() -> None:
+    """Run the command line, and end the process with a status; see `featnorm.cli.faults`."""
+    arguments = sys.argv[1:]
+    interruption = Interruption(arguments)
+    interruption.watch()
+    # Not above: what takes a while to import is imported once Ctrl-C is handled.
+    from featnorm.cli.app import run
+    from featnorm.cli.faults import report
+
+    # A person whose command was refused types it again, with the option at its end.
+    debug = _DEBUG in arguments[: arguments.index("--") if "--" in arguments else None]
+    status: int | str | None = 0
+    try:
+        with interruption:
+            run([*([_DEBUG] if debug else []), *(argument for argument in arguments if argument != _DEBUG)])
+    except SystemExit as end:
+        status = end.code
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BaseException as error:
+        # What Ctrl-C turned into on its way here is not looked at.
+        status = INTERRUPTED if interruption.caught else report(error, debug=debug)
+    if interruption.caught or status == INTERRUPTED:
+        interruption.say()
+        status = INTERRUPTED
+    sys.exit(status)

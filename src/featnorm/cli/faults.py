@@ -1,0 +1,83 @@
+"""What becomes of an error: one line or a traceback on standard error, and the exit status."""
+
+import dis
+import platform
+import sys
+import traceback
+
+from featnorm import __version__
+from featnorm._errors import RefusalError, UserCodeError, is_library
+
+INTERNAL = 1
+REFUSED = 2
+STATUSES = {
+    0: "done",
+    INTERNAL: "an internal error of featnorm, with a traceback to report",
+    REFUSED: "a wrong call or input, named in one line",
+    3: "`monitor` found drift",
+    130: "interrupted by Ctrl-C",
+}
+"""The exit statuses and their meaning."""
+
+_HINT = " (rerun with --debug for the traceback)"
+_LESS_MEMORY = "lower --batch-size, or free memory"
+# What is in the messages of libraries where the machine is to blame, and what to do.
+_ENVIRONMENT = {
+    "can't allocate memory": _LESS_MEMORY,
+    "DataLoader worker": "decode in fewer processes, by --workers 1 or --workers 0",
+}
+
+
+def report(error: BaseException, *, debug: bool) -> int:
+    """Print an error and return the exit status.
+
+    Parameters
+    ----------
+    error : what a command raised.
+    debug : print the traceback of a refusal too.
+    """
+    refusal = _refusal(error)
+    if refusal is None or debug:
+        traceback.print_exception(error)
+    if refusal is None:
+        torch = sys.modules.get("torch")
+        versions = [f"featnorm {__version__}", f"Python {platform.python_version()}", platform.platform()]
+        versions += [f"torch {torch.__version__}"] if torch is not None else []
+        print(
+            f"featnorm: internal error, {type(error).__name__}. Please report it to the maintainers with the "
+            f"command, this traceback and the versions: {', '.join(versions)}.",
+            file=sys.stderr,
+        )
+        return INTERNAL
+    hint = _HINT if isinstance(error, UserCodeError) and not debug else ""
+    print(f"featnorm: {' '.join(refusal.split())}{hint}", file=sys.stderr)
+    return REFUSED
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Return what to say of an error that the call, the input or the machine is to blame for; else None."""
+    ray = sys.modules.get("ray")
+    if ray is not None and isinstance(error, ray.exceptions.RayTaskError):
+        error = error.cause
+    said = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({said}): {_LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and not isinstance(error, RefusalError):
+        return next((f"{said}: {advice}" for words, advice in _ENVIRONMENT.items() if words in said), None)
+    if isinstance(error, ImportError):
+        return None if (error.name or "").partition(".")[0] == "featnorm" else said
+    if isinstance(error, (OSError, RefusalError)):
+        return said
+    return said if isinstance(error, (ValueError, TypeError)) and _is_deliberate(error) else None
+
+
+def _is_deliberate(error: BaseException) -> bool:
+    """Whether a ``raise`` outside the libraries made it, and not a slip such as an unpacking that fails."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    # Where another process raised it, the traceback is there.
+    if last is None:
+        return True
+    code = last.tb_frame.f_code
+    return not is_library(code.co_filename) and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
