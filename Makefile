@@ -7,9 +7,10 @@ BIN := .venv/bin
 demo: .venv/demo.stamp
 	$(BIN)/featnorm demo
 
-# Two processes of one thread each: with more, threads wait for each other and take several times as long.
+# Two processes of one thread each: with more, threads wait for each other and take several times as long. Files with
+# slow tests come first (tests/running.py), and not those with the most tests.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -13,6 +13,10 @@ def pytest_configure(config):
     running.register(config)
 
 
+def pytest_collection_modifyitems(items):
+    running.put_slow_first(items)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data: parquet files described in their own README."""

@@ -1,4 +1,4 @@
-"""How the tests report: one line per file, and an end to the run when a process of tests dies."""
+"""How the tests run and report: slow files first, one line per file, and an end when a process of tests dies."""
 
 from collections import Counter
 
@@ -55,6 +55,12 @@ class FileLines:
 
 def file_of(nodeid):
     return nodeid.partition("::")[0]
+
+
+def put_slow_first(items):
+    """Begin with the files that hold a test marked as slow, so that no worker is left with one at the end."""
+    slow = {file_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: file_of(item.nodeid) not in slow)
 
 
 def register(config):

@@ -20,6 +20,8 @@ from featnorm.report.html import THEMES
 from featnorm.report.results import Section, write_results_page
 from featnorm.report.tables import markdown_table
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "input", "img", "br", "link", "hr"}
 ODD = """a "quoted" & <b>bold</b> 'name' $x_1$ {{ 1 }}"""
 

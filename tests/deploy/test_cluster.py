@@ -18,6 +18,8 @@ ray = pytest.importorskip("ray")
 from featnorm.distributed import Cluster, cluster  # noqa: E402
 from featnorm.distributed.bank import BankPart, ShardedKNN  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BATCH = 4
 
 

@@ -17,6 +17,8 @@ from featnorm.oneclass.goad import log_probability, triplet_centre_loss
 from featnorm.oneclass.system import Run
 from featnorm.training import PRESETS, Recipe
 
+pytestmark = pytest.mark.slow
+
 #: Small enough to train in seconds.
 SMALL = {
     "SVM": SVM(width=16, autoencoder_epochs=3, autoencoder_drop=2, batch_size=4, lr=1e-3),

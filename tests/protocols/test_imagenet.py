@@ -20,6 +20,8 @@ from featnorm.protocols.checkpoints import ContrastiveNetwork, load_contrastive
 from featnorm.protocols.imagenet_tables import ROWS
 from featnorm.protocols.paper import numbers
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 6
 
 

@@ -12,6 +12,8 @@ from featnorm.oneclass import GOAD
 from featnorm.protocols import cifar10, label_free
 from featnorm.protocols.paper import numbers
 
+pytestmark = pytest.mark.slow
+
 TINY = label_free.Scale(
     "laptop",
     4,

@@ -13,6 +13,8 @@ from featnorm.protocols import moco_length, one_class
 from featnorm.training import Recipe
 from featnorm.training import train as really_train
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=3, batch_size=16, optimiser="sgd", lr=0.02, augment=True, objective="moco", queue=32)
 SYSTEM = MoCo(8, RECIPE, k=3)
 TINY = moco_length.Scale("laptop", SYSTEM, moco_length.CLASSES[:2], (0, 1, 3))

@@ -13,6 +13,8 @@ from featnorm.protocols.figures import Figure, gap, rank_correlation, series
 from featnorm.training import Recipe
 from featnorm.training.probe import LAST
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=2, batch_size=32, optimiser="sgd", lr=0.02)
 TINY = theory.Scale("laptop", 8, 60, RECIPE, replace(RECIPE, optimiser="adamw", lr=1e-3))
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from featnorm.tap import FeatureTap
 
+pytestmark = pytest.mark.slow
+
 torchvision_models = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")
 

@@ -10,6 +10,8 @@ import featnorm as fn
 from featnorm.protocols import digits
 from featnorm.training import PRESETS, CSIHead, cifar_network, cifar_network_with, train
 
+pytestmark = pytest.mark.slow
+
 SIDE = 16
 
 
@@ -48,7 +50,6 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_it_tells_far_inputs_apart(name, sets):
     lr, detectors = CASES[name]

@@ -27,6 +27,8 @@ from featnorm.training import (
     train_head,
 )
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=4, batch_size=16, optimiser="sgd", lr=0.05, augment=True)
 
 
