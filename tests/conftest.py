@@ -3,10 +3,17 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import running
 from featnorm.cli import main
+
+# No test depends on how fast the machine is, or how busy.
+hypothesis.settings.register_profile(
+    "featnorm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("featnorm")
 
 
 def pytest_configure(config):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from featnorm import DriftMonitor
@@ -34,7 +34,6 @@ def reference(calibration, stream, seed):
     return evidence
 
 
-@settings(deadline=None)
 @given(st.lists(few, min_size=1, max_size=20), st.lists(few, max_size=60), st.integers(0, 9))
 def test_equals_its_definition(calibration, stream, seed):
     evidence = DriftMonitor(calibration, seed=seed).update(stream)
@@ -52,7 +51,6 @@ def test_equals_its_definition_over_a_drift():
     assert evidence.max() > 2
 
 
-@settings(deadline=None)
 @given(st.lists(few, max_size=60), st.lists(st.integers(0, 60), max_size=5), st.integers(0, 2**32))
 def test_batches_of_any_size_give_the_same(stream, cuts, seed):
     cuts = sorted(min(cut, len(stream)) for cut in cuts)

@@ -28,7 +28,7 @@ def reference(rows, p):
     return np.array([float(sum(abs(Decimal(float(x))) ** power for x in row) ** (1 / power)) for row in rows])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(matrices)
 def test_definitions(a):
     t = torch.from_numpy(a)
@@ -39,14 +39,14 @@ def test_definitions(a):
     np.testing.assert_allclose(negative_aware_norm(t), l1 / np.maximum(l0, 1), rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(matrices, powers)
 @example(np.array([[1.17549435e-38]]), 9.0)
 def test_lp_norm_is_its_definition(a, p):
     np.testing.assert_allclose(lp_norm(torch.from_numpy(a), p), reference(a, p), rtol=1e-9, atol=1e-300)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(matrices, st.floats(1.01, 12))
 def test_hoelder(a, p):
     t = torch.from_numpy(a)
@@ -56,7 +56,7 @@ def test_hoelder(a, p):
     assert (l1 <= d ** (1 - 1 / p) * lp * slack).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(matrices, st.randoms(use_true_random=False))
 def test_no_norm_depends_on_the_order_of_units_or_rows(a, random):
     units = random.sample(range(a.shape[1]), a.shape[1])
@@ -67,7 +67,7 @@ def test_no_norm_depends_on_the_order_of_units_or_rows(a, random):
         torch.testing.assert_close(norm(t[rows]), norm(t)[rows], rtol=1e-12, atol=0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(matrices, st.integers(-20, 20))
 def test_a_layer_at_another_scale_scales_its_norms(a, exponent):
     t, c = torch.from_numpy(a), 2.0**exponent

@@ -958,12 +958,18 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
 
 
 def test_the_command_ends_in_time_whatever_its_threads_do(detector):
-    # A model that never comes to an end. The image that the service tries itself on is enough.
+    # A model that never ends once its file is open. The image that the service tries itself on is enough.
     code = """
 import time
 from featnorm.cli import main
 from featnorm.deploy import ImageScorer
-ImageScorer.judge = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+
+def load(*arguments, load=ImageScorer.load, **options):
+    scorer = load(*arguments, **options)
+    ImageScorer.judge = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+    return scorer
+
+ImageScorer.load = load
 main()
 """
     process = subprocess.Popen(

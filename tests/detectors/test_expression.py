@@ -1,7 +1,6 @@
 """Detectors as text: there and back, and nothing else gets in."""
 
 import math
-import time
 
 import pytest
 from fabricate import EVERY
@@ -71,7 +70,7 @@ detectors = st.recursive(
 fusions = st.builds(Fusion, st.one_of(distances, clipped(distances)), st.one_of(size, clipped(size)))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.one_of(detectors, fusions, clipped(fusions)))
 def test_a_repr_is_read_back(detector):
     text = repr(detector)
@@ -155,10 +154,9 @@ def test_code_is_refused(expression):
     ],
 )
 def test_long_and_deep_expressions_are_refused_at_once(expression):
-    start = time.perf_counter()
+    # One that takes for ever would end at the time limit of every test.
     with pytest.raises(ValueError, match=r"not a detector|at most 500 characters"):
         parse_detector(expression)
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def activations(d=6):
     return arrays("float64", st.tuples(st.integers(1, 5), st.just(d)), elements=element).map(torch.from_numpy)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(activations(), arrays("float64", (4, 6), elements=st.sampled_from([-2.0, -1e-9, 0.0, 1e-9, 3.0])))
 def test_the_hidden_classifier_is_bounded_by_the_norm(a, weights):
     """Thm. 3, eq. 24, whatever the weights."""
@@ -98,7 +98,7 @@ def test_the_hidden_classifier_is_bounded_by_the_norm(a, weights):
     assert (HiddenConfidence().score(whole) <= L1Norm().score(whole) + slack).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(activations(), st.floats(1.01, 8))
 def test_norm_identities(a, p):
     features = Features(activation=a)
@@ -113,7 +113,7 @@ def test_norm_identities(a, p):
 logit_rows = arrays("float64", st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.floats(-1e4, 1e4))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(logit_rows.map(torch.from_numpy), st.floats(-1e3, 1e3))
 def test_logit_identities(logits, shift):
     features = Features(logits=logits)

@@ -157,7 +157,7 @@ def test_a_sample_below_its_size_is_all_rows():
     assert {tuple(r.tolist()) for r in sample.rows} == {tuple(r.tolist()) for r in z}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.permutations(range(60)), st.integers(1, 59), st.integers(1, 70))
 def test_a_sample_knows_no_order_no_batches_and_no_halves(order, cut, size):
     z = rows_of(60, dtype=torch.float32)
@@ -223,7 +223,7 @@ def percentile_of(values, p, sizes=None):
     return histogram.percentile(p)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(arrays(np.float32, array_shapes(max_dims=1, max_side=40), elements=floats), st.floats(0.1, 99.9))
 def test_a_percentile_is_between_its_order_statistics(values, p):
     got = percentile_of(torch.from_numpy(values), p)

@@ -34,7 +34,7 @@ RECTIFIERS = {
     st.integers(1, 4),
     st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_mlp_is_the_product_of_its_matrices(name, widths, classes, seed):
     """Equations 2, 35 and 40, multiplied out."""
     torch.manual_seed(seed)
