@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
 
-from featnorm.cli.app import app
+from featnorm.cli.app import Escaped, app
 
 
 def write_images(folder, count, seed, size=32, shift=0):
@@ -17,8 +17,8 @@ def write_images(folder, count, seed, size=32, shift=0):
 
 def reproduce(name, root, out, *options):
     """Run ``featnorm reproduce`` with errors as they are raised."""
-    return CliRunner().invoke(
-        app,
-        ["reproduce", name, "--data-root", str(root), "--out", str(out), "--device", "cpu", *map(str, options)],
-        catch_exceptions=False,
-    )
+    command = ["reproduce", name, "--data-root", str(root), "--out", str(out), "--device", "cpu"]
+    try:
+        return CliRunner().invoke(app, [*command, *map(str, options)], catch_exceptions=False)
+    except Escaped as escaped:
+        raise escaped.error from None

@@ -14,7 +14,7 @@ from featnorm._memory import keep_freed_memory
 from featnorm.cli.faults import STATUSES
 
 
-class _Escaped(BaseException):
+class Escaped(BaseException):
     """Carries an error past typer, which would make an ending of its own of it."""
 
     def __init__(self, error: BaseException) -> None:
@@ -27,7 +27,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, EOFError) as error:
-            raise _Escaped(error) from None
+            raise Escaped(error) from None
 
 
 app = typer.Typer(
@@ -452,5 +452,5 @@ def run(arguments: Sequence[str]) -> None:
             stream.reconfigure(errors="replace")
     try:
         app(arguments, prog_name="featnorm")
-    except _Escaped as escaped:
+    except Escaped as escaped:
         raise escaped.error from None
