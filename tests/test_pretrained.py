@@ -8,6 +8,7 @@ from PIL import Image
 
 import featnorm as fn
 from featnorm import pretrained
+from featnorm._layout import fast_layout
 from featnorm.data import image_tensor, open_images
 from featnorm.models import ModelError, create_model
 from featnorm.pretrained import model_facts
@@ -45,14 +46,14 @@ def test_it_is_small_and_has_a_card():
 @pytest.mark.slow
 def test_it_reaches_what_was_published(shared_data):
     result = model_facts(NAME)["result"]
-    model = fn.load_model(NAME)
+    model = fast_layout(fn.load_model(NAME))
     tap = fn.FeatureTap(model)
     detectors = {repr(d): d for d in (fn.NAN(), fn.L1Norm(), fn.Energy(), fn.MSP(), fn.HiddenConfidence())}
 
     def scored(spec):
         source = open_images(spec, root=shared_data)
         pixels = image_tensor(source, 32, progress=False)
-        features = [tap(batch.float() / 255) for batch in pixels.split(500)]
+        features = [tap(fast_layout(batch).float() / 255) for batch in pixels.split(500)]
         labels = torch.tensor([source.label(i) for i in range(len(source))]) if spec == "cifar10:test" else None
         return fn.Features.cat(features), labels
 
