@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -228,3 +229,12 @@ def test_bad_rates_are_refused(share):
             calibrate(torch.arange(50), share)
     with pytest.raises(ValueError, match=rf"^fdr must be in \(0, 1\), got {share}"):
         benjamini_hochberg([0.5], share)
+
+
+def test_the_share_cannot_leave_its_threshold_behind():
+    calibration = Calibration(torch.arange(100.0), 0.9)
+    with pytest.raises(AttributeError):
+        calibration.tpr = 0.5
+    assert calibration.tpr == 0.9
+    assert float(calibration.threshold) == threshold_at_tpr(torch.arange(100.0), 0.9)
+    assert copy.deepcopy(calibration).tpr == pickle.loads(pickle.dumps(calibration)).tpr == 0.9

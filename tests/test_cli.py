@@ -55,6 +55,22 @@ def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
     assert "<html" in (tmp_path / "here" / "index.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        (("demo",), "index.html"),
+        (("evaluate", "--model", MODEL, "--id", "a", "--ood", "b"), "index.html"),
+        (("evaluate", "--model", MODEL, "--id", "a", "--ood", "b"), "results.md"),
+        (("reproduce", "table3"), "laptop/table3.json"),
+        (("reproduce", "figure1"), "laptop/figure1.md"),
+        (("reproduce", "all"), "laptop/results.html"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_found_before_the_work(featnorm, tmp_path, arguments, taken):
+    (tmp_path / "out" / taken).mkdir(parents=True)
+    assert_one_line(featnorm(*arguments, "--out", "out"), f"out/{taken} is a folder: name a file")
+
+
 def test_demo_network_knows_its_digits(monkeypatch):
     monkeypatch.setattr(digits, "RECIPE", replace(digits.RECIPE, epochs=15))
     data = digits.load()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from featnorm import archive
 from featnorm.data import open_to_score
 from featnorm.deploy import ImageVerdict
 from featnorm.deploy.records import Journal, images_digest
@@ -206,6 +207,84 @@ def test_a_killed_score_goes_on(known, detector, tmp_path):
     (known / "a" / "broken.png").unlink()
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not journal.exists()
+
+
+def test_a_damaged_journal_is_named_and_the_table_is_whole(featnorm, detector, known, tmp_path, monkeypatch):
+    arguments = ("score", detector, f"{known}[:12]", "--batch-size", 2, "--workers", 0, "-o")
+    assert featnorm(*arguments, "whole.csv")[0] == 0
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", die)
+        assert featnorm(*arguments, "t.csv")[0] == 130
+    journal = tmp_path / ".t.csv.part"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 7
+    lines[3] = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), lines[3], count=1)
+    for damaged, words in ((lines, "line 4 of .t.csv.part is damaged"), (["null\n"], "line 1 of .t.csv.part is")):
+        journal.write_text("".join(damaged))
+        status, printed, error = featnorm(*arguments, "t.csv")
+        assert (status, error) == (0, "")
+        assert words in printed
+        assert ("going on after 4 of 12 images" in printed) == (damaged is lines)
+        assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+        assert not journal.exists()
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known, tmp_path, monkeypatch):
+    cache = detector.parent / "cache"
+    arguments = ("fit", known, "-o", "d.featnorm", "--cache", cache, "--batch-size", 16, *BACKBONE)
+
+    def full(*_):
+        raise archive.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "save_file", full)
+        status, _, error = featnorm(*arguments)
+    assert status == 2
+    assert re.fullmatch(
+        r"featnorm: cannot write d\.featnorm: No space left on device \([\d,.]+ MB are free\): free some space, "
+        r"or choose another place\. The features are kept: rerun the same command to resume from them\n",
+        error,
+    )
+    assert not list(tmp_path.iterdir())
+    status, printed, _ = featnorm(*arguments)
+    assert status == 0
+    assert "The features of all of them were known." in printed
+    assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
+    featnorm, detector, known, tmp_path, monkeypatch
+):
+    os.mkfifo(tmp_path / "pipe.csv")
+    os.mkfifo(tmp_path / "pipe.html")
+    before = sorted(tmp_path.iterdir())
+
+    def work(*_args, **_options):
+        raise AssertionError("worked before it looked")
+
+    monkeypatch.setattr("featnorm.cli.fit.create_model", work)
+    for module in ("score", "export"):
+        monkeypatch.setattr(f"featnorm.cli.{module}.ImageScorer.load", work)
+    monkeypatch.setattr("featnorm.cli.monitor.archive.read", work)
+    table = known / "t.csv"
+    for arguments, words in {
+        ("fit", known, "-o", "pipe.csv"): "pipe.csv is no regular file",
+        ("score", detector, known, "-o", "pipe.csv"): "pipe.csv is no regular file",
+        ("score", detector, known, "--html", "pipe.html"): "pipe.html is no regular file",
+        ("export", detector, "-o", "pipe.csv"): "pipe.csv is no regular file",
+        ("monitor", detector, table, "--html", "pipe.html"): "pipe.html is no regular file",
+        ("fit", known, "-o", 300 * "n"): "cannot be written: File name too long",
+        ("score", detector, known, "-o", 300 * "n" + ".csv"): "cannot be written: File name too long",
+    }.items():
+        status, _, error = featnorm(*arguments)
+        assert status == 2
+        assert words in error
+        assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_thousand_hostile_files(featnorm, detector, tmp_path):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import featnorm as fn
 from featnorm import archive
 from featnorm.evaluation import standard_detectors
+from mutations import mutated
 
 CLASSES = 5
 
@@ -46,6 +47,31 @@ class Cosine(Net):
         pooled = torch.relu(self.norm(self.conv(x))).mean((2, 3))
         g = nn.functional.normalize(self.embedding(torch.relu(self.hidden(pooled))))
         return g @ nn.functional.normalize(self.prototypes.weight).T / 0.1
+
+
+class Functional(Net):
+    """The same without a module that receives or returns its pooled feature as it is."""
+
+    def forward(self, x):
+        pooled = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(torch.relu(nn.functional.linear(pooled, self.hidden.weight, self.hidden.bias)))
+
+
+def uses(path, model):
+    """Open a file and use what there is in it; say how that ended, where it may."""
+    try:
+        scorer = fn.Scorer.load(path, model=model)
+    except fn.ArchiveError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return "refused"
+    try:
+        scorer(loader(1)[0][0])
+    except RuntimeError as error:
+        assert "as it did when it was watched" in str(error)  # noqa: PT017
+        return "not reached"
+    assert isinstance(scorer.tap.describe(), str)
+    assert isinstance(repr(scorer), str)
+    return "works"
 
 
 def model_for(detector):
@@ -394,6 +420,36 @@ class TestFile:
         self.rewrite(path, tap=header["tap"])
         with pytest.raises(fn.ArchiveError, match="damaged"):
             fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    def test_whatever_a_header_says_it_is_refused_or_works(self, path, monkeypatch):
+        monkeypatch.setattr("os.fsync", lambda handle: None)
+        model = Functional()
+        fn.Scorer(model, fn.parse_detector("KNN(k=3) / NAN()")).fit(loader()).calibrate(loader(seed=1)).save(path)
+        tensors, header = archive.read(path)
+        assert {point["side"] for point in header["tap"]["plan"]["points"].values()} == {"in", "out", "op"}
+        header["tap"]["layer"] = "hidden"
+        results = []
+        for what, changed in mutated(header):
+            archive.write(path, tensors, changed)
+            try:
+                results.append(uses(path, model))
+            except BaseException as error:
+                error.add_note(what)
+                raise
+        assert 0 < results.count("works") < 0.2 * len(results)
+        # A place that is one, but not of this model, shows where the model is run.
+        assert results.count("not reached") < 0.1 * len(results)
+
+    @pytest.mark.parametrize(
+        "detector", ["KNN(k=129)", "KNN(k=129) / NAN()", "Residual(dim=12)", "KNN(k=129) / ReAct(NAN())"]
+    )
+    def test_settings_that_do_not_fit_what_was_learned_are_refused(self, path, detector):
+        model = model_for(fn.NAN())
+        fitting = detector.replace("129", "3").replace("12", "3")
+        fn.Scorer(model, fn.parse_detector(fitting)).fit(loader()).save(path)
+        self.rewrite(path, detector=detector)
+        with pytest.raises(fn.ArchiveError, match="damaged"):
+            fn.Scorer.load(path, model=model)
 
     def test_a_flipped_bit_anywhere_is_refused(self, path):
         whole = path.read_bytes()

@@ -12,8 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featnorm._files import replacing
+from featnorm.calibration import Calibration
 
 FORMAT = 2
+#: The tensor with the calibration scores.
+CALIBRATION = "calibration.scores"
 
 
 class ArchiveError(ValueError):
@@ -63,6 +66,36 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is of format {version}, and this featnorm reads up to {FORMAT}: install a newer featnorm"
         )
     return tensors, header
+
+
+def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Calibration | None:
+    """Return the calibration that a detector file holds, or None where the detector was not calibrated.
+
+    Parameters
+    ----------
+    tensors, header : what `read` returned.
+    path : the file, for errors.
+
+    Raises
+    ------
+    ArchiveError
+        The file is damaged.
+    """
+    scores, tpr = tensors.get(CALIBRATION), header.get("tpr")
+    if tpr is None and scores is None:
+        return None
+    try:
+        if tpr is None or scores is None:
+            raise ValueError("it has a share to accept without calibration scores, or these without a share")
+        return Calibration(scores, tpr)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: str | Path, error: Exception) -> ArchiveError:
+    """Return the error of a file whose content is not what it should be, in one line."""
+    why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return ArchiveError(f"{path} is damaged: {why}")
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:

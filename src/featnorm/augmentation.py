@@ -19,6 +19,11 @@ _GREY = 0.2
 _LUMA = (0.2989, 0.587, 0.114)
 
 
+def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    # By the seed alone, and not by what torch's default type is.
+    return torch.rand(*shape, generator=generator, dtype=torch.float32)
+
+
 def augment(images: Tensor, generator: torch.Generator, crop: int | None = None) -> Tensor:
     """Move each image by up to an eighth of its side, mirrored at the border, and flip half of them.
 
@@ -44,7 +49,7 @@ def augment(images: Tensor, generator: torch.Generator, crop: int | None = None)
     pad = max(1, height // 8), max(1, width // 8)
     room = height - rows_out, width - columns_out
     top, left = (torch.randint(-p, r + p + 1, (n,), generator=generator) for p, r in zip(pad, room, strict=True))
-    flip = torch.rand(n, generator=generator) < 0.5
+    flip = _uniform(n, generator=generator) < 0.5
     # Indices do what padding, cropping and flipping would, in one gather; -1 is mirrored to 1.
     rows = _mirror(torch.arange(rows_out) + top[:, None], height)
     columns = torch.arange(columns_out).expand(n, columns_out)
@@ -95,7 +100,7 @@ class Distortion(NamedTuple):
         flips : whether to mirror half of them; rotations are told apart by images that are not mirrored after.
         """
         height, width = side
-        uniform = torch.rand(n, _DRAWS, 2, generator=generator)
+        uniform = _uniform(n, _DRAWS, 2, generator=generator)
         area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[..., 0])
         low, high = (math.log(ratio) for ratio in _RATIO)
         ratio = (low + (high - low) * uniform[..., 1]).exp()
@@ -105,16 +110,16 @@ class Distortion(NamedTuple):
         some = fits.any(1)
         h = torch.where(some, h.gather(1, first)[:, 0], float(height))
         w = torch.where(some, w.gather(1, first)[:, 0], float(width))
-        corner = torch.rand(n, 2, generator=generator)
+        corner = _uniform(n, 2, generator=generator)
         top = (corner[:, 0] * (height - h + 1)).floor().clamp(max=height - 1)
         left = (corner[:, 1] * (width - w + 1)).floor().clamp(max=width - 1)
-        flip = torch.rand(n, generator=generator) < (0.5 if flips else 0.0)
-        strength = torch.tensor(_STRENGTH)
-        moved = strength * (2 * torch.rand(n, 4, generator=generator) - 1)
-        jittered = torch.rand(n, 1, generator=generator) < _JITTER
-        factors = torch.where(jittered, moved, torch.zeros(())) + torch.tensor([1.0, 1.0, 1.0, 0.0])
-        order = torch.rand(n, 4, generator=generator).argsort(1)
-        grey = torch.rand(n, generator=generator) < _GREY
+        flip = _uniform(n, generator=generator) < (0.5 if flips else 0.0)
+        strength = torch.tensor(_STRENGTH, dtype=torch.float32)
+        moved = strength * (2 * _uniform(n, 4, generator=generator) - 1)
+        jittered = _uniform(n, 1, generator=generator) < _JITTER
+        factors = torch.where(jittered, moved, 0.0) + moved.new_tensor([1.0, 1.0, 1.0, 0.0])
+        order = _uniform(n, 4, generator=generator).argsort(1)
+        grey = _uniform(n, generator=generator) < _GREY
         return Distortion(torch.stack([top, left, h, w], 1), flip, factors, order, grey)
 
 
@@ -163,7 +168,7 @@ def distort(images: Tensor, distortion: Distortion, crop: int | None = None) -> 
 
 def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return images (n, c, h, w) of which half are mirrored, at random."""
-    flip = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    flip = (_uniform(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 

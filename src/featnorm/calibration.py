@@ -146,7 +146,7 @@ class Calibration(nn.Module):
     threshold : Tensor
         0-d float64; see `threshold_at_tpr`.
     tpr : float
-        As given.
+        As given; read-only, since the threshold is of this share. For another one make another `Calibration`.
 
     Raises
     ------
@@ -160,10 +160,15 @@ class Calibration(nn.Module):
     def __init__(self, id_scores: ScoreLike, tpr: float = 0.95) -> None:
         super().__init__()
         scores = _sorted(id_scores, "id_scores")
-        self.tpr = tpr
+        self._tpr = tpr
         self._rank = _rank(len(scores), tpr)
         self.register_buffer("scores", scores)
         self.register_buffer("threshold", scores[self._rank - 1].clone())
+
+    @property
+    def tpr(self) -> float:
+        """The share of new ID inputs to accept."""
+        return self._tpr
 
     def p_value(self, scores: Tensor) -> Tensor:
         """P-values of (m,) scores, small for OOD: (m,) float64; see `conformal_p_values`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._checks import check_share
+from featnorm._weights import single_precision
 from featnorm.activation import ActivationStatistics
 from featnorm.calibration import Calibration
 from featnorm.data import (
@@ -274,7 +275,7 @@ def fit_head(
     deviation = deviation.clamp(min=_LEAST_DEVIATION * float(deviation.mean().clamp(min=1e-12)))
     batch = min(recipe.batch_size, len(values))
     epochs = max(recipe.epochs, math.ceil(_LEAST_STEPS / (len(values) // batch)))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), single_precision():
         torch.manual_seed(seed)
         head = ProjectionHead(values.shape[1], int(targets.max()) + 1, temperature=TEMPERATURE)
     recipe = replace(recipe, batch_size=batch, epochs=epochs)

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from featnorm._weights import load_weights, single_precision
 from featnorm.data.images import first_line, vision_module
 from featnorm.pretrained import load_model
 
@@ -120,6 +121,12 @@ def create_model(
         if num_classes is not None or not pretrained:
             raise ModelError(f"{spec} makes its own model: it takes no num_classes and no pretrained=False")
         return _users(spec, weights)
+    with single_precision():
+        return _by_name(spec, weights, pretrained, num_classes)
+
+
+def _by_name(spec: str, weights: str | Path | None, pretrained: bool, num_classes: int | None) -> LoadedModel:
+    """Return a model of a library."""
     library, name, notes = _resolve(spec)
     full_name = f"{library}:{name}"
     build = _build_timm if library == "timm" else _build_torchvision
@@ -148,7 +155,17 @@ def create_model(
             ) from error
     model.eval()
     transform, input_size = (_timm_input if library == "timm" else _torchvision_input)(model, name)
-    return LoadedModel(model, transform, input_size, full_name, notes)
+    return LoadedModel(model, _Single(transform), input_size, full_name, notes)
+
+
+@dataclass(frozen=True)
+class _Single:
+    """A library's transform, to float32: some give torch's default type."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(image).float()
 
 
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
@@ -400,7 +417,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> 
                 f"first mismatch {theirs} in the file, {ours} in the model: "
                 "pass this model's weights, or name the model they are of"
             )
-    model.load_state_dict({b: state[a] for a, b in pairs}, strict=False)  # it lacks the counters
+    load_weights(model, {b: state[a] for a, b in pairs}, strict=False)  # it lacks the counters
     if state.keys() == target.keys():
         return []
     return [f"the {len(pairs)} tensors of {path.name} have other names than in {name}: matched by shape, in order"]

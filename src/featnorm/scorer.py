@@ -172,7 +172,7 @@ class Scorer(nn.Module):
         self.detector.require_fitted()
         tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
-            tensors["calibration.scores"] = self.calibration.scores
+            tensors[archive.CALIBRATION] = self.calibration.scores
         header = {
             "detector": repr(self.detector),
             "tpr": None if self.calibration is None else self.calibration.tpr,
@@ -208,20 +208,19 @@ class Scorer(nn.Module):
             state = {
                 name.removeprefix("detector."): value
                 for name, value in tensors.items()
-                if name != "calibration.scores"
+                if name != archive.CALIBRATION
             }
             detector.load_state_dict(state)
             detector.validate()
             scorer = cls(model, detector)
             archive.check_fingerprint(scorer.tap.model, header["model"], path)
             scorer.tap = FeatureTap.from_state(model, header["tap"])
-            if header["tpr"] is not None:
-                if "calibration.scores" not in tensors:
-                    raise ValueError("it has a share to accept and no calibration scores")
-                calibration = Calibration(tensors["calibration.scores"], header["tpr"])
+            scorer.tap.require(detector.reads)
+            calibration = archive.calibration(tensors, header, path)
+            if calibration is not None:
                 scorer.calibration = calibration.to(scorer.tap.device)
         except archive.ArchiveError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise archive.ArchiveError(f"{path} is damaged: {error}") from None
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise archive.damaged(path, error) from None
         return scorer

@@ -77,7 +77,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path, monkeypatch):
             return [logits, score * np.float32(1.01), *rest]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
-    with pytest.raises(ExportError, match="scores differ from PyTorch's by"):
+    with pytest.raises(ExportError, match=r"the graph's score differs from PyTorch's by 1\.0e-02 of its size"):
         export_onnx(scorer, tmp_path / "d.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install '.\[onnx\]'"):
@@ -87,3 +87,49 @@ def test_what_is_refused(folder, loaded, cache, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="not calibrated"):
         export_onnx(scorer, tmp_path / "d.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A scorer, images, and what a sound graph says of them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    scorer = fn.Scorer(model, fn.NAN()).calibrate([torch.randn(40, 4)])
+    images = torch.randn(5, 4)
+    verdict = scorer(images)
+    return scorer, images, dict(zip(export.OUTPUTS, (verdict.logits, *verdict[:3]), strict=True))
+
+
+def test_a_sound_graph_passes(found):
+    scorer, images, outputs = found
+    assert export._check(outputs, scorer, images) == 0
+    near = {**outputs, "logits": outputs["logits"] * 1.00001}
+    assert export._check(near, scorer, images) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("logits", lambda t: t * float("nan"), "the graph's logits is NaN"),
+        ("logits", lambda t: t + 0.1 * t.abs().max(), r"logits differs from PyTorch's by 1\.0e-01 of its size"),
+        ("logits", lambda t: t[:, :2], r"logits is of shape \(5, 2\), and PyTorch's \(5, 3\)"),
+        ("score", lambda t: torch.where(torch.arange(5) == 4, float("nan"), t), "the graph's score is NaN"),
+        ("score", lambda t: t * 1.01, r"score differs from PyTorch's by 1\.0e-02 of its size"),
+        ("score", lambda t: t * float("inf"), "score differs from PyTorch's by inf of its size"),
+        ("p_value", lambda t: t * float("nan"), "p_value differs from that of its score by nan"),
+        ("p_value", lambda t: t + 1 / 41, r"p_value differs from that of its score by 2\.4e-02"),
+        ("is_id", lambda t: ~t, "is_id is not that of its score for 5 of 5 images"),
+        ("is_id", lambda t: t[:1], r"is_id is of shape \(1,\), and PyTorch's \(5,\)"),
+    ],
+)
+def test_a_graph_with_another_output_is_refused(found, name, change, words):
+    scorer, images, outputs = found
+    with pytest.raises(ExportError, match=words):
+        export._check({**outputs, name: change(outputs[name])}, scorer, images)
+
+
+def test_infinite_scores_are_equal():
+    one = torch.tensor([1.0, -torch.inf, 2.0])
+    assert export._relative_gap(one, one) == 0
+    assert export._relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
+    assert export._relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf

@@ -83,6 +83,10 @@ def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch
     monkeypatch.setitem(cifar10.SCALES, "laptop", replace(TINY, width=16))
     with pytest.raises(ValueError, match="is of other width: choose another folder"):
         reproduce("table5", root, tmp_path)
+    file = tmp_path / "laptop" / "relu-512-2epochs-seed0" / "result.json"
+    file.write_text(file.read_text().replace('"accuracy": 0', '"accuracy": 1', 1))
+    with pytest.raises(ValueError, match=r"result\.json is damaged, or of an earlier version: delete it"):
+        reproduce("table5", root, tmp_path)
 
 
 def test_what_cannot_be_reproduced_is_named(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 from small import reproduce
 
+from featnorm._sealed import read_sealed
 from featnorm.metrics import auroc
 from featnorm.oneclass import MoCo
 from featnorm.protocols import moco_length, one_class
@@ -25,7 +26,7 @@ def test_the_network_is_asked_before_its_training_and_on_the_way(root, tiny, tmp
     assert reproduce("moco-length", root, tmp_path).exit_code == 0
     out = tmp_path / "laptop"
     folders = [out / f"moco-length-{name}" for name in ("airplane", "automobile")]
-    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    results = [read_sealed(folder / "result.json") for folder in folders]
     for result in results:
         assert [look["epoch"] for look in result["looks"]] == [0, 1, 3]
         assert (result["known"], result["inside"], result["outside"]) == (12, 4, 36)
@@ -73,8 +74,7 @@ def test_a_broken_run_goes_on_and_looks_once_at_each_epoch(root, tiny, tmp_path,
     monkeypatch.setattr(moco_length, "train", really_train)
     assert reproduce("moco-length", root, broken).exit_code == 0
     looks = [
-        json.loads((out / "laptop" / "moco-length-airplane" / "result.json").read_text())["looks"]
-        for out in (whole, broken)
+        read_sealed(out / "laptop" / "moco-length-airplane" / "result.json")["looks"] for out in (whole, broken)
     ]
     assert looks[0] == looks[1]
 

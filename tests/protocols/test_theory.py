@@ -71,9 +71,17 @@ def test_a_run_records_what_it_was(root, tiny, tmp_path):
     active = run["end"]["l0:test"].double().clamp_min(1)
     sparsity = run["records"][-1]["layers"][LAST]["sparsity"]["test"]
     assert sparsity == pytest.approx(float((1 / active).mean()), rel=1e-3)
+    again = theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={}, progress=False)
+    assert again.keys() == run.keys()
+    assert all(torch.equal(value, run["end"][name]) for name, value in again["end"].items())
     other = replace(TINY, width=4)
     with pytest.raises(ValueError, match="holds a run of other width"):
         theory.run(job, other, images, tmp_path, fabric=fabric, environment={}, progress=False)
+    end = bytearray((tmp_path / "end.safetensors").read_bytes())
+    end[-1] ^= 1
+    (tmp_path / "end.safetensors").write_bytes(end)
+    with pytest.raises(ValueError, match=r"end\.safetensors is damaged: delete .*run\.json"):
+        theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={}, progress=False)
 
 
 def test_the_label_schemes_train_as_the_paper_says():

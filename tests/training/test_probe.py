@@ -13,6 +13,7 @@ from featnorm.activation import ActivationStatistics
 from featnorm.hidden import HiddenClassifier
 from featnorm.training import MLP, CifarResNet18, Probe, ProjectionHead, train
 from featnorm.training.probe import LAST
+from featnorm.training.runs import read_log
 
 
 def sets():
@@ -102,7 +103,7 @@ def test_it_follows_training_and_a_broken_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(network(), *folds["train"], recipe, folder=tmp_path, on_epoch=die)
     train(network(), *folds["train"], recipe, folder=tmp_path, on_epoch=probe())
-    records = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+    records = read_log(tmp_path / "probe.jsonl")
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert records == json.loads(json.dumps(unbroken.records))
 

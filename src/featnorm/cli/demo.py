@@ -24,7 +24,8 @@ _TPR = 0.95
 def run(out: Path, seed: int) -> None:
     """Train, compare, calibrate; print a table and write a page."""
     started = time.perf_counter()
-    prepare_folder(out)
+    page = out / "index.html"
+    prepare_folder(out, [page])
     data = digits.load(seed)
     console.print(f"Training a small network on {len(data.train[0])} handwritten digits, 0 to 6 ...", style="dim")
     model = digits.train(data.train, seed)
@@ -61,7 +62,6 @@ def run(out: Path, seed: int) -> None:
         f"knows, refuses {verdicts} (for the first, a standard error of {chance:.1%} is chance).",
         soft_wrap=True,
     )
-    page = out / "index.html"
     write_page(
         evaluation,
         page,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from featnorm._files import write_text
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import (
     console,
@@ -100,7 +101,8 @@ class _Reader:
 
 def run(options: Options) -> None:
     """Compare detectors; write a page and a Markdown document, print a table."""
-    prepare_folder(options.out)
+    page, document = options.out / "index.html", options.out / "results.md"
+    prepare_folder(options.out, [page, document])
     detectors = (
         [parse_detector(expression) for expression in options.detectors]
         if options.detectors
@@ -148,11 +150,10 @@ def run(options: Options) -> None:
     def image(name: str, index: int) -> Image.Image:
         return sources[name].image(reader.rows[name][index])
 
-    page, document = options.out / "index.html", options.out / "results.md"
     title = f"What does {options.model} know?"
     summary = f"Which detectors tell {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
-    document.write_text(markdown_page(evaluation, title=title, summary=summary), encoding="utf-8")
+    write_text(document, markdown_page(evaluation, title=title, summary=summary), errors="backslashreplace")
 
     print_table(evaluation)
     if evaluation.accuracy is not None:

@@ -73,7 +73,10 @@ def run(options: Options) -> None:
         ray=cluster,
         seed=options.seed,
     )
-    fitted.scorer.save(options.out)
+    try:
+        fitted.scorer.save(options.out)
+    except OSError as error:
+        raise OSError(f"{error}. The features are kept: rerun the same command to resume from them") from None
     print_skipped(source.title, fitted.corrupt)
     unread = len(fitted.corrupt)
     print_reading(len(source) - unread, unread, fitted.several, source.passed_over)

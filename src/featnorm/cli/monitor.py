@@ -20,6 +20,8 @@ DRIFT = 3
 """The exit status where there is drift."""
 
 _ROWS = 10_000
+# A p-value that was written as float32 is less exact than the one that is computed.
+_P_VALUE_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,40 @@ class _Stream:
         self._rows += len(rows)
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if image.score is not None]
         self.left_out += len(rows) - len(scored)
-        scores, stated = (
+        scores, errors = (
             torch.tensor([getattr(image, name) for _, image in scored], dtype=torch.float64)
-            for name in ("score", "p_value")
+            for name in ("score", "score_error")
         )
+        self._require_same_detector(scored, scores, errors)
         p_values = self._calibration.p_value(scores)
-        self._require_same_detector([row for row, _ in scored], stated, p_values)
         before, was_alarmed = self.monitor.count, self.monitor.alarmed_at is not None
         evidence = self.monitor.update(scores)
         self.course.add(scores.numpy(), evidence.numpy(), p_values.numpy())
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
-    def _require_same_detector(self, rows: list[_Row], stated: Tensor, p_values: Tensor) -> None:
+    def _require_same_detector(
+        self, scored: list[tuple[_Row, ScoredImage]], scores: Tensor, errors: Tensor
+    ) -> None:
         """Refuse scores of another detector, which would look like drift."""
+        stated, digits = (
+            torch.tensor([getattr(image, name) for _, image in scored], dtype=torch.float64)
+            for name in ("p_value", "p_value_error")
+        )
+        # What is written may be rounded: the p-value is one of those that the score has before it was.
+        lowest, highest = self._calibration.p_value(scores - errors), self._calibration.p_value(scores + errors)
+        digits = digits.clamp(min=_P_VALUE_ERROR)
         # Not the other way round, where a NaN would pass.
-        other = ~((stated - p_values).abs() <= 1e-9)
+        other = ~((stated >= lowest - digits) & (stated <= highest + digits))
         if other.any():
             first = int(other.nonzero()[0])
+            row, image = scored[first]
+            low, high = float(lowest[first]), float(highest[first])
+            wanted = f"{low:.9g}" if low == high else f"{low:.9g} to {high:.9g}"
             raise ValueError(
-                f"row {rows[first].number} of {self._options.scores} has the p-value {float(stated[first]):.6g}, "
-                f"and by {self._options.detector} it is {float(p_values[first]):.6g}: name the detector that "
-                "wrote the scores"
+                f"row {row.number} of {self._options.scores} is of another detector: its score {image.score:.9g} "
+                f"has the p-value {image.p_value:.9g} there and {wanted} by {self._options.detector}; name the "
+                "detector that wrote the scores"
             )
 
 
@@ -124,10 +138,10 @@ def run(options: Options) -> bool:
 
 def _calibration(detector: Path) -> Calibration:
     """Return the calibration of a detector file; the model in it is not built."""
-    tensors, header = archive.read(detector)
-    if header.get("tpr") is None or "calibration.scores" not in tensors:
+    calibration = archive.calibration(*archive.read(detector), detector)
+    if calibration is None:
         raise archive.ArchiveError(f"{detector} holds no calibration scores: fit again, by featnorm fit")
-    return Calibration(tensors["calibration.scores"], header["tpr"])
+    return calibration
 
 
 def _batches(rows: Iterator[ScoredImage]) -> Iterator[list[ScoredImage]]:

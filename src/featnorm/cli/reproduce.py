@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table as Grid
 
+from featnorm._files import write_text
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
 from featnorm.data import DataError
@@ -80,7 +81,8 @@ def run(
     if scale not in cifar10.SCALES:
         raise ValueError(f"there is no scale {scale!r}: choose one of {', '.join(cifar10.SCALES)}")
     out = out / scale
-    prepare_folder(out)
+    made = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
+    prepare_folder(out, [out / file for file in made])
     fabric = fabric_of(device, precision, compiled=compiled)
     how = f"{fabric.device}, {precision}" + (", compiled" if compiled else "")
     facts = {"device": how, **environment()}
@@ -141,15 +143,15 @@ def _make(name: str, setting: _Setting) -> _Results:
     for key, result in made.items():
         for i, picture in enumerate(result.pictures):
             number = f"-{i + 1}" if len(result.pictures) > 1 else ""
-            (out / f"{key}{number}.svg").write_text(picture, encoding="utf-8")
+            write_text(out / f"{key}{number}.svg", picture)
         _print(result.table)
     return made
 
 
 def _write(name: str, out: Path, content: Any, made: _Results) -> None:
-    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
     text = "\n".join(result.table.markdown() for result in made.values())
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    write_text(out / f"{name}.md", text)
 
 
 def _table(name: str, setting: _Setting) -> tuple[Any, _Results]:

@@ -173,7 +173,9 @@ def run(options: Options) -> None:
             console.print(f"Wrote {file}.", soft_wrap=True)
     if not tally.judged:
         name, why = tally.first_unread[0]
-        raise DataError(f"none of the {tally.unread:,} images could be read; the first is {name}: {why}")
+        raise DataError(
+            f"none of the {tally.unread:,} images could be read; the first is {printable(name)}: {why}"
+        )
 
 
 def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> str:
@@ -220,6 +222,12 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
     journal = Journal(place, settings, options.batch_size)
     if journal.begun_anew:
         console.print("an earlier run was of other images, detector or options: starting anew", style="dim")
+    if journal.damaged is not None:
+        console.print(
+            f"line {journal.damaged} of {journal.path} is damaged: images are scored again from there on",
+            style="dim",
+            soft_wrap=True,
+        )
     return journal
 
 

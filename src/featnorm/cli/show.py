@@ -1,10 +1,8 @@
 """What the commands print, and what they say of the machine."""
 
-import os
 import platform
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
+from featnorm._files import try_folder, try_place
 from featnorm.data import ImageSource
 from featnorm.data.formats import PassedOver
 from featnorm.evaluation import Evaluation
@@ -87,20 +86,21 @@ def print_label_columns(source: ImageSource, consequence: str) -> None:
     )
 
 
-def prepare_folder(out: Path) -> None:
-    """Make the folder for the results, before the work and not after it.
+def prepare_folder(out: Path, files: Sequence[Path]) -> None:
+    """Make the folder for the results, before the work and not after it, and see that files can be written to it.
 
     Raises
     ------
     ValueError
-        It cannot be made or written to.
+        The folder cannot be made or written to, or one of the files cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        try_folder(out)
     except OSError as error:
         raise ValueError(f"--out {out} is no folder that can be written to: {error.strerror}") from None
+    for file in files:
+        try_place(file)
 
 
 def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
@@ -111,12 +111,7 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
     ValueError
         It cannot, or it is an input, or lies in a folder of them.
     """
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"the folder {out.parent} cannot be written to")
+    try_place(out)
     place = out.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):

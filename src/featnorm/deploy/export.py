@@ -1,6 +1,7 @@
 """One ONNX graph from image tensor to verdict: `export_onnx`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from featnorm._files import replacing
 from featnorm.data.images import first_line
 from featnorm.deploy.image_scorer import ImageScorer
 from featnorm.features import Features
+from featnorm.scorer import Scorer
 from featnorm.training import ProjectionHead
 
 OUTPUTS = ("logits", "score", "p_value", "is_id")
 # Rows to trace with: a size of 0 or 1 would be taken for a constant.
 _TRACED = 2
-# How far onnxruntime's scores may be from PyTorch's, as a share of their size.
+# How far onnxruntime's logits and scores may be from PyTorch's, as a share of their size.
 _TOLERANCE = 1e-4
+# And p-values that are computed of the same score.
+_P_VALUE_TOLERANCE = 1e-9
 
 
 class ExportError(ValueError):
@@ -57,7 +61,7 @@ class ScoringGraph(nn.Module):
         self.detector = inner.detector
         self.register_buffer("scores", inner.calibration.scores)
         self.register_buffer("threshold", inner.calibration.threshold)
-        example = torch.zeros(1, *scorer.input_size, device=inner.tap.device)
+        example = torch.zeros(1, *scorer.input_size, device=inner.tap.device, dtype=torch.float32)
         classifier = inner.tap.listen(example, classifier=True).classifier
         assert classifier is not None  # a head's logits are a linear map of its activation, but for their length
         self.register_buffer("weight", classifier[0])
@@ -102,7 +106,8 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
     Raises
     ------
     ExportError
-        The detector cannot be exported, or the graph's scores differ by more than 1e-4.
+        The detector cannot be exported, or an output of the graph is not PyTorch's: logits or scores differ by
+        more than 1e-4 of their size or are NaN, or a p-value or a verdict is not that of the score.
     ImportError
         ``featnorm[onnx]`` is not installed.
     FileNotFoundError
@@ -116,7 +121,7 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
         raise ImportError(f"{error.name} is needed here: pip install '.[onnx]' in a checkout") from None
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_TRACED, *scorer.input_size, generator=generator)
+    images = torch.randn(_TRACED, *scorer.input_size, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         graph(images)  # what a detector works out once a fit is no part of the graph
         try:
@@ -142,11 +147,44 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         difference = 0.0
         for n in (1, 5):
-            images = torch.randn(n, *scorer.input_size, generator=generator)
-            found = dict(zip(OUTPUTS, session.run(None, {"images": images.numpy()}), strict=True))
-            score = scorer.scorer(images).score.double()
-            gap = (score - torch.from_numpy(found["score"]).double()).abs().max()
-            difference = max(difference, float(gap / score.abs().max().clamp(min=1e-12)))
-        if not difference <= _TOLERANCE:
-            raise ExportError(f"the graph's scores differ from PyTorch's by {difference:.1e} of their size")
+            images = torch.randn(n, *scorer.input_size, generator=generator, dtype=torch.float32)
+            outputs = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+            difference = max(difference, _check(dict(zip(OUTPUTS, outputs, strict=True)), scorer.scorer, images))
     return difference
+
+
+def _check(found: dict[str, Tensor], scorer: Scorer, images: Tensor) -> float:
+    """Compare what the graph says of images to what PyTorch does, and return how far scores are apart."""
+    wanted = scorer(images)
+    for name, value in zip(OUTPUTS, (wanted.logits, wanted.score, wanted.p_value, wanted.is_id), strict=True):
+        assert value is not None  # a head has logits, and the scorer is calibrated
+        if found[name].shape != value.shape:
+            shapes = f"{tuple(found[name].shape)}, and PyTorch's {tuple(value.shape)}"
+            raise ExportError(f"the graph's {name} is of shape {shapes}")
+    assert wanted.logits is not None
+    assert scorer.calibration is not None
+    gaps = {
+        "logits": _relative_gap(found["logits"], wanted.logits),
+        "score": _relative_gap(found["score"], wanted.score),
+    }
+    for name, gap in gaps.items():
+        if not gap <= _TOLERANCE:
+            how = "is NaN" if math.isnan(gap) else f"differs from PyTorch's by {gap:.1e} of its size"
+            raise ExportError(f"the graph's {name} {how}")
+    # Of the graph's own scores, as one within rounding of a calibration score may fall on its other side.
+    p_value, is_id = scorer.calibration.judge(found["score"])
+    gap = float((found["p_value"] - p_value).abs().max())
+    if not gap <= _P_VALUE_TOLERANCE:
+        raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")
+    if others := int((found["is_id"] != is_id).sum()):
+        raise ExportError(f"the graph's is_id is not that of its score for {others} of {len(is_id)} images")
+    return gaps["score"]
+
+
+def _relative_gap(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference as a share of the largest finite value; NaN where there is one."""
+    found, wanted = found.double(), wanted.double()
+    # An infinite score, of an input without any unit on, differs from itself by NaN.
+    gaps = torch.where(found == wanted, 0.0, (found - wanted).abs())
+    size = wanted[wanted.isfinite()].abs().max() if bool(wanted.isfinite().any()) else torch.ones(())
+    return float(gaps.max() / size.clamp(min=1e-12))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._memory import in_parts
+from featnorm._weights import load_weights, single_precision
 from featnorm.activation import ActivationStatistics
 from featnorm.data import ImageSource, image_loader
+from featnorm.data.images import first_line
 from featnorm.explain import Explanation, explain
 from featnorm.features import Features
 from featnorm.hidden import HiddenClassifier
@@ -234,26 +236,28 @@ class ImageScorer:
                 f"{path} holds a detector without its model: read it by featnorm.Scorer.load(path, model)"
             )
         try:
-            spec, head = kept["backbone"], ProjectionHead(**kept["head"])
-            classes, facts = kept["classes"], kept["facts"]
             weights, statistics = _under("model.", tensors), _statistics(tensors)
-            kept_impression = tensors["transform"], tensors["response"]
-            if not isinstance(spec, str) or not isinstance(facts, dict):
-                raise TypeError("it names no backbone, or its facts are none")
-            if classes is not None and len(classes) != kept["head"]["classes"]:
-                raise ValueError(f"it names {len(classes)} classes for {kept['head']['classes']} logits")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise archive.ArchiveError(f"{path} is damaged: {error}") from None
+            spec, head = _text(kept["backbone"]), _head(kept["head"], weights)
+            classes, facts = kept["classes"], kept["facts"]
+            kept_impression = tensors["transform"].float(), tensors["response"].float()
+            facts = {_text(name): _text(fact) for name, fact in facts.items()}
+            if classes is not None:
+                classes = [_text(name) for name in classes]
+                if len(classes) != kept["head"]["classes"]:
+                    raise ValueError(f"it names {len(classes)} classes for {kept['head']['classes']} logits")
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise archive.damaged(path, error) from None
         loaded = _architecture(spec, model, path)
         network = nn.Sequential(backbone_of(loaded)[0], head).to(memory_format=torch.channels_last)
         try:
-            network.load_state_dict(weights)
+            load_weights(network, weights)
         except RuntimeError as error:
-            raise archive.ArchiveError(f"{path} does not fit {loaded.name}: {error}") from None
+            why = " ".join(str(error).split())
+            raise archive.ArchiveError(f"{path} does not fit {loaded.name}: {why}") from None
         own = {
             name: value
             for name, value in tensors.items()
-            if name.startswith("detector.") or name == "calibration.scores"
+            if name.startswith("detector.") or name == archive.CALIBRATION
         }
         scorer = Scorer.from_content(own, header, network.eval(), path)
         made = _impression(loaded.transform, network[0])
@@ -266,7 +270,17 @@ class ImageScorer:
                 raise archive.ArchiveError(
                     f"{path} was made with another {what} of {spec} than is installed here: fit again"
                 )
-        return cls(spec, scorer, loaded.transform, classes, statistics, facts)
+        made_of = cls(spec, scorer, loaded.transform, classes, statistics, facts)
+        try:
+            # What a head has, and verdicts and explanations read.
+            scorer.tap.require(("activation", "logits", "classifier"))
+            image = loaded.transform(_picture()).float()[None]
+            made_of.judge(image, [""], explain=() if statistics is None else [0])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise archive.ArchiveError(
+                f"{path} is damaged: it cannot score an image ({first_line(error)})"
+            ) from None
+        return made_of
 
 
 def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
@@ -324,6 +338,34 @@ def _settings(head: ProjectionHead) -> dict[str, Any]:
     }
 
 
+def _head(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ProjectionHead:
+    """Return a head of the settings in a file, whose sizes must be those of its weights.
+
+    Raises
+    ------
+    LookupError, TypeError, ValueError
+        They are not, or are no settings of a head.
+    """
+    hidden, embedding, classifier = (weights[f"1.{name}.weight"] for name in ("hidden", "embedding", "classifier"))
+    sizes = {
+        "inputs": hidden.shape[1],
+        "classes": classifier.shape[0],
+        "hidden": hidden.shape[0],
+        "embedding": embedding.shape[0],
+    }
+    # Before a head is made that may be larger than the memory.
+    if {name: settings[name] for name in sizes} != sizes:
+        raise ValueError(f"its weights are of a head of {sizes}, and it names {dict(settings)}")
+    with single_precision():
+        return ProjectionHead(**settings)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} stands where a text belongs")
+    return value
+
+
 def _architecture(spec: str, model: str | None, path: str | Path) -> LoadedModel:
     """Return a backbone without the weights that matter; only what the caller names is imported."""
     if is_users(spec):
@@ -342,13 +384,16 @@ def _architecture(spec: str, model: str | None, path: str | Path) -> LoadedModel
         raise archive.ArchiveError(f"{path} does not fit what is installed here: {error}") from None
 
 
+def _picture() -> Image.Image:
+    ramp = np.arange(256, dtype=np.uint8)
+    red, green = np.meshgrid(ramp, ramp[::-1][:192])
+    return Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))
+
+
 @torch.no_grad()
 def _impression(transform: Callable[[Image.Image], Tensor], backbone: nn.Module) -> tuple[Tensor, Tensor]:
     """Return what a transform makes of a picture, coarsely (c, 8, 8), and a backbone of that (D,)."""
-    ramp = np.arange(256, dtype=np.uint8)
-    red, green = np.meshgrid(ramp, ramp[::-1][:192])
-    picture = Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))
-    made = transform(picture).float()
+    made = transform(_picture()).float()
     parameter = next(backbone.parameters(), None)
     features = backbone(made[None].to("cpu" if parameter is None else parameter.device))
     return nn.functional.adaptive_avg_pool2d(made, _BLOCKS), features[0].float().cpu()

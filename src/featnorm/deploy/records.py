@@ -4,35 +4,41 @@ import csv
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from featnorm._files import replacing
+from featnorm._files import acquire_lock, append, replacing, write_text
+from featnorm._sealed import seal, unseal
 from featnorm.data import ImageSource
 from featnorm.data.images import first_line, vision_module
 from featnorm.deploy.image_scorer import ImageVerdict
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
 FORMATS = (".csv", ".jsonl", ".parquet")
+_SCORED = ("path", "score", "p_value")
 _ROWS = 10_000
+# What a spreadsheet takes for the beginning of a formula.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
+# Of a verdict, without its explanation: what a journal keeps.
+_FIELDS = 7
 
 
 class Journal:
-    """The verdicts of a run so far, a line a batch, beside the file that they are for.
+    """The verdicts of a run so far, one line per batch, beside the file that they are for.
 
-    Every batch is on disk before the next one is waited for, in whatever order batches come. A run of the same
-    images by the same detector goes on where an earlier one was killed, at whole batches, so that it judges the
-    batches that an unbroken one would.
+    Every batch is on the disk before the next one is waited for, in whatever order batches come. A run of the same
+    images by the same detector resumes where an earlier one was killed, at whole batches, so that it judges the
+    batches that an unbroken one would. Every line has a checksum: what follows a damaged one is judged again.
 
     Parameters
     ----------
     out : the file that the verdicts are for.
-    run : what the verdicts depend on, as plain data; a journal of anything else is begun anew.
-    batch_size : verdicts a batch.
+    run : what the verdicts depend on, as plain data; a journal of anything else is started over.
+    batch_size : images per batch.
 
     Attributes
     ----------
@@ -40,39 +46,57 @@ class Journal:
         How many verdicts it holds from before.
     begun_anew : bool
         Whether there was a journal of anything else.
+    damaged : int or None
+        The number of the first line that was damaged, from 1; it and what follows was dropped.
 
     Raises
     ------
     ValueError
         Another process is writing the verdicts for this file.
+    OSError
+        The journal or its lock cannot be written.
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any], batch_size: int) -> None:
         self.path = out.with_name(f".{out.name}.part")
         self.done = 0
         self.begun_anew = False
+        self.damaged: int | None = None
         self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
-        self._lock = FileLock(out.with_name(f".{out.name}.lock"))
         try:
-            self._lock.acquire(timeout=0)
+            self._lock = acquire_lock(out.with_name(f".{out.name}.lock"))
         except Timeout:
             raise ValueError(f"another process is writing {out}: wait for it, or name another file") from None
-        first = json.dumps({**run, "batch_size": batch_size}) + "\n"
-        if self.path.exists():
-            with self.path.open("rb+") as file:
-                if file.readline() == first.encode():
-                    end = file.tell()
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break
-                        number, verdicts = json.loads(line)
-                        self._starts[number] = end
-                        self.done += len(verdicts)
-                        end += len(line)
-                    file.truncate(end)
-                    return
-            self.begun_anew = True
-        self.path.write_text(first, encoding="utf-8")
+        first = _line({"run": {**run, "batch_size": batch_size}})
+        if not self.path.exists() or not self._resume(first):
+            write_text(self.path, first.decode())
+
+    def _resume(self, first: bytes) -> bool:
+        """Read the batches that are there, cut off what is not whole, and tell whether it is this run's."""
+        with self.path.open("rb+") as file:
+            line = file.readline()
+            if line != first:
+                try:
+                    unseal(line)
+                    self.begun_anew = True
+                except ValueError:
+                    # A run that was killed as it began has left no line at all.
+                    self.damaged = 1 if line else None
+                return False
+            end = file.tell()
+            for number, line in enumerate(file, start=2):
+                if not line.endswith(b"\n"):
+                    break  # a run that was killed as it wrote
+                try:
+                    batch, verdicts = _batch(line)
+                except ValueError:
+                    self.damaged = number
+                    break
+                self._starts[batch] = end
+                self.done += len(verdicts)
+                end += len(line)
+            file.truncate(end)
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -87,17 +111,21 @@ class Journal:
 
     def add(self, number: int, verdicts: Sequence[ImageVerdict]) -> None:
         """Write a batch by its number."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.seek(0, os.SEEK_END)
-            self._starts[number] = file.tell()
-            file.write(json.dumps([number, verdicts]) + "\n")
+        start = self.path.stat().st_size
+        append(self.path, _line({"batch": number, "verdicts": [verdict[:_FIELDS] for verdict in verdicts]}))
+        self._starts[number] = start
 
     def __iter__(self) -> Iterator[ImageVerdict]:
         with self.path.open("rb") as file:
-            for _, start in sorted(self._starts.items()):
+            for number, start in sorted(self._starts.items()):
                 file.seek(start)
-                for verdict in json.loads(file.readline())[1]:
-                    yield ImageVerdict(*verdict)
+                try:
+                    yield from _batch(file.readline())[1]
+                except ValueError:
+                    raise ValueError(
+                        f"{self.path} was damaged while it was written, at batch {number}: rerun the same command "
+                        "to judge that batch again"
+                    ) from None
 
     def write(self, out: Path) -> None:
         """Write the table that the file's ending names."""
@@ -111,16 +139,44 @@ class Journal:
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return f"{seal(entry)}\n".encode()
+
+
+def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
+    """Return the number and the verdicts of a journal's line, or raise a ValueError where it holds none."""
+    entry = unseal(line)
+    number, rows = entry.get("batch"), entry.get("verdicts")
+    if type(number) is not int or number < 0 or not isinstance(rows, list):
+        raise ValueError("it is no batch")
+    return number, [_verdict(row) for row in rows]
+
+
+def _verdict(row: Any) -> ImageVerdict:
+    match row:
+        case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
+            return ImageVerdict(*row)
+    raise ValueError("it holds no verdict")
+
+
 class ScoredImage(NamedTuple):
-    """A row of a table as far as its score goes; without one where the image could not be read."""
+    """A row of a table as far as its score goes; without one where the image could not be read.
+
+    The errors are how far score and p-value may be from what was computed, by the digits that are written of them.
+    """
 
     path: str
     score: float | None
     p_value: float | None
+    score_error: float = 0.0
+    p_value_error: float = 0.0
 
 
 def read_scores(path: Path) -> Iterator[ScoredImage]:
     """Yield the rows of a table that `Journal.write` wrote, in its order; little of it is held at a time.
+
+    A CSV file may have been through other hands: a byte-order mark, blank lines, further header lines where files
+    were joined, and numbers with fewer digits are read too.
 
     Raises
     ------
@@ -170,7 +226,19 @@ def _write_csv(verdicts: Iterable[ImageVerdict], path: Path) -> None:
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(map(row_of, verdicts))
+        writer.writerows(map(_without_formulas, map(row_of, verdicts)))
+
+
+def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose texts no spreadsheet takes for formulas: file names come from anywhere.
+
+    A path gets a "./", which names the same file; another text gets the apostrophe that spreadsheets know.
+    """
+    marks = {"path": "./", "predicted": "'", "error": "'"}
+    return {
+        name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
+        for name, value in row.items()
+    }
 
 
 def _write_jsonl(verdicts: Iterable[ImageVerdict], path: Path) -> None:
@@ -198,10 +266,17 @@ _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parqu
 
 
 def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, strict=True)
-        header = next(rows, [])
+        header: list[str] | None = None
         for cells in rows:
+            if not any(cells):
+                continue
+            # A file that was joined to another brings its header, and a byte-order mark.
+            cells[0] = cells[0].removeprefix("\ufeff")
+            if header is None or set(_SCORED) <= set(cells):
+                header = cells
+                continue
             if len(cells) != len(header):
                 raise ValueError(f"it has {len(cells)} of {len(header)} columns")
             yield dict(zip(header, cells, strict=True))
@@ -209,27 +284,35 @@ def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open("rb") as file:
-        yield from map(json.loads, file)
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     pq = vision_module("pyarrow.parquet")
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS, columns=list(ScoredImage._fields)):
+        for batch in file.iter_batches(_ROWS, columns=list(_SCORED)):
             yield from batch.to_pylist()
 
 
 def _scored(row: Mapping[str, Any]) -> ScoredImage:
-    missing = [name for name in ScoredImage._fields if name not in row]
+    missing = [name for name in _SCORED if name not in row]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
-    path, score, p_value = (row[name] for name in ScoredImage._fields)
+    path, score, p_value = (row[name] for name in _SCORED)
     if score is None or score == "":
         return ScoredImage(str(path), None, None)
-    scored = ScoredImage(str(path), float(score), float(p_value))
     if math.isnan(float(score)):
         raise ValueError("its score is NaN")
-    return scored
+    return ScoredImage(str(path), float(score), float(p_value), _rounding(score), _rounding(p_value))
+
+
+def _rounding(number: str | float) -> float:
+    """Return how far a number may be from what it was before it was written with so many digits."""
+    exponent = Decimal(str(number)).as_tuple().exponent
+    # An infinity is not rounded. A little more than half a digit, for the rounding of the comparison.
+    return 0.0 if isinstance(exponent, str) else 0.500001 * 10.0**exponent
 
 
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

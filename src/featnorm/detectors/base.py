@@ -164,6 +164,8 @@ class Detector(nn.Module, ABC):
             widths = {child.width for child in module.children() if isinstance(child, Statistic) and child.width}
             if len(widths) > 1:
                 raise ValueError(f"{module!r} was fitted to features of widths {sorted(widths)} at once")
+            if isinstance(module, Detector):
+                module._validate()
 
     def __truediv__(self, other: "Detector") -> "Detector":
         """Divide a distance by a norm: the paper's fusion (eq. 49)."""
@@ -191,6 +193,9 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def _score(self, features: Features) -> Tensor:
         """Score checked features."""
+
+    def _validate(self) -> None:
+        """Refuse, by a ValueError, settings that do not fit what was learned."""
 
     def _derive(self) -> Any:
         """Work out from the statistics what the score uses; called once a fit."""

@@ -91,6 +91,12 @@ class KNN(Detector):
     def _learn(self, features: Features) -> None:
         self.bank.add(features.tensor("pooled"), write_unit_rows)
 
+    def _validate(self) -> None:
+        if len(self.bank.rows) < self.k:
+            raise ValueError(
+                f"{self!r} has only {len(self.bank.rows)} inputs in its bank: fit on more, or lower k"
+            )
+
     def _derive(self) -> "_Search":
         bank = self.bank.rows.cpu().numpy()
         if self.recall is None or len(bank) < _INDEXED_ROWS:
@@ -122,10 +128,8 @@ class KNN(Detector):
 
     def _score(self, features: Features) -> Tensor:
         pooled = features.tensor("pooled")
-        rows, width = self.bank_shape
-        self._same_width("pooled", pooled, width)
-        if rows < self.k:
-            raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
+        self._same_width("pooled", pooled, self.bank.width)
+        self._validate()
         queries = unit_rows(pooled.detach()).float()
         # faiss has no place in a graph that is traced: there the search is exact.
         tracing = torch.compiler.is_compiling()

@@ -147,7 +147,7 @@ class CSI(Detector):
         for augmentation in range(self.augmentations):
             generator = torch.Generator().manual_seed(augmentation)
             turned = []
-            mirrored = images.flip(3) if torch.rand((), generator=generator) < 0.5 else images
+            mirrored = images.flip(3) if torch.rand((), generator=generator, dtype=torch.float32) < 0.5 else images
             for turn in rotations(mirrored):
                 scale = (self.scale, self.scale)
                 drawn = Distortion.draw(1, (height, width), generator, scale=scale, flips=False)

@@ -320,7 +320,7 @@ class RowSample(Statistic):
 
     def __init__(self, size: int) -> None:
         super().__init__(
-            rows=torch.empty(0, 0),
+            rows=torch.empty(0, 0, dtype=torch.float32),
             keys=torch.empty(0, dtype=torch.int64),
             seen=torch.zeros((), dtype=torch.int64),
         )
@@ -458,7 +458,7 @@ class Bank(Statistic):
     rows: Tensor  # (n, d)
 
     def __init__(self) -> None:
-        super().__init__(rows=torch.empty(0, 0))
+        super().__init__(rows=torch.empty(0, 0, dtype=torch.float32))
         self._room = self.rows  # what `rows` is the beginning of, so that adding seldom copies
 
     @property

@@ -43,15 +43,20 @@ class _SubspaceDetector(Detector):
 
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
-        width = features.tensor("pooled").shape[1]
-        if self.dim is not None and self.dim >= width:
-            raise ValueError(
-                f"{self!r} leaves no residual: the features have {width} dimensions, use dim < {width}"
-            )
+        self._require_residual(features.tensor("pooled").shape[1])
 
     def _learn(self, features: Features) -> None:
         origin = _origin(features) if self.moments.is_empty else None
         self.moments.add(features.tensor("pooled"), shift=origin)
+
+    def _validate(self) -> None:
+        self._require_residual(self.moments.width)
+
+    def _require_residual(self, width: int) -> None:
+        if self.dim is not None and self.dim >= width:
+            raise ValueError(
+                f"{self!r} leaves no residual: the features have {width} dimensions, use dim < {width}"
+            )
 
     def _subspace(self) -> _Subspace:
         width = self.moments.width

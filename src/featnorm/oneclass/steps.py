@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featnorm._weights import load_weights
 from featnorm.oneclass.system import Run, as_pixels, check_images
 from featnorm.training.runs import (
     CHECKPOINT,
@@ -92,7 +93,7 @@ def train_steps(
         if checkpoint.exists():
             saved = read_checkpoint(checkpoint, identity, device)
             start = saved["epoch"]
-            model.load_state_dict(saved["model"])
+            load_weights(model, saved["model"])
             for name, optimiser in optimisers.items():
                 optimiser.load_state_dict(saved["optimisers"][name])
     steps = len(images) // batch_size
@@ -136,7 +137,8 @@ def train_steps(
                     "model": model.state_dict(),
                     "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers.items()},
                 }
-                write_checkpoint(checkpoint, state)
+                # The log first: a run that is killed between the two writes the line of this epoch again.
                 seconds = time.perf_counter() - began
                 log(checkpoint.with_name(LOG), {"epoch": epoch + 1, "losses": means, "seconds": seconds})
+                write_checkpoint(checkpoint, state)
     model.eval()

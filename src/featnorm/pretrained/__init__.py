@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from featnorm._weights import single_precision
 from featnorm.training.networks import cifar_network
 
 _SUFFIX = ".safetensors"
@@ -53,7 +54,8 @@ def _read(name: str) -> tuple[nn.Sequential, dict[str, Any]]:
     with as_file(files(__name__).joinpath(name + _SUFFIX)) as path, safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["featnorm"])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    model = cifar_network(**facts["network"])
+    with single_precision():
+        model = cifar_network(**facts["network"])
     # The weights are kept in half precision, and computed with in single.
     model.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}

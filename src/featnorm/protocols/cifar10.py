@@ -4,7 +4,6 @@ Everything is 32 x 32. A network is trained per variant and seed; one extraction
 every detector.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featnorm._files import replacing
+from featnorm._sealed import read_sealed, write_sealed
 from featnorm.data import DataError, ImageSource, image_tensor, open_images
 from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, L1Norm, ReAct, Sparsity, Views
 from featnorm.evaluation import Evaluation, compare, standard_detectors
@@ -24,6 +24,7 @@ from featnorm.tap import AutocastTap, FeatureTap
 from featnorm.training import PRESETS, Recipe, cifar_network, train
 from featnorm.training.networks import Activation
 from featnorm.training.probe import spaced
+from featnorm.training.runs import LOG, read_log
 
 SIDE = 32
 CLASSES = 10
@@ -329,7 +330,7 @@ def train_and_score(
     )
     with replacing(folder / "model.safetensors") as temporary:
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    log = read_log(folder / LOG)
     return {
         "train_loss": log[-1]["loss"],
         "train_accuracy": log[-1]["accuracy"],
@@ -353,12 +354,12 @@ def kept_result(folder: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | 
     Raises
     ------
     ValueError
-        It is of other settings.
+        It is of other settings, or damaged.
     """
     file = folder / "result.json"
     if not file.exists():
         return None
-    result: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    result = read_sealed(file)
     other = [key for key, value in made_with.items() if result.get(key) != value]
     if other:
         raise ValueError(f"{file} is of other {' and '.join(other)}: choose another folder with --out")
@@ -367,8 +368,7 @@ def kept_result(folder: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | 
 
 def keep_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write a result into a folder, for `kept_result`."""
-    with replacing(folder / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_sealed(folder / "result.json", result)
 
 
 def score(

@@ -4,7 +4,6 @@ The paper follows NAN over training by cross entropy. Here a MoCo-v2 network of 
 of Table 4 but of all images of the class, is asked about the test images before its training and on its way.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from featnorm.protocols.paper import numbers
 from featnorm.protocols.tables import Table, distinct
 from featnorm.report.figures import Line, Panel, panel_figure
 from featnorm.training import train
-from featnorm.training.runs import log
+from featnorm.training.runs import log, read_log
 
 NAME = "moco-length"
 _DATA = "CIFAR-10"
@@ -129,7 +128,7 @@ def run(
     )
     result = {
         **made_with,
-        "looks": [json.loads(line) for line in looks.read_text("utf-8").splitlines()],
+        "looks": read_log(looks),
         "environment": dict(environment),
     }
     keep_result(folder, result)

@@ -3,7 +3,7 @@
 A network is trained once, with a probe at every epoch, and serves every figure that asks for it.
 """
 
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featnorm._files import replacing
+from featnorm._sealed import read_sealed, write_sealed
 from featnorm.data import open_images
 from featnorm.norms import l0_norm, l1_norm
 from featnorm.protocols import cifar10
@@ -212,9 +213,11 @@ def run(
         file=folder / "probe.jsonl",
     )
     if facts_file.exists():
-        kept = json.loads(facts_file.read_text("utf-8"))
+        kept = read_sealed(facts_file)
         if other := [key for key, value in made_with.items() if kept["made_with"].get(key) != value]:
             raise ValueError(f"{folder} holds a run of other {' and '.join(other)}: choose another with --out")
+        if kept.pop("end") != _digest_of(end_file):
+            raise ValueError(f"{end_file} is damaged: delete {facts_file} to make it again")
         return {**kept, "records": probe.records, "end": load_file(end_file)}
     if job.network == "resnet":
         model = model.to(memory_format=torch.channels_last)
@@ -222,9 +225,16 @@ def run(
     with replacing(end_file) as temporary:
         save_file(end(model, probe), temporary)
     kept = {"made_with": made_with, "environment": dict(environment)}
-    with replacing(facts_file) as temporary:
-        temporary.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    write_sealed(facts_file, {**kept, "end": _digest_of(end_file)})
     return {**kept, "records": probe.records, "end": load_file(end_file)}
+
+
+def _digest_of(file: Path) -> str | None:
+    """Return the SHA-256 of a file, or None where there is none."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def end(model: nn.Module, probe: Probe) -> dict[str, Tensor]:

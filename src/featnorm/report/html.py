@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from featnorm._files import replacing
+from featnorm._files import write_text
 
 _THUMBNAIL = 96
 # Below this a photograph is a handful of pixels, which are shown as they are.
@@ -91,8 +91,7 @@ def render(template: str, **values: Any) -> str:
 def write(path: Path, html: str) -> None:
     """Write a page; a file that is there is replaced."""
     # A file name may hold bytes that are no text in any encoding: they are shown as escapes.
-    with replacing(path) as temporary:
-        temporary.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")
+    write_text(path, html, errors="backslashreplace")
 
 
 def thumbnail(image: Image.Image, id_: str) -> Picture:

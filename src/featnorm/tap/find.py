@@ -4,8 +4,9 @@ Everything is found by walking back from the logits along what they were compute
 nor the order in which modules were registered matter, and a functional call counts as much as a module.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,25 @@ class WeightRef:
     transposed: bool
     unit_rows: bool  # each class vector is normalised to unit length (cosine classifier)
     bias: str | None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "WeightRef":
+        """Make it again from its attributes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The data are none of a reference.
+        """
+        ref = cls(**data)
+        if not (
+            isinstance(ref.weight, str)
+            and isinstance(ref.transposed, bool)
+            and isinstance(ref.unit_rows, bool)
+            and (ref.bias is None or isinstance(ref.bias, str))
+        ):
+            raise ValueError(f"{dict(data)} names no weights")
+        return ref
 
 
 @dataclass

@@ -39,8 +39,25 @@ class Point:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Point":
-        """Make it again from plain data."""
-        return cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
+        """Make it again from plain data.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            The data are none that `to_json` gave.
+        """
+        point = cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
+        counts = (point.call, point.total)
+        if (
+            point.side not in ("in", "out", "op")
+            or not isinstance(point.module, str)
+            or not all(type(key) in (str, int) for key in point.slot)
+            or not all(type(count) is int and count >= 0 for count in counts)
+            or (point.side == "op" and point.call >= point.total)
+            or not isinstance(point.copy, bool)
+        ):
+            raise ValueError(f"{dict(data)} is no place to listen at")
+        return point
 
 
 def locate(record: Record, node: Node) -> Point:
@@ -178,8 +195,9 @@ def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor], m
                 return
             if calls == point.call:
                 where = (args, rest) if point.side == "in" else (rest,)
-                value = next(t for part in where for slot, t in tensors_in(part) if slot == point.slot)
-                caught[point] = value.clone() if point.copy else value
+                value = next((t for part in where for slot, t in tensors_in(part) if slot == point.slot), None)
+                if value is not None:
+                    caught[point] = value.clone() if point.copy else value
             calls += 1
 
         return catch
@@ -219,8 +237,8 @@ class _Operations(TorchDispatchMode):
         op = func._schema.name.removeprefix("aten::")
         call = self.calls[op] = self.calls.get(op, -1) + 1
         point = self.points.get((op, call))
-        if point is not None:
-            value = next(tensor for _, tensor in tensors_in(result))
+        value = None if point is None else next((tensor for _, tensor in tensors_in(result)), None)
+        if point is not None and value is not None:
             self.caught[point] = value.clone() if point.copy and self.fresh is None else value
             if self.fresh is not None:
                 self.fresh.append(point)

@@ -213,12 +213,25 @@ class FeatureTap:
 
     @classmethod
     def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
-        """Make a tap that listens where another did, without watching the model again."""
+        """Make a tap that listens where another did, without watching the model again.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            The data are none that `state` gave, or do not fit the model.
+        """
         tap = cls(model, state["layer"])
         tap._plan = _Plan.from_json(state["plan"])
         tap._plan.check(tap.model)
-        tap._inactive = state["inactive"]
+        tap._inactive = _text(state["inactive"])
         return tap
+
+    def require(self, names: Iterable[str]) -> None:
+        """Refuse, by a ValueError, a tap from a file that gives none of one of these fields of `Features`."""
+        plan = self._planned()
+        for name in names:
+            if name not in plan.points and not (name == "classifier" and plan.weights):
+                raise ValueError(f"the tap listens to no {name}")
 
     def _planned(self) -> "_Plan":
         if self._plan is None:
@@ -347,6 +360,7 @@ class _Plan:
             # A parametrised weight is an attribute of its module, and among neither parameters nor buffers.
             if path not in tensors and not (attribute in ("weight", "bias") and _has_module(model, owner)):
                 raise ValueError(f"the classifier is read from {path!r}, which is no weight of the model")
+        self.classifier(model)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -361,11 +375,21 @@ class _Plan:
     def from_json(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
             {name: Point.from_json(point) for name, point in data["points"].items()},
-            [WeightRef(**ref) for ref in data["weights"]],
-            dict(data["absent"]),
-            data["verdict"],
-            dict(data["words"]),
+            [WeightRef.from_json(ref) for ref in data["weights"]],
+            _texts(data["absent"]),
+            _text(data["verdict"]),
+            _texts(data["words"]),
         )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _texts(values: Any) -> dict[str, str]:
+    return {_text(name): _text(text) for name, text in values.items()}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

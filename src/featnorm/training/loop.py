@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featnorm._weights import load_weights
 from featnorm.training.lars import LARS
 from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
 from featnorm.training.recipe import Recipe
@@ -144,8 +145,9 @@ def train(
             if on_epoch is not None:
                 on_epoch(entry, model)
             if rank == 0 and checkpoint is not None:
-                _save(checkpoint, run, epoch + 1, model, objective, optimiser, schedule)
+                # The log first: a run that is killed between the two writes the line of this epoch again.
                 log(checkpoint.with_name(LOG), entry)
+                _save(checkpoint, run, epoch + 1, model, objective, optimiser, schedule)
     return model.eval()
 
 
@@ -312,7 +314,7 @@ def _resume(
     device: torch.device,
 ) -> int:
     saved = read_checkpoint(path, run, device)
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved["model"])
     objective.load_state_dict(saved["objective"])
     optimiser.load_state_dict(saved["optimiser"])
     schedule.load_state_dict(saved["schedule"])

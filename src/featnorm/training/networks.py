@@ -53,7 +53,7 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, embedding: int, classes: int, temperature: float) -> None:
         super().__init__()
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"the temperature must be positive, got {temperature!r}")
         self.temperature = temperature
         self.weight = nn.Parameter(torch.empty(classes, embedding))

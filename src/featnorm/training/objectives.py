@@ -161,7 +161,8 @@ class MoCo(_Contrastive):
         """See `Objective`."""
         self.encoder = copy.deepcopy(model).train().requires_grad_(False)
         embedding = _embeddings(model, inputs[:2], fabric)
-        noise = torch.randn(self.recipe.queue, embedding.shape[1], generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.recipe.queue, embedding.shape[1], generator=generator, dtype=torch.float32)
         self.register_buffer("queue", nn.functional.normalize(noise).to(embedding.device))
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:

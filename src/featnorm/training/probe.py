@@ -1,6 +1,5 @@
 """What the paper's figures follow over training, recorded at every epoch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from featnorm.hidden import HiddenClassifier
 from featnorm.metrics import auroc
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
 from featnorm.tap import FeatureTap, LayerTap
-from featnorm.training.runs import log
+from featnorm.training.runs import log, read_log
 
 Fold = tuple[Tensor, Tensor | None]
 
@@ -77,7 +76,7 @@ class Probe:
         self.file = None if file is None else Path(file)
         self.records: list[dict[str, Any]] = []
         if self.file is not None and self.file.exists():
-            self.records = [json.loads(line) for line in self.file.read_text("utf-8").splitlines()]
+            self.records = read_log(self.file)
 
     def __call__(self, entry: Mapping[str, Any], model: nn.Module) -> None:
         """Record an epoch, whose log entry and model these are."""

@@ -1,7 +1,7 @@
 """What every training loop keeps of a run: which it is, its checkpoint, its log, and its random numbers."""
 
 import hashlib
-import json
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featnorm._files import replacing
+from featnorm._files import replacing, write_text
+from featnorm._sealed import seal, unseal
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+# Behind what torch.save writes, which torch.load does not mind.
+_SEAL = "\nsha256 %s\n"
+_SEAL_BYTES = len(_SEAL % (64 * "0"))
 
 
 @contextmanager
@@ -39,9 +43,15 @@ def read_checkpoint(path: Path, run: dict[str, Any], device: torch.device) -> di
     Raises
     ------
     ValueError
-        It is of another run.
+        The checkpoint is damaged, of an earlier version that wrote no SHA-256, or of another run.
     """
-    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    content = path.read_bytes()
+    state, sealed = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
+    if sealed != _seal_of(state):
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this version: delete it to train from the beginning"
+        )
+    saved: dict[str, Any] = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
     if saved["run"] != run:
         other = [key for key in run if saved["run"].get(key) != run[key]]
         raise ValueError(f"{path} is of another run: its {' and '.join(other)} differ; train in another folder")
@@ -49,21 +59,57 @@ def read_checkpoint(path: Path, run: dict[str, Any], device: torch.device) -> di
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state of a run, whose key "run" says which it is; a run killed here keeps the one before."""
+    """Write the state of a run, whose key "run" says which it is; a run killed here keeps the one before.
+
+    Its SHA-256 follows what `torch.save` writes, so that a damaged file is never resumed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    # Not into the file: torch hides what the system says of a full disk.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.write(_seal_of(content))
+
+
+def _seal_of(content: bytes | memoryview) -> bytes:
+    return (_SEAL % hashlib.sha256(content).hexdigest()).encode()
 
 
 def log(path: Path, entry: dict[str, Any]) -> None:
     """Write the epoch's line, in place of one that a killed run left after its last checkpoint.
 
     A run that is killed here keeps the lines before it.
+
+    Raises
+    ------
+    ValueError
+        As `read_log`.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.startswith("{") and json.loads(line)["epoch"] < entry["epoch"]]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in (*kept, json.dumps(entry))), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in read_log(path) if line["epoch"] < entry["epoch"]] if path.exists() else []
+    write_text(path, "".join(f"{seal(line)}\n" for line in (*kept, entry)))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the entries that `log` wrote.
+
+    Raises
+    ------
+    ValueError
+        A line is damaged, or of an earlier version that wrote no SHA-256.
+    """
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            entries.append(unseal(line))
+        except ValueError:
+            raise ValueError(
+                f"line {number} of {path} is damaged, or of an earlier version: delete the folder {path.parent} "
+                "to train from the beginning"
+            ) from None
+    return entries
 
 
 def hide_bar(progress: bool | None, rank: int = 0) -> bool | None:

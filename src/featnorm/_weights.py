@@ -1,0 +1,39 @@
+"""Weights loaded as they were saved, whatever the module's memory and torch's default type are."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Make modules and tensors of float32, whatever the caller has set torch's default type to."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load a state dict, also into an expanded tensor, whose elements share one place in memory.
+
+    Parameters
+    ----------
+    module, weights, strict : see `torch.nn.Module.load_state_dict`.
+
+    Raises
+    ------
+    RuntimeError
+        The weights do not fit the module.
+    """
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and any(
+            size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            tensor.data = tensor.data.contiguous()
+    module.load_state_dict(weights, strict=strict)
