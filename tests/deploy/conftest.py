@@ -1,7 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from painted import paint
 
+import featnorm as fn
+from featnorm.data import open_images
 from featnorm.models import create_model
 
 
@@ -25,3 +29,15 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded():
     return create_model("featnorm:cifar10-resnet18")
+
+
+@pytest.fixture(scope="session")
+def fitted(folder, loaded, cache):
+    source = open_images(str(folder))
+    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, progress=False, workers=0).scorer
+
+
+@pytest.fixture
+def scorer(fitted):
+    """A scorer of a test's own, to be changed."""
+    return dataclasses.replace(fitted)

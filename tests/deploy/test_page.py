@@ -40,7 +40,7 @@ def served(app):
     """Serve an application on a free port, in a thread; yields its address."""
     bound = bind("127.0.0.1", 0)
     started = threading.Event()
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"), started.set)
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"), started.set, 10.0)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:

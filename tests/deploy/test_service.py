@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-import dataclasses
+import gzip
 import io
 import json
 import logging
@@ -11,47 +11,39 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+import warnings
+import zlib
 from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from asking import Asking, running, until
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from painted import paint
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
+from featnorm.cli import serve
 from featnorm.data import SlicedImages, open_images
 from featnorm.service import Limits, create_app
 from featnorm.service import app as service
 from featnorm.service.app import histogram
 from featnorm.service.metrics import score_buckets
 from featnorm.service.requests import JsonLines
-from featnorm.service.server import _protocol, bind
-from hostile import hostile_files, huge_png
+from featnorm.service.server import bind
+from hostile import chunk, hostile_files, huge_png
 
 TOKEN = "s3cret-t0ken"
-
-
-@pytest.fixture(scope="module")
-def fitted(folder, loaded, cache):
-    source = open_images(str(folder))
-    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, progress=False, workers=0).scorer
-
-
-@pytest.fixture
-def scorer(fitted):
-    """A scorer of a test's own, to be changed."""
-    return dataclasses.replace(fitted)
 
 
 @pytest.fixture
@@ -199,7 +191,8 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
         (b"x", {"content-type": "text/plain"}, 415, "the content type is text/plain"),
         (b"{", JSON, 400, "not JSON"),
         (b"\xff\xfe", JSON, 400, "not JSON"),
-        (b"[" * 10**6, JSON, 400, "not JSON"),
+        (b"[" * 5000, JSON, 400, "not JSON"),
+        (b"[" * 10**6, JSON, 400, "more than 7,400 values"),
         (b'{"images": ' + b"9" * 10**5 + b"}", JSON, 400, "not JSON"),
         (b"[]", JSON, 400, "no list of images"),
         (b'{"images": "AAAA"}', JSON, 400, "no list of images"),
@@ -253,6 +246,7 @@ def test_bounds_of_an_image_and_of_limits(scorer):
         ({"seconds": math.nan}, "seconds is nan"),
         ({"queue": 0}, "queue is 0"),
         ({"pixels": 10**9}, "Pillow itself refuses"),
+        ({"queue_pixels": 10**6}, "the queue only 1000000"),
     ):
         with pytest.raises(ValueError, match=words):
             Limits(**wrong)
@@ -264,6 +258,169 @@ def test_formats_that_start_programs_are_not_read(client):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     answer = client.post("/v1/score", content=eps, headers={"content-type": "image/png"})
     assert answer.json()["results"][0]["error"] == "PostScript is a program, and not run here: save it as PNG"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda data: data,
+        lambda data: data + "\n",
+        lambda data: "\r\n".join(data[i : i + 76] for i in range(0, len(data), 76)),
+        lambda data: data.rstrip("="),
+        lambda data: data.replace("+", "-").replace("/", "_"),
+        lambda data: data.replace("+", "-").replace("/", "_").rstrip("="),
+        lambda data: f"data:image/png;base64,{data}",
+        lambda data: f" DATA:;BASE64,{data}\n",
+    ],
+    ids=["plain", "newline", "lines", "unpadded", "url-safe", "url-safe, unpadded", "data URL", "bare data URL"],
+)
+def test_every_form_of_base64_is_read(client, written):
+    # With both characters in which the alphabets differ, and padding.
+    data = next(data for data in map(text, map(png, range(256))) if {"+", "/", "="} <= {*data})
+    answer = client.post("/v1/score", json={"images": [written(data)]})
+    assert answer.status_code == 200
+    assert answer.json()["results"][0]["score"] is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("A", "not base64"),
+        ("AAAA=AAA", "not base64"),
+        ("AAAA====", "not base64"),
+        ("AA AA!", "not base64"),
+        ("\u00e4AAA", "not base64"),
+        ("data:image/png,AAAA", "its data: URL is not of base64"),
+        ("data:image/png;base64;AAAA", "its data: URL is not of base64"),
+        ("data:image/png;base64,!", "not base64"),
+    ],
+)
+def test_what_is_no_base64(client, written, words):
+    answer = client.post("/v1/score", json={"images": [written]})
+    assert answer.status_code == 422
+    assert words in answer.json()["results"][0]["error"]
+
+
+def test_a_compressed_body_is_named(client):
+    for coding in ("gzip", "br", "identity, gzip"):
+        headers = {"content-type": "image/png", "content-encoding": coding}
+        answer = client.post("/v1/score", content=gzip.compress(png()), headers=headers)
+        assert answer.status_code == 415
+        assert f"the content encoding is {coding}: send the body as it is" in answer.json()["error"]
+        assert answer.headers["accept-encoding"] == "identity"
+    headers["content-encoding"] = "identity"
+    assert client.post("/v1/score", content=png(), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/metrics", "/v1/detector"])
+def test_head_answers_as_get_does(client, path):
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_the_name_of_a_file_may_be_encoded(client):
+    body = (
+        b"--x\r\nContent-Disposition: form-data; name=\"images\"; filename*=UTF-8''%E9%9B%AA.png\r\n\r\n"
+        + png()
+        + b"\r\n--x--\r\n"
+    )
+    answer = client.post("/v1/score", content=body, headers=FORM)
+    assert answer.status_code == 200
+    assert [result["name"] for result in answer.json()["results"]] == ["\u96ea.png"]
+
+
+def flood(before, part, after):
+    return before + part * (2**20 // len(part)) + after
+
+
+def test_a_header_of_a_million_parts_is_not_read(client):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "JPEG")
+    jpeg, image = buffer.getvalue(), png()
+    floods = [
+        flood(image[:33], chunk(b"prVt", b""), image[33:]),
+        flood(jpeg[:2], b"\xff\xfe\x00\x02", jpeg[2:]),
+        flood(jpeg[:2], b"\xff", jpeg[2:]),
+        flood(b"P6\n", b"#\n", b"1 1\n255\nabc"),
+        flood(b"GIF89a\1\0\1\0\0\0\0", b"!\xfe\0", b";"),
+    ]
+    files = [("images", ("a", data)) for data in [*floods, jpeg]]
+    results = client.post("/v1/score", files=files).json()["results"]
+    assert [result["error"] for result in results] == ["its header has too many parts"] * len(floods) + [None]
+
+
+def bomb(side=7000):
+    """A picture of many pixels in few bytes."""
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    end = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+class HeldDecoding:
+    """Lets the transform of large pictures begin when a test says so."""
+
+    def __init__(self, scorer):
+        self.begun = 0
+        self.go = threading.Semaphore(0)
+        inner = scorer.transform
+
+        def transform(image):
+            if image.width > 256:  # which the service tries itself on
+                self.begun += 1
+                assert self.go.acquire(timeout=30)
+                image = image.resize((32, 32))
+            return inner(image)
+
+        scorer.transform = transform
+
+
+def test_a_small_image_does_not_wait_for_bombs(scorer):
+    async def main():
+        held = HeldDecoding(scorer)
+        large = bomb()
+        async with running(create_app(scorer)) as app:
+            bombs = [Asking(app).say(large) for _ in range(60)]
+            await until(lambda: held.begun == 1 and sum(asking.task.done() for asking in bombs) == 44)
+            assert (await Asking(app).say(png()).answer())[0] == 200
+            # One is decoded, 15 wait, and the rest is told to come again.
+            answers = [await asking.answer() for asking in bombs if asking.task.done()]
+            assert {(status, headers["retry-after"]) for status, headers, _ in answers} == {(503, "1")}
+            assert answers[0][2]["error"] == "784,000,000 pixels wait already: try again later"
+            assert held.begun == 1
+            for asking in bombs:
+                asking.leave()
+            held.go.release()
+            await until(lambda: all(asking.task.done() for asking in bombs))
+            held.go.release()
+            assert (await Asking(app).say(large).answer())[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_request_of_too_many_pixels(scorer):
+    limits = Limits(pixels=2000, queue_pixels=20_000)
+    with client_of(create_app(scorer, limits)) as client:
+        many = {"images": [text(png(size=40))] * 13}
+        answer = client.post("/v1/score", json=many)
+        assert answer.status_code == 413
+        assert answer.json()["error"] == "the images have 20,800 pixels, more than 20,000: send them one by one"
+        two = {"images": [text(png(size=40)), text(png(size=100))]}
+        results = client.post("/v1/score", json=two).json()["results"]
+        assert results[0]["error"] is None
+        assert results[1]["error"] == "100 x 100 pixels are more than 2,000"
+
+
+def test_a_body_without_the_token_is_not_read(scorer):
+    async def main():
+        async with running(create_app(scorer, token=TOKEN)) as app:
+            asking = Asking(app).say(b"x", more=True)
+            status, headers, _ = await asking.answer()
+            assert (status, headers["connection"]) == (401, "close")
+            assert asking._inbox.qsize() == 1
+
+    asyncio.run(main())
 
 
 def test_a_body_is_bounded_while_it_comes(scorer):
@@ -286,10 +443,15 @@ def test_a_body_is_bounded_while_it_comes(scorer):
 
             many = [Asking(app).say(b"x" * 100, more=True) for _ in range(16)]
             await asyncio.sleep(0)
-            status, headers, content = await Asking(app).say(b"x").answer()
-            assert (status, headers["retry-after"]) == (503, "1")
-            assert "holds as much as it can" in content["error"]
-            for asking in many:
+            # The request that has been sending for longest makes room for others.
+            for asking in many[:2]:
+                assert (await Asking(app).say(b"x" * 99).answer())[0] == 422
+                status, headers, content = await asking.answer()
+                assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+                assert "holds as much as it can" in content["error"]
+                many.append(Asking(app).say(b"x" * 100, more=True))
+                await asyncio.sleep(0)
+            for asking in many[2:]:
                 asking.leave()
             await asyncio.gather(*(asking.task for asking in many))
             assert (await Asking(app).say(b"x").answer())[0] == 422
@@ -675,27 +837,60 @@ def test_the_page_lets_nothing_foreign_in(client):
     assert not re.search(r"\son\w+=", page.text)
 
 
+def threads():
+    """The threads of services."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("featnorm-")]
+
+
+def test_it_works_mounted_in_another_application(scorer):
+    outer = FastAPI()
+    outer.mount("/a", create_app(scorer))
+    before = {*threads()}
+    with TestClient(outer) as client:
+        # The first request starts it.
+        answer = client.post("/a/v1/score", content=png(), headers={"content-type": "image/png"})
+        assert answer.status_code == 200
+        assert answer.json()["results"][0]["score"] is not None
+        end = time.monotonic() + 30
+        while client.get("/a/readyz").status_code != 200:
+            assert time.monotonic() < end, "it never was ready"
+        assert client.get("/a/").text.startswith("<!doctype html>")
+        mine = {*threads()} - before
+        assert mine
+    # Its threads end with the other's event loop, which is all that it learns of the end.
+    for thread in mine:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_client_without_a_lifespan(scorer):
+    client = TestClient(create_app(scorer))
+    for _ in range(2):  # each in an event loop of its own
+        assert client.post("/v1/score", content=png(), headers={"content-type": "image/png"}).status_code == 200
+
+
+def test_an_application_may_be_started_again(scorer):
+    app = create_app(scorer)
+    for _ in range(2):
+        with client_of(app) as client:
+            answer = client.post("/v1/score", content=png(), headers={"content-type": "image/png"})
+            assert answer.status_code == 200
+
+
+def test_it_judges_nothing_once_it_is_shut_down(scorer):
+    async def main():
+        async with running(create_app(scorer)) as app:
+            pass
+        status, _, content = await Asking(app).say(png()).answer()
+        assert (status, content["error"]) == (503, "the service is shutting down: try again later")
+
+    asyncio.run(main())
+
+
 def test_an_uncalibrated_scorer_is_refused(scorer):
     scorer.scorer = fn.Scorer(scorer.scorer.model, fn.NAN())
     with pytest.raises(ValueError, match="not calibrated"):
         create_app(scorer)
-
-
-def test_a_connection_that_asks_nothing_is_closed(scorer):
-    async def main():
-        bound = bind("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(create_app(scorer), http=_protocol(0.1), log_config=None))
-        serving = asyncio.create_task(server.serve([bound]))
-        await until(lambda: server.started)
-        silent = await asyncio.open_connection(*bound.getsockname())
-        slow = await asyncio.open_connection(*bound.getsockname())
-        slow[1].write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /heal")
-        assert await asyncio.wait_for(silent[0].read(), 30) == b""
-        assert (await asyncio.wait_for(slow[0].read(), 30)).startswith(b"HTTP/1.1 200 OK")
-        server.should_exit = True
-        await serving
-
-    asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
@@ -739,8 +934,9 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
         image = png()
         under_way = socket.create_connection((host, int(port)), timeout=30)
         under_way.sendall(
-            f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n"
-            f"Authorization: Bearer {TOKEN}\r\nExpect: 100-continue\r\n\r\n".encode()
+            f"POST /v1/score HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\n"
+            f"Content-Length: {len(image)}\r\nAuthorization: Bearer {TOKEN}\r\n"
+            "Expect: 100-continue\r\n\r\n".encode()
         )
         assert under_way.recv(100).startswith(b"HTTP/1.1 100")
         process.send_signal(signal.SIGTERM)
@@ -761,6 +957,52 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
     assert TOKEN not in log + said
 
 
+def test_the_command_ends_in_time_whatever_its_threads_do(detector):
+    # A model that never comes to an end. The image that the service tries itself on is enough.
+    code = """
+import time
+from featnorm.cli import main
+from featnorm.deploy import ImageScorer
+ImageScorer.judge = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(detector), "--port", "0", "--grace-seconds", "0.5"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert {process.stdout.readline()[:5] for _ in range(2)} == {"begun", "Servi"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+def test_all_of_the_log_is_json(capsys, monkeypatch):
+    for name in (None, "featnorm.service", "uvicorn"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logger.level)
+    try:
+        serve._log_lines()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("of a library", stacklevel=1)
+        logging.getLogger("some.parser").warning("from a parser")
+        logging.getLogger("some.parser").info("of no interest")
+        logging.getLogger("featnorm.service").info("request", extra={"fields": {"status": 200}})
+    finally:
+        logging.captureWarnings(False)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["level"] for line in lines] == ["warning", "warning", "info"]
+    assert "of a library" in lines[0]["message"]
+    assert lines[1]["message"] == "from a parser"
+    assert lines[2]["status"] == 200
+
+
 def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     taken = bind("127.0.0.1", 0)
@@ -775,6 +1017,7 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             ("serve", detector, "--token-file", "empty"): "there is no token in empty",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
+            ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is no host name",
         }.items():
             status, _, error = featnorm(*arguments)
             assert status == 2

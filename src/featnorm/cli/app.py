@@ -279,6 +279,13 @@ def serve(
     model: UsersModel = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for any that is free.")] = 8000,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name under which clients reach the service, beside --host; `*` for any. Repeat for "
+            "several. With --host 0.0.0.0 or ::, any IP address and `localhost` are allowed by themselves."
+        ),
+    ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -289,13 +296,24 @@ def serve(
     device: Device = "auto",
     precision: Precision = "32-true",
     batch_size: BatchSize = 32,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16 * 2**20,
-    max_images: Annotated[int, typer.Option(min=1, help="In a request.")] = 64,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 50_000_000,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 50_000_000,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Images that wait for the model; beyond, clients are asked to come again.")
+        int, typer.Option(min=1, help="Maximum images waiting for the model; beyond, clients get 503.")
     ] = 256,
-    max_seconds: Annotated[float, typer.Option(help="That a request may take, sending it included.")] = 30.0,
+    max_queue_pixels: Annotated[
+        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; beyond, clients get 503.")
+    ] = 800_000_000,
+    max_seconds: Annotated[
+        float, typer.Option(help="Request timeout in seconds, including upload; also to read an answer.")
+    ] = 30.0,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Maximum open connections; beyond, the longest idle one is closed.")
+    ] = 512,
+    grace_seconds: Annotated[
+        float, typer.Option(help="Time from SIGTERM or Ctrl+C to the end of the process, at most.")
+    ] = 10.0,
 ) -> None:
     """Judge images over HTTP, and on a page to drop them on.
 
@@ -311,6 +329,7 @@ def serve(
             model=model,
             host=host,
             port=port,
+            allowed_hosts=allowed_host or [],
             token_file=token_file,
             device=device,
             precision=precision,
@@ -319,8 +338,11 @@ def serve(
                 images=max_images,
                 pixels=max_pixels,
                 queue=max_queue,
+                queue_pixels=max_queue_pixels,
                 seconds=max_seconds,
                 batch_size=batch_size,
+                connections=max_connections,
+                grace=grace_seconds,
             ),
         )
     )

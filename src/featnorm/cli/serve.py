@@ -24,6 +24,7 @@ class Options:
     model: str | None
     host: str
     port: int
+    allowed_hosts: list[str]
     token_file: Path | None
     device: str
     precision: str
@@ -37,7 +38,9 @@ def run(options: Options) -> None:
     fabric = fabric_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
     scorer.scorer = fabric.to_device(scorer.scorer)
-    app = create_app(scorer, options.limits, token, fabric=fabric)
+    app = create_app(
+        scorer, options.limits, token, allowed_hosts=[options.host, *options.allowed_hosts], fabric=fabric
+    )
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         console.print(
             f"Whoever can reach {options.host} can use this service: name a --token-file, or let it listen on "
@@ -47,12 +50,20 @@ def run(options: Options) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{bound.getsockname()[1]}/"
     _log_lines()
-    run_server(
-        app,
-        bound,
-        options.limits,
-        lambda: console.print(f"Serving {options.detector} at {url} (Ctrl+C ends it).", soft_wrap=True),
-    )
+    status = 0
+    try:
+        run_server(
+            app,
+            bound,
+            options.limits,
+            lambda: console.print(f"Serving {options.detector} at {url} (Ctrl+C ends it).", soft_wrap=True),
+        )
+    except KeyboardInterrupt:
+        status = 130
+    # Python would wait for threads that still decode or judge, for nobody, and they cannot be stopped.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _token(file: Path | None) -> str | None:
@@ -69,10 +80,10 @@ def _token(file: Path | None) -> str | None:
 
 
 def _log_lines() -> None:
+    """Write the service's log as lines of JSON, and what libraries warn of too."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
     for name, level in (("featnorm.service", logging.INFO), ("uvicorn", logging.ERROR)):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
+        logging.getLogger(name).setLevel(level)

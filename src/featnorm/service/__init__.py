@@ -2,8 +2,8 @@
 
 try:
     import fastapi  # noqa: F401
+    import httptools  # noqa: F401
     import prometheus_client  # noqa: F401
-    import python_multipart  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:
     raise ImportError(f"{error.name} is needed here: pip install '.[serve]' in a checkout") from None

@@ -2,13 +2,11 @@
 
 import asyncio
 import dataclasses
-import logging
 import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from io import BytesIO
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,7 +15,6 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -27,13 +24,13 @@ import featnorm
 from featnorm.deploy.image_scorer import ImageScorer, ImageVerdict
 from featnorm.deploy.records import row_of
 from featnorm.service.batching import Batcher, Waiting
-from featnorm.service.bodies import DESCRIPTION, Upload, read_uploads
+from featnorm.service.bodies import DESCRIPTION, read_uploads
+from featnorm.service.hosts import HostCheck, allowed_name
 from featnorm.service.limits import RETRY, BodyBound, Limits
 from featnorm.service.metrics import Metrics
 from featnorm.service.page import render_page
 from featnorm.service.requests import RequestLog, Tally, problem
-
-log = logging.getLogger("featnorm.service")
+from featnorm.service.workers import Workers
 
 _BINS = 12, 40
 
@@ -90,23 +87,34 @@ class Detector(BaseModel):
 
 
 def create_app(
-    scorer: ImageScorer, limits: Limits | None = None, token: str | None = None, *, fabric: Any = None
+    scorer: ImageScorer,
+    limits: Limits | None = None,
+    token: str | None = None,
+    *,
+    allowed_hosts: Sequence[str] = (),
+    fabric: Any = None,
 ) -> FastAPI:
     """Return a service that judges images over HTTP, as an ASGI application.
 
-    Its log goes to the logger ``featnorm.service``.
+    Its log goes to the logger ``featnorm.service``. It starts with the server, or, where it is mounted in another
+    application, with the first request to ``/readyz`` or ``/v1/score``.
 
     Parameters
     ----------
     scorer : a calibrated image scorer.
     limits : the bounds; those of `Limits` without it.
     token : what a client must send as ``Authorization: Bearer TOKEN`` to be served; anybody is without it.
+    allowed_hosts : host names to answer to, beside the address at which a connection arrives; behind a proxy, or
+        mounted in another application, those under which clients reach it. ``0.0.0.0`` or ``::`` stands for any IP
+        address and ``localhost``, ``*`` for every host. Other hosts get 421, and a POST from a page of another
+        origin gets 403.
     fabric : a `lightning_fabric.Fabric` for precision; the scorer stays on the device where it is.
 
     Raises
     ------
     ValueError
-        The scorer is not calibrated, or the token is empty or holds what no header can.
+        The scorer is not calibrated, the token is empty or holds what no header can, or an allowed host is no host
+        name.
     """
     limits = limits or Limits()
     calibration = scorer.scorer.calibration
@@ -114,35 +122,29 @@ def create_app(
         raise ValueError("the scorer is not calibrated: without a threshold it gives no verdict")
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise ValueError("the token must be printable ASCII without spaces, and not empty")
+    hosts = [allowed_name(host) for host in allowed_hosts]
     metrics = Metrics(calibration.scores, limits.batch_size)
-    batcher = Batcher(scorer.transform, lambda images: _judge(scorer, images, fabric), limits, metrics.batch)
-    metrics.watch_queue(lambda: batcher.waiting)
-    parser = ThreadPoolExecutor(1, "featnorm-json")
-    ready = False
+    workers: dict[asyncio.AbstractEventLoop, Workers] = {}
+    metrics.watch_queue(lambda: sum(some.batcher.waiting for some in workers.values()))
 
-    async def warm_up() -> None:
-        nonlocal ready
-        picture = BytesIO()
-        Image.new("RGB", (256, 256), "gray").save(picture, "PNG")
-        try:
-            await batcher.score([Upload("warm-up", picture.getvalue())])
-        except Exception:
-            log.exception("the first image failed: the service will not be ready")
-        else:
-            ready = True
+    def start() -> Workers:
+        """Return the workers of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in workers:
+            for ended in [other for other in workers if other.is_closed()]:
+                del workers[ended]
+            judge = partial(_judge, scorer, fabric)
+            workers[loop] = Workers(Batcher(scorer.transform, judge, limits, metrics.batch))
+        return workers[loop]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal ready
-        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(warm_up())]
+        workers.pop(asyncio.get_running_loop(), None)
+        mine = start()
         try:
             yield
         finally:
-            ready = False
-            for task in tasks:
-                task.cancel()
-            batcher.close()
-            parser.shutdown(wait=False)
+            mine.stop()
 
     app = FastAPI(
         title="featnorm",
@@ -154,10 +156,11 @@ def create_app(
         redoc_url=None,
     )
     app.add_middleware(BodyBound, limits=limits)
+    app.add_middleware(HostCheck, allowed=hosts)
     app.add_middleware(RequestLog, metrics=metrics)  # the last is the outermost
     bearer = HTTPBearer(auto_error=False)
 
-    def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         assert token is not None
         if given is None or not secrets.compare_digest(given.credentials.encode(), token.encode()):
             raise HTTPException(
@@ -168,9 +171,11 @@ def create_app(
     refusals: dict[int | str, dict[str, Any]] = {
         400: {"model": Problem, "description": "The body cannot be read, or holds no image."},
         401: {"model": Problem, "description": "The service wants another token."},
-        408: {"model": Problem, "description": "The body was not there in time."},
-        413: {"model": Problem, "description": "The body is too long, or holds too many images."},
-        415: {"model": Problem, "description": "The body is of a type that is not read."},
+        403: {"model": Problem, "description": "The request comes from a page of another origin."},
+        408: {"model": Problem, "description": "The request body did not arrive in time."},
+        413: {"model": Problem, "description": "The body is too long, or holds too many images or pixels."},
+        415: {"model": Problem, "description": "The body is of a type that is not read, or is compressed."},
+        421: {"model": Problem, "description": "The service does not answer to this host."},
         422: {"model": Results, "description": "None of the images could be judged."},
         503: {"model": Problem, "description": "Too much waits already, or it took too long; see Retry-After."},
     }
@@ -188,8 +193,11 @@ def create_app(
     ) -> Response:
         if explain and scorer.statistics is None:
             raise HTTPException(400, "this detector's file keeps no statistics to explain by: fit it again")
-        uploads = await read_uploads(request, limits, parser)
-        verdicts = await _while_there(request, batcher.score(uploads, explain), limits)
+        mine = start()
+        if mine.stopped:
+            raise HTTPException(503, "the service is shutting down: try again later", RETRY)
+        uploads = await read_uploads(request, limits, mine.parser)
+        verdicts = await _while_there(request, mine.batcher.score(uploads, explain), limits)
         tally: Tally = request.state.tally
         for verdict in verdicts:
             metrics.image(verdict)
@@ -203,6 +211,7 @@ def create_app(
         "/v1/detector", summary="What judges the images", response_model=Detector, dependencies=guarded,
         responses={401: refusals[401]},
     )  # fmt: skip
+    @app.head("/v1/detector", include_in_schema=False, dependencies=guarded)
     async def detector() -> Detector:
         assert calibration is not None
         return Detector(
@@ -224,22 +233,26 @@ def create_app(
         responses={200: {"content": {"text/plain": {}}}, 401: refusals[401]},
         dependencies=guarded,
     )
+    @app.head("/metrics", include_in_schema=False, dependencies=guarded)
     async def counters() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/healthz", summary="Whether the process is alive")
+    @app.head("/healthz", include_in_schema=False)
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
 
     @app.get("/readyz", summary="Whether images are judged", responses={503: {"model": Problem}})
+    @app.head("/readyz", include_in_schema=False)
     async def is_ready() -> dict[str, str]:
-        if not ready:
+        if not start().ready:
             raise HTTPException(503, "the service is not ready: it is starting, or shutting down", RETRY)
         return {"status": "ready"}
 
     page, policy = render_page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @app.head("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
@@ -278,7 +291,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _judge(scorer: ImageScorer, images: Sequence[Waiting], fabric: Any) -> list[ImageVerdict]:
+def _judge(scorer: ImageScorer, fabric: Any, images: Sequence[Waiting]) -> list[ImageVerdict]:
     return scorer.judge(
         torch.stack([image.tensor for image in images]),
         [image.upload.name for image in images],

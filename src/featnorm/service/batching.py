@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from starlette.exceptions import HTTPException
@@ -15,12 +15,14 @@ from torch import Tensor
 from featnorm.data.images import ImageError, decode, first_line
 from featnorm.deploy.image_scorer import ImageVerdict
 from featnorm.service.bodies import Upload
+from featnorm.service.decoding import Decoders
 from featnorm.service.limits import RETRY, Limits
 
 log = logging.getLogger("featnorm.service")
 
-# An image of the most pixels takes a gigabyte and a half while it is made ready: more threads could be too many.
-_MOST_DECODERS = 2
+# What an encoded byte counts at least: a photograph has more pixels than that for each, and a file that is made to
+# be slow has fewer.
+_PIXELS_PER_BYTE = 4
 
 
 @dataclass(eq=False)
@@ -36,7 +38,7 @@ class Waiting:
 class Batcher:
     """Judges the images of any number of requests, as many at once as wait when the model becomes free.
 
-    Images are decoded in a few threads, and judged in one. `run` has to run meanwhile.
+    Images are decoded in two threads, and judged in one. `run` has to run meanwhile.
 
     Parameters
     ----------
@@ -60,7 +62,7 @@ class Batcher:
         self._waiting: set[Waiting] = set()
         self._ready: deque[Waiting] = deque()
         self._some = asyncio.Event()
-        self._decoders = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_DECODERS), "featnorm-decode")
+        self._decoders = Decoders()
         self._model = ThreadPoolExecutor(1, "featnorm-model")
 
     @property
@@ -74,18 +76,29 @@ class Batcher:
         Raises
         ------
         HTTPException
-            Too many images wait already.
+            Too many images or pixels wait already, or the request has too many pixels by itself.
         """
-        if len(self._waiting) + len(uploads) > self._limits.queue:
+        limits = self._limits
+        if len(self._waiting) + len(uploads) > limits.queue:
             raise HTTPException(503, f"{len(self._waiting)} images wait already: try again later", RETRY)
+        pixels = sum(self._cost(upload) for upload in uploads)
+        if pixels > limits.queue_pixels:
+            raise HTTPException(
+                413, f"the images have {pixels:,} pixels, more than {limits.queue_pixels:,}: send them one by one"
+            )
+        if self._decoders.pixels + pixels > limits.queue_pixels:
+            raise HTTPException(503, f"{self._decoders.pixels:,} pixels wait already: try again later", RETRY)
         loop = asyncio.get_running_loop()
         images = [Waiting(upload, explain, loop.create_future()) for upload in uploads]
         self._waiting.update(images)
+        # All at once, so that the next request finds them counted.
+        made = [self._decoders.submit(partial(self._read, upload), self._cost(upload)) for upload in uploads]
         try:
-            return await asyncio.gather(*map(self._follow, images))
+            return await asyncio.gather(*map(self._follow, images, made))
         finally:
             self._waiting.difference_update(images)
-            for image in images:
+            for decoded, image in zip(made, images, strict=True):
+                decoded.cancel()
                 image.future.cancel()
 
     async def run(self) -> None:
@@ -109,12 +122,11 @@ class Batcher:
 
     def close(self) -> None:
         """Let the threads end."""
-        for pool in (self._decoders, self._model):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
+        self._model.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Waiting) -> ImageVerdict:
-        loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(self._decoders, self._read, image.upload)
+    async def _follow(self, image: Waiting, decoded: asyncio.Future[Tensor | str]) -> ImageVerdict:
+        made = await decoded
         if isinstance(made, str):
             self._waiting.discard(image)
             return unreadable(image.upload.name, made)
@@ -122,6 +134,12 @@ class Batcher:
         self._ready.append(image)
         self._some.set()
         return await image.future
+
+    def _cost(self, upload: Upload) -> int:
+        """Return the pixels that an image counts as while it waits."""
+        # One that has too many is refused by its header, and not decoded.
+        pixels = upload.pixels if upload.pixels <= self._limits.pixels else 0
+        return max(pixels, min(_PIXELS_PER_BYTE * len(upload.data), self._limits.queue_pixels))
 
     def _read(self, upload: Upload) -> Tensor | str:
         """Return what the transform makes of an image, or why it cannot be judged."""

@@ -1,19 +1,25 @@
 """From the body of a request to the images in it."""
 
 import asyncio
-import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator
+import re
 from concurrent.futures import Executor
+from io import BytesIO
 from typing import Any, NamedTuple
 
-from starlette.datastructures import Headers, UploadFile
+from PIL import Image
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from featnorm.data.formats import FORMATS, HEAD_BYTES, register_format
+from featnorm.service.forms import FormError, read_form
 from featnorm.service.limits import Limits
+
+# A header of a million parts would keep a thread busy for seconds, and so would JSON of a million values. The
+# header that a camera writes takes some hundred reads, and a request has a few values per image.
+_MAX_READS = 4096
+_FREE_VALUES, _VALUES_PER_IMAGE = 1000, 100
 
 DESCRIPTION: dict[str, Any] = {
     "required": True,
@@ -58,6 +64,7 @@ DESCRIPTION: dict[str, Any] = {
 }
 """The body of a request, as OpenAPI describes it."""
 
+_KINDS = ("application/json", "multipart/form-data", "application/octet-stream")  # and images
 _SHAPE = '{"images": ["BASE64", {"name": "NAME", "data": "BASE64"}, ...]}'
 
 
@@ -67,6 +74,8 @@ class Upload(NamedTuple):
     name: str
     data: bytes
     error: str | None = None
+    pixels: int = 0
+    """How many its header declares; 0 where it cannot be read."""
 
 
 async def read_uploads(request: Request, limits: Limits, parser: Executor) -> list[Upload]:
@@ -76,7 +85,7 @@ async def read_uploads(request: Request, limits: Limits, parser: Executor) -> li
     ----------
     request : whose body is bounded by `BodyBound`.
     limits : the bounds.
-    parser : where JSON is read. One thread: in memory a body of JSON can be twenty times as long.
+    parser : where bodies are parsed. One thread: in memory a body of JSON can be twenty times as long.
 
     Raises
     ------
@@ -85,26 +94,42 @@ async def read_uploads(request: Request, limits: Limits, parser: Executor) -> li
     ClientDisconnect
         The client went away.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        body = await request.body()
-        uploads = await asyncio.get_running_loop().run_in_executor(parser, _from_json, body, limits.images)
-    elif kind == "multipart/form-data":
-        uploads = await _from_form(request, limits)
-    elif kind.startswith("image/") or kind == "application/octet-stream":
-        uploads = [Upload("image 1", await request.body())]
-    else:
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise HTTPException(
+            415,
+            f"the content encoding is {coding}: send the body as it is, without compression",
+            {"Accept-Encoding": "identity"},
+        )
+    header = request.headers.get("content-type", "")
+    kind = header.partition(";")[0].strip().lower()
+    if kind not in _KINDS and not kind.startswith("image/"):
         raise HTTPException(
             415,
             f"the content type is {kind or 'not given'}: send image/*, application/octet-stream, application/json "
             "or multipart/form-data",
         )
+    body = await request.body()
+    uploads = await asyncio.get_running_loop().run_in_executor(parser, _parse, kind, header, body, limits.images)
     if not uploads:
         raise HTTPException(400, "the request holds no image")
     return uploads
 
 
+def _parse(kind: str, header: str, body: bytes, most: int) -> list[Upload]:
+    if kind == "application/json":
+        uploads = _from_json(body, most)
+    elif kind == "multipart/form-data":
+        uploads = _from_form(body, header, most)
+    else:
+        uploads = [Upload("image 1", body)]
+    return [upload if upload.error else _sized(upload) for upload in uploads]
+
+
 def _from_json(body: bytes, most: int) -> list[Upload]:
+    values = _FREE_VALUES + _VALUES_PER_IMAGE * most
+    if sum(map(body.count, (b",", b":", b"[", b"{"))) > values:
+        raise HTTPException(400, f"the body holds more than {values:,} values: send {_SHAPE}")
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -123,51 +148,81 @@ def _from_entry(number: int, entry: Any) -> Upload:
         raise HTTPException(400, f"image {number} is neither a text nor a name and a text: send {_SHAPE}")
     name = _named(name, number)
     try:
-        return Upload(name, base64.b64decode(data, validate=True))
-    except (binascii.Error, ValueError):
-        return Upload(name, b"", "its data is not base64")
+        return Upload(name, decode_base64(data))
+    except ValueError as error:
+        return Upload(name, b"", str(error))
 
 
-async def _from_form(request: Request, limits: Limits) -> list[Upload]:
-    parser = _Form(request.headers, request.stream(), limits)
+def decode_base64(text: str) -> bytes:
+    """Decode base64 of either alphabet, with or without line breaks and padding, or a ``data:`` URL of it.
+
+    Raises
+    ------
+    ValueError
+        It is neither.
+    """
+    if _DATA_URL.match(text):
+        media_type, _, text = text.partition(",")
+        if not media_type.rstrip().lower().endswith(";base64"):
+            raise ValueError("its data: URL is not of base64: send data:image/png;base64,...")
     try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise HTTPException(400, f"the form cannot be read: {error.message}") from None
-    uploads = []
+        encoded = text.encode("ascii").translate(_ALPHABET, b" \t\r\n")
+        bare = encoded.removesuffix(b"=").removesuffix(b"=")
+        if b"=" in bare:
+            raise ValueError("its data is not base64")
+        return binascii.a2b_base64(bare + b"=" * (-len(bare) % 4), strict_mode=True)
+    except (UnicodeEncodeError, binascii.Error):
+        raise ValueError("its data is not base64") from None
+
+
+_DATA_URL = re.compile(r"\s*data:", re.IGNORECASE)
+_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+
+def _from_form(body: bytes, header: str, most: int) -> list[Upload]:
     try:
-        for number, (field, part) in enumerate(form.multi_items(), start=1):
-            if not isinstance(part, UploadFile):
-                raise HTTPException(400, f"part {number} of the form, {_text(field)!r}, is no file")
-            uploads.append(Upload(_named(part.filename, number), await part.read()))
-    finally:
-        await form.close()
-    return uploads
+        parts = read_form(body, header, most)
+    except FormError as error:
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
+    if len(parts) > most:
+        raise _too_many(most)
+    for number, part in enumerate(parts, start=1):
+        if part.filename is None:
+            raise HTTPException(400, f"part {number} of the form, {part.field!r}, is no file")
+    return [Upload(_named(part.filename, number), part.content) for number, part in enumerate(parts, start=1)]
 
 
-class _Form(MultiPartParser):
-    """A form of no more parts than images are allowed, kept in memory, which `BodyBound` has bounded already."""
+class _Header(BytesIO):
+    """The bytes of an image, of which only a header is to be read."""
 
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], limits: Limits) -> None:
-        super().__init__(headers, stream)
-        self.spool_max_size = limits.body_bytes
-        self._most = limits.images
-        self._parts = 0
+    _reads = 0
 
-    def on_part_begin(self) -> None:
-        self._parts += 1
-        if self._parts > self._most:
-            raise _too_many(self._most)
-        super().on_part_begin()
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > _MAX_READS:
+            raise _LongHeader
+        return super().read(size)
+
+
+class _LongHeader(Exception):
+    """Raised where a header has more parts than any that is meant to be read."""
+
+
+def _sized(upload: Upload) -> Upload:
+    """Return an image with the number of its pixels, or why its header is not read."""
+    other = register_format(upload.data[:HEAD_BYTES])
+    try:
+        with Image.open(_Header(upload.data), formats=FORMATS if other is None else (other,)) as image:
+            return upload._replace(pixels=image.width * image.height)
+    except _LongHeader:
+        return upload._replace(data=b"", error="its header has too many parts")
+    except Exception:  # nearly anything; what is wrong is said where the image is decoded
+        return upload
 
 
 def _named(name: str | None, number: int) -> str:
-    return _text(name) if name else f"image {number}"
-
-
-def _text(name: str) -> str:
     # JSON can name halves of characters, which no encoding has.
-    return name.encode("utf-8", "replace").decode()
+    return name.encode("utf-8", "replace").decode() if name else f"image {number}"
 
 
 def _too_many(most: int) -> HTTPException:

@@ -10,8 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from featnorm.data.images import MOST_PIXELS
 
 RETRY = {"Retry-After": "1"}
-# Bodies of the largest size that may be in memory at once, of all requests together.
+# Bodies of the largest size that may be in memory at once, of all requests together. Beyond, the request whose
+# body has been coming for longest gives way, so that nobody keeps the others out by not finishing.
 _BODIES = 16
+# Who sends no token has no claim on our time: the rest of its body is not awaited.
+_UNAUTHORIZED = 401
 # A client that is refused may first finish a body of this many times the largest size, which is thrown away: one
 # that is cut off while it sends does not read why.
 _DRAINED = 4
@@ -27,8 +30,15 @@ class Limits:
     images : of a request; 413 beyond.
     pixels : of an image, which is refused by itself.
     queue : images that wait for the model, of all requests; 503 beyond.
-    seconds : that a request may take in all: 408 if its body is not there by then, else 503.
+    seconds : that a request may take in all: 408 if its body is not there by then, else 503. `featnorm serve`
+        gives a client as long to send the head of a request, and to read an answer.
     batch_size : images that the model judges at once.
+    queue_pixels : pixels that wait to be decoded, as the headers of the images declare them, of all requests; 503
+        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least.
+    connections : that `featnorm serve` keeps open. Beyond, it closes the one that has waited longest for its
+        client to finish a request; if all requests are complete, a new connection gets 503.
+    grace : seconds after SIGTERM or Ctrl+C within which `featnorm serve` ends. Requests that are under way are
+        answered in the first 70 % of them.
 
     Raises
     ------
@@ -42,6 +52,9 @@ class Limits:
     queue: int = 256
     seconds: float = 30.0
     batch_size: int = 32
+    queue_pixels: int = 800_000_000
+    connections: int = 512
+    grace: float = 10.0
 
     def __post_init__(self) -> None:
         for bound in fields(self):
@@ -54,6 +67,27 @@ class Limits:
             )
         if self.pixels > MOST_PIXELS:
             raise ValueError(f"the bound pixels is {self.pixels}: Pillow itself refuses more than {MOST_PIXELS}")
+        if self.pixels > self.queue_pixels:
+            raise ValueError(
+                f"an image may have {self.pixels} pixels, and the queue only {self.queue_pixels}: "
+                "it must hold as many"
+            )
+
+
+def declared_length(headers: Headers) -> int:
+    """Return the length of a request's body by its headers, in bytes; 0 where they do not tell."""
+    declared = headers.get("content-length", "0")
+    return int(declared) if declared.isascii() and declared.isdigit() else 0
+
+
+def has_body(headers: Headers) -> bool:
+    """Return whether a request with these headers has a body."""
+    return declared_length(headers) > 0 or "transfer-encoding" in headers
+
+
+def closing(start: Message) -> Message:
+    """Return the start of a response with the announcement that the connection ends with it."""
+    return {**start, "headers": [*start.get("headers", ()), (b"connection", b"close")]}
 
 
 class BodyBound:
@@ -71,6 +105,7 @@ class BodyBound:
         self.app = app
         self.limits = limits
         self.held = 0
+        self.coming: dict[_Body, None] = {}  # oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its body bounded."""
@@ -81,7 +116,7 @@ class BodyBound:
         try:
             await self.app(scope, body.receive, body.send)
         finally:
-            self.held -= body.size
+            body.forget()
 
 
 class _Body:
@@ -92,14 +127,30 @@ class _Body:
         self._receive = receive
         self._send = send
         headers = Headers(scope=scope)
-        declared = headers.get("content-length", "0")
-        self._declared = int(declared) if declared.isascii() and declared.isdigit() else 0
-        self._complete = not self._declared and "transfer-encoding" not in headers
+        self._reading: asyncio.Timeout | None = None
+        self._evicted = False
+        self._declared = declared_length(headers)
+        self._complete = not has_body(headers)
         # Whoever waits to be asked for the body is refused before sending it.
         self._asked = "100-continue" not in headers.get("expect", "").lower()
         self._deadline = asyncio.get_running_loop().time() + bound.limits.seconds
         scope["state"]["deadline"] = self._deadline
-        self.size = 0
+        self._size = 0
+        if not self._complete:
+            bound.coming[self] = None
+
+    def forget(self) -> None:
+        """Count the body no longer."""
+        self._bound.held -= self._size
+        self._size = 0
+        self._bound.coming.pop(self, None)
+
+    def evict(self) -> None:
+        """Stop waiting for the rest, for the sake of other requests."""
+        self._evicted = True
+        self.forget()
+        if self._reading is not None and not self._reading.expired():
+            self._reading.reschedule(asyncio.get_running_loop().time())
 
     async def receive(self) -> Message:
         """Return the next part of the body.
@@ -115,32 +166,42 @@ class _Body:
         if self._declared > limits.body_bytes:
             raise self._too_long()
         self._asked = True
+        if self._evicted:
+            raise self._full()
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline) as self._reading:
                 message = await self._receive()
         except TimeoutError:
+            if self._evicted:
+                raise self._full() from None
             raise HTTPException(408, f"the body was not there within {limits.seconds:g} seconds") from None
+        finally:
+            self._reading = None
         self._note(message)
         size = len(message.get("body", b""))
-        self.size += size
+        self._size += size
         self._bound.held += size
-        if self.size > limits.body_bytes:
+        if self._size > limits.body_bytes:
             raise self._too_long()
-        if self._bound.held > _BODIES * limits.body_bytes:
-            raise HTTPException(503, "the service holds as much as it can: try again later", RETRY)
+        while self._bound.held > _BODIES * limits.body_bytes:
+            oldest = next(iter(self._bound.coming), self)
+            oldest.evict()
+            if oldest is self:
+                raise self._full()
         return message
 
     async def send(self, message: Message) -> None:
         """Pass a message on; before an answer begins, the rest of the body is read and thrown away."""
         if message["type"] == "http.response.start" and not self._complete:
-            await self._drain()
+            if message["status"] != _UNAUTHORIZED:
+                await self._drain()
             if not self._complete:
-                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+                message = closing(message)
         await self._send(message)
 
     async def _drain(self) -> None:
         left = _DRAINED * self._bound.limits.body_bytes
-        if not self._asked or self._declared > left:
+        if not self._asked or self._evicted or self._declared > left:
             return
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -153,6 +214,11 @@ class _Body:
 
     def _note(self, message: Message) -> None:
         self._complete = not message.get("more_body", False)
+        if self._complete:
+            self._bound.coming.pop(self, None)
+
+    def _full(self) -> HTTPException:
+        return HTTPException(503, "the service holds as much as it can: try again later", RETRY)
 
     def _too_long(self) -> HTTPException:
         return HTTPException(413, f"the body is longer than {self._bound.limits.body_bytes:,} bytes")

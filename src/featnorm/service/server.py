@@ -8,9 +8,15 @@ from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from featnorm.service.connections import Connection, connection_type
 from featnorm.service.limits import Limits
+
+# Connections that the system may have accepted for us at once. Together with those of `Limits` they have to stay
+# below the usual bound of 1,024 open files.
+_BACKLOG = 128
+# The share of the grace period in which requests are still answered. The rest is for connections to end.
+_ANSWERED = 0.7
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,7 +43,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT; requests that are under way are answered first.
+    """Serve until SIGTERM or SIGINT.
+
+    Requests that are under way then have 70 % of the grace period to be answered; the others get 503.
 
     Parameters
     ----------
@@ -48,61 +56,48 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
     """
     config = uvicorn.Config(
         app,
-        http=_protocol(limits.seconds),
+        http=connection_type(limits),
         ws="none",
         lifespan="on",
         log_config=None,
         log_level="error",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(limits.seconds) + 1,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=math.ceil(limits.grace),
     )
     # uvicorn ends by raising the signal once more, which would make an orderly end look like a kill.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        _Server(config, on_start).run(sockets=[bound])
+        _Server(config, on_start, limits.grace).run(sockets=[bound])
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it can be connected to."""
+    """A server that says when it can be connected to, and that ends in time.
 
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+    Parameters
+    ----------
+    config : its settings; where ``http`` is not of `connection_type`, requests are awaited as uvicorn does.
+    on_start : called once it can be connected to.
+    grace : seconds from the signal to the end.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None], grace: float) -> None:
         super().__init__(config)
         self._on_start = on_start
+        self._grace = grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_ANSWERED * self._grace, self._cut_off)
+        await super().shutdown(sockets)
 
-def _protocol(seconds: float) -> type[asyncio.Protocol]:
-    class Prompt(H11Protocol):
-        """HTTP/1.1 from clients that send the head of a request in time; uvicorn itself waits for ever."""
-
-        _late: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._await_head()
-
-        def on_response_complete(self) -> None:
-            self._await_head()
-            super().on_response_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._late is not None:
-                self._late.cancel()
-            super().connection_lost(exc)
-
-        def _await_head(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-            self._late = self.loop.call_later(seconds, self._hang_up)
-
-        def _hang_up(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-
-    return Prompt
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.cut_off()
