@@ -1,11 +1,11 @@
 """Attack `featnorm serve` on the loopback, and measure what its other clients see meanwhile.
 
-    python tools/attack_service.py DETECTOR [--source NAME=FOLDER ...] [--seconds 6] [--page PAGE]
+    python tools/attack_service.py DETECTOR [--source NAME=FOLDER ...] [--seconds 4] [--page PAGE]
 
 For each attack it starts the service afresh on a free port, lets the attack begin, asks for `/healthz` and for the
 verdict on a small image again and again, and tells the service to end while the attack goes on. The attacks come
 from a process of their own and end with it. `--source before=OTHER/src --source after=src` compares two checkouts.
-It takes about two minutes for each, and writes its table into PAGE, between `<!-- attacks -->` and `<!-- end -->`.
+It takes some two minutes for each. Its table goes into PAGE, between `<!-- attacks -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("detector", type=Path)
     parser.add_argument("--source", action="append", metavar="NAME=FOLDER", help="a checkout's src; default: this")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of asking, per attack")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of asking, per attack")
     parser.add_argument("--page", type=Path)
     options = parser.parse_args()
     here = Path(__file__).resolve().parent.parent / "src"
@@ -89,7 +89,7 @@ def attacked(source: str, detector: Path, attack: str, seconds: float) -> dict[s
             time.sleep(0.1)
         attackers = multiprocessing.Process(target=ATTACKS[attack], args=(port, stop), daemon=True)
         attackers.start()
-        time.sleep(4.0)
+        time.sleep(2.5)
         alive = asked(port, "/healthz", None, seconds)
         verdict = asked(port, "/v1/score", small(), seconds)
         found: dict[str, Any] = {"healthz": alive(), "verdict": verdict()}

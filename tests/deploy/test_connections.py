@@ -323,7 +323,7 @@ def test_a_connection_that_asks_nothing_is_closed():
         for _, writer in (slow, silent):
             writer.close()
 
-    serving(test, Limits(seconds=0.1))
+    serving(test, Limits(seconds=0.3))
 
 
 @pytest.mark.parametrize("closing", [b"", b"Connection: close\r\n"])
@@ -335,7 +335,7 @@ def test_a_client_that_does_not_read_is_not_waited_for(closing):
         await until(lambda: not service.connections and not service.server.server_state.tasks)
         writer.close()
 
-    serving(test, Limits(seconds=0.2))
+    serving(test, Limits(seconds=0.5))
 
 
 def test_a_client_that_asks_and_never_reads_gets_few_answers():

@@ -960,9 +960,10 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
 def test_the_command_ends_in_time_whatever_its_threads_do(detector):
     # A model that never comes to an end. The image that the service tries itself on is enough.
     code = """
-import time
+import signal, time
 from featnorm.cli import main
 from featnorm.deploy import ImageScorer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background of a shell
 ImageScorer.judge = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
 main()
 """
