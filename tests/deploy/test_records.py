@@ -45,7 +45,7 @@ def whole(tmp_path):
 
 
 def damaged_lines():
-    other = {"batch": 1, "verdicts": [["a", 1.0, 0.5, True, None, None]]}
+    other = {"batch": 1, "verdicts": [["a", 1.0, 0.5, True, None, None, False]]}
     return {
         "nothing": b"",
         "null": b"null",
@@ -61,7 +61,7 @@ def damaged_lines():
         "no verdicts": seal({"batch": 1}).encode(),
         "verdicts that are none": seal({**other, "verdicts": 5}).encode(),
         "a verdict that is none": seal({**other, "verdicts": [None]}).encode(),
-        "a score that is text": seal({**other, "verdicts": [["a", "1.0", 0.5, True, None, None]]}).encode(),
+        "a score that is text": seal({**other, "verdicts": [["a", "1.0", 0.5, True, None, None, False]]}).encode(),
         "a verdict with too little": seal({**other, "verdicts": [["a", 1.0, 0.5]]}).encode(),
     }
 

@@ -35,6 +35,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import featnorm as fn
 from featnorm.cli import serve
 from featnorm.data import SlicedImages, open_images
+from featnorm.data.formats import FORMATS
 from featnorm.service import Limits, create_app
 from featnorm.service import app as service
 from featnorm.service.app import histogram
@@ -252,6 +253,23 @@ def test_bounds_of_an_image_and_of_limits(scorer):
             Limits(**wrong)
     with pytest.raises(ValueError, match="printable ASCII"):
         create_app(scorer, token="two words")
+
+
+def test_images_are_read_as_in_a_folder(client):
+    """Every format that files are read in, and a picture that was stored turned as it is seen."""
+    picture = Image.effect_noise((40, 30), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6
+    bodies = {form: io.BytesIO() for form in (*FORMATS, "turned")}
+    for form in FORMATS:
+        picture.save(bodies[form], form)
+    picture.transpose(Image.Transpose.ROTATE_90).save(bodies["turned"], "PNG", exif=exif)
+    scores = {}
+    for form, body in bodies.items():
+        answer = client.post("/v1/score", content=body.getvalue(), headers={"content-type": "image/any"})
+        assert answer.status_code == 200, form
+        scores[form] = answer.json()["results"][0]["score"]
+    assert scores["turned"] == scores["PNG"] == scores["BMP"]
 
 
 def test_formats_that_start_programs_are_not_read(client):

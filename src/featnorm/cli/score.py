@@ -173,7 +173,9 @@ def run(options: Options) -> None:
             console.print(f"Wrote {file}.", soft_wrap=True)
     if not tally.judged:
         name, why = tally.first_unread[0]
-        raise DataError(f"none of the {tally.unread:,} images could be read; the first is {name}: {why}")
+        raise DataError(
+            f"none of the {tally.unread:,} images could be read; the first is {printable(name)}: {why}"
+        )
 
 
 def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> str:

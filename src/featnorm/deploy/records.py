@@ -24,7 +24,7 @@ _ROWS = 10_000
 # What a spreadsheet takes for the beginning of a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # Of a verdict, without its explanation: what a journal keeps.
-_FIELDS = 6
+_FIELDS = 7
 
 
 class Journal:
@@ -154,7 +154,7 @@ def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
 
 def _verdict(row: Any) -> ImageVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None]:
+        case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
             return ImageVerdict(*row)
     raise ValueError("it holds no verdict")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from featnorm.data.formats import FORMATS
+from featnorm.data.formats import FORMATS, HEAD_BYTES, register_format
 from featnorm.service.forms import FormError, read_form
 from featnorm.service.limits import Limits
 
@@ -210,8 +210,9 @@ class _LongHeader(Exception):
 
 def _sized(upload: Upload) -> Upload:
     """Return an image with the number of its pixels, or why its header is not read."""
+    other = register_format(upload.data[:HEAD_BYTES])
     try:
-        with Image.open(_Header(upload.data), formats=FORMATS) as image:
+        with Image.open(_Header(upload.data), formats=FORMATS if other is None else (other,)) as image:
             return upload._replace(pixels=image.width * image.height)
     except _LongHeader:
         return upload._replace(data=b"", error="its header has too many parts")
