@@ -245,6 +245,7 @@ def test_what_the_system_says_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@posix
 def test_names_as_long_as_names_can_be(tmp_path):
     name = 250 * "n" + ".csv"
     write_text(tmp_path / name, "whole")

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -39,7 +39,7 @@ class WriteError(OSError):
         return str(self.strerror)
 
 
-def flush_to_disk(file: Any) -> None:
+def flush_to_disk(file: IO[Any]) -> None:
     """Write what an open file still buffers, and wait until it is on the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -24,7 +24,13 @@ class ArchiveError(ValueError):
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a detector file; an earlier file of that name stays until the new one is complete."""
+    """Write a detector file; an earlier file of that name stays until the new one is complete.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"format": FORMAT, **header}
     metadata = {"featnorm": json.dumps({**content, "sha256": _checksum(own, content)})}

@@ -158,6 +158,8 @@ class Scorer(nn.Module):
         ------
         NotFittedError
             The detector learns and has not been fitted.
+        OSError
+            The file cannot be written; an earlier one of that name stays.
         """
         archive.write(path, *self.content())
 

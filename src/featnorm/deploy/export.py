@@ -110,8 +110,8 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
         more than 1e-4 of their size or are NaN, or a p-value or a verdict is not that of the score.
     ImportError
         ``featnorm[onnx]`` is not installed.
-    FileNotFoundError
-        There is no such folder.
+    OSError
+        There is no such folder, or the file cannot be written; an earlier one of that name stays.
     """
     try:
         import onnx

@@ -192,6 +192,8 @@ class ImageScorer:
             The detector learns and has not been fitted.
         TypeError
             The scorer is of another kind of model.
+        OSError
+            The file cannot be written; an earlier one of that name stays.
         """
         tensors, header = self.scorer.content()
         model = self.scorer.model

@@ -92,10 +92,9 @@ class KNN(Detector):
         self.bank.add(features.tensor("pooled"), write_unit_rows)
 
     def _validate(self) -> None:
-        if len(self.bank.rows) < self.k:
-            raise ValueError(
-                f"{self!r} has only {len(self.bank.rows)} inputs in its bank: fit on more, or lower k"
-            )
+        rows, _ = self.bank_shape
+        if rows < self.k:
+            raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
 
     def _derive(self) -> "_Search":
         bank = self.bank.rows.cpu().numpy()
@@ -128,7 +127,7 @@ class KNN(Detector):
 
     def _score(self, features: Features) -> Tensor:
         pooled = features.tensor("pooled")
-        self._same_width("pooled", pooled, self.bank.width)
+        self._same_width("pooled", pooled, self.bank_shape[1])
         self._validate()
         queries = unit_rows(pooled.detach()).float()
         # faiss has no place in a graph that is traced: there the search is exact.
