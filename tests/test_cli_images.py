@@ -89,7 +89,19 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
                   "refuse 5.0% at most",
                   "featnorm score mine.featnorm IMAGES", "Asked the backbone for 300"):  # fmt: skip
         assert words in printed
-    assert (tmp_path / "mine.featnorm").stat().st_size > 1e6
+    assert "damaged" not in printed
+    assert "changed" not in printed
+    whole = (tmp_path / "mine.featnorm").read_bytes()
+    assert len(whole) > 1e6
+    (features,) = (tmp_path / "cache").glob("*/features.f32")
+    content = features.read_bytes()
+    # The second of five batches.
+    features.write_bytes(content[: len(content) // 4] + bytes(100) + content[len(content) // 4 + 100 :])
+    status, printed, _ = featnorm("fit", known, *options)
+    assert status == 0
+    assert "1 damaged batch(es) of features were removed from the cache" in printed
+    assert "Asked the backbone for 64 images" in printed
+    assert (tmp_path / "mine.featnorm").read_bytes() == whole
     status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters")
     assert status == 0
     assert "The features of all of them were known." in printed

@@ -83,7 +83,7 @@ class FeatureCache:
 
     Every batch is on disk before the next one is asked for, so that a process that is killed loses one at most,
     and the same call goes on with the batches that an unbroken one would have had. An image is known by a digest
-    of the content that it was decoded from: a changed one is computed anew, one that was moved or copied is not.
+    of the content that it was decoded from: a changed one is computed again, one that was moved or copied is not.
     Every batch has a checksum, which is compared each time the cache is opened; a batch that differs is dropped
     and computed again. One process at a time may use it.
 
@@ -372,11 +372,10 @@ class _Store(AbstractContextManager["_Store"]):
 
     def _verify(self, batches: list[_Batch | None], hide: bool | None) -> None:
         """Compare the features with their checksums in one pass; put None in the place of batches that differ."""
-        order = [i for i, batch in enumerate(batches) if batch is not None and batch.digests]
-        order.sort(key=lambda i: batches[i].start)  # type: ignore[union-attr]
+        order = sorted((batch.start, i) for i, batch in enumerate(batches) if batch is not None and batch.digests)
         rows = sum(len(batch.digests) for batch in batches if batch is not None)
         with tqdm(total=rows, unit="image", desc="checking the cache", disable=hide, leave=False) as bar:
-            for i in order:
+            for _, i in order:
                 batch = batches[i]
                 assert batch is not None
                 self._file.seek(_ROW_UNIT * batch.width * batch.start)
