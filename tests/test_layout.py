@@ -1,14 +1,16 @@
-"""The layout in which convolutions run: channels last, and never in the one whose gradient corrupts the heap."""
+"""The layout in which convolutions run: channels last, but where the gradient would corrupt the heap."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import featnorm as fn
-from featnorm._layout import UnitStrides, fast_layout
+from featnorm._layout import fast_layout, safe_gradients
 from featnorm.oneclass import GOAD
 from featnorm.training import PRESETS, Recipe, cifar_network, train
 
@@ -63,10 +65,33 @@ def strictly_last(values):
 
 
 class Functional(nn.Conv2d):
-    """A convolution that calls the function itself, as many libraries' do."""
+    """A convolution that calls a function itself, as many libraries' do."""
 
     def forward(self, images):
         return nn.functional.conv2d(images, self.weight / 2, self.bias, stride=self.stride, groups=self.groups)
+
+
+class General(nn.Conv2d):
+    def forward(self, images):
+        return torch.convolution(images, self.weight, self.bias, [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+class Operator(nn.Conv2d):
+    def forward(self, images):
+        return torch.ops.aten.conv2d(images, self.weight, self.bias, [2, 2])
+
+
+class Checkpointed(nn.Conv2d):
+    """A convolution that is run once more on the way back."""
+
+    reentrant = False
+
+    def forward(self, images):
+        return checkpoint(super().forward, images, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
 
 
 def narrow(channels, shortcut):
@@ -89,9 +114,16 @@ SHORTCUTS = {
     "module": lambda c: nn.Conv2d(c, 16, 1, stride=2),
     "function": lambda c: Functional(c, 16, 1, stride=(2, 1), bias=False),
     "wide stride": lambda c: nn.Conv2d(c, 16, 1, stride=3, padding="valid"),
+    "general function": lambda c: General(c, 16, 1, stride=2),
+    "operator": lambda c: Operator(c, 16, 1, stride=2),
+    "checkpoint": lambda c: Checkpointed(c, 16, 1, stride=2),
+    "reentrant checkpoint": lambda c: Reentrant(c, 16, 1, stride=2),
+    "script": lambda c: torch.jit.script(nn.Conv2d(c, 16, 1, stride=2)),
+    "trace": lambda c: torch.jit.trace(nn.Conv2d(c, 16, 1, stride=2), torch.zeros(4, c, 8, 8)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("channels", range(2, 8))
 @pytest.mark.parametrize("kind", SHORTCUTS)
 def test_training_never_runs_the_convolution_that_corrupts_the_heap(kind, channels):
@@ -101,10 +133,11 @@ def test_training_never_runs_the_convolution_that_corrupts_the_heap(kind, channe
     assert len(run.backward) == 2 * 2, "two steps of two convolutions"
     assert run.faulty == []
     assert all(found["input_last"] for found in run.forward), "all of them in the fast layout"
+    assert [found["input_last"] for found in run.backward] == 2 * [False, True], "all others on the way back too"
 
 
 def test_the_watch_sees_the_fault_where_nothing_is_done_about_it():
-    model = fast_layout(narrow(4, nn.Conv2d(4, 16, 1, stride=2)))
+    model = narrow(4, nn.Conv2d(4, 16, 1, stride=2)).to(memory_format=torch.channels_last)
     with Convolutions() as run, torch.device("meta"):
         model.to("meta")(fast_layout(torch.empty(4, 3, 8, 8))).sum().backward()
     assert len(run.faulty) == 1
@@ -120,19 +153,24 @@ def test_networks_of_few_output_channels_train_in_the_fast_layout():
     assert all(found["input_last"] and found["weight_last"] for found in run.backward)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("kind", SHORTCUTS)
-def test_the_numbers_are_those_of_the_convolution(kind, layout):
+def test_the_gradients_are_those_of_the_convolution(kind, layout):
     torch.manual_seed(0)
     ours = SHORTCUTS[kind](5).double()
     inputs = torch.randn(3, 5, 9, 10, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-    plain = ours(inputs)
-    grads = torch.autograd.grad(plain.square().sum(), [inputs, *ours.parameters()])
-    with UnitStrides():
-        found = ours(inputs)
-        again = torch.autograd.grad(found.square().sum(), [inputs, *ours.parameters()])
-    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
-    for new, old in zip(again, grads, strict=True):
+
+    def gradients(context):
+        outputs = ours(inputs)
+        with context:
+            outputs.square().sum().backward()
+        found = [tensor.grad for tensor in (inputs, *ours.parameters())]
+        inputs.grad = None
+        ours.zero_grad()
+        return found
+
+    for new, old in zip(gradients(safe_gradients(ours)), gradients(nullcontext()), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
 
 
@@ -140,7 +178,6 @@ def test_the_numbers_are_those_of_the_convolution(kind, layout):
     "convolution",
     [
         nn.Conv2d(4, 16, 3, stride=2),
-        nn.Conv2d(4, 16, 1, stride=2, padding=1),
         nn.Conv2d(4, 16, 1, stride=2, groups=2),
         nn.Conv2d(8, 16, 1, stride=2),
         nn.Conv2d(4, 16, 1),
@@ -149,16 +186,31 @@ def test_the_numbers_are_those_of_the_convolution(kind, layout):
     ids=repr,
 )
 def test_other_convolutions_run_as_they_are(convolution):
-    inputs = torch.randn(2, convolution.in_channels, 8, 8)
-    with Convolutions() as plain:
-        convolution(inputs)
-    with Convolutions() as run, UnitStrides():
-        convolution(inputs)
-    assert run.forward == plain.forward
+    # Beside one that does not, so that something is looked at.
+    model = nn.ModuleList([fast_layout(convolution), nn.Conv2d(4, 16, 1, stride=2)])
+    inputs = fast_layout(torch.randn(2, convolution.in_channels, 8, 8))
+    with Convolutions() as run, safe_gradients(model):
+        convolution(inputs).sum().backward()
+    (found,) = run.backward
+    assert found["input_last"]
+
+
+def test_networks_with_other_convolutions_are_trained():
+    model = nn.Sequential(
+        nn.Unflatten(1, (3, 1)), nn.Conv3d(3, 4, (1, 3, 3)), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    before = model[1].weight.clone()
+    train(model, images(), torch.arange(8) % 3, RECIPE)
+    assert not torch.equal(model[1].weight, before)
+
+
+def test_nothing_is_done_for_networks_without_such_a_convolution():
+    assert isinstance(safe_gradients(cifar_network(4, 3)), nullcontext) is False  # its first shortcut is one
+    assert isinstance(safe_gradients(cifar_network(8, 3)), nullcontext)
 
 
 def test_gradients_through_a_users_model_are_safe_in_its_own_layout():
-    model = fast_layout(narrow(4, nn.Conv2d(4, 16, 1, stride=2))).eval()
+    model = narrow(4, nn.Conv2d(4, 16, 1, stride=2)).to(memory_format=torch.channels_last).eval()
     batch = fast_layout(images().float() / 255)
     scorer = fn.Scorer(model, fn.ODIN())
     with Convolutions() as run:

@@ -1,16 +1,17 @@
 """Memory layout of networks and their inputs: decided here, for training and for scoring alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _Arranged = TypeVar("_Arranged", bound=Tensor | nn.Module)
 
-# Below this many input channels the fault that `UnitStrides` avoids was seen, on 2 to 7.
-_NARROW = 8
+# The fault that `safe_gradients` avoids was seen with 2 to 7 input channels.
+_NARROW = range(2, 8)
 
 
 def fast_layout(value: _Arranged) -> _Arranged:
@@ -19,16 +20,21 @@ def fast_layout(value: _Arranged) -> _Arranged:
     Parameters
     ----------
     value
-        A network, whose weights are rearranged in place, or a batch; a batch that is not (n, c, h, w) is returned
-        as it is. The values stay the same.
+        A network, whose weights of four dimensions are rearranged in place, or a batch; a batch that is not
+        (n, c, h, w) is returned as it is. The values stay the same.
     """
-    if isinstance(value, nn.Module) or value.ndim == 4:
-        return cast(_Arranged, value.to(memory_format=torch.channels_last))
+    if isinstance(value, nn.Module):
+        # Not by `nn.Module.to`, which refuses the weights of a Conv3d.
+        for tensor in (*value.parameters(), *value.buffers()):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    elif value.ndim == 4:
+        return cast(_Arranged, value.contiguous(memory_format=torch.channels_last))
     return value
 
 
-class UnitStrides(TorchFunctionMode):
-    """Context in which the gradients of narrow strided 1x1 convolutions are safe on a CPU, in any layout.
+def safe_gradients(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context for a backward pass through a model, which is then safe for every convolution.
 
     oneDNN's AVX2 kernel of the backward pass writes past its buffer, and so corrupts the heap, for a float32 1x1
     convolution without padding or groups, with a stride and 2 to 7 input channels, where the input or the weight
@@ -38,45 +44,34 @@ class UnitStrides(TorchFunctionMode):
         x = torch.randn(8, 4, 32, 32).contiguous(memory_format=torch.channels_last)
         c(x).sum().backward()  # five times
 
-    Such a convolution reads every stride-th pixel and no other, so here these are picked first and convolved with
-    stride 1, which gives the same numbers. All other convolutions run as they are. Whoever finds the minimal case
-    mended in every torch that featnorm supports can remove this class and its uses.
-    """
+    In this context the backward pass of such a convolution, whoever called it, gets its tensors in the contiguous
+    layout. Whoever finds the minimal case mended in every torch that featnorm supports can remove this function.
 
-    def __torch_function__(
+    Parameters
+    ----------
+    model : only if it holds a weight of that shape is anything done at all.
+    """
+    held = (*model.parameters(), *model.buffers())
+    if not any(_is_narrow(tensor) for tensor in held):
+        return nullcontext()
+    return _ContiguousWhereNarrow()  # type: ignore[no-untyped-call]
+
+
+class _ContiguousWhereNarrow(TorchDispatchMode):
+    def __torch_dispatch__(
         self,
         func: Callable[..., Any],
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch, a narrow strided 1x1 convolution by way of its stride-th pixels."""
-        if func is torch.conv2d:
-            return _convolved(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default:
+            weight, stride, groups = args[2], args[4], args[9]
+            if _is_narrow(weight) and max(stride) > 1 and groups == 1:
+                # Not by `contiguous`, to which a kernel of one pixel is in either layout.
+                args = (*(tensor.clone(memory_format=torch.contiguous_format) for tensor in args[:3]), *args[3:])
         return func(*args, **(kwargs or {}))
 
 
-def _convolved(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    steps = _pair(stride)
-    narrow = tuple(weight.shape[2:]) == (1, 1) and weight.shape[1] < _NARROW and groups == 1
-    if (
-        narrow
-        and steps != (1, 1)
-        and (padding == "valid" or (not isinstance(padding, str) and not any(_pair(padding))))
-    ):
-        input, stride = input[..., :: steps[0], :: steps[1]], 1
-    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
-    """Return a setting of both sides of a convolution's window, which may be given as one number."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return 2 * values if len(values) == 1 else values
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.ndim == 4 and weight.shape[1] in _NARROW and tuple(weight.shape[2:]) == (1, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._layout import UnitStrides
+from featnorm._layout import safe_gradients
 from featnorm.oneclass.dcgan import Convolutions, Generator, Verdict, adversarial, centred, initialise, uniform
 from featnorm.oneclass.steps import Losses, Parts, adam, train_steps
 from featnorm.oneclass.system import Run, System, as_pixels
@@ -112,7 +112,7 @@ class AnoGAN(System[GAN]):
         -------
         The latent vectors (n, latent) after the last step, and their losses (n,), the anomaly scores.
         """
-        with torch.inference_mode(False), torch.enable_grad(), UnitStrides():
+        with torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
             z = model.start.repeat(len(images), 1).requires_grad_()
             optimiser = adam([z], self.search_lr)
             with torch.no_grad(), run.autocast():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._layout import UnitStrides, fast_layout
+from featnorm._layout import fast_layout, safe_gradients
 from featnorm._weights import load_weights
 from featnorm.oneclass.system import Run, as_pixels, check_images
 from featnorm.training.runs import (
@@ -105,7 +105,7 @@ def train_steps(
         disable=hide_bar(run.progress),
         leave=False,
     )
-    with bar, torch.inference_mode(False), torch.enable_grad(), UnitStrides():
+    with bar, torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
         for epoch in range(start, epochs):
             model.train()
             began = time.perf_counter()

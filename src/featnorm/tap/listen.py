@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featnorm._errors import RefusalError
-from featnorm._layout import UnitStrides
+from featnorm._layout import safe_gradients
 from featnorm.tap.find import same_vector
 from featnorm.tap.watch import Node, Record, Slot, is_on_top, on_top, tensors_in
 
@@ -134,7 +134,7 @@ def listen(
 def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Evaluation mode, and every module's own mode back at the end, whatever happens.
 
-    With gradients, they are safe for the narrow convolutions that `UnitStrides` is about.
+    With gradients, they are safe for every convolution, see `safe_gradients`.
     """
     entered: list[nn.Module] = []
     compiled = False
@@ -150,7 +150,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                     module.training = False
         # Compiled code was traced without the hooks that listen.
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with torch.set_grad_enabled(gradients), eager, UnitStrides() if gradients else nullcontext():
+        with torch.set_grad_enabled(gradients), eager, safe_gradients(model) if gradients else nullcontext():
             yield
     finally:
         with _MODES_LOCK:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._layout import UnitStrides, fast_layout
+from featnorm._layout import fast_layout, safe_gradients
 from featnorm._weights import load_weights
 from featnorm.training.lars import LARS
 from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
@@ -96,6 +96,7 @@ def train(
         objective.begin(model, inputs, targets, seed, fabric)
         if checkpoint is not None and checkpoint.exists():
             start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
+    gradients = safe_gradients(model)
     targets = targets.to(device)
     bar = tqdm(
         total=recipe.epochs * steps * recipe.batch_size,
@@ -124,8 +125,8 @@ def train(
                         views = views.float().div_(255)
                     places = torch.arange(mine.start, mine.stop, device=device)
                     optimiser.zero_grad(set_to_none=True)
-                    with UnitStrides():
-                        found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
+                    found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
+                    with gradients:
                         if fabric is None:
                             found.loss.backward()
                         else:
