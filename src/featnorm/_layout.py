@@ -65,13 +65,24 @@ class _ContiguousWhereNarrow(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten.convolution_backward.default:
-            weight, stride, groups = args[2], args[4], args[9]
-            if _is_narrow(weight) and max(stride) > 1 and groups == 1:
-                # Not by `contiguous`, to which a kernel of one pixel is in either layout.
-                args = (*(tensor.clone(memory_format=torch.contiguous_format) for tensor in args[:3]), *args[3:])
-        return func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.convolution_backward.default:
+            return func(*args, **(kwargs or {}))
+        inputs, weight, stride, groups = args[1], args[2], args[4], args[9]
+        if not (_is_narrow(weight) and max(stride) > 1 and groups == 1):
+            return func(*args, **(kwargs or {}))
+        # Not by `contiguous`, to which a kernel of one pixel is in either layout.
+        plain = (tensor.clone(memory_format=torch.contiguous_format) for tensor in args[:3])
+        found = func(*plain, *args[3:], **(kwargs or {}))
+        if not (_is_last(inputs) or _is_last(weight)):
+            return found
+        # In the layout that compiled code expects, as it was told before.
+        return tuple(fast_layout(gradient) if isinstance(gradient, Tensor) else None for gradient in found)
 
 
 def _is_narrow(weight: Tensor) -> bool:
     return weight.ndim == 4 and weight.shape[1] in _NARROW and tuple(weight.shape[2:]) == (1, 1)
+
+
+def _is_last(tensor: Tensor) -> bool:
+    """Whether torch takes a tensor (n, c, h, w) for channels last."""
+    return tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1]

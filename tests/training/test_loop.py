@@ -424,7 +424,9 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
 
     def network():
         torch.manual_seed(0)
-        convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        # The second is one of those that `safe_gradients` is about.
+        convolutions = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 1, stride=2)
+        convolution = nn.Sequential(*convolutions, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
         return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(8, 3))
 
     plain = train(network(), images, targets, recipe)
