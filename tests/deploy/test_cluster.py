@@ -152,17 +152,17 @@ def test_a_large_bank_lies_in_parts(workers, folder, loaded, cache, monkeypatch,
 
 def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
     torch.manual_seed(0)
-    bank = torch.nn.functional.normalize(torch.randn(23, 6))
+    bank = torch.nn.functional.normalize(torch.randn(12, 6))
     queries = torch.nn.functional.normalize(torch.randn(5, 6))
     whole = fn.KNN(7).use_bank(bank)
     # More neighbours than a part has rows.
-    parts = [ray.remote(BankPart).remote(part.numpy(), 7, None) for part in bank.tensor_split(5)]
+    parts = [ray.remote(BankPart).remote(part.numpy(), 7, None) for part in bank.tensor_split(2)]
     found = ShardedKNN(whole, parts).nearest(queries, 7)
     exact = torch.cdist(queries.double(), bank.double()).square().sort(1).values[:, :7]
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found, whole.nearest(queries, 7), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="has only 23 inputs in its bank"):
-        ShardedKNN(fn.KNN(24).use_bank(bank), parts).score(fn.Features(pooled=queries))
+    with pytest.raises(ValueError, match="has only 12 inputs in its bank"):
+        ShardedKNN(fn.KNN(13).use_bank(bank), parts).score(fn.Features(pooled=queries))
 
 
 def test_an_error_comes_back_in_its_own_words(workers, folder, loaded, cache):
@@ -191,14 +191,16 @@ def test_devices_that_there_are(workers):
 
 
 def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypatch):
-    backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", BATCH)
+    # One shard, and so one actor, for each command: another takes seconds to begin.
+    size = 16
+    backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", size)
     fitting = ("fit", folder, "--cache", tmp_path / "cache", "--detector", "SSD", *backbone)
     status, printed, error = featnorm(*fitting, "-o", "ray.featnorm", "--ray")
     assert (status, error) == (0, "")
     assert "Asked the backbone for 239 images" in printed
     status, printed, _ = featnorm(*fitting, "-o", "one.featnorm")
     assert "The features of all of them were known." in printed
-    scoring = ("score", "ray.featnorm", folder, "--batch-size", BATCH, "--device", "cpu")
+    scoring = ("score", "ray.featnorm", folder, "--batch-size", size, "--device", "cpu")
     status, printed, _ = featnorm(*scoring, "-o", "one.csv", "--workers", 0)
     assert status == 0
     # The second journal breaks off: what it holds is not judged again, by one process or by many.
@@ -215,7 +217,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     monkeypatch.setattr(Cluster, "score", score)
     status, printed, error = featnorm(*scoring, "-o", "ray.csv", "--ray")
     assert (status, error) == (0, "")
-    assert f"going on after {3 * BATCH} of" in printed
+    assert f"going on after {3 * size} of" in printed
     assert "by at most 2 actors of cpu" in printed
     one, many = (
         [line.split(",") for line in (tmp_path / f"{name}.csv").read_text().splitlines()]
@@ -236,7 +238,7 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, loaded, cache
     scorer = fit(folder, loaded, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
-    judge, sizes = ImageScorer.judge, []
+    judge, sizes = ImageScorer._judge, []
 
     def small(self, images, names, **options):
         if len(images) > 4:
@@ -244,7 +246,7 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, loaded, cache
         sizes.append(len(images))
         return judge(self, images, names, **options)
 
-    monkeypatch.setattr(ImageScorer, "judge", small)
+    monkeypatch.setattr(ImageScorer, "_judge", small)
     found = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
     assert sum(sizes) == 13  # one cannot be read
     # A batch of another size rounds otherwise, and as these images calibrated, a tie may break: the p-values are
@@ -254,7 +256,7 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, loaded, cache
     expected = [v if v.score is None else v._replace(p_value=next(p_values)) for v in expected]
     assert_same([found], [expected])
     monkeypatch.setattr(
-        ImageScorer, "judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
+        ImageScorer, "_judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
         list(scorer.stream(source, batch_size=14, workers=0))
