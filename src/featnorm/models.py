@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featnorm._errors import UserCodeError, at, frames_of, is_featnorms, said
+from featnorm._errors import RAISED_BY_USERS, UserCodeError, at, frames_of, is_featnorms, said
 from featnorm._weights import load_weights, single_precision
 from featnorm.data.images import first_line, vision_module
 from featnorm.pretrained import load_model
@@ -239,14 +239,14 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
             f"cannot import {spec} ({error}): no such module from {here}, nor a library, "
             f"{', '.join(_LIBRARIES)} or {_OWN[:-1]}"
         ) from error
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         raise _users_fault(f"importing {module}", error) from error
     if not callable(make := getattr(imported, function, None)):
         raise ModelError(f"{module} has no function {function}")
     try:
         made = make()
     # Whatever the user's code raises is theirs to read, with its traceback behind it.
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         raise _users_fault(f"{spec}()", error) from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
         raise ModelError(f"{what}, got {type(made).__name__}")
@@ -263,7 +263,7 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes)
 
 
-def _users_fault(what: str, error: Exception) -> UserModelError:
+def _users_fault(what: str, error: BaseException) -> UserModelError:
     return UserModelError(f"{what} raised {said(error)}{at(error)}")
 
 
@@ -283,7 +283,7 @@ def users_transform(spec: str, inputs: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         if not is_users(spec):
             raise
         raise _users_fault(f"the transform of {spec}", error).on(inputs) from error
@@ -306,7 +306,7 @@ def users_forward(spec: str, model: nn.Module, inputs: str = "") -> Iterator[Non
     """
     try:
         yield
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         frames = [frame for frame, _ in frames_of(error)]
         ran = any(frame.f_locals.get("self") is model for frame in frames)
         # Too little memory is the machine's fault, and smaller batches are tried; what featnorm itself refuses, or

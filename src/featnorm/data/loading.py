@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from featnorm._errors import UserCodeError, at
+from featnorm._errors import RAISED_BY_USERS, UserCodeError, at, said
 from featnorm._memory import in_parts
-from featnorm.data.images import DataError, ImageError, ImageSource, first_line, is_first_of_several
+from featnorm.data.images import DataError, ImageError, ImageSource, is_first_of_several
 
 _FEW = 256  # images; below, there is nothing to gain from threads
 _MAX_WORKERS = 8
@@ -149,9 +149,9 @@ class _Batches:
                 part.several.add(i)
             try:
                 transformed = self.transform(image)
-            except Exception as error:
-                what = f"{type(error).__name__}: {first_line(error)}"
-                failure = TransformError(f"the transform failed on {self.source.name(i)} ({what}){at(error)}")
+            except RAISED_BY_USERS as error:
+                name = self.source.name(i)
+                failure = TransformError(f"the transform failed on {name} ({said(error)}){at(error)}")
                 failure.add_note(traceback.format_exc())
                 raise failure from None
             refusal = self._refusal(i, transformed, images)
