@@ -220,7 +220,7 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
         "images": images_digest(source),
     }
     journal = Journal(place, settings, options.batch_size)
-    if journal.begun_anew:
+    if journal.restarted:
         console.print("an earlier run was of other images, detector or options: starting anew", style="dim")
     if journal.damaged is not None:
         console.print(

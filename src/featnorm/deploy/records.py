@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from filelock import Timeout
 
-from featnorm._files import acquire_lock, append, replacing, write_text
+from featnorm._files import acquire_lock, append, refuse_folder, replacing, write_text
 from featnorm._sealed import seal, unseal
 from featnorm.data import ImageSource
 from featnorm.data.images import first_line, vision_module
@@ -44,7 +44,7 @@ class Journal:
     ----------
     done : int
         How many verdicts it holds from before.
-    begun_anew : bool
+    restarted : bool
         Whether there was a journal of anything else.
     damaged : int or None
         The number of the first line that was damaged, from 1; it and what follows was dropped.
@@ -52,7 +52,7 @@ class Journal:
     Raises
     ------
     ValueError
-        Another process is writing the verdicts for this file.
+        Another process is writing the verdicts for this file, or there is a folder in the journal's place.
     OSError
         The journal or its lock cannot be written.
     """
@@ -60,9 +60,10 @@ class Journal:
     def __init__(self, out: Path, run: Mapping[str, Any], batch_size: int) -> None:
         self.path = out.with_name(f".{out.name}.part")
         self.done = 0
-        self.begun_anew = False
+        self.restarted = False
         self.damaged: int | None = None
         self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
+        refuse_folder(self.path)
         try:
             self._lock = acquire_lock(out.with_name(f".{out.name}.lock"))
         except Timeout:
@@ -78,7 +79,7 @@ class Journal:
             if line != first:
                 try:
                     unseal(line)
-                    self.begun_anew = True
+                    self.restarted = True
                 except ValueError:
                     # A run that was killed as it began has left no line at all.
                     self.damaged = 1 if line else None
