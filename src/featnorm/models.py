@@ -66,7 +66,8 @@ class LoadedModel:
     model : nn.Module
         In eval mode, on the CPU.
     transform : callable
-        The model's own evaluation transform: from a PIL image in RGB to a tensor of shape `input_size`.
+        The model's own evaluation transform: from a PIL image in RGB to a tensor of shape `input_size`. Several
+        threads may call it at the same time.
     input_size : tuple of int
         Channels, height and width of the input.
     name : str
@@ -97,8 +98,8 @@ def create_model(
         ``torchvision:NAME`` or ``timm:NAME``, or NAME alone: torchvision's if it has it, else timm's; or
         ``featnorm:NAME``, one that comes with featnorm, weights and all (`featnorm.load_model`), or
         ``featnorm:efficientnet-lite0``, whose ImageNet-1k weights come as a package; or ``MODULE:FUNCTION``, a
-        function of yours that returns a model and its transform. MODULE is imported, from the working directory
-        too, which runs its code.
+        function of yours that returns a model and its transform, which several threads may call at the same time.
+        MODULE is imported, from the working directory too, which runs its code.
     weights : str or Path, optional
         A state dict: a ``.safetensors`` file, or one of ``torch.save``, bare or under "state_dict", "model",
         "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model." are taken off. It
@@ -185,7 +186,7 @@ def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
-        raise ModelError(f"{error}, or {DEFAULT_MODEL.removeprefix(_OWN)}") from None
+        raise ModelError(f"{error}, {DEFAULT_MODEL.removeprefix(_OWN)}") from None
     return LoadedModel(model, _to_square, (3, _OWN_SIDE, _OWN_SIDE), spec)
 
 

@@ -322,14 +322,15 @@ def image_loader(
     source : ImageSource
         The images.
     transform : callable
-        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch.
+        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch. It must be safe to
+        call from several threads at the same time, unless `workers` is 0 or 1.
     batch_size : int
         Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
     workers : int, optional
         Threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256 images,
         else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that threads are as
         fast as processes, and need no shared memory; a transform that is mostly Python code gains little from
-        more of them. Several threads call the transform at the same time.
+        more of them.
     on_corrupt : callable, optional
         Called in this process with the name of each unreadable image and the reason, before its batch comes.
 

@@ -85,7 +85,7 @@ class ImageScorer:
     ----------
     backbone : the specification that `featnorm.models.create_model` made the backbone by.
     scorer : of ``Sequential(backbone, head)``, calibrated.
-    transform : from a PIL image in RGB to what the backbone takes.
+    transform : from a PIL image in RGB to what the backbone takes; several threads may call it at the same time.
     class_names : what the head's logits are of; None where it was not trained on labels.
     statistics : of the head's hidden layer, over the images that were learned from; None for no explanations.
     facts : what a reader of its verdicts should know, by short names.
