@@ -488,6 +488,20 @@ class TestFile:
         with pytest.raises(fn.ArchiveError, match="damaged"):
             fn.Scorer.load(path, model=model_for(fn.NAN()))
 
+    @pytest.mark.parametrize(("what", "value"), [("call", 3), ("slot", [5]), ("module", "embedding")])
+    def test_a_place_that_the_model_does_not_reach_is_blamed_on_the_file(self, path, what, value):
+        _, header = archive.read(path)
+        header["tap"]["plan"]["points"]["activation"][what] = value
+        self.rewrite(path, tap=header["tap"])
+        model = model_for(fn.NAN())
+        model.embedding = nn.Identity()  # which does not run
+        scorer = fn.Scorer.load(path, model=model)
+        said = "the file that the tap was read from is damaged or does not fit the model: fit again$"
+        with pytest.raises(RuntimeError, match=said):
+            scorer(loader(1)[0][0])
+        scorer.tap.watch(loader(1)[0][0])
+        scorer(loader(1)[0][0])
+
     def test_whatever_a_header_says_it_is_refused_or_works(self, path, monkeypatch):
         monkeypatch.setattr("os.fsync", lambda handle: None)
         model = Functional()

@@ -231,6 +231,13 @@ def check_type(value: object, kind: type | tuple[type, ...], name: str, wanted: 
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
+def check_text(value: object) -> str:
+    """Return a value that was read from a file and must be a string; refuse any other by a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} stands where a text belongs")
+    return value
+
+
 def shown(value: object) -> str:
     """Return a value as an error message has it: its ``repr``, or kind and size where that is long."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:

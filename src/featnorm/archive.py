@@ -19,6 +19,8 @@ from featnorm.calibration import Calibration
 FORMAT = 2
 #: The tensor with the calibration scores.
 CALIBRATION = "calibration.scores"
+#: The errors that making objects of a file's content raises where the content is not what it should be.
+MALFORMED = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
 
 class ArchiveError(ValueError):
