@@ -97,7 +97,7 @@ def test_evaluate_from_folders(featnorm, weights, tmp_path):
     )
     assert status == 0
     assert "KNN(k=3) / NAN()" in printed
-    assert "skipped 1 unreadable image(s) in other" in printed
+    assert "skipped 1 unreadable image in other" in printed
     assert "broken.jpg" in printed
     page = (tmp_path / "featnorm-evaluation" / "index.html").read_text()
     assert "broken.jpg" in page

@@ -86,8 +86,8 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     status, printed, _ = featnorm("fit", known, *options)
     assert status == 0
     for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images",
-                  "refuse 5.0% at most",
-                  "featnorm score mine.featnorm IMAGES", "Asked the backbone for 300"):  # fmt: skip
+                  "it flags at most 5.0 % of images like these; for this one, between",
+                  "featnorm score mine.featnorm IMAGES", "Computed the features of 300"):  # fmt: skip
         assert words in printed
     assert "damaged" not in printed
     assert "changed" not in printed
@@ -99,12 +99,12 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     features.write_bytes(content[: len(content) // 4] + bytes(100) + content[len(content) // 4 + 100 :])
     status, printed, _ = featnorm("fit", known, *options)
     assert status == 0
-    assert "1 damaged batch(es) of features were removed from the cache" in printed
-    assert "Asked the backbone for 64 images" in printed
+    assert "Removed 1 damaged batch from the feature cache and recomputed it." in printed
+    assert "Computed the features of 64 images" in printed
     assert (tmp_path / "mine.featnorm").read_bytes() == whole
     status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters")
     assert status == 0
-    assert "The features of all of them were known." in printed
+    assert "The features of all images were in the cache." in printed
     assert "trained on 24 clusters" in printed
 
 
@@ -150,8 +150,8 @@ def test_score_prints_a_row_an_image(featnorm, detector, known, tmp_path):
     ]
     assert all(row[2] in ("ID", "OOD") for row in rows)
     assert rows[0][:3] == rows[-1][:3]
-    assert "of 7 images do not belong" in printed
-    assert "images a second" in printed
+    assert "of 7 images flagged as OOD" in printed
+    assert "images per second" in printed
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -174,7 +174,7 @@ def test_score_writes_a_table(featnorm, detector, known, tmp_path, ending):
     assert rows[-1]["path"].endswith("brok\u00e9n, \u201cfile\u201d.png")
     assert "not an image" in rows[-1]["error"]
     assert not rows[-1]["score"]
-    assert "skipped 1 unreadable image(s)" in printed
+    assert "skipped 1 unreadable image" in printed
     assert sorted(place.name for place in tmp_path.iterdir()) == ["more", f"t.{ending}"]
 
 
@@ -202,8 +202,8 @@ def test_a_killed_fit_goes_on(known, detector, tmp_path):
     command(*arguments, kill_when=lambda: any(lines_in(file) >= 3 for file in cache.glob("*/index.jsonl")))
     assert not (tmp_path / "d.featnorm").exists()
     printed = command(*arguments)
-    assert "Asked the backbone for 300" not in printed
-    assert "a next fit on them starts at once" in printed
+    assert "Computed the features of 300" not in printed
+    assert "the next fit on them takes seconds" in printed
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 
@@ -215,7 +215,7 @@ def test_a_killed_score_goes_on(known, detector, tmp_path):
     journal = tmp_path / ".killed.csv.part"
     command(*arguments, tmp_path / "killed.csv", kill_when=lambda: lines_in(journal) > 10)
     assert not (tmp_path / "killed.csv").exists()
-    assert "going on after" in command(*arguments, tmp_path / "killed.csv")
+    assert "resuming after" in command(*arguments, tmp_path / "killed.csv")
     (known / "a" / "broken.png").unlink()
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not journal.exists()
@@ -240,7 +240,7 @@ def test_a_damaged_journal_is_named_and_the_table_is_whole(featnorm, detector, k
         status, printed, error = featnorm(*arguments, "t.csv")
         assert (status, error) == (0, "")
         assert words in printed
-        assert ("going on after 4 of 12 images" in printed) == (damaged is lines)
+        assert ("resuming after 4 of 12 images" in printed) == (damaged is lines)
         assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
         assert not journal.exists()
 
@@ -264,7 +264,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known,
     assert not list(tmp_path.iterdir())
     status, printed, _ = featnorm(*arguments)
     assert status == 0
-    assert "The features of all of them were known." in printed
+    assert "The features of all images were in the cache." in printed
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 
@@ -317,7 +317,7 @@ def test_a_thousand_hostile_files(featnorm, detector, tmp_path):
         == {str(file) for file in place.iterdir() if len(file.stem) != 4 or not file.stem.isdigit()} - others
     )
     assert all(row["score"] for row in rows if row["path"] not in refused)
-    assert "skipped 800 unreadable image(s)" in printed
+    assert "skipped 800 unreadable images" in printed
     assert "and 790 more" in printed
     assert (
         "read 30 images; passed over 200 files that are not images (.svg 100, .txt 100); 800 unreadable\n"
@@ -375,13 +375,13 @@ SAID = (
 
 def test_every_command_reads_the_same_files_and_says_so(featnorm, detector, tmp_path):
     folder = mixed(tmp_path / "mixed")
-    for times in ("Asked the backbone for 121", "The features of all of them were known"):
+    for times in ("Computed the features of 121", "The features of all images were in the cache"):
         status, printed, _ = featnorm("fit", folder, "-o", "m.featnorm", "--cache", "cache", *BACKBONE)
         assert status == 0
         assert SAID in printed
         assert times in printed
     assert "trained on 2 classes" in printed
-    assert "skipped 1 unreadable image(s) in mixed:" in printed
+    assert "skipped 1 unreadable image in mixed:" in printed
     for out in ((), ("-o", "m.csv")):
         status, printed, _ = featnorm("score", detector, folder, "--workers", "0", *out)
         assert status == 0
@@ -401,9 +401,9 @@ def test_score_of_nothing_readable_fails(featnorm, detector, tmp_path):
     for out in ((), ("-o", "t.csv", "--html", "t.html")):
         status, printed, error = featnorm("score", detector, folder, "--workers", "0", *out)
         assert status == 2
-        assert "skipped 2 unreadable image(s)" in printed
+        assert "skipped 2 unreadable images" in printed
         assert "read 0 images; 2 unreadable\n" in printed
-        assert "do not belong" not in printed
+        assert "flagged" not in printed
         assert error == (
             f"featnorm: none of the 2 images could be read; the first is {folder / 'a.png'}: "
             "not an image in a format that featnorm reads\n"
@@ -430,8 +430,8 @@ def test_labels_of_a_column(featnorm, tmp_path):
     status, printed, _ = featnorm(*arguments)
     assert status == 0
     assert (
-        "t has no column 'label', so clusters of the features take the place of classes. Its columns breed could "
-        "hold labels: name one by --label-column." in printed
+        "t has no column 'label', so clusters of the features are used in place of classes. Its columns breed "
+        "could hold labels: name one by --label-column." in printed
     )
     assert "trained on 8 clusters" in printed or "clusters of the features." in printed
     status, printed, _ = featnorm(*arguments, "--label-column", "breed")
@@ -459,7 +459,7 @@ def test_labels_of_a_column(featnorm, tmp_path):
     pq.write_table(pa.table({"image": images, "label": breeds}), tmp_path / "t.parquet")
     status, printed, _ = featnorm(*arguments)
     assert status == 0
-    assert "1 of the images have no label, row 7 for one, so clusters of the features take the place" in printed
+    assert "1 image has no label (row 7), so clusters of the features are used in place of classes." in printed
 
 
 def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_path):
@@ -477,9 +477,9 @@ def test_a_journal_is_of_these_images_and_one_process(tmp_path):
         with pytest.raises(ValueError, match="another process is writing"):
             Journal(tmp_path / "t.csv", {"images": "x"}, 1)
     with Journal(tmp_path / "t.csv", {"images": "x"}, 1) as again:
-        assert (again.done, again.begun_anew) == (1, False)
+        assert (again.done, again.restarted) == (1, False)
     other = Journal(tmp_path / "t.csv", {"images": "y"}, 1)
-    assert (other.done, other.begun_anew) == (0, True)
+    assert (other.done, other.restarted) == (0, True)
 
 
 def test_a_changed_image_is_another(tmp_path):

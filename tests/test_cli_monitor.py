@@ -162,13 +162,22 @@ HANDS = {
     "six decimals": lambda text, rows: as_text(rounded(rows, ".6f")),
     "three decimals": lambda text, rows: as_text(rounded(rows, ".3f")),
     "four digits": lambda text, rows: as_text(rounded(rows, ".3e")),
+    "semicolons": lambda text, rows: as_text(rows, ";"),
+    "semicolons and decimal commas": lambda text, rows: "\ufeff" + as_text(with_commas(rows), ";"),
+    "semicolons, quoted, blank lines first": lambda text, rows: (
+        ";;;;;\r\n" + as_text(with_commas(rows), ";", csv.QUOTE_ALL)
+    ),
     "further columns, first": lambda text, rows: as_text([["x", *row] for row in rows]),
 }
 
 
-def as_text(rows: list[list[str]]) -> str:
+def with_commas(rows: list[list[str]]) -> list[list[str]]:
+    return [[row[0], *(number.replace(".", ",") for number in row[1:3]), *row[3:]] for row in rows]
+
+
+def as_text(rows: list[list[str]], separator: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> str:
     text = io.StringIO()
-    csv.writer(text).writerows(rows)
+    csv.writer(text, delimiter=separator, quoting=quoting).writerows(rows)
     return text.getvalue()
 
 
@@ -182,6 +191,12 @@ def test_a_table_may_have_been_through_other_hands(featnorm, detector, tmp_path,
     n = 2 if "two files" in hands else 1
     assert f"{3000 * n:,} scores of t.csv ({2 * n} without a score left out)" in printed
     assert "At image 2," in printed
+
+
+def test_a_number_that_is_ambiguous_is_refused(featnorm, detector, tmp_path):
+    (tmp_path / "t.csv").write_text("path;score;p_value\na.png;1.234,5;0,5\n")
+    words = "row 1 of t.csv cannot be read (could not convert string to float: '1.234.5')"
+    assert_refused(featnorm("monitor", detector, "t.csv"), words)
 
 
 @pytest.mark.parametrize("digits", [".3f", ".6f", ".17g"])

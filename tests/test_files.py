@@ -187,6 +187,21 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
     assert (tmp_path / "t").read_text() == "new"
 
 
+@posix
+def test_a_folder_that_cannot_be_read_is_not_flushed(tmp_path, monkeypatch):
+    """As one with the permissions -wx, which whoever is root can read all the same."""
+    really = os.open
+
+    def refuse(path, flags, *rest, **options):
+        if Path(os.fsdecode(path)) == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return really(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_text(tmp_path / "t", "new")
+    assert (tmp_path / "t").read_text() == "new"
+
+
 @contextmanager
 def room_for(size):
     """Files may grow to a size and no more, as on a disk that is full."""
@@ -269,7 +284,7 @@ def refused_in(folder, monkeypatch, error):
     monkeypatch.setattr(os, "open", refuse)
 
 
-@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT])
 def test_a_place_that_cannot_be_written_to_is_found_before_the_work(tmp_path, monkeypatch, error):
     refused_in(tmp_path, monkeypatch, error)
     for check in (

@@ -306,6 +306,8 @@ def test_bad_tpr_is_refused(measure, tpr):
 
 
 def test_bad_bootstrap_arguments_are_refused():
+    with pytest.raises(TypeError, match="metric must be a function of ID and OOD scores such as auroc, got 3"):
+        bootstrap_interval(3, [1.0], [2.0])
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 1"):
         bootstrap_interval(auroc, [1.0], [0.0], level=1)
     with pytest.raises(ValueError, match="n_resamples must be at least 1, got 0"):

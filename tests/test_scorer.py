@@ -334,6 +334,11 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
                 take(wrong)
         with pytest.raises(TypeError, match=f"activations must be a tensor, got {name}"):
             fn.ActivationStatistics().add(wrong)
+    if not isinstance(wrong, str):
+        opens = (fn.ImageScorer.load, lambda w: fn.Scorer.load(w, model), lambda w: archive.write(w, {}, {}))
+        for take in opens:
+            with pytest.raises(TypeError, match=f"the path must be a str or a Path, got {name}"):
+                take(wrong)
     if wrong is None or isinstance(wrong, (int, torch.Tensor)):
         loaders = (scorer.fit, learner.fit, scorer.calibrate, tap.extract, fn.Explainer(model).fit)
         for take in loaders:
@@ -374,6 +379,32 @@ class TestFile:
     def test_another_model_is_refused(self, path):
         with pytest.raises(fn.ArchiveError, match=r"a Net of .* values, and this is a Linear of"):
             fn.Scorer.load(path, model=nn.Linear(3, 3))
+
+    @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+    @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr"])
+    def test_a_sparse_buffer_is_part_of_the_model(self, tmp_path, layout):
+        def model(value):
+            places = torch.zeros(4, 4)
+            places[1, 2] = value
+            made = model_for(fn.NAN())
+            block = {"blocksize": (2, 2)} if layout == "sparse_bsr" else {}
+            made.register_buffer("adjacency", places.to_sparse(layout=getattr(torch, layout), **block))
+            return made
+
+        path = tmp_path / "d.featnorm"
+        fn.Scorer(model(1.0), fn.NAN()).calibrate(loader()).save(path)
+        assert fn.Scorer.load(path, model=model(1.0)).calibration is not None
+        with pytest.raises(fn.ArchiveError, match="other weights"):
+            fn.Scorer.load(path, model=model(2.0))
+
+    def test_a_buffer_that_cannot_be_hashed_or_written_is_named(self, tmp_path):
+        odd = model_for(fn.NAN())
+        odd.register_buffer("packed", torch.ones(4, 4).to_mkldnn())
+        with pytest.raises(ValueError, match=r"the model's packed is a tensor of layout torch\._mkldnn"):
+            fn.Scorer(odd, fn.NAN()).calibrate(loader()).save(tmp_path / "d.featnorm")
+        with pytest.raises(ValueError, match=r"model\.adjacency is a tensor of layout torch\.sparse_coo, which a"):
+            archive.write(tmp_path / "d.featnorm", {"model.adjacency": torch.eye(3).to_sparse()}, {"model": {}})
+        assert not list(tmp_path.iterdir())
 
     def test_a_wrapped_model_is_the_same_model(self, path):
         inputs = loader(1)[0][0]
@@ -456,6 +487,20 @@ class TestFile:
         self.rewrite(path, tap=header["tap"])
         with pytest.raises(fn.ArchiveError, match="damaged"):
             fn.Scorer.load(path, model=model_for(fn.NAN()))
+
+    @pytest.mark.parametrize(("what", "value"), [("call", 3), ("slot", [5]), ("module", "embedding")])
+    def test_a_place_that_the_model_does_not_reach_is_blamed_on_the_file(self, path, what, value):
+        _, header = archive.read(path)
+        header["tap"]["plan"]["points"]["activation"][what] = value
+        self.rewrite(path, tap=header["tap"])
+        model = model_for(fn.NAN())
+        model.embedding = nn.Identity()  # which does not run
+        scorer = fn.Scorer.load(path, model=model)
+        said = "the file that the tap was read from is damaged or does not fit the model: fit again$"
+        with pytest.raises(RuntimeError, match=said):
+            scorer(loader(1)[0][0])
+        scorer.tap.watch(loader(1)[0][0])
+        scorer(loader(1)[0][0])
 
     def test_whatever_a_header_says_it_is_refused_or_works(self, path, monkeypatch):
         monkeypatch.setattr("os.fsync", lambda handle: None)

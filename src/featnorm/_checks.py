@@ -180,7 +180,11 @@ def real(above: float, below: float, *, closed: str = "") -> Setting:
         number = _plain(value)
         if not isinstance(number, Real):
             raise TypeError(number)
-        number = number if isinstance(number, int) else float(number)
+        try:
+            finite = float(number)
+        except OverflowError:
+            raise ValueError(number) from None
+        number = number if isinstance(number, int) else finite
         if not (above < number < below or (left and number == above) or (right and number == below)):
             raise ValueError(number)
         return number
@@ -227,6 +231,13 @@ def check_type(value: object, kind: type | tuple[type, ...], name: str, wanted: 
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
+def check_text(value: object) -> str:
+    """Return a value that was read from a file and must be a string; refuse any other by a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} stands where a text belongs")
+    return value
+
+
 def shown(value: object) -> str:
     """Return a value as an error message has it: its ``repr``, or kind and size where that is long."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
@@ -236,10 +247,10 @@ def shown(value: object) -> str:
 
 
 def _plain(value: Any, *, booleans: bool = False) -> Any:
-    """Return the Python number in a scalar of torch or numpy, and all else as it is; refuse a bool."""
+    """Return the Python number in a scalar of torch or numpy, and all else as it is; refuse arrays and a bool."""
     if isinstance(value, np.generic) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0):
         value = value.item()
-    if isinstance(value, bool) and not booleans:
+    if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, bool) and not booleans):
         raise TypeError(value)
     return value
 

@@ -11,6 +11,10 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
+RAISED_BY_USERS = (Exception, SystemExit)
+"""What the user's own code may raise. A ``sys.exit`` in it is meant for a program of its own, not for featnorm."""
+
+
 class RefusalError(Exception):
     """Base of the errors by which featnorm refuses a call, where they are no ValueError and no TypeError."""
 

@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +49,10 @@ def sync_folder(path: str | Path) -> None:
     """Wait until the entries of a folder are on the disk: a power cut may otherwise undo a rename."""
     if os.name == "nt":
         return  # Windows cannot flush a folder; NTFS keeps a journal of renames.
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return  # Files can be written to it, but it cannot be read, which a flush needs.
     try:
         os.fsync(handle)
     except OSError as error:
@@ -139,14 +142,17 @@ def try_place(path: Path) -> None:
     """
     try:
         _require_folder(path)
-        try_folder(path.parent)
-        there = path.stat()
     except FileNotFoundError as error:
-        if error.errno is None:
-            raise ValueError(str(error)) from None
-        return  # there is no such file yet
+        raise ValueError(str(error)) from None
+    there = None
+    try:
+        try_folder(path.parent)
+        with suppress(FileNotFoundError):
+            there = path.stat()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    if there is None:
+        return
     if stat.S_ISDIR(there.st_mode):
         raise ValueError(f"{path} is a folder: name a file")
     if not stat.S_ISREG(there.st_mode):
@@ -179,6 +185,12 @@ def acquire_lock(path: Path, timeout: float = 0) -> FileLock:
     except OSError as error:
         raise WriteError(path, error) from None
     return lock
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise a ValueError where there is a folder in the place of a file that is to be read or written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder where a file is expected: move it away, or remove it")
 
 
 def _require_folder(path: Path) -> None:

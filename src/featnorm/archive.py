@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from featnorm._checks import check_type
 from featnorm._files import replacing
 from featnorm.calibration import Calibration
 
 FORMAT = 2
 #: The tensor with the calibration scores.
 CALIBRATION = "calibration.scores"
+#: The errors that making objects of a file's content raises where the content is not what it should be.
+MALFORMED = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
 
 class ArchiveError(ValueError):
@@ -28,9 +32,19 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
 
     Raises
     ------
+    TypeError
+        The path is no path.
     OSError
         The file cannot be written.
+    ValueError
+        A tensor is sparse, which such a file cannot hold.
     """
+    path = _path(path)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name} is a tensor of layout {tensor.layout}, which a detector file cannot hold: make it dense"
+            )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"format": FORMAT, **header}
     metadata = {"featnorm": json.dumps({**content, "sha256": _checksum(own, content)})}
@@ -43,12 +57,14 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises
     ------
+    TypeError
+        The path is no path.
     FileNotFoundError
         There is no such file.
     ArchiveError
         The file is not a detector file, is damaged, or is of a later format than this version reads.
     """
-    path = Path(path)
+    path = _path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no detector file {path}")
     try:
@@ -104,6 +120,11 @@ def damaged(path: str | Path, error: Exception) -> ArchiveError:
     return ArchiveError(f"{path} is damaged: {why}")
 
 
+def _path(path: object) -> Path:
+    check_type(path, (str, os.PathLike), "the path", "a str or a Path")
+    return Path(path)  # type: ignore[arg-type]
+
+
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """Return the SHA-256 of all there is in a file, which tells damage, though not intent."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
@@ -115,7 +136,21 @@ def _hash_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for part in _dense_parts(name, tensor.detach().cpu()):
+                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return dense tensors that hold what a tensor holds: of a sparse one its places and values."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    try:
+        entries = tensor.to_sparse_coo().coalesce()
+    except RuntimeError:
+        raise ValueError(
+            f"the model's {name} is a tensor of layout {tensor.layout}, which has no fingerprint: make it dense"
+        ) from None
+    return entries.indices(), entries.values()
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

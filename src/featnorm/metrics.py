@@ -20,7 +20,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from featnorm._checks import ScoreLike, as_score_array, check_share, count_for_share
+from featnorm._checks import ScoreLike, as_score_array, check_share, count_for_share, shown
 
 __all__ = [
     "Measures",
@@ -258,9 +258,13 @@ def bootstrap_interval(
 
     Raises
     ------
+    TypeError
+        ``metric`` is no function.
     ValueError
         ``level`` outside (0, 1), ``n_resamples`` below 1, or scores that the module's description refuses.
     """
+    if not callable(metric):
+        raise TypeError(f"metric must be a function of ID and OOD scores such as auroc, got {shown(metric)}")
     check_share(level, "level")
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")

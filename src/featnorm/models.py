@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featnorm._errors import UserCodeError, at, frames_of, is_featnorms, said
+from featnorm._errors import RAISED_BY_USERS, UserCodeError, at, frames_of, is_featnorms, said
 from featnorm._weights import load_weights, single_precision
 from featnorm.data.images import first_line, vision_module
 from featnorm.pretrained import load_model
@@ -66,7 +66,8 @@ class LoadedModel:
     model : nn.Module
         In eval mode, on the CPU.
     transform : callable
-        The model's own evaluation transform: from a PIL image in RGB to a tensor of shape `input_size`.
+        The model's own evaluation transform: from a PIL image in RGB to a tensor of shape `input_size`. Several
+        threads may call it at the same time.
     input_size : tuple of int
         Channels, height and width of the input.
     name : str
@@ -97,8 +98,8 @@ def create_model(
         ``torchvision:NAME`` or ``timm:NAME``, or NAME alone: torchvision's if it has it, else timm's; or
         ``featnorm:NAME``, one that comes with featnorm, weights and all (`featnorm.load_model`), or
         ``featnorm:efficientnet-lite0``, whose ImageNet-1k weights come as a package; or ``MODULE:FUNCTION``, a
-        function of yours that returns a model and its transform. MODULE is imported, from the working directory
-        too, which runs its code.
+        function of yours that returns a model and its transform, which several threads may call at the same time.
+        MODULE is imported, from the working directory too, which runs its code.
     weights : str or Path, optional
         A state dict: a ``.safetensors`` file, or one of ``torch.save``, bare or under "state_dict", "model",
         "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model." are taken off. It
@@ -185,7 +186,7 @@ def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
-        raise ModelError(f"{error}, or {DEFAULT_MODEL.removeprefix(_OWN)}") from None
+        raise ModelError(f"{error}, {DEFAULT_MODEL.removeprefix(_OWN)}") from None
     return LoadedModel(model, _to_square, (3, _OWN_SIDE, _OWN_SIDE), spec)
 
 
@@ -239,14 +240,14 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
             f"cannot import {spec} ({error}): no such module from {here}, nor a library, "
             f"{', '.join(_LIBRARIES)} or {_OWN[:-1]}"
         ) from error
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         raise _users_fault(f"importing {module}", error) from error
     if not callable(make := getattr(imported, function, None)):
         raise ModelError(f"{module} has no function {function}")
     try:
         made = make()
     # Whatever the user's code raises is theirs to read, with its traceback behind it.
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         raise _users_fault(f"{spec}()", error) from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
         raise ModelError(f"{what}, got {type(made).__name__}")
@@ -263,7 +264,7 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes)
 
 
-def _users_fault(what: str, error: Exception) -> UserModelError:
+def _users_fault(what: str, error: BaseException) -> UserModelError:
     return UserModelError(f"{what} raised {said(error)}{at(error)}")
 
 
@@ -283,7 +284,7 @@ def users_transform(spec: str, inputs: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         if not is_users(spec):
             raise
         raise _users_fault(f"the transform of {spec}", error).on(inputs) from error
@@ -306,7 +307,7 @@ def users_forward(spec: str, model: nn.Module, inputs: str = "") -> Iterator[Non
     """
     try:
         yield
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         frames = [frame for frame, _ in frames_of(error)]
         ran = any(frame.f_locals.get("self") is model for frame in frames)
         # Too little memory is the machine's fault, and smaller batches are tried; what featnorm itself refuses, or

@@ -232,6 +232,6 @@ class Scorer(nn.Module):
                 scorer.calibration = calibration.to(scorer.tap.device)
         except archive.ArchiveError:
             raise
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+        except archive.MALFORMED as error:
             raise archive.damaged(path, error) from None
         return scorer

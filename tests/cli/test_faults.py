@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from PIL import Image
 
 import featnorm as library
+from featnorm.cli import main
 from featnorm.data.loading import TransformError
 from featnorm.deploy import ImageScorer
 from featnorm.models import ModelError, UserModelError, create_model
 
 HINT = " (rerun with --debug for the traceback)\n"
 MINE = """
+import sys
 import threading
 from pathlib import Path
 
@@ -54,6 +58,25 @@ def make():
 def features():
     torch.manual_seed(0)
     return Features(), to_tensor
+
+
+class Leaving(Features):
+    def forward(self, x):
+        if Path("broken").exists():
+            sys.exit(3)
+        return super().forward(x)
+
+
+def leaving():
+    return Leaving(), to_tensor
+
+
+def leave():
+    sys.exit(3)
+
+
+def leaving_transform():
+    return Net(), lambda image: to_tensor(image) if image.size == (256, 256) else sys.exit(3)
 
 
 def of_library_parts():
@@ -215,6 +238,28 @@ class TestUsersCode:
             with pytest.raises(UserModelError, match=words):
                 create_model(spec)
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_an_exit_is_an_error_like_any_other(self, featnorm, mine, workers):
+        status, printed, error = featnorm("inspect", "--model", "mine:leave")
+        there = place("leave", "sys.exit(3)").partition(":")[0]
+        assert (status, printed) == (2, "")
+        assert error.startswith(f"featnorm: mine:leave() raised SystemExit: 3, at {there}:leave (mine.py:")
+        known, other = pictures(mine / "known", 2), pictures(mine / "other", 2, 1)
+        images = ["--id", known, "--ood", other, "--workers", workers]
+        status, _, error = featnorm("evaluate", "--model", "mine:leaving_transform", *images)
+        assert status == 2
+        assert error.startswith(f"featnorm: the transform failed on {known / '000.png'} (SystemExit: 3), at mine:")
+        (mine / "broken").touch()
+        status, _, error = featnorm("evaluate", "--model", "mine:leaving", *images)
+        assert status == 2
+        assert error.startswith(
+            "featnorm: the model of mine:leaving raised SystemExit: 3, at mine:Leaving.forward"
+        )
+        (mine / "ending.py").write_text("import sys\nsys.exit()\n")
+        status, _, error = featnorm("inspect", "--model", "ending:make")
+        assert status == 2
+        assert error.startswith("featnorm: importing ending raised SystemExit, at ending:<module> (ending.py:2)")
+
     def test_a_model_that_cannot_be_copied(self, featnorm, mine):
         photos = pictures(mine / "photos", 2)
         status, _, error = featnorm("fit", photos, "--model", "mine:locked")
@@ -330,6 +375,27 @@ class TestStatus:
             assert said.endswith(line)
         assert featnorm("demo") == (2, "", line)
         assert featnorm("--debug", "demo", "--help")[0] == 0
+
+    def test_what_follows_two_dashes_is_no_option(self, monkeypatch, featnorm, demo):
+        """A file may be called --debug."""
+        given = []
+        monkeypatch.setattr("featnorm.cli.app.run", given.extend)
+        monkeypatch.setattr(
+            sys, "argv", ["featnorm", "score", "d", "--debug", "--", "a.jpg", "--debug", "--", "b"]
+        )
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        assert given == ["--debug", "score", "d", "--", "a.jpg", "--debug", "--", "b"]
+
+    @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["inspect", "--model", "mine:make"]])
+    def test_an_output_that_nobody_reads_any_more(self, mine, arguments):
+        code = f"import sys\nsys.argv = ['featnorm', *{arguments}]\nfrom featnorm.cli import main\nmain()"
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, "wb") as unread:
+            ended = subprocess.run([sys.executable, "-c", code], stdout=unread, stderr=subprocess.PIPE, cwd=mine)
+        assert (ended.returncode, ended.stderr) == (141, b"")
 
     def test_a_wrong_call(self, featnorm):
         seeds = (["demo", "--seed", "x"], ["demo", "--seed", "-1"], ["demo", "--seed", 2**70])

@@ -197,9 +197,9 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     fitting = ("fit", folder, "--cache", tmp_path / "cache", "--detector", "SSD", *backbone)
     status, printed, error = featnorm(*fitting, "-o", "ray.featnorm", "--ray")
     assert (status, error) == (0, "")
-    assert "Asked the backbone for 239 images" in printed
+    assert "Computed the features of 239 images" in printed
     status, printed, _ = featnorm(*fitting, "-o", "one.featnorm")
-    assert "The features of all of them were known." in printed
+    assert "The features of all images were in the cache." in printed
     scoring = ("score", "ray.featnorm", folder, "--batch-size", size, "--device", "cpu")
     status, printed, _ = featnorm(*scoring, "-o", "one.csv", "--workers", 0)
     assert status == 0
@@ -217,7 +217,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     monkeypatch.setattr(Cluster, "score", score)
     status, printed, error = featnorm(*scoring, "-o", "ray.csv", "--ray")
     assert (status, error) == (0, "")
-    assert f"going on after {3 * size} of" in printed
+    assert f"resuming after {3 * size} of" in printed
     assert "by at most 2 actors of cpu" in printed
     one, many = (
         [line.split(",") for line in (tmp_path / f"{name}.csv").read_text().splitlines()]
@@ -231,7 +231,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     assert not list(tmp_path.glob(".*"))
     status, printed, _ = featnorm(*scoring, "--ray")
     assert status == 0
-    assert "images do not belong" in printed
+    assert "flagged as OOD" in printed
 
 
 def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, loaded, cache, monkeypatch):

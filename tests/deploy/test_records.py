@@ -107,12 +107,12 @@ def test_of_a_power_cut_there_may_be_zeros(whole, tmp_path):
 
 def test_a_journal_of_another_run_or_of_none_is_started_over(whole, tmp_path):
     with Journal(tmp_path / "t.csv", {"images": "y"}, 3) as journal:
-        assert (journal.done, journal.begun_anew, journal.damaged) == (0, True, None)
+        assert (journal.done, journal.restarted, journal.damaged) == (0, True, None)
     (tmp_path / ".t.csv.part").write_bytes(b"Once upon a time\n")
     with Journal(tmp_path / "t.csv", RUN, 3) as journal:
-        assert (journal.done, journal.begun_anew, journal.damaged) == (0, False, 1)
+        assert (journal.done, journal.restarted, journal.damaged) == (0, False, 1)
     with Journal(tmp_path / "t.csv", RUN, 3) as journal:
-        assert (journal.done, journal.begun_anew, journal.damaged) == (0, False, None)
+        assert (journal.done, journal.restarted, journal.damaged) == (0, False, None)
 
 
 def test_a_line_that_is_damaged_meanwhile_never_enters_the_table(tmp_path):
@@ -125,6 +125,14 @@ def test_a_line_that_is_damaged_meanwhile_never_enters_the_table(tmp_path):
             journal.write(tmp_path / "t.csv")
     assert not (tmp_path / "t.csv").exists()
     assert run_on(tmp_path / "t.csv") == (0, 2)
+
+
+def test_a_folder_in_the_place_of_the_journal_is_named(tmp_path):
+    (tmp_path / ".t.csv.part").mkdir()
+    with pytest.raises(ValueError, match=r"\.t\.csv\.part is a folder where a file is expected: move it away"):
+        Journal(tmp_path / "t.csv", RUN, 3)
+    (tmp_path / ".t.csv.part").rmdir()
+    assert run_on(tmp_path / "t.csv") == (0, None)
 
 
 def test_a_lock_that_cannot_be_written_is_called_so(tmp_path, monkeypatch):

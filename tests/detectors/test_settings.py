@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -51,15 +52,28 @@ NEVER = [
     object(),
     int,
     torch.tensor([2.0, -1.0]),
+    torch.tensor([[1]]),
+    np.array([[1]]),
     torch.tensor(math.nan),
     torch.tensor(2, device="meta"),
     np.array([2, 0]),
     fn.NAN(),
 ]
 ALSO_BAD = {
-    ("LpNorm", "p"): [0, None, True, np.True_],
+    ("LpNorm", "p"): [0, None, True, np.True_, 10**400, Fraction(10**400), torch.tensor([5])],
     ("SSD", "clusters"): [0, 1.5, 2.0, None, True, np.True_, torch.tensor(True), math.inf, "classes"],
-    ("KNN", "k"): [0, 2.0, np.float64(2), None, True, np.True_, torch.tensor(True), math.inf],
+    ("KNN", "k"): [
+        0,
+        torch.tensor([5]),
+        np.array([5]),
+        2.0,
+        np.float64(2),
+        None,
+        True,
+        np.True_,
+        torch.tensor(True),
+        math.inf,
+    ],
     ("KNN", "squared"): [0, 1, None, np.int64(1), math.inf],
     ("KNN", "recall"): [0, 1, 1.0, True, math.inf],
     ("OneClassSVM", "nu"): [0, 1, None, True, math.inf],

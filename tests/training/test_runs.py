@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from featnorm.oneclass import steps
+from featnorm.oneclass.steps import train_steps
+from featnorm.oneclass.system import Run
 from featnorm.training import Recipe, loop, train
 from featnorm.training.runs import CHECKPOINT, LOG, log, read_checkpoint, read_log, write_checkpoint
 
@@ -105,6 +108,75 @@ def test_a_damaged_log_is_named_with_its_line(tmp_path):
     log(tmp_path / LOG, {"epoch": 2, "loss": 0.25})
     assert read_log(tmp_path / LOG) == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.25}]
     assert json.loads((tmp_path / LOG).read_text().splitlines()[1])["loss"] == 0.25
+
+
+def fit_small(folder):
+    """Train for one more epoch than there is; return the epochs that were trained."""
+    trained = []
+    train(model(), *data(), RECIPE, folder=folder, on_epoch=lambda entry, _: trained.append(entry["epoch"]))
+    return trained
+
+
+def fit_steps(folder):
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    system = nn.Sequential(nn.Conv2d(3, 1, 32), nn.Flatten())
+    trained = []
+
+    def step(parts, pixels, epoch):
+        trained.append(epoch + 1)
+        yield "one", parts["1"](parts["0"](pixels)).square().mean()
+
+    optimizers = {"one": torch.optim.SGD(system.parameters(), lr=0.01)}
+    run = Run(folder=folder, seed=0)
+    train_steps(system, images, step, optimizers, epochs=3, batch_size=8, settings={}, run=run)
+    return trained
+
+
+@pytest.mark.parametrize("fit", [fit_small, fit_steps])
+@pytest.mark.parametrize("what", ["damaged", "missing", "empty", "cut", "a folder"])
+def test_a_log_that_does_not_fit_the_checkpoint_costs_no_epoch(tmp_path, monkeypatch, fit, what):
+    def die(path, state):
+        write_checkpoint(path, state)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    for loop_of in (loop, steps):
+        monkeypatch.setattr(loop_of, "write_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    monkeypatch.undo()
+    file, before = tmp_path / LOG, (tmp_path / CHECKPOINT).read_bytes()
+    good = file.read_bytes()
+    file.unlink()
+    if what == "a folder":
+        file.mkdir()
+    elif what != "missing":
+        first = good.splitlines(keepends=True)[0]
+        file.write_bytes({"damaged": good.replace(b"0", b"1", 1), "empty": b"", "cut": first}[what])
+    said = {"damaged": "line 1 of .* is damaged", "a folder": "is a folder where a file is expected"}.get(
+        what,
+        f"has no line of epoch {2 if what == 'cut' else 1}, and checkpoint.pt beside it is of epoch 2: restore",
+    )
+    with pytest.raises(ValueError, match=said):
+        fit(tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    if what == "a folder":
+        file.rmdir()
+    file.write_bytes(good)
+    assert fit(tmp_path) == [3]
+
+
+def test_a_damaged_log_without_a_checkpoint_costs_no_epoch(tmp_path):
+    (tmp_path / LOG).write_text("no log\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is damaged"):
+        fit_small(tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_named(tmp_path):
+    (tmp_path / CHECKPOINT).mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is a folder where a file is expected"):
+        fit_small(tmp_path)
 
 
 def test_a_buffer_that_is_expanded_resumes(tmp_path):

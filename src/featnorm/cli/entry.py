@@ -5,6 +5,8 @@ import sys
 from featnorm.cli.interrupt import INTERRUPTED, Interruption
 
 _DEBUG = "--debug"
+# As shells have it for a process that SIGPIPE ended: 128 and its number.
+_UNREAD = 141
 
 
 def main() -> None:
@@ -17,13 +19,16 @@ def main() -> None:
     from featnorm.cli.faults import report
 
     # A person whose command was refused types it again, with the option at its end.
-    debug = _DEBUG in arguments[: arguments.index("--") if "--" in arguments else None]
+    end_of_options = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end_of_options] if argument != _DEBUG]
+    debug = len(options) < end_of_options
     status: int | str | None = 0
     try:
         with interruption:
-            run([*([_DEBUG] if debug else []), *(argument for argument in arguments if argument != _DEBUG)])
+            run([*([_DEBUG] if debug else []), *options, *arguments[end_of_options:]])
     except SystemExit as end:
-        status = end.code
+        # typer and rich end with a 1 where nobody reads the output any more, as in `featnorm ... | head`.
+        status = _UNREAD if isinstance(end.__context__, BrokenPipeError) else end.code
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BaseException as error:

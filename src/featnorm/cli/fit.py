@@ -9,6 +9,7 @@ from typing import cast, get_args
 from featnorm.cli.machine import cluster_of, fabric_of
 from featnorm.cli.show import (
     console,
+    counted,
     print_label_columns,
     print_reading,
     print_skipped,
@@ -19,6 +20,8 @@ from featnorm.data import ImageSource, open_images
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
 from featnorm.models import create_model, is_users
+
+_CLUSTERS = "clusters of the features are used in place of classes"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def run(options: Options) -> None:
     )
     loaded = create_model(options.model, weights=options.weights)
     cluster = cluster_of(options.device, options.ray)
-    console.print(f"{len(source)} images of {source.title}, seen through {loaded.name}.", soft_wrap=True)
+    console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, options.targets)
     fitted = fit_images(
         source,
@@ -82,19 +85,22 @@ def run(options: Options) -> None:
     print_reading(len(source) - unread, unread, fitted.several, source.passed_over)
     facts = fitted.scorer.facts
     if fitted.changed:
-        console.print(f"{fitted.changed} image(s) changed while they were read: the later content was used.")
+        changed = counted(fitted.changed, "image")
+        console.print(f"{changed} changed while being read: the later content was used.")
     if fitted.damaged:
-        console.print(
-            f"{fitted.damaged} damaged batch(es) of features were removed from the cache; what was needed of them "
-            "was computed again.",
-            soft_wrap=True,
-        )
+        damaged = counted(fitted.damaged, "damaged batch", "damaged batches")
+        them = "it" if fitted.damaged == 1 else "them"
+        console.print(f"Removed {damaged} from the feature cache and recomputed {them}.")
     if fitted.computed:
-        console.print(f"Asked the backbone for {fitted.computed} images; a next fit on them starts at once.")
+        console.print(
+            f"Computed the features of {counted(fitted.computed, 'image')}; the next fit on them takes seconds."
+        )
     else:
-        console.print("The features of all of them were known.")
+        console.print("The features of all images were in the cache.")
     accuracy = (
-        "" if fitted.accuracy is None else f", which it tells apart in {fitted.accuracy:.1%} of held-out images"
+        ""
+        if fitted.accuracy is None
+        else f"; its accuracy on the held-out images is {100 * fitted.accuracy:.1f} %"
     )
     console.print(f"Features of {facts['backbone']}.", soft_wrap=True)
     console.print(f"The head is {facts['head']}{accuracy}.", soft_wrap=True)
@@ -102,8 +108,9 @@ def run(options: Options) -> None:
     assert calibration is not None
     low, high = calibration.false_alarm_range()
     console.print(
-        f"{detector!r} is calibrated on {fitted.held_out} held-out images to refuse {1 - options.tpr:.1%} at most "
-        f"of images like these; with this draw of them it is {low:.1%} to {high:.1%}, with 90 % confidence.",
+        f"{detector!r} is calibrated on {fitted.held_out} held-out images. On average over such calibration sets "
+        f"it flags at most {100 * (1 - options.tpr):.1f} % of images like these; for this one, between "
+        f"{100 * low:.1f} % and {100 * high:.1f} % (90 % confidence).",
         soft_wrap=True,
     )
     size = options.out.stat().st_size / 1e6
@@ -118,11 +125,11 @@ def _print_missing_labels(source: ImageSource, targets: str) -> None:
     """Say why labels are not used where there are some, or could be."""
     if targets != "auto":
         return
-    print_label_columns(source, "clusters of the features take the place of classes")
+    print_label_columns(source, _CLUSTERS)
     without = [i for i in range(len(source)) if source.label(i) is None]
     if 0 < len(without) < len(source):
-        console.print(
-            f"{len(without):,} of the images have no label, {printable(source.name(without[0]))} for one, so "
-            "clusters of the features take the place of classes.",
-            soft_wrap=True,
-        )
+        first = printable(source.name(without[0]))
+        having = f"1 image has no label ({first})"
+        if len(without) > 1:
+            having = f"{len(without):,} images have no label (the first is {first})"
+        console.print(f"{having}, so {_CLUSTERS}.", soft_wrap=True)

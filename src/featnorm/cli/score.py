@@ -1,4 +1,4 @@
-"""``featnorm score``: which images do not belong, by a fitted detector."""
+"""``featnorm score``: which images are OOD, by a fitted detector."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from featnorm.cli.machine import cluster_of, fabric_of
-from featnorm.cli.show import console, environment, print_reading, print_skipped, printable, require_file_place
+from featnorm.cli.show import (
+    console,
+    counted,
+    environment,
+    print_reading,
+    print_skipped,
+    printable,
+    require_file_place,
+)
 from featnorm.data import DataError, ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.data.images import DECODING
 from featnorm.data.loading import rows_of
@@ -166,7 +174,7 @@ def run(options: Options) -> None:
     print_reading(tally.judged, tally.unread, tally.several, source.passed_over)
     if tally.judged:
         console.print(_summary(tally))
-    if judged:
+    if judged and tally.judged:
         console.print(pace)
     for file in (options.out, options.html):
         if file is not None:
@@ -183,12 +191,12 @@ def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> st
         where = f"{watch.seconds / seconds:.0%} of the time in the model itself"
     else:
         where = f"by at most {cluster.actors.count} actors of {cluster.actors.device}"
-    return f"{judged / seconds:.0f} images a second, {where}."
+    return f"{judged / seconds:.0f} images per second, {where}."
 
 
 def _summary(tally: _Tally) -> str:
-    share = f"{tally.foreign / tally.judged:.1%}" if tally.judged else "none could be read"
-    return f"{tally.foreign:,} of {tally.judged:,} images do not belong ({share})."
+    share = f"{100 * tally.foreign / tally.judged:.1f} %" if tally.judged else "none could be read"
+    return f"{tally.foreign:,} of {counted(tally.judged, 'image')} flagged as OOD ({share})."
 
 
 def _print(batches: _Judged, tally: _Tally) -> int:
@@ -220,8 +228,8 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
         "images": images_digest(source),
     }
     journal = Journal(place, settings, options.batch_size)
-    if journal.begun_anew:
-        console.print("an earlier run was of other images, detector or options: starting anew", style="dim")
+    if journal.restarted:
+        console.print("the previous run used different images, detector or options; starting over", style="dim")
     if journal.damaged is not None:
         console.print(
             f"line {journal.damaged} of {journal.path} is damaged: images are scored again from there on",
@@ -234,7 +242,7 @@ def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
 def _judge(judge: Callable[[Sequence[int]], _Judged], missing: Sequence[int], total: int, journal: Journal) -> int:
     """Judge the batches that are not in the journal yet; return how many images."""
     if journal.done:
-        console.print(f"going on after {journal.done} of {total} images", style="dim")
+        console.print(f"resuming after {journal.done:,} of {counted(total, 'image')}", style="dim")
     judged = 0
     with tqdm(total=total, initial=journal.done, unit="image", disable=None, leave=False) as bar:
         for number, batch in judge(missing):
@@ -252,8 +260,8 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
     write_scores_page(
         path,
         title=f"{source.title}: what does not belong",
-        summary=f"{_summary(tally)} {scorer.scorer.detector!r} is set to refuse at most "
-        f"{1 - calibration.tpr:.1%} of what does.",
+        summary=f"{_summary(tally)} {scorer.scorer.detector!r} is calibrated to flag at most "
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": environment()["date"]},
         known=calibration.scores.cpu().numpy(),
         scores=np.asarray(tally.scores, np.float64),

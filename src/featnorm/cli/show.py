@@ -43,12 +43,17 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words: "1 image", "1,200 images"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None = None) -> None:
     """Print the first of the images of a set that could not be read, and why; ``count`` is of all of them."""
     count = len(files) if count is None else count
     if not count:
         return
-    console.print(f"skipped {count} unreadable image(s) in {name}:")
+    console.print(f"skipped {counted(count, 'unreadable image')} in {name}:")
     for file, why in files[:SKIPPED_SHOWN]:
         console.print(f"  {printable(file)}: {why}", soft_wrap=True)
     if count > SKIPPED_SHOWN:
@@ -65,7 +70,7 @@ def print_reading(read: int, unreadable: int, several: int, passed_over: PassedO
     passed_over : PassedOver
         What was found beside the images.
     """
-    said = ["read 1 image" if read == 1 else f"read {read:,} images", str(passed_over)]
+    said = [f"read {counted(read, 'image')}", str(passed_over)]
     if unreadable:
         said.append(f"{unreadable:,} unreadable")
     if several:

@@ -302,7 +302,7 @@ class _Store(AbstractContextManager["_Store"]):
         if values is not None and new:
             if self.width not in (0, values.shape[1]):
                 raise DataError(
-                    f"the backbone returned {values.shape[1]} features an image, and {self.width} before"
+                    f"the backbone returned {values.shape[1]} features per image, but {self.width} before"
                 )
             self.width = values.shape[1]
             content = values[[rows[digest] for digest in new]].numpy().tobytes()

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from featnorm._errors import UserCodeError, at
+from featnorm._errors import RAISED_BY_USERS, UserCodeError, at, said
 from featnorm._memory import in_parts
-from featnorm.data.images import DataError, ImageError, ImageSource, first_line, is_first_of_several
+from featnorm.data.images import DataError, ImageError, ImageSource, is_first_of_several
 
 _FEW = 256  # images; below, there is nothing to gain from threads
 _MAX_WORKERS = 8
@@ -149,9 +149,9 @@ class _Batches:
                 part.several.add(i)
             try:
                 transformed = self.transform(image)
-            except Exception as error:
-                what = f"{type(error).__name__}: {first_line(error)}"
-                failure = TransformError(f"the transform failed on {self.source.name(i)} ({what}){at(error)}")
+            except RAISED_BY_USERS as error:
+                name = self.source.name(i)
+                failure = TransformError(f"the transform failed on {name} ({said(error)}){at(error)}")
                 failure.add_note(traceback.format_exc())
                 raise failure from None
             refusal = self._refusal(i, transformed, images)
@@ -322,14 +322,15 @@ def image_loader(
     source : ImageSource
         The images.
     transform : callable
-        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch.
+        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch. It must be safe to
+        call from several threads at the same time, unless `workers` is 0 or 1.
     batch_size : int
         Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
     workers : int, optional
         Threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256 images,
         else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that threads are as
         fast as processes, and need no shared memory; a transform that is mostly Python code gains little from
-        more of them. Several threads call the transform at the same time.
+        more of them.
     on_corrupt : callable, optional
         Called in this process with the name of each unreadable image and the reason, before its batch comes.
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
+from featnorm._checks import check_text
 from featnorm._errors import at, said
 from featnorm._layout import fast_layout
 from featnorm._memory import in_parts
@@ -85,7 +86,7 @@ class ImageScorer:
     ----------
     backbone : the specification that `featnorm.models.create_model` made the backbone by.
     scorer : of ``Sequential(backbone, head)``, calibrated.
-    transform : from a PIL image in RGB to what the backbone takes.
+    transform : from a PIL image in RGB to what the backbone takes; several threads may call it at the same time.
     class_names : what the head's logits are of; None where it was not trained on labels.
     statistics : of the head's hidden layer, over the images that were learned from; None for no explanations.
     facts : what a reader of its verdicts should know, by short names.
@@ -263,15 +264,15 @@ class ImageScorer:
             )
         try:
             weights, statistics = _under("model.", tensors), _statistics(tensors)
-            spec, head = _text(kept["backbone"]), _head(kept["head"], weights)
+            spec, head = check_text(kept["backbone"]), _head(kept["head"], weights)
             classes, facts = kept["classes"], kept["facts"]
             kept_impression = tensors["transform"].float(), tensors["response"].float()
-            facts = {_text(name): _text(fact) for name, fact in facts.items()}
+            facts = {check_text(name): check_text(fact) for name, fact in facts.items()}
             if classes is not None:
-                classes = [_text(name) for name in classes]
+                classes = [check_text(name) for name in classes]
                 if len(classes) != kept["head"]["classes"]:
                     raise ValueError(f"it names {len(classes)} classes for {kept['head']['classes']} logits")
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+        except archive.MALFORMED as error:
             raise archive.damaged(path, error) from None
         loaded = _architecture(spec, model, path)
         network = fast_layout(nn.Sequential(backbone_of(loaded)[0], head))
@@ -302,7 +303,7 @@ class ImageScorer:
             scorer.tap.require(("activation", "logits", "classifier"))
             image = loaded.transform(_picture()).float()[None]
             made_of.judge(image, [""], explain=() if statistics is None else [0])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+        except archive.MALFORMED as error:
             raise archive.ArchiveError(
                 f"{path} is damaged: it cannot score an image ({first_line(error)})"
             ) from None
@@ -390,12 +391,6 @@ def _head(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Project
         raise ValueError(f"its weights are of a head of {sizes}, and it names {dict(settings)}")
     with single_precision():
         return ProjectionHead(**settings)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} stands where a text belongs")
-    return value
 
 
 def _architecture(spec: str, model: str | None, path: str | Path) -> LoadedModel:

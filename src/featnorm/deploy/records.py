@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from filelock import Timeout
 
-from featnorm._files import acquire_lock, append, replacing, write_text
+from featnorm._files import acquire_lock, append, refuse_folder, replacing, write_text
 from featnorm._sealed import seal, unseal
 from featnorm.data import ImageSource
 from featnorm.data.images import first_line, vision_module
@@ -19,7 +20,8 @@ from featnorm.deploy.image_scorer import ImageVerdict
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
 FORMATS = (".csv", ".jsonl", ".parquet")
-_SCORED = ("path", "score", "p_value")
+_NUMBERS = ("score", "p_value")
+_SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # What a spreadsheet takes for the beginning of a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -44,7 +46,7 @@ class Journal:
     ----------
     done : int
         How many verdicts it holds from before.
-    begun_anew : bool
+    restarted : bool
         Whether there was a journal of anything else.
     damaged : int or None
         The number of the first line that was damaged, from 1; it and what follows was dropped.
@@ -52,7 +54,7 @@ class Journal:
     Raises
     ------
     ValueError
-        Another process is writing the verdicts for this file.
+        Another process is writing the verdicts for this file, or there is a folder in the journal's place.
     OSError
         The journal or its lock cannot be written.
     """
@@ -60,9 +62,10 @@ class Journal:
     def __init__(self, out: Path, run: Mapping[str, Any], batch_size: int) -> None:
         self.path = out.with_name(f".{out.name}.part")
         self.done = 0
-        self.begun_anew = False
+        self.restarted = False
         self.damaged: int | None = None
         self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
+        refuse_folder(self.path)
         try:
             self._lock = acquire_lock(out.with_name(f".{out.name}.lock"))
         except Timeout:
@@ -78,7 +81,7 @@ class Journal:
             if line != first:
                 try:
                     unseal(line)
-                    self.begun_anew = True
+                    self.restarted = True
                 except ValueError:
                     # A run that was killed as it began has left no line at all.
                     self.damaged = 1 if line else None
@@ -176,7 +179,8 @@ def read_scores(path: Path) -> Iterator[ScoredImage]:
     """Yield the rows of a table that `Journal.write` wrote, in its order; little of it is held at a time.
 
     A CSV file may have been through other hands: a byte-order mark, blank lines, further header lines where files
-    were joined, and numbers with fewer digits are read too.
+    were joined, numbers with fewer digits, and semicolons as separators, with decimal commas or points, are read
+    too.
 
     Raises
     ------
@@ -248,8 +252,7 @@ def _write_jsonl(verdicts: Iterable[ImageVerdict], path: Path) -> None:
 
 def _write_parquet(verdicts: Iterable[ImageVerdict], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
-    numbers = ("score", "p_value")
-    schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in COLUMNS])
+    schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in COLUMNS])
     with pq.ParquetWriter(path, schema) as writer:
         rows: list[dict[str, Any]] = []
         for verdict in verdicts:
@@ -267,7 +270,10 @@ _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parqu
 
 def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+        first = next((line for line in file if line.strip("\ufeff\r\n,;")), "")
+        # As spreadsheets write it where the comma is the decimal sign.
+        semicolons = set(_SCORED) <= {name.strip('\ufeff"') for name in first.rstrip().split(";")}
+        rows = csv.reader(chain([first], file), strict=True, delimiter=";" if semicolons else ",")
         header: list[str] | None = None
         for cells in rows:
             if not any(cells):
@@ -279,7 +285,8 @@ def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"it has {len(cells)} of {len(header)} columns")
-            yield dict(zip(header, cells, strict=True))
+            row = dict(zip(header, cells, strict=True))
+            yield {**row, **{name: row[name].replace(",", ".") for name in _NUMBERS}} if semicolons else row
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:

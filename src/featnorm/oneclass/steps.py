@@ -21,6 +21,7 @@ from featnorm.oneclass.system import Run, as_pixels, check_images
 from featnorm.training.runs import (
     CHECKPOINT,
     LOG,
+    check_log,
     digest,
     hide_bar,
     log,
@@ -97,6 +98,7 @@ def train_steps(
             load_weights(model, saved["model"])
             for name, optimiser in optimisers.items():
                 optimiser.load_state_dict(saved["optimisers"][name])
+        check_log(checkpoint.with_name(LOG), start)
     steps = len(images) // batch_size
     bar = tqdm(
         total=epochs * steps * batch_size,

@@ -20,6 +20,10 @@ class PathError(RefusalError, RuntimeError):
     """A model that took another path than when it was watched."""
 
 
+WATCH_AGAIN = "make a new FeatureTap for it"
+"""What to do about a `PathError` where the model was watched in this process."""
+
+
 _MODES_LOCK = threading.RLock()
 _MODES: dict[nn.Module, list[int]] = {}  # how many listen to a module now, and the mode it had before the first
 
@@ -91,6 +95,7 @@ def listen(
     inputs: Tensor,
     *,
     fresh: list[Point] | None = None,
+    advice: str = WATCH_AGAIN,
 ) -> dict[str, Tensor]:
     """Run the model on a batch and return the value at each point.
 
@@ -100,6 +105,7 @@ def listen(
     fresh
         Takes the point of each operation that has just run, for who sees the function that asked for it, and may
         ask for more operations than when the model was watched.
+    advice : what to do where a point is not reached, for the error message.
 
     Raises
     ------
@@ -125,7 +131,7 @@ def listen(
     if missed:
         raise PathError(
             f"the model did not pass through {missed[0].module or 'its output'!r} as it did when it was "
-            "watched; make a new FeatureTap for it"
+            f"watched; {advice}"
         )
     return {name: caught[point] for name, point in points.items()}
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._checks import check_type
+from featnorm._checks import check_text, check_type
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden import HiddenClassifier
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.listen import Point, listen, locate, made, undisturbed
+from featnorm.tap.listen import WATCH_AGAIN, Point, listen, locate, made, undisturbed
 from featnorm.tap.watch import Node, watch
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
@@ -53,6 +53,7 @@ class FeatureTap:
         self.layer = self._name(layer)
         self._plan: _Plan | None = None
         self._inactive = ""
+        self._advice = WATCH_AGAIN
 
     def watch(self, inputs: Tensor) -> "FeatureTap":
         """Find the layers by watching the model on a batch of inputs, and return self.
@@ -91,6 +92,7 @@ class FeatureTap:
             plan = _Plan.of(find(record, self.model, self.layer), record)
         features = self._listen(plan, inputs, classifier=True)
         self._plan = plan
+        self._advice = WATCH_AGAIN
         activation = features.activation
         if activation is not None and activation.numel():
             share = float((activation <= 0).float().mean())
@@ -104,7 +106,7 @@ class FeatureTap:
     def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Run the model in the mode and with the gradients that are set now."""
         plan = plan or self._planned()
-        caught = listen(self.model, plan.points, inputs)
+        caught = listen(self.model, plan.points, inputs, advice=self._advice)
         # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
         vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
         fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
@@ -238,7 +240,8 @@ class FeatureTap:
         tap = cls(model, state["layer"])
         tap._plan = _Plan.from_json(state["plan"])
         tap._plan.check(tap.model)
-        tap._inactive = _text(state["inactive"])
+        tap._inactive = check_text(state["inactive"])
+        tap._advice = "the file that the tap was read from is damaged or does not fit the model: fit again"
         return tap
 
     def require(self, names: Iterable[str]) -> None:
@@ -392,19 +395,13 @@ class _Plan:
             {name: Point.from_json(point) for name, point in data["points"].items()},
             [WeightRef.from_json(ref) for ref in data["weights"]],
             _texts(data["absent"]),
-            _text(data["verdict"]),
+            check_text(data["verdict"]),
             _texts(data["words"]),
         )
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
 def _texts(values: Any) -> dict[str, str]:
-    return {_text(name): _text(text) for name, text in values.items()}
+    return {check_text(name): check_text(text) for name, text in values.items()}
 
 
 def check_loader(loader: object) -> None:

@@ -18,6 +18,7 @@ from featnorm.training.recipe import Recipe
 from featnorm.training.runs import (
     CHECKPOINT,
     LOG,
+    check_log,
     digest,
     hide_bar,
     log,
@@ -71,8 +72,8 @@ def train(
     Raises
     ------
     ValueError
-        Inputs and targets do not fit each other or the recipe, the checkpoint is of another run, or the loss is
-        not finite; the last good checkpoint stays.
+        Inputs and targets do not fit each other or the recipe, the checkpoint is of another run or damaged, its
+        log is damaged or lacks an epoch, or the loss is not finite; the last good checkpoint stays.
     """
     objective = OBJECTIVES[recipe.objective](recipe).train()
     targets = _check(inputs, targets, recipe, objective)
@@ -96,6 +97,8 @@ def train(
         objective.begin(model, inputs, targets, seed, fabric)
         if checkpoint is not None and checkpoint.exists():
             start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
+        if checkpoint is not None:
+            check_log(checkpoint.with_name(LOG), start)
     gradients = safe_gradients(model)
     targets = targets.to(device)
     bar = tqdm(

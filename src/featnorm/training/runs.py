@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featnorm._files import replacing, write_text
+from featnorm._files import refuse_folder, replacing, write_text
 from featnorm._sealed import seal, unseal
 
 CHECKPOINT = "checkpoint.pt"
@@ -43,8 +43,9 @@ def read_checkpoint(path: Path, run: dict[str, Any], device: torch.device) -> di
     Raises
     ------
     ValueError
-        The checkpoint is damaged, of an earlier version that wrote no SHA-256, or of another run.
+        The checkpoint is damaged, a folder, of an earlier version that wrote no SHA-256, or of another run.
     """
+    refuse_folder(path)
     content = path.read_bytes()
     state, sealed = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
     if sealed != _seal_of(state):
@@ -92,14 +93,37 @@ def log(path: Path, entry: dict[str, Any]) -> None:
     write_text(path, "".join(f"{seal(line)}\n" for line in (*kept, entry)))
 
 
+def check_log(path: Path, epochs: int) -> None:
+    """See that the log beside a checkpoint has a line for each epoch of it, before another one is trained.
+
+    Parameters
+    ----------
+    path : the log; where nothing was trained yet there need be none.
+    epochs : how many the checkpoint has.
+
+    Raises
+    ------
+    ValueError
+        An epoch is missing, or as `read_log`.
+    """
+    logged = {entry["epoch"] for entry in read_log(path)} if path.exists() else set()
+    missing = next((epoch for epoch in range(1, epochs + 1) if epoch not in logged), None)
+    if missing is not None:
+        raise ValueError(
+            f"{path} has no line of epoch {missing}, and {CHECKPOINT} beside it is of epoch {epochs}: restore the "
+            f"log, or delete the folder {path.parent} to train from the beginning"
+        )
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the entries that `log` wrote.
 
     Raises
     ------
     ValueError
-        A line is damaged, or of an earlier version that wrote no SHA-256.
+        A line is damaged, or of an earlier version that wrote no SHA-256; or the log is a folder.
     """
+    refuse_folder(path)
     entries = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
