@@ -36,7 +36,7 @@ import featnorm as fn
 from featnorm.cli import serve
 from featnorm.data import SlicedImages, open_images
 from featnorm.data.formats import FORMATS
-from featnorm.service import Limits, create_app
+from featnorm.service import Limits, bodies, create_app
 from featnorm.service import app as service
 from featnorm.service.app import histogram
 from featnorm.service.metrics import score_buckets
@@ -198,8 +198,8 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
         (b"[]", JSON, 400, "no list of images"),
         (b'{"images": "AAAA"}', JSON, 400, "no list of images"),
         (b'{"images": []}', JSON, 400, "holds no image"),
-        (b'{"images": ["", 5]}', JSON, 400, "image 2 is neither"),
-        (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 is neither"),
+        (b'{"images": ["", 5]}', JSON, 400, "image 2 must be a base64 string"),
+        (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 must be a base64 string"),
         (b'{"images": [' + b'"",' * 64 + b'""]}', JSON, 413, "more than 64 images"),
         (b"", FORM, 400, "holds no image"),
         (b"x", {"content-type": "multipart/form-data"}, 400, "boundary"),
@@ -308,8 +308,8 @@ def test_every_form_of_base64_is_read(client, written):
         ("AAAA====", "not base64"),
         ("AA AA!", "not base64"),
         ("\u00e4AAA", "not base64"),
-        ("data:image/png,AAAA", "its data: URL is not of base64"),
-        ("data:image/png;base64;AAAA", "its data: URL is not of base64"),
+        ("data:image/png,AAAA", "its data: URL is not base64-encoded"),
+        ("data:image/png;base64;AAAA", "its data: URL is not base64-encoded"),
         ("data:image/png;base64,!", "not base64"),
     ],
 )
@@ -417,13 +417,82 @@ def test_a_small_image_does_not_wait_for_bombs(scorer):
     asyncio.run(main())
 
 
+class HeldHeaders:
+    """Lets a service read the header of an image when a test says so, and writes down in what order it did."""
+
+    def __init__(self, monkeypatch):
+        self.read = []
+        self.go = threading.Semaphore(0)
+
+        def measure(data, measure=bodies.measure):
+            self.read.append(data)
+            assert self.go.acquire(timeout=30)
+            return measure(data)
+
+        monkeypatch.setattr(bodies, "measure", measure)
+
+
+def test_a_request_whose_client_left_is_not_parsed(scorer, monkeypatch):
+    first, second, third = png(1), png(2), png(3)
+
+    async def main():
+        async with running(create_app(scorer)) as app:
+            held = HeldHeaders(monkeypatch)
+            two = {"images": [text(first), text(second)]}
+            gone = Asking(app, content_type="application/json").say(json.dumps(two).encode())
+            await until(lambda: held.read == [first])
+            never = Asking(app).say(second)
+            await asyncio.sleep(0.01)
+            for asking in (gone, never):
+                asking.leave()
+                await asking.task  # though the thread is not done
+                assert not asking._sent
+            held.go.release(2)
+            assert (await Asking(app).say(third).answer())[0] == 200
+            assert held.read == [first, third]
+
+    asyncio.run(main())
+
+
+def test_parsing_counts_for_the_time_limit(scorer, monkeypatch):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=0.3))) as app:
+            held = HeldHeaders(monkeypatch)
+            status, headers, content = await Asking(app).say(png()).answer()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "no verdict within 0.3 seconds" in content["error"]
+            held.go.release()
+
+    asyncio.run(main())
+
+
+def test_a_small_request_overtakes_the_headers_of_a_large_one(scorer, monkeypatch):
+    many, one = [png(i) for i in range(5)], png(9)
+
+    async def main():
+        async with running(create_app(scorer)) as app:
+            held = HeldHeaders(monkeypatch)
+            body = json.dumps({"images": [text(data) for data in many]}).encode()
+            large = Asking(app, content_type="application/json").say(body)
+            await until(lambda: len(held.read) == 1)
+            small = Asking(app).say(one)
+            await asyncio.sleep(0.01)
+            held.go.release(6)
+            assert [(await asking.answer())[0] for asking in (large, small)] == [200, 200]
+            assert held.read.index(one) < held.read.index(many[-1])
+
+    asyncio.run(main())
+
+
 def test_a_request_of_too_many_pixels(scorer):
     limits = Limits(pixels=2000, queue_pixels=20_000)
     with client_of(create_app(scorer, limits)) as client:
         many = {"images": [text(png(size=40))] * 13}
         answer = client.post("/v1/score", json=many)
         assert answer.status_code == 413
-        assert answer.json()["error"] == "the images have 20,800 pixels, more than 20,000: send them one by one"
+        assert (
+            answer.json()["error"] == "the images count as 20,800 pixels, more than 20,000: send them one by one"
+        )
         two = {"images": [text(png(size=40)), text(png(size=100))]}
         results = client.post("/v1/score", json=two).json()["results"]
         assert results[0]["error"] is None

@@ -24,7 +24,7 @@ import featnorm
 from featnorm.deploy.image_scorer import ImageScorer, ImageVerdict
 from featnorm.deploy.records import row_of
 from featnorm.service.batching import Batcher, Waiting
-from featnorm.service.bodies import DESCRIPTION, read_uploads
+from featnorm.service.bodies import DESCRIPTION, read_body, read_uploads
 from featnorm.service.hosts import HostCheck, allowed_name
 from featnorm.service.limits import RETRY, BodyBound, Limits
 from featnorm.service.metrics import Metrics
@@ -196,8 +196,12 @@ def create_app(
         mine = start()
         if mine.stopped:
             raise HTTPException(503, "the service is shutting down: try again later", RETRY)
-        uploads = await read_uploads(request, limits, mine.parser)
-        verdicts = await _while_there(request, mine.batcher.score(uploads, explain), limits)
+        body = await read_body(request)
+
+        async def judged() -> list[ImageVerdict]:
+            return await mine.batcher.score(await read_uploads(body, limits, mine.parser), explain)
+
+        verdicts = await _while_there(request, judged(), limits)
         tally: Tally = request.state.tally
         for verdict in verdicts:
             metrics.image(verdict)

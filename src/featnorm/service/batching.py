@@ -84,7 +84,8 @@ class Batcher:
         pixels = sum(self._cost(upload) for upload in uploads)
         if pixels > limits.queue_pixels:
             raise HTTPException(
-                413, f"the images have {pixels:,} pixels, more than {limits.queue_pixels:,}: send them one by one"
+                413,
+                f"the images count as {pixels:,} pixels, more than {limits.queue_pixels:,}: send them one by one",
             )
         if self._decoders.pixels + pixels > limits.queue_pixels:
             raise HTTPException(503, f"{self._decoders.pixels:,} pixels wait already: try again later", RETRY)
@@ -138,8 +139,9 @@ class Batcher:
     def _cost(self, upload: Upload) -> int:
         """Return the pixels that an image counts as while it waits."""
         # One that has too many is refused by its header, and not decoded.
-        pixels = upload.pixels if upload.pixels <= self._limits.pixels else 0
-        return max(pixels, min(_PIXELS_PER_BYTE * len(upload.data), self._limits.queue_pixels))
+        pixels, decoding, opening = upload.measure
+        cost = opening + (decoding if pixels <= self._limits.pixels else 0)
+        return min(max(cost, _PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
 
     def _read(self, upload: Upload) -> Tensor | str:
         """Return what the transform makes of an image, or why it cannot be judged."""

@@ -34,7 +34,9 @@ class Limits:
         gives a client as long to send the head of a request, and to read an answer.
     batch_size : images that the model judges at once.
     queue_pixels : pixels that wait to be decoded, as the headers of the images declare them, of all requests; 503
-        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least.
+        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least, and
+        as 20 in formats that Pillow decodes in Python (QOI, and some PPM and BMP); a JPEG counts a tenth of its
+        pixels more for each further scan.
     connections : that `featnorm serve` keeps open. Beyond, it closes the one that has waited longest for its
         client to finish a request; if all requests are complete, a new connection gets 503.
     grace : seconds after SIGTERM or Ctrl+C within which `featnorm serve` ends. Requests that are under way are
