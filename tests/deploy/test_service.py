@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import warnings
 import zlib
@@ -510,6 +511,17 @@ def test_a_body_without_the_token_is_not_read(scorer):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/nothing"])
+def test_an_answer_does_not_wait_for_a_body_that_nobody_reads(scorer, path):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=1000))) as app:
+            asking = Asking(app, method="GET", path=path).say(b"x", more=True)
+            _, headers, _ = await asking.answer()
+            assert headers["connection"] == "close"
+
+    asyncio.run(main())
+
+
 def test_a_body_is_bounded_while_it_comes(scorer):
     async def main():
         async with running(create_app(scorer, Limits(body_bytes=100, seconds=5))) as app:
@@ -535,7 +547,7 @@ def test_a_body_is_bounded_while_it_comes(scorer):
                 assert (await Asking(app).say(b"x" * 99).answer())[0] == 422
                 status, headers, content = await asking.answer()
                 assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
-                assert "holds as much as it can" in content["error"]
+                assert "at its memory limit" in content["error"]
                 many.append(Asking(app).say(b"x" * 100, more=True))
                 await asyncio.sleep(0)
             for asking in many[2:]:
@@ -551,7 +563,7 @@ def test_a_slow_sender_is_cut_off(scorer):
         async with running(create_app(scorer, Limits(seconds=0.1))) as app:
             status, headers, content = await Asking(app).say(b"x", more=True).answer()
             assert (status, headers["connection"]) == (408, "close")
-            assert content["error"] == "the body was not there within 0.1 seconds"
+            assert content["error"] == "the request body did not arrive within 0.1 seconds"
 
     asyncio.run(main())
 
@@ -924,6 +936,10 @@ def test_the_page_lets_nothing_foreign_in(client):
     assert not re.search(r"\son\w+=", page.text)
 
 
+def test_the_page_names_the_formats(client):
+    assert f">{', '.join(FORMATS)}<" in client.get("/").text
+
+
 def threads():
     """The threads of services."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("featnorm-")]
@@ -1018,6 +1034,9 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["results"][0]["score"] is not None
+        request.add_header("Origin", f"http://{host}:{int(port) % 65535 + 1}")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request, timeout=30)
         image = png()
         under_way = socket.create_connection((host, int(port)), timeout=30)
         under_way.sendall(
@@ -1040,7 +1059,7 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
         process.kill()
     assert process.returncode == 0, log
     assert rest == ""
-    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200]
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 403, 200]
     assert TOKEN not in log + said
 
 
@@ -1064,15 +1083,20 @@ main()
         [sys.executable, "-c", code, "serve", str(detector), "--port", "0", "--grace-seconds", "0.5"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     try:
         assert {process.stdout.readline()[:5] for _ in range(2)} == {"begun", "Servi"}
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert log == "featnorm: interrupted\n"
     finally:
         process.kill()
+        process.wait()
         process.stdout.close()
+        process.stderr.close()
 
 
 def test_all_of_the_log_is_json(capsys, monkeypatch):
@@ -1108,7 +1132,12 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             ("serve", detector, "--host", "192.0.2.1"): "cannot listen on 192.0.2.1",
             ("serve", "nothing.featnorm", "--port", 0): "there is no detector file",
             ("serve", detector, "--token-file", "nothing"): "nothing",
-            ("serve", detector, "--token-file", "empty"): "there is no token in empty",
+            (
+                "serve",
+                detector,
+                "--token-file",
+                "empty",
+            ): "empty is empty: put a token in it, or omit --token-file",
             ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
@@ -1119,4 +1148,4 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             assert words in error, (arguments, error)
             assert error.count("\n") == 1
     monkeypatch.setenv("FEATNORM_TOKEN", "")
-    assert "there is no token in FEATNORM_TOKEN" in featnorm("serve", detector, "--port", 0)[2]
+    assert "FEATNORM_TOKEN is empty: put a token in it, or unset it" in featnorm("serve", detector, "--port", 0)[2]

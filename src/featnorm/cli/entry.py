@@ -1,8 +1,9 @@
 """`main`: from the first moment of a command to its exit status."""
 
+import os
 import sys
 
-from featnorm.cli.interrupt import INTERRUPTED, Interruption
+from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce, Interruption
 
 _DEBUG = "--debug"
 
@@ -19,11 +20,13 @@ def main() -> None:
     # A person whose command was refused types it again, with the option at its end.
     debug = _DEBUG in arguments[: arguments.index("--") if "--" in arguments else None]
     status: int | str | None = 0
+    at_once = False
     try:
         with interruption:
             run([*([_DEBUG] if debug else []), *(argument for argument in arguments if argument != _DEBUG)])
     except SystemExit as end:
         status = end.code
+        at_once = isinstance(end, EndAtOnce)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BaseException as error:
@@ -32,4 +35,7 @@ def main() -> None:
     if interruption.caught or status == INTERRUPTED:
         interruption.say()
         status = INTERRUPTED
+    if at_once:
+        assert isinstance(status, int)
+        os._exit(status)
     sys.exit(status)
