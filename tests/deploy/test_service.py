@@ -485,6 +485,21 @@ def test_a_small_request_overtakes_the_headers_of_a_large_one(scorer, monkeypatc
     asyncio.run(main())
 
 
+def test_a_small_image_does_not_wait_for_all_images_of_a_large_request(scorer, batchers):
+    async def main():
+        held = HeldDecoding(scorer)
+        many = json.dumps({"images": [text(bomb(3000))] * 6}).encode()  # each 0.9 s, as it is reckoned
+        async with running(create_app(scorer)) as app:
+            large = Asking(app, content_type="application/json").say(many)
+            await until(lambda: held.begun == 2)
+            dues = sorted(job.due for heap in batchers[0]._decoders._waiting.values() for job in heap)
+            assert [b - a for a, b in pairwise(dues)] == pytest.approx([0.9] * 3, abs=0.1)
+            held.go.release(6)
+            assert (await large.answer())[0] == 200
+
+    asyncio.run(main())
+
+
 def test_a_request_of_too_many_pixels(scorer):
     limits = Limits(pixels=2000, queue_pixels=20_000)
     with client_of(create_app(scorer, limits)) as client:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 from starlette.exceptions import HTTPException
@@ -81,7 +82,8 @@ class Batcher:
         limits = self._limits
         if len(self._waiting) + len(uploads) > limits.queue:
             raise HTTPException(503, f"{len(self._waiting)} images wait already: try again later", RETRY)
-        pixels = sum(self._cost(upload) for upload in uploads)
+        costs = [self._cost(upload) for upload in uploads]
+        pixels = sum(costs)
         if pixels > limits.queue_pixels:
             raise HTTPException(
                 413,
@@ -93,7 +95,10 @@ class Batcher:
         images = [Waiting(upload, explain, loop.create_future()) for upload in uploads]
         self._waiting.update(images)
         # All at once, so that the next request finds them counted.
-        made = [self._decoders.submit(partial(self._read, upload), self._cost(upload)) for upload in uploads]
+        made = [
+            self._decoders.submit(partial(self._read, upload), cost, before)
+            for upload, cost, before in zip(uploads, costs, accumulate(costs, initial=0), strict=False)
+        ]
         try:
             return await asyncio.gather(*map(self._follow, images, made))
         finally:
