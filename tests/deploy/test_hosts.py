@@ -12,7 +12,7 @@ from featnorm.service.hosts import HostCheck, allowed_name
 ADDRESSES = "127.0.0.1", "10.1.2.3", "::1"
 
 
-def status(host, *, server="127.0.0.1", allowed=(), origin=None, method="POST"):
+def status(host, *, server="127.0.0.1", allowed=(), bound=None, origin=None, method="POST"):
     """Return the status of the answer to a request."""
     headers = [("host", host), ("origin", origin), ("content-length", "5")]
     scope = {
@@ -31,7 +31,7 @@ def status(host, *, server="127.0.0.1", allowed=(), origin=None, method="POST"):
     async def receive():
         raise AssertionError("the body was read")
 
-    app = HostCheck(PlainTextResponse("yes"), [allowed_name(name) for name in allowed])
+    app = HostCheck(PlainTextResponse("yes"), [allowed_name(name) for name in allowed], bound)
     asyncio.run(app(scope, receive, send))
     if sent[0]["status"] != 200:
         assert (b"connection", b"close") in sent[0]["headers"]
@@ -102,6 +102,17 @@ def test_hosts(host, server, allowed, answer, method):
 def test_origins(origin, host, allowed, answer):
     assert status(host, origin=origin, allowed=allowed) == answer
     assert status(host, origin=origin, allowed=allowed, method="GET") == 200
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0", "photos.example"])
+def test_only_given_names_may_come_from_any_port(bound):
+    host = "127.0.0.1" if bound == "0.0.0.0" else bound
+    for allowed, answer in (((), 403), (("given.example",), 403), ((host,), 200)):
+        how = {"bound": bound, "allowed": allowed}
+        assert status(f"{host}:8000", origin=f"http://{host}:8000", **how) == 200
+        assert status(f"{host}:8000", origin=f"http://{host}:9999", **how) == answer
+    assert status("127.0.0.1:8000", origin="http://0.0.0.0:9999", bound="0.0.0.0", allowed=["0.0.0.0"]) == 403
+    assert status("other.example", bound=bound) == 421
 
 
 @pytest.mark.parametrize("host", ["http://a.example", "a.example/", "a.example:80", "a b", "", "user@a"])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import warnings
 import zlib
@@ -36,7 +37,7 @@ import featnorm as fn
 from featnorm.cli import serve
 from featnorm.data import SlicedImages, open_images
 from featnorm.data.formats import FORMATS
-from featnorm.service import Limits, create_app
+from featnorm.service import Limits, bodies, create_app
 from featnorm.service import app as service
 from featnorm.service.app import histogram
 from featnorm.service.metrics import score_buckets
@@ -198,8 +199,8 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
         (b"[]", JSON, 400, "no list of images"),
         (b'{"images": "AAAA"}', JSON, 400, "no list of images"),
         (b'{"images": []}', JSON, 400, "holds no image"),
-        (b'{"images": ["", 5]}', JSON, 400, "image 2 is neither"),
-        (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 is neither"),
+        (b'{"images": ["", 5]}', JSON, 400, "image 2 must be a base64 string"),
+        (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 must be a base64 string"),
         (b'{"images": [' + b'"",' * 64 + b'""]}', JSON, 413, "more than 64 images"),
         (b"", FORM, 400, "holds no image"),
         (b"x", {"content-type": "multipart/form-data"}, 400, "boundary"),
@@ -308,8 +309,8 @@ def test_every_form_of_base64_is_read(client, written):
         ("AAAA====", "not base64"),
         ("AA AA!", "not base64"),
         ("\u00e4AAA", "not base64"),
-        ("data:image/png,AAAA", "its data: URL is not of base64"),
-        ("data:image/png;base64;AAAA", "its data: URL is not of base64"),
+        ("data:image/png,AAAA", "its data: URL is not base64-encoded"),
+        ("data:image/png;base64;AAAA", "its data: URL is not base64-encoded"),
         ("data:image/png;base64,!", "not base64"),
     ],
 )
@@ -417,13 +418,97 @@ def test_a_small_image_does_not_wait_for_bombs(scorer):
     asyncio.run(main())
 
 
+class HeldHeaders:
+    """Lets a service read the header of an image when a test says so, and writes down in what order it did."""
+
+    def __init__(self, monkeypatch):
+        self.read = []
+        self.go = threading.Semaphore(0)
+
+        def measure(data, measure=bodies.measure):
+            self.read.append(data)
+            assert self.go.acquire(timeout=30)
+            return measure(data)
+
+        monkeypatch.setattr(bodies, "measure", measure)
+
+
+def test_a_request_whose_client_left_is_not_parsed(scorer, monkeypatch):
+    first, second, third = png(1), png(2), png(3)
+
+    async def main():
+        async with running(create_app(scorer)) as app:
+            held = HeldHeaders(monkeypatch)
+            two = {"images": [text(first), text(second)]}
+            gone = Asking(app, content_type="application/json").say(json.dumps(two).encode())
+            await until(lambda: held.read == [first])
+            never = Asking(app).say(second)
+            await asyncio.sleep(0.01)
+            for asking in (gone, never):
+                asking.leave()
+                await asking.task  # though the thread is not done
+                assert not asking._sent
+            held.go.release(2)
+            assert (await Asking(app).say(third).answer())[0] == 200
+            assert held.read == [first, third]
+
+    asyncio.run(main())
+
+
+def test_parsing_counts_for_the_time_limit(scorer, monkeypatch):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=0.3))) as app:
+            held = HeldHeaders(monkeypatch)
+            status, headers, content = await Asking(app).say(png()).answer()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "no verdict within 0.3 seconds" in content["error"]
+            held.go.release()
+
+    asyncio.run(main())
+
+
+def test_a_small_request_overtakes_the_headers_of_a_large_one(scorer, monkeypatch):
+    many, one = [png(i) for i in range(5)], png(9)
+
+    async def main():
+        async with running(create_app(scorer)) as app:
+            held = HeldHeaders(monkeypatch)
+            body = json.dumps({"images": [text(data) for data in many]}).encode()
+            large = Asking(app, content_type="application/json").say(body)
+            await until(lambda: len(held.read) == 1)
+            small = Asking(app).say(one)
+            await asyncio.sleep(0.01)
+            held.go.release(6)
+            assert [(await asking.answer())[0] for asking in (large, small)] == [200, 200]
+            assert held.read.index(one) < held.read.index(many[-1])
+
+    asyncio.run(main())
+
+
+def test_a_small_image_does_not_wait_for_all_images_of_a_large_request(scorer, batchers):
+    async def main():
+        held = HeldDecoding(scorer)
+        many = json.dumps({"images": [text(bomb(3000))] * 6}).encode()  # each 0.9 s, as it is reckoned
+        async with running(create_app(scorer)) as app:
+            large = Asking(app, content_type="application/json").say(many)
+            await until(lambda: held.begun == 2)
+            dues = sorted(job.due for heap in batchers[0]._decoders._waiting.values() for job in heap)
+            assert [b - a for a, b in pairwise(dues)] == pytest.approx([0.9] * 3, abs=0.1)
+            held.go.release(6)
+            assert (await large.answer())[0] == 200
+
+    asyncio.run(main())
+
+
 def test_a_request_of_too_many_pixels(scorer):
     limits = Limits(pixels=2000, queue_pixels=20_000)
     with client_of(create_app(scorer, limits)) as client:
         many = {"images": [text(png(size=40))] * 13}
         answer = client.post("/v1/score", json=many)
         assert answer.status_code == 413
-        assert answer.json()["error"] == "the images have 20,800 pixels, more than 20,000: send them one by one"
+        assert (
+            answer.json()["error"] == "the images count as 20,800 pixels, more than 20,000: send them one by one"
+        )
         two = {"images": [text(png(size=40)), text(png(size=100))]}
         results = client.post("/v1/score", json=two).json()["results"]
         assert results[0]["error"] is None
@@ -437,6 +522,17 @@ def test_a_body_without_the_token_is_not_read(scorer):
             status, headers, _ = await asking.answer()
             assert (status, headers["connection"]) == (401, "close")
             assert asking._inbox.qsize() == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/nothing"])
+def test_an_answer_does_not_wait_for_a_body_that_nobody_reads(scorer, path):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=1000))) as app:
+            asking = Asking(app, method="GET", path=path).say(b"x", more=True)
+            _, headers, _ = await asking.answer()
+            assert headers["connection"] == "close"
 
     asyncio.run(main())
 
@@ -466,7 +562,7 @@ def test_a_body_is_bounded_while_it_comes(scorer):
                 assert (await Asking(app).say(b"x" * 99).answer())[0] == 422
                 status, headers, content = await asking.answer()
                 assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
-                assert "holds as much as it can" in content["error"]
+                assert "at its memory limit" in content["error"]
                 many.append(Asking(app).say(b"x" * 100, more=True))
                 await asyncio.sleep(0)
             for asking in many[2:]:
@@ -482,7 +578,7 @@ def test_a_slow_sender_is_cut_off(scorer):
         async with running(create_app(scorer, Limits(seconds=0.1))) as app:
             status, headers, content = await Asking(app).say(b"x", more=True).answer()
             assert (status, headers["connection"]) == (408, "close")
-            assert content["error"] == "the body was not there within 0.1 seconds"
+            assert content["error"] == "the request body did not arrive within 0.1 seconds"
 
     asyncio.run(main())
 
@@ -855,6 +951,10 @@ def test_the_page_lets_nothing_foreign_in(client):
     assert not re.search(r"\son\w+=", page.text)
 
 
+def test_the_page_names_the_formats(client):
+    assert f">{', '.join(FORMATS)}<" in client.get("/").text
+
+
 def threads():
     """The threads of services."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("featnorm-")]
@@ -949,6 +1049,9 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["results"][0]["score"] is not None
+        request.add_header("Origin", f"http://{host}:{int(port) % 65535 + 1}")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request, timeout=30)
         image = png()
         under_way = socket.create_connection((host, int(port)), timeout=30)
         under_way.sendall(
@@ -971,7 +1074,7 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
         process.kill()
     assert process.returncode == 0, log
     assert rest == ""
-    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200]
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 403, 200]
     assert TOKEN not in log + said
 
 
@@ -995,15 +1098,20 @@ main()
         [sys.executable, "-c", code, "serve", str(detector), "--port", "0", "--grace-seconds", "0.5"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     try:
         assert {process.stdout.readline()[:5] for _ in range(2)} == {"begun", "Servi"}
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert log == "featnorm: interrupted\n"
     finally:
         process.kill()
+        process.wait()
         process.stdout.close()
+        process.stderr.close()
 
 
 def test_all_of_the_log_is_json(capsys, monkeypatch):
@@ -1039,7 +1147,12 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             ("serve", detector, "--host", "192.0.2.1"): "cannot listen on 192.0.2.1",
             ("serve", "nothing.featnorm", "--port", 0): "there is no detector file",
             ("serve", detector, "--token-file", "nothing"): "nothing",
-            ("serve", detector, "--token-file", "empty"): "there is no token in empty",
+            (
+                "serve",
+                detector,
+                "--token-file",
+                "empty",
+            ): "empty is empty: put a token in it, or omit --token-file",
             ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
@@ -1050,4 +1163,4 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             assert words in error, (arguments, error)
             assert error.count("\n") == 1
     monkeypatch.setenv("FEATNORM_TOKEN", "")
-    assert "there is no token in FEATNORM_TOKEN" in featnorm("serve", detector, "--port", 0)[2]
+    assert "FEATNORM_TOKEN is empty: put a token in it, or unset it" in featnorm("serve", detector, "--port", 0)[2]

@@ -326,20 +326,21 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
     max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 50_000_000,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Maximum images waiting for the model; beyond, clients get 503.")
+        int, typer.Option(min=1, help="Maximum images waiting for the model; above this, clients get 503.")
     ] = 256,
     max_queue_pixels: Annotated[
-        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; beyond, clients get 503.")
+        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; above this, clients get 503.")
     ] = 800_000_000,
     max_seconds: Annotated[
-        float, typer.Option(help="Request timeout in seconds, including upload; also to read an answer.")
+        float,
+        typer.Option(
+            help="Request timeout in seconds, including upload. Clients get the same time to read the response."
+        ),
     ] = 30.0,
     max_connections: Annotated[
         int, typer.Option(min=1, help="Maximum open connections; beyond, the longest idle one is closed.")
     ] = 512,
-    grace_seconds: Annotated[
-        float, typer.Option(help="Time from SIGTERM or Ctrl+C to the end of the process, at most.")
-    ] = 10.0,
+    grace_seconds: Annotated[float, typer.Option(help="Maximum seconds from SIGTERM or Ctrl+C to exit.")] = 10.0,
 ) -> None:
     """Judge images over HTTP, and on a page to drop them on.
 

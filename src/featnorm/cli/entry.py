@@ -1,8 +1,9 @@
 """`main`: from the first moment of a command to its exit status."""
 
+import os
 import sys
 
-from featnorm.cli.interrupt import INTERRUPTED, Interruption
+from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce, Interruption
 
 _DEBUG = "--debug"
 # As shells have it for a process that SIGPIPE ended: 128 and its number.
@@ -23,12 +24,14 @@ def main() -> None:
     options = [argument for argument in arguments[:end_of_options] if argument != _DEBUG]
     debug = len(options) < end_of_options
     status: int | str | None = 0
+    at_once = False
     try:
         with interruption:
             run([*([_DEBUG] if debug else []), *options, *arguments[end_of_options:]])
     except SystemExit as end:
         # typer and rich end with a 1 where nobody reads the output any more, as in `featnorm ... | head`.
         status = _UNREAD if isinstance(end.__context__, BrokenPipeError) else end.code
+        at_once = isinstance(end, EndAtOnce)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BaseException as error:
@@ -37,4 +40,7 @@ def main() -> None:
     if interruption.caught or status == INTERRUPTED:
         interruption.say()
         status = INTERRUPTED
+    if at_once:
+        assert isinstance(status, int)
+        os._exit(status)
     sys.exit(status)

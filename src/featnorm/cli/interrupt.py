@@ -26,6 +26,10 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 _AGAIN = 0.05
 
 
+class EndAtOnce(SystemExit):
+    """Ends the process with a status, without waiting for its threads."""
+
+
 class Interruption:
     """What a command does about Ctrl-C: it ends with one line and `INTERRUPTED`.
 

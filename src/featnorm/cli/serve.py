@@ -5,7 +5,9 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console
 from featnorm.deploy import ImageScorer
@@ -31,15 +33,26 @@ class Options:
     limits: Limits
 
 
-def run(options: Options) -> None:
-    """Serve until the process is told to end."""
+def run(options: Options) -> NoReturn:
+    """Serve until the process is told to end.
+
+    Raises
+    ------
+    EndAtOnce
+        Then: threads may still decode or judge, for nobody, and cannot be stopped.
+    """
     token = _token(options.token_file)
     bound = bind(options.host, options.port)
     fabric = fabric_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
     scorer.scorer = fabric.to_device(scorer.scorer)
     app = create_app(
-        scorer, options.limits, token, allowed_hosts=[options.host, *options.allowed_hosts], fabric=fabric
+        scorer,
+        options.limits,
+        token,
+        allowed_hosts=options.allowed_hosts,
+        bound_host=options.host,
+        fabric=fabric,
     )
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         console.print(
@@ -50,7 +63,6 @@ def run(options: Options) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{bound.getsockname()[1]}/"
     _log_lines()
-    status = 0
     try:
         run_server(
             app,
@@ -58,12 +70,12 @@ def run(options: Options) -> None:
             options.limits,
             lambda: console.print(f"Serving {options.detector} at {url} (Ctrl+C ends it).", soft_wrap=True),
         )
+        status = 0
     except KeyboardInterrupt:
-        status = 130
-    # Python would wait for threads that still decode or judge, for nobody, and they cannot be stopped.
+        status = INTERRUPTED
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(status)
+    raise EndAtOnce(status)
 
 
 def _token(file: Path | None) -> str | None:
@@ -71,14 +83,16 @@ def _token(file: Path | None) -> str | None:
     if file is not None:
         try:
             token, where = file.read_text(encoding="utf-8").strip(), str(file)
+            instead = "omit --token-file"
         except UnicodeDecodeError:
             raise ValueError(f"{file} is no text: name the file that holds the token") from None
     elif _TOKEN in os.environ:
         token, where = os.environ[_TOKEN].strip(), _TOKEN
+        instead = "unset it"
     else:
         return None
     if not token:
-        raise ValueError(f"there is no token in {where}: write one, or serve without")
+        raise ValueError(f"{where} is empty: put a token in it, or {instead}")
     return token
 
 

@@ -649,16 +649,23 @@ def _check_scans(image: Any) -> None:
     ValueError
         It is one.
     """
+    scans, parts = count_scans(image)
+    if scans > parts * _MOST_SCANS:
+        raise ValueError(f"a JPEG of {scans:,} scans, more than {parts * _MOST_SCANS:,}: save it anew")
+
+
+def count_scans(image: Any) -> tuple[int, int]:
+    """Return how many scans the JPEGs in an open image have, and how many JPEGs these are; (0, 1) without any."""
     parts = 1
     if image.format == "TIFF" and image.info.get("compression") == "jpeg":
         # A JPEG each.
         offsets = image.tag_v2.get(TiffImagePlugin.STRIPOFFSETS) or image.tag_v2.get(TiffImagePlugin.TILEOFFSETS)
-        parts = len(offsets or ())
+        parts = max(1, len(offsets or ()))
     elif image.format not in ("JPEG", "MPO"):
-        return
+        return 0, 1
     file, scans, last = image.fp, 0, b""
     if file is None:  # decoded already, by whoever made it
-        return
+        return 0, parts
     at = file.tell()
     file.seek(0)
     while chunk := file.read(_CHUNK):
@@ -666,8 +673,7 @@ def _check_scans(image: Any) -> None:
         scans += (last + chunk).count(_START_OF_SCAN)
         last = chunk[-1:]
     file.seek(at)
-    if scans > parts * _MOST_SCANS:
-        raise ValueError(f"a JPEG of {scans:,} scans, more than {parts * _MOST_SCANS:,}: save it anew")
+    return scans, parts
 
 
 def _check_raw(image: Any) -> None:

@@ -24,7 +24,7 @@ import featnorm
 from featnorm.deploy.image_scorer import ImageScorer, ImageVerdict
 from featnorm.deploy.records import row_of
 from featnorm.service.batching import Batcher, Waiting
-from featnorm.service.bodies import DESCRIPTION, read_uploads
+from featnorm.service.bodies import DESCRIPTION, read_body, read_uploads
 from featnorm.service.hosts import HostCheck, allowed_name
 from featnorm.service.limits import RETRY, BodyBound, Limits
 from featnorm.service.metrics import Metrics
@@ -92,6 +92,7 @@ def create_app(
     token: str | None = None,
     *,
     allowed_hosts: Sequence[str] = (),
+    bound_host: str | None = None,
     fabric: Any = None,
 ) -> FastAPI:
     """Return a service that judges images over HTTP, as an ASGI application.
@@ -107,7 +108,9 @@ def create_app(
     allowed_hosts : host names to answer to, beside the address at which a connection arrives; behind a proxy, or
         mounted in another application, those under which clients reach it. ``0.0.0.0`` or ``::`` stands for any IP
         address and ``localhost``, ``*`` for every host. Other hosts get 421, and a POST from a page of another
-        origin gets 403.
+        origin gets 403. Pages of these names may come from any port.
+    bound_host : the address or name that the server listens on, which is answered to as well; pages of it must
+        come from the same port.
     fabric : a `lightning_fabric.Fabric` for precision; the scorer stays on the device where it is.
 
     Raises
@@ -123,6 +126,7 @@ def create_app(
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise ValueError("the token must be printable ASCII without spaces, and not empty")
     hosts = [allowed_name(host) for host in allowed_hosts]
+    bound = None if bound_host is None else allowed_name(bound_host)
     metrics = Metrics(calibration.scores, limits.batch_size)
     workers: dict[asyncio.AbstractEventLoop, Workers] = {}
     metrics.watch_queue(lambda: sum(some.batcher.waiting for some in workers.values()))
@@ -156,7 +160,7 @@ def create_app(
         redoc_url=None,
     )
     app.add_middleware(BodyBound, limits=limits)
-    app.add_middleware(HostCheck, allowed=hosts)
+    app.add_middleware(HostCheck, allowed=hosts, bound=bound)
     app.add_middleware(RequestLog, metrics=metrics)  # the last is the outermost
     bearer = HTTPBearer(auto_error=False)
 
@@ -196,8 +200,12 @@ def create_app(
         mine = start()
         if mine.stopped:
             raise HTTPException(503, "the service is shutting down: try again later", RETRY)
-        uploads = await read_uploads(request, limits, mine.parser)
-        verdicts = await _while_there(request, mine.batcher.score(uploads, explain), limits)
+        body = await read_body(request)
+
+        async def judged() -> list[ImageVerdict]:
+            return await mine.batcher.score(await read_uploads(body, limits, mine.parser), explain)
+
+        verdicts = await _while_there(request, judged(), limits)
         tally: Tally = request.state.tally
         for verdict in verdicts:
             metrics.image(verdict)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 from starlette.exceptions import HTTPException
@@ -81,10 +82,12 @@ class Batcher:
         limits = self._limits
         if len(self._waiting) + len(uploads) > limits.queue:
             raise HTTPException(503, f"{len(self._waiting)} images wait already: try again later", RETRY)
-        pixels = sum(self._cost(upload) for upload in uploads)
+        costs = [self._cost(upload) for upload in uploads]
+        pixels = sum(costs)
         if pixels > limits.queue_pixels:
             raise HTTPException(
-                413, f"the images have {pixels:,} pixels, more than {limits.queue_pixels:,}: send them one by one"
+                413,
+                f"the images count as {pixels:,} pixels, more than {limits.queue_pixels:,}: send them one by one",
             )
         if self._decoders.pixels + pixels > limits.queue_pixels:
             raise HTTPException(503, f"{self._decoders.pixels:,} pixels wait already: try again later", RETRY)
@@ -92,7 +95,10 @@ class Batcher:
         images = [Waiting(upload, explain, loop.create_future()) for upload in uploads]
         self._waiting.update(images)
         # All at once, so that the next request finds them counted.
-        made = [self._decoders.submit(partial(self._read, upload), self._cost(upload)) for upload in uploads]
+        made = [
+            self._decoders.submit(partial(self._read, upload), cost, before)
+            for upload, cost, before in zip(uploads, costs, accumulate(costs, initial=0), strict=False)
+        ]
         try:
             return await asyncio.gather(*map(self._follow, images, made))
         finally:
@@ -138,8 +144,9 @@ class Batcher:
     def _cost(self, upload: Upload) -> int:
         """Return the pixels that an image counts as while it waits."""
         # One that has too many is refused by its header, and not decoded.
-        pixels = upload.pixels if upload.pixels <= self._limits.pixels else 0
-        return max(pixels, min(_PIXELS_PER_BYTE * len(upload.data), self._limits.queue_pixels))
+        pixels, decoding, opening = upload.measure
+        cost = opening + (decoding if pixels <= self._limits.pixels else 0)
+        return min(max(cost, _PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
 
     def _read(self, upload: Upload) -> Tensor | str:
         """Return what the transform makes of an image, or why it cannot be judged."""

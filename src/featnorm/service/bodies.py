@@ -5,20 +5,16 @@ import binascii
 import json
 import re
 from concurrent.futures import Executor
-from io import BytesIO
 from typing import Any, NamedTuple
 
-from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from featnorm.data.formats import FORMATS, HEAD_BYTES, register_format
 from featnorm.service.forms import FormError, read_form
+from featnorm.service.headers import LongHeaderError, Measure, measure
 from featnorm.service.limits import Limits
 
-# A header of a million parts would keep a thread busy for seconds, and so would JSON of a million values. The
-# header that a camera writes takes some hundred reads, and a request has a few values per image.
-_MAX_READS = 4096
+# JSON of a million values would keep a thread busy for seconds. A request has a few values per image.
 _FREE_VALUES, _VALUES_PER_IMAGE = 1000, 100
 
 DESCRIPTION: dict[str, Any] = {
@@ -74,23 +70,24 @@ class Upload(NamedTuple):
     name: str
     data: bytes
     error: str | None = None
-    pixels: int = 0
-    """How many its header declares; 0 where it cannot be read."""
+    measure: Measure = Measure()
 
 
-async def read_uploads(request: Request, limits: Limits, parser: Executor) -> list[Upload]:
-    """Read the images of a request, one or more.
+class Body(NamedTuple):
+    """The body of a request, and its content type with and without parameters."""
 
-    Parameters
-    ----------
-    request : whose body is bounded by `BodyBound`.
-    limits : the bounds.
-    parser : where bodies are parsed. One thread: in memory a body of JSON can be twenty times as long.
+    kind: str
+    header: str
+    content: bytes
+
+
+async def read_body(request: Request) -> Body:
+    """Read the body of a request, which is bounded by `BodyBound`.
 
     Raises
     ------
     HTTPException
-        The body is of no kind that is known, cannot be read, or holds no image or too many.
+        It is of no kind that is known.
     ClientDisconnect
         The client went away.
     """
@@ -109,21 +106,37 @@ async def read_uploads(request: Request, limits: Limits, parser: Executor) -> li
             f"the content type is {kind or 'not given'}: send image/*, application/octet-stream, application/json "
             "or multipart/form-data",
         )
-    body = await request.body()
-    uploads = await asyncio.get_running_loop().run_in_executor(parser, _parse, kind, header, body, limits.images)
+    return Body(kind, header, await request.body())
+
+
+async def read_uploads(body: Body, limits: Limits, parser: Executor) -> list[Upload]:
+    """Return the images in a body, one or more. When it is cancelled, what has not begun is dropped.
+
+    Parameters
+    ----------
+    body : of a request.
+    limits : the bounds.
+    parser : where bodies are parsed. One thread: in memory a body of JSON can be twenty times as long.
+
+    Raises
+    ------
+    HTTPException
+        The body cannot be read, or holds no image or too many.
+    """
+    loop = asyncio.get_running_loop()
+    uploads = await loop.run_in_executor(parser, _parse, body, limits.images)
     if not uploads:
         raise HTTPException(400, "the request holds no image")
-    return uploads
+    # One by one, so that other requests need not wait for all of them.
+    return [upload if upload.error else await loop.run_in_executor(parser, _sized, upload) for upload in uploads]
 
 
-def _parse(kind: str, header: str, body: bytes, most: int) -> list[Upload]:
-    if kind == "application/json":
-        uploads = _from_json(body, most)
-    elif kind == "multipart/form-data":
-        uploads = _from_form(body, header, most)
-    else:
-        uploads = [Upload("image 1", body)]
-    return [upload if upload.error else _sized(upload) for upload in uploads]
+def _parse(body: Body, most: int) -> list[Upload]:
+    if body.kind == "application/json":
+        return _from_json(body.content, most)
+    if body.kind == "multipart/form-data":
+        return _from_form(body.content, body.header, most)
+    return [Upload("image 1", body.content)]
 
 
 def _from_json(body: bytes, most: int) -> list[Upload]:
@@ -145,7 +158,9 @@ def _from_json(body: bytes, most: int) -> list[Upload]:
 def _from_entry(number: int, entry: Any) -> Upload:
     name, data = (entry.get("name"), entry.get("data")) if isinstance(entry, dict) else (None, entry)
     if not isinstance(data, str) or not isinstance(name, str | None):
-        raise HTTPException(400, f"image {number} is neither a text nor a name and a text: send {_SHAPE}")
+        raise HTTPException(
+            400, f"image {number} must be a base64 string or an object with `name` and `data`: send {_SHAPE}"
+        )
     name = _named(name, number)
     try:
         return Upload(name, decode_base64(data))
@@ -164,7 +179,7 @@ def decode_base64(text: str) -> bytes:
     if _DATA_URL.match(text):
         media_type, _, text = text.partition(",")
         if not media_type.rstrip().lower().endswith(";base64"):
-            raise ValueError("its data: URL is not of base64: send data:image/png;base64,...")
+            raise ValueError("its data: URL is not base64-encoded: send data:image/png;base64,...")
     try:
         encoded = text.encode("ascii").translate(_ALPHABET, b" \t\r\n")
         bare = encoded.removesuffix(b"=").removesuffix(b"=")
@@ -192,32 +207,12 @@ def _from_form(body: bytes, header: str, most: int) -> list[Upload]:
     return [Upload(_named(part.filename, number), part.content) for number, part in enumerate(parts, start=1)]
 
 
-class _Header(BytesIO):
-    """The bytes of an image, of which only a header is to be read."""
-
-    _reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self._reads += 1
-        if self._reads > _MAX_READS:
-            raise _LongHeader
-        return super().read(size)
-
-
-class _LongHeader(Exception):
-    """Raised where a header has more parts than any that is meant to be read."""
-
-
 def _sized(upload: Upload) -> Upload:
-    """Return an image with the number of its pixels, or why its header is not read."""
-    other = register_format(upload.data[:HEAD_BYTES])
+    """Return an image with what it takes to decode, or why its header is not read."""
     try:
-        with Image.open(_Header(upload.data), formats=FORMATS if other is None else (other,)) as image:
-            return upload._replace(pixels=image.width * image.height)
-    except _LongHeader:
+        return upload._replace(measure=measure(upload.data))
+    except LongHeaderError:
         return upload._replace(data=b"", error="its header has too many parts")
-    except Exception:  # nearly anything; what is wrong is said where the image is decoded
-        return upload
 
 
 def _named(name: str | None, number: int) -> str:

@@ -269,7 +269,9 @@ class Connection(HttpToolsProtocol):
                     self._read_left_out(self._left_out)
         self._frame_size += size - max(0, self._body_size - before)
         if self._frame_size > _MAX_HEAD + _READ + _CHUNK_FRAME * self._chunks:
-            self._refuse(*_TOO_LONG if not self._in_body else (400, "the body holds more frame than content"))
+            self._refuse(
+                *_TOO_LONG if not self._in_body else (400, "the chunked body has more framing than content")
+            )
 
     def _read_left_out(self, framing: bytes) -> None:
         """Continue with a parser that expects the body of the request that the last one left."""
@@ -283,7 +285,7 @@ class Connection(HttpToolsProtocol):
     def _check_head(self) -> None:
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            raise self._stop(505, f"HTTP/{version} is not spoken here: use HTTP/1.1")
+            raise self._stop(505, f"HTTP/{version} is not supported: use HTTP/1.1")
         values: dict[bytes, list[bytes]] = {}
         for name, value in self.headers:
             values.setdefault(name, []).append(value)

@@ -50,13 +50,15 @@ class Decoders:
         self._waiting: dict[bool, list[_Job]] = {False: [], True: []}  # heaps, by whether they are large
         self._running: list[_Job] = []
 
-    def submit(self, work: Callable[[], T], pixels: int) -> asyncio.Future[T]:
+    def submit(self, work: Callable[[], T], pixels: int, before: int = 0) -> asyncio.Future[T]:
         """Return the future result of some work that decodes an image of so many pixels.
+
+        It is put back by the pixels before it in its request, too: many images are as slow as a large one.
 
         If it is cancelled, work that has not begun is dropped.
         """
         loop = asyncio.get_running_loop()
-        due = loop.time() + pixels / _PER_SECOND
+        due = loop.time() + (before + pixels) / _PER_SECOND
         job = _Job(due, next(self._numbers), work, pixels, loop.create_future())
         job.result.add_done_callback(lambda _: self._drop(job))
         heapq.heappush(self._waiting[job.large], job)

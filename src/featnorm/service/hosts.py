@@ -28,14 +28,18 @@ class HostCheck:
     app : what answers the rest.
     allowed : hosts to answer to, each by `allowed_name`, beside the address at which a connection arrives, and
         ``localhost`` if that is a loopback address. ``0.0.0.0`` or ``::`` stands for any IP address and
-        ``localhost``: nobody else can serve a page under these. ``*`` stands for every host.
+        ``localhost``: nobody else can serve a page under these. ``*`` stands for every host. A page of one of
+        these names may come from any port, since a proxy may listen on another.
+    bound : the host that the server listens on, by `allowed_name`. It is answered to as well, but pages of it must
+        come from the port at which they reach the service: other services may run beside it.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, allowed: Collection[str], bound: str | None = None) -> None:
         self.app = app
-        self._names = {*allowed}
+        self._names = {name for name in allowed if not _is_unspecified(name)}
         self._every = _EVERY in allowed
-        self._addresses = any(_is_unspecified(name) for name in allowed)
+        self._bound = bound
+        self._addresses = any(_is_unspecified(name) for name in (*allowed, bound or ""))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with the reason why not."""
@@ -75,7 +79,7 @@ class HostCheck:
         own = None if server is None else _canonical(server[0])
         any_address = self._addresses and (name == "localhost" or _address(name) is not None)
         at_home = own is not None and (name == own or (name == "localhost" and _is_loopback(own)))
-        return name in self._names or any_address or at_home
+        return name in self._names or name == self._bound or any_address or at_home
 
     def _is_own(self, origin: str, hosts: list[str]) -> bool:
         scheme, _, authority = origin.partition("://")

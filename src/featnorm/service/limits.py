@@ -13,6 +13,8 @@ RETRY = {"Retry-After": "1"}
 # Bodies of the largest size that may be in memory at once, of all requests together. Beyond, the request whose
 # body has been coming for longest gives way, so that nobody keeps the others out by not finishing.
 _BODIES = 16
+# A client that asks for something need not send a body, and a probe must not wait for the rest of one.
+_ASKING = ("GET", "HEAD")
 # Who sends no token has no claim on our time: the rest of its body is not awaited.
 _UNAUTHORIZED = 401
 # A client that is refused may first finish a body of this many times the largest size, which is thrown away: one
@@ -34,7 +36,9 @@ class Limits:
         gives a client as long to send the head of a request, and to read an answer.
     batch_size : images that the model judges at once.
     queue_pixels : pixels that wait to be decoded, as the headers of the images declare them, of all requests; 503
-        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least.
+        beyond, and 413 for a request that holds more by itself. An encoded byte counts as 4 pixels at least, and
+        as 20 in formats that Pillow decodes in Python (QOI, and some PPM and BMP); a JPEG counts a tenth of its
+        pixels more for each further scan.
     connections : that `featnorm serve` keeps open. Beyond, it closes the one that has waited longest for its
         client to finish a request; if all requests are complete, a new connection gets 503.
     grace : seconds after SIGTERM or Ctrl+C within which `featnorm serve` ends. Requests that are under way are
@@ -131,6 +135,7 @@ class _Body:
         self._evicted = False
         self._declared = declared_length(headers)
         self._complete = not has_body(headers)
+        self._drained = scope["method"] not in _ASKING
         # Whoever waits to be asked for the body is refused before sending it.
         self._asked = "100-continue" not in headers.get("expect", "").lower()
         self._deadline = asyncio.get_running_loop().time() + bound.limits.seconds
@@ -174,7 +179,9 @@ class _Body:
         except TimeoutError:
             if self._evicted:
                 raise self._full() from None
-            raise HTTPException(408, f"the body was not there within {limits.seconds:g} seconds") from None
+            raise HTTPException(
+                408, f"the request body did not arrive within {limits.seconds:g} seconds"
+            ) from None
         finally:
             self._reading = None
         self._note(message)
@@ -191,9 +198,9 @@ class _Body:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass a message on; before an answer begins, the rest of the body is read and thrown away."""
+        """Pass a message on; before the answer to a POST begins, the rest of its body is read and thrown away."""
         if message["type"] == "http.response.start" and not self._complete:
-            if message["status"] != _UNAUTHORIZED:
+            if self._drained and message["status"] != _UNAUTHORIZED:
                 await self._drain()
             if not self._complete:
                 message = closing(message)
@@ -218,7 +225,7 @@ class _Body:
             self._bound.coming.pop(self, None)
 
     def _full(self) -> HTTPException:
-        return HTTPException(503, "the service holds as much as it can: try again later", RETRY)
+        return HTTPException(503, "the service is at its memory limit for request bodies: try again later", RETRY)
 
     def _too_long(self) -> HTTPException:
         return HTTPException(413, f"the body is longer than {self._bound.limits.body_bytes:,} bytes")

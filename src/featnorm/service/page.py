@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 
+from featnorm.data.formats import FORMATS
 from featnorm.report.html import render
 
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
@@ -18,6 +19,7 @@ def render_page() -> tuple[str, str]:
             title="Does the model know this image?",
             summary="Drop an image and see whether it is like those that the detector was fitted on.",
             facts={},
+            formats=", ".join(FORMATS),
             policy=policy,
         )
 
