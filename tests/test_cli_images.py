@@ -24,6 +24,8 @@ from featnorm.deploy import ImageVerdict
 from featnorm.deploy.records import Journal, images_digest
 from hostile import hostile_files
 
+pytestmark = pytest.mark.slow
+
 BACKBONE = ("--model", "featnorm:cifar10-resnet18", "--workers", "0")
 
 

@@ -2,9 +2,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from painted import paint
+from torch import nn
 
 import featnorm as fn
+from featnorm import fitting
 from featnorm.data import open_images
 from featnorm.models import create_model
 
@@ -41,3 +44,19 @@ def fitted(folder, loaded, cache):
 def scorer(fitted):
     """A scorer of a test's own, to be changed."""
     return dataclasses.replace(fitted)
+
+
+@pytest.fixture(scope="session")
+def tiny(loaded):
+    """A backbone that answers, and is exported, in a moment: where the head and the detector are what matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
+        backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return dataclasses.replace(loaded, name="tests:tiny", model=backbone)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Train heads for few steps, where it does not matter how much they learn."""
+    monkeypatch.setattr(fitting, "_LEAST_STEPS", 10)

@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray")
 from featnorm.distributed import Cluster, cluster  # noqa: E402
 from featnorm.distributed.bank import BankPart, ShardedKNN  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps")]
 
 BATCH = 4
 
@@ -61,14 +61,14 @@ def fit(folder, loaded, cache, **options):
 
 
 @pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
-def test_fits_and_scores_are_those_of_one_process(workers, folder, loaded, cache, tmp_path, monkeypatch, detector):
+def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, tmp_path, monkeypatch, detector):
     targets = "clusters" if detector == "SSD()" else "labels"
     # Several parts to merge.
     monkeypatch.setattr(fn.fitting, "_ROWS", 50)
     source = SlicedImages(open_images(str(folder)), range(30), "thirty")
-    alone = fit(folder, loaded, cache, detector=fn.parse_detector(detector), targets=targets)
+    alone = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
     asked = cache if detector != "KLUniform()" else tmp_path / "asked by the workers"
-    merged = fit(folder, loaded, asked, detector=fn.parse_detector(detector), ray=workers, targets=targets)
+    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), ray=workers, targets=targets)
     assert (merged.trained, merged.held_out, merged.accuracy) == (alone.trained, alone.held_out, alone.accuracy)
     assert merged.corrupt == alone.corrupt
     assert merged.computed == (0 if asked is cache else alone.trained + alone.held_out)
@@ -81,9 +81,9 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, loaded, cache
         assert torch.equal(mine, theirs)
 
 
-def test_some_batches_in_any_number(workers, folder, loaded, cache, monkeypatch):
+def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
-    scorer = fit(folder, loaded, cache).scorer
+    scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(27), "some")
     expected = local(scorer, source)
     wanted = [0, 2, 3, 6]  # the last of three images
@@ -119,9 +119,9 @@ class Deadly(ImageSource):
         return self.source.digest(i)
 
 
-def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, loaded, cache, tmp_path, monkeypatch):
+def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
-    scorer = fit(folder, loaded, cache).scorer
+    scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(1, 49), "some")
     deadly = Deadly(source, 29, tmp_path)
     assert_same(remote(workers, scorer, deadly), local(scorer, source))
@@ -135,8 +135,8 @@ def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, loaded, ca
 
 
 @pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))"])
-def test_a_large_bank_lies_in_parts(workers, folder, loaded, cache, monkeypatch, detector):
-    scorer = fit(folder, loaded, cache, detector=fn.parse_detector(detector)).scorer
+def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
+    scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector)).scorer
     source = SlicedImages(open_images(str(folder)), range(1, 21), "some")
     expected = local(scorer, source)
     assert workers._in_parts(scorer) is scorer
@@ -165,8 +165,8 @@ def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
         ShardedKNN(fn.KNN(13).use_bank(bank), parts).score(fn.Features(pooled=queries))
 
 
-def test_an_error_comes_back_in_its_own_words(workers, folder, loaded, cache):
-    scorer = fit(folder, loaded, cache).scorer
+def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
+    scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(1, 9), "some")
 
     def fails(image):
@@ -234,8 +234,8 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     assert "flagged as OOD" in printed
 
 
-def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, loaded, cache, monkeypatch):
-    scorer = fit(folder, loaded, cache).scorer
+def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, monkeypatch):
+    scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
     judge, sizes = ImageScorer._judge, []

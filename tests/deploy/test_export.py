@@ -2,32 +2,23 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
 
 import featnorm as fn
 from featnorm.data import open_images
 from featnorm.deploy import ExportError, export, export_onnx
 from featnorm.evaluation import standard_detectors
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps")]
+
 LEFT_OUT = {"ReAct(Energy())"}  # not of a cosine classifier's logits
 DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT]
 DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)", "OneClassSVM()"]
-
-
-@pytest.fixture(scope="module")
-def tiny(loaded):
-    """A backbone that is exported in a moment, as the head and the detector are what differs."""
-    torch.manual_seed(0)
-    convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
-    backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return replace(loaded, name="tests:tiny", model=backbone)
 
 
 def fit(folder, loaded, cache, detector):
