@@ -25,7 +25,10 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def workers():
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    # By default its processes wait for everything else that runs, and so for the other process of tests.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     # Workers do not import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield Cluster("cpu")
