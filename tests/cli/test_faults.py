@@ -353,7 +353,6 @@ class TestStatus:
             (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory.): lower --batch-size"),
             (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch-size"),
             (MemoryError(), "out of memory"),
-            (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "--workers 0"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
     )

@@ -192,7 +192,7 @@ def test_a_jpeg_of_endless_scans_is_refused_at_once(tmp_path: Path) -> None:
     assert decode(data, "fine").size == (64, 64)
     (tmp_path / "bomb.jpg").write_bytes(bomb)
     for place in (bomb, tmp_path / "bomb.jpg"):
-        with pytest.raises(ImageError, match=r"a JPEG of 2\d\d scans, more than 100: save it anew"):
+        with pytest.raises(ImageError, match=r"a JPEG of 2\d\d scans, more than 100: save it again"):
             decode(place, "bomb")
 
 

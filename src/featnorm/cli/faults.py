@@ -21,11 +21,8 @@ STATUSES = {
 
 _HINT = " (rerun with --debug for the traceback)"
 _LESS_MEMORY = "lower --batch-size, or free memory"
-# What is in the messages of libraries where the machine is to blame, and what to do.
-_ENVIRONMENT = {
-    "can't allocate memory": _LESS_MEMORY,
-    "DataLoader worker": "decode in fewer processes, by --workers 1 or --workers 0",
-}
+# In the message of torch's allocator, which raises no MemoryError.
+_NO_MEMORY = "can't allocate memory"
 
 
 def report(error: BaseException, *, debug: bool) -> int:
@@ -63,7 +60,7 @@ def _refusal(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({said}): {_LESS_MEMORY}"
     if isinstance(error, RuntimeError) and not isinstance(error, RefusalError):
-        return next((f"{said}: {advice}" for words, advice in _ENVIRONMENT.items() if words in said), None)
+        return f"{said}: {_LESS_MEMORY}" if _NO_MEMORY in said else None
     if isinstance(error, ImportError):
         return None if (error.name or "").partition(".")[0] == "featnorm" else said
     if isinstance(error, (OSError, RefusalError)):

@@ -651,7 +651,7 @@ def _check_scans(image: Any) -> None:
     """
     scans, parts = count_scans(image)
     if scans > parts * _MOST_SCANS:
-        raise ValueError(f"a JPEG of {scans:,} scans, more than {parts * _MOST_SCANS:,}: save it anew")
+        raise ValueError(f"a JPEG of {scans:,} scans, more than {parts * _MOST_SCANS:,}: save it again")
 
 
 def count_scans(image: Any) -> tuple[int, int]:

@@ -108,7 +108,7 @@ class ParquetImages(ImageSource):
     def _row_group(self, file: int, group: int) -> Any:
         pa = vision_module("pyarrow")
         try:
-            # Without pyarrow's threads, which do not survive the fork of a DataLoader worker.
+            # Without pyarrow's own threads: images are read by several threads already.
             with _opened(self._files[file]) as opened:
                 return opened.read_row_group(group, columns=["image"], use_threads=False)["image"]
         except (pa.ArrowException, OSError) as error:
