@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from featnorm._memory import keep_freed_memory
+from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.show import environment
 from measuring import Row
 

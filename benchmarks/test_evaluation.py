@@ -4,7 +4,7 @@ import torch
 
 import featnorm as fn
 from featnorm.evaluation import compare as compare_detectors
-from featnorm.training import cifar_network
+from featnorm.models import cifar_network
 
 BATCH = 128
 DETECTORS = (

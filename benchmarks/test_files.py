@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageFilter
 
 import featnorm as fn
-from featnorm.data import image_loader, open_images
-from featnorm.deploy import ImageScorer
+from featnorm.image_scorer import ImageScorer
+from featnorm.inputs import image_loader, open_images
 from featnorm.models import create_model
 from measuring import COMMAND
 

@@ -43,7 +43,7 @@ def test_exact(compare, size):
 def test_index(compare, size):
     # An index needs rows that lie along fewer directions than they have units, as a network's do: ten classes,
     # and within them directions that matter less and less. Levina and Bickel's estimate of the dimension at a row,
-    # from its 50 neighbours, is 14 for these and 15 for the features of our ResNet-18 on CIFAR-10.
+    # from its 50 neighbors, is 14 for these and 15 for the features of our ResNet-18 on CIFAR-10.
     asked, rows, d = size(QUERIES, 2_000), size(1_280_000, 150_000), size(512, 128)
     random = torch.Generator().manual_seed(0)
     means = torch.randn(10, d, generator=random)

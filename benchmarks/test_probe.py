@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from featnorm.training import Probe, cifar_network
+from featnorm.models import cifar_network
+from featnorm.paper.probe import Probe
 
 TRAINING_IMAGES = 45_000
 BATCH = 128
@@ -18,16 +19,16 @@ def images(n):
 def test_an_epoch(compare, size):
     width, asked = size(24, 8), size(500, 50)
     model = cifar_network(width, 10, hidden=512, seed=0).to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pixels = torch.rand(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 
     def steps():
         model.train()
         for _ in range(STEPS):
             loss = nn.functional.cross_entropy(model(pixels), torch.arange(BATCH) % 10)
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
 
     folds = {name: (images(asked), torch.arange(asked) % 10) for name in ("train", "test")}
     probe = Probe(folds, {f"ood {i}": images(asked) for i in range(3)}, pre_activation="2.hidden")

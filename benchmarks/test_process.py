@@ -11,7 +11,7 @@ with torch.no_grad():
     for _ in range(12):
         model(images)
 """
-KEEP = "from featnorm._memory import keep_freed_memory; keep_freed_memory()\n"
+KEEP = "from featnorm._utils.memory import keep_freed_memory; keep_freed_memory()\n"
 
 
 def run(code):

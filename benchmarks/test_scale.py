@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import featnorm as fn
-from featnorm.data import open_images
-from featnorm.deploy import ImageVerdict
-from featnorm.deploy.records import Journal
+from featnorm.image_scorer import ImageVerdict
+from featnorm.inputs import open_images
+from featnorm.records import Journal
 
 BATCH = 64
 

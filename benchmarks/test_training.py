@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from featnorm.training import CifarResNet18, ProjectionHead
+from featnorm.models import CifarResNet18, ProjectionHead
 
 WAYS = {
     "default layout": (torch.contiguous_format, None, False),
@@ -55,16 +55,16 @@ def test_step(compare, size, best, way):
     width, batch = size(32, 8), size(128, 16)
     model = nn.Sequential(CifarResNet18(width), ProjectionHead(8 * width, 10, hidden=512)).to(memory_format=layout)
     runs = torch.compile(model) if compiled else model
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
     targets = torch.arange(batch) % 10
 
     def step(network=runs):
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             loss = nn.functional.cross_entropy(network(images).float(), targets)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     operations = counted(lambda: step(model))
     work, sizes, rounds = f"a training step, {way}", f"{batch} images, ResNet-18 of width {width}", 3

@@ -7,8 +7,10 @@ import hypothesis
 import pytest
 
 import running
-from featnorm._memory import keep_freed_memory
+from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli import main
+
+pytest_plugins = ["own_images"]
 
 # No test depends on how fast the machine is, or how busy.
 hypothesis.settings.register_profile(

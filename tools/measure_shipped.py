@@ -29,11 +29,11 @@ import onnxruntime
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from featnorm._memory import keep_freed_memory
+from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.show import environment
-from featnorm.data import ImageSource, SlicedImages, image_loader, open_images
-from featnorm.deploy import ImageScorer, export_onnx
-from featnorm.deploy.export import OUTPUTS
+from featnorm.export import OUTPUTS, export_onnx
+from featnorm.image_scorer import ImageScorer
+from featnorm.inputs import ImageSource, SlicedImages, image_loader, open_images
 
 # Images that are judged, at most; what is judged in memory holds them all, as the model takes them.
 MOST_IMAGES = 512

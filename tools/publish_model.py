@@ -12,10 +12,10 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
-from featnorm import pretrained
-from featnorm._files import replacing
-from featnorm.protocols import cifar10
-from featnorm.protocols.tables import make_table
+from featnorm._utils.files import replacing
+from featnorm.models import packaged
+from featnorm.paper import cifar10
+from featnorm.paper.tables import make_table
 
 CARD = """# {name}
 
@@ -66,7 +66,7 @@ def main() -> None:
         "mean": model[0].mean.flatten().tolist(),
         "std": model[0].std.flatten().tolist(),
     }
-    folder = Path(pretrained.__file__).parent
+    folder = Path(packaged.__file__).parent
     file = folder / f"{arguments.name}.safetensors"
     with replacing(file) as temporary:
         save_file(weights, temporary, {"featnorm": json.dumps({"network": network, "result": result})})
@@ -81,7 +81,7 @@ def main() -> None:
         table=make_table("table3", [result]).markdown(),
     )
     file.with_suffix(".md").write_text(card, encoding="utf-8")
-    assert torch.equal(model[2].hidden.weight, pretrained.load_model(arguments.name)[2].hidden.weight)
+    assert torch.equal(model[2].hidden.weight, packaged.load_model(arguments.name)[2].hidden.weight)
 
 
 if __name__ == "__main__":

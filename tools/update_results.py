@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featnorm.protocols import explanations, heads, imagenet, label_free, moco_length, one_class, own_images
-from featnorm.protocols.figures import Figure
-from featnorm.protocols.imagenet_tables import make_tables
-from featnorm.protocols.tables import Table, make_table, width_figure
-from featnorm.protocols.theory import FIGURES
+from featnorm.paper import explanations, heads, imagenet, label_free, moco_length, one_class, own_images
+from featnorm.paper.figures import Figure
+from featnorm.paper.imagenet_tables import make_tables
+from featnorm.paper.tables import Table, make_table, width_figure
+from featnorm.paper.theory import FIGURES
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 #: The results that each page shows; they lie in a folder of its name.

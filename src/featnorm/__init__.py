@@ -14,10 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from featnorm.activation import ActivationStatistics
     from featnorm.archive import ArchiveError
     from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
-    from featnorm.deploy import ImageScorer, ImageVerdict
     from featnorm.detectors import (
         CSI,
         KNN,
@@ -45,10 +43,14 @@ if TYPE_CHECKING:
         ViM,
         parse_detector,
     )
-    from featnorm.explain import Explainer, Explanation
+    from featnorm.drift import DriftMonitor
+    from featnorm.explainer import Explainer
     from featnorm.features import Features
     from featnorm.fitting import Fitted, fit_images
-    from featnorm.hidden import HiddenClassifier
+    from featnorm.hidden.classifier import HiddenClassifier
+    from featnorm.hidden.explanation import Explanation
+    from featnorm.hidden.statistics import ActivationStatistics
+    from featnorm.image_scorer import ImageScorer, ImageVerdict
     from featnorm.metrics import (
         aupr_in,
         aupr_out,
@@ -58,9 +60,8 @@ if TYPE_CHECKING:
         fpr_at_tpr,
         fpr_at_tpr_ood_positive,
     )
-    from featnorm.monitoring import DriftMonitor
+    from featnorm.models import load_model, model_names
     from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
-    from featnorm.pretrained import load_model, model_names
     from featnorm.scorer import Scorer, Verdict
     from featnorm.tap import FeatureTap, LayerTap
 
@@ -131,22 +132,21 @@ __all__ = [
 _HOMES = {
     name: f"featnorm.{module}"
     for module, names in {
-        "activation": "ActivationStatistics",
         "archive": "ArchiveError",
         "calibration": "Calibration benjamini_hochberg conformal_p_values threshold_at_tpr",
-        "deploy": "ImageScorer ImageVerdict",
         "detectors": "CSI KNN MSP NAN ODIN SSD Detector EmbeddingMagnitude Energy Fusion HiddenConfidence "
         "KLUniform L1Norm LpNorm Mahalanobis MaxLogit NotFittedError OneClassSVM ReAct Residual RotNet Sparsity "
         "Views ViM parse_detector",
-        "explain": "Explainer Explanation",
+        "explainer": "Explainer",
+        "drift": "DriftMonitor",
         "features": "Features",
         "fitting": "Fitted fit_images",
-        "hidden": "HiddenClassifier",
+        "hidden": "ActivationStatistics Explanation HiddenClassifier",
+        "image_scorer": "ImageScorer ImageVerdict",
         "metrics": "aupr_in aupr_out auroc bootstrap_interval detection_accuracy fpr_at_tpr "
         "fpr_at_tpr_ood_positive",
-        "monitoring": "DriftMonitor",
+        "models": "load_model model_names",
         "norms": "l0_norm l1_norm lp_norm negative_aware_norm",
-        "pretrained": "load_model model_names",
         "scorer": "Scorer Verdict",
         "tap": "FeatureTap LayerTap",
     }.items()

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from featnorm._checks import check_type
-from featnorm._files import replacing
+from featnorm._utils.checks import check_type
+from featnorm._utils.files import replacing
 from featnorm.calibration import Calibration
 
 FORMAT = 2

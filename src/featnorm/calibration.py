@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from featnorm._checks import ScoreLike, as_p_values, as_score_tensor, check_share, count_for_share
+from featnorm._utils.checks import ScoreLike, as_p_values, as_score_tensor, check_share, count_for_share
 
 __all__ = ["Calibration", "benjamini_hochberg", "conformal_p_values", "threshold_at_tpr"]
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from featnorm._checks import check_type, shown
+from featnorm._utils.checks import check_type, shown
 
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 

@@ -17,13 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
-from featnorm._checks import check_share, check_type
-from featnorm._errors import UserCodeError
-from featnorm._layout import fast_layout
-from featnorm._weights import single_precision
-from featnorm.activation import ActivationStatistics
+from featnorm._utils.checks import check_share, check_type
+from featnorm._utils.errors import UserCodeError
+from featnorm._utils.layout import fast_layout
+from featnorm._utils.weights import single_precision
 from featnorm.calibration import Calibration
-from featnorm.data import (
+from featnorm.detectors import Detector, KLUniform
+from featnorm.detectors.base import check_detector
+from featnorm.features import Features
+from featnorm.hidden.statistics import ActivationStatistics
+from featnorm.image_scorer import ImageScorer, backbone_of
+from featnorm.inputs import (
     CachedFeatures,
     DataError,
     FeatureCache,
@@ -32,16 +36,12 @@ from featnorm.data import (
     extract_images,
     image_loader,
 )
-from featnorm.data.images import DECODING
-from featnorm.deploy import ImageScorer
-from featnorm.deploy.image_scorer import backbone_of
-from featnorm.detectors import Detector, KLUniform
-from featnorm.detectors.base import check_detector
-from featnorm.features import Features
-from featnorm.models import LoadedModel, users_forward, users_transform
+from featnorm.inputs.images import DECODING
+from featnorm.models import LoadedModel, ProjectionHead
+from featnorm.models.loading import users_forward, users_transform
 from featnorm.scorer import Scorer
 from featnorm.tap import FeatureTap
-from featnorm.training import PRESETS, ProjectionHead, Recipe, train
+from featnorm.training import Recipe, train
 
 Targets = Literal["auto", "labels", "clusters"]
 
@@ -50,8 +50,8 @@ HELD_OUT = 5
 #: Fewer images leave too few to calibrate on.
 LEAST_IMAGES = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
-# Of the paper's heads on frozen backbones (D.4).
-RECIPE = PRESETS["D.4"]
+# As the paper trains heads on frozen backbones (D.4).
+RECIPE = Recipe(epochs=10, batch_size=256, optimizer="sgd", lr=0.03)
 CLUSTER_SIZE = 10
 TEMPERATURE = 0.2
 # A recipe counts epochs, and what a head needs is steps: with few images there are few in an epoch.
@@ -128,10 +128,10 @@ def fit_images(
     targets : "labels" or "clusters"; "auto" takes labels where every image has one and there are two at least.
     tpr : the share of images like these to accept, between 0 and 1.
     cache : the folder of a `FeatureCache`; ``~/.cache/featnorm/features`` without it.
-    batch_size, workers : of `featnorm.data.image_loader`.
+    batch_size, workers : of `featnorm.inputs.image_loader`.
     fabric : a `lightning_fabric.Fabric` for device and precision; the CPU without it.
     ray
-        A `featnorm.distributed.Cluster`, whose actors ask the backbone and fit the detector; without it this
+        A `featnorm.cluster.Cluster`, whose actors ask the backbone and fit the detector; without it this
         process does.
     seed : of the head's initial weights, its training, and the clusters.
     progress : show progress bars; None for where there is a terminal.
@@ -143,7 +143,7 @@ def fit_images(
     ValueError
         The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
     """
-    check_type(source, ImageSource, "the images", "a source, as featnorm.data.open_images makes it")
+    check_type(source, ImageSource, "the images", "a source, as featnorm.inputs.open_images makes it")
     check_type(loaded, LoadedModel, "the backbone", "a LoadedModel, as featnorm.models.create_model makes it")
     detector = KLUniform() if detector is None else detector
     check_detector(detector, "fit_images")

@@ -20,7 +20,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from featnorm._checks import ScoreLike, as_score_array, check_share, count_for_share, shown
+from featnorm._utils.checks import ScoreLike, as_score_array, check_share, count_for_share, shown
 
 __all__ = [
     "Measures",

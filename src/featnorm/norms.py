@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featnorm._checks import check_type, real
+from featnorm._utils.checks import check_type, real
 
 # A core's share of a block is this many elements: they, and what is made of them, stay in its cache between the
 # map that fills it and the sum that reads it; the whole array's worth would be written to memory and read back. On

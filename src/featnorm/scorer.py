@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from featnorm import archive
-from featnorm._checks import check_share
+from featnorm._utils.checks import check_share
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, parse_detector
 from featnorm.detectors.base import check_detector

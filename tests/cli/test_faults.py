@@ -15,9 +15,10 @@ from PIL import Image
 
 import featnorm as library
 from featnorm.cli import main
-from featnorm.data.loading import TransformError
-from featnorm.deploy import ImageScorer
-from featnorm.models import ModelError, UserModelError, create_model
+from featnorm.image_scorer import ImageScorer
+from featnorm.inputs.loading import TransformError
+from featnorm.models import ModelError, create_model
+from featnorm.models.loading import UserModelError
 
 HINT = " (rerun with --debug for the traceback)\n"
 MINE = """

@@ -3,10 +3,10 @@
 import math
 
 import pytest
-from fabricate import EVERY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fabricate import EVERY
 from featnorm.detectors import KNN, NAN, SSD, Detector, Fusion, LpNorm, Mahalanobis, ReAct, ViM, parse_detector
 
 

@@ -6,6 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from fabricate import (
     EVERY,
     LEARNERS,
@@ -20,11 +25,6 @@ from fabricate import (
     state,
     wide_as,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from featnorm.detectors import (
     KNN,
     MSP,
@@ -594,7 +594,7 @@ def test_a_score_does_not_depend_on_its_batch(expression):
     assert_close(detector.score(TEST[[5, 5, 0]]), together[[5, 5, 0]], 1e-5)
 
 
-def test_a_neighbour_found_in_a_large_batch_is_the_one_found_alone():
+def test_a_neighbor_found_in_a_large_batch_is_the_one_found_alone():
     g = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, 96, generator=g) + 5 for n in (3000, 600))
     detector = KNN(k=3).fit(Features(pooled=bank))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fabricate import id_features, of_activation, ood_features
 from sklearn import svm
 
+from fabricate import id_features, of_activation, ood_features
 from featnorm.detectors import KNN, MSP, Energy, Mahalanobis, MaxLogit, OneClassSVM, ReAct, ViM
 from featnorm.features import Features
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from fabricate import EVERY, assert_close, fitted, id_features, of_activation, ood_features
 
+from fabricate import EVERY, assert_close, fitted, id_features, of_activation, ood_features
 from featnorm.detectors import KNN, SSD, HiddenConfidence, Mahalanobis, ReAct, Residual, ViM, parse_detector
 from featnorm.features import Features
 
@@ -164,7 +164,7 @@ def reference(expression):
 def test_formula(expression):
     got = fitted(expression, TRAIN).score(BOTH)
     assert got.dtype == torch.float64
-    # The clip of ReAct is known to one part in 2^11; the neighbours, and the samples for k-means and the support
+    # The clip of ReAct is known to one part in 2^11; the neighbors, and the samples for k-means and the support
     # vector machine, are float32.
     rtol = 5e-3 if "ReAct" in expression else 1e-8
     if any(kind in expression for kind in ("KNN", "clusters=3", "OneClassSVM")) and "ReAct" not in expression:

@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from fabricate import assert_close, assert_same_state, state
 from torch import nn
 from torchvision.transforms import functional as images_of
 
 import featnorm as fn
+from fabricate import assert_close, assert_same_state, state
 from featnorm.augmentation import Distortion
 from featnorm.features import Features
-from featnorm.training import CSIHead
+from featnorm.paper.networks import CSIHead
 
 E, SIDE = 5, 8
 

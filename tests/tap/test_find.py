@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations
 
 from featnorm import norms
 from featnorm.features import Features
+from featnorm.paper.networks import CSIHead
 from featnorm.tap import FeatureTap
-from featnorm.training import CSIHead
 
 N, IN, D, E, C = 5, 6, 8, 4, 3
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import featnorm as fn
-from featnorm.training import MLP, CifarResNet18, ProjectionHead
+from featnorm.models import CifarResNet18, ProjectionHead
+from featnorm.paper.networks import MLP
 
 RECTIFIERS = {
     "relu": nn.ReLU(),

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from featnorm.models import CifarResNet18, ProjectionHead
 from featnorm.tap import FeatureTap, LayerTap
-from featnorm.training import CifarResNet18, ProjectionHead
 
 
 class Mixed(nn.Module):

@@ -5,64 +5,28 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import trainings
 from featnorm.cli.machine import fabric_of
-from featnorm.training import (
-    MLP,
-    PRESETS,
+from featnorm.models import (
     CifarResNet18,
-    CSIHead,
     Normalize,
     ProjectionHead,
-    Recipe,
     attach_head,
-    cifar_network,
-    cifar_network_with,
-    scheme_labels,
-    train,
-    train_head,
 )
+from featnorm.paper.networks import MLP
+from featnorm.paper.recipe import PRESETS, scheme_labels
+from featnorm.training import Recipe, train, train_head
+from trainings import CASES, RECIPE, assert_same, data, framework, network, plain, weights
 
 pytestmark = pytest.mark.slow
 
-RECIPE = Recipe(epochs=4, batch_size=16, optimiser="sgd", lr=0.05, augment=True)
-
-
-def data(n=96, classes=3, side=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.arange(n) % classes
-    images = torch.randint(0, 100, (n, 3, side, side), generator=generator, dtype=torch.uint8)
-    for c in range(classes):
-        images[targets == c, c] += 120
-    return images, targets
-
-
-def network(seed=0, classes=3):
-    torch.manual_seed(seed)
-    return nn.Sequential(CifarResNet18(4), ProjectionHead(32, classes, embedding=16))
-
-
-def framework(recipe, seed=0):
-    """A small network of the kind that the recipe's objective reads."""
-    if recipe.objective == "csi":
-        return cifar_network_with(lambda features: CSIHead(features, embedding=16), 4, seed=seed)
-    if recipe.objective == "rotnet":
-        return cifar_network_with(lambda features: nn.Linear(features, 4), 4, seed=seed)
-    return cifar_network(4, None, hidden=32, embedding=16, seed=seed)
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+HELPERS = Path(trainings.__file__).parent
 
 
 def test_it_learns():
@@ -84,10 +48,10 @@ def test_seed_alone_decides():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_resumed_is_unbroken(tmp_path, optimiser):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_is_unbroken(tmp_path, optimizer):
     images, targets = data()
-    recipe = replace(RECIPE, optimiser=optimiser, lr=0.01, weight_decay=0.01)
+    recipe = replace(RECIPE, optimizer=optimizer, lr=0.01, weight_decay=0.01)
     unbroken = weights(train(network(), images, targets, recipe))
 
     def die(entry, _):
@@ -107,12 +71,13 @@ def test_a_killed_run_loses_one_epoch_at_most(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r})\n"
-        "from test_loop import *\n"
+        f"sys.path.insert(0, {str(HELPERS)!r})\n"
+        "from trainings import *\n"
         "def kill(entry, model):\n"
         "    if entry['epoch'] == 3 and '--kill' in sys.argv:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "images, targets = data()\n"
+        "from featnorm.training import train\n"
         "model = train(network(), images, targets, RECIPE, folder='run', on_epoch=kill)\n"
         "torch.save(model.state_dict(), 'end.pt')\n"
     )
@@ -219,7 +184,7 @@ def test_supcon_draws_a_class_together():
 
 def test_supcon_is_the_formula_over_both_views():
     """Khosla et al., NeurIPS 2020, eq. 2, term by term in float64."""
-    from featnorm.training.objectives import supcon
+    from featnorm.paper.objectives import supcon
 
     torch.manual_seed(3)
     z = torch.randn(12, 5, dtype=torch.float64)
@@ -234,8 +199,8 @@ def test_supcon_is_the_formula_over_both_views():
     assert float(supcon(z, y, 0.2, None)) == pytest.approx(float(total) / 12, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_the_head_alone_learns_and_the_backbone_stays(optimiser):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_head_alone_learns_and_the_backbone_stays(optimizer):
     images, targets = data(96)
     torch.manual_seed(0)
     model = attach_head(CifarResNet18(4), 3, features=32, hidden=16)
@@ -245,7 +210,7 @@ def test_the_head_alone_learns_and_the_backbone_stays(optimiser):
     loader = [
         (part.float() / 255, labels) for part, labels in zip(images.split(32), targets.split(32), strict=True)
     ]
-    recipe = replace(PRESETS["D.4"], epochs=60, batch_size=32, optimiser=optimiser)
+    recipe = replace(PRESETS["D.4"], epochs=60, batch_size=32, optimizer=optimizer)
     assert train_head(model, loader, recipe) is model
     assert len(calls) == 3
     assert_same(before, weights(model[0]))
@@ -263,8 +228,11 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 from dataclasses import replace
 from lightning_fabric import Fabric
-from featnorm.training import MLP, PRESETS, ProjectionHead, Recipe, train
-from test_loop import CASES, data, plain
+from featnorm.paper.networks import MLP
+from featnorm.paper.recipe import PRESETS
+from featnorm.models import ProjectionHead
+from featnorm.training import Recipe, train
+from trainings import CASES, data, plain
 def run(fabric):
     images, targets = data(64)
     ends = {{}}
@@ -277,30 +245,11 @@ if __name__ == "__main__":
     fabric.launch(run)
 """
 
-# Every preset for an epoch, and supcon; the losses on embeddings run over the inputs of both processes.
-CASES = {
-    name: replace(recipe, epochs=1, batch_size=16, augment=recipe.objective != "cross_entropy")
-    for name, recipe in PRESETS.items()
-} | {
-    "supcon": Recipe(epochs=2, batch_size=16, optimiser="sgd", lr=0.05, augment=True, objective="supcon"),
-}
-
-
-def plain(recipe):
-    """A network without batch normalisation, which two processes compute as one does."""
-    torch.manual_seed(0)
-    if recipe.objective == "csi":
-        return nn.Sequential(nn.Flatten(), CSIHead(192, hidden=16, embedding=8))
-    body = MLP(192, 4 if recipe.objective == "rotnet" else 3, hidden=16, embedding=8)
-    if recipe.objective not in ("cross_entropy", "rotnet"):
-        body.classifier = nn.Identity()
-    return body
-
 
 def test_two_processes_train_as_one(tmp_path):
     out = tmp_path / "two.pt"
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(folder=__file__.rsplit("/", 1)[0], out=str(out)))
+    script.write_text(TWO.format(folder=str(HELPERS), out=str(out)))
     subprocess.run([sys.executable, script], check=True, capture_output=True)
     images, targets = data(64)
     two = torch.load(out, weights_only=True)
@@ -312,7 +261,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_supcon_of_one_class_and_of_classes_of_one():
-    from featnorm.training.objectives import supcon
+    from featnorm.paper.objectives import supcon
 
     z = torch.randn(6, 4)
     one = supcon(z, torch.zeros(6, dtype=torch.int64), 0.1, None)
@@ -331,7 +280,7 @@ def test_supcon_of_one_class_and_of_classes_of_one():
 
 def test_dropout_depends_on_the_seed_and_resumes(tmp_path):
     features, targets = torch.randn(64, 6), torch.arange(64) % 2
-    recipe = Recipe(epochs=4, batch_size=16, optimiser="sgd", lr=0.05)
+    recipe = Recipe(epochs=4, batch_size=16, optimizer="sgd", lr=0.05)
 
     def make():
         torch.manual_seed(0)
@@ -356,7 +305,7 @@ def test_dropout_depends_on_the_seed_and_resumes(tmp_path):
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     features, targets = torch.randn(64, 6), torch.arange(64) % 2
-    recipe = Recipe(epochs=1, batch_size=16, optimiser="sgd", lr=0.05)
+    recipe = Recipe(epochs=1, batch_size=16, optimizer="sgd", lr=0.05)
     train(nn.Linear(6, 2), features, targets, recipe, folder=tmp_path)
     for other in ((features, 1 - targets), (features + 1, targets)):
         with pytest.raises(ValueError, match="another run: its data differ"):
@@ -368,13 +317,13 @@ def test_warmup_to_the_last_step_and_gradients_switched_off():
     model = nn.Linear(6, 2)
     before = weights(model)
     with torch.no_grad():
-        train(model, features, targets, Recipe(epochs=1, batch_size=64, optimiser="sgd", lr=0.1, warmup=0.9))
+        train(model, features, targets, Recipe(epochs=1, batch_size=64, optimizer="sgd", lr=0.1, warmup=0.9))
     assert not torch.equal(before["weight"], model.weight)
 
 
 def test_weights_that_are_not_finite_are_never_kept(tmp_path):
     features, targets = torch.randn(64, 6) * 1e3, torch.arange(64) % 2
-    recipe = Recipe(epochs=3, batch_size=64, optimiser="sgd", lr=1e38)
+    recipe = Recipe(epochs=3, batch_size=64, optimizer="sgd", lr=1e38)
     with pytest.raises(ValueError, match="the weights are not finite in epoch 1"):
         train(nn.Linear(6, 2), features, targets, recipe, folder=tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -402,8 +351,8 @@ def test_what_is_wrong_is_named(tmp_path):
         train(network(), images, targets[:5], RECIPE)
     with pytest.raises(ValueError, match="a batch of 64 needs as many inputs"):
         train(network(), images, targets, replace(RECIPE, batch_size=64))
-    with pytest.raises(ValueError, match="no optimiser"):
-        replace(RECIPE, optimiser="adam")
+    with pytest.raises(ValueError, match="no optimizer"):
+        replace(RECIPE, optimizer="adam")
     with pytest.raises(ValueError, match="lr must be positive"):
         replace(RECIPE, lr=0)
     bad = network()
@@ -419,7 +368,7 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
     # Not the cache of all runs: code that was compiled for wider vectors than are asked for now corrupts the heap.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     images, targets = data(64)
-    recipe = Recipe(epochs=3, batch_size=16, optimiser="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
+    recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
     fabric = fabric_of("cpu", "32-true", compiled=True)
 
     def network():

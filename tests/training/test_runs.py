@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from featnorm.oneclass import steps
-from featnorm.oneclass.steps import train_steps
-from featnorm.oneclass.system import Run
+from featnorm.paper.systems import steps
+from featnorm.paper.systems.steps import train_steps
+from featnorm.paper.systems.system import Run
 from featnorm.training import Recipe, loop, train
 from featnorm.training.runs import CHECKPOINT, LOG, log, read_checkpoint, read_log, write_checkpoint
 
 RUN = {"recipe": {"lr": 0.1}, "seed": 0}
-RECIPE = Recipe(epochs=3, batch_size=16, optimiser="sgd", lr=0.05)
+RECIPE = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05)
 CPU = torch.device("cpu")
 
 

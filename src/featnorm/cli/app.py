@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from featnorm._memory import keep_freed_memory
+from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.faults import STATUSES
 
 
@@ -290,7 +290,7 @@ def monitor(
 ) -> None:
     """Say whether images as a whole have drifted, though no single one may be extreme.
 
-    For images that come in no order; neighbouring frames of a video raise alarms without drift.
+    For images that come in no order; neighboring frames of a video raise alarms without drift.
     The exit status is 0 without drift and 3 with drift.
     """
     from featnorm.cli.monitor import DRIFT, Options, run
@@ -348,7 +348,7 @@ def serve(
     of JSON a request goes to standard error, and counters for Prometheus are at `/metrics`.
     """
     from featnorm.cli.serve import Options, run
-    from featnorm.service import Limits
+    from featnorm.serve import Limits
 
     run(
         Options(

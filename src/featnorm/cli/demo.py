@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from featnorm import demo
 from featnorm.cli.show import console, environment, prepare_folder, print_table
 from featnorm.detectors import NAN
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
-from featnorm.protocols import digits
 from featnorm.report.comparison import write_page
 from featnorm.scorer import Scorer
 from featnorm.tap import FeatureTap
@@ -26,9 +26,9 @@ def run(out: Path, seed: int) -> None:
     started = time.perf_counter()
     page = out / "index.html"
     prepare_folder(out, [page])
-    data = digits.load(seed)
+    data = demo.load(seed)
     console.print(f"Training a small network on {len(data.train[0])} handwritten digits, 0 to 6 ...", style="dim")
-    model = digits.train(data.train, seed)
+    model = demo.train(data.train, seed)
     trained = time.perf_counter()
 
     tap = FeatureTap(model).watch(data.test[0])
@@ -41,7 +41,7 @@ def run(out: Path, seed: int) -> None:
         ood_sets={name: _stream(tap, images) for name, images in data.ood.items()},
     )
     evaluation.facts = {
-        "model": f"three convolutions and a head, {digits.RECIPE.epochs} epochs in {trained - started:.0f} s",
+        "model": f"three convolutions and a head, {demo.RECIPE.epochs} epochs in {trained - started:.0f} s",
         "in-distribution": f"{len(data.test[0])} digits 0 to 6 that the network was not trained on",
         **{name: f"{len(images)} inputs" for name, images in data.ood.items()},
         "fit": f"the {len(data.train[0])} training digits, for the detectors that learn",
@@ -54,7 +54,7 @@ def run(out: Path, seed: int) -> None:
     scorer = Scorer(model, NAN()).calibrate(data.calibrate[0].split(_BATCH), tpr=_TPR, progress=False)
     refused = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
     verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in refused.items())
-    # Of the share refused, from the draws of the calibration and of the test digits.
+    # Of the share refused, from the draws of the calibration and of the test demo.
     chance = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
     console.print()
     console.print(

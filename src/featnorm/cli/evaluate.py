@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from featnorm._files import write_text
-from featnorm._layout import fast_layout
+from featnorm._utils.files import write_text
+from featnorm._utils.layout import fast_layout
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import (
     console,
@@ -20,13 +20,14 @@ from featnorm.cli.show import (
     print_skipped,
     print_table,
 )
-from featnorm.data import DataError, ImageSource, image_loader, open_images
-from featnorm.data.formats import PassedOver
-from featnorm.data.loading import named
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
-from featnorm.models import create_model, users_forward
+from featnorm.inputs import DataError, ImageSource, image_loader, open_images
+from featnorm.inputs.formats import PassedOver
+from featnorm.inputs.loading import named
+from featnorm.models import create_model
+from featnorm.models.loading import users_forward
 from featnorm.report import markdown_page
 from featnorm.report.comparison import write_page
 from featnorm.tap import FeatureTap

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from featnorm.cli.show import console, require_file_place
-from featnorm.deploy import ImageScorer, export_onnx
-from featnorm.deploy.export import OUTPUTS
+from featnorm.export import OUTPUTS, export_onnx
+from featnorm.image_scorer import ImageScorer
 
 
 def run(detector: Path, out: Path, model: str | None) -> None:

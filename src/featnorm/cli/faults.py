@@ -6,7 +6,7 @@ import sys
 import traceback
 
 from featnorm import __version__
-from featnorm._errors import RefusalError, UserCodeError, is_library
+from featnorm._utils.errors import RefusalError, UserCodeError, is_library
 
 INTERNAL = 1
 REFUSED = 2

@@ -16,10 +16,11 @@ from featnorm.cli.show import (
     printable,
     require_file_place,
 )
-from featnorm.data import ImageSource, open_images
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
-from featnorm.models import create_model, is_users
+from featnorm.inputs import ImageSource, open_images
+from featnorm.models import create_model
+from featnorm.models.loading import is_users
 
 _CLUSTERS = "clusters of the features are used in place of classes"
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from featnorm.cli.show import console
-from featnorm.data import image_loader, open_images
-from featnorm.data.loading import named
-from featnorm.models import brings_weights, create_model, users_forward
+from featnorm.inputs import image_loader, open_images
+from featnorm.inputs.loading import named
+from featnorm.models import create_model
+from featnorm.models.loading import brings_weights, users_forward
 from featnorm.tap import FeatureTap
 
 _INPUTS = 64

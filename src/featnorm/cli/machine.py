@@ -15,7 +15,7 @@ def cluster_of(device: str, ray: bool) -> Any:
     """Return the Ray cluster where it is asked for, else None."""
     if not ray:
         return None
-    from featnorm.distributed import Cluster
+    from featnorm.cluster import Cluster
 
     return Cluster(device)
 
@@ -40,10 +40,10 @@ def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
         raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
 
     class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
-        def setup(self, module: Any, *optimisers: Any, **options: Any) -> Any:
+        def setup(self, module: Any, *optimizers: Any, **options: Any) -> Any:
             # Crops come in two sizes: code for each is faster than code for any.
             compiled_module: Any = torch.compile(module, dynamic=False)
-            return super().setup(compiled_module, *optimisers, **options)
+            return super().setup(compiled_module, *optimizers, **options)
 
     kind = Compiling if compiled else Fabric
     try:

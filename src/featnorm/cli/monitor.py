@@ -12,8 +12,8 @@ from tqdm import tqdm
 from featnorm import archive
 from featnorm.calibration import Calibration
 from featnorm.cli.show import console, environment, require_file_place
-from featnorm.deploy.records import ScoredImage, read_scores
-from featnorm.monitoring import DriftMonitor
+from featnorm.drift import DriftMonitor
+from featnorm.records import ScoredImage, read_scores
 from featnorm.report.drift import Course, odds, write_drift_page
 
 DRIFT = 3
@@ -174,7 +174,7 @@ def _meaning(stream: _Stream) -> Iterator[str]:
         return
     yield (
         "So the images as a whole have changed, some time before the alarm, though each may pass for itself; or "
-        "neighbours in the file resemble each other, as frames of a video do."
+        "neighbors in the file resemble each other, as frames of a video do."
     )
     yield (
         "Look at images before and after the alarm: what is new, the subject, the light, the camera? If they "

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.table import Table as Grid
 
-from featnorm._files import write_text
+from featnorm._utils.files import write_text
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console, environment, prepare_folder
-from featnorm.data import DataError
-from featnorm.protocols import (
+from featnorm.inputs import DataError
+from featnorm.paper import (
     cifar10,
     explanations,
     heads,
@@ -25,11 +25,11 @@ from featnorm.protocols import (
     own_images,
     theory,
 )
-from featnorm.protocols.figures import make_figure
-from featnorm.protocols.imagenet_data import MissingError
-from featnorm.protocols.imagenet_tables import make_tables
-from featnorm.protocols.tables import Table, make_table, width_figure
-from featnorm.report.results import Section, write_results_page
+from featnorm.paper.figures import make_figure
+from featnorm.paper.imagenet_data import MissingError
+from featnorm.paper.imagenet_tables import make_tables
+from featnorm.paper.page import Section, write_results_page
+from featnorm.paper.tables import Table, make_table, width_figure
 
 ALL = "all"
 

@@ -26,11 +26,11 @@ from featnorm.cli.show import (
     printable,
     require_file_place,
 )
-from featnorm.data import DataError, ImageError, ImageSource, SlicedImages, open_to_score
-from featnorm.data.images import DECODING
-from featnorm.data.loading import rows_of
-from featnorm.deploy import ImageScorer, ImageVerdict
-from featnorm.deploy.records import FORMATS, Journal, images_digest
+from featnorm.image_scorer import ImageScorer, ImageVerdict
+from featnorm.inputs import DataError, ImageError, ImageSource, SlicedImages, open_to_score
+from featnorm.inputs.images import DECODING
+from featnorm.inputs.loading import rows_of
+from featnorm.records import FORMATS, Journal, images_digest
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, for matplotlib takes half a second.

@@ -10,10 +10,10 @@ from typing import NoReturn
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
 from featnorm.cli.machine import fabric_of
 from featnorm.cli.show import console
-from featnorm.deploy import ImageScorer
-from featnorm.service import Limits, create_app
-from featnorm.service.requests import JsonLines
-from featnorm.service.server import bind, run_server
+from featnorm.image_scorer import ImageScorer
+from featnorm.serve import Limits, create_app
+from featnorm.serve.requests import JsonLines
+from featnorm.serve.server import bind, run_server
 
 _TOKEN = "FEATNORM_TOKEN"
 
@@ -102,5 +102,5 @@ def _log_lines() -> None:
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
-    for name, level in (("featnorm.service", logging.INFO), ("uvicorn", logging.ERROR)):
+    for name, level in (("featnorm.serve", logging.INFO), ("uvicorn", logging.ERROR)):
         logging.getLogger(name).setLevel(level)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
-from featnorm._files import try_folder, try_place
-from featnorm.data import ImageSource
-from featnorm.data.formats import PassedOver
+from featnorm._utils.files import try_folder, try_place
 from featnorm.evaluation import Evaluation
+from featnorm.inputs import ImageSource
+from featnorm.inputs.formats import PassedOver
 from featnorm.report.tables import table_rows
 
 # Into a file or a pipe a table is as wide as it needs, and is not folded to a terminal that is not there.

@@ -6,7 +6,7 @@ from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
 from featnorm.detectors.distance import SSD, Mahalanobis
 from featnorm.detectors.expression import parse_detector
 from featnorm.detectors.fusion import Fusion
-from featnorm.detectors.neighbours import KNN
+from featnorm.detectors.neighbors import KNN
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
 from featnorm.detectors.perturbation import ODIN, Views
 from featnorm.detectors.rotation import CSI, RotNet

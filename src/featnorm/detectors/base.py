@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from featnorm._checks import Setting, shown, table
-from featnorm._errors import RefusalError
+from featnorm._utils.checks import Setting, shown, table
+from featnorm._utils.errors import RefusalError
 from featnorm.detectors.statistics import Statistic
 from featnorm.features import Features
 

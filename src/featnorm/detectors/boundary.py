@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._checks import real, table
+from featnorm._utils.checks import real, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import RowSample
 from featnorm.features import Features

@@ -4,13 +4,13 @@ import ast
 import difflib
 from typing import Any
 
-from featnorm._checks import check_type
+from featnorm._utils.checks import check_type
 from featnorm.detectors.base import Detector
 from featnorm.detectors.boundary import OneClassSVM
 from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
 from featnorm.detectors.distance import SSD, Mahalanobis
 from featnorm.detectors.fusion import Fusion
-from featnorm.detectors.neighbours import KNN
+from featnorm.detectors.neighbors import KNN
 from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
 from featnorm.detectors.perturbation import ODIN, Views
 from featnorm.detectors.rotation import CSI, RotNet

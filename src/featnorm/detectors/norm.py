@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from featnorm._checks import real, table
+from featnorm._utils.checks import real, table
 from featnorm.detectors.base import Detector
 from featnorm.features import Features
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from featnorm._checks import choice, real, several, table
+from featnorm._utils.checks import choice, real, several, table
 from featnorm.detectors.base import Detector, check_detector
 from featnorm.features import Features
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._checks import real, table, whole
+from featnorm._utils.checks import real, table, whole
 from featnorm.augmentation import Distortion, distort, rotations
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Bank, single_unit_rows

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from featnorm._checks import real, table
+from featnorm._utils.checks import real, table
 from featnorm.detectors.base import Detector, NotFittedError, check_detector
 from featnorm.detectors.statistics import FloatHistogram
 from featnorm.features import Features

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._checks import choice, table, whole
+from featnorm._utils.checks import choice, table, whole
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, Total
 from featnorm.features import Features

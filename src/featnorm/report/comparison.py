@@ -10,7 +10,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
-from featnorm._checks import count_for_share
+from featnorm._utils.checks import count_for_share
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, data_uri, number, percent, render, thumbnail, write

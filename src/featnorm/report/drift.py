@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featnorm.calibration import Calibration
-from featnorm.monitoring import DriftMonitor
+from featnorm.drift import DriftMonitor
 from featnorm.report import plots
 from featnorm.report.html import Key, number, percent, render, write
 
@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 class Course:
     """The course of a stream in a bounded number of points, and its latest scores.
 
-    A point stands for as many images as any other but the last; when there are too many, neighbours become one.
+    A point stands for as many images as any other but the last; when there are too many, neighbors become one.
 
     Attributes
     ----------

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from featnorm._files import write_text
+from featnorm._utils.files import write_text
 
 _THUMBNAIL = 96
 # Below this a photograph is a handful of pixels, which are shown as they are.
@@ -76,10 +76,10 @@ class Picture:
     tiny: bool
 
 
-def render(template: str, **values: Any) -> str:
-    """Return a page of this package made of its template and what that takes."""
+def render(template: str, package: str = "featnorm.report", **values: Any) -> str:
+    """Return a page made of a package's template, which may extend those of this package, and what it takes."""
     environment = Environment(
-        loader=PackageLoader("featnorm.report", "."),
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("featnorm.report", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

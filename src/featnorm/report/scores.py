@@ -9,7 +9,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
-from featnorm.deploy import ImageVerdict
+from featnorm.image_scorer import ImageVerdict
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from featnorm._checks import check_type
-from featnorm.hidden import HiddenClassifier
+from featnorm._utils.checks import check_type
+from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.find import base_op, find, is_rectifier
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.listen import Point, listen, locate, made, undisturbed

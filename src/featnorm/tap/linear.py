@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from featnorm.hidden import HiddenClassifier
+from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.listen import Point, listen, undisturbed
 
 _LOGITS = "logits of the model"

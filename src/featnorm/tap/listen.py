@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featnorm._errors import RefusalError
-from featnorm._layout import safe_gradients
+from featnorm._utils.errors import RefusalError
+from featnorm._utils.layout import safe_gradients
 from featnorm.tap.find import same_vector
 from featnorm.tap.watch import Node, Record, Slot, is_on_top, on_top, tensors_in
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._checks import check_text, check_type
+from featnorm._utils.checks import check_text, check_type
 from featnorm.features import PER_INPUT, Classifier, Features
-from featnorm.hidden import HiddenClassifier
+from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.listen import WATCH_AGAIN, Point, listen, locate, made, undisturbed

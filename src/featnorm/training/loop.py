@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featnorm._layout import fast_layout, safe_gradients
-from featnorm._weights import load_weights
-from featnorm.training.lars import LARS
-from featnorm.training.objectives import OBJECTIVES, Batch, Objective, Step
+from featnorm._utils.layout import fast_layout, safe_gradients
+from featnorm._utils.weights import load_weights
+from featnorm.training.objectives import Batch, Objective, Step
 from featnorm.training.recipe import Recipe
 from featnorm.training.runs import (
     CHECKPOINT,
@@ -75,17 +74,17 @@ def train(
         Inputs and targets do not fit each other or the recipe, the checkpoint is of another run or damaged, its
         log is damaged or lacks an epoch, or the loss is not finite; the last good checkpoint stays.
     """
-    objective = OBJECTIVES[recipe.objective](recipe).train()
+    objective = recipe.make_objective().train()
     targets = _check(inputs, targets, recipe, objective)
     world, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     device = torch.device("cpu") if fabric is None else fabric.device
-    optimiser = _optimiser(model, recipe)
+    optimizer = recipe.make_optimizer(model.parameters())
     steps = len(inputs) // recipe.batch_size
-    schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
+    schedule = _schedule(optimizer, recipe, recipe.epochs * steps)
     if fabric is None:
         module: Any = model
     else:
-        module, optimiser = fabric.setup(model, optimiser)
+        module, optimizer = fabric.setup(model, optimizer)
     checkpoint = None if folder is None else Path(folder) / CHECKPOINT
     run: dict[str, Any] = {}
     start = 0
@@ -96,7 +95,7 @@ def train(
         fast_layout(model)
         objective.begin(model, inputs, targets, seed, fabric)
         if checkpoint is not None and checkpoint.exists():
-            start = _resume(checkpoint, run, model, objective, optimiser, schedule, device)
+            start = _resume(checkpoint, run, model, objective, optimizer, schedule, device)
         if checkpoint is not None:
             check_log(checkpoint.with_name(LOG), start)
     gradients = safe_gradients(model)
@@ -127,14 +126,14 @@ def train(
                     if views.dtype == torch.uint8:
                         views = views.float().div_(255)
                     places = torch.arange(mine.start, mine.stop, device=device)
-                    optimiser.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=True)
                     found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
                     with gradients:
                         if fabric is None:
                             found.loss.backward()
                         else:
                             fabric.backward(found.loss)
-                    optimiser.step()
+                    optimizer.step()
                     schedule.step()
                     meter.add(found)
                     bar.set_postfix(meter.shown(), refresh=False)
@@ -152,7 +151,7 @@ def train(
             if rank == 0 and checkpoint is not None:
                 # The log first: a run that is killed between the two writes the line of this epoch again.
                 log(checkpoint.with_name(LOG), entry)
-                _save(checkpoint, run, epoch + 1, model, objective, optimiser, schedule)
+                _save(checkpoint, run, epoch + 1, model, objective, optimizer, schedule)
     return model.eval()
 
 
@@ -246,7 +245,7 @@ class _Meter:
 
 
 def _schedule(
-    optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     warm = round(recipe.warmup * steps)
 
@@ -255,21 +254,7 @@ def _schedule(
             return (step + 1) / (warm + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-
-
-def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimiser == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    if recipe.optimiser == "lars":
-        return LARS(model.parameters(), recipe.lr, recipe.momentum, recipe.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Objective) -> Tensor:
@@ -283,9 +268,11 @@ def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Ob
     if recipe.augment and not images:
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")
     if objective.turns and not (images and inputs.shape[2] == inputs.shape[3]):
-        raise ValueError(f"{recipe.objective} turns square images, and the inputs are of {tuple(inputs.shape)}")
+        raise ValueError(
+            f"{type(objective).__name__} turns square images, and the inputs are of {tuple(inputs.shape)}"
+        )
     if targets is None and objective.needs_targets:
-        raise ValueError(f"{recipe.objective} needs targets: pass classes, see scheme_labels")
+        raise ValueError(f"{type(objective).__name__} needs targets: pass classes")
     if targets is None:
         targets = torch.zeros(len(inputs), dtype=torch.int64)
     if targets.shape != inputs.shape[:1] or targets.is_floating_point():
@@ -304,14 +291,14 @@ def _resume(
     run: dict[str, Any],
     model: nn.Module,
     objective: Objective,
-    optimiser: Any,
+    optimizer: Any,
     schedule: Any,
     device: torch.device,
 ) -> int:
     saved = read_checkpoint(path, run, device)
     load_weights(model, saved["model"])
     objective.load_state_dict(saved["objective"])
-    optimiser.load_state_dict(saved["optimiser"])
+    optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
     return int(saved["epoch"])
 
@@ -322,7 +309,7 @@ def _save(
     epoch: int,
     model: nn.Module,
     objective: Objective,
-    optimiser: Any,
+    optimizer: Any,
     schedule: Any,
 ) -> None:
     state = {
@@ -330,7 +317,7 @@ def _save(
         "epoch": epoch,
         "model": model.state_dict(),
         "objective": objective.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
     }
     write_checkpoint(path, state)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featnorm._files import refuse_folder, replacing, write_text
-from featnorm._sealed import seal, unseal
+from featnorm._utils.files import refuse_folder, replacing, write_text
+from featnorm._utils.sealed import seal, unseal
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of detectors and models: files, checks, errors, memory."""

@@ -1,0 +1,385 @@
+"""Images in batches: decoded and transformed by threads, corrupt ones left out and reported."""
+
+import math
+import os
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, said
+from featnorm._utils.memory import in_parts
+from featnorm.inputs.images import DataError, ImageError, ImageSource, is_first_of_several
+
+_FEW = 256  # images; below, there is nothing to gain from threads
+_MAX_WORKERS = 8
+# Batches per thread that are read ahead of the one that is asked for.
+_AHEAD = 2
+# On Windows a wait without an end cannot be interrupted.
+_POLL_SECONDS = 0.5
+
+_T = TypeVar("_T")
+
+
+class TransformError(DataError, UserCodeError):
+    """A transform that raised an error; its traceback, which may be of another process, is a note of this one."""
+
+
+class ImageBatch(NamedTuple):
+    """Some images, ready for a model.
+
+    Attributes
+    ----------
+    images : Tensor
+        Transformed images, (n, 3, H, W).
+    labels : Tensor
+        Classes, (n,), int64; -1 where there is none.
+    indices : Tensor
+        Where in the source the images stand, (n,), int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+@dataclass
+class ImagePart:
+    """What became of consecutive images of a source.
+
+    Attributes
+    ----------
+    rows : range
+        Where in the source they stand.
+    batch : ImageBatch or None
+        Those that could be read; None where there is none.
+    unread : dict of int to str
+        Why the others could not, by where in the source they stand.
+    digests : dict of int to bytes
+        `ImageSource.digest` of the content that was decoded, by where in the source it stands; of an unread image
+        as well if its content could be read.
+    several : set of int
+        Where in the source those stand that are the first of several frames or pages of their file.
+    """
+
+    rows: range
+    batch: ImageBatch | None = None
+    unread: dict[int, str] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    several: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Extracted:
+    """What a backbone says of consecutive images of a source.
+
+    Attributes
+    ----------
+    rows : range
+        Where in the source they stand.
+    values : Tensor or None
+        What the backbone returned for those that could be read; None where there is none.
+    unread : dict of int to str
+        Why the others could not, by where in the source they stand.
+    digests : dict of int to bytes
+        See `ImagePart`.
+    several : set of int
+        See `ImagePart`.
+    """
+
+    rows: range
+    values: Tensor | None
+    unread: dict[int, str]
+    digests: dict[int, bytes]
+    several: set[int]
+
+    @property
+    def indices(self) -> list[int]:
+        """Where in the source those stand that could be read."""
+        return [row for row in self.rows if row not in self.unread]
+
+    def moved(self, start: int) -> "Extracted":
+        """Return the same of a source in which these images begin elsewhere."""
+        by = start - self.rows.start
+        unread = {row + by: why for row, why in self.unread.items()}
+        digests = {row + by: digest for row, digest in self.digests.items()}
+        several = {row + by for row in self.several}
+        return Extracted(range(start, start + len(self.rows)), self.values, unread, digests, several)
+
+
+class _Stopped(Exception):
+    """Nobody waits for the batch any more."""
+
+
+class _Batches:
+    """Whole batches of a source, by their number."""
+
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor], batch_size: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self.batch_size)
+
+    def read(self, number: int, stop: threading.Event) -> ImagePart:
+        part = ImagePart(rows_of(number, self.batch_size, len(self.source)))
+        images: list[Tensor] = []
+        indices: list[int] = []
+        for i in part.rows:
+            if stop.is_set():
+                raise _Stopped
+            try:
+                image, part.digests[i] = self.source.read(i)
+            except ImageError as error:
+                part.unread[i] = error.reason
+                if error.digest is not None:
+                    part.digests[i] = error.digest
+                continue
+            if is_first_of_several(image):
+                part.several.add(i)
+            try:
+                transformed = self.transform(image)
+            except RAISED_BY_USERS as error:
+                name = self.source.name(i)
+                failure = TransformError(f"the transform failed on {name} ({said(error)}){at(error)}")
+                failure.add_note(traceback.format_exc())
+                raise failure from None
+            refusal = self._refusal(i, transformed, images)
+            if refusal is not None:
+                raise DataError(refusal)
+            images.append(transformed)
+            indices.append(i)
+        if images:
+            labels = [-1 if (label := self.source.label(i)) is None else label for i in indices]
+            part.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+        return part
+
+    def _refusal(self, i: int, transformed: object, before: list[Tensor]) -> str | None:
+        name = self.source.name(i)
+        if not isinstance(transformed, Tensor):
+            return f"the transform returned {type(transformed).__name__} for {name}: it must return a Tensor"
+        if before and transformed.shape != before[0].shape:
+            return (
+                f"{name} has shape {tuple(transformed.shape)} after the transform, the ones before it in the "
+                f"batch {tuple(before[0].shape)}: use a transform that resizes all images to one size"
+            )
+        return None
+
+
+class ImageLoader:
+    """An iterable of `ImageBatch`, in the order of the source; made by `image_loader`.
+
+    It can be iterated any number of times, and reports corrupt images each time. ``len`` is the number of
+    batches if in none all images are corrupt.
+    """
+
+    def __init__(self, batches: _Batches, workers: int, on_corrupt: Callable[[str, str], None] | None) -> None:
+        self._batches = batches
+        self._workers = workers
+        self._on_corrupt = on_corrupt
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        for part in self.parts():
+            if part.batch is not None:
+                yield part.batch
+
+    def parts(self) -> Iterator[ImagePart]:
+        """Yield what became of each batch in order, of those with no image that can be read as well."""
+        for part in self._read():
+            if self._on_corrupt is not None:
+                for row, reason in part.unread.items():
+                    self._on_corrupt(self._batches.source.name(row), reason)
+            yield part
+
+    def _read(self) -> Iterator[ImagePart]:
+        stop = threading.Event()
+        numbers = iter(range(len(self)))
+        if not self._workers:
+            for number in numbers:
+                yield self._batches.read(number, stop)
+            return
+        pool = _started(min(self._workers, len(self)))
+        ahead: deque[Future[ImagePart]] = deque()
+        try:
+            for number in numbers:
+                ahead.append(pool.submit(self._batches.read, number, stop))
+                if len(ahead) == _AHEAD * self._workers:
+                    yield _result(ahead.popleft())
+            while ahead:
+                yield _result(ahead.popleft())
+        finally:
+            # Also if the caller leaves or is interrupted: each thread ends after the image that it is at.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _started(workers: int) -> ThreadPoolExecutor:
+    """Return threads that compute by themselves, without those of torch's operators.
+
+    torch keeps the number of its threads for each thread that calls it, and the latest number that was set for
+    threads to come, which is put back here.
+    """
+    # Threads that load Pillow's plugins at the same time may each find a format unknown.
+    Image.init()
+    own = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "featnorm-images")
+    gate = threading.Barrier(workers)
+
+    def start() -> None:
+        torch.get_num_threads()  # sets this thread's number, if only by being asked
+        torch.set_num_threads(1)
+        gate.wait()
+
+    try:
+        for future in [pool.submit(start) for _ in range(workers)]:
+            _result(future)
+    except BaseException:
+        gate.abort()
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(own)
+    return pool
+
+
+def _result(future: Future[_T]) -> _T:
+    while not wait([future], _POLL_SECONDS).done:
+        pass
+    return future.result()
+
+
+def named(source: ImageSource, rows: Sequence[int]) -> str:
+    """Return what to call some images of a source in an error: the one, or the first and the last."""
+    if len(rows) == 1:
+        return source.name(rows[0])
+    return f"a batch of {len(rows)} images, {source.name(rows[0])} to {source.name(rows[-1])}"
+
+
+def rows_of(number: int, batch_size: int, total: int) -> range:
+    """Return the rows of a batch by its number, of so many in all."""
+    return range(number * batch_size, min((number + 1) * batch_size, total))
+
+
+def extract_images(
+    source: ImageSource,
+    transform: Callable[[Image.Image], Tensor],
+    backbone: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Iterator[Extracted]:
+    """Yield what a backbone says of images, batch by batch in their order.
+
+    Where the device has not the memory for a batch, the backbone is asked for parts of it.
+
+    Parameters
+    ----------
+    source, transform, batch_size, workers : see `image_loader`.
+    backbone : from a batch of transformed images (n, 3, H, W) to features (n, D).
+
+    Raises
+    ------
+    DataError
+        See `image_loader`.
+    """
+    for part in image_loader(source, transform, batch_size=batch_size, workers=workers).parts():
+        if part.batch is None:
+            yield Extracted(part.rows, None, part.unread, part.digests, part.several)
+            continue
+        try:
+            found = in_parts(backbone, part.batch.images)
+        except UserCodeError as error:
+            raise error.on(named(source, part.batch.indices.tolist())) from error.__cause__
+        values = found[0] if len(found) == 1 else torch.cat(found)
+        yield Extracted(part.rows, values, part.unread, part.digests, part.several)
+
+
+def image_loader(
+    source: ImageSource,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    on_corrupt: Callable[[str, str], None] | None = None,
+) -> ImageLoader:
+    """Read a source in order, in batches, leaving out the images that cannot be read.
+
+    Parameters
+    ----------
+    source : ImageSource
+        The images.
+    transform : callable
+        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch. It must be safe to
+        call from several threads at the same time, unless `workers` is 0 or 1.
+    batch_size : int
+        Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
+    workers : int, optional
+        Threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256 images,
+        else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that threads are as
+        fast as processes, and need no shared memory; a transform that is mostly Python code gains little from
+        more of them.
+    on_corrupt : callable, optional
+        Called in this process with the name of each unreadable image and the reason, before its batch comes.
+
+    Returns
+    -------
+    ImageLoader
+        An iterable of `ImageBatch`. Iterating raises DataError if the transform returns no tensor, or different
+        shapes within a batch, and its subclass `TransformError` if it raises an error (whose traceback is a note).
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if workers is None:
+        workers = 0 if len(source) < _FEW else min(_processors(), _MAX_WORKERS)
+    return ImageLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
+
+
+def _processors() -> int:
+    # The ones this process may use: in a container they are fewer than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None) -> Tensor:
+    """Decode all images of a source into one tensor.
+
+    Parameters
+    ----------
+    source : the images.
+    size : of the sides; images of other sizes are resized to it, antialiased, whatever their shape.
+    progress : show a progress bar; None for where there is a terminal.
+
+    Returns
+    -------
+    (n, 3, size, size), uint8.
+
+    Raises
+    ------
+    ImageError
+        An image cannot be read: of a benchmark none may be left out.
+    """
+    images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
+    hidden = None if progress is None else not progress
+    for i in tqdm(range(len(source)), desc=source.title, unit="image", disable=hidden, leave=False):
+        image = source.image(i)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return images

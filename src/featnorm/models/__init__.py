@@ -1,0 +1,23 @@
+"""Models: by name with their transform, with the package's own weights, and the heads that go on them."""
+
+from featnorm.models.cifar import CifarResNet18, Normalize, cifar_network, cifar_network_with
+from featnorm.models.heads import CosineClassifier, ProjectionHead, attach_head, cut_classifier
+from featnorm.models.loading import DEFAULT_MODEL, LoadedModel, ModelError, create_model
+from featnorm.models.packaged import load_model, model_names
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "CifarResNet18",
+    "CosineClassifier",
+    "LoadedModel",
+    "ModelError",
+    "Normalize",
+    "ProjectionHead",
+    "attach_head",
+    "cifar_network",
+    "cifar_network_with",
+    "create_model",
+    "cut_classifier",
+    "load_model",
+    "model_names",
+]

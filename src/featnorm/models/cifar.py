@@ -1,0 +1,160 @@
+"""ResNet-18 for 32 x 32 images, with the paper's head: the network of its CIFAR-10 benchmark."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featnorm.models.heads import Activation, CosineClassifier, ProjectionHead
+
+# Of CIFAR-10's training images between 0 and 1, by channel.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class Normalize(nn.Module):
+    """Takes a mean from each channel and divides by a deviation, as torchvision's transform of that name.
+
+    As the first layer of a network it makes it one for pixels between 0 and 1.
+
+    Parameters
+    ----------
+    mean, std : one number a channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the normalised images (n, c, h, w)."""
+        return (images - self.mean) / self.std
+
+
+class CifarResNet18(nn.Module):
+    """ResNet-18 for 32 x 32 images: a 3 x 3 stem and no first pooling (He et al., CVPR 2016, for CIFAR).
+
+    Returns the pooled feature, of width ``8 * width``; put a `ProjectionHead` on top.
+
+    Parameters
+    ----------
+    width : channels of the first stage; 64 is the paper's.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.features = 8 * width
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        stages: list[nn.Module] = []
+        channels = width
+        for stage in range(4):
+            outputs = width << stage
+            stages += [
+                _Block(channels, outputs, stride=1 if stage == 0 else 2),
+                _Block(outputs, outputs, stride=1),
+            ]
+            channels = outputs
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the pooled features (n, 8 * width) of images (n, 3, h, w)."""
+        return self.stages(self.stem(images)).mean((2, 3))
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(self.body(x) + self.shortcut(x))
+
+
+def cifar_network(
+    width: int,
+    classes: int | None,
+    *,
+    hidden: int | None = 512,
+    embedding: int = 128,
+    activation: Activation = "relu",
+    temperature: float = 0.1,
+    mean: Sequence[float] = CIFAR10_MEAN,
+    std: Sequence[float] = CIFAR10_STD,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Return the network of the paper's 32 x 32 benchmarks (C.1): ``Sequential(Normalize, CifarResNet18, head)``.
+
+    Parameters
+    ----------
+    width : of the `CifarResNet18`.
+    classes : number of classes; None for none, which takes a hidden layer and returns the embedding.
+    hidden : width of the `ProjectionHead`'s hidden layer; None for cosine logits of the pooled feature itself.
+    embedding, activation : of the head; nothing without a hidden layer.
+    temperature : of the cosine logits.
+    mean, std : of the pixels between 0 and 1 that it takes, by channel; those of CIFAR-10's training images.
+    seed : of the initial weights; the caller's random state stays as it is.
+
+    Raises
+    ------
+    ValueError
+        The activation is unknown, the temperature is not positive, or there is neither class nor hidden layer.
+    """
+
+    def head(features: int) -> nn.Module:
+        if hidden is not None:
+            return ProjectionHead(
+                features,
+                classes,
+                hidden=hidden,
+                embedding=embedding,
+                activation=activation,
+                temperature=temperature,
+            )
+        if classes is None:
+            raise ValueError("a head without classes is a projection: give it a hidden layer")
+        return CosineClassifier(features, classes, temperature)
+
+    return cifar_network_with(head, width, mean=mean, std=std, seed=seed)
+
+
+def cifar_network_with(
+    head: Callable[[int], nn.Module],
+    width: int,
+    *,
+    mean: Sequence[float] = CIFAR10_MEAN,
+    std: Sequence[float] = CIFAR10_STD,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Return ``Sequential(Normalize, CifarResNet18, head)`` with a head of one's own.
+
+    Parameters
+    ----------
+    head : makes it from the width of the pooled feature, such as `CSIHead`.
+    width, mean, std, seed : see `cifar_network`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = CifarResNet18(width)
+        return nn.Sequential(Normalize(mean, std), backbone, head(backbone.features))

@@ -1,0 +1,212 @@
+"""What the paper trains on and how: its label schemes, its objectives, and the settings of its appendices."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from featnorm.augmentation import SCALE
+from featnorm.paper.lars import LARS
+from featnorm.paper.objectives import CIDER, CSI, MoCo, RotNet, SimCLR, SupCon
+from featnorm.training import Recipe
+from featnorm.training.objectives import CrossEntropy, Objective
+
+Scheme = Literal["S", "I", "Is", "R", "O"]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "cross_entropy": CrossEntropy,
+    "supcon": SupCon,
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "rotnet": RotNet,
+    "cider": CIDER,
+    "csi": CSI,
+}
+_COMPARE_VIEWS = ("supcon", "simclr", "moco", "cider", "csi")
+# The settings that some objectives alone read.
+_READ_BY = {
+    "scale": ("simclr", "moco", "cider", "csi"),
+    "queue": ("moco",),
+    "ema": ("moco", "cider"),
+    "weight": ("cider", "csi"),
+}
+
+
+@dataclass(frozen=True)
+class PaperRecipe(Recipe):
+    """A `featnorm.training.Recipe` with the objectives of the paper, and LARS.
+
+    Parameters
+    ----------
+    optimizer : "sgd" or "lars", with their momentum, or "adamw".
+    augment
+        As in `featnorm.training.Recipe`; for simclr, moco, cider and csi the views of SimCLR, see
+        `featnorm.augmentation.Distortion`.
+    objective
+        What is lowered. "cross_entropy" reads logits, and so does "rotnet", which needs four. "supcon", "simclr",
+        "moco" and "cider" read embeddings, of two augmented views of each input; "csi" reads a mapping with
+        "embedding" and "logits", see `CSIHead`. Each is described in `featnorm.paper.objectives`; those of simclr,
+        moco, rotnet and csi need no labels.
+    temperature : of the objectives that read embeddings; that of the logits is the model's.
+    scale : the least area of the random resized crops, as a share of the image's; of simclr, moco, cider and csi.
+    queue : how many keys moco contrasts with.
+    ema
+        How much of an old value a moving average keeps at each step: moco's momentum encoder, or at each input
+        cider's prototypes.
+    weight : of cider's compactness loss, or of csi's rotation loss; the other has 1.
+
+    Raises
+    ------
+    ValueError
+        A number is out of its range, the optimizer or the objective is unknown, or one that compares views has no
+        augmentation.
+    """
+
+    objective: str = "cross_entropy"
+    temperature: float = 0.1
+    scale: float = SCALE
+    queue: int = 4096
+    ema: float = 0.99
+    weight: float = 1.0
+
+    optimizers: ClassVar[tuple[str, ...]] = ("sgd", "lars", "adamw")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("temperature", "weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"scale must be a share of the image's area, got {self.scale!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be a share below 1, got {self.ema!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"no objective {self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+        if self.objective in _COMPARE_VIEWS and not self.augment:
+            raise ValueError(f"{self.objective} compares augmented views of each input: set augment=True")
+        if self.objective == "moco" and self.queue < self.batch_size:
+            raise ValueError(f"a queue of {self.queue} does not hold the keys of a batch of {self.batch_size}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain data, without those that only other objectives read."""
+        unread = {name for name, objectives in _READ_BY.items() if self.objective not in objectives}
+        return {name: value for name, value in super().settings().items() if name not in unread}
+
+    def make_objective(self) -> Objective:
+        """Return what a step of the run lowers."""
+        return OBJECTIVES[self.objective](self)
+
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimizer of these parameters."""
+        if self.optimizer == "lars":
+            return LARS(parameters, self.lr, self.momentum, self.weight_decay)
+        return super().make_optimizer(parameters)
+
+    def under(self, scheme: Scheme) -> "PaperRecipe":
+        """Return the recipe with the augmentation that a label scheme means: I, R and O none, Is always."""
+        augment = scheme == "Is" or (scheme == "S" and self.augment)
+        return replace(self, augment=augment, crop=self.crop if augment else None)
+
+
+#: Settings by their source: sections of the paper ("Other setups follow the default setting in PyTorch": no weight
+#: decay for SGD, 0.01 for AdamW), and those of a framework's authors for CIFAR-10. Wherever these let the learning
+#: rate fall by steps, it falls by a cosine here.
+#:
+#: - MoCo-v2: the paper's C.1, and for what that leaves open the demo on CIFAR-10 that it names (He et al.).
+#: - SimCLR, CSI: CSI's own code (Tack et al., NeurIPS 2020), whose SimCLR is the same without rotations.
+#: - RotNet: Gidaris et al., ICLR 2018, section 3.1.
+#: - CIDER: its own code (Ming et al., ICLR 2023), for CIFAR-10.
+PRESETS = {
+    "A.3.1": PaperRecipe(epochs=200, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=0.01),
+    "B": PaperRecipe(epochs=200, batch_size=256, optimizer="sgd", lr=0.06),
+    "C.1": PaperRecipe(epochs=800, batch_size=512, optimizer="sgd", lr=0.03, augment=True),
+    "D.4": PaperRecipe(epochs=10, batch_size=256, optimizer="sgd", lr=0.03),
+    "MoCo-v2": PaperRecipe(
+        epochs=800,
+        batch_size=512,
+        optimizer="sgd",
+        lr=0.06,
+        weight_decay=5e-4,
+        augment=True,
+        objective="moco",
+        temperature=0.1,
+        queue=4096,
+        ema=0.99,
+    ),
+    "SimCLR": PaperRecipe(
+        epochs=1000,
+        batch_size=512,
+        optimizer="lars",
+        lr=1.0,
+        weight_decay=1e-6,
+        warmup=0.01,
+        augment=True,
+        objective="simclr",
+        temperature=0.5,
+    ),
+    "RotNet": PaperRecipe(
+        epochs=100,
+        batch_size=128,
+        optimizer="sgd",
+        lr=0.1,
+        nesterov=True,
+        weight_decay=5e-4,
+        augment=True,
+        objective="rotnet",
+    ),
+    "CIDER": PaperRecipe(
+        epochs=500,
+        batch_size=512,
+        optimizer="sgd",
+        lr=0.5,
+        nesterov=True,
+        weight_decay=1e-4,
+        warmup=0.02,
+        augment=True,
+        objective="cider",
+        temperature=0.1,
+        scale=0.2,
+        ema=0.95,
+        weight=2.0,
+    ),
+    "CSI": PaperRecipe(
+        epochs=1000,
+        batch_size=128,
+        optimizer="lars",
+        lr=1.0,
+        weight_decay=1e-6,
+        warmup=0.01,
+        augment=True,
+        objective="csi",
+        temperature=0.5,
+    ),
+}
+
+
+def scheme_labels(scheme: Scheme, labels: Tensor, seed: int = 0) -> tuple[Tensor, int]:
+    """Return the targets (n,) of a label scheme and their number of classes (paper B).
+
+    "S" takes the labels; "I" makes each image its own class; "Is" does too, for augmented images (see
+    `PaperRecipe.under`); "R" gives each image a random bit; "O" puts all into one class.
+
+    Raises
+    ------
+    ValueError
+        The scheme is unknown, or it is "S" and an input has no label.
+    """
+    n = len(labels)
+    match scheme:
+        case "S":
+            if (labels < 0).any():
+                first = int((labels < 0).nonzero()[0])
+                raise ValueError(f"scheme S trains on labels, and input {first} has none; Is needs none")
+            return labels.long(), int(labels.max()) + 1
+        case "I" | "Is":
+            return torch.arange(n), n
+        case "R":
+            return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)), 2
+        case "O":
+            return torch.zeros(n, dtype=torch.int64), 1
+    raise ValueError(f"there is no label scheme {scheme!r}: use S, I, Is, R or O (paper B)")

@@ -1,0 +1,124 @@
+"""Geom (Golan and El-Yaniv, Deep Anomaly Detection Using Geometric Transformations, NeurIPS 2018)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from featnorm._utils.layout import fast_layout
+from featnorm.paper.recipe import PaperRecipe
+from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
+from featnorm.paper.systems.system import Run, System, answers
+from featnorm.training import train
+
+_COUNT = len(TRANSFORMATIONS)
+# Images at once, each in all its transformations.
+_IMAGES = 16
+
+
+RECIPE = PaperRecipe(epochs=3, batch_size=128, optimizer="adamw", lr=1e-3, weight_decay=5e-4)
+
+
+class Transformed(nn.Module):
+    """A classifier of transformations, and a Dirichlet distribution of its answers to each.
+
+    Attributes
+    ----------
+    concentration : (72, 72), of the softmax outputs for each transformation of the known images.
+    """
+
+    concentration: Tensor
+
+    def __init__(self, network: WideResNet) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("concentration", torch.ones(_COUNT, _COUNT, dtype=torch.float64))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return log-softmax outputs (n, 72, 72): of each transformation of an image, by class."""
+        views = fast_layout(transform(pixels).flatten(0, 1))
+        return self.network(views).float().log_softmax(1).unflatten(0, (len(pixels), _COUNT))
+
+
+@dataclass(frozen=True)
+class Geom(System[Transformed]):
+    """How sure a classifier of 72 transformations is of those of an image.
+
+    "Geom" is the Dirichlet normality score: the mean over the transformations of
+    ``sum_k (alpha_k - 1) log y_k``, y being the softmax outputs and alpha the concentration of their distribution
+    over the known images by maximum likelihood. "Geom, softmax sum" is the simplified score: the mean
+    output for the class of the transformation that was made.
+
+    Parameters
+    ----------
+    depth, width : of the `WideResNet`.
+    recipe
+        Of its training on all transformations of the known images, each a class. The authors' Adam has a constant
+        rate and the weight decay in the gradient; here the rate falls by a cosine and the decay is AdamW's.
+    """
+
+    depth: int = 10
+    width: int = 4
+    recipe: PaperRecipe = RECIPE
+
+    def _train(self, images: Tensor, run: Run) -> Transformed:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            network = WideResNet(self.depth, self.width, _COUNT)
+        train(
+            network,
+            torch.cat([transform(batch).flatten(0, 1) for batch in images.split(_IMAGES)]),
+            torch.arange(_COUNT).repeat(len(images)),
+            self.recipe,
+            folder=run.folder,
+            fabric=run.fabric,
+            seed=run.seed,
+            progress=run.progress,
+        )
+        model = Transformed(network).eval()
+        logs = answers(model, images, run, batch_size=_IMAGES).double()
+        model.concentration.copy_(dirichlet(logs))
+        return model
+
+    def _scores(self, model: Transformed, images: Tensor, run: Run) -> dict[str, Tensor]:
+        logs = answers(model, images, run, batch_size=_IMAGES).double()
+        weights = model.concentration.cpu() - 1
+        return {
+            "Geom": (weights * logs).sum(2).mean(1),
+            "Geom, softmax sum": logs.diagonal(dim1=1, dim2=2).exp().mean(1),
+        }
+
+
+def dirichlet(logs: Tensor) -> Tensor:
+    """Return the concentrations (..., k) of Dirichlet distributions by maximum likelihood (Minka, 2000).
+
+    Parameters
+    ----------
+    logs : (n, ..., k) float64, logarithms of n times shares that sum to 1, of each distribution.
+
+    Raises
+    ------
+    ValueError
+        All n are the same.
+    """
+    if not float(logs.std(0, correction=0).amax(-1).amin()) > 0:
+        raise ValueError(f"the answers to all {len(logs)} images are the same: train on different images")
+    shares, mean = logs.exp().mean(0), logs.mean(0)
+    # A start of the right sum (Wicker et al., 2008).
+    euler = -torch.digamma(torch.ones((), dtype=logs.dtype))
+    spread = (shares * (shares.log() - mean)).sum(-1, keepdim=True)
+    concentration = shares * (shares.shape[-1] - 1) * euler / spread
+    for _ in range(1000):
+        before = concentration
+        concentration = _inverse_digamma(before.sum(-1, keepdim=True).digamma() + mean)
+        if float((concentration - before).norm(dim=-1).amax()) < 1e-9:
+            break
+    return concentration
+
+
+def _inverse_digamma(y: Tensor) -> Tensor:
+    """Return x with digamma(x) = y, by Newton's method from Minka's start."""
+    x = torch.where(y >= -2.22, y.exp() + 0.5, -1 / (y - torch.digamma(torch.ones_like(y))))
+    for _ in range(5):
+        x = x - (x.digamma() - y) / torch.polygamma(1, x)
+    return x

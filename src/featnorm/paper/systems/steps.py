@@ -1,0 +1,147 @@
+"""The loop of the systems whose steps are not those of `featnorm.training.train`.
+
+That loop lowers one objective, of what a network returns and a class for each image, by one optimizer. Here a loss
+compares with the image itself (autoencoders), with a centre (Deep-SVDD), or with the other transformations of an
+image (GOAD); and adversarial systems lower several losses, each by an optimizer of its own. What a run keeps, and
+how it goes on, is the same.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featnorm._utils.layout import fast_layout, safe_gradients
+from featnorm._utils.weights import load_weights
+from featnorm.paper.systems.system import Run, as_pixels, check_images
+from featnorm.training.runs import (
+    CHECKPOINT,
+    LOG,
+    check_log,
+    digest,
+    hide_bar,
+    log,
+    read_checkpoint,
+    seeded,
+    write_checkpoint,
+)
+
+Parts = Mapping[str, Any]
+Losses = Iterator[tuple[str, Tensor]]
+Step = Callable[[Parts, Tensor, int], Losses]
+
+
+def adam(parameters: Any, lr: float, *, beta1: float = 0.9, weight_decay: float = 0.0) -> torch.optim.Adam:
+    """Return an Adam with its usual second momentum; its weight decay is part of the gradient."""
+    return torch.optim.Adam(parameters, lr=lr, betas=(beta1, 0.999), weight_decay=weight_decay)
+
+
+def train_steps(
+    model: nn.Module,
+    images: Tensor,
+    step: Step,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    *,
+    epochs: int,
+    batch_size: int,
+    settings: Mapping[str, Any],
+    run: Run,
+    drop: int | None = None,
+) -> None:
+    """Train a model in place; it ends in evaluation mode.
+
+    The order of the images and what a step draws depend on the seed and the epoch alone, so a run that is resumed
+    gives the weights of an unbroken one.
+
+    Parameters
+    ----------
+    model : its children are the parts of the system.
+    images : (n, 3, 32, 32) uint8.
+    step
+        Takes the parts by name, pixels (b, 3, 32, 32) in [0, 1] and the epoch from 0. Yields the name of an
+        optimizer and the loss that it is to lower; when it goes on, that step is taken.
+    optimizers : by the names that the step yields.
+    epochs, batch_size : passes over the images, and images a step; those that fill no batch are left out.
+    settings : what the run is of; a checkpoint of another is refused.
+    run : where and how.
+    drop : the epoch from 0 at which the learning rates fall to a tenth; None for never.
+
+    Raises
+    ------
+    ValueError
+        As `featnorm.paper.systems.System.train`.
+    """
+    check_images(images, batch_size)
+    fabric, device = run.fabric, run.device
+    if fabric is not None and fabric.world_size > 1:
+        raise ValueError(f"this training is of one process, and fabric has {fabric.world_size}: use devices=1")
+    fast_layout(model.to(device))
+    parts: dict[str, Any] = dict(model.named_children())
+    active: dict[str, Any] = dict(optimizers)
+    if fabric is not None:
+        # Parts with a precision each, since a step asks them one by one.
+        parts = {name: fabric.setup_module(part) for name, part in parts.items()}
+        active = {name: fabric.setup_optimizers(optimizer) for name, optimizer in optimizers.items()}
+    rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
+    identity: dict[str, Any] = {}
+    start = 0
+    checkpoint = None if run.folder is None else run.folder / CHECKPOINT
+    if checkpoint is not None:
+        identity = {"settings": dict(settings), "seed": run.seed, "data": digest(images)}
+        if checkpoint.exists():
+            saved = read_checkpoint(checkpoint, identity, device)
+            start = saved["epoch"]
+            load_weights(model, saved["model"])
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+        check_log(checkpoint.with_name(LOG), start)
+    steps = len(images) // batch_size
+    bar = tqdm(
+        total=epochs * steps * batch_size,
+        initial=start * steps * batch_size,
+        unit="input",
+        disable=hide_bar(run.progress),
+        leave=False,
+    )
+    with bar, torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
+        for epoch in range(start, epochs):
+            model.train()
+            began = time.perf_counter()
+            bar.set_description(f"epoch {epoch + 1}/{epochs}")
+            for name, optimizer in optimizers.items():
+                for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
+                    group["lr"] = rate / 10 if drop is not None and epoch >= drop else rate
+            sums: dict[str, float] = {}
+            with seeded(run.seed, epoch, 0, device):
+                order = torch.randperm(len(images))[: steps * batch_size]
+                for rows in order.split(batch_size):
+                    for name, loss in step(parts, as_pixels(images[rows], device), epoch):
+                        active[name].zero_grad(set_to_none=True)
+                        if fabric is None:
+                            loss.backward()
+                        else:
+                            fabric.backward(loss)
+                        active[name].step()
+                        sums[name] = sums.get(name, 0.0) + float(loss.detach())
+                    bar.update(len(rows))
+                    bar.set_postfix({name: f"{total / steps:.3g}" for name, total in sums.items()}, refresh=False)
+            means = {name: total / steps for name, total in sums.items()}
+            finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+            if not (finite and all(math.isfinite(mean) for mean in means.values())):
+                raise ValueError(f"losses or weights are not finite in epoch {epoch + 1}: lower the learning rate")
+            if checkpoint is not None:
+                state = {
+                    "run": identity,
+                    "epoch": epoch + 1,
+                    "model": model.state_dict(),
+                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+                }
+                # The log first: a run that is killed between the two writes the line of this epoch again.
+                seconds = time.perf_counter() - began
+                log(checkpoint.with_name(LOG), {"epoch": epoch + 1, "losses": means, "seconds": seconds})
+                write_checkpoint(checkpoint, state)
+    model.eval()

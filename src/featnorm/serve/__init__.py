@@ -1,0 +1,14 @@
+"""A detector as an HTTP service: `create_app`, and the bounds that it holds a client to."""
+
+try:
+    import fastapi  # noqa: F401
+    import httptools  # noqa: F401
+    import prometheus_client  # noqa: F401
+    import uvicorn  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"{error.name} is needed here: pip install '.[serve]' in a checkout") from None
+
+from featnorm.serve.app import create_app
+from featnorm.serve.limits import Limits
+
+__all__ = ["Limits", "create_app"]

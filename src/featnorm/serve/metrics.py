@@ -1,0 +1,96 @@
+"""What a service tells Prometheus about itself."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from torch import Tensor
+
+from featnorm.image_scorer import ImageVerdict
+
+# Images that the share of flagged ones is of.
+_RECENT = 1000
+_LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
+class Metrics:
+    """The counters of one service, in a registry of its own.
+
+    Parameters
+    ----------
+    calibration : the scores of the calibration, (n,); the buckets of the scores end at their quantiles.
+    batch_size : images a batch, at most.
+    """
+
+    def __init__(self, calibration: Tensor, batch_size: int) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._recent: deque[bool] = deque(maxlen=_RECENT)
+        self._bounds = score_buckets(calibration)
+        self._seconds = Histogram(
+            "featnorm_request_seconds",
+            "Time from a request to its answer.",
+            ["route", "status"],
+            buckets=_LATENCIES,
+            registry=registry,
+        )
+        self._images = Counter(
+            "featnorm_images", "Images that were answered about.", ["verdict"], registry=registry
+        )
+        for verdict in ("ID", "OOD", "unreadable"):
+            self._images.labels(verdict)  # from the start, so that a rate of them can be had
+        self._scores = Histogram(
+            "featnorm_score",
+            "Scores; the buckets end at quantiles of the calibration's.",
+            buckets=self._bounds,
+            registry=registry,
+        )
+        sizes = [2**i for i in range(math.ceil(math.log2(batch_size)))] + [batch_size]
+        self._batches = Histogram(
+            "featnorm_batch_images", "Images that the model judged at once.", buckets=sizes, registry=registry
+        )
+        self._queue = Gauge("featnorm_queue_images", "Images that wait for the model.", registry=registry)
+        share = Gauge(
+            "featnorm_flagged_share", f"Share of OOD in the last {_RECENT} images with a score.", registry=registry
+        )
+        share.set_function(lambda: sum(self._recent) / len(self._recent) if self._recent else math.nan)
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Ask a function how many images wait, whenever that is wanted."""
+        self._queue.set_function(waiting)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._seconds.labels(route, str(status)).observe(seconds)
+
+    def batch(self, size: int) -> None:
+        """Count a batch."""
+        self._batches.observe(size)
+
+    def image(self, verdict: ImageVerdict) -> None:
+        """Count an image that is answered about."""
+        if verdict.score is None:
+            self._images.labels("unreadable").inc()
+            return
+        flagged = verdict.is_id is False
+        self._images.labels("OOD" if flagged else "ID").inc()
+        self._recent.append(flagged)
+        score = verdict.score
+        if math.isinf(score):  # counted into the same bucket, and the sum stays a number
+            score = math.nextafter(self._bounds[-1], math.inf) if score > 0 else self._bounds[0]
+        self._scores.observe(score)
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+def score_buckets(calibration: Tensor) -> list[float]:
+    """Return where the buckets of the scores end: quantiles of scores (n,), finite and strictly increasing."""
+    finite = calibration[torch.isfinite(calibration)].cpu().numpy()
+    if not len(finite):
+        return [0.0]
+    return np.unique(np.quantile(finite, _QUANTILES, method="lower")).tolist()

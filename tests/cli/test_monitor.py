@@ -1,0 +1,335 @@
+"""``featnorm monitor`` as a user types it, on tables of every kind and whatever is wrong with them."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from featnorm import Calibration, archive
+from featnorm.image_scorer import ImageVerdict
+from featnorm.records import COLUMNS, FORMATS, Journal
+from featnorm.report.drift import Course
+from pages import Page, check
+
+CALIBRATION = Calibration(np.random.default_rng(0).normal(2, 1, 600).astype(np.float32))
+
+
+@pytest.fixture
+def detector(tmp_path):
+    """What `featnorm fit` writes, as far as the command reads it: there is no model to build."""
+    content = {"tpr": 0.95, "detector": "NAN()", "model": {}}
+    archive.write(tmp_path / "d.featnorm", {"calibration.scores": CALIBRATION.scores}, content)
+    return "d.featnorm"
+
+
+def scored(shift=0.0, after=2000, n=3000):
+    """Scores of n images that drift by some of their standard deviations, but never to an extreme."""
+    scores = np.random.default_rng(1).normal(2, 1, n)
+    scores[after:] += shift
+    return np.clip(scores, 0, 4).astype(np.float32)
+
+
+def table(path: Path, scores, unread=(5, 1700)):
+    """Write what `featnorm score --out` writes, with images that could not be read."""
+    p_values = CALIBRATION.p_value(torch.from_numpy(np.asarray(scores)))
+    rows = [
+        ImageVerdict(f"day/{i:05}, “a”.png", score, p, p > 0.05, None, None)
+        for i, (score, p) in enumerate(zip(np.asarray(scores).tolist(), p_values.tolist(), strict=True))
+    ]
+    for i in unread:
+        if i < len(rows):
+            rows.insert(i, ImageVerdict(f"broken/{i}.png", None, None, None, None, "not an image"))
+    journal = Journal(path, {}, 1)
+    journal.add(0, rows)
+    journal.write(path)
+    journal.remove()
+    return path.name
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, ending, shift):
+    scores = table(tmp_path / f"t{ending}", scored(shift))
+    status, printed, error = featnorm("monitor", detector, scores)
+    assert status == 3
+    assert error == ""
+    assert f"3,000 scores of t{ending} (2 without a score left out), against 600 calibration scores" in printed
+    for words in ("Drift. At image 2,", "reached the 100 to 1 of the alarm", "a chance of 1 % at most",
+                  "fit again with images of now"):  # fmt: skip
+        assert words in printed
+    image, row = (int(printed.split(word)[1].split(end)[0].replace(",", ""))
+                  for word, end in (("At image ", ", day"), ("(row ", ")")))  # fmt: skip
+    assert 2000 < image < 2400
+    assert row == image + 2
+    assert f"day/{image - 1:05}, “a”.png" in printed
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["d.featnorm", f"t{ending}"]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_no_drift_is_told(featnorm, detector, tmp_path, ending):
+    scores = table(tmp_path / f"t{ending}", scored())
+    status, printed, _ = featnorm("monitor", detector, scores, "--false-alarm", "0.001")
+    assert status == 0
+    for words in ("No drift. The evidence never reached the 1,000 to 1", "chance of 0.1 % at most", "no proof"):
+        assert words in printed
+
+
+def test_scores_that_are_infinite_are_scores(featnorm, detector, tmp_path):
+    for ending in FORMATS:
+        scores = table(tmp_path / f"t{ending}", np.array([np.inf, 1.0, -np.inf, 2.0]))
+        status, printed, _ = featnorm("monitor", detector, scores, "--html", "page.html")
+        assert status == 0
+        assert "4 scores of" in printed
+        check(Page((tmp_path / "page.html").read_text("utf-8")))
+
+
+def test_the_page_shows_the_stream(featnorm, detector, tmp_path):
+    scores = table(tmp_path / "t <b>.csv", scored(-0.5))
+    status, printed, _ = featnorm("monitor", detector, scores, "--html", "page.html")
+    assert status == 3
+    assert "Wrote page.html." in printed
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    check(page)
+    assert page.source.startswith("<!doctype html>")
+    for words in ("Drift", "t <b>.csv", "600 calibration scores", "the latest 1,000 scores", "alarm, at 100 to 1",
+                  "log₁₀ of the evidence", "mean p-value", "image, in order of time", "the alarm, at image 2,",
+                  "day/0"):  # fmt: skip
+        assert words in page.text
+    assert len(page.source) < 200_000
+
+    calm = table(tmp_path / "calm.csv", scored())
+    assert featnorm("monitor", detector, calm, "--html", "page.html")[0] == 0
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    check(page)
+    assert "No drift" in page.text
+    assert "the alarm, at image" not in page.text
+
+
+def test_a_page_of_one_score(featnorm, detector, tmp_path):
+    scores = table(tmp_path / "t.csv", scored(n=1))
+    assert featnorm("monitor", detector, scores, "--html", "page.html")[0] == 0
+    check(Page((tmp_path / "page.html").read_text("utf-8")))
+
+
+@pytest.mark.parametrize("n", [1, 19, 1999, 2000, 2001, 12_345])
+def test_a_course_keeps_the_highest_evidence_in_few_points(n):
+    rng = np.random.default_rng(n)
+    evidence, p_values = rng.normal(size=n), rng.random(n)
+    course = Course()
+    for part in np.array_split(np.arange(n), 7):
+        course.add(p_values[part], evidence[part], p_values[part])
+    images, kept = course.evidence()
+    assert len(images) == len(kept) <= 2001
+    assert images[0] == kept[0] == 0
+    assert images[-1] == course.count == n
+    assert (np.diff(images) > 0).all()
+    for start, end, highest in zip(images[:-1].astype(int), images[1:].astype(int), kept[1:], strict=True):
+        assert highest == evidence[start:end].max()
+    edges, means = course.mean_p_values()
+    assert len(means) <= 50
+    assert edges[0] == 0
+    assert edges[-1] == n
+    stretches = np.diff(edges)
+    assert len(stretches) == 1 or stretches[-1] >= stretches[0] / 2
+    expected = [p_values[a:b].mean() for a, b in zip(edges[:-1].astype(int), edges[1:].astype(int), strict=True)]
+    np.testing.assert_allclose(means, expected)
+    assert list(course.latest) == p_values[-1000:].tolist()
+
+
+def joined(tmp_path) -> tuple[str, list[list[str]]]:
+    """Write a table, and return its name and its rows."""
+    name = table(tmp_path / "t.csv", scored(-0.5))
+    with (tmp_path / name).open(newline="", encoding="utf-8") as file:
+        return name, list(csv.reader(file))
+
+
+def rounded(rows: list[list[str]], digits: str) -> list[list[str]]:
+    header, *rest = rows
+    return [header, *([r[0], *(format(float(x), digits) if x else x for x in r[1:3]), *r[3:]] for r in rest)]
+
+
+HANDS = {
+    "a byte-order mark": lambda text, rows: "\ufeff" + text,
+    "blank lines": lambda text, rows: text.replace("\r\nday/00007", "\r\n\r\n,,,,,\r\nday/00007") + "\r\n\r\n",
+    "two files, one after the other": lambda text, rows: text + text,
+    "two files with a mark each": lambda text, rows: "\ufeff" + text + "\ufeff" + text,
+    "six decimals": lambda text, rows: as_text(rounded(rows, ".6f")),
+    "three decimals": lambda text, rows: as_text(rounded(rows, ".3f")),
+    "four digits": lambda text, rows: as_text(rounded(rows, ".3e")),
+    "semicolons": lambda text, rows: as_text(rows, ";"),
+    "semicolons and decimal commas": lambda text, rows: "\ufeff" + as_text(with_commas(rows), ";"),
+    "semicolons, quoted, blank lines first": lambda text, rows: (
+        ";;;;;\r\n" + as_text(with_commas(rows), ";", csv.QUOTE_ALL)
+    ),
+    "further columns, first": lambda text, rows: as_text([["x", *row] for row in rows]),
+}
+
+
+def with_commas(rows: list[list[str]]) -> list[list[str]]:
+    return [[row[0], *(number.replace(".", ",") for number in row[1:3]), *row[3:]] for row in rows]
+
+
+def as_text(rows: list[list[str]], separator: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> str:
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator, quoting=quoting).writerows(rows)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("hands", HANDS)
+def test_a_table_may_have_been_through_other_hands(featnorm, detector, tmp_path, hands):
+    name, rows = joined(tmp_path)
+    text = (tmp_path / name).read_bytes().decode()
+    (tmp_path / name).write_bytes(HANDS[hands](text, rows).encode())
+    status, printed, error = featnorm("monitor", detector, name)
+    assert (status, error) == (3, "")
+    n = 2 if "two files" in hands else 1
+    assert f"{3000 * n:,} scores of t.csv ({2 * n} without a score left out)" in printed
+    assert "At image 2," in printed
+
+
+def test_a_number_that_is_ambiguous_is_refused(featnorm, detector, tmp_path):
+    (tmp_path / "t.csv").write_text("path;score;p_value\na.png;1.234,5;0,5\n")
+    words = "row 1 of t.csv cannot be read (could not convert string to float: '1.234.5')"
+    assert_refused(featnorm("monitor", detector, "t.csv"), words)
+
+
+@pytest.mark.parametrize("digits", [".3f", ".6f", ".17g"])
+def test_scores_of_another_detector_are_refused_whatever_their_digits(featnorm, detector, tmp_path, digits):
+    _, rows = joined(tmp_path)
+    other = Calibration(np.random.default_rng(5).normal(2, 1, 600).astype(np.float32))
+    (tmp_path / "t.csv").write_text(as_text(rounded(rows, digits)), encoding="utf-8")
+    archive.write(tmp_path / "other.featnorm", {"calibration.scores": other.scores}, {"tpr": 0.95, "model": {}})
+    assert featnorm("monitor", detector, "t.csv")[0] == 3
+    assert_refused(featnorm("monitor", "other.featnorm", "t.csv"), "of t.csv is of another detector: its score")
+
+
+def test_blank_lines_and_float32_are_read_in_other_tables(featnorm, detector, tmp_path):
+    scores = tmp_path / table(tmp_path / "t.jsonl", scored(-0.5))
+    scores.write_bytes(b"\xef\xbb\xbf" + scores.read_bytes().replace(b"\n", b"\n\n"))
+    assert featnorm("monitor", detector, scores)[0] == 3
+    scores = tmp_path / table(tmp_path / "t.parquet", scored(-0.5))
+    whole = pq.read_table(scores)
+    for i, name in enumerate(whole.column_names):
+        if name in ("score", "p_value"):
+            whole = whole.set_column(i, name, whole[name].cast(pa.float32()))
+    pq.write_table(whole, scores)
+    assert featnorm("monitor", detector, scores)[0] == 3
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines(keepends=True)
+
+
+def damage_csv(path: Path, row: int, cells: list[str]) -> None:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    rows[row] = cells
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["a.png", "much", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
+        (["a.png", "nan", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (its score is NaN)"),
+        (["a.png", "1.0", "", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
+        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 of 6 columns)"),
+        (
+            ["a.png", "2.0", "0.9", "ID", "", ""],
+            "row 7 of t.csv is of another detector: its score 2 has the p-value",
+        ),
+        (["a.png", "2.0", "nan", "ID", "", ""], "its score 2 has the p-value nan there and 0."),
+        (["a.png", "2.0", "0.246914", "ID", "", ""], "has the p-value 0.246914 there and 0.4"),
+    ],
+)
+def test_a_damaged_csv_is_refused_by_row(featnorm, detector, tmp_path, cells, words):
+    scores = table(tmp_path / "t.csv", scored(n=20))
+    damage_csv(tmp_path / scores, 7, cells)
+    assert_refused(featnorm("monitor", detector, scores, "--html", "page.html"), words)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"path": "a.png", "sco\n', "(Invalid control character"),
+        ("[1, 2]\n", "(it has no path)"),
+        ("5\n", "("),
+        ('{"path": "a.png", "score": 1.0}\n', "(it has no p_value)"),
+        ('{"path": "a.png", "score": [1], "p_value": 0.5}\n', "("),
+        ('{"path": "a.png", "score": NaN, "p_value": 0.5}\n', "(its score is NaN)"),
+        ('{"path": "a.png", "score": 1' + 400 * "0" + ', "p_value": 0.5}\n', "("),
+        (100_000 * "[" + "\n", "("),
+        ("\udcff\n", "("),
+    ],
+)
+def test_a_damaged_jsonl_is_refused_by_row(featnorm, detector, tmp_path, line, words):
+    scores = table(tmp_path / "t.jsonl", scored(n=20))
+    text = lines(tmp_path / scores)
+    text[6] = line
+    (tmp_path / scores).write_bytes("".join(text).encode("utf-8", "surrogateescape"))
+    assert_refused(featnorm("monitor", detector, scores), f"row 7 of t.jsonl cannot be read {words}")
+
+
+def test_a_damaged_parquet_is_refused_by_row(featnorm, detector, tmp_path):
+    scores = tmp_path / table(tmp_path / "t.parquet", scored(n=25_000))
+    whole = scores.read_bytes()
+    scores.write_bytes(whole[:-100])
+    assert_refused(featnorm("monitor", detector, scores.name), "row 1 of t.parquet cannot be read (")
+    # Inside the second of the groups of rows that are read one by one.
+    group = pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(1)
+    start = group.column(COLUMNS.index("score")).dictionary_page_offset
+    scores.write_bytes(whole[:start] + b"\xff" * 40 + whole[start + 40 :])
+    assert_refused(featnorm("monitor", detector, scores.name), "row 10001 of t.parquet cannot be read (")
+    pq.write_table(pa.table({"path": ["a"], "score": [1.0]}), scores)
+    assert_refused(
+        featnorm("monitor", detector, scores.name), "row 1 of t.parquet cannot be read (it has no p_value)"
+    )
+    pq.write_table(pa.table({"path": ["a", "b"], "score": [1.0, float("nan")], "p_value": [0.5, 0.5]}), scores)
+    assert_refused(
+        featnorm("monitor", detector, scores.name), "row 2 of t.parquet cannot be read (its score is NaN)"
+    )
+
+
+def test_what_is_refused(featnorm, detector, tmp_path):
+    scores = table(tmp_path / "t.csv", scored(n=50))
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "unread.jsonl").write_text(json.dumps(dict.fromkeys(COLUMNS)) + "\n")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "d.html").symlink_to(tmp_path / detector)
+    archive.write(tmp_path / "bare.featnorm", {}, {"tpr": None, "model": {}})
+    before = sorted(tmp_path.iterdir())
+    for arguments, words in {
+        (detector, "nowhere.csv"): "there is no file of scores nowhere.csv",
+        (detector, "folder.csv"): "there is no file of scores folder.csv",
+        (detector, detector): "d.featnorm must end in .csv, .jsonl, .parquet",
+        (detector, "empty.csv"): "there is no score in empty.csv",
+        (detector, "unread.jsonl"): "there is no score in unread.jsonl",
+        (detector, "other.csv"): "row 1 of other.csv cannot be read (it has no path)",
+        ("nowhere.featnorm", scores): "there is no detector file",
+        (scores, scores): "not a featnorm detector file",
+        ("bare.featnorm", scores): "bare.featnorm holds no calibration scores",
+        (detector, scores, "--false-alarm", "0"): "false_alarm must be in (0, 1)",
+        (detector, scores, "--html", scores): "--html t.csv must end in .html",
+        (detector, scores, "--html", "d.html"): "d.html would lie over or in what is read",
+        (detector, scores, "--html", "none/page.html"): "there is no folder none",
+        (detector, scores, "--html", "folder.html"): "folder.html is a folder",
+    }.items():
+        assert_refused(featnorm("monitor", *arguments), words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def assert_refused(result, words):
+    status, _, error = result
+    assert status == 2
+    assert words in error
+    assert error.count("\n") == 1

@@ -1,0 +1,265 @@
+"""Many machines: two workers of a local Ray judge, ask and fit as this process does."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import featnorm as fn
+from featnorm.image_scorer import ImageScorer
+from featnorm.inputs import DataError, ImageSource, SlicedImages, open_images
+
+ray = pytest.importorskip("ray")
+
+from featnorm.cluster import Cluster, cluster  # noqa: E402
+from featnorm.cluster.bank import BankPart, ShardedKNN  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps")]
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def workers():
+    # By default its processes wait for everything else that runs, and so for the other process of tests.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    # Workers do not import this file.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield Cluster("cpu")
+    ray.shutdown()
+
+
+def local(scorer, source):
+    return list(scorer.stream(source, batch_size=BATCH, workers=0))
+
+
+def remote(workers, scorer, source, batches=None):
+    batches = range(-(-len(source) // BATCH)) if batches is None else batches
+    found = dict(workers.score(scorer, source, batches, batch_size=BATCH))
+    assert sorted(found) == list(batches)
+    return [found[number] for number in batches]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert [(v.name, v.error, v.predicted, v.is_id) for v in a] == [
+            (v.name, v.error, v.predicted, v.is_id) for v in b
+        ]
+        for one, other in zip(a, b, strict=True):
+            if other.score is not None:
+                assert one.score == pytest.approx(other.score, rel=1e-6, abs=1e-6)
+                assert one.p_value == pytest.approx(other.p_value, abs=1e-6)
+
+
+def fit(folder, loaded, cache, **options):
+    settings = {"cache": cache, "progress": False, "workers": 0, "batch_size": BATCH}
+    return fn.fit_images(open_images(str(folder)), loaded, **settings, **options)
+
+
+@pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
+def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, tmp_path, monkeypatch, detector):
+    targets = "clusters" if detector == "SSD()" else "labels"
+    # Several parts to merge.
+    monkeypatch.setattr(fn.fitting, "_ROWS", 50)
+    source = SlicedImages(open_images(str(folder)), range(30), "thirty")
+    alone = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
+    asked = cache if detector != "KLUniform()" else tmp_path / "asked by the workers"
+    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), ray=workers, targets=targets)
+    assert (merged.trained, merged.held_out, merged.accuracy) == (alone.trained, alone.held_out, alone.accuracy)
+    assert merged.corrupt == alone.corrupt
+    assert merged.computed == (0 if asked is cache else alone.trained + alone.held_out)
+    expected = local(alone.scorer, source)
+    assert expected[0][0].error is not None
+    assert_same(local(merged.scorer, source), expected)
+    if asked is not cache or detector.startswith("KNN"):
+        assert_same(remote(workers, alone.scorer, source), expected)
+    for mine, theirs in zip(merged.scorer.statistics.buffers(), alone.scorer.statistics.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 2)
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedImages(open_images(str(folder)), range(27), "some")
+    expected = local(scorer, source)
+    wanted = [0, 2, 3, 6]  # the last of three images
+    assert_same(remote(workers, scorer, source, wanted), [expected[i] for i in wanted])
+    assert list(workers.score(scorer, source, [], batch_size=BATCH)) == []
+
+
+class Deadly(ImageSource):
+    """Images of which one ends the process that reads it, once; it writes down what is read."""
+
+    def __init__(self, source, row, place):
+        super().__init__("deadly", [None] * len(source), None)
+        self.source, self.row, self.place = source, row, place
+
+    def _read(self, i):
+        with (self.place / "read").open("a") as file:
+            file.write(f"{i}\n")
+        if i == self.row and not (self.place / "died").exists():
+            (self.place / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.source.read(i)
+
+    def _image(self, i):
+        return self._read(i)[0]
+
+    def _name(self, i):
+        return self.source.name(i)
+
+    def _identity(self, i):
+        return self.source.identity(i)
+
+    def _digest(self, i):
+        return self.source.digest(i)
+
+
+def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 2)
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedImages(open_images(str(folder)), range(1, 49), "some")
+    deadly = Deadly(source, 29, tmp_path)
+    assert_same(remote(workers, scorer, deadly), local(scorer, source))
+    assert (tmp_path / "died").exists()
+    read = np.bincount([int(line) for line in (tmp_path / "read").read_text().split()], minlength=48)
+    assert read.min() == 1
+    # Rows 24 to 31 are the shard; what the other worker had was not lost.
+    again = (read > 1).nonzero()[0]
+    assert len(again)
+    assert set(again.tolist()) <= set(range(24, 32))
+
+
+@pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))"])
+def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
+    scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector)).scorer
+    source = SlicedImages(open_images(str(folder)), range(1, 21), "some")
+    expected = local(scorer, source)
+    assert workers._in_parts(scorer) is scorer
+    monkeypatch.setattr(cluster, "_BANK_SHARE", 0.0)
+    parts = workers._in_parts(scorer)
+    within = [m for m in parts.scorer.detector.modules() if isinstance(m, fn.KNN)]
+    assert all(isinstance(knn, ShardedKNN) and knn.bank.is_empty for knn in within)
+    assert len(within) == detector.count("KNN")
+    assert repr(parts.scorer.detector) == repr(scorer.scorer.detector)
+    assert_same(remote(workers, scorer, source), expected)
+    assert all(not knn.bank.is_empty for knn in scorer.scorer.detector.modules() if type(knn) is fn.KNN)
+
+
+def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
+    torch.manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(12, 6))
+    queries = torch.nn.functional.normalize(torch.randn(5, 6))
+    whole = fn.KNN(7).use_bank(bank)
+    # More neighbors than a part has rows.
+    parts = [ray.remote(BankPart).remote(part.numpy(), 7, None) for part in bank.tensor_split(2)]
+    found = ShardedKNN(whole, parts).nearest(queries, 7)
+    exact = torch.cdist(queries.double(), bank.double()).square().sort(1).values[:, :7]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, whole.nearest(queries, 7), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="has only 12 inputs in its bank"):
+        ShardedKNN(fn.KNN(13).use_bank(bank), parts).score(fn.Features(pooled=queries))
+
+
+def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedImages(open_images(str(folder)), range(1, 9), "some")
+
+    def fails(image):
+        raise RuntimeError("no such colour")
+
+    broken = ImageScorer("x", scorer.scorer, fails)
+    with pytest.raises(DataError, match=r"the transform failed on .*png \(RuntimeError: no such colour\)"):
+        remote(workers, broken, source)
+    not_finite = replace(scorer, transform=lambda image: torch.full((3, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        remote(workers, not_finite, source)
+
+
+def test_devices_that_there_are(workers):
+    with pytest.raises(ValueError, match="--device cuda: the cluster has no GPU"):
+        Cluster("cuda")
+    with pytest.raises(ValueError, match="--device mps: on a cluster it is auto, cpu or cuda"):
+        Cluster("mps")
+    assert workers.actors == cluster.Actors(2, "cpu", 1, 0)
+    assert cluster._actors("auto", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(4, "cuda", 8, 1)
+    assert cluster._actors("cpu", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(32, "cpu", 1, 0)
+
+
+def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypatch):
+    # One shard, and so one actor, for each command: another takes seconds to begin.
+    size = 16
+    backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", size)
+    fitting = ("fit", folder, "--cache", tmp_path / "cache", "--detector", "SSD", *backbone)
+    status, printed, error = featnorm(*fitting, "-o", "ray.featnorm", "--ray")
+    assert (status, error) == (0, "")
+    assert "Computed the features of 239 images" in printed
+    status, printed, _ = featnorm(*fitting, "-o", "one.featnorm")
+    assert "The features of all images were in the cache." in printed
+    scoring = ("score", "ray.featnorm", folder, "--batch-size", size, "--device", "cpu")
+    status, printed, _ = featnorm(*scoring, "-o", "one.csv", "--workers", 0)
+    assert status == 0
+    # The second journal breaks off: what it holds is not judged again, by one process or by many.
+    score = Cluster.score
+
+    def die(*arguments, **options):
+        for count, found in enumerate(score(*arguments, **options)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(Cluster, "score", die)
+    assert featnorm(*scoring, "-o", "ray.csv", "--ray")[0] == 130
+    monkeypatch.setattr(Cluster, "score", score)
+    status, printed, error = featnorm(*scoring, "-o", "ray.csv", "--ray")
+    assert (status, error) == (0, "")
+    assert f"resuming after {3 * size} of" in printed
+    assert "by at most 2 actors of cpu" in printed
+    one, many = (
+        [line.split(",") for line in (tmp_path / f"{name}.csv").read_text().splitlines()]
+        for name in ("one", "ray")
+    )
+    assert len(one) == len(many)
+    for a, b in zip(one[1:], many[1:], strict=True):
+        assert (a[0], a[3:]) == (b[0], b[3:])
+        for x, y in zip(a[1:3], b[1:3], strict=True):
+            assert (x == y == "") or float(x) == pytest.approx(float(y), rel=1e-6, abs=1e-6)
+    assert not list(tmp_path.glob(".*"))
+    status, printed, _ = featnorm(*scoring, "--ray")
+    assert status == 0
+    assert "flagged as OOD" in printed
+
+
+def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, monkeypatch):
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedImages(open_images(str(folder)), range(14), "some")
+    expected = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
+    judge, sizes = ImageScorer._judge, []
+
+    def small(self, images, names, **options):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(images))
+        return judge(self, images, names, **options)
+
+    monkeypatch.setattr(ImageScorer, "_judge", small)
+    found = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
+    assert sum(sizes) == 13  # one cannot be read
+    # A batch of another size rounds otherwise, and as these images calibrated, a tie may break: the p-values are
+    # to be those of the scores found.
+    scores = [v.score for v in found if v.score is not None]
+    p_values = iter(scorer.scorer.calibration.p_value(torch.tensor(scores)).tolist())
+    expected = [v if v.score is None else v._replace(p_value=next(p_values)) for v in expected]
+    assert_same([found], [expected])
+    monkeypatch.setattr(
+        ImageScorer, "_judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
+    )
+    with pytest.raises(torch.OutOfMemoryError, match="all"):
+        list(scorer.stream(source, batch_size=14, workers=0))

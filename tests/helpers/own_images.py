@@ -1,0 +1,62 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import featnorm as fn
+from featnorm import fitting
+from featnorm.inputs import open_images
+from featnorm.models import create_model
+from painted import paint
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """240 pictures of four classes; one is corrupt, and one is there twice."""
+    folder = tmp_path_factory.mktemp("own")
+    random = np.random.default_rng(0)
+    for i in range(240):
+        paint(folder / "abcd"[i % 4] / f"{i:03}.png", i % 4, random)
+    (folder / "a" / "000.png").write_bytes(b"broken")
+    (folder / "b" / "copy.png").write_bytes((folder / "b" / "001.png").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    return create_model("featnorm:cifar10-resnet18")
+
+
+@pytest.fixture(scope="session")
+def fitted(folder, loaded, cache):
+    source = open_images(str(folder))
+    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, progress=False, workers=0).scorer
+
+
+@pytest.fixture
+def scorer(fitted):
+    """A scorer of a test's own, to be changed."""
+    return dataclasses.replace(fitted)
+
+
+@pytest.fixture(scope="session")
+def tiny(loaded):
+    """A backbone that answers, and is exported, in a moment: where the head and the detector are what matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
+        backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return dataclasses.replace(loaded, name="tests:tiny", model=backbone)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Train heads for few steps, where it does not matter how much they learn."""
+    monkeypatch.setattr(fitting, "_LEAST_STEPS", 10)

@@ -1,0 +1,99 @@
+"""The network that comes with the package is the one that its card describes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import featnorm as fn
+from featnorm._utils.layout import fast_layout
+from featnorm.inputs import image_tensor, open_images
+from featnorm.models import ModelError, create_model, packaged
+from featnorm.models.packaged import model_facts
+
+NAME = "cifar10-resnet18"
+FOLDER = Path(packaged.__file__).parent
+
+
+def test_it_loads_and_is_found_by_the_tap():
+    assert fn.model_names() == [NAME]
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    model = fn.load_model(NAME)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not model.training
+    tap = fn.FeatureTap(model).watch(torch.rand(4, 3, 32, 32))
+    assert "hidden layer of an MLP head" in tap.describe()
+    features = tap(torch.rand(4, 3, 32, 32))
+    assert features.tensor("activation").shape == (4, 512)
+    assert features.tensor("embedding").shape == (4, 128)
+    assert features.tensor("logits").shape == (4, 10)
+
+
+def test_it_is_small_and_has_a_card():
+    file = FOLDER / f"{NAME}.safetensors"
+    assert sum(weights.stat().st_size for weights in FOLDER.glob("*.safetensors")) <= 8e6
+    card = file.with_suffix(".md").read_text("utf-8")
+    result = model_facts(NAME)["result"]
+    assert f"{result['accuracy']:.2%}" in card
+    for name, sets in result["scores"].items():
+        for auroc, fpr95 in sets.values():
+            assert f"{auroc:.1f} / {fpr95:.1f}" in card, name
+
+
+@pytest.mark.slow
+def test_it_reaches_what_was_published(shared_data):
+    result = model_facts(NAME)["result"]
+    model = fast_layout(fn.load_model(NAME))
+    tap = fn.FeatureTap(model)
+    detectors = {repr(d): d for d in (fn.NAN(), fn.L1Norm(), fn.Energy(), fn.MSP(), fn.HiddenConfidence())}
+
+    def scored(spec):
+        source = open_images(spec, root=shared_data)
+        pixels = image_tensor(source, 32, progress=False)
+        features = [tap(fast_layout(batch).float() / 255) for batch in pixels.split(500)]
+        labels = torch.tensor([source.label(i) for i in range(len(source))]) if spec == "cifar10:test" else None
+        return fn.Features.cat(features), labels
+
+    known, labels = scored("cifar10:test")
+    accuracy = float((known.tensor("logits").argmax(1) == labels).float().mean())
+    assert accuracy == pytest.approx(result["accuracy"], abs=0.001)
+    for name in ("textures", "mnist"):
+        strange, _ = scored(f"ood32/{name}")
+        for key, detector in detectors.items():
+            ours = 100 * fn.auroc(detector.score(known), detector.score(strange))
+            assert ours == pytest.approx(result["scores"][key][name][0], abs=0.05), key
+
+
+def test_the_command_line_takes_it_by_name():
+    loaded = create_model(f"featnorm:{NAME}")
+    assert loaded.transform(Image.new("RGB", (50, 40), "red")).shape == loaded.input_size
+    assert loaded.transform(Image.new("RGB", (32, 32), "red"))[:, 0, 0].tolist() == [1, 0, 0]
+    with pytest.raises(ModelError, match="comes with its weights"):
+        create_model(f"featnorm:{NAME}", num_classes=5)
+    with pytest.raises(ModelError, match=f"there is no model 'other'; available: {NAME}"):
+        create_model("featnorm:other")
+
+
+def test_its_hidden_classifier_explains(shared_data):
+    source = open_images("cifar10:test[:300]", root=shared_data)
+    pixels = image_tensor(source, 32, progress=False).float() / 255
+    model = fn.load_model(NAME)
+    explainer = fn.Explainer(model).fit(pixels.split(100), progress=False)
+    with torch.no_grad():
+        logits = model(pixels[:5])
+    hidden = fn.FeatureTap(model).hidden(pixels[:5])
+    torch.testing.assert_close(hidden.output_logits, logits, rtol=1e-4, atol=1e-4)
+    assert [e.predicted for e in explainer(pixels[:5])] == logits.argmax(1).tolist()
+    strange = image_tensor(open_images("ood32/mnist[:100]", root=shared_data), 32, progress=False).float() / 255
+
+    def agreement(inputs):
+        return sum(e.hidden_confidence / e.norm for e in explainer(inputs)) / len(inputs)
+
+    assert agreement(pixels[:100]) > agreement(strange)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=f"no model 'resnet'; available: {NAME}"):
+        fn.load_model("resnet")

@@ -1,0 +1,65 @@
+"""`featnorm reproduce all`: what can be made is made and put on one page, what cannot is named there."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from featnorm.cli import reproduce as command
+from featnorm.paper import cifar10, imagenet, label_free, one_class, theory
+from featnorm.paper.recipe import PaperRecipe
+from small import reproduce
+
+RECIPE = PaperRecipe(epochs=1, batch_size=32, optimizer="sgd", lr=0.02)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two tables of one network, a figure that can be made and one whose images are not there."""
+    monkeypatch.setattr(cifar10, "TABLES", ("table5", "table10"))
+    monkeypatch.setattr(label_free, "TABLES", {})
+    monkeypatch.setattr(one_class, "TABLES", ())
+    monkeypatch.setattr(imagenet, "TABLES", {"table1": imagenet.TABLES["table1"]})
+    monkeypatch.setattr(
+        theory, "FIGURES", {"figure2": theory.FIGURES["figure2"], "figure13": theory.FIGURES["figure13"]}
+    )
+    monkeypatch.setattr(command, "_STUDIES", {"explanation": command._STUDIES["explanation"]})
+    monkeypatch.setitem(
+        cifar10.SCALES, "laptop", cifar10.Scale("laptop", 8, RECIPE, RECIPE, frozen=False, seeds=1)
+    )
+    mlp = replace(RECIPE, optimizer="adamw", lr=1e-3)
+    monkeypatch.setitem(theory.SCALES, "laptop", theory.Scale("laptop", 8, 60, RECIPE, mlp))
+
+
+def test_all_makes_one_page_and_names_what_is_missing(root, few, tmp_path, monkeypatch):
+    result = reproduce("all", root, tmp_path)
+    assert result.exit_code == 0
+    out = tmp_path / "laptop"
+    page = (out / "results.html").read_text("utf-8")
+    for name in ("table5", "table10", "figure2", "explanation"):
+        assert f'<h2 id="{name}">' in page
+        assert (out / f"{name}.md").exists()
+    assert '<h2 id="figure13">' not in page
+    assert "figure13" in page
+    assert "svhn:train" in page
+    assert "tiny-imagenet-200.zip" in page
+    assert page.count("data:image/svg+xml") == 1 + len(list(out.glob("explanation-*.svg")))
+    assert "Paper" in page
+    for name in ("table5", "figure2"):
+        assert json.loads((out / f"{name}.json").read_text())
+
+    def never(*_args, **_options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(cifar10, "train", never)
+    monkeypatch.setattr(theory, "train", never)
+    assert reproduce("all", root, tmp_path).exit_code == 0
+
+
+def test_all_is_broken_off_by_a_fault_of_ours(root, few, tmp_path, monkeypatch):
+    def fault(*_args, **_options):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(cifar10, "train", fault)
+    with pytest.raises(TypeError, match="a fault"):
+        reproduce("all", root, tmp_path)

@@ -1,0 +1,113 @@
+"""The figures, from networks that are trained for an epoch or two on a few fabricated images."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from featnorm.paper import theory
+from featnorm.paper.figures import Figure, gap, rank_correlation, series
+from featnorm.paper.probe import LAST
+from featnorm.paper.recipe import PaperRecipe
+from small import reproduce
+
+pytestmark = pytest.mark.slow
+
+RECIPE = PaperRecipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.02)
+TINY = theory.Scale("laptop", 8, 60, RECIPE, replace(RECIPE, optimizer="adamw", lr=1e-3))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(theory.SCALES, "laptop", TINY)
+
+
+def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
+    figures = [name for name in theory.FIGURES if name != "figure13"]
+    for name in figures:
+        assert reproduce(name, root, tmp_path).exit_code == 0, name
+    out = tmp_path / "laptop"
+    networks = {place.name for place in out.iterdir() if place.is_dir()}
+    assert networks == {
+        *(f"resnet-cifar10-relu-{scheme}" for scheme in theory.SCHEMES),
+        "resnet-cifar10-relu-S-decay",
+        *(f"mlp-{data}-{name}-S" for data in ("cifar10", "mnist") for name in theory.ACTIVATIONS),
+    }
+    for name in figures:
+        picture = (out / f"{name}.svg").read_text()
+        assert picture.count("<svg") == 1
+        kept = json.loads((out / f"{name}.json").read_text())
+        again = Figure.from_json(kept)
+        assert again.to_json() == kept
+        assert picture.count('id="axes_') == sum(len(row) for row in again.panels)
+        assert again.table.markdown() == (out / f"{name}.md").read_text()
+        assert "scale laptop" in (out / f"{name}.md").read_text()
+    # Drawing takes seconds: one of them is drawn again from what was kept.
+    assert again.svg.count('id="axes_') == picture.count('id="axes_')
+    assert "layer 5" in (out / "figure12.md").read_text()
+    assert "before the rectifier" in (out / "figure8.md").read_text()
+
+    def never(*_args, **_options):
+        raise AssertionError("trained again")
+
+    before = (out / "figure3.md").read_text()
+    monkeypatch.setattr(theory, "train", never)
+    assert reproduce("figure3", root, tmp_path).exit_code == 0
+    assert (out / "figure3.md").read_text() == before
+
+
+def test_a_run_records_what_it_was(root, tiny, tmp_path):
+    from lightning_fabric import Fabric
+
+    images = theory.load_images("cifar10", root, progress=False)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    job = theory.Job("resnet", scheme="O")
+    run = theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={"date": "today"}, progress=False)
+    assert run["made_with"]["inputs"] == 60
+    assert run["made_with"]["recipe"]["augment"] is False
+    assert [record["epoch"] for record in run["records"]] == [1, 2]
+    assert series(run, LAST, "hidden", "train", "accuracy") == [1, 1]
+    assert "test" not in run["records"][0]["layers"][LAST]["hidden"]
+    assert len(gap(run, "nan")) == 2
+    assert run["end"]["pattern:train"].shape == (50, 512)
+    assert run["end"]["norm:noise"].shape == (30,)
+    active = run["end"]["l0:test"].double().clamp_min(1)
+    sparsity = run["records"][-1]["layers"][LAST]["sparsity"]["test"]
+    assert sparsity == pytest.approx(float((1 / active).mean()), rel=1e-3)
+    again = theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={}, progress=False)
+    assert again.keys() == run.keys()
+    assert all(torch.equal(value, run["end"][name]) for name, value in again["end"].items())
+    other = replace(TINY, width=4)
+    with pytest.raises(ValueError, match="holds a run of other width"):
+        theory.run(job, other, images, tmp_path, fabric=fabric, environment={}, progress=False)
+    end = bytearray((tmp_path / "end.safetensors").read_bytes())
+    end[-1] ^= 1
+    (tmp_path / "end.safetensors").write_bytes(end)
+    with pytest.raises(ValueError, match=r"end\.safetensors is damaged: delete .*run\.json"):
+        theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={}, progress=False)
+
+
+def test_the_label_schemes_train_as_the_paper_says():
+    scale = theory.SCALES["paper"]
+    for scheme in theory.SCHEMES:
+        recipe = theory.Job("resnet", scheme=scheme).recipe(scale)
+        assert recipe.augment == (scheme == "Is")
+        assert (recipe.epochs, recipe.lr, recipe.batch_size, recipe.weight_decay) == (200, 0.06, 256, 0)
+    assert theory.Job("resnet", decay=True).recipe(scale).weight_decay > 0
+    mlp = theory.Job("mlp").recipe(scale)
+    assert (mlp.epochs, mlp.optimizer, mlp.lr, mlp.batch_size) == (200, "adamw", 1e-3, 256)
+
+
+def test_digits_are_grey(root):
+    images = theory.load_images("mnist", root, progress=False)
+    assert images.train[0].shape == (120, 1, 28, 28)
+    model = theory.build(theory.Job("mlp", "mnist"), TINY, images.train[0].shape[1:], 10)
+    assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_rank_correlation():
+    assert rank_correlation([1, 2, 3], [1, 4, 9]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [5, 4, 4.5]) == pytest.approx(-0.5)
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))

@@ -1,0 +1,245 @@
+"""The service's page in a real browser."""
+
+import io
+import re
+import shutil
+import threading
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from PIL import Image
+
+import featnorm as fn
+from featnorm.inputs import open_images
+from featnorm.serve import Limits, create_app
+from featnorm.serve.server import _Server, bind
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+EVIL = "<img src=x onerror=alert(1)>.png"
+
+
+@pytest.fixture(scope="module")
+def scorer(folder, loaded, cache):
+    source = open_images(str(folder))
+    return fn.fit_images(source, loaded, detector=fn.KNN(k=3), cache=cache, progress=False, workers=0).scorer
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def served(app):
+    """Serve an application on a free port, in a thread; yields its address."""
+    bound = bind("127.0.0.1", 0)
+    started = threading.Event()
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"), started.set, 10.0)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    try:
+        assert started.wait(30)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def url(scorer):
+    with served(create_app(scorer)) as url:
+        yield url
+
+
+def catch_choosers(page):
+    """Have file choosers caught from the start: a key pressed at once opens one before a later wish is heard."""
+    page.on("filechooser", lambda _: None)
+
+
+@pytest.fixture
+def page(browser):
+    """A page whose scripts must not fail, and whose policy must not be broken."""
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.set_default_timeout(20_000)
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    catch_choosers(page)
+    yield page
+    page.close()
+    assert not wrong
+
+
+def picture(name, color, size=(32, 32)):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": file.getvalue()}
+
+
+def image_of(folder, name="005.png"):
+    (file,) = folder.glob(f"*/{name}")
+    return {"name": name, "mimeType": "image/png", "buffer": file.read_bytes()}
+
+
+def card(page, name):
+    return page.locator(".card", has=page.get_by_role("heading", name=name, exact=True))
+
+
+def tally(page, words):
+    playwright.expect(page.locator("#tally")).to_have_text(words)
+
+
+def test_chosen_images_are_judged(page, url, folder):
+    page.goto(url)
+    broken = {"name": EVIL, "mimeType": "image/png", "buffer": b"no"}
+    page.set_input_files("#files", [image_of(folder), picture("white.png", "white", (300, 200)), broken])
+    tally(page, "2 images judged, 1 does not belong, 1 cannot be judged.")
+    known = card(page, "005.png")
+    playwright.expect(known.locator(".verdict")).to_have_text("Belongs")
+    playwright.expect(known).to_contain_text("Taken for b")
+    assert re.search(r"p-value 0\.\d+, score −\d", known.inner_text())
+    assert known.get_by_role("img", name=re.compile("Belongs: score .* threshold .* p-value")).is_visible()
+    assert known.locator("circle.here").count() == 1
+    foreign = card(page, "white.png")
+    playwright.expect(foreign.locator(".verdict")).to_have_text("Does not belong")
+    assert foreign.locator("path.here").count() == 1  # beyond the end of the histogram
+    assert foreign.locator(".thumb img").evaluate("image => image.naturalWidth") == 300
+    foreign.get_by_text("Why").click()
+    assert foreign.get_by_role("rowheader", name="the network predicts").is_visible()
+    refused = card(page, EVIL)
+    playwright.expect(refused).to_contain_text("not an image in a format that featnorm reads")
+    assert refused.locator("img").count() == 0
+    assert "KNN(k=3)" in page.locator("#about").inner_text()
+    page.get_by_role("button", name="Clear").click()
+    assert page.locator(".card").count() == 0
+
+
+def test_dropped_images_are_judged(page, url, folder):
+    page.goto(url)
+    data = page.evaluate_handle(
+        """(bytes) => {
+            const data = new DataTransfer();
+            for (const name of ["one.png", "two.png"]) data.items.add(new File([new Uint8Array(bytes)], name));
+            return data;
+        }""",
+        list(image_of(folder)["buffer"]),
+    )
+    page.dispatch_event(".drop", "dragenter", {"dataTransfer": data})
+    playwright.expect(page.locator("body")).to_have_class("over")
+    page.dispatch_event(".drop", "drop", {"dataTransfer": data})
+    playwright.expect(page.locator("body")).not_to_have_class("over")
+    tally(page, "2 images judged, 0 do not belong.")
+
+
+def test_without_a_mouse(page, url, folder):
+    page.goto(url)
+    for _ in range(2):  # past the theme's button
+        page.keyboard.press("Tab")
+    assert page.locator("#files").evaluate("input => input === document.activeElement")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files([image_of(folder)])
+    tally(page, "1 image judged, 0 do not belong.")
+    page.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("rowheader", name="the network predicts").is_visible()
+
+
+def test_on_a_phone(browser, url, folder):
+    page = browser.new_page(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    catch_choosers(page)
+    page.goto(url)
+    with page.expect_file_chooser() as chooser:
+        page.locator(".drop").tap()
+    chooser.value.set_files([image_of(folder), picture("a" * 90 + ".png", "white")])
+    tally(page, "2 images judged, 1 does not belong.")
+    page.locator("summary").first.tap()
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+    page.close()
+
+
+def test_many_images_go_a_few_at_a_time(page, url, folder):
+    requests = []
+    page.on("request", lambda request: requests.append(request) if "/v1/score" in request.url else None)
+    page.goto(url)
+    page.set_input_files("#files", [image_of(folder) | {"name": f"{i}.png"} for i in range(20)])
+    tally(page, "20 images judged, 0 do not belong.")
+    assert len(requests) == 3
+    assert [card.inner_text() for card in page.locator(".card h3").all()] == [f"{i}.png" for i in range(20)]
+
+
+def test_a_token_is_asked_for_and_kept(page, scorer, folder):
+    with served(create_app(scorer, token="s3cret")) as url:
+        page.goto(url)
+        secret = page.get_by_label("This service wants a token")
+        playwright.expect(secret).to_be_focused()
+        assert not page.locator("#about").is_visible()
+        page.set_input_files("#files", [image_of(folder)])
+        tally(page, "0 images judged, 1 to come.")
+        secret.fill("other")
+        page.get_by_role("button", name="Use it").click()
+        playwright.expect(page.locator("#wrong")).to_have_text("The service does not know this token.")
+        secret.fill("s3cret")
+        secret.press("Enter")
+        tally(page, "1 image judged, 0 do not belong.")
+        assert not secret.is_visible()
+        page.reload()
+        playwright.expect(page.locator("#about")).to_be_visible()
+        assert not secret.is_visible()
+
+
+def test_trouble_is_told_in_words(page, scorer, folder):
+    with served(create_app(scorer, Limits(body_bytes=200_000))) as url:
+        page.goto(url)
+        playwright.expect(page.locator("#bounds")).to_contain_text("up to 195 kB each")
+        large = {"name": "large.png", "mimeType": "image/png", "buffer": b"x" * 190_000}
+        page.set_input_files("#files", [large])
+        playwright.expect(card(page, "large.png")).to_contain_text("It is 186 kB large; the service takes 131 kB")
+        page.get_by_role("button", name="Clear").click()
+
+        page.context.set_offline(True)
+        page.set_input_files("#files", [image_of(folder)])
+        playwright.expect(page.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
+        playwright.expect(card(page, "005.png")).to_contain_text("Not judged yet")
+        page.context.set_offline(False)
+        page.get_by_role("button", name="Try again").click()
+        tally(page, "1 image judged, 0 do not belong.")
+        assert not page.locator("#trouble").is_visible()
+
+        times = []
+
+        def busy(route):
+            times.append(route)
+            if len(times) > 2:
+                return route.continue_()
+            return route.fulfill(
+                status=503, headers={"Retry-After": "0.01"}, json={"error": "9 images wait already"}
+            )
+
+        page.route("**/v1/score*", busy)
+        page.set_input_files("#files", [image_of(folder, "006.png")])
+        tally(page, "2 images judged, 0 do not belong.")
+        assert len(times) == 3
+        page.unroute("**/v1/score*")
+        too_much = {"error": "the body is longer than 9 bytes"}
+        page.route("**/v1/score*", lambda route: route.fulfill(status=413, json=too_much))
+        page.set_input_files("#files", [image_of(folder, "007.png")])
+        playwright.expect(page.locator("#said")).to_have_text(
+            "That was more than the service takes at once: the body is longer than 9 bytes."
+        )
+
+
+def test_the_theme(page, url):
+    page.emulate_media(color_scheme="dark")
+    page.goto(url)
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(21, 24, 28)"
+    page.get_by_role("button", name="Dark theme").click()
+    assert page.evaluate(ground) == "rgb(251, 251, 249)"

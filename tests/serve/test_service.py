@@ -1,0 +1,1166 @@
+"""A detector over HTTP."""
+
+import asyncio
+import base64
+import gzip
+import io
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+import featnorm as fn
+from asking import Asking, running, until
+from featnorm.cli import serve
+from featnorm.inputs import SlicedImages, open_images
+from featnorm.inputs.formats import FORMATS
+from featnorm.serve import Limits, bodies, create_app
+from featnorm.serve import app as service
+from featnorm.serve.app import histogram
+from featnorm.serve.metrics import score_buckets
+from featnorm.serve.requests import JsonLines
+from featnorm.serve.server import bind
+from hostile import chunk, hostile_files, huge_png
+from painted import paint
+
+TOKEN = "s3cret-t0ken"
+
+
+@pytest.fixture
+def client(scorer):
+    with client_of(create_app(scorer)) as client:
+        yield client
+
+
+@contextmanager
+def client_of(app):
+    with TestClient(app) as client:
+        end = time.monotonic() + 30
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < end, "it never was ready"
+            time.sleep(0.002)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory):
+    """Nine pictures and a broken one.
+
+    None was calibrated on: a score that is one of the calibration's may fall on its other side by rounding.
+    """
+    folder = tmp_path_factory.mktemp("new")
+    random = np.random.default_rng(7)
+    for i in range(9):
+        paint(folder / f"{i}.png", i % 4, random)
+    (folder / "broken.png").write_bytes(b"no")
+    return folder
+
+
+def png(value=200, size=32):
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), (value % 256, 20, 20)).save(file, "PNG")
+    return file.getvalue()
+
+
+def text(data):
+    return base64.b64encode(data).decode()
+
+
+def samples(metrics):
+    """The samples of a page of metrics, by name and labels."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+    }
+
+
+class Held:
+    """Lets a scorer's model begin when a test says so, and writes down what it judged."""
+
+    def __init__(self, scorer):
+        self.began = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.batches = []
+        self.held = False
+        inner = scorer.judge
+
+        def judge(images, names, **how):
+            if self.held:
+                self.batches.append(list(names))
+                self.began.release()
+                assert self.go.acquire(timeout=30)
+            return inner(images, names, **how)
+
+        scorer.judge = judge
+
+    async def begun(self):
+        await until(lambda: self.began.acquire(blocking=False))
+
+
+def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
+    source = SlicedImages(open_images(str(new)), range(5, 10), "five")
+    rows = [row for batch in fitted.stream(source, workers=0) for row in batch]
+    files = [(new / row.name).read_bytes() for row in rows]
+    whole = client.post("/v1/score", json={"images": [text(data) for data in files]})
+    assert whole.status_code == 200
+    results = whole.json()["results"]
+    assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
+    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error"]
+    for row, result in zip(rows, results, strict=True):
+        assert result["error"] == row.error
+        assert result["predicted"] == row.predicted
+        if row.score is not None:
+            assert result["score"] == pytest.approx(row.score, rel=1e-5)
+            assert result["p_value"] == pytest.approx(row.p_value)
+            assert result["verdict"] == ("ID" if row.is_id else "OOD")
+
+    named = client.post("/v1/score", json={"images": [{"name": "one", "data": text(d)} for d in files]}).json()
+    assert [result["name"] for result in named["results"]] == ["one"] * 5
+    form = client.post("/v1/score", files=[("images", (f"\u96ea {i}.png", d)) for i, d in enumerate(files)]).json()
+    assert [result["name"] for result in form["results"]] == [f"\u96ea {i}.png" for i in range(5)]
+    for kind in ("image/png", "application/octet-stream", "image/anything; charset=utf-8"):
+        one = client.post("/v1/score", content=files[1], headers={"content-type": kind}).json()
+        form["results"].append(one["results"][0])
+    for other, result in zip(
+        [*named["results"], *form["results"]], [*results, *results, *[results[1]] * 3], strict=True
+    ):
+        assert other["error"] == result["error"]
+        assert other["score"] == (result["score"] and pytest.approx(result["score"], rel=1e-5))
+
+
+def test_an_unreadable_image_costs_no_other_its_verdict(client):
+    images = [{"name": "\ud800", "data": "!"}, text(png()), text(b"no"), {"name": "", "data": text(huge_png())}]
+    body = json.dumps({"images": images})
+    answer = client.post("/v1/score", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    errors = [(result["name"], result["error"], result["score"] is None) for result in answer.json()["results"]]
+    assert errors[0] == ("?", "its data is not base64", True)
+    assert errors[1] == ("image 2", None, False)
+    assert errors[2] == ("image 3", "not an image in a format that featnorm reads", True)
+    assert errors[3][0] == "image 4"
+    assert "exceeds limit" in errors[3][1]
+    none = client.post("/v1/score", content=b"", headers={"content-type": "image/png"})
+    assert none.status_code == 422
+    assert none.json()["results"][0]["error"] == "an empty file"
+
+
+def test_a_thousand_hostile_files(client):
+    hostile = list(hostile_files(1000, png(size=64)))
+    refused = scored = 0
+    for first in range(0, 1000, 50):
+        some = [*hostile[first : first + 50], ("good.png", png(first)), ("fine.png", png(7))]
+        answer = client.post("/v1/score", files=[("images", file) for file in some])
+        assert answer.status_code == 200
+        results = answer.json()["results"]
+        # A client writes the quotes of a name as escapes.
+        assert [result["name"] for result in results] == [name.replace('"', "%22") for name, _ in some]
+        refused += sum(result["error"] is not None and result["verdict"] is None for result in results[:50])
+        scored += sum(result["verdict"] is not None for result in results[50:])
+    assert (refused, scored) == (1000, 40)
+
+
+JSON = {"content-type": "application/json"}
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "words"),
+    [
+        (b"x", {}, 415, "the content type is not given"),
+        (b"x", {"content-type": "text/plain"}, 415, "the content type is text/plain"),
+        (b"{", JSON, 400, "not JSON"),
+        (b"\xff\xfe", JSON, 400, "not JSON"),
+        (b"[" * 5000, JSON, 400, "not JSON"),
+        (b"[" * 10**6, JSON, 400, "more than 7,400 values"),
+        (b'{"images": ' + b"9" * 10**5 + b"}", JSON, 400, "not JSON"),
+        (b"[]", JSON, 400, "no list of images"),
+        (b'{"images": "AAAA"}', JSON, 400, "no list of images"),
+        (b'{"images": []}', JSON, 400, "holds no image"),
+        (b'{"images": ["", 5]}', JSON, 400, "image 2 must be a base64 string"),
+        (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 must be a base64 string"),
+        (b'{"images": [' + b'"",' * 64 + b'""]}', JSON, 413, "more than 64 images"),
+        (b"", FORM, 400, "holds no image"),
+        (b"x", {"content-type": "multipart/form-data"}, 400, "boundary"),
+        (b"--x\r\n\r\n", FORM, 400, "the form cannot be read"),
+        (b"--x--\r\n", FORM, 400, "holds no image"),
+        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n', FORM, 400, "'a', is no file"),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nb\r\n' * 65 + b"--x--\r\n",
+            FORM,
+            413,
+            "more than 64 images",
+        ),
+        (b"--x\r\nA: " + b"b" * 10**5, FORM, 400, "the form cannot be read"),
+        (b"x" * (16 * 2**20 + 1), {"content-type": "image/png"}, 413, "longer than 16,777,216 bytes"),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_refused(client, body, headers, status, words):
+    answer = client.post("/v1/score", content=body, headers=headers)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_other_refusals(client):
+    for method, path, status, words in (
+        ("GET", "/v1/score", 405, "Method Not Allowed"),
+        ("GET", "/nothing", 404, "Not Found"),
+        ("GET", "/docs", 404, "Not Found"),
+        ("POST", "/v1/score?explain=perhaps", 400, "explain: Input should be a valid boolean"),
+    ):
+        answer = client.request(method, path)
+        assert answer.status_code == status
+        assert words in answer.json()["error"]
+
+
+def test_bounds_of_an_image_and_of_limits(scorer):
+    with client_of(create_app(scorer, Limits(pixels=1000))) as client:
+        results = client.post("/v1/score", json={"images": [text(png(size=32)), text(png(size=31))]}).json()[
+            "results"
+        ]
+    assert results[0]["error"] == "32 x 32 pixels are more than 1,000"
+    assert results[1]["score"] is not None
+    for wrong, words in (
+        ({"images": 300}, "the queue only 256"),
+        ({"seconds": math.nan}, "seconds is nan"),
+        ({"queue": 0}, "queue is 0"),
+        ({"pixels": 10**9}, "Pillow itself refuses"),
+        ({"queue_pixels": 10**6}, "the queue only 1000000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Limits(**wrong)
+    with pytest.raises(ValueError, match="printable ASCII"):
+        create_app(scorer, token="two words")
+
+
+def test_images_are_read_as_in_a_folder(client):
+    """Every format that files are read in, and a picture that was stored turned as it is seen."""
+    picture = Image.effect_noise((40, 30), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6
+    bodies = {form: io.BytesIO() for form in (*FORMATS, "turned")}
+    for form in FORMATS:
+        picture.save(bodies[form], form)
+    picture.transpose(Image.Transpose.ROTATE_90).save(bodies["turned"], "PNG", exif=exif)
+    scores = {}
+    for form, body in bodies.items():
+        answer = client.post("/v1/score", content=body.getvalue(), headers={"content-type": "image/any"})
+        assert answer.status_code == 200, form
+        scores[form] = answer.json()["results"][0]["score"]
+    assert scores["turned"] == scores["PNG"] == scores["BMP"]
+
+
+def test_formats_that_start_programs_are_not_read(client):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    answer = client.post("/v1/score", content=eps, headers={"content-type": "image/png"})
+    assert answer.json()["results"][0]["error"] == "PostScript is a program, and not run here: save it as PNG"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda data: data,
+        lambda data: data + "\n",
+        lambda data: "\r\n".join(data[i : i + 76] for i in range(0, len(data), 76)),
+        lambda data: data.rstrip("="),
+        lambda data: data.replace("+", "-").replace("/", "_"),
+        lambda data: data.replace("+", "-").replace("/", "_").rstrip("="),
+        lambda data: f"data:image/png;base64,{data}",
+        lambda data: f" DATA:;BASE64,{data}\n",
+    ],
+    ids=["plain", "newline", "lines", "unpadded", "url-safe", "url-safe, unpadded", "data URL", "bare data URL"],
+)
+def test_every_form_of_base64_is_read(client, written):
+    # With both characters in which the alphabets differ, and padding.
+    data = next(data for data in map(text, map(png, range(256))) if {"+", "/", "="} <= {*data})
+    answer = client.post("/v1/score", json={"images": [written(data)]})
+    assert answer.status_code == 200
+    assert answer.json()["results"][0]["score"] is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("A", "not base64"),
+        ("AAAA=AAA", "not base64"),
+        ("AAAA====", "not base64"),
+        ("AA AA!", "not base64"),
+        ("\u00e4AAA", "not base64"),
+        ("data:image/png,AAAA", "its data: URL is not base64-encoded"),
+        ("data:image/png;base64;AAAA", "its data: URL is not base64-encoded"),
+        ("data:image/png;base64,!", "not base64"),
+    ],
+)
+def test_what_is_no_base64(client, written, words):
+    answer = client.post("/v1/score", json={"images": [written]})
+    assert answer.status_code == 422
+    assert words in answer.json()["results"][0]["error"]
+
+
+def test_a_compressed_body_is_named(client):
+    for coding in ("gzip", "br", "identity, gzip"):
+        headers = {"content-type": "image/png", "content-encoding": coding}
+        answer = client.post("/v1/score", content=gzip.compress(png()), headers=headers)
+        assert answer.status_code == 415
+        assert f"the content encoding is {coding}: send the body as it is" in answer.json()["error"]
+        assert answer.headers["accept-encoding"] == "identity"
+    headers["content-encoding"] = "identity"
+    assert client.post("/v1/score", content=png(), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/metrics", "/v1/detector"])
+def test_head_answers_as_get_does(client, path):
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_the_name_of_a_file_may_be_encoded(client):
+    body = (
+        b"--x\r\nContent-Disposition: form-data; name=\"images\"; filename*=UTF-8''%E9%9B%AA.png\r\n\r\n"
+        + png()
+        + b"\r\n--x--\r\n"
+    )
+    answer = client.post("/v1/score", content=body, headers=FORM)
+    assert answer.status_code == 200
+    assert [result["name"] for result in answer.json()["results"]] == ["\u96ea.png"]
+
+
+def flood(before, part, after):
+    return before + part * (2**20 // len(part)) + after
+
+
+def test_a_header_of_a_million_parts_is_not_read(client):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "JPEG")
+    jpeg, image = buffer.getvalue(), png()
+    floods = [
+        flood(image[:33], chunk(b"prVt", b""), image[33:]),
+        flood(jpeg[:2], b"\xff\xfe\x00\x02", jpeg[2:]),
+        flood(jpeg[:2], b"\xff", jpeg[2:]),
+        flood(b"P6\n", b"#\n", b"1 1\n255\nabc"),
+        flood(b"GIF89a\1\0\1\0\0\0\0", b"!\xfe\0", b";"),
+    ]
+    files = [("images", ("a", data)) for data in [*floods, jpeg]]
+    results = client.post("/v1/score", files=files).json()["results"]
+    assert [result["error"] for result in results] == ["its header has too many parts"] * len(floods) + [None]
+
+
+def bomb(side=7000):
+    """A picture of many pixels in few bytes."""
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    end = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+class HeldDecoding:
+    """Lets the transform of large pictures begin when a test says so."""
+
+    def __init__(self, scorer):
+        self.begun = 0
+        self.go = threading.Semaphore(0)
+        inner = scorer.transform
+
+        def transform(image):
+            if image.width > 256:  # which the service tries itself on
+                self.begun += 1
+                assert self.go.acquire(timeout=30)
+                image = image.resize((32, 32))
+            return inner(image)
+
+        scorer.transform = transform
+
+
+def test_a_small_image_does_not_wait_for_bombs(scorer):
+    async def main():
+        held = HeldDecoding(scorer)
+        large = bomb()
+        async with running(create_app(scorer)) as app:
+            bombs = [Asking(app).say(large) for _ in range(60)]
+            await until(lambda: held.begun == 1 and sum(asking.task.done() for asking in bombs) == 44)
+            assert (await Asking(app).say(png()).answer())[0] == 200
+            # One is decoded, 15 wait, and the rest is told to come again.
+            answers = [await asking.answer() for asking in bombs if asking.task.done()]
+            assert {(status, headers["retry-after"]) for status, headers, _ in answers} == {(503, "1")}
+            assert answers[0][2]["error"] == "784,000,000 pixels wait already: try again later"
+            assert held.begun == 1
+            for asking in bombs:
+                asking.leave()
+            held.go.release()
+            await until(lambda: all(asking.task.done() for asking in bombs))
+            held.go.release()
+            assert (await Asking(app).say(large).answer())[0] == 200
+
+    asyncio.run(main())
+
+
+class HeldHeaders:
+    """Lets a service read the header of an image when a test says so, and writes down in what order it did."""
+
+    def __init__(self, monkeypatch):
+        self.read = []
+        self.go = threading.Semaphore(0)
+
+        def measure(data, measure=bodies.measure):
+            self.read.append(data)
+            assert self.go.acquire(timeout=30)
+            return measure(data)
+
+        monkeypatch.setattr(bodies, "measure", measure)
+
+
+def test_a_request_whose_client_left_is_not_parsed(scorer, monkeypatch):
+    first, second, third = png(1), png(2), png(3)
+
+    async def main():
+        async with running(create_app(scorer)) as app:
+            held = HeldHeaders(monkeypatch)
+            two = {"images": [text(first), text(second)]}
+            gone = Asking(app, content_type="application/json").say(json.dumps(two).encode())
+            await until(lambda: held.read == [first])
+            never = Asking(app).say(second)
+            await asyncio.sleep(0.01)
+            for asking in (gone, never):
+                asking.leave()
+                await asking.task  # though the thread is not done
+                assert not asking._sent
+            held.go.release(2)
+            assert (await Asking(app).say(third).answer())[0] == 200
+            assert held.read == [first, third]
+
+    asyncio.run(main())
+
+
+def test_parsing_counts_for_the_time_limit(scorer, monkeypatch):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=0.3))) as app:
+            held = HeldHeaders(monkeypatch)
+            status, headers, content = await Asking(app).say(png()).answer()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "no verdict within 0.3 seconds" in content["error"]
+            held.go.release()
+
+    asyncio.run(main())
+
+
+def test_a_small_request_overtakes_the_headers_of_a_large_one(scorer, monkeypatch):
+    many, one = [png(i) for i in range(5)], png(9)
+
+    async def main():
+        async with running(create_app(scorer)) as app:
+            held = HeldHeaders(monkeypatch)
+            body = json.dumps({"images": [text(data) for data in many]}).encode()
+            large = Asking(app, content_type="application/json").say(body)
+            await until(lambda: len(held.read) == 1)
+            small = Asking(app).say(one)
+            await asyncio.sleep(0.01)
+            held.go.release(6)
+            assert [(await asking.answer())[0] for asking in (large, small)] == [200, 200]
+            assert held.read.index(one) < held.read.index(many[-1])
+
+    asyncio.run(main())
+
+
+def test_a_small_image_does_not_wait_for_all_images_of_a_large_request(scorer, batchers):
+    async def main():
+        held = HeldDecoding(scorer)
+        many = json.dumps({"images": [text(bomb(3000))] * 6}).encode()  # each 0.9 s, as it is reckoned
+        async with running(create_app(scorer)) as app:
+            large = Asking(app, content_type="application/json").say(many)
+            await until(lambda: held.begun == 2)
+            dues = sorted(job.due for heap in batchers[0]._decoders._waiting.values() for job in heap)
+            assert [b - a for a, b in pairwise(dues)] == pytest.approx([0.9] * 3, abs=0.1)
+            held.go.release(6)
+            assert (await large.answer())[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_request_of_too_many_pixels(scorer):
+    limits = Limits(pixels=2000, queue_pixels=20_000)
+    with client_of(create_app(scorer, limits)) as client:
+        many = {"images": [text(png(size=40))] * 13}
+        answer = client.post("/v1/score", json=many)
+        assert answer.status_code == 413
+        assert (
+            answer.json()["error"] == "the images count as 20,800 pixels, more than 20,000: send them one by one"
+        )
+        two = {"images": [text(png(size=40)), text(png(size=100))]}
+        results = client.post("/v1/score", json=two).json()["results"]
+        assert results[0]["error"] is None
+        assert results[1]["error"] == "100 x 100 pixels are more than 2,000"
+
+
+def test_a_body_without_the_token_is_not_read(scorer):
+    async def main():
+        async with running(create_app(scorer, token=TOKEN)) as app:
+            asking = Asking(app).say(b"x", more=True)
+            status, headers, _ = await asking.answer()
+            assert (status, headers["connection"]) == (401, "close")
+            assert asking._inbox.qsize() == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/nothing"])
+def test_an_answer_does_not_wait_for_a_body_that_nobody_reads(scorer, path):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=1000))) as app:
+            asking = Asking(app, method="GET", path=path).say(b"x", more=True)
+            _, headers, _ = await asking.answer()
+            assert headers["connection"] == "close"
+
+    asyncio.run(main())
+
+
+def test_a_body_is_bounded_while_it_comes(scorer):
+    async def main():
+        async with running(create_app(scorer, Limits(body_bytes=100, seconds=5))) as app:
+            # Neither a length nor a true one.
+            for headers in ({}, {"content_length": "5"}, {"content_length": "-1"}, {"content_length": "\u0663"}):
+                asking = Asking(app, **headers).say(b"x" * 60, more=True).say(b"x" * 41, more=True).say(b"")
+                status, headers, content = await asking.answer()
+                assert (status, content["error"]) == (413, "the body is longer than 100 bytes")
+                assert "connection" not in headers  # the rest of it was read
+            asking = Asking(app, content_length="101", expect="100-continue")
+            status, headers, _ = await asking.answer()  # before anything is sent
+            assert (status, headers["connection"]) == (413, "close")
+            asking = Asking(app)
+            for _ in range(50):
+                asking.say(b"x" * 100, more=True)
+            status, headers, _ = await asking.answer()  # one that never ends
+            assert (status, headers["connection"]) == (413, "close")
+
+            many = [Asking(app).say(b"x" * 100, more=True) for _ in range(16)]
+            await asyncio.sleep(0)
+            # The request that has been sending for longest makes room for others.
+            for asking in many[:2]:
+                assert (await Asking(app).say(b"x" * 99).answer())[0] == 422
+                status, headers, content = await asking.answer()
+                assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+                assert "at its memory limit" in content["error"]
+                many.append(Asking(app).say(b"x" * 100, more=True))
+                await asyncio.sleep(0)
+            for asking in many[2:]:
+                asking.leave()
+            await asyncio.gather(*(asking.task for asking in many))
+            assert (await Asking(app).say(b"x").answer())[0] == 422
+
+    asyncio.run(main())
+
+
+def test_a_slow_sender_is_cut_off(scorer):
+    async def main():
+        async with running(create_app(scorer, Limits(seconds=0.1))) as app:
+            status, headers, content = await Asking(app).say(b"x", more=True).answer()
+            assert (status, headers["connection"]) == (408, "close")
+            assert content["error"] == "the request body did not arrive within 0.1 seconds"
+
+    asyncio.run(main())
+
+
+def test_a_slow_model_is_not_waited_for(scorer):
+    async def main():
+        held = Held(scorer)
+        async with running(create_app(scorer, Limits(seconds=0.3, batch_size=1))) as app:
+            held.held = True
+            status, headers, content = await Asking(app).say(png()).answer()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "no verdict within 0.3 seconds" in content["error"]
+            held.held = False
+            held.go.release()
+            assert (await Asking(app).say(png()).answer())[0] == 200
+
+    asyncio.run(main())
+
+
+def waiting(app):
+    """How many images wait, as the metrics tell."""
+
+    async def ask():
+        asking = Asking(app, method="GET", path="/metrics").say(b"")
+        await asking.task
+        return samples(asking._sent[1]["body"].decode())[("featnorm_queue_images",)]
+
+    return ask()
+
+
+async def until_waiting(app, n):
+    while await waiting(app) != n:
+        await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+def batchers(monkeypatch):
+    """The batchers of the applications that a test creates."""
+    made = []
+
+    class Known(service.Batcher):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(service, "Batcher", Known)
+    return made
+
+
+def test_requests_are_joined_and_judged_as_if_alone(scorer, new, batchers):
+    images = [(new / f"{i}.png").read_bytes() for i in range(9)]
+
+    async def main():
+        held = Held(scorer)
+        async with running(create_app(scorer, Limits(batch_size=6))) as app:
+            alone = [(await Asking(app).say(data).answer())[2]["results"][0] for data in images]
+            held.held = True
+            first = Asking(app).say(images[0])
+            await held.begun()
+            others = [Asking(app).say(data) for data in images[1:]]
+            await until(lambda: len(batchers[0]._ready) == 8)
+            assert await waiting(app) == 8
+            held.go.release(3)
+            answers = [await asking.answer() for asking in (first, *others)]
+            assert [len(batch) for batch in held.batches] == [1, 6, 2]
+            assert await waiting(app) == 0
+        for (status, _, content), wanted in zip(answers, alone, strict=True):
+            assert status == 200
+            (result,) = content["results"]
+            assert result["score"] == pytest.approx(wanted["score"], rel=1e-5)
+            assert {**result, "score": 0} == {**wanted, "score": 0}
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_asks_to_come_again(scorer):
+    async def main():
+        held = Held(scorer)
+        two = json.dumps({"images": [text(png()), text(png())]}).encode()
+        async with running(create_app(scorer, Limits(queue=4, images=2, batch_size=1))) as app:
+            held.held = True
+            first = Asking(app).say(png())
+            await held.begun()
+            others = [Asking(app, content_type="application/json").say(two) for _ in range(2)]
+            await until_waiting(app, 4)
+            status, headers, content = await Asking(app).say(png()).answer()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert content["error"] == "4 images wait already: try again later"
+            held.go.release(5)
+            for asking in (first, *others):
+                assert (await asking.answer())[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_costs_nothing(scorer, caplog):
+    caplog.set_level(logging.INFO, "featnorm.serve")
+
+    async def main():
+        held = Held(scorer)
+        async with running(create_app(scorer, Limits(batch_size=1))) as app:
+            held.held = True
+            first = Asking(app).say(png())
+            await held.begun()
+            gone = Asking(app, x_request_id="gone").say(png())
+            await until_waiting(app, 1)
+            gone.leave()
+            await gone.task
+            assert not gone._sent
+            assert await waiting(app) == 0
+            halfway = Asking(app).say(b"x", more=True).leave()
+            await halfway.task
+            held.go.release(2)
+            assert (await first.answer())[0] == 200
+            assert (await Asking(app).say(png()).answer())[0] == 200
+            assert len(held.batches) == 2
+
+    asyncio.run(main())
+    assert [line["status"] for line in lines(caplog) if line.get("request_id") == "gone"] == [499]
+
+
+def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, batchers, caplog):
+    async def main():
+        held = Held(scorer)
+        inner = scorer.judge
+
+        def judge(images, names, **how):
+            if "broken" in names:
+                raise RuntimeError("a secret of the inside")
+            return inner(images.where(images.mean((1, 2, 3), keepdim=True) < 0.7, torch.nan), names, **how)
+
+        async with running(create_app(scorer, Limits(batch_size=4))) as app:
+            scorer.judge = judge
+            held.held = True
+            first = Asking(app).say(png())
+            await held.begun()
+            held.held = False
+            white = io.BytesIO()
+            Image.new("RGB", (32, 32), "white").save(white, "PNG")
+            images = {"images": [text(png(90)), text(white.getvalue())]}
+            pair = Asking(app, content_type="application/json").say(json.dumps(images).encode())
+            broken = {"images": [{"name": "broken", "data": text(png())}]}
+            failing = Asking(app, content_type="application/json", x_request_id="me").say(
+                json.dumps(broken).encode()
+            )
+            await until(lambda: len(batchers[0]._ready) == 3)
+            held.go.release()
+            assert (await first.answer())[0] == 200
+            status, _, content = await pair.answer()
+            assert status == 200
+            assert content["results"][0]["score"] is not None
+            assert "not finite" in content["results"][1]["error"]
+            status, headers, content = await failing.answer()
+            assert (status, headers["x-request-id"]) == (500, "me")
+            assert content == {
+                "error": "the service failed; its log says why, by the request id",
+                "request_id": "me",
+            }
+            assert (await Asking(app).say(png()).answer())[0] == 200
+
+    asyncio.run(main())
+    (line,) = [line for line in lines(caplog) if "traceback" in line]
+    assert "a secret of the inside" in line["traceback"]
+    assert line["request_id"] == "me"
+
+
+def test_a_transform_that_fails(scorer):
+    inner = scorer.transform
+
+    def transform(image):
+        if image.size == (1, 1):
+            raise ZeroDivisionError("inside")
+        return inner(image)
+
+    scorer.transform = transform
+    with client_of(create_app(scorer)) as client:
+        results = client.post("/v1/score", json={"images": [text(png(size=1)), text(png())]}).json()["results"]
+    assert [result["error"] for result in results] == ["the transform failed on it", None]
+
+
+def lines(caplog):
+    formatter = JsonLines()
+    return [json.loads(formatter.format(record)) for record in caplog.records if record.name == "featnorm.serve"]
+
+
+def test_the_log_is_a_line_a_request(client, caplog):
+    caplog.set_level(logging.INFO, "featnorm.serve")
+    given = {"x-request-id": "abc-1"}
+    answer = client.post("/v1/score", json={"images": [text(png()), "!"]}, headers=given)
+    assert answer.headers["x-request-id"] == "abc-1"
+    (line,) = lines(caplog)
+    assert set(line) == {
+        "time", "level", "message", "method", "route", "status", "milliseconds", "images", "flagged", "unreadable",
+        "request_id",
+    }  # fmt: skip
+    assert (line["route"], line["status"], line["images"], line["unreadable"]) == ("/v1/score", 200, 2, 1)
+    caplog.clear()
+    for bad in ("x" * 65, "a b", ""):
+        assert re.fullmatch(
+            r"[0-9a-f]{32}", client.get("/x%0Ay", headers={"x-request-id": bad}).headers["x-request-id"]
+        )
+    assert {line["route"] for line in lines(caplog)} == {"none"}
+
+
+def test_a_token_is_asked_for(scorer, caplog):
+    caplog.set_level(logging.DEBUG)
+    with TestClient(create_app(scorer, token=TOKEN)) as client:
+        for method, path in (("POST", "/v1/score"), ("GET", "/v1/detector"), ("GET", "/metrics")):
+            for headers in ({}, {"authorization": "Bearer other"}, {"authorization": f"Basic {TOKEN}x"},
+                            {"authorization": "Bearer \xe9"}, {"authorization": TOKEN}):  # fmt: skip
+                encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+                answer = client.request(method, path, headers=encoded)
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+        allowed = {"authorization": f"Bearer {TOKEN}"}
+        assert client.get("/v1/detector", headers=allowed).status_code == 200
+        assert client.get("/metrics", headers=allowed).status_code == 200
+        answer = client.post("/v1/score", content=png(), headers={"content-type": "image/png", **allowed})
+        assert answer.status_code == 200
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+        page = client.get("/")
+        assert page.status_code == 200
+        assert "NAN" not in page.text
+        schema = client.get("/openapi.json").json()
+        assert schema["paths"]["/v1/score"]["post"]["security"] == [{"HTTPBearer": []}]
+    assert TOKEN not in caplog.text
+
+
+def test_metrics_count(scorer):
+    with client_of(create_app(scorer)) as client, client_of(create_app(scorer)) as other:
+        assert math.isnan(samples(client.get("/metrics").text)[("featnorm_flagged_share",)])
+        batch = [text(png()), text(png(10)), "!"]
+        results = client.post("/v1/score", json={"images": batch}).json()["results"]
+        results += client.post("/v1/score", content=png(), headers={"content-type": "image/png"}).json()["results"]
+        client.post("/v1/score", content=b"", headers={"content-type": "text/plain"})
+        found = samples(client.get("/metrics").text)
+        verdicts = [result["verdict"] for result in results]
+        for verdict, count in (("ID", verdicts.count("ID")), ("OOD", verdicts.count("OOD")), ("unreadable", 1)):
+            assert found[("featnorm_images_total", ("verdict", verdict))] == count
+        assert found[("featnorm_flagged_share",)] == pytest.approx(verdicts.count("OOD") / 3)
+        assert found[("featnorm_score_count",)] == 3
+        scores = [result["score"] for result in results if result["score"] is not None]
+        assert found[("featnorm_score_sum",)] == pytest.approx(sum(scores))
+        assert found[("featnorm_queue_images",)] == 0
+        for status, count in (("200", 2), ("415", 1)):
+            labels = (("route", "/v1/score"), ("status", status))
+            assert found[("featnorm_request_seconds_count", *labels)] == count
+        for name, value in found.items():
+            if name[0] == "featnorm_score_bucket":
+                assert value == sum(score <= float(dict(name[1:])["le"]) for score in scores)
+        # The image that the service tries itself on is judged, and is nobody's.
+        assert found[("featnorm_batch_images_sum",)] == 4
+        assert samples(other.get("/metrics").text)[("featnorm_images_total", ("verdict", "ID"))] == 0
+
+
+def test_infinite_scores(scorer):
+    inner = scorer.judge
+
+    def judge(images, names, **how):
+        above = {"image 1": True, "image 2": False}
+        return [
+            verdict._replace(score=math.inf if above[verdict.name] else -math.inf, is_id=above[verdict.name])
+            for verdict in inner(images, names, **how)
+        ]
+
+    with client_of(create_app(scorer)) as client:
+        scorer.judge = judge
+        results = client.post("/v1/score", json={"images": [text(png()), text(png(9))]}).json()["results"]
+        assert [(r["score"], r["verdict"], r["error"]) for r in results] == [
+            (None, "ID", None),
+            (None, "OOD", None),
+        ]
+        found = samples(client.get("/metrics").text)
+        assert found[("featnorm_score_count",)] == 2
+        assert math.isfinite(found[("featnorm_score_sum",)])
+        (lowest,) = [v for k, v in found.items() if k[0] == "featnorm_score_bucket" and float(dict(k[1:])["le"])
+                     == score_buckets(scorer.scorer.calibration.scores)[0]]  # fmt: skip
+        assert lowest == 1
+
+
+@pytest.mark.parametrize(
+    "scores", [[1.0] * 30, [math.inf] * 20, [-math.inf, 0.0, math.inf] * 9, [1e300, -1e300] * 10, list(range(99))]
+)
+def test_buckets_and_histogram_of_any_scores(scores):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    buckets = score_buckets(scores)
+    assert buckets
+    assert all(map(math.isfinite, buckets))
+    assert all(a < b for a, b in pairwise(buckets))
+    for threshold in (-math.inf, 0.0, 50.0):
+        counts = histogram(scores, threshold)
+        assert sum(counts.counts) == len(scores)
+        assert len(counts.edges) == len(counts.counts) + 1
+        assert np.isfinite(counts.edges).all()
+        assert (np.diff(counts.edges) > 0).all()
+        assert not math.isfinite(threshold) or counts.edges[0] <= threshold <= counts.edges[-1]
+
+
+def test_readiness(scorer):
+    async def status(app, path):
+        return (await Asking(app, method="GET", path=path).say(b"").answer())[0]
+
+    async def main():
+        held = Held(scorer)
+        held.held = True
+        app = create_app(scorer)
+        async with app.router.lifespan_context(app):
+            await held.begun()
+            assert await status(app, "/healthz") == 200
+            assert await status(app, "/readyz") == 503
+            held.held = False
+            held.go.release()
+            while await status(app, "/readyz") != 200:
+                await asyncio.sleep(0.002)
+        assert await status(app, "/readyz") == 503
+
+    asyncio.run(main())
+
+
+def test_what_judges(client, scorer):
+    detector = client.get("/v1/detector").json()
+    calibration = scorer.scorer.calibration
+    assert detector["detector"] == "NAN()"
+    assert detector["classes"] == ["a", "b", "c", "d"]
+    assert detector["threshold"] == float(calibration.threshold)
+    assert detector["tpr"] == 0.95
+    assert detector["facts"] == scorer.facts
+    assert sum(detector["calibration"]["counts"]) == len(calibration.scores)
+    assert detector["limits"]["images"] == 64
+    assert detector["explains"] is True
+
+
+def test_why(client, scorer):
+    plain = client.post("/v1/score", json={"images": [text(png())]}).json()["results"][0]
+    answer = client.post("/v1/score?explain=true", json={"images": [text(png()), "!"]}).json()["results"]
+    assert "why" not in plain
+    assert answer[0]["why"][0] == ["the network predicts", plain["predicted"]]
+    assert answer[1]["why"] is None
+    scorer.statistics = None
+    with client_of(create_app(scorer)) as other:
+        assert other.get("/v1/detector").json()["explains"] is False
+        answer = other.post("/v1/score?explain=true", json={"images": [text(png())]})
+        assert answer.status_code == 400
+        assert "fit it again" in answer.json()["error"]
+
+
+def test_openapi_tells_all(client):
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {"/v1/score", "/v1/detector", "/metrics", "/healthz", "/readyz"}
+    post = schema["paths"]["/v1/score"]["post"]
+    assert set(post["requestBody"]["content"]) == {
+        "image/*", "application/octet-stream", "application/json", "multipart/form-data",
+    }  # fmt: skip
+    assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
+    result = schema["components"]["schemas"]["Result"]
+    assert set(result["properties"]) == {"name", "score", "p_value", "verdict", "predicted", "error", "why"}
+
+
+def test_the_page_lets_nothing_foreign_in(client):
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert "access-control-allow-origin" not in page.headers
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert page.text.count("<script>") == policy.split("style-src")[0].count("sha256-")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text)
+    assert not re.search(r"\son\w+=", page.text)
+
+
+def test_the_page_names_the_formats(client):
+    assert f">{', '.join(FORMATS)}<" in client.get("/").text
+
+
+def threads():
+    """The threads of services."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("featnorm-")]
+
+
+def test_it_works_mounted_in_another_application(scorer):
+    outer = FastAPI()
+    outer.mount("/a", create_app(scorer))
+    before = {*threads()}
+    with TestClient(outer) as client:
+        # The first request starts it.
+        answer = client.post("/a/v1/score", content=png(), headers={"content-type": "image/png"})
+        assert answer.status_code == 200
+        assert answer.json()["results"][0]["score"] is not None
+        end = time.monotonic() + 30
+        while client.get("/a/readyz").status_code != 200:
+            assert time.monotonic() < end, "it never was ready"
+        assert client.get("/a/").text.startswith("<!doctype html>")
+        mine = {*threads()} - before
+        assert mine
+    # Its threads end with the other's event loop, which is all that it learns of the end.
+    for thread in mine:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_client_without_a_lifespan(scorer):
+    client = TestClient(create_app(scorer))
+    for _ in range(2):  # each in an event loop of its own
+        assert client.post("/v1/score", content=png(), headers={"content-type": "image/png"}).status_code == 200
+
+
+def test_an_application_may_be_started_again(scorer):
+    app = create_app(scorer)
+    for _ in range(2):
+        with client_of(app) as client:
+            answer = client.post("/v1/score", content=png(), headers={"content-type": "image/png"})
+            assert answer.status_code == 200
+
+
+def test_it_judges_nothing_once_it_is_shut_down(scorer):
+    async def main():
+        async with running(create_app(scorer)) as app:
+            pass
+        status, _, content = await Asking(app).say(png()).answer()
+        assert (status, content["error"]) == (503, "the service is shutting down: try again later")
+
+    asyncio.run(main())
+
+
+def test_an_uncalibrated_scorer_is_refused(scorer):
+    scorer.scorer = fn.Scorer(scorer.scorer.model, fn.NAN())
+    with pytest.raises(ValueError, match="not calibrated"):
+        create_app(scorer)
+
+
+@pytest.fixture(scope="module")
+def detector(fitted, tmp_path_factory):
+    file = tmp_path_factory.mktemp("served") / "d.featnorm"
+    fitted.save(file)
+    return file
+
+
+def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    code = "from featnorm.cli import main; main()"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "serve",
+            str(detector),
+            "--port",
+            "0",
+            "--token-file",
+            str(tmp_path / "token"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = process.stdout.readline()
+        host, port = re.search(r"http://([\d.]+):(\d+)/", said).groups()
+        assert host == "127.0.0.1"
+        request = urllib.request.Request(
+            f"http://{host}:{port}/v1/score",
+            png(),
+            {"Content-Type": "image/png", "Authorization": f"Bearer {TOKEN}"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)["results"][0]["score"] is not None
+        request.add_header("Origin", f"http://{host}:{int(port) % 65535 + 1}")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request, timeout=30)
+        image = png()
+        under_way = socket.create_connection((host, int(port)), timeout=30)
+        under_way.sendall(
+            f"POST /v1/score HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\n"
+            f"Content-Length: {len(image)}\r\nAuthorization: Bearer {TOKEN}\r\n"
+            "Expect: 100-continue\r\n\r\n".encode()
+        )
+        assert under_way.recv(100).startswith(b"HTTP/1.1 100")
+        process.send_signal(signal.SIGTERM)
+        while True:  # until nobody is let in any more
+            try:
+                socket.create_connection((host, int(port)), timeout=30).close()
+            except OSError:
+                break
+        under_way.sendall(image)
+        assert under_way.recv(100).startswith(b"HTTP/1.1 200")
+        under_way.close()
+        rest, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert rest == ""
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 403, 200]
+    assert TOKEN not in log + said
+
+
+def test_the_command_ends_in_time_whatever_its_threads_do(detector):
+    # A model that never ends once its file is open. The image that the service tries itself on is enough.
+    code = """
+import signal, time
+from featnorm.cli import main
+from featnorm.image_scorer import ImageScorer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background of a shell
+
+def load(*arguments, load=ImageScorer.load, **options):
+    scorer = load(*arguments, **options)
+    ImageScorer.judge = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+    return scorer
+
+ImageScorer.load = load
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(detector), "--port", "0", "--grace-seconds", "0.5"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert {process.stdout.readline()[:5] for _ in range(2)} == {"begun", "Servi"}
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert log == "featnorm: interrupted\n"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_all_of_the_log_is_json(capsys, monkeypatch):
+    for name in (None, "featnorm.serve", "uvicorn"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logger.level)
+    try:
+        serve._log_lines()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("of a library", stacklevel=1)
+        logging.getLogger("some.parser").warning("from a parser")
+        logging.getLogger("some.parser").info("of no interest")
+        logging.getLogger("featnorm.serve").info("request", extra={"fields": {"status": 200}})
+    finally:
+        logging.captureWarnings(False)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["level"] for line in lines] == ["warning", "warning", "info"]
+    assert "of a library" in lines[0]["message"]
+    assert lines[1]["message"] == "from a parser"
+    assert lines[2]["status"] == 200
+
+
+def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
+    (tmp_path / "empty").write_text("\n")
+    taken = bind("127.0.0.1", 0)
+    taken.listen()
+    port = taken.getsockname()[1]
+    with taken:
+        for arguments, words in {
+            ("serve", detector, "--port", port): f"cannot listen on 127.0.0.1 port {port}: Address already in use",
+            ("serve", detector, "--host", "192.0.2.1"): "cannot listen on 192.0.2.1",
+            ("serve", "nothing.featnorm", "--port", 0): "there is no detector file",
+            ("serve", detector, "--token-file", "nothing"): "nothing",
+            (
+                "serve",
+                detector,
+                "--token-file",
+                "empty",
+            ): "empty is empty: put a token in it, or omit --token-file",
+            ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
+            ("serve", detector, "--max-queue", 5): "the queue only 5",
+            ("serve", detector, "--max-seconds", 0): "seconds is 0",
+            ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is no host name",
+        }.items():
+            status, _, error = featnorm(*arguments)
+            assert status == 2
+            assert words in error, (arguments, error)
+            assert error.count("\n") == 1
+    monkeypatch.setenv("FEATNORM_TOKEN", "")
+    assert "FEATNORM_TOKEN is empty: put a token in it, or unset it" in featnorm("serve", detector, "--port", 0)[2]

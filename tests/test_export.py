@@ -1,0 +1,138 @@
+"""One ONNX graph says what the detector says."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import featnorm as fn
+from featnorm import export
+from featnorm.evaluation import standard_detectors
+from featnorm.export import ExportError, export_onnx
+from featnorm.inputs import open_images
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps")]
+
+LEFT_OUT = {"ReAct(Energy())"}  # not of a cosine classifier's logits
+DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT]
+DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)", "OneClassSVM()"]
+
+
+def fit(folder, loaded, cache, detector):
+    source = open_images(str(folder))
+    return fn.fit_images(source, loaded, detector=detector, cache=cache, progress=False, workers=0).scorer
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
+    scorer = fit(folder, tiny, cache, fn.parse_detector(detector))
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
+    source = open_images(str(folder))
+    known = torch.stack([tiny.transform(source.image(i)) for i in range(1, 41)])
+    images = torch.cat([known, torch.rand(23, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+    # Of the score over many images: ViM's is a small difference of large numbers, and may be near 0 for one.
+    size = float(scorer.scorer(images).score.abs().max())
+    for batch in (images[:1], images):
+        logits, score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": batch.numpy()}))
+        wanted = scorer.scorer(batch)
+        assert torch.allclose(score.double(), wanted.score.double(), rtol=0, atol=1e-4 * size)
+        assert torch.allclose(logits, wanted.logits, atol=1e-3)
+        # A score within rounding of one of the calibration's may fall on its other side.
+        calibration = scorer.scorer.calibration.scores
+        gaps = (calibration[None] - wanted.score.double()[:, None]).abs()
+        clear = gaps.min(1).values > 1e-4 * size
+        assert torch.equal(is_id[clear], wanted.is_id[clear])
+        assert torch.allclose(p_value[clear], wanted.p_value[clear])
+        assert (
+            (p_value - wanted.p_value).abs() <= (gaps <= 1e-4 * size).sum(1) / (len(calibration) + 1) + 1e-9
+        ).all()
+
+
+def test_its_metadata_names_the_classes(folder, loaded, cache, tmp_path):
+    scorer = fit(folder, loaded, cache, fn.NAN())
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    model = onnx.load(tmp_path / "d.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    (facts,) = [json.loads(entry.value) for entry in model.metadata_props if entry.key == "featnorm"]
+    assert facts["classes"] == ["a", "b", "c", "d"]
+    assert facts["detector"] == "NAN()"
+    assert [entry.name for entry in model.graph.output] == list(export.OUTPUTS)
+
+
+def test_what_is_refused(folder, tiny, cache, tmp_path, monkeypatch):
+    for detector in (fn.Views(fn.NAN()), fn.ODIN(), fn.Views(fn.KNN(k=3)), fn.RotNet()):
+        scorer = fit(folder, tiny, cache, detector)
+        with pytest.raises(ExportError, match="asks the model again"):
+            export_onnx(scorer, tmp_path / "d.onnx")
+    scorer = fit(folder, tiny, cache, fn.NAN())
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        export_onnx(scorer, tmp_path / "none" / "d.onnx")
+    run = onnxruntime.InferenceSession.run
+
+    class Wrong(onnxruntime.InferenceSession):
+        def run(self, *arguments):
+            logits, score, *rest = run(self, *arguments)
+            return [logits, score * np.float32(1.01), *rest]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    with pytest.raises(ExportError, match=r"the graph's score differs from PyTorch's by 1\.0e-02 of its size"):
+        export_onnx(scorer, tmp_path / "d.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"pip install '.\[onnx\]'"):
+        export_onnx(scorer, tmp_path / "d.onnx")
+    scorer.scorer.calibration = None
+    monkeypatch.undo()
+    with pytest.raises(ExportError, match="not calibrated"):
+        export_onnx(scorer, tmp_path / "d.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A scorer, images, and what a sound graph says of them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    scorer = fn.Scorer(model, fn.NAN()).calibrate([torch.randn(40, 4)])
+    images = torch.randn(5, 4)
+    verdict = scorer(images)
+    return scorer, images, dict(zip(export.OUTPUTS, (verdict.logits, *verdict[:3]), strict=True))
+
+
+def test_a_sound_graph_passes(found):
+    scorer, images, outputs = found
+    assert export._check(outputs, scorer, images) == 0
+    near = {**outputs, "logits": outputs["logits"] * 1.00001}
+    assert export._check(near, scorer, images) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("logits", lambda t: t * float("nan"), "the graph's logits is NaN"),
+        ("logits", lambda t: t + 0.1 * t.abs().max(), r"logits differs from PyTorch's by 1\.0e-01 of its size"),
+        ("logits", lambda t: t[:, :2], r"logits is of shape \(5, 2\), and PyTorch's \(5, 3\)"),
+        ("score", lambda t: torch.where(torch.arange(5) == 4, float("nan"), t), "the graph's score is NaN"),
+        ("score", lambda t: t * 1.01, r"score differs from PyTorch's by 1\.0e-02 of its size"),
+        ("score", lambda t: t * float("inf"), "score differs from PyTorch's by inf of its size"),
+        ("p_value", lambda t: t * float("nan"), "p_value differs from that of its score by nan"),
+        ("p_value", lambda t: t + 1 / 41, r"p_value differs from that of its score by 2\.4e-02"),
+        ("is_id", lambda t: ~t, "is_id is not that of its score for 5 of 5 images"),
+        ("is_id", lambda t: t[:1], r"is_id is of shape \(1,\), and PyTorch's \(5,\)"),
+    ],
+)
+def test_a_graph_with_another_output_is_refused(found, name, change, words):
+    scorer, images, outputs = found
+    with pytest.raises(ExportError, match=words):
+        export._check({**outputs, name: change(outputs[name])}, scorer, images)
+
+
+def test_infinite_scores_are_equal():
+    one = torch.tensor([1.0, -torch.inf, 2.0])
+    assert export._relative_gap(one, one) == 0
+    assert export._relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
+    assert export._relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf

@@ -1,0 +1,287 @@
+"""A detector of one's own images: the library's side."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import featnorm as fn
+from featnorm import archive, fitting
+from featnorm.image_scorer import ImageScorer
+from featnorm.inputs import DataError, SlicedImages, open_images
+from featnorm.models import ModelError, create_model
+from painted import paint
+
+
+def fit(folder, loaded, cache, **options):
+    return fn.fit_images(open_images(str(folder)), loaded, cache=cache, progress=False, workers=0, **options)
+
+
+def noise(n, seed=1):
+    return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("targets", ["labels", "clusters"])
+@pytest.mark.parametrize("detector", ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())"])
+def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
+    fitted = fit(folder, loaded, cache, targets=targets, detector=fn.parse_detector(detector))
+    assert (fitted.trained, fitted.held_out) == (191, 48)  # without the corrupt one and the copy
+    assert [Path(name).name for name, _ in fitted.corrupt] == ["000.png"]
+    assert (fitted.accuracy is None) == (targets == "clusters")
+    if fitted.accuracy is not None:
+        assert fitted.accuracy > 0.9
+        assert fitted.scorer.class_names == ["a", "b", "c", "d"]
+    fitted.scorer.save(tmp_path / "d.featnorm")
+    again = ImageScorer.load(tmp_path / "d.featnorm")
+    assert again.facts == fitted.scorer.facts
+    for images in (noise(5), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]):
+        mine, theirs = fitted.scorer.scorer(images), again.scorer(images)
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b)
+    source = SlicedImages(open_images(str(folder)), range(10), "ten")
+    rows = [row for batch in again.stream(source, batch_size=4, workers=0) for row in batch]
+    assert [row.name for row in rows] == [source.name(i) for i in range(10)]
+    assert rows[0].error is not None
+    assert rows[0].score is None
+    assert all(row.error is None and 0 < row.p_value <= 1 for row in rows[1:])
+    assert {row.predicted for row in rows[1:]} == ({"a"} if targets == "labels" else {None})
+    one, other = (scorer.judge(noise(1), ["noise"], explain=[0])[0].why for scorer in (fitted.scorer, again))
+    assert (one.sentence, one.rows()) == (other.sentence, other.rows())
+
+
+@pytest.mark.parametrize(
+    "detector", [fn.NAN(), fn.KNN(k=3), fn.Energy(), fn.HiddenConfidence(), fn.ViM(), fn.Mahalanobis()]
+)
+def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cache, detector):
+    """The calibration never saw the images, and agrees with what the network says of them."""
+    fitted = fit(folder, loaded, cache, detector=detector)
+    source = open_images(str(folder))
+    rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
+    rows = [i for i in rows if "copy" not in source.name(i)]
+    apart = fitting.held_out([source.digest(i) for i in rows])
+    images = torch.stack([loaded.transform(source.image(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
+    scores = fitted.scorer.scorer(images).score.double().sort().values
+    assert torch.allclose(scores, fitted.scorer.scorer.calibration.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["labels", "clusters"])
+def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
+    scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence()).scorer
+    assert int(scorer.statistics.inputs) == 191
+    images = torch.cat([noise(3), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
+    verdict = scorer.scorer(images)
+    judged = scorer.judge(images, "abcd", explain=[0, 1, 2, 3])
+    explained = [one.why for one in judged]
+    some = scorer.judge(images, "abcd", explain=[2])
+    assert [one.why is None for one in some] == [True, True, False, True]
+    assert some[2].why.rows() == explained[2].rows()
+    assert [one.score for one in some] == [one.score for one in judged] == verdict.score.tolist()
+    features = scorer.scorer.tap(images)
+    for i, one in enumerate(explained):
+        assert one.predicted == int(verdict.logits[i].argmax())
+        assert one.called == (f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted])
+        assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
+        assert torch.equal(one.activation, features.activation[i])
+    assert explained[3].seen > 0
+    assert len(explained[3].missing) <= len(explained[0].missing)
+    scorer.statistics = None
+    with pytest.raises(ValueError, match="holds no statistics"):
+        scorer.judge(images, "abcd", explain=[0])
+
+
+def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
+    fitted = fit(folder, loaded, cache, detector=fn.KNN(k=3))
+    foreign = open_images("ood32/textures[:100]", root=shared_data)
+    verdict = fitted.scorer.scorer(torch.stack([loaded.transform(foreign.image(i)) for i in range(100)]))
+    assert verdict.is_id.double().mean() < 0.1
+
+
+def test_the_same_images_give_the_same_detector(folder, loaded, cache, tmp_path):
+    for name in ("one", "two"):
+        torch.rand(3)
+        fit(folder, loaded, cache).scorer.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert fit(folder, loaded, cache).computed == 0
+    assert fit(folder, loaded, tmp_path / "other").computed == 239
+
+
+def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded, cache, monkeypatch):
+    fit(folder, loaded, cache)
+    monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
+    assert fit(folder, loaded, cache).computed == 239
+
+
+def test_copies_are_on_one_side():
+    digests = [bytes([i // 2]) for i in range(400)]
+    apart = fitting.held_out(digests)
+    assert int(apart.sum()) == 80
+    assert torch.equal(apart[::2], apart[1::2])
+
+
+def test_the_head_reads_features_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(300) % 3
+    values = torch.randn(300, 8, generator=generator) + 3 * torch.nn.functional.one_hot(targets, 8)
+    values[:, 7] = 5.0  # never moves
+    head = fitting.fit_head(values, targets, progress=False)
+    scaled = fitting.fit_head(1000 * values + 50, targets, progress=False)
+    logits, same = head(values), scaled(1000 * values + 50)
+    assert (logits.argmax(1) == targets).double().mean() > 0.95
+    assert torch.allclose(logits, same, atol=0.05)
+
+
+def test_clusters_are_the_groups_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, 16, generator=generator)
+    values = centres.repeat(10, 1) + 0.01 * torch.randn(100, 16, generator=generator)
+    clusters = fitting.cluster(values)
+    assert clusters.max() == 9
+    assert all(len(clusters[i::10].unique()) == 1 for i in range(10))
+
+
+def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
+    (tmp_path / "mymodel.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from torchvision.transforms import v2\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = [nn.Conv2d(3, 24, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]\n"
+        "    scale = v2.ToDtype(torch.float32, scale=True)\n"
+        "    return nn.Sequential(*layers), v2.Compose([v2.ToImage(), v2.Resize((16, 16)), scale])\n"
+        "def classifies():\n"
+        "    model, transform = make()\n"
+        "    return model.append(nn.Linear(24, 10)), transform\n"
+        "def only(): return nn.Flatten()\n"
+        "def fails(): raise KeyError('no file')\n"
+        "def bad(): return nn.Flatten(), lambda image: 1 / 0\n"
+        "def pairs():\n"
+        "    model, transform = make()\n"
+        "    model.append(nn.Identity())\n"
+        "    model.forward = lambda x: (x, x)\n"
+        "    return model, transform\n"
+        "def other():\n"
+        "    model, transform = make()\n"
+        "    return nn.Sequential(*model[:2], nn.AdaptiveMaxPool2d(1), nn.Flatten()), transform\n"
+    )
+    (tmp_path / "broken.py").write_text("raise AttributeError('inside')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    own = create_model("mymodel:make")
+    assert own.input_size == (3, 16, 16)
+    fitted = fit(folder, own, cache)
+    fitted.scorer.save("d.featnorm")
+    with pytest.raises(ModelError, match="mymodel:make: opening a file imports nothing"):
+        ImageScorer.load("d.featnorm")
+    again = ImageScorer.load("d.featnorm", model="mymodel:make")
+    assert again.facts["backbone"] == "mymodel:make, 24 wide; what it returns taken for features"
+    classifying = fit(folder, create_model("mymodel:classifies"), cache).scorer.facts["backbone"]
+    assert classifying.endswith(
+        "from the linear layer '4': if that is its classifier, return the model without it"
+    )
+    images = torch.rand(3, 3, 16, 16)
+    assert torch.equal(again.scorer(images).score, fitted.scorer.scorer(images).score)
+    # The same weights, computed with otherwise: neither the cache nor the file takes one for the other.
+    assert fit(folder, create_model("mymodel:other"), cache).computed == 239
+    with pytest.raises(archive.ArchiveError, match="another model of mymodel:make"):
+        ImageScorer.load("d.featnorm", model="mymodel:other")
+    with pytest.raises(DataError, match="the backbone returned tuple"):
+        fit(folder, create_model("mymodel:pairs"), cache)
+    for spec, words in {
+        "mymodel:only": "got Flatten",
+        "mymodel:fails": "raised KeyError",
+        "mymodel:bad": "the transform of mymodel:bad raised ZeroDivisionError",
+        "broken:make": "importing broken raised AttributeError: inside",
+        "mymodel:none": "has no function none",
+        "nowhere:make": "cannot import nowhere:make",
+    }.items():
+        with pytest.raises(ModelError, match=words):
+            create_model(spec)
+
+
+def test_copies_are_no_further_images(loaded, cache, tmp_path):
+    random = np.random.default_rng(0)
+    for i in range(150):
+        paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
+    with pytest.raises(DataError, match="has 97 readable images, copies not counted"):
+        fit(tmp_path / "few", loaded, cache)
+
+
+def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
+    source = open_images(str(folder))
+    for words, arguments, options in (
+        ("the images must be a source", (str(folder), loaded), {}),
+        ("the backbone must be a LoadedModel", (source, "timm:test_resnet"), {}),
+        ("fit_images takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
+    ):
+        with pytest.raises(TypeError, match=words):
+            fn.fit_images(*arguments, **options)
+
+
+def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
+    for words, options in {
+        "tpr": {"tpr": 1.0},
+        "no targets 'lables'": {"targets": "lables"},
+        "the seed must be": {"seed": -1},
+        "learns from labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            fit(folder, loaded, tmp_path / "unused", **options)
+    assert not (tmp_path / "unused").exists()
+
+
+def test_what_is_refused(folder, loaded, cache, tmp_path):
+    source = open_images(str(folder))
+    few = SlicedImages(source, range(60), "few")
+    with pytest.raises(DataError, match=r"few has 59 readable images, copies not counted: at least 100"):
+        fn.fit_images(few, loaded, cache=cache, progress=False)
+    with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
+        fit(folder, loaded, cache, tpr=0.99)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(120):
+        paint(flat / f"{i}.png", i % 4, np.random.default_rng(i))
+    with pytest.raises(DataError, match="no class for"):
+        fit(flat, loaded, cache, targets="labels")
+    assert fit(flat, loaded, cache).accuracy is None
+    with pytest.raises(DataError, match="is random: use the one of evaluation"):
+        fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
+
+
+def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
+    path = tmp_path / "d.featnorm"
+    scorer = fit(folder, loaded, cache).scorer
+    scorer.save(path)
+    tensors, header = archive.read(path)
+
+    def refused(words, *, drop=None, **images):
+        kept = {name: t for name, t in tensors.items() if name != drop}
+        archive.write(path, kept, {**header, "images": {**header["images"], **images}})
+        with pytest.raises((fn.ArchiveError, ModelError), match=words):
+            ImageScorer.load(path)
+
+    refused("name it again", backbone="os:getcwd")
+    refused("does not fit what is installed here: no model", backbone="timm:nothing")
+    refused("does not fit timm:test_resnet", backbone="timm:test_resnet")
+    refused("damaged: it has no '1.hidden.weight'", drop="model.1.hidden.weight")
+    refused("does not fit", drop="model.1.hidden.bias")
+    refused("damaged: it has no 'transform'", drop="transform")
+    refused("damaged", backbone=5)
+    refused("names 1 classes for 4 logits", classes=["a"])
+    refused("damaged", head={"inputs": 3})
+    for change in (1, float("nan")):
+        archive.write(path, {**tensors, "transform": tensors["transform"] + change}, header)
+        with pytest.raises(fn.ArchiveError, match="another transform"):
+            ImageScorer.load(path)
+    fn.Scorer(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), fn.NAN())
+    plain = fn.Scorer(scorer.scorer.model, fn.NAN())
+    plain.tap.watch(noise(2))
+    plain.save(path)
+    with pytest.raises(fn.ArchiveError, match="without its model"):
+        ImageScorer.load(path)
+    with pytest.raises(FileNotFoundError):
+        ImageScorer.load(tmp_path / "none")
