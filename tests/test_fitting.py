@@ -279,7 +279,7 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
             ImageScorer.load(path)
     fn.Scorer(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), fn.NAN())
     plain = fn.Scorer(scorer.scorer.model, fn.NAN())
-    plain.tap.watch(noise(2))
+    plain.tap.trace(noise(2))
     plain.save(path)
     with pytest.raises(fn.ArchiveError, match="without its model"):
         ImageScorer.load(path)

@@ -67,7 +67,7 @@ def uses(path, model):
     try:
         scorer(loader(1)[0][0])
     except RuntimeError as error:
-        assert "as it did when it was watched" in str(error)  # noqa: PT017
+        assert "as it did when it was traced" in str(error)  # noqa: PT017
         return "not reached"
     assert isinstance(scorer.tap.describe(), str)
     assert isinstance(repr(scorer), str)
@@ -326,7 +326,7 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
     with pytest.raises(TypeError, match=r"must be a sequence of Features, got|batch 0 must be Features, got"):
         fn.Features.cat(wrong)
     if not isinstance(wrong, torch.Tensor):
-        for take in (scorer, tap, tap.watch, tap.hidden, lambda w: fn.LayerTap(model, w)):
+        for take in (scorer, tap, tap.trace, tap.hidden, lambda w: fn.LayerTap(model, w)):
             with pytest.raises(TypeError, match=f"the inputs must be a tensor, got {name}"):
                 take(wrong)
         for take in (fn.negative_aware_norm, fn.l1_norm, fn.l0_norm, lambda w: fn.lp_norm(w, 2)):
@@ -499,7 +499,7 @@ class TestFile:
         said = "the file that the tap was read from is damaged or does not fit the model: fit again$"
         with pytest.raises(RuntimeError, match=said):
             scorer(loader(1)[0][0])
-        scorer.tap.watch(loader(1)[0][0])
+        scorer.tap.trace(loader(1)[0][0])
         scorer(loader(1)[0][0])
 
     def test_whatever_a_header_says_it_is_refused_or_works(self, path, monkeypatch):

@@ -62,7 +62,7 @@ class ScoringGraph(nn.Module):
         self.register_buffer("scores", inner.calibration.scores)
         self.register_buffer("threshold", inner.calibration.threshold)
         example = torch.zeros(1, *scorer.input_size, device=inner.tap.device, dtype=torch.float32)
-        classifier = inner.tap.listen(example, classifier=True).classifier
+        classifier = inner.tap.capture(example, classifier=True).classifier
         assert classifier is not None  # a head's logits are a linear map of its activation, but for their length
         self.register_buffer("weight", classifier[0])
         self.register_buffer("bias", classifier[1])

@@ -193,7 +193,7 @@ def fit_images(
     scorer = Scorer(nn.Sequential(backbone, head), detector)
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, **reading)
-    scorer.tap.watch(next(iter(images)).images)
+    scorer.tap.trace(next(iter(images)).images)
     # As the images to come will be scored.
     with nullcontext() if fabric is None else fabric.autocast():
         parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]

@@ -171,7 +171,7 @@ class ImageScorer:
         images = fast_layout(images.to(self.scorer.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
         with nullcontext() if fabric is None else fabric.autocast():
-            features = self.scorer.tap.listen(images, classifier=reads_classifier)
+            features = self.scorer.tap.capture(images, classifier=reads_classifier)
             verdict = self.scorer.judge(features)
         nothing = [None] * len(images)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))

@@ -123,7 +123,7 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, or gives a value that is not finite.
         """
-        return self.judge(self.tap.listen(inputs, classifier="classifier" in self.detector.reads))
+        return self.judge(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
 
     @torch.no_grad()
     def judge(self, features: Features) -> Verdict:

@@ -138,7 +138,7 @@ def test_training_never_runs_the_convolution_that_corrupts_the_heap(kind, channe
     assert [found["input_last"] for found in run.backward] == 2 * [False, True], "all others on the way back too"
 
 
-def test_the_watch_sees_the_fault_where_nothing_is_done_about_it():
+def test_the_trace_sees_the_fault_where_nothing_is_done_about_it():
     model = narrow(4, nn.Conv2d(4, 16, 1, stride=2)).to(memory_format=torch.channels_last)
     with Convolutions() as run, torch.device("meta"):
         model.to("meta")(fast_layout(torch.empty(4, 3, 8, 8))).sum().backward()

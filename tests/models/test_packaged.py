@@ -23,7 +23,7 @@ def test_it_loads_and_is_found_by_the_tap():
     model = fn.load_model(NAME)
     assert torch.equal(state, torch.random.get_rng_state())
     assert not model.training
-    tap = fn.FeatureTap(model).watch(torch.rand(4, 3, 32, 32))
+    tap = fn.FeatureTap(model).trace(torch.rand(4, 3, 32, 32))
     assert "hidden layer of an MLP head" in tap.describe()
     features = tap(torch.rand(4, 3, 32, 32))
     assert features.tensor("activation").shape == (4, 512)

@@ -143,8 +143,8 @@ def test_a_loader_that_is_an_iterator_without_a_length(model: Counting, x: Tenso
 
 
 @pytest.mark.parametrize("first", [1, 2, 4])
-def test_one_forward_pass_a_batch_once_the_model_was_watched(first: int, model: Counting, x: Tensor) -> None:
-    tap = FeatureTap(model).watch(x[:first])
+def test_one_forward_pass_a_batch_once_the_model_was_traced(first: int, model: Counting, x: Tensor) -> None:
+    tap = FeatureTap(model).trace(x[:first])
     model.sizes.clear()
     tap.extract([x[rows] for rows in batches(x, 3)])
     assert model.sizes == [3, 3, 3, 1]
@@ -158,7 +158,7 @@ def test_finding_the_layers_costs_one_small_pass(model: Counting, x: Tensor) -> 
     assert sorted(model.sizes) == [2, 5, 5], "besides one pass on two rows, every batch is seen once"
 
 
-def test_a_tap_that_is_reused_does_not_watch_again(model: Counting, x: Tensor, y: Tensor) -> None:
+def test_a_tap_that_is_reused_does_not_trace_again(model: Counting, x: Tensor, y: Tensor) -> None:
     tap = FeatureTap(model)
     tap.extract([x])
     model.sizes.clear()
@@ -167,7 +167,7 @@ def test_a_tap_that_is_reused_does_not_watch_again(model: Counting, x: Tensor, y
 
 
 def test_stream_yields_batch_by_batch_and_no_sooner(model: Counting, x: Tensor, y: Tensor) -> None:
-    tap = FeatureTap(model).watch(x)
+    tap = FeatureTap(model).trace(x)
     model.sizes.clear()
     taken: list[int] = []
 
@@ -205,7 +205,7 @@ def test_features_are_on_the_cpu_and_carry_no_graph(model: Counting, x: Tensor) 
 
 def test_a_batch_moves_to_the_device_of_the_model() -> None:
     # The meta device holds no numbers: enough to see where things go, without a GPU.
-    tap = FeatureTap(Counting().eval()).watch(torch.randn(2, IN))
+    tap = FeatureTap(Counting().eval()).trace(torch.randn(2, IN))
     tap.model.to("meta")
     (features,) = tap.stream([(torch.randn(4, IN), torch.zeros(4, dtype=torch.long))])
     assert {value.device.type for name, value in features.fields() if name != "labels"} == {"meta"}
@@ -213,7 +213,7 @@ def test_a_batch_moves_to_the_device_of_the_model() -> None:
 
 
 def test_the_labels_are_where_the_features_are() -> None:
-    tap = FeatureTap(Counting().eval()).watch(torch.randn(2, IN))
+    tap = FeatureTap(Counting().eval()).trace(torch.randn(2, IN))
     tap.model.to("meta")
     (features,) = tap.stream([(torch.randn(4, IN), torch.zeros(4, dtype=torch.long))])
     assert features.labels.device == features.logits.device
@@ -242,8 +242,8 @@ def test_the_progress_bar(progress: bool | None, model: Counting, x: Tensor, cap
         assert ("3/3" in err or "batch" in err) == (progress is True), err
 
 
-def test_describe_and_watch_print_nothing(model: Counting, x: Tensor, capfd: Any) -> None:
-    FeatureTap(model).watch(x).describe()
+def test_describe_and_trace_print_nothing(model: Counting, x: Tensor, capfd: Any) -> None:
+    FeatureTap(model).trace(x).describe()
     assert capfd.readouterr() == ("", "")
 
 

@@ -86,7 +86,7 @@ def assert_absent(features: Features, *names: str) -> None:
 
 
 def is_mlp_head(net: nn.Module, x: Tensor) -> bool:
-    return "hidden layer of an MLP head" in FeatureTap(net).watch(x).describe().split("NAN")[0]
+    return "hidden layer of an MLP head" in FeatureTap(net).trace(x).describe().split("NAN")[0]
 
 
 # --- the non-linearity -----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_without_a_rectifier_nan_does_not_apply_and_the_tap_says_so(
     f = tapped(net, x)
     same(f.logits, net(x))
     assert_absent(f, "activation")
-    words = FeatureTap(net).watch(x).describe()
+    words = FeatureTap(net).trace(x).describe()
     assert all(part in words for part in ("NAN", "do not apply", "layer="))
     same(f.pooled, act(net.second(F.relu(net.first(x)))))
     assert_reproduces(f, "pooled")
@@ -395,7 +395,7 @@ def test_a_cosine_classifier_right_on_the_hidden_layer(x: Tensor) -> None:
     assert f.classifier[1] is None
 
 
-def test_prototypes_of_unit_length_when_watched_are_still_normalised_afterwards(x: Tensor) -> None:
+def test_prototypes_of_unit_length_when_traced_are_still_normalised_afterwards(x: Tensor) -> None:
     net = Net(
         lambda m, x: F.normalize(m.U(F.relu(m.first(x)))) @ F.normalize(m.P, dim=1).T,
         first=nn.Linear(IN, D), U=nn.Linear(D, E, bias=False), P=nn.Parameter(F.normalize(torch.randn(C, E))),
@@ -476,7 +476,7 @@ def test_a_functional_last_layer(name: str, x: Tensor) -> None:
 
 
 def test_equal_weights_are_told_apart_by_which_of_them_ran(x: Tensor) -> None:
-    # A copy kept beside the weights, as for a moving average, has the same values when the net is watched.
+    # A copy kept beside the weights, as for a moving average, has the same values when the net is traced.
     w = torch.randn(C, D)
     net = Net(
         lambda m, x: F.relu(x @ m.V + m.a) @ m.live.T + m.b,
@@ -545,7 +545,7 @@ def test_the_relu_of_squeeze_excite_is_not_the_hidden_layer(conv: bool, images: 
     f = tapped(net, images)
     same(f.activation, F.relu(net.last(net.se(F.relu(net.stem(images))))).mean((2, 3)))
     assert_reproduces(f, "activation", net(images))
-    assert "Table 6" in FeatureTap(net).watch(images).describe()
+    assert "Table 6" in FeatureTap(net).trace(images).describe()
 
 
 @pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid])
@@ -599,7 +599,7 @@ def test_a_pool_of_rectified_maps(name: str, images: Tensor) -> None:
     same(f.activation, f.pooled)
     assert_absent(f, "embedding")
     assert_reproduces(f, "pooled", net(images))
-    assert "Table 6" in FeatureTap(net).watch(images).describe()
+    assert "Table 6" in FeatureTap(net).trace(images).describe()
 
 
 def test_a_pool_of_rectified_maps_times_a_constant(images: Tensor) -> None:
@@ -637,7 +637,7 @@ def test_a_norm_between_pool_and_classifier(norm: nn.Module, images: Tensor) -> 
     same(f.pooled, net.norm(F.relu(net.conv(images)).mean((2, 3))))
     if isinstance(norm, nn.LayerNorm):
         assert_absent(f, "activation")
-        assert "normalisation" in FeatureTap(net).watch(images).describe()
+        assert "normalisation" in FeatureTap(net).trace(images).describe()
 
 
 def test_a_residual_sum_that_is_rectified_before_the_pool(images: Tensor) -> None:
@@ -997,7 +997,7 @@ def test_where_the_pass_cannot_be_followed_the_tap_refuses_and_never_errs(
     try:
         f = tap(two)
     except RuntimeError as error:
-        assert "watched" in str(error)  # noqa: PT017
+        assert "traced" in str(error)  # noqa: PT017
     else:
         assert_reproduces(f, "activation", net(two))
 
@@ -1085,7 +1085,7 @@ def test_a_transformer(pool: str, norm: bool) -> None:
     assert_absent(f, "activation")
     same(f.pooled, trunk(net, tokens))
     assert_reproduces(f, "pooled", net(tokens))
-    words = FeatureTap(net).watch(tokens).describe()
+    words = FeatureTap(net).trace(tokens).describe()
     assert "do not apply" in words
     assert ("normalisation" in words) == norm
 
@@ -1268,9 +1268,9 @@ def test_under_autocast(x: Tensor) -> None:
     same(tap(x).activation, plain(net[:2], x))
 
 
-@pytest.mark.parametrize("watched_in", [True, False])
+@pytest.mark.parametrize("traced_in", [True, False])
 @pytest.mark.parametrize("functional", [True, False])
-def test_inference_mode_inside_and_outside(watched_in: bool, functional: bool, x: Tensor) -> None:
+def test_inference_mode_inside_and_outside(traced_in: bool, functional: bool, x: Tensor) -> None:
     net = (
         Net(
             lambda m, x: F.linear(F.relu(F.linear(x, m.V)), m.W, m.b),
@@ -1281,7 +1281,7 @@ def test_inference_mode_inside_and_outside(watched_in: bool, functional: bool, x
     )  # fmt: skip
     hidden = F.relu(x @ net.V.T) if functional else F.relu(net[0](x))
     tap = FeatureTap(net.eval())
-    for inside in (watched_in, not watched_in):
+    for inside in (traced_in, not traced_in):
         with torch.inference_mode(inside):
             f = tap(x)
             same(f.activation, hidden)
@@ -1365,7 +1365,7 @@ def test_a_layer_that_is_chosen(by_module: bool, cnn: Any, images: Tensor) -> No
             assert_reproduces(f, "activation")
         else:
             assert_absent(f, "classifier")
-        assert "8 units" in FeatureTap(cnn, name).watch(images).describe() or name == "pool"
+        assert "8 units" in FeatureTap(cnn, name).trace(images).describe() or name == "pool"
 
 
 def test_a_layer_of_maps_is_averaged(cnn: Any, images: Tensor) -> None:
@@ -1430,7 +1430,7 @@ def test_describe_names_layer_width_and_the_share_of_units_that_are_off(x: Tenso
     with torch.no_grad():
         net[0].weight.zero_()
         net[0].bias.copy_(torch.tensor([1.0, 1, -1, -1, -1, -1, -1, -1]))
-    words = FeatureTap(net).watch(x).describe()
+    words = FeatureTap(net).trace(x).describe()
     assert all(part in words for part in ("8 units", "relu in `1`", "75%", "5 inputs"))
     assert "noise" not in words
     assert "noise" in FeatureTap(net).describe()
@@ -1438,7 +1438,7 @@ def test_describe_names_layer_width_and_the_share_of_units_that_are_off(x: Tenso
 
 def test_share_of_units_that_are_off_agrees_with_the_norm(x: Tensor) -> None:
     net = nn.Sequential(nn.Linear(IN, D), nn.GELU(), nn.Linear(D, C)).eval()
-    tap = FeatureTap(net).watch(x)
+    tap = FeatureTap(net).trace(x)
     on = float(norms.l0_norm(tap(x).activation).sum())
     share = int(re.findall(r"(\d+)%", tap.describe())[0]) / 100
     assert share == pytest.approx(1 - on / (N * D), abs=0.0051)
@@ -1455,7 +1455,7 @@ def test_share_of_units_that_are_off_agrees_with_the_norm(x: Tensor) -> None:
     ids=["1d", "embedding", "small images", "no weights"],
 )
 def test_describe_asks_for_a_batch_where_the_input_cannot_be_guessed(net: nn.Module) -> None:
-    with pytest.raises(ValueError, match="watch"):
+    with pytest.raises(ValueError, match="trace"):
         FeatureTap(net).describe()
 
 

@@ -326,7 +326,7 @@ def test_inputs_of_any_kind_and_frozen_backbones():
     assert torch.equal(hidden.coefficients, model.head[2].weight.expand(5, 3, 6))
     assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 4
     with pytest.raises(ValueError, match="no input in the batch"):
-        fn.FeatureTap(model).watch(x).hidden(x[:0])
+        fn.FeatureTap(model).trace(x).hidden(x[:0])
 
 
 def test_a_view_is_what_the_module_puts_out():

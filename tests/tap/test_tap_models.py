@@ -123,7 +123,7 @@ def build(case: Case) -> nn.Module:
 def case(request: pytest.FixtureRequest) -> tuple[Case, nn.Module, FeatureTap, Tensor]:
     model = build(request.param)
     x = torch.randn(3, 3, request.param.size, request.param.size, generator=torch.Generator().manual_seed(2))
-    return request.param, model, FeatureTap(model.train()).watch(x), x
+    return request.param, model, FeatureTap(model.train()).trace(x), x
 
 
 Listened = tuple[Case, nn.Module, FeatureTap, Tensor]
@@ -221,7 +221,7 @@ def test_describe_without_inputs_takes_noise_of_the_size_of_the_model() -> None:
     assert NONE in FeatureTap(model).describe()
     # One whose configuration does not tell its size.
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1, img_size=32).eval()
-    with pytest.raises(ValueError, match="watch"):
+    with pytest.raises(ValueError, match="trace"):
         FeatureTap(model).describe()
 
 

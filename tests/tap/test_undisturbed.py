@@ -121,14 +121,14 @@ def train_a_little(model: nn.Module, x: Tensor) -> None:
 
 
 CALLS: dict[str, Callable[[FeatureTap, Tensor], Any]] = {
-    "watch": lambda tap, x: tap.watch(x),
+    "trace": lambda tap, x: tap.trace(x),
     "call": lambda tap, x: tap(x),
     "twice": lambda tap, x: (tap(x), tap(x)),
     "extract": lambda tap, x: tap.extract([(x, torch.arange(N)), (x[:2], torch.arange(2))]),
     "stream": lambda tap, x: list(tap.stream([{"image": x}, {"image": x[:1]}])),
     "abandoned stream": lambda tap, x: next(iter(tap.stream([x, x, x]))),
     "describe": lambda tap, x: tap.describe(),
-    "state": lambda tap, x: FeatureTap.from_state(tap.model, tap.watch(x).state())(x),
+    "state": lambda tap, x: FeatureTap.from_state(tap.model, tap.trace(x).state())(x),
 }
 
 
@@ -149,22 +149,22 @@ def test_the_model_is_left_as_it_was(call: str, mode: str, make: Callable[[], An
 
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
 def test_after_an_exception_in_the_middle_of_the_pass(
-    watched: bool, error: type[BaseException], make: Callable[[], Any], x: Tensor
+    traced: bool, error: type[BaseException], make: Callable[[], Any], x: Tensor
 ) -> None:
     model = make()
     train_a_little(model, x)
     tap = FeatureTap(model)
-    if watched:
-        tap.watch(x)
+    if traced:
+        tap.trace(x)
 
     def trouble() -> None:
         raise error("in the middle")
 
     model.trouble = trouble
     before = snapshot(model)
-    for call in (lambda: tap(x), lambda: tap.extract([x, x]), lambda: tap.watch(x)):
+    for call in (lambda: tap(x), lambda: tap.extract([x, x]), lambda: tap.trace(x)):
         with pytest.raises(error, match="in the middle"):
             call()
         assert_unchanged(before, model)
@@ -374,17 +374,17 @@ def test_a_tap_inside_the_pass_that_another_one_listens_to(make: Callable[[], An
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("watched", [True, False])
-def test_taps_in_threads_get_each_their_own_values(watched: bool, make: Callable[[], Any], x: Tensor) -> None:
+@pytest.mark.parametrize("traced", [True, False])
+def test_taps_in_threads_get_each_their_own_values(traced: bool, make: Callable[[], Any], x: Tensor) -> None:
     model = make()
     train_a_little(model, x)
     reference = copy.deepcopy(model).eval()
     inputs = [x + i for i in range(4)]
     expected = [FeatureTap(reference)(batch) for batch in inputs]
     taps = [FeatureTap(model) for _ in inputs]
-    if watched:
+    if traced:
         for tap in taps:
-            tap.watch(x)
+            tap.trace(x)
     before = snapshot(model)
     barrier = threading.Barrier(len(inputs))
     problems: list[str] = []
@@ -393,7 +393,7 @@ def test_taps_in_threads_get_each_their_own_values(watched: bool, make: Callable
         try:
             barrier.wait(10)
             for _ in range(15):
-                tap = taps[i] if watched else FeatureTap(model)
+                tap = taps[i] if traced else FeatureTap(model)
                 features = tap(inputs[i])
                 for name, value in expected[i].fields():
                     if not torch.allclose(getattr(features, name), value, atol=1e-5):
@@ -427,8 +427,8 @@ class Meeting:
             self.first_is_done.wait(2)
 
 
-@pytest.mark.parametrize("watched", [True, False])
-def test_a_thread_that_is_done_does_not_put_the_other_back_into_training_mode(watched: bool, x: Tensor) -> None:
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_thread_that_is_done_does_not_put_the_other_back_into_training_mode(traced: bool, x: Tensor) -> None:
     class Early(Model):
         def forward(self, x: Tensor) -> Tensor:
             self.trouble()  # before the batch norm
@@ -439,8 +439,8 @@ def test_a_thread_that_is_done_does_not_put_the_other_back_into_training_mode(wa
     model.train()
     reference = copy.deepcopy(model).eval()
     taps = FeatureTap(model), FeatureTap(model)
-    if watched:
-        taps[0].watch(x), taps[1].watch(x)
+    if traced:
+        taps[0].trace(x), taps[1].trace(x)
     meeting = Meeting()
     model.trouble = meeting
     before = snapshot(model)
@@ -467,14 +467,14 @@ def test_a_thread_that_is_done_does_not_put_the_other_back_into_training_mode(wa
         torch.testing.assert_close(results[i].logits, reference(x + i).detach())
 
 
-def test_the_user_calls_the_model_in_another_thread_while_a_tap_watches_it(x: Tensor) -> None:
+def test_the_user_calls_the_model_in_another_thread_while_a_tap_traces_it(x: Tensor) -> None:
     model = Model().eval()
     reference = copy.deepcopy(model)
     meeting = Meeting()
     model.trouble = meeting
     results: dict[str, Any] = {}
 
-    def listen() -> None:
+    def capture() -> None:
         try:
             results["tap"] = FeatureTap(model)(x)
         except Exception as error:
@@ -492,7 +492,7 @@ def test_the_user_calls_the_model_in_another_thread_while_a_tap_watches_it(x: Te
         meeting.second_is_in.wait(10)
         meeting.first_is_done.set()
 
-    threads = [threading.Thread(target=target) for target in (listen, use, release)]
+    threads = [threading.Thread(target=target) for target in (capture, use, release)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -514,11 +514,11 @@ def test_the_state_is_plain_data_and_makes_the_same_tap(
     if layer is not None and make is functional_model:
         pytest.skip("its norm never runs as a module")
     model = make()
-    tap = FeatureTap(model, layer).watch(x)
+    tap = FeatureTap(model, layer).trace(x)
     state = json.loads(json.dumps(tap.state()))
     passes = model.passes
     again = FeatureTap.from_state(model, state)
-    assert model.passes == passes, "the model was watched again"
+    assert model.passes == passes, "the model was traced again"
     assert json.loads(json.dumps(again.state())) == state
     for (name, value), (_, other) in zip(tap(x).fields(), again(x).fields(), strict=True):
         assert torch.equal(value, other), name
@@ -540,7 +540,7 @@ def test_the_state_of_dicts_and_cosine_heads(x: Tensor) -> None:
             return {"logits": F.linear(F.normalize(g), F.normalize(self.prototypes)), "embedding": g}
 
     model = Cosine()
-    tap = FeatureTap(model).watch(x)
+    tap = FeatureTap(model).trace(x)
     twin = Cosine()
     again = FeatureTap.from_state(twin, json.loads(json.dumps(tap.state())))
     twin.load_state_dict(model.state_dict())
@@ -550,12 +550,12 @@ def test_the_state_of_dicts_and_cosine_heads(x: Tensor) -> None:
 
 
 def test_the_state_of_a_tap_that_has_seen_nothing() -> None:
-    with pytest.raises(RuntimeError, match="watch"):
+    with pytest.raises(RuntimeError, match="trace"):
         FeatureTap(Model()).state()
 
 
 def test_the_state_of_another_model_is_refused_when_it_does_not_fit(x: Tensor) -> None:
-    state = FeatureTap(Model()).watch(x).state()
+    state = FeatureTap(Model()).trace(x).state()
     other = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.Linear(D, C))
     with pytest.raises((ValueError, RuntimeError, AttributeError)):
         FeatureTap.from_state(other, state)(x)

@@ -391,7 +391,7 @@ def export(
 def inspect(
     model: Model,
     weights: Weights = None,
-    data: Annotated[str | None, typer.Option(help=f"Inputs to watch the model on: {_DATA}.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Inputs to trace the model on: {_DATA}.")] = None,
     layer: Layer = None,
     data_root: DataRoot = None,
 ) -> None:

@@ -31,7 +31,7 @@ def run(out: Path, seed: int) -> None:
     model = demo.train(data.train, seed)
     trained = time.perf_counter()
 
-    tap = FeatureTap(model).watch(data.test[0])
+    tap = FeatureTap(model).trace(data.test[0])
     console.print(tap.describe().splitlines()[0], soft_wrap=True)
     console.print()
     evaluation = compare(

@@ -29,10 +29,10 @@ def run(model: str, weights: Path | None, data: str | None, layer: str | None, d
         if batch is None:
             raise ValueError(f"there is no readable image in the first {_INPUTS} of {data}")
         with users_forward(model, tap.model, named(source, batch.indices.tolist())):
-            tap.watch(batch.images)
+            tap.trace(batch.images)
         console.print(tap.describe(), soft_wrap=True)
         return
     with users_forward(model, tap.model, f"noise of shape (2, {', '.join(map(str, loaded.input_size))})"):
-        tap.watch(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
+        tap.trace(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
     console.print(tap.describe(), soft_wrap=True)
     console.print("Watched on noise; with --data the share of inactive units is that of real inputs.", style="dim")

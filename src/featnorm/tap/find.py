@@ -1,4 +1,4 @@
-"""Where in a watched forward pass the last hidden layer, pooled feature, embedding and logits are.
+"""Where in a traced forward pass the last hidden layer, pooled feature, embedding and logits are.
 
 Everything is found by walking back from the logits along what they were computed from, so neither the names
 nor the order in which modules were registered matter, and a functional call counts as much as a module.
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from featnorm.tap.watch import Node, Record
+from featnorm.tap.trace import Node, Record
 
 Kind = Literal["hidden", "pooled", "none", "chosen"]
 
@@ -83,7 +83,7 @@ class Anatomy:
 
 
 def find(record: Record, model: nn.Module, layer: str | None = None) -> Anatomy:
-    """Find the layers of a watched model; ``layer`` names the module that puts out the last hidden layer."""
+    """Find the layers of a traced model; ``layer`` names the module that puts out the last hidden layer."""
     walk = _Walk(record)
     output = _choose_output(record)
     beside = _embedding_beside(record, output)

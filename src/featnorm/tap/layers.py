@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from featnorm._utils.checks import check_type
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.tap.capture import Point, capture, locate, made, undisturbed
 from featnorm.tap.find import base_op, find, is_rectifier
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.listen import Point, listen, locate, made, undisturbed
 from featnorm.tap.tap import unwrap
-from featnorm.tap.watch import Node, watch
+from featnorm.tap.trace import Node, trace
 
-_WATCHED_ROWS = 2
+_TRACED_ROWS = 2
 
 
 class LayerTap:
@@ -22,7 +22,7 @@ class LayerTap:
     Parameters
     ----------
     model : any module that maps a batch of inputs to something.
-    inputs : a batch to watch it on.
+    inputs : a batch to trace it on.
     layers
         Names of modules whose outputs are wanted; None for every rectified layer, be it a module or a function,
         in the order in which they run.
@@ -48,7 +48,7 @@ class LayerTap:
         check_type(inputs, Tensor, "the inputs", "a tensor")
         self.model = unwrap(model)
         with undisturbed(self.model):
-            record = watch(self.model, inputs[:_WATCHED_ROWS])
+            record = trace(self.model, inputs[:_TRACED_ROWS])
         if layers is None:
             nodes = [node for node in record.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
             # A gate written out is its own last step; what it is made of are no layers.
@@ -89,7 +89,7 @@ class LayerTap:
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the output of every layer for a batch, (n, d) each, all its numbers in a row."""
         with undisturbed(self.model), torch.no_grad():
-            caught = listen(self.model, self.points, inputs)
+            caught = capture(self.model, self.points, inputs)
         return {name: value.flatten(1) for name, value in caught.items()}
 
     def hidden(self, inputs: Tensor) -> dict[str, HiddenClassifier]:

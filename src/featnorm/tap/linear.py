@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.listen import Point, listen, undisturbed
+from featnorm.tap.capture import Point, capture, undisturbed
 
 _LOGITS = "logits of the model"
 _CLASSES_AT_ONCE = 64
@@ -74,7 +74,7 @@ class _Linearised(TorchFunctionMode):
     ----------
     held : the factors of an earlier pass, to be used again; None to work them out.
     put : called with what an operation that was listened for has returned, for what shall stand in its place.
-    fresh : points whose operations have just run, see `listen`.
+    fresh : points whose operations have just run, see `capture`.
     start : the rectifier whose input is the layer, by its place, and what makes it so; None for no such one.
     """
 
@@ -234,7 +234,7 @@ class _Run:
         fresh: list[Point] = []
         self.mode: _Linearised = _Linearised(held, put, fresh, start)
         with self.mode:
-            caught = listen(model, {**layers, _LOGITS: logits}, inputs, fresh=fresh)
+            caught = capture(model, {**layers, _LOGITS: logits}, inputs, fresh=fresh)
         self.logits = caught[_LOGITS].flatten(1)
         self.layers = {name: self.layers[name] for name in layers}
         if not self.logits.requires_grad:

@@ -11,22 +11,22 @@ from tqdm import tqdm
 from featnorm._utils.checks import check_text, check_type
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.tap.capture import TRACE_AGAIN, Point, capture, locate, made, undisturbed
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.listen import WATCH_AGAIN, Point, listen, locate, made, undisturbed
-from featnorm.tap.watch import Node, watch
+from featnorm.tap.trace import Node, trace
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
 _LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 _CLASS_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Rows of the forward pass that is watched, which keeps every tensor it makes.
-_WATCHED_ROWS = 2
+# Rows of the forward pass that is traced, which keeps every tensor it makes.
+_TRACED_ROWS = 2
 
 
 class FeatureTap:
     """Listens to a model: the last hidden layer, the pooled feature, the embedding and the logits.
 
-    On the first input it watches one forward pass and finds for itself where they are; see `describe`. The
+    On the first input it traces one forward pass and finds for itself where they are; see `describe`. The
     model is left exactly as it was after every call: no hook, mode, gradient or parameter changes, also when
     it raises. A model wrapped by `torch.nn.DataParallel` or `torch.compile` is listened to inside its
     wrapper.
@@ -53,10 +53,10 @@ class FeatureTap:
         self.layer = self._name(layer)
         self._plan: _Plan | None = None
         self._inactive = ""
-        self._advice = WATCH_AGAIN
+        self._advice = TRACE_AGAIN
 
-    def watch(self, inputs: Tensor) -> "FeatureTap":
-        """Find the layers by watching the model on a batch of inputs, and return self.
+    def trace(self, inputs: Tensor) -> "FeatureTap":
+        """Find the layers by tracing the model on a batch of inputs, and return self.
 
         Raises
         ------
@@ -67,7 +67,7 @@ class FeatureTap:
             The inputs are no tensor.
         """
         check_type(inputs, Tensor, "the inputs", "a tensor")
-        self._watch(inputs)
+        self._trace(inputs)
         return self
 
     def __call__(self, inputs: Tensor) -> Features:
@@ -75,38 +75,38 @@ class FeatureTap:
 
         The tensors are the caller's to keep and change: none shares memory with the model or the inputs.
         """
-        return self.listen(inputs, classifier=True)
+        return self.capture(inputs, classifier=True)
 
-    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
+    def capture(self, inputs: Tensor, *, classifier: bool) -> Features:
         """Return the features of one batch, with a copy of the classifier's weights or without."""
         check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
         if self._plan is None:
-            return self._watch(inputs)
-        return self._listen(self._plan, inputs, classifier)
+            return self._trace(inputs)
+        return self._capture(self._plan, inputs, classifier)
 
-    def _watch(self, inputs: Tensor) -> Features:
+    def _trace(self, inputs: Tensor) -> Features:
         inputs = inputs.to(self.device)
         with undisturbed(self.model):
-            record = watch(self.model, inputs[:_WATCHED_ROWS])
+            record = trace(self.model, inputs[:_TRACED_ROWS])
             plan = _Plan.of(find(record, self.model, self.layer), record)
-        features = self._listen(plan, inputs, classifier=True)
+        features = self._capture(plan, inputs, classifier=True)
         self._plan = plan
-        self._advice = WATCH_AGAIN
+        self._advice = TRACE_AGAIN
         activation = features.activation
         if activation is not None and activation.numel():
             share = float((activation <= 0).float().mean())
             self._inactive = f"On the {len(inputs)} inputs seen, {share:.0%} of its units were off for an input."
         return features
 
-    def _listen(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
+    def _capture(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
         with undisturbed(self.model):
             return self._caught(inputs, plan, classifier)
 
     def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Run the model in the mode and with the gradients that are set now."""
         plan = plan or self._planned()
-        caught = listen(self.model, plan.points, inputs, advice=self._advice)
+        caught = capture(self.model, plan.points, inputs, advice=self._advice)
         # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
         vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
         fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
@@ -186,7 +186,7 @@ class FeatureTap:
         check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
         with undisturbed(self.model):
-            record = watch(self.model, inputs[:_WATCHED_ROWS])
+            record = trace(self.model, inputs[:_TRACED_ROWS])
         anatomy = find(record, self.model, self.layer)
         if anatomy.activation is None or anatomy.logits is None:
             missing = "activation" if anatomy.activation is None else "logits"
@@ -199,27 +199,27 @@ class FeatureTap:
     def describe(self) -> str:
         """Say in words what was found, and what it means for the negative-aware norm.
 
-        Before the first input, the model is watched on noise of the size that it seems to take.
+        Before the first input, the model is traced on noise of the size that it seems to take.
 
         Raises
         ------
         ValueError
-            The size of the model's input cannot be told; give it a batch with `watch` first.
+            The size of the model's input cannot be told; give it a batch with `trace` first.
         """
         noise = self._plan is None
         if noise:
             guess = _noise_for(self.model)
             try:
-                self.watch(guess)
+                self.trace(guess)
             except (RuntimeError, TypeError, AssertionError, IndexError) as error:
                 raise ValueError(
                     f"the model does not take noise of shape {tuple(guess.shape)}, so the size of its "
-                    "input cannot be told: show it a batch with tap.watch(inputs)"
+                    "input cannot be told: show it a batch with tap.trace(inputs)"
                 ) from error
         plan = self._planned()
         lines = [plan.verdict]
         if self._inactive:
-            lines.append(self._inactive + (" (The inputs were noise: watch real ones.)" if noise else ""))
+            lines.append(self._inactive + (" (The inputs were noise: trace real ones.)" if noise else ""))
         for name, words in plan.words.items():
             lines.append(f"{name}: {words}")
         return "\n".join(lines)
@@ -230,7 +230,7 @@ class FeatureTap:
 
     @classmethod
     def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
-        """Make a tap that listens where another did, without watching the model again.
+        """Make a tap that listens where another did, without tracing the model again.
 
         Raises
         ------
@@ -253,7 +253,7 @@ class FeatureTap:
 
     def _planned(self) -> "_Plan":
         if self._plan is None:
-            raise RuntimeError("the tap has seen no input yet: call watch with a batch")
+            raise RuntimeError("the tap has seen no input yet: call trace with a batch")
         return self._plan
 
     def _name(self, layer: str | nn.Module | None) -> str | None:
@@ -308,10 +308,10 @@ class AutocastTap(FeatureTap):
         super().__init__(model)
         self._fabric = fabric
 
-    def listen(self, inputs: Tensor, *, classifier: bool) -> Features:
+    def capture(self, inputs: Tensor, *, classifier: bool) -> Features:
         """See `FeatureTap`."""
         with self._fabric.autocast():
-            return super().listen(inputs, classifier=classifier)
+            return super().capture(inputs, classifier=classifier)
 
 
 class _Plan:
@@ -511,7 +511,7 @@ def _noise_for(model: nn.Module) -> Tensor:
     """Return a batch of noise of the size that a model's first layer, or its configuration, asks for."""
     config = getattr(model, "default_cfg", None)
     if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in model.parameters()):
-        raise ValueError("the model's layers take their size from its first input: show it one with tap.watch")
+        raise ValueError("the model's layers take their size from its first input: show it one with tap.trace")
     generator = torch.Generator().manual_seed(0)
     shape: tuple[int, ...] | None = None
     if isinstance(config, Mapping) and "input_size" in config:
@@ -524,6 +524,6 @@ def _noise_for(model: nn.Module) -> Tensor:
         if shape is not None:
             break
     if shape is None:
-        raise ValueError("the size of the model's input cannot be told: show it a batch with tap.watch(inputs)")
+        raise ValueError("the size of the model's input cannot be told: show it a batch with tap.trace(inputs)")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.randn(_WATCHED_ROWS, *shape, generator=generator).to(dtype)
+    return torch.randn(_TRACED_ROWS, *shape, generator=generator).to(dtype)

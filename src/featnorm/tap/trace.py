@@ -77,7 +77,7 @@ class Record:
         )
 
 
-def watch(model: nn.Module, inputs: Tensor) -> Record:
+def trace(model: nn.Module, inputs: Tensor) -> Record:
     """Run the model once and write down what it does; mode and gradients are the caller's business."""
     inputs = inputs.clone()  # the model may write to it, and it is run again
     record = Record(batch=len(inputs))

@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
 from featnorm.tap.find import same_vector
-from featnorm.tap.watch import Node, Record, Slot, is_on_top, on_top, tensors_in
+from featnorm.tap.trace import Node, Record, Slot, is_on_top, on_top, tensors_in
 
 
 class PathError(RefusalError, RuntimeError):
-    """A model that took another path than when it was watched."""
+    """A model that took another path than when it was traced."""
 
 
-WATCH_AGAIN = "make a new FeatureTap for it"
-"""What to do about a `PathError` where the model was watched in this process."""
+TRACE_AGAIN = "make a new FeatureTap for it"
+"""What to do about a `PathError` where the model was traced in this process."""
 
 
 _MODES_LOCK = threading.RLock()
@@ -89,13 +89,13 @@ def made(node: Node) -> Point:
     return Point("op", node.op, node.call, (), 0, False)
 
 
-def listen(
+def capture(
     model: nn.Module,
     points: Mapping[str, Point],
     inputs: Tensor,
     *,
     fresh: list[Point] | None = None,
-    advice: str = WATCH_AGAIN,
+    advice: str = TRACE_AGAIN,
 ) -> dict[str, Tensor]:
     """Run the model on a batch and return the value at each point.
 
@@ -104,13 +104,13 @@ def listen(
     model, points, inputs : what to run, where to listen, and on what.
     fresh
         Takes the point of each operation that has just run, for who sees the function that asked for it, and may
-        ask for more operations than when the model was watched.
+        ask for more operations than when the model was traced.
     advice : what to do where a point is not reached, for the error message.
 
     Raises
     ------
     PathError
-        A point was not reached: the model took another path than when it was watched.
+        A point was not reached: the model took another path than when it was traced.
     """
     caught: dict[Point, Tensor] = {}
     wanted = set(points.values())
@@ -119,7 +119,7 @@ def listen(
     me = object()
     with on_top(me), _hooks(model, [point for point in wanted if point.side != "op"], caught, me):
         if operations:
-            # Hooks on every module, as when watched: some of torch's take another path where there is none.
+            # Hooks on every module, as when traced: some of torch's take another path where there is none.
             with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
                 model(inputs)
             for point in operations if fresh is None else ():
@@ -131,7 +131,7 @@ def listen(
     if missed:
         raise PathError(
             f"the model did not pass through {missed[0].module or 'its output'!r} as it did when it was "
-            f"watched; {advice}"
+            f"traced; {advice}"
         )
     return {name: caught[point] for name, point in points.items()}
 
