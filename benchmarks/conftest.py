@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from featnorm._utils.memory import keep_freed_memory
-from featnorm.cli.show import environment
+from featnorm.cli.console import environment
 from measuring import Row
 
 _PEERS = ("numpy", "scikit-learn", "faiss-cpu", "pytorch-ood", "oodeel")

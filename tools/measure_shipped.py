@@ -30,7 +30,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from featnorm._utils.memory import keep_freed_memory
-from featnorm.cli.show import environment
+from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.image_scorer import ImageScorer
 from featnorm.inputs import ImageSource, SlicedImages, image_loader, open_images

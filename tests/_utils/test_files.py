@@ -16,7 +16,7 @@ from featnorm import archive
 from featnorm._utils import files
 from featnorm._utils.files import WriteError, replacing, try_place, write_text
 from featnorm._utils.sealed import write_sealed
-from featnorm.cli.show import prepare_folder, require_file_place
+from featnorm.cli.console import prepare_folder, require_file_place
 from featnorm.drift import DriftMonitor
 from featnorm.image_scorer import ImageVerdict
 from featnorm.records import FORMATS, Journal

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import trainings
-from featnorm.cli.machine import fabric_of
+from featnorm.cli.runtime import fabric_of
 from featnorm.models import (
     CifarResNet18,
     Normalize,

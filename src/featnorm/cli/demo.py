@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from featnorm import demo
-from featnorm.cli.show import console, environment, prepare_folder, print_table
+from featnorm.cli.console import console, environment, prepare_folder, print_table
 from featnorm.detectors import NAN
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features

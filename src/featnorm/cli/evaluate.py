@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from featnorm._utils.files import write_text
 from featnorm._utils.layout import fast_layout
-from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import (
+from featnorm.cli.console import (
     console,
     environment,
     prepare_folder,
@@ -20,6 +19,7 @@ from featnorm.cli.show import (
     print_skipped,
     print_table,
 )
+from featnorm.cli.runtime import fabric_of
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from featnorm.cli.show import console, require_file_place
+from featnorm.cli.console import console, require_file_place
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.image_scorer import ImageScorer
 

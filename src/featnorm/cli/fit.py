@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from featnorm.cli.machine import cluster_of, fabric_of
-from featnorm.cli.show import (
+from featnorm.cli.console import (
     console,
     counted,
     print_label_columns,
@@ -16,6 +15,7 @@ from featnorm.cli.show import (
     printable,
     require_file_place,
 )
+from featnorm.cli.runtime import cluster_of, fabric_of
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
 from featnorm.inputs import ImageSource, open_images

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from featnorm.cli.show import console
+from featnorm.cli.console import console
 from featnorm.inputs import image_loader, open_images
 from featnorm.inputs.loading import named
 from featnorm.models import create_model

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from featnorm import archive
 from featnorm.calibration import Calibration
-from featnorm.cli.show import console, environment, require_file_place
+from featnorm.cli.console import console, environment, require_file_place
 from featnorm.drift import DriftMonitor
 from featnorm.records import ScoredImage, read_scores
 from featnorm.report.drift import Course, odds, write_drift_page

@@ -16,8 +16,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from featnorm.cli.machine import cluster_of, fabric_of
-from featnorm.cli.show import (
+from featnorm.cli.console import (
     console,
     counted,
     environment,
@@ -26,6 +25,7 @@ from featnorm.cli.show import (
     printable,
     require_file_place,
 )
+from featnorm.cli.runtime import cluster_of, fabric_of
 from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import DataError, ImageError, ImageSource, SlicedImages, open_to_score
 from featnorm.inputs.images import DECODING

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import console
+from featnorm.cli.runtime import fabric_of
 from featnorm.image_scorer import ImageScorer
 from featnorm.serve import Limits, create_app
 from featnorm.serve.requests import JsonLines

@@ -1,4 +1,4 @@
-"""What the commands print, and what they say of the machine."""
+"""The console: what the commands print, where they write, and the facts of the machine that results state."""
 
 import platform
 import shlex
