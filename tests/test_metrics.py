@@ -285,11 +285,11 @@ def test_bootstrap_interval_depends_on_seed_and_level_alone(gaussian):
         ),
         ([1, 2**53], [1.0], ValueError, r"id_scores: 1 of 2 values are integers of.* index 1; subtract"),
         ([-(2**63)], [1.0], ValueError, r"id_scores: 1 of 1 values are integers of"),
-        ([True, False], [1.0], TypeError, "id_scores must be .* of real numbers, got torch.bool"),
-        ([1.0], [1j], TypeError, "ood_scores must be .* of real numbers, got torch.complex128"),
-        (["a"], [1.0], TypeError, "id_scores must be .* of real numbers: "),
+        ([True, False], [1.0], TypeError, "id_scores must be .* of real numbers, got bool"),
+        ([1.0], [1j], TypeError, "ood_scores must be .* of real numbers, got complex128"),
+        (["a"], [1.0], TypeError, "id_scores must be .* of real numbers, got <U1"),
         ([1.0], [[1.0], [1.0, 2.0]], TypeError, "ood_scores must be .* of real numbers: .*inhomogeneous"),
-        ([1.0], np.ones(2, np.longdouble), TypeError, "ood_scores must be .* of real numbers: .*longdouble"),
+        ([1.0], np.ones(2, np.longdouble), TypeError, "ood_scores must be .* of real numbers, got (float|longd)"),
     ],
 )
 @pytest.mark.parametrize("measure", [*MEASURES, evaluate, roc_curve, partial(bootstrap_interval, auroc)])

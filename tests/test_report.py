@@ -14,10 +14,10 @@ from PIL import Image
 from featnorm.evaluation import Evaluation, Outcome
 from featnorm.metrics import evaluate, roc_curve
 from featnorm.paper.page import Section, write_results_page
-from featnorm.report import markdown_page, plots, table_rows
+from featnorm.report import plots
 from featnorm.report.comparison import write_page
 from featnorm.report.html import THEMES
-from featnorm.report.tables import markdown_table
+from featnorm.report.tables import markdown_page, markdown_table, table_rows
 from pages import Page, check
 
 pytestmark = pytest.mark.slow

@@ -566,7 +566,7 @@ class TestFile:
         def fail(*_):
             raise OSError("disk full")
 
-        monkeypatch.setattr(archive, "save_file", fail)
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             fn.Scorer(model_for(fn.NAN()), fn.NAN()).calibrate(loader()).save(path)
         assert path.read_bytes() == before

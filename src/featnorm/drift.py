@@ -11,13 +11,12 @@ randomness online", Statistical Science 36(4), 2021; Vovk, Petej, Nouretdinov, A
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from featnorm._utils.checks import ScoreLike, as_score_tensor, check_share
+from featnorm._utils.checks import ScoreLike, as_score_array, check_share
 
 __all__ = ["DriftMonitor"]
 
@@ -85,7 +84,7 @@ class DriftMonitor:
         self.highest = 0.0
         self.alarmed_at: int | None = None
         self._seen = _Counts()
-        for key in _keys(as_score_tensor(calibration_scores, "calibration_scores")):
+        for key in _keys(as_score_array(calibration_scores, "calibration_scores")):
             self._seen.add(key)
         self._random = np.random.default_rng(seed)
         self._gamblers = _Gamblers()
@@ -95,7 +94,7 @@ class DriftMonitor:
         """What ``log10_evidence`` must reach for the alarm."""
         return -math.log10(self.false_alarm)
 
-    def update(self, scores: ScoreLike) -> Tensor:
+    def update(self, scores: ScoreLike) -> npt.NDArray[np.float64]:
         """Take the next scores of the stream, in order of time.
 
         Not to be called by two threads at once.
@@ -107,8 +106,8 @@ class DriftMonitor:
 
         Returns
         -------
-        Tensor
-            (m,) float64 on the CPU, ``log10_evidence`` after each score.
+        ndarray
+            (m,) float64, ``log10_evidence`` after each score.
 
         Raises
         ------
@@ -117,7 +116,7 @@ class DriftMonitor:
         ValueError
             Scores that are not 1-D or hold a NaN; none of the batch is then taken.
         """
-        keys = _keys(as_score_tensor(scores, "scores", allow_empty=True))
+        keys = _keys(as_score_array(scores, "scores", allow_empty=True))
         p_values = np.empty(len(keys))
         for i, (key, uniform) in enumerate(zip(keys, self._random.random(len(keys)).tolist(), strict=True)):
             below, equal = self._seen.add(key)
@@ -129,7 +128,7 @@ class DriftMonitor:
         if self.alarmed_at is None and self.highest >= self.alarm_level:
             self.alarmed_at = self.count + int(np.argmax(evidence >= self.alarm_level))
         self.count += len(evidence)
-        return torch.from_numpy(evidence)
+        return evidence
 
 
 class _Counts:
@@ -181,7 +180,7 @@ class _Gamblers:
         return mean / math.log(10)
 
 
-def _keys(scores: Tensor) -> list[int]:
+def _keys(scores: npt.NDArray[Any]) -> list[int]:
     """Scores as integers of 22 bits in the same order, or equal.
 
     The bins are fixed beforehand. Bins made from the calibration scores would treat these unlike the scores to
@@ -189,7 +188,8 @@ def _keys(scores: Tensor) -> list[int]:
     need all scores.
     """
     # Adding zero makes 0.0 of -0.0, also where rounding to float32 made that of a smaller number.
-    bits = (scores.cpu().to(torch.float32) + 0.0).numpy().view(np.int32)
+    with np.errstate(over="ignore"):  # what lies beyond the range of float32 becomes infinite
+        bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32)
     ordered = np.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
     keys: list[int] = ((ordered >> _DROPPED_BITS) + _DIGITS * _DIGITS // 2).tolist()
     return keys

@@ -7,6 +7,7 @@ import stat
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -109,9 +110,9 @@ def scorer():
 def page(out):
     monitor = DriftMonitor([1.0, 2.0])
     history = StreamHistory()
-    evidence = monitor.update([1.5]).numpy()
+    evidence = monitor.update([1.5])
     history.add(evidence, evidence, evidence)
-    write_drift_page(out, monitor, history, fn.Calibration(torch.arange(40.0)), summary="", facts={})
+    write_drift_page(out, monitor, history, archive.StoredCalibration(np.arange(40.0), 0.95), summary="", facts={})
 
 
 WRITERS = {
@@ -352,7 +353,7 @@ def test_an_archive_of_a_model_on_a_full_disk(tmp_path, monkeypatch):
     def fail(*_):
         raise archive.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(archive, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(WriteError, match=r"cannot write .*d\.featnorm: No space left on device \("):
         scorer().save(tmp_path / "d.featnorm")
 

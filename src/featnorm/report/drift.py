@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from featnorm.calibration import Calibration
+from featnorm.archive import StoredCalibration
 from featnorm.drift import DriftMonitor
-from featnorm.report import plots
-from featnorm.report.html import Key, number, percent, render, write
 
 _MOST_POINTS = 2000
 _LATEST = 1000
@@ -78,7 +76,7 @@ def write_drift_page(
     path: Path,
     monitor: DriftMonitor,
     history: StreamHistory,
-    calibration: Calibration,
+    calibration: StoredCalibration,
     *,
     summary: str,
     facts: Mapping[str, str],
@@ -92,12 +90,16 @@ def write_drift_page(
     calibration : what the scores are of.
     summary, facts : sentences under the heading, and what a reader should know, by short names.
     """
+    # Drawing takes half a second to import, which `featnorm monitor` without a page does not need.
+    from featnorm.report import plots
+    from featnorm.report.html import Key, number, percent, render, write
+
     alarmed_at = None if monitor.alarmed_at is None else monitor.alarmed_at + 1
     edges, means = history.mean_p_values()
-    known, latest = calibration.scores.numpy(), np.array(history.latest)
+    known, latest = calibration.scores, np.array(history.latest)
     # Of means of uniform p-values, whose variance is 1/12; the calibration scores vary as those of a stretch do.
     usual = 1.96 * np.sqrt((1 / np.diff(edges) + 1 / len(known)) / 12)
-    threshold = float(calibration.threshold)
+    threshold = calibration.threshold
     histogram, outside = plots.histogram(
         [known, latest],
         threshold,
