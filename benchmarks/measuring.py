@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 
-#: What `python -c` takes to be `featnorm`, in a process that may have no script of that name on its path.
-COMMAND = "import sys; from featnorm.cli import main; sys.argv[0] = 'featnorm'; main()"
-
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

@@ -15,7 +15,6 @@ import featnorm as fn
 from featnorm.image_scorer import ImageScorer
 from featnorm.inputs import image_loader, open_images
 from featnorm.models import create_model
-from measuring import COMMAND
 
 BATCH = 64
 DISTINCT = 500
@@ -53,7 +52,18 @@ def test_score(compare, size, tmp_path):
     def command():
         out = tmp_path / "scores.csv"
         out.unlink(missing_ok=True)
-        call = [sys.executable, "-c", COMMAND, "score", str(file), str(folder), "-o", str(out), "--device", "cpu"]
+        call = [
+            sys.executable,
+            "-m",
+            "featnorm",
+            "score",
+            str(file),
+            str(folder),
+            "-o",
+            str(out),
+            "--device",
+            "cpu",
+        ]
         subprocess.run(call, check=True, capture_output=True)
 
     def bare():

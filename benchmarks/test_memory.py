@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from measuring import COMMAND
-
 MODEL = "featnorm:cifar10-resnet18"
 # Of the whole process, most of which are libraries.
 GROWTH = 1.05
@@ -22,7 +20,7 @@ GROWTH = 1.05
 def peak(*arguments):
     """Return the largest memory that a command holds at once, in bytes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments), "--device", "cpu", "--workers", "0"],
+        [sys.executable, "-m", "featnorm", *map(str, arguments), "--device", "cpu", "--workers", "0"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

@@ -6,8 +6,7 @@ import torch
 import featnorm as fn
 from featnorm import archive
 from featnorm._utils.weights import single_precision
-from featnorm.cli.monitor import Options
-from featnorm.cli.monitor import run as monitor
+from featnorm.cli.monitor import monitor
 from featnorm.image_scorer import ImageScorer
 from featnorm.inputs import open_images
 from featnorm.models import ModelError, create_model
@@ -106,10 +105,9 @@ def test_whatever_a_header_says_monitor_refuses_or_reads_it(file, tmp_path):
     path = tmp_path / "d.featnorm"
     lowest = 1 / (len(tensors[archive.CALIBRATION]) + 1)
     (tmp_path / "t.csv").write_text(f"path,score,p_value\na,-inf,{lowest}\n")
-    options = Options(detector=path, scores=tmp_path / "t.csv", false_alarm=0.01, html=None)
     for what, changed in mutated({"tpr": header["tpr"], "model": header["model"]}):
         archive.write(path, tensors, changed)
-        opens(lambda: monitor(options), what)
+        opens(lambda: monitor(path, tmp_path / "t.csv"), what)
 
 
 def test_whatever_a_tensor_is_a_file_is_refused_or_works(file, tmp_path):

@@ -71,7 +71,15 @@ def main() -> None:
 def attacked(source: str, detector: Path, attack: str, seconds: float) -> dict[str, Any]:
     """Return what other clients of a service see while it is attacked."""
     service = subprocess.Popen(
-        [sys.executable, "-c", "from featnorm.cli import main; main()", "serve", str(detector), "--port", "0"],
+        [
+            sys.executable,
+            "-m",
+            "featnorm",
+            "serve",
+            str(detector),
+            "--port",
+            "0",
+        ],
         env={**os.environ, "PYTHONPATH": source},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -117,7 +117,7 @@ def as_jpeg(source: ImageSource, row: int) -> bytes:
 
 def served(options: argparse.Namespace, images: list[bytes]) -> list[dict[str, Any]]:
     """Start the service, ask it from each number of clients, and stop it."""
-    command = [sys.executable, "-c", "from featnorm.cli import main; main()", "serve", str(options.detector)]
+    command = [sys.executable, "-m", "featnorm", "serve", str(options.detector)]
     service = subprocess.Popen(
         [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -56,9 +56,8 @@ def command(*arguments, kill_when=None):
     """Run the command in a process of its own; kill it when something is so, if told."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("FEATNORM_DATA", None)
-    code = "from featnorm.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-m", "featnorm", *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -255,7 +254,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known,
         raise archive.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "save_file", full)
+        patch.setattr("safetensors.torch.save_file", full)
         status, _, error = featnorm(*arguments)
     assert status == 2
     assert re.fullmatch(
@@ -280,10 +279,9 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
     def work(*_args, **_options):
         raise AssertionError("worked before it looked")
 
-    monkeypatch.setattr("featnorm.cli.fit.create_model", work)
-    for module in ("score", "export"):
-        monkeypatch.setattr(f"featnorm.cli.{module}.ImageScorer.load", work)
-    monkeypatch.setattr("featnorm.cli.monitor.archive.read", work)
+    monkeypatch.setattr("featnorm.models.create_model", work)
+    monkeypatch.setattr("featnorm.image_scorer.ImageScorer.load", work)
+    monkeypatch.setattr("featnorm.archive.read_calibration", work)
     table = known / "t.csv"
     for arguments, words in {
         ("fit", known, "-o", "pipe.csv"): "pipe.csv is no regular file",
@@ -506,7 +504,7 @@ def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
 def test_what_is_refused(featnorm, detector, known, tmp_path):
     for arguments, words in {
         ("fit", "nowhere"): "cannot find 'nowhere'",
-        ("fit", str(known), "--targets", "some"): "--targets is one of",
+        ("fit", str(known), "--targets", "some"): "invalid value for '--targets': 'some' is not one of 'labels',",
         ("fit", str(known), "--detector", "NOPE"): "no detector 'NOPE'",
         ("fit", str(known), "-o", "none/d.featnorm"): "no folder none",
         ("score", "nothing.featnorm", str(known)): "there is no detector file",

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from apart import run_apart
 from featnorm import Calibration, archive
 from featnorm.image_scorer import ImageVerdict
 from featnorm.records import COLUMNS, FORMATS, Journal
@@ -60,8 +61,9 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
     assert status == 3
     assert error == ""
     assert f"3,000 scores of t{ending} (2 without a score left out), against 600 calibration scores" in printed
-    for words in ("Drift. At image 2,", "reached the 100 to 1 of the alarm", "a chance of 1 % at most",
-                  "fit again with images of now"):  # fmt: skip
+    for words in ("Drift. At image 2,", "the evidence reached the alarm level of 100 to 1.", "It was at most ",
+                  "the chance of ever raising this alarm is at most 1 %,",
+                  "fit again on current images"):  # fmt: skip
         assert words in printed
     image, row = (int(printed.split(word)[1].split(end)[0].replace(",", ""))
                   for word, end in (("At image ", ", day"), ("(row ", ")")))  # fmt: skip
@@ -71,12 +73,52 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
     assert sorted(place.name for place in tmp_path.iterdir()) == ["d.featnorm", f"t{ending}"]
 
 
+def test_neither_a_table_nor_a_page_takes_torch(detector, tmp_path):
+    for ending in FORMATS:
+        scores = table(tmp_path / f"t{ending}", scored())
+        assert "No drift" in run_apart(tmp_path, "monitor", detector, scores, without="torch")
+    assert "Wrote p.html" in run_apart(tmp_path, "monitor", detector, "t.csv", "--html", "p.html", without="torch")
+
+
+def test_the_stored_calibration_agrees_with_the_modules(tmp_path):
+    rng = np.random.default_rng(0)
+    for n, tpr in ((19, 0.95), (20, 0.95), (600, 0.9), (7, 0.5)):
+        calibration = Calibration(rng.integers(0, 9, n).astype(float), tpr)
+        path = tmp_path / "c.featnorm"
+        archive.write(path, {"calibration.scores": calibration.scores}, {"tpr": tpr, "model": {}})
+        stored = archive.read_calibration(path)
+        assert stored.scores.dtype == np.float64
+        np.testing.assert_array_equal(stored.scores, calibration.scores)
+        assert (stored.threshold, stored.tpr) == (float(calibration.threshold), tpr)
+        scores = np.array([-np.inf, -1, 0, 0.5, 4, 8, 9, np.inf])
+        np.testing.assert_array_equal(stored.p_value(scores), calibration.p_value(torch.from_numpy(scores)))
+
+
+def test_every_type_of_tensor_is_checked_without_torch(tmp_path):
+    """A file is read as a whole, though only its calibration is wanted."""
+    kinds = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+             torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.uint16, torch.uint32,
+             torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2]  # fmt: skip
+    tensors = {str(kind): torch.ones(2, 3).to(kind) for kind in kinds}
+    tensors |= {"none": torch.ones(0), "one": torch.tensor(1.0), "calibration.scores": CALIBRATION.scores}
+    path = tmp_path / "c.featnorm"
+    archive.write(path, tensors, {"tpr": 0.95, "model": {}})
+    np.testing.assert_array_equal(archive.read_calibration(path).scores, CALIBRATION.scores)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    for read in (archive.read, archive.read_calibration):
+        with pytest.raises(archive.ArchiveError, match="its content is not what was written"):
+            read(path)
+
+
 @pytest.mark.parametrize("ending", FORMATS)
 def test_no_drift_is_told(featnorm, detector, tmp_path, ending):
     scores = table(tmp_path / f"t{ending}", scored())
     status, printed, _ = featnorm("monitor", detector, scores, "--false-alarm", "0.001")
     assert status == 0
-    for words in ("No drift. The evidence never reached the 1,000 to 1", "chance of 0.1 % at most", "no proof"):
+    for words in ("No drift. The evidence never reached the alarm level of 1,000 to 1. It was at most ",
+                  "the chance of ever raising this alarm is at most 0.1 %,", "does not prove"):  # fmt: skip
         assert words in printed
 
 

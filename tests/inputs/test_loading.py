@@ -245,7 +245,7 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     own = ["--model", "tiny:make", "--device", "cpu"]
     script = f"""
         import sys
-        from featnorm.cli import main
+        from featnorm.__main__ import main
 
         for command in (
             ["fit", {str(folder)!r}, "--cache", "cache", "-o", "a.featnorm", *{own!r}],

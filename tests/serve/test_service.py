@@ -1020,12 +1020,11 @@ def detector(fitted, tmp_path_factory):
 
 def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    code = "from featnorm.cli import main; main()"
     process = subprocess.Popen(
         [
             sys.executable,
-            "-c",
-            code,
+            "-m",
+            "featnorm",
             "serve",
             str(detector),
             "--port",
@@ -1082,7 +1081,7 @@ def test_the_command_ends_in_time_whatever_its_threads_do(detector):
     # A model that never ends once its file is open. The image that the service tries itself on is enough.
     code = """
 import signal, time
-from featnorm.cli import main
+from featnorm.__main__ import main
 from featnorm.image_scorer import ImageScorer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background of a shell
 

@@ -1,22 +1,26 @@
 """The console: what the commands print, where they write, and the facts of the machine that results state."""
 
+from __future__ import annotations
+
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import featnorm
 from featnorm._utils.files import try_folder, try_place
-from featnorm.evaluation import Evaluation
-from featnorm.inputs import ImageSource
-from featnorm.inputs.formats import PassedOver
-from featnorm.report.tables import table_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from featnorm.evaluation import Evaluation
+    from featnorm.inputs import ImageSource
+    from featnorm.inputs.formats import PassedOver
 
 # Into a file or a pipe a table is as wide as it needs, and is not folded to a terminal that is not there.
 # No markup either: a file may be called [red].
@@ -27,6 +31,8 @@ console = Console(highlight=False, markup=False, emoji=False, width=None if sys.
 
 def print_table(evaluation: Evaluation) -> None:
     """Print the detectors' measures, and who was left out and why."""
+    from featnorm.report.tables import table_rows
+
     headers, rows = table_rows(evaluation)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, header in enumerate(headers):
@@ -126,12 +132,17 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
 def environment() -> dict[str, str]:
     """Return the facts that a figure is read with: versions, machine, date and command."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    versions, machine = [f"featnorm {featnorm.__version__}"], _processor()
+    # What needs no torch does not import it.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        versions.append(f"torch {torch.__version__}")
+        machine += f", {torch.get_num_threads()} threads"
     return {
         "command": command,
         "date": date.today().isoformat(),
-        "versions": f"featnorm {featnorm.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
+        "machine": machine,
     }
 
 

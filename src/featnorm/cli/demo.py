@@ -1,34 +1,45 @@
 """``featnorm demo``: the main job on data that scikit-learn ships."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from featnorm import demo
 from featnorm.cli.console import console, environment, prepare_folder, print_table
-from featnorm.detectors import NAN
-from featnorm.evaluation import compare, standard_detectors
-from featnorm.features import Features
-from featnorm.report.comparison import write_page
-from featnorm.scorer import Scorer
-from featnorm.tap import FeatureTap
+from featnorm.cli.options import OutFolder, Seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+    from torch import Tensor
+
+    from featnorm.features import Features
+    from featnorm.tap import FeatureTap
 
 _BATCH = 256
 _TPR = 0.95
 
 
-def run(out: Path, seed: int) -> None:
-    """Train, compare, calibrate; print a table and write a page."""
+def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
+    """Train a small network on handwritten digits and see which detectors tell what it does not know.
+
+    No download, under a minute: digits and photographs that scikit-learn ships.
+    """
+    from featnorm import demo as digits
+    from featnorm.detectors import NAN
+    from featnorm.evaluation import compare, standard_detectors
+    from featnorm.report.comparison import write_page
+    from featnorm.scorer import Scorer
+    from featnorm.tap import FeatureTap
+
     started = time.perf_counter()
     page = out / "index.html"
     prepare_folder(out, [page])
-    data = demo.load(seed)
+    data = digits.load(seed)
     console.print(f"Training a small network on {len(data.train[0])} handwritten digits, 0 to 6 ...", style="dim")
-    model = demo.train(data.train, seed)
+    model = digits.train(data.train, seed)
     trained = time.perf_counter()
 
     tap = FeatureTap(model).trace(data.test[0])
@@ -41,7 +52,7 @@ def run(out: Path, seed: int) -> None:
         ood_sets={name: _stream(tap, images) for name, images in data.ood.items()},
     )
     evaluation.facts = {
-        "model": f"three convolutions and a head, {demo.RECIPE.epochs} epochs in {trained - started:.0f} s",
+        "model": f"three convolutions and a head, {digits.RECIPE.epochs} epochs in {trained - started:.0f} s",
         "in-distribution": f"{len(data.test[0])} digits 0 to 6 that the network was not trained on",
         **{name: f"{len(images)} inputs" for name, images in data.ood.items()},
         "fit": f"the {len(data.train[0])} training digits, for the detectors that learn",
@@ -81,4 +92,6 @@ def _stream(tap: FeatureTap, images: Tensor, labels: Tensor | None = None) -> It
 
 
 def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image[0].mul(255).round().to(torch.uint8).numpy())
+    from PIL import Image
+
+    return Image.fromarray(image[0].mul(255).round().byte().numpy())

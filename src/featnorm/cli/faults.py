@@ -4,6 +4,9 @@ import dis
 import platform
 import sys
 import traceback
+from typing import Any
+
+from typer.exceptions import TyperException
 
 from featnorm import __version__
 from featnorm._utils.errors import RefusalError, UserCodeError, is_library
@@ -56,6 +59,8 @@ def _refusal(error: BaseException) -> str | None:
     ray = sys.modules.get("ray")
     if ray is not None and isinstance(error, ray.exceptions.RayTaskError):
         error = error.cause
+    if isinstance(error, TyperException):
+        return _wrong_call(error)
     said = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({said}): {_LESS_MEMORY}"
@@ -66,6 +71,14 @@ def _refusal(error: BaseException) -> str | None:
     if isinstance(error, (OSError, RefusalError)):
         return said
     return said if isinstance(error, (ValueError, TypeError)) and _is_deliberate(error) else None
+
+
+def _wrong_call(error: Any) -> str:
+    """Return what typer says of a wrong call, and where the right ones are described."""
+    said = error.format_message().replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    command = "featnorm" if context is None else context.command_path
+    return f"{said[:1].lower()}{said[1:]}{'' if said.endswith(('.', '?')) else '.'} See {command} --help"
 
 
 def _is_deliberate(error: BaseException) -> bool:

@@ -1,10 +1,13 @@
 """``featnorm fit``: a detector of the user's own images, in one file."""
 
+from __future__ import annotations
+
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 from featnorm.cli.console import (
     console,
@@ -15,70 +18,101 @@ from featnorm.cli.console import (
     printable,
     require_file_place,
 )
-from featnorm.cli.runtime import cluster_of, fabric_of
-from featnorm.detectors import parse_detector
-from featnorm.fitting import Targets, fit_images
-from featnorm.inputs import ImageSource, open_images
-from featnorm.models import create_model
-from featnorm.models.loading import is_users
+from featnorm.cli.options import (
+    DATA,
+    BatchSize,
+    DataRoot,
+    Detector,
+    Device,
+    LabelColumn,
+    OutFile,
+    Precision,
+    Ray,
+    Seed,
+    Weights,
+    Workers,
+)
+
+if TYPE_CHECKING:
+    from featnorm.inputs import ImageSource
 
 _CLUSTERS = "clusters of the features are used in place of classes"
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
+def fit(
+    data: Annotated[str, typer.Argument(help=f"Images of what belongs: {DATA}.")],
+    out: OutFile = Path("detector.featnorm"),
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="Backbone: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, or `MODULE:FUNCTION`, a "
+            "function of yours that returns a model and its transform. The model without "
+            "its classifier computes the features.",
+        ),
+    ] = "featnorm:efficientnet-lite0",
+    weights: Weights = None,
+    detector: Detector = "KLUniform",
+    targets: Annotated[
+        Literal["labels", "clusters", "auto"],
+        typer.Option(
+            help="What the head learns: `labels`, `clusters` of the features, or `auto`: labels where there are "
+            "any, else clusters."
+        ),
+    ] = "auto",
+    label_column: LabelColumn = None,
+    tpr: Annotated[float, typer.Option(help="The share of images like these to accept.")] = 0.95,
+    cache: Annotated[
+        Path | None, typer.Option(help="The folder to keep features in; `~/.cache/featnorm/features` without it.")
+    ] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    ray: Ray = False,
+    seed: Seed = 0,
+) -> None:
+    """Learn what belongs to your images, and write a detector of what does not.
 
-    data: str
-    out: Path
-    model: str
-    weights: Path | None
-    detector: str
-    targets: str
-    tpr: float
-    cache: Path | None
-    label_column: str | None
-    data_root: Path | None
-    device: str
-    precision: str
-    batch_size: int
-    workers: int | None
-    ray: bool
-    seed: int
+    Labels are used where there are any, and not needed. The features of a frozen backbone are kept on disk; the
+    same command again, after a kill too, starts from them.
+    """
+    require_file_place(out, [Path(data)])
+    from featnorm.cli.runtime import cluster_of, fabric_of
+    from featnorm.detectors import parse_detector
+    from featnorm.fitting import fit_images
+    from featnorm.inputs import open_images
+    from featnorm.models import create_model
+    from featnorm.models.loading import is_users
 
-
-def run(options: Options) -> None:
-    """Fit, write the file, say what was learned and what comes next."""
-    if options.targets not in get_args(Targets):
-        raise ValueError(f"--targets is one of {', '.join(get_args(Targets))}, got {options.targets}")
-    require_file_place(options.out, [Path(options.data)])
     began = time.perf_counter()
-    detector = parse_detector(options.detector)
+    parsed = parse_detector(detector)
     source = open_images(
-        options.data,
-        root=options.data_root,
-        labels=options.targets != "clusters" or options.label_column is not None,
-        label_column=options.label_column,
+        data,
+        root=data_root,
+        labels=targets != "clusters" or label_column is not None,
+        label_column=label_column,
     )
-    loaded = create_model(options.model, weights=options.weights)
-    cluster = cluster_of(options.device, options.ray)
+    loaded = create_model(model, weights=weights)
+    cluster = cluster_of(device, ray)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
-    _print_missing_labels(source, options.targets)
+    _print_missing_labels(source, targets)
     fitted = fit_images(
         source,
         loaded,
-        detector=detector,
-        targets=cast(Targets, options.targets),
-        tpr=options.tpr,
-        cache=options.cache,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        fabric=fabric_of(options.device, options.precision),
+        detector=parsed,
+        targets=targets,
+        tpr=tpr,
+        cache=cache,
+        batch_size=batch_size,
+        workers=workers,
+        fabric=fabric_of(device, precision),
         ray=cluster,
-        seed=options.seed,
+        seed=seed,
     )
     try:
-        fitted.scorer.save(options.out)
+        fitted.scorer.save(out)
     except OSError as error:
         raise OSError(f"{error}. The features are kept: rerun the same command to resume from them") from None
     print_skipped(source.title, fitted.corrupt)
@@ -109,17 +143,15 @@ def run(options: Options) -> None:
     assert calibration is not None
     low, high = calibration.false_alarm_range()
     console.print(
-        f"{detector!r} is calibrated on {fitted.held_out} held-out images. On average over such calibration sets "
-        f"it flags at most {100 * (1 - options.tpr):.1f} % of images like these; for this one, between "
+        f"{parsed!r} is calibrated on {fitted.held_out} held-out images. On average over such calibration sets "
+        f"it flags at most {100 * (1 - tpr):.1f} % of images like these; for this one, between "
         f"{100 * low:.1f} % and {100 * high:.1f} % (90 % confidence).",
         soft_wrap=True,
     )
-    size = options.out.stat().st_size / 1e6
-    console.print(
-        f"Wrote {options.out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True
-    )
-    again = f" --model {options.model}" if is_users(options.model) else ""
-    console.print(f"  featnorm score {shlex.quote(str(options.out))} IMAGES{again}", soft_wrap=True)
+    size = out.stat().st_size / 1e6
+    console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
+    again = f" --model {model}" if is_users(model) else ""
+    console.print(f"  featnorm score {shlex.quote(str(out))} IMAGES{again}", soft_wrap=True)
 
 
 def _print_missing_labels(source: ImageSource, targets: str) -> None:

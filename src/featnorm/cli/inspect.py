@@ -1,22 +1,34 @@
 """``featnorm inspect``: where a model's last hidden layer is."""
 
 from itertools import islice
-from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 
 from featnorm.cli.console import console
-from featnorm.inputs import image_loader, open_images
-from featnorm.inputs.loading import named
-from featnorm.models import create_model
-from featnorm.models.loading import brings_weights, users_forward
-from featnorm.tap import FeatureTap
+from featnorm.cli.options import DATA, DataRoot, Layer, Model, Weights
 
 _INPUTS = 64
 
 
-def run(model: str, weights: Path | None, data: str | None, layer: str | None, data_root: Path | None) -> None:
-    """Watch the model on a batch, of data or of noise, and describe what was found."""
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help=f"Inputs to trace the model on: {DATA}. Default: noise.")
+    ] = None,
+    layer: Layer = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Say where in a model its last hidden layer is, and what that means for the negative-aware norm."""
+    import torch
+
+    from featnorm.inputs import image_loader, open_images
+    from featnorm.inputs.loading import named
+    from featnorm.models import create_model
+    from featnorm.models.loading import brings_weights, users_forward
+    from featnorm.tap import FeatureTap
+
     # The library's weights would have to be downloaded, and where the layers are does not depend on them.
     needed = data is not None or brings_weights(model)
     loaded = create_model(model, weights=weights, pretrained=weights is None and needed)

@@ -11,16 +11,13 @@ import sys
 
 TYPE_CHECKING = False  # which type checkers take for true; `typing` itself is not imported
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import FrameType
     from typing import Any
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
 
-# Commands that keep their work on disk; `score` does where it writes a file.
-_RESUMED = ("fit", "reproduce")
-_RESUMED_WITH_A_FILE = "score"
 _IMPORTING = "<frozen importlib._bootstrap>"
 # Seconds after which Ctrl-C is delivered again where a callback has swallowed it.
 _AGAIN = 0.05
@@ -40,12 +37,13 @@ class Interruption:
 
     Parameters
     ----------
-    arguments : those of the command line, which say whether the same command resumes.
+    arguments : the arguments of the command line, which tell whether the same command resumes.
+    resuming : the commands that resume when they are run again, with the options of which one has to be given.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], resuming: Mapping[str, Sequence[str]]) -> None:
         self.caught = False
-        resume = "; rerun the same command to resume" if _resumes(arguments) else ""
+        resume = "; rerun the same command to resume" if _resumes(arguments, resuming) else ""
         self._line = f"featnorm: interrupted{resume}\n"
         self._process = os.getpid()
         self._working = False
@@ -124,11 +122,15 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _resumes(arguments: Sequence[str]) -> bool:
-    """Whether the same command, typed again, goes on from what this one has done."""
+def _resumes(arguments: Sequence[str], resuming: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the same command, run again, resumes from what this run has done."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    to_a_file = any(
-        argument.startswith(("--out", "--html")) or (argument.startswith("-o") and not argument.startswith("--"))
-        for argument in arguments
-    )
-    return command in _RESUMED or (command == _RESUMED_WITH_A_FILE and to_a_file)
+    if command not in resuming:
+        return False
+    options = resuming[command]
+    return not options or any(_is_option(argument, option) for argument in arguments for option in options)
+
+
+def _is_option(argument: str, option: str) -> bool:
+    """Whether an argument is an option, perhaps with its value: ``--out=FILE``, ``-oFILE``."""
+    return argument.startswith(option) and (option.startswith("--") or not argument.startswith("--"))

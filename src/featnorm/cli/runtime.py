@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-# Those under which the weights stay as they are; Fabric would convert them for the others.
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
@@ -26,12 +24,10 @@ def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
     Raises
     ------
     ValueError
-        There is no such device, precision or compiler here.
+        There is no such device or compiler here.
     ImportError
         Fabric is not installed.
     """
-    if precision not in _PRECISIONS:
-        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {precision}")
     if compiled and not any(map(shutil.which, _COMPILERS)):
         raise ValueError("--compile needs a C++ compiler, and there is no g++ or clang++ here: leave it out")
     try:

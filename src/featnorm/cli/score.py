@@ -1,21 +1,19 @@
 """``featnorm score``: which images are OOD, by a fitted detector."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import heapq
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
-from tqdm import tqdm
+import typer
 
+from featnorm._utils.progress import progress_bar
 from featnorm.cli.console import (
     console,
     counted,
@@ -25,39 +23,34 @@ from featnorm.cli.console import (
     printable,
     require_file_place,
 )
-from featnorm.cli.runtime import cluster_of, fabric_of
-from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import DataError, ImageError, ImageSource, SlicedImages, open_to_score
-from featnorm.inputs.images import DECODING
-from featnorm.inputs.loading import rows_of
-from featnorm.records import FORMATS, Journal, images_digest
+from featnorm.cli.options import (
+    DATA,
+    BatchSize,
+    DataRoot,
+    Device,
+    OwnModel,
+    Precision,
+    Ray,
+    ScorerFile,
+    Workers,
+)
 
 if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+    from featnorm.image_scorer import ImageScorer, ImageVerdict
+    from featnorm.inputs import ImageSource
+    from featnorm.records import Journal
+
     # Imported where a page is drawn, for matplotlib takes half a second.
     from featnorm.report.scores import ScoredImage
 
 #: Numbers and verdicts of batches.
-_Judged = Iterator[tuple[int, list[ImageVerdict]]]
+_Judged: TypeAlias = "Iterator[tuple[int, list[ImageVerdict]]]"
 
 _MOST_SHOWN = 100  # images on the page
 _EXPLAINED = 16
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
-
-    detector: Path
-    images: list[str]
-    out: Path | None
-    html: Path | None
-    model: str | None
-    data_root: Path | None
-    device: str
-    precision: str
-    batch_size: int
-    workers: int | None
-    ray: bool
 
 
 class _Tally:
@@ -113,29 +106,67 @@ class _Watch:
         self._began = time.perf_counter()
 
     def _stop(self, *_: object) -> None:
+        import torch
+
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._began
 
 
-def run(options: Options) -> None:
-    """Judge the images; print or write a row each, or a page of them, and say how fast it went."""
-    if options.out is not None and options.out.suffix not in FORMATS:
-        raise ValueError(f"--out {options.out} must end in {', '.join(FORMATS)}")
-    if options.html is not None and options.html.suffix != ".html":
-        raise ValueError(f"--html {options.html} must end in .html")
-    for file in (options.out, options.html):
+def score(
+    scorer_file: ScorerFile,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=f"Image files, or {DATA}.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Output file (.csv, .jsonl or .parquet), one row per image. Default: print to the terminal.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Page to write (.html): the images with the lowest scores, where each lies, and why.",
+        ),
+    ] = None,
+    model: OwnModel = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    ray: Ray = False,
+) -> None:
+    """Score images: score, p-value, verdict (ID or OOD) and predicted class, one row per image.
+
+    With `--out` or `--html`, rerun the same command to resume after an interruption.
+    """
+    from featnorm.records import FORMATS
+
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"--out {out} must end in {', '.join(FORMATS)}")
+    if html is not None and html.suffix != ".html":
+        raise ValueError(f"--html {html} must end in .html")
+    for file in (out, html):
         if file is not None:
-            require_file_place(file, [options.detector, *map(Path, options.images)])
-    fabric = fabric_of(options.device, options.precision)
-    scorer = ImageScorer.load(options.detector, model=options.model)
-    if options.html is not None and scorer.scorer.calibration is None:
-        raise ValueError(f"{options.detector} is not calibrated: there are no known scores to show others among")
-    source = open_to_score(options.images, root=options.data_root)
-    fitted_in = scorer.facts.get("precision", options.precision)
-    if fitted_in != options.precision:
-        console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
-    cluster, trace = cluster_of(options.device, options.ray), None
+            require_file_place(file, [scorer_file, *map(Path, images)])
+    from featnorm.cli.runtime import cluster_of, fabric_of
+    from featnorm.image_scorer import ImageScorer
+    from featnorm.inputs import DataError, SlicedImages, open_to_score
+    from featnorm.inputs.loading import rows_of
+
+    fabric = fabric_of(device, precision)
+    scorer = ImageScorer.load(scorer_file, model=model)
+    if html is not None and scorer.scorer.calibration is None:
+        raise ValueError(f"{scorer_file} is not calibrated: there are no known scores to show others among")
+    source = open_to_score(images, root=data_root)
+    fitted_in = scorer.facts.get("precision", precision)
+    if fitted_in != precision:
+        console.print(f"fitted in {fitted_in}: scores in {precision} differ a little", style="dim")
+    cluster, trace = cluster_of(device, ray), None
     if cluster is None:
         scorer.scorer = fabric.to_device(scorer.scorer)
         trace = _Watch(scorer.scorer.model)
@@ -143,32 +174,33 @@ def run(options: Options) -> None:
     tally = _Tally()
 
     def judge(batches: Sequence[int]) -> _Judged:
-        settings: dict[str, Any] = {"batch_size": options.batch_size}
+        settings: dict[str, Any] = {"batch_size": batch_size}
         if cluster is not None:
-            return cluster.score(scorer, source, batches, precision=options.precision, **settings)
+            return cluster.score(scorer, source, batches, precision=precision, **settings)
         rest = source
         if len(batches) < len(every):
-            rows = [row for number in batches for row in rows_of(number, options.batch_size, len(source))]
+            rows = [row for number in batches for row in rows_of(number, batch_size, len(source))]
             rest = SlicedImages(source, rows, source.title)
-        verdicts = scorer.stream(rest, workers=options.workers, fabric=fabric, **settings)
+        verdicts = scorer.stream(rest, workers=workers, fabric=fabric, **settings)
         return zip(batches, verdicts, strict=True)
 
-    every = range(-(-len(source) // options.batch_size))
-    place = options.out or options.html
+    every = range(-(-len(source) // batch_size))
+    place = out or html
     if place is None:
         judged = _print(judge(every), tally)
         pace = _pace(judged, time.perf_counter() - began, trace, cluster)
     else:
-        with _journal(options, place, source) as journal:
+        settings = {"model": model, "device": device, "precision": precision}
+        with _journal(place, source, scorer_file, batch_size, settings) as journal:
             judged = _judge(judge, journal.missing(len(every)), len(source), journal)
             # Before the page, which asks the model again.
             pace = _pace(judged, time.perf_counter() - began, trace, cluster)
             for verdict in journal:
                 tally.add(verdict)
-            if options.out is not None:
-                journal.write(options.out)
-            if options.html is not None:
-                _write_page(options.html, scorer, source, tally, fabric)
+            if out is not None:
+                journal.write(out)
+            if html is not None:
+                _write_page(html, scorer, source, tally, fabric)
             journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
     print_reading(tally.judged, tally.unread, tally.several, source.passed_over)
@@ -176,7 +208,7 @@ def run(options: Options) -> None:
         console.print(_summary(tally))
     if judged and tally.judged:
         console.print(pace)
-    for file in (options.out, options.html):
+    for file in (out, html):
         if file is not None:
             console.print(f"Wrote {file}.", soft_wrap=True)
     if not tally.judged:
@@ -216,18 +248,16 @@ def _print(batches: _Judged, tally: _Tally) -> int:
     return count
 
 
-def _journal(options: Options, place: Path, source: ImageSource) -> Journal:
-    with options.detector.open("rb") as file:
+def _journal(
+    place: Path, source: ImageSource, scorer_file: Path, batch_size: int, settings: dict[str, str | None]
+) -> Journal:
+    from featnorm.inputs.images import DECODING
+    from featnorm.records import Journal, images_digest
+
+    with scorer_file.open("rb") as file:
         detector = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = {
-        "detector": detector,
-        "model": options.model,
-        "device": options.device,
-        "precision": options.precision,
-        "decoding": DECODING,
-        "images": images_digest(source),
-    }
-    journal = Journal(place, settings, options.batch_size)
+    run = {"detector": detector, **settings, "decoding": DECODING, "images": images_digest(source)}
+    journal = Journal(place, run, batch_size)
     if journal.restarted:
         console.print("the previous run used different images, detector or options; starting over", style="dim")
     if journal.damaged is not None:
@@ -244,7 +274,7 @@ def _judge(judge: Callable[[Sequence[int]], _Judged], missing: Sequence[int], to
     if journal.done:
         console.print(f"resuming after {journal.done:,} of {counted(total, 'image')}", style="dim")
     judged = 0
-    with tqdm(total=total, initial=journal.done, unit="image", disable=None, leave=False) as bar:
+    with progress_bar(total=total, initial=journal.done, unit="image") as bar:
         for number, batch in judge(missing):
             journal.add(number, batch)
             judged += len(batch)
@@ -253,6 +283,8 @@ def _judge(judge: Callable[[Sequence[int]], _Judged], missing: Sequence[int], to
 
 
 def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Tally, fabric: Any) -> None:
+    import numpy as np
+
     from featnorm.report.scores import write_scores_page
 
     calibration = scorer.scorer.calibration
@@ -274,8 +306,11 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
 
 def _shown(
     scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], fabric: Any
-) -> "Iterator[ScoredImage]":
+) -> Iterator[ScoredImage]:
     """Yield the images again with what explains them; few at a time, as they may be large."""
+    import torch
+
+    from featnorm.inputs import ImageError
     from featnorm.report.scores import ScoredImage
 
     for start in range(0, len(lowest), _EXPLAINED):
