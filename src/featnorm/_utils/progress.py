@@ -13,6 +13,10 @@ _SECONDS = 30.0
 class _ProgressLines(tqdm):  # type: ignore[misc]
     """A progress bar of whole lines, for where there is no terminal that could draw over a line."""
 
+    def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
+        """Set what stands before the numbers; the line is not written again for it."""
+        super().set_description(desc, refresh=False)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Write the line; an empty one, by which tqdm would remove the bar, is left out."""
         if msg == "":
@@ -21,17 +25,19 @@ class _ProgressLines(tqdm):  # type: ignore[misc]
         return True
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
-    """Return tqdm's progress bar, which disappears at its end, for standard error.
+def progress_bar(iterable: Iterable[Any] | None = None, *, progress: bool | None = None, **options: Any) -> Any:
+    """Return tqdm's progress bar for standard error; it disappears when it is closed.
 
-    Where that is no terminal, a line is written about every 30 seconds: done and total, time and time left, rate.
+    Where standard error is no terminal, a line is written about every 30 seconds: percentage, done and total,
+    time taken and time left, rate.
 
     Parameters
     ----------
-    iterable : what to iterate over. Default: the bar is moved by its ``update``.
+    iterable : iterable whose items are counted. Default: the bar's ``update`` is called.
+    progress : whether to show progress. Default: yes.
     options : other arguments of tqdm, such as ``total``, ``desc`` and ``unit``.
     """
-    if sys.stderr.isatty():
-        return tqdm(iterable, leave=False, **options)
+    if progress is False or sys.stderr.isatty():
+        return tqdm(iterable, leave=False, disable=progress is False, **options)
     lines = {"mininterval": _SECONDS, "delay": _SECONDS, "miniters": 1, "ncols": 0}
     return _ProgressLines(iterable, leave=False, **lines, **options)

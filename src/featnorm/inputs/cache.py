@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from filelock import Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from featnorm._utils.files import WriteError, acquire_lock, flush_to_disk, replacing, sync_folder
+from featnorm._utils.progress import progress_bar
 from featnorm.inputs.images import DataError, ImageError, ImageSource, SlicedImages
 from featnorm.inputs.loading import Extracted
 
@@ -109,7 +109,7 @@ class FeatureCache:
         ----------
         source : the images.
         extract : asks the backbone about images, see `extract_images`.
-        progress : show a progress bar; None for where there is a terminal.
+        progress : whether to show progress on standard error. Default: yes.
 
         Raises
         ------
@@ -119,9 +119,8 @@ class FeatureCache:
         WriteError
             A file of the cache cannot be written. The batches that were written before stay usable.
         """
-        hide = None if progress is None else not progress
-        with self._locked(), _Store(self.folder, hide) as store:
-            digests, unread = _digests(source, hide)
+        with self._locked(), _Store(self.folder, progress) as store:
+            digests, unread = _digests(source, progress)
             tried: set[int] = set()
             changed: set[int] = set()
             known = len(store.places)
@@ -130,7 +129,7 @@ class FeatureCache:
             while missing := _missing(store, digests, tried):
                 tried.update(missing)
                 images = SlicedImages(source, missing, source.title)
-                with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
+                with progress_bar(total=len(missing), unit="image", desc="features", progress=progress) as bar:
                     for part in extract(images):
                         values = None if part.values is None else _checked(part.values, part.indices, images)
                         good: list[bytes] = []
@@ -233,7 +232,7 @@ class _Store(AbstractContextManager["_Store"]):
     Parameters
     ----------
     folder : of the cache.
-    hide : no progress bar, see tqdm.
+    progress : whether to show progress. Default: yes.
 
     Raises
     ------
@@ -243,7 +242,7 @@ class _Store(AbstractContextManager["_Store"]):
         A file cannot be read.
     """
 
-    def __init__(self, folder: Path, hide: bool | None) -> None:
+    def __init__(self, folder: Path, progress: bool | None) -> None:
         self.width = 0
         self.places: dict[bytes, int] = {}
         self.corrupt: dict[bytes, str] = {}
@@ -262,7 +261,7 @@ class _Store(AbstractContextManager["_Store"]):
                 if new:
                     sync_folder(folder)
                     sync_folder(folder.parent)
-                self._read(hide)
+                self._read(progress)
             except BaseException:
                 self._index.close()
                 raise
@@ -341,7 +340,7 @@ class _Store(AbstractContextManager["_Store"]):
         except OSError as error:
             raise WriteError(Path(str(file.name)), error) from None
 
-    def _read(self, hide: bool | None) -> None:
+    def _read(self, progress: bool | None) -> None:
         """Read the index, leave out what is damaged, and remove it from the index."""
         batches: list[_Batch | None] = []
         try:
@@ -354,7 +353,7 @@ class _Store(AbstractContextManager["_Store"]):
                         break
                     end += len(line)
                     batches.append(_Batch.of_line(self._seed, line))
-            self._verify(batches, hide)
+            self._verify(batches, progress)
         except OSError as error:
             raise DataError(f"cannot read the cache {self._index_path.parent}: {error.strerror}") from None
         self.damaged = batches.count(None)
@@ -370,11 +369,11 @@ class _Store(AbstractContextManager["_Store"]):
                 end = max(end, batch.end)
         self._free.append((end, np.inf))
 
-    def _verify(self, batches: list[_Batch | None], hide: bool | None) -> None:
+    def _verify(self, batches: list[_Batch | None], progress: bool | None) -> None:
         """Compare the features with their checksums in one pass; put None in the place of batches that differ."""
         order = sorted((batch.start, i) for i, batch in enumerate(batches) if batch is not None and batch.digests)
         rows = sum(len(batch.digests) for batch in batches if batch is not None)
-        with tqdm(total=rows, unit="image", desc="checking the cache", disable=hide, leave=False) as bar:
+        with progress_bar(total=rows, unit="image", desc="checking the cache", progress=progress) as bar:
             for _, i in order:
                 batch = batches[i]
                 assert batch is not None
@@ -444,10 +443,10 @@ def _gather(
     )
 
 
-def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
+def _digests(source: ImageSource, progress: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
     """Return the digest of every image by its row, and of those that cannot be read the reason."""
     digests, unread = {}, {}
-    for row in tqdm(range(len(source)), unit="image", desc="looking for changes", disable=hide, leave=False):
+    for row in progress_bar(range(len(source)), unit="image", desc="looking for changes", progress=progress):
         try:
             digests[row] = source.digest(row)
         except ImageError as error:

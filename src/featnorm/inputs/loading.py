@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, said
 from featnorm._utils.memory import in_parts
+from featnorm._utils.progress import progress_bar
 from featnorm.inputs.images import DataError, ImageError, ImageSource, is_first_of_several
 
 _FEW = 256  # images; below, there is nothing to gain from threads
@@ -364,7 +364,7 @@ def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None
     ----------
     source : the images.
     size : of the sides; images of other sizes are resized to it, antialiased, whatever their shape.
-    progress : show a progress bar; None for where there is a terminal.
+    progress : whether to show progress on standard error. Default: yes.
 
     Returns
     -------
@@ -376,8 +376,7 @@ def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None
         An image cannot be read: of a benchmark none may be left out.
     """
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
-    hidden = None if progress is None else not progress
-    for i in tqdm(range(len(source)), desc=source.title, unit="image", disable=hidden, leave=False):
+    for i in progress_bar(range(len(source)), desc=source.title, unit="image", progress=progress):
         image = source.image(i)
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.checks import check_text, check_type
+from featnorm._utils.progress import progress_bar
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.capture import TRACE_AGAIN, Point, capture, locate, made, undisturbed
@@ -121,7 +121,7 @@ class FeatureTap:
         loader
             Yields inputs: a tensor; a tuple of inputs and, second, labels; or a dict with such keys as
             ``image`` and ``label``. Labels that are not one integer an input are left out.
-        progress : show a progress bar on the terminal; None for where there is one.
+        progress : whether to show progress on standard error. Default: yes.
 
         Raises
         ------
@@ -132,7 +132,7 @@ class FeatureTap:
         """
         check_loader(loader)
         total = _length(loader)
-        bar = tqdm(loader, total=total, unit="batch", disable=_hide(progress), leave=False)
+        bar = progress_bar(loader, total=total, unit="batch", progress=progress)
         empty = True
         for i, batch in enumerate(bar):
             inputs, labels, why = _split(batch, i)
@@ -466,11 +466,6 @@ def _as_vectors(value: Tensor) -> Tensor:
     if value.ndim == 4 and value.shape[2:].numel() > 1:
         return value.mean((2, 3))
     return value.flatten(1)
-
-
-def _hide(progress: bool | None) -> bool | None:
-    # tqdm's own None: no bar where standard error is not a terminal.
-    return None if progress is None else not progress
 
 
 def _length(loader: Iterable[Any]) -> int | None:

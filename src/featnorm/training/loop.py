@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.layout import fast_layout, safe_gradients
+from featnorm._utils.progress import progress_bar
 from featnorm._utils.weights import load_weights
 from featnorm.training.objectives import Batch, Objective, Step
 from featnorm.training.recipe import Recipe
@@ -19,7 +19,6 @@ from featnorm.training.runs import (
     LOG,
     check_log,
     digest,
-    hide_bar,
     log,
     read_checkpoint,
     seeded,
@@ -60,7 +59,7 @@ def train(
     fabric
         A launched `lightning_fabric.Fabric` for device, precision and processes; one CPU process without.
     seed : of the order and the augmentation; the initial weights are the model's.
-    progress : show a progress bar; None for where there is a terminal.
+    progress : whether to show progress on standard error. Default: yes.
     on_epoch
         Called after every epoch with its log entry and the model, before the checkpoint is written; see `Probe`.
 
@@ -100,12 +99,11 @@ def train(
             check_log(checkpoint.with_name(LOG), start)
     gradients = safe_gradients(model)
     targets = targets.to(device)
-    bar = tqdm(
+    bar = progress_bar(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=start * steps * recipe.batch_size,
         unit="input",
-        disable=hide_bar(progress, rank),
-        leave=False,
+        progress=progress if rank == 0 else False,
     )
     with bar, torch.inference_mode(False), torch.enable_grad():
         for epoch in range(start, recipe.epochs):
@@ -194,7 +192,7 @@ def train_head(
     backbone.to(device).eval()
     features, targets = [], []
     with torch.no_grad():
-        for inputs, labels in tqdm(loader, desc="features", disable=hide_bar(progress, 0), leave=False):
+        for inputs, labels in progress_bar(loader, desc="features", progress=progress):
             features.append(backbone(inputs.to(device)).float().cpu())
             targets.append(labels.cpu())
     if not features:

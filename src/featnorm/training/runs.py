@@ -134,10 +134,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                 "to train from the beginning"
             ) from None
     return entries
-
-
-def hide_bar(progress: bool | None, rank: int = 0) -> bool | None:
-    """Return whether tqdm shows no bar, where None asks it to hide without a terminal."""
-    if rank != 0:
-        return True
-    return None if progress is None else not progress
