@@ -135,7 +135,12 @@ def run(options: Options) -> None:
     fitted_in = scorer.facts.get("precision", options.precision)
     if fitted_in != options.precision:
         console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
-    cluster, watch = cluster_of(options.device, options.ray), None
+    with cluster_of(options.device, options.ray) as cluster:
+        _score(options, scorer, source, fabric, cluster)
+
+
+def _score(options: Options, scorer: ImageScorer, source: ImageSource, fabric: Any, cluster: Any) -> None:
+    watch = None
     if cluster is None:
         scorer.scorer = fabric.to_device(scorer.scorer)
         watch = _Watch(scorer.scorer.model)
