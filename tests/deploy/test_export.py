@@ -28,7 +28,7 @@ def torchlib_read_once():
     """Keep torch's table of operators, for which each export parses the source of all of them again."""
     registry = _registration.ONNXRegistry
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", functools.cache(registry.from_torchlib))
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
         yield
 
 
