@@ -53,6 +53,11 @@ def test_on_a_terminal_there_is_a_bar(clock, capsys, monkeypatch):
     assert "\n" not in shown
 
 
+def test_a_bar_that_is_asked_for_needs_no_terminal(clock, capsys):
+    work(clock, 1, progress=True)
+    assert "10%|" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_it_can_be_hidden(clock, capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)

@@ -26,18 +26,17 @@ class _ProgressLines(tqdm):  # type: ignore[misc]
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, progress: bool | None = None, **options: Any) -> Any:
-    """Return tqdm's progress bar for standard error; it disappears when it is closed.
-
-    Where standard error is no terminal, a line is written about every 30 seconds: percentage, done and total,
-    time taken and time left, rate.
+    """Return a progress bar for standard error, as tqdm's; it disappears when it is closed.
 
     Parameters
     ----------
     iterable : iterable whose items are counted. Default: the bar's ``update`` is called.
-    progress : whether to show progress. Default: yes.
+    progress
+        Whether to show the bar. Default: on a terminal; elsewhere write a line about every 30 seconds (percentage,
+        done and total, time taken, time left, rate).
     options : other arguments of tqdm, such as ``total``, ``desc`` and ``unit``.
     """
-    if progress is False or sys.stderr.isatty():
+    if progress is not None or sys.stderr.isatty():
         return tqdm(iterable, leave=False, disable=progress is False, **options)
     lines = {"mininterval": _SECONDS, "delay": _SECONDS, "miniters": 1, "ncols": 0}
     return _ProgressLines(iterable, leave=False, **lines, **options)

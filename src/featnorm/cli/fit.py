@@ -95,22 +95,22 @@ def fit(
         label_column=label_column,
     )
     loaded = create_model(model, weights=weights)
-    cluster = cluster_of(device, ray)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, targets)
-    fitted = fit_images(
-        source,
-        loaded,
-        detector=parsed,
-        targets=targets,
-        tpr=tpr,
-        cache=cache,
-        batch_size=batch_size,
-        workers=workers,
-        fabric=fabric_of(device, precision),
-        ray=cluster,
-        seed=seed,
-    )
+    with cluster_of(device, ray) as cluster:
+        fitted = fit_images(
+            source,
+            loaded,
+            detector=parsed,
+            targets=targets,
+            tpr=tpr,
+            cache=cache,
+            batch_size=batch_size,
+            workers=workers,
+            fabric=fabric_of(device, precision),
+            ray=cluster,
+            seed=seed,
+        )
     try:
         fitted.scorer.save(out)
     except OSError as error:

@@ -166,42 +166,42 @@ def score(
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
         console.print(f"fitted in {fitted_in}: scores in {precision} differ a little", style="dim")
-    cluster, trace = cluster_of(device, ray), None
-    if cluster is None:
-        scorer.scorer = fabric.to_device(scorer.scorer)
-        trace = _Watch(scorer.scorer.model)
-    began = time.perf_counter()
-    tally = _Tally()
+    watch, tally = None, _Tally()
+    with cluster_of(device, ray) as cluster:
+        if cluster is None:
+            scorer.scorer = fabric.to_device(scorer.scorer)
+            watch = _Watch(scorer.scorer.model)
+        began = time.perf_counter()
 
-    def judge(batches: Sequence[int]) -> _Judged:
-        settings: dict[str, Any] = {"batch_size": batch_size}
-        if cluster is not None:
-            return cluster.score(scorer, source, batches, precision=precision, **settings)
-        rest = source
-        if len(batches) < len(every):
-            rows = [row for number in batches for row in rows_of(number, batch_size, len(source))]
-            rest = SlicedImages(source, rows, source.title)
-        verdicts = scorer.stream(rest, workers=workers, fabric=fabric, **settings)
-        return zip(batches, verdicts, strict=True)
+        def judge(batches: Sequence[int]) -> _Judged:
+            settings: dict[str, Any] = {"batch_size": batch_size}
+            if cluster is not None:
+                return cluster.score(scorer, source, batches, precision=precision, **settings)
+            rest = source
+            if len(batches) < len(every):
+                rows = [row for number in batches for row in rows_of(number, batch_size, len(source))]
+                rest = SlicedImages(source, rows, source.title)
+            verdicts = scorer.stream(rest, workers=workers, fabric=fabric, **settings)
+            return zip(batches, verdicts, strict=True)
 
-    every = range(-(-len(source) // batch_size))
-    place = out or html
-    if place is None:
-        judged = _print(judge(every), tally)
-        pace = _pace(judged, time.perf_counter() - began, trace, cluster)
-    else:
-        settings = {"model": model, "device": device, "precision": precision}
-        with _journal(place, source, scorer_file, batch_size, settings) as journal:
-            judged = _judge(judge, journal.missing(len(every)), len(source), journal)
-            # Before the page, which asks the model again.
-            pace = _pace(judged, time.perf_counter() - began, trace, cluster)
-            for verdict in journal:
-                tally.add(verdict)
-            if out is not None:
-                journal.write(out)
-            if html is not None:
-                _write_page(html, scorer, source, tally, fabric)
-            journal.remove()
+        every = range(-(-len(source) // batch_size))
+        place = out or html
+        if place is None:
+            judged = _print(judge(every), tally)
+            pace = _pace(judged, time.perf_counter() - began, watch, cluster)
+        else:
+            settings = {"model": model, "device": device, "precision": precision}
+            with _journal(place, source, scorer_file, batch_size, settings) as journal:
+                judged = _judge(judge, journal.missing(len(every)), len(source), journal)
+                # Before the page, which asks the model again.
+                pace = _pace(judged, time.perf_counter() - began, watch, cluster)
+                for verdict in journal:
+                    tally.add(verdict)
+                if out is not None:
+                    journal.write(out)
+                if html is not None:
+                    _write_page(html, scorer, source, tally, fabric)
+                journal.remove()
     print_skipped(source.title, tally.first_unread, tally.unread)
     print_reading(tally.judged, tally.unread, tally.several, source.passed_over)
     if tally.judged:
@@ -218,9 +218,9 @@ def score(
         )
 
 
-def _pace(judged: int, seconds: float, trace: _Watch | None, cluster: Any) -> str:
-    if trace is not None:
-        where = f"{trace.seconds / seconds:.0%} of the time in the model itself"
+def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> str:
+    if watch is not None:
+        where = f"{watch.seconds / seconds:.0%} of the time in the model itself"
     else:
         where = f"by at most {cluster.actors.count} actors of {cluster.actors.device}"
     return f"{judged / seconds:.0f} images per second, {where}."

@@ -109,7 +109,7 @@ class FeatureCache:
         ----------
         source : the images.
         extract : asks the backbone about images, see `extract_images`.
-        progress : whether to show progress on standard error. Default: yes.
+        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
@@ -232,7 +232,7 @@ class _Store(AbstractContextManager["_Store"]):
     Parameters
     ----------
     folder : of the cache.
-    progress : whether to show progress. Default: yes.
+    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
     Raises
     ------

@@ -364,7 +364,7 @@ def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None
     ----------
     source : the images.
     size : of the sides; images of other sizes are resized to it, antialiased, whatever their shape.
-    progress : whether to show progress on standard error. Default: yes.
+    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
     Returns
     -------

@@ -121,7 +121,7 @@ class FeatureTap:
         loader
             Yields inputs: a tensor; a tuple of inputs and, second, labels; or a dict with such keys as
             ``image`` and ``label``. Labels that are not one integer an input are left out.
-        progress : whether to show progress on standard error. Default: yes.
+        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------

@@ -59,7 +59,7 @@ def train(
     fabric
         A launched `lightning_fabric.Fabric` for device, precision and processes; one CPU process without.
     seed : of the order and the augmentation; the initial weights are the model's.
-    progress : whether to show progress on standard error. Default: yes.
+    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
     on_epoch
         Called after every epoch with its log entry and the model, before the checkpoint is written; see `Probe`.
 
