@@ -1,7 +1,7 @@
-"""``featnorm`` and ``python -m featnorm``: which commands there are.
+"""The entry point of ``featnorm`` and ``python -m featnorm``, and the list of commands.
 
-Little is imported here, and each command only when it runs: until `featnorm.cli.entry.run` handles Ctrl-C, Python
-ends with a traceback.
+This module imports as little as possible: until `featnorm.cli.entry.run` handles Ctrl-C, it ends in a traceback.
+The module of a command is imported when the command runs.
 """
 
 import sys
@@ -19,17 +19,17 @@ COMMANDS = {
     "inspect": "featnorm.cli.inspect:inspect",
     "reproduce": "featnorm.paper.command:reproduce",
 }
-"""The commands by name, as ``MODULE:FUNCTION``; see `featnorm.cli`."""
+"""Commands by name, as ``MODULE:FUNCTION``; see `featnorm.cli`."""
 
 RESUMING = {"fit": (), "score": ("--out", "-o", "--html"), "reproduce": ()}
-"""The commands that resume when they are run again; of some options, at least one has to be given."""
+"""Commands that resume when they are run again; where options are listed, at least one of them must be given."""
 
 
 def main() -> None:
-    """Run the command that the process was started with, and end the process with a status."""
+    """Run the command that the process was started with, and exit with a status."""
     run(COMMANDS, RESUMING)
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "featnorm"  # as results state the command, and not this file
+    sys.argv[0] = "featnorm"  # results state the command that made them
     main()

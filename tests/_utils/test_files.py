@@ -295,7 +295,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(tmp_path, mo
     ):
         with pytest.raises(ValueError, match=rf"t\.csv cannot be written: {os.strerror(error)}"):
             check()
-    with pytest.raises(ValueError, match=rf"is no folder that can be written to: {os.strerror(error)}"):
+    with pytest.raises(ValueError, match=rf"cannot write to the folder --out .*: {os.strerror(error)}"):
         prepare_folder(tmp_path, [])
 
 

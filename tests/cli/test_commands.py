@@ -1,4 +1,4 @@
-"""The command line as a user types it: what it prints, writes and refuses."""
+"""The command line as a user types it: what it prints and writes, and its errors."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=3))
     status, printed, _ = featnorm("demo", "--out", "here")
     assert status == 0
-    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "refuses", "left out"):
+    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "flags", "left out"):
         assert word in printed
     assert "<html" in (tmp_path / "here" / "index.html").read_text()
 
@@ -207,7 +207,7 @@ class TestErrors:
 
     def test_results_that_cannot_be_written(self, featnorm, good, tmp_path):
         (tmp_path / "taken").write_text("a file")
-        assert_one_line(self.evaluate(featnorm, good, out="taken"), "--out taken", "no folder")
+        assert_one_line(self.evaluate(featnorm, good, out="taken"), "cannot write to the folder --out taken")
 
     def test_a_precision_that_would_convert_the_weights(self, featnorm, good):
         assert_one_line(self.evaluate(featnorm, good, precision="64-true"), "64-true", "bf16-mixed")

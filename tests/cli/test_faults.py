@@ -1,4 +1,4 @@
-"""What becomes of an error: whose it is, where and on which input, with which exit status."""
+"""How errors are reported: whose code raised them, where, on which input, and the exit status."""
 
 import errno
 import json
@@ -409,7 +409,7 @@ class TestStatus:
         monkeypatch.setenv("COLUMNS", "400")
         status, printed, _ = featnorm("--help")
         assert status == 0
-        assert "Exit status: 0 done, 1 an internal error of featnorm" in printed
+        assert "Exit status: 0 success, 1 internal error of featnorm" in printed
         assert "--debug" in printed
 
     def test_an_error_of_another_process(self, mine):

@@ -443,8 +443,8 @@ def test_labels_of_a_column(featnorm, tmp_path):
     status, printed, _ = featnorm(*arguments)
     assert status == 0
     assert (
-        "t has no column 'label', so clusters of the features are used in place of classes. Its columns breed "
-        "could hold labels: name one by --label-column." in printed
+        "t has no column 'label', so clusters of the features are used instead of classes. Its columns breed "
+        "could hold labels: choose one with --label-column." in printed
     )
     assert "trained on 8 clusters" in printed or "clusters of the features." in printed
     status, printed, _ = featnorm(*arguments, "--label-column", "breed")
@@ -472,13 +472,18 @@ def test_labels_of_a_column(featnorm, tmp_path):
     pq.write_table(pa.table({"image": images, "label": breeds}), tmp_path / "t.parquet")
     status, printed, _ = featnorm(*arguments)
     assert status == 0
-    assert "1 image has no label (row 7), so clusters of the features are used in place of classes." in printed
+    assert "1 image has no label (row 7), so clusters of the features are used instead of classes." in printed
 
 
 def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_path):
     status, printed, _ = featnorm("export", detector, "-o", "d.onnx")
     assert status == 0
-    for words in ("Wrote d.onnx", "images (n, 3, 32, 32) float32", "logits, score, p_value, is_id", "differ from"):
+    for words in (
+        "Wrote d.onnx",
+        "images (n, 3, 32, 32) float32",
+        "logits, score, p_value, is_id",
+        "differ by at most",
+    ):
         assert words in printed
     assert (tmp_path / "d.onnx").stat().st_size > 1e6
 
@@ -532,8 +537,8 @@ def test_what_is_refused(featnorm, detector, known, tmp_path):
             str(known),
             "-o",
             str(known / "a" / "t.csv"),
-        ): "would lie over or in what is read",
-        ("export", str(detector), "-o", str(detector)): "would lie over or in what is read",
+        ): "would overwrite the input ",
+        ("export", str(detector), "-o", str(detector)): "would overwrite the input ",
         ("fit", str(known), "-o", str(known)): "is a folder: name a file",
     }.items():
         status, _, error = featnorm(*arguments)

@@ -362,7 +362,7 @@ def test_what_is_refused(featnorm, detector, tmp_path):
         ("bare.featnorm", scores): "bare.featnorm holds no calibration scores",
         (detector, scores, "--false-alarm", "0"): "false_alarm must be in (0, 1)",
         (detector, scores, "--html", scores): "--html t.csv must end in .html",
-        (detector, scores, "--html", "d.html"): "d.html would lie over or in what is read",
+        (detector, scores, "--html", "d.html"): "d.html would overwrite the input ",
         (detector, scores, "--html", "none/page.html"): "there is no folder none",
         (detector, scores, "--html", "folder.html"): "folder.html is a folder",
     }.items():

@@ -1152,7 +1152,12 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
                 "--token-file",
                 "empty",
             ): "empty is empty: put a token in it, or omit --token-file",
-            ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
+            (
+                "serve",
+                detector,
+                "--token-file",
+                detector,
+            ): "is not a text file: pass the file that holds the",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
             ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is no host name",

@@ -1,4 +1,4 @@
-"""`run_command`: the commands as typer has them, with the options that come before a command."""
+"""`run_command`: the command group, and the options that belong to no command."""
 
 import io
 import os
@@ -20,11 +20,11 @@ _EPILOG = "Exit status: " + ", ".join(f"{status} {meaning}" for status, meaning 
 
 
 class _Commands(Mapping[str, Any]):
-    """Commands by name; the module of each is imported when it is looked up.
+    """Commands by name. Looking up a command imports its module.
 
     Parameters
     ----------
-    places : where each command is, as ``MODULE:FUNCTION``.
+    places : functions of the commands by name, as ``MODULE:FUNCTION``.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -44,22 +44,22 @@ class _Commands(Mapping[str, Any]):
 
 
 def run_command(arguments: Sequence[str], commands: Mapping[str, str]) -> None:
-    """Run the command that the arguments name; raise what it raises.
+    """Run the command that the arguments name. Errors of the command are raised as they are.
 
     Parameters
     ----------
-    arguments : the arguments of the command line.
-    commands : the commands by name, as ``MODULE:FUNCTION``; see `featnorm.cli`.
+    arguments : arguments of the command line.
+    commands : commands by name, as ``MODULE:FUNCTION``; see `featnorm.cli`.
 
     Raises
     ------
     SystemExit
-        The command, or the help text, ended with a status.
+        The command exited with a status, or printed its help.
     """
     keep_freed_memory()
-    # What Pillow remarks on a file is said, where it matters, by the error that names the file.
+    # Where a warning of Pillow matters, there is an error that names the file.
     warnings.filterwarnings("ignore", module="PIL")
-    # A terminal that cannot show an arrow must not cost the result.
+    # A terminal that cannot show some character must not make the command fail.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -73,8 +73,8 @@ def run_command(arguments: Sequence[str], commands: Mapping[str, str]) -> None:
     group: Any = typer.main.get_command(app)
     group.commands = _Commands(commands)
     if f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
-        group.main(prog_name=PROGRAM)  # answers the shell, and ends the process
-    # Not `group.main`, which would make endings of its own of errors and of Ctrl-C.
+        group.main(prog_name=PROGRAM)  # prints the completions and exits
+    # `group.main` would handle errors and Ctrl-C in its own way.
     try:
         with group.make_context(PROGRAM, list(arguments) or ["--help"]) as context:
             group.invoke(context)
@@ -92,10 +92,10 @@ def _before_commands(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    # `featnorm.cli.entry` acts on it, wherever in the command it stands.
+    # Handled by `featnorm.cli.entry`, wherever it stands in the command.
     debug: Annotated[
         bool,
         typer.Option("--debug", help="Show the traceback of any error. May also stand at the end of a command."),
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Declare the options that belong to no command."""

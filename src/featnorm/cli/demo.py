@@ -1,4 +1,4 @@
-"""``featnorm demo``: the main job on data that scikit-learn ships."""
+"""``featnorm demo``: detectors compared and calibrated on data that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _TPR = 0.95
 
 
 def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
-    """Train a small network on handwritten digits and see which detectors tell what it does not know.
+    """Train a small network on handwritten digits, and compare detectors on inputs that it does not know.
 
-    No download, under a minute: digits and photographs that scikit-learn ships.
+    Takes under a minute and downloads nothing: the data come with scikit-learn.
     """
     from featnorm import demo as digits
     from featnorm.detectors import NAN
@@ -55,7 +55,7 @@ def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
         "model": f"three convolutions and a head, {digits.RECIPE.epochs} epochs in {trained - started:.0f} s",
         "in-distribution": f"{len(data.test[0])} digits 0 to 6 that the network was not trained on",
         **{name: f"{len(images)} inputs" for name, images in data.ood.items()},
-        "fit": f"the {len(data.train[0])} training digits, for the detectors that learn",
+        "fit": f"the {len(data.train[0])} training digits, for the detectors that are fitted",
         "seed": str(seed),
         **environment(),
     }
@@ -63,14 +63,15 @@ def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
 
     inputs = {evaluation.id_name: data.test[0], **data.ood}
     scorer = Scorer(model, NAN()).calibrate(data.calibrate[0].split(_BATCH), tpr=_TPR, progress=False)
-    refused = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
-    verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in refused.items())
-    # Of the share refused, from the draws of the calibration and of the test demo.
-    chance = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
+    flagged = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
+    verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in flagged.items())
+    # Standard error of the first share, due to the random choice of calibration and test digits.
+    deviation = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
     console.print()
     console.print(
-        f"NAN, calibrated on {len(data.calibrate[0])} other digits to refuse {1 - _TPR:.0%} of what the model "
-        f"knows, refuses {verdicts} (for the first, a standard error of {chance:.1%} is chance).",
+        f"NAN, calibrated on {len(data.calibrate[0])} other digits to flag {1 - _TPR:.0%} of "
+        f"in-distribution inputs as OOD, flags {verdicts} (the standard error of the first is "
+        f"{deviation:.1%}).",
         soft_wrap=True,
     )
     write_page(

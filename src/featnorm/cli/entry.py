@@ -1,4 +1,4 @@
-"""`run`: from the first moment of a command to its exit status."""
+"""`run`: runs the command line, from the first moment of the process to its exit status."""
 
 import os
 import sys
@@ -10,26 +10,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _DEBUG = "--debug"
-# As shells have it for a process that SIGPIPE ended: 128 and its number.
+# As in shells for a process that SIGPIPE ended: 128 plus the number of the signal.
 _UNREAD = 141
 
 
 def run(commands: "Mapping[str, str]", resuming: "Mapping[str, Sequence[str]]") -> None:
-    """Run the command line of the process, and end the process with a status; see `featnorm.cli.faults`.
+    """Run the command that the process was started with, and exit with a status of `featnorm.cli.faults`.
 
     Parameters
     ----------
     commands : the commands by name, as ``MODULE:FUNCTION``; see `featnorm.cli`.
-    resuming : the commands that resume when they are run again, with the options of which one has to be given.
+    resuming : commands that resume when they are run again; of some options, at least one has to be given.
     """
     arguments = sys.argv[1:]
     interruption = Interruption(arguments, resuming)
     interruption.watch()
-    # Not above: what takes a while to import is imported once Ctrl-C is handled.
+    # Imported here, because it takes a while, and Ctrl-C has to be handled from the start.
     from featnorm.cli.app import run_command
     from featnorm.cli.faults import report
 
-    # A person whose command was refused types it again, with the option at its end.
+    # After an error, people rerun the command with the option at its end.
     end_of_options = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end_of_options] if argument != _DEBUG]
     debug = len(options) < end_of_options
@@ -39,7 +39,7 @@ def run(commands: "Mapping[str, str]", resuming: "Mapping[str, Sequence[str]]") 
         with interruption:
             run_command([*([_DEBUG] if debug else []), *options, *arguments[end_of_options:]], commands)
     except SystemExit as end:
-        # rich ends with a 1 where nobody reads the output any more, as in `featnorm ... | head`.
+        # rich exits with 1 when nobody reads the output anymore, as in `featnorm ... | head`.
         status = _UNREAD if isinstance(end.__context__, BrokenPipeError) else end.code
         at_once = isinstance(end, EndAtOnce)
     except KeyboardInterrupt:
@@ -47,7 +47,7 @@ def run(commands: "Mapping[str, str]", resuming: "Mapping[str, Sequence[str]]") 
     except BrokenPipeError:
         status = _UNREAD
     except BaseException as error:
-        # What Ctrl-C turned into on its way here is not looked at.
+        # After Ctrl-C it does not matter which error the interruption turned into.
         status = INTERRUPTED if interruption.caught else report(error, debug=debug)
     if interruption.caught or status == INTERRUPTED:
         interruption.say()
@@ -61,7 +61,7 @@ def run(commands: "Mapping[str, str]", resuming: "Mapping[str, Sequence[str]]") 
 
 
 def _discard_output() -> None:
-    """Let what is still buffered go nowhere: Python would fail to write it as it ends."""
+    """Discard what is still buffered, which Python would fail to write at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""``featnorm evaluate``: detectors side by side on the user's model and images."""
+"""``featnorm evaluate``: a comparison of detectors on the user's model and images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from featnorm.inputs import ImageSource
     from featnorm.tap import FeatureTap
 
-# What the images to fit on are called where sets are named; a set of that name goes by its specification.
+# Name of the set to fit on. Another set of that name is called by its specification.
 _FIT = "fit"
 
 
@@ -51,11 +51,12 @@ def evaluate(
     model: Model,
     id_data: Annotated[str, typer.Option("--id", metavar="DATA", help=f"In-distribution inputs: {DATA}.")],
     ood: Annotated[
-        list[str], typer.Option(metavar="DATA", help="Out-of-distribution inputs, likewise. Repeat for several.")
+        list[str],
+        typer.Option(metavar="DATA", help="Out-of-distribution inputs, as for --id. Repeat for several."),
     ],
     fit: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="In-distribution inputs to fit on, for the detectors that learn."),
+        typer.Option(metavar="DATA", help="In-distribution inputs for the detectors that have to be fitted."),
     ] = None,
     weights: Weights = None,
     detector: Detectors = None,
@@ -68,7 +69,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     workers: Workers = None,
 ) -> None:
-    """Compare detectors on your model and data: a table and a page."""
+    """Compare detectors on your model and data, in a table and on a page."""
     page, document = out / "index.html", out / "results.md"
     prepare_folder(out, [page, document])
     from featnorm._utils.layout import fast_layout
@@ -124,7 +125,7 @@ def evaluate(
         return sources[name].image(reader.rows[name][index])
 
     title = f"What does {model} know?"
-    summary = f"Which detectors tell {', '.join(ood_names)} from {id_name}?"
+    summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
     write_text(document, markdown_page(evaluation, title=title, summary=summary), errors="backslashreplace")
 
@@ -147,7 +148,7 @@ def evaluate(
 
 @dataclass
 class _Reader:
-    """The features of a set of images, batch by batch, and which images they are."""
+    """Computes the features of sets of images, and keeps the rows of the images that could be read."""
 
     model: str
     tap: FeatureTap
@@ -160,7 +161,7 @@ class _Reader:
     several: int = 0
 
     def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
-        """Yield the features of a source, skipping what cannot be read."""
+        """Yield the features of a source in batches; images that cannot be read are skipped."""
         from featnorm._utils.layout import fast_layout
         from featnorm.inputs import image_loader
         from featnorm.inputs.loading import named
@@ -190,12 +191,14 @@ class _Reader:
             where = users_forward(self.model, self.tap.model, named(source, batch.indices.tolist()))
             with where, self.fabric.autocast():
                 features = self.tap(images)
-            # Labels of other classes than the model's own say nothing of its accuracy.
-            foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)
-            if why is None and not foreign:
+            # The accuracy of the model is defined only for labels of its own classes.
+            others = name != _FIT and classes is not None and _classes_of(features) != len(classes)
+            if why is None and not others:
                 yield features.replace(labels=batch.labels.to(self.tap.device))
             else:
-                yield features.replace(absent={**features.absent, "labels": why or "its classes are others"})
+                yield features.replace(
+                    absent={**features.absent, "labels": why or "its classes are not the model's"}
+                )
 
 
 def _classes_of(features: Features) -> int | None:
@@ -203,7 +206,7 @@ def _classes_of(features: Features) -> int | None:
 
 
 def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
-    """Return each set by a short name or, where two would share it, by what the user called it."""
+    """Return the sets by their short names or, where two share one, by their specifications."""
     titles = [source.title for _, source in opened]
     return {
         source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source

@@ -7,7 +7,7 @@ from featnorm.cli.options import OutFile, OwnModel, ScorerFile
 
 
 def export(scorer_file: ScorerFile, out: OutFile = Path("detector.onnx"), model: OwnModel = None) -> None:
-    """Write one ONNX graph from image tensor to logits, score, p-value and verdict, and check it."""
+    """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
     require_file_place(out, [scorer_file])
     from featnorm.export import OUTPUTS, export_onnx
     from featnorm.image_scorer import ImageScorer
@@ -16,6 +16,8 @@ def export(scorer_file: ScorerFile, out: OutFile = Path("detector.onnx"), model:
     difference = export_onnx(scorer, out)
     shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
-    console.print(f"  in:  images (n, {shape}) float32, as the transform of {scorer.backbone} makes them")
+    console.print(f"  in:  images (n, {shape}) float32, as returned by the transform of {scorer.backbone}")
     console.print(f"  out: {', '.join(OUTPUTS)}")
-    console.print(f"Under onnxruntime scores differ from PyTorch's by {difference:.1e} of their size at most.")
+    console.print(
+        f"The scores of onnxruntime and PyTorch differ by at most {difference:.1e} relative to their size."
+    )

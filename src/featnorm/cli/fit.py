@@ -1,4 +1,4 @@
-"""``featnorm fit``: a detector of the user's own images, in one file."""
+"""``featnorm fit``: fits a detector to the user's own images, and saves it to a file."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from featnorm.cli.options import (
 if TYPE_CHECKING:
     from featnorm.inputs import ImageSource
 
-_CLUSTERS = "clusters of the features are used in place of classes"
+_CLUSTERS = "clusters of the features are used instead of classes"
 
 
 def fit(
-    data: Annotated[str, typer.Argument(help=f"Images of what belongs: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images: {DATA}.")],
     out: OutFile = Path("detector.featnorm"),
     model: Annotated[
         str,
@@ -56,14 +56,15 @@ def fit(
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
-            help="What the head learns: `labels`, `clusters` of the features, or `auto`: labels where there are "
+            help="Targets of the head: `labels`, `clusters` of the features, or `auto`: labels where there are "
             "any, else clusters."
         ),
     ] = "auto",
     label_column: LabelColumn = None,
-    tpr: Annotated[float, typer.Option(help="The share of images like these to accept.")] = 0.95,
+    tpr: Annotated[float, typer.Option(help="Share of in-distribution images to accept.")] = 0.95,
     cache: Annotated[
-        Path | None, typer.Option(help="The folder to keep features in; `~/.cache/featnorm/features` without it.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for cached features. Default: `~/.cache/featnorm/features`."),
     ] = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -73,10 +74,10 @@ def fit(
     ray: Ray = False,
     seed: Seed = 0,
 ) -> None:
-    """Learn what belongs to your images, and write a detector of what does not.
+    """Fit a detector to your images and save it to a file.
 
-    Labels are used where there are any, and not needed. The features of a frozen backbone are kept on disk; the
-    same command again, after a kill too, starts from them.
+    Labels are used if there are any. The features of the frozen backbone are cached on disk: after an
+    interruption, rerun the same command to resume.
     """
     require_file_place(out, [Path(data)])
     from featnorm.cli.runtime import cluster_of, fabric_of
@@ -155,7 +156,7 @@ def fit(
 
 
 def _print_missing_labels(source: ImageSource, targets: str) -> None:
-    """Say why labels are not used where there are some, or could be."""
+    """Print why labels are not used, if there are some or could be."""
     if targets != "auto":
         return
     print_label_columns(source, _CLUSTERS)

@@ -1,4 +1,4 @@
-"""``featnorm score``: which images are OOD, by a fitted detector."""
+"""``featnorm score``: the verdicts of a fitted detector on images."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ if TYPE_CHECKING:
 #: Numbers and verdicts of batches.
 _Judged: TypeAlias = "Iterator[tuple[int, list[ImageVerdict]]]"
 
-_MOST_SHOWN = 100  # images on the page
+_MAX_SHOWN = 100  # images on the page
 _EXPLAINED = 16
 
 
 class _Tally:
-    """What a run amounts to, and the images that are the most foreign."""
+    """Counts of a run, and its lowest scores."""
 
     def __init__(self) -> None:
         self.scores = array("d")
-        self.foreign = 0
+        self.flagged = 0
         self.unread = 0
         self.several = 0
         self.first_unread: list[tuple[str, str]] = []
@@ -71,14 +71,14 @@ class _Tally:
         self._rows += 1
         if verdict.score is None:
             self.unread += 1
-            if self.unread <= _MOST_SHOWN:
+            if self.unread <= _MAX_SHOWN:
                 self.first_unread.append((verdict.name, str(verdict.error)))
             return
         self.scores.append(verdict.score)
-        self.foreign += verdict.is_id is False
+        self.flagged += verdict.is_id is False
         self.several += verdict.several
         entry = (-verdict.score, -row, verdict)
-        if len(self._lowest) < _MOST_SHOWN:
+        if len(self._lowest) < _MAX_SHOWN:
             heapq.heappush(self._lowest, entry)
         else:
             heapq.heappushpop(self._lowest, entry)
@@ -94,7 +94,7 @@ class _Tally:
 
 
 class _Watch:
-    """How long the model itself works, of all the time."""
+    """Measures how long the model itself works."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = 0.0
@@ -161,7 +161,7 @@ def score(
     fabric = fabric_of(device, precision)
     scorer = ImageScorer.load(scorer_file, model=model)
     if html is not None and scorer.scorer.calibration is None:
-        raise ValueError(f"{scorer_file} is not calibrated: there are no known scores to show others among")
+        raise ValueError(f"{scorer_file} is not calibrated: a page needs calibration scores")
     source = open_to_score(images, root=data_root)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
@@ -193,7 +193,7 @@ def score(
             settings = {"model": model, "device": device, "precision": precision}
             with _journal(place, source, scorer_file, batch_size, settings) as journal:
                 judged = _judge(judge, journal.missing(len(every)), len(source), journal)
-                # Before the page, which asks the model again.
+                # Before the page is drawn, which runs the model again.
                 pace = _pace(judged, time.perf_counter() - began, watch, cluster)
                 for verdict in journal:
                     tally.add(verdict)
@@ -227,8 +227,8 @@ def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> st
 
 
 def _summary(tally: _Tally) -> str:
-    share = f"{100 * tally.foreign / tally.judged:.1f} %" if tally.judged else "none could be read"
-    return f"{tally.foreign:,} of {counted(tally.judged, 'image')} flagged as OOD ({share})."
+    share = f"{100 * tally.flagged / tally.judged:.1f} %" if tally.judged else "none could be read"
+    return f"{tally.flagged:,} of {counted(tally.judged, 'image')} flagged as OOD ({share})."
 
 
 def _print(batches: _Judged, tally: _Tally) -> int:
@@ -270,7 +270,7 @@ def _journal(
 
 
 def _judge(judge: Callable[[Sequence[int]], _Judged], missing: Sequence[int], total: int, journal: Journal) -> int:
-    """Judge the batches that are not in the journal yet; return how many images."""
+    """Score the batches that are not in the journal yet; return the number of images."""
     if journal.done:
         console.print(f"resuming after {journal.done:,} of {counted(total, 'image')}", style="dim")
     judged = 0
@@ -291,7 +291,7 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
     assert calibration is not None
     write_scores_page(
         path,
-        title=f"{source.title}: what does not belong",
+        title=f"{source.title}: images with the lowest scores",
         summary=f"{_summary(tally)} {scorer.scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": environment()["date"]},
@@ -307,7 +307,7 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
 def _shown(
     scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], fabric: Any
 ) -> Iterator[ScoredImage]:
-    """Yield the images again with what explains them; few at a time, as they may be large."""
+    """Yield the images with the explanations of their scores; a few at a time, as they may be large."""
     import torch
 
     from featnorm.inputs import ImageError
@@ -316,7 +316,7 @@ def _shown(
     for start in range(0, len(lowest), _EXPLAINED):
         images: dict[int, Image.Image] = {}
         for row, _ in lowest[start : start + _EXPLAINED]:
-            # A file that went away meanwhile costs its picture, not the page.
+            # A file that has been removed is shown without its picture.
             with contextlib.suppress(ImageError):
                 images[row] = source.image(row)
         again: dict[int, ImageVerdict] = {}
@@ -326,5 +326,5 @@ def _shown(
             judged = scorer.judge(batch, names, explain=range(len(images)), fabric=fabric)
             again = dict(zip(images, judged, strict=True))
         for row, verdict in lowest[start : start + _EXPLAINED]:
-            # In another batch a score may differ in its last digits: the page shows the one of the table.
+            # In another batch a score may differ in its last digits: the page shows the score in the table.
             yield ScoredImage(verdict._replace(why=again[row].why) if row in again else verdict, images.get(row))

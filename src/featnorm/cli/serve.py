@@ -1,4 +1,4 @@
-"""``featnorm serve``: a detector over HTTP."""
+"""``featnorm serve``: a detector as an HTTP service."""
 
 import logging
 import os
@@ -18,20 +18,21 @@ _TOKEN = "FEATNORM_TOKEN"
 def serve(
     scorer_file: ScorerFile,
     model: OwnModel = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 8000,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Host name under which clients reach the service, beside --host; `*` for any. Repeat for "
-            "several. With --host 0.0.0.0 or ::, any IP address and `localhost` are allowed by themselves."
+            help="Host name under which clients reach the service, in addition to --host; `*` for any. Repeat for "
+            "several. With --host 0.0.0.0 or ::, any IP address and `localhost` are allowed too."
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the token that clients must send as `Authorization: Bearer TOKEN`; else what the "
-            "variable FEATNORM_TOKEN holds. Anybody is served without either."
+            metavar="FILE",
+            help="File with the token that clients must send as `Authorization: Bearer TOKEN`. Default: the "
+            "variable FEATNORM_TOKEN; without either, no token is required.",
         ),
     ] = None,
     device: Device = "auto",
@@ -41,10 +42,10 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
     max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 50_000_000,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Maximum images waiting for the model; above this, clients get 503.")
+        int, typer.Option(min=1, help="Maximum images waiting for the model; beyond this, clients get status 503.")
     ] = 256,
     max_queue_pixels: Annotated[
-        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; above this, clients get 503.")
+        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; beyond this, clients get status 503.")
     ] = 800_000_000,
     max_seconds: Annotated[
         float,
@@ -53,14 +54,14 @@ def serve(
         ),
     ] = 30.0,
     max_connections: Annotated[
-        int, typer.Option(min=1, help="Maximum open connections; beyond, the longest idle one is closed.")
+        int, typer.Option(min=1, help="Maximum open connections; beyond this, the longest idle one is closed.")
     ] = 512,
     grace_seconds: Annotated[float, typer.Option(help="Maximum seconds from SIGTERM or Ctrl+C to exit.")] = 10.0,
 ) -> None:
-    """Judge images over HTTP, and on a page to drop them on.
+    """Serve a detector over HTTP, with a page to drop images on.
 
-    `POST /v1/score` takes an image, or several as a form or as base64 in JSON; `/openapi.json` says it all. A line
-    of JSON a request goes to standard error, and counters for Prometheus are at `/metrics`.
+    `POST /v1/score` takes one image, or several as a form or as base64 in JSON; `/openapi.json` describes the API.
+    One line of JSON per request is logged to standard error. `/metrics` has counters for Prometheus.
     """
     from featnorm.cli.runtime import fabric_of
     from featnorm.image_scorer import ImageScorer
@@ -93,7 +94,7 @@ def serve(
     )
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         console.print(
-            f"Whoever can reach {host} can use this service: name a --token-file, or let it listen on 127.0.0.1.",
+            f"Anyone who can reach {host} can use this service: set a --token-file, or listen on 127.0.0.1.",
             soft_wrap=True,
         )
     host = f"[{host}]" if ":" in host else host
@@ -115,13 +116,13 @@ def serve(
 
 
 def _token(file: Path | None) -> str | None:
-    """Return the token that clients must send. It is no option: whoever lists processes would see it."""
+    """Return the token that clients must send. As an option, it would show in the list of processes."""
     if file is not None:
         try:
             token, where = file.read_text(encoding="utf-8").strip(), str(file)
             instead = "omit --token-file"
         except UnicodeDecodeError:
-            raise ValueError(f"{file} is no text: name the file that holds the token") from None
+            raise ValueError(f"{file} is not a text file: pass the file that holds the token") from None
     elif _TOKEN in os.environ:
         token, where = os.environ[_TOKEN].strip(), _TOKEN
         instead = "unset it"
@@ -133,7 +134,7 @@ def _token(file: Path | None) -> str | None:
 
 
 def _log_lines() -> None:
-    """Write the service's log as lines of JSON, and what libraries warn of too."""
+    """Log requests, and the warnings of libraries, as lines of JSON."""
     from featnorm.serve.requests import JsonLines
 
     handler = logging.StreamHandler(sys.stderr)
