@@ -7,25 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from featnorm.detectors import (
-    KNN,
-    MSP,
-    NAN,
-    SSD,
-    Detector,
-    EmbeddingMagnitude,
-    Energy,
-    HiddenConfidence,
-    KLUniform,
-    L1Norm,
-    LpNorm,
-    Mahalanobis,
-    MaxLogit,
-    ReAct,
-    Residual,
-    Sparsity,
-    ViM,
-)
+from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.features import Features
 from featnorm.metrics import Measures, evaluate
 
@@ -66,28 +48,9 @@ class Evaluation:
 
 
 def standard_detectors() -> list[Detector]:
-    """Return every detector, with the settings of its source, and the paper's combinations."""
-    return [
-        NAN(),
-        L1Norm(),
-        LpNorm(p=2),
-        Sparsity(),
-        HiddenConfidence(),
-        EmbeddingMagnitude(),
-        MSP(),
-        MaxLogit(),
-        Energy(),
-        KLUniform(),
-        Mahalanobis(),
-        SSD(),
-        KNN(),
-        Residual(),
-        ViM(),
-        ReAct(NAN()),
-        ReAct(Energy()),
-        KNN() / NAN(),
-        SSD() / NAN(),
-    ]
+    """Return every detector, with the settings of its source, except those limited to a special kind of model."""
+    kinds = registered_detectors().values()
+    return [parse_detector(expression) for kind in kinds for expression in kind.standard]
 
 
 def compare(

@@ -12,6 +12,7 @@ from featnorm._utils.checks import check_type, shown
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 
 PER_INPUT = ("activation", "pooled", "embedding", "logits", "labels")
+FIELDS = (*PER_INPUT, "classifier")
 
 # How far W f + b may be from the logits, relative to the largest logit, for W to be the layer that made them:
 # reduced precision (bfloat16 autocast, TF32) is off by less than this, another layer by about one.

@@ -197,7 +197,7 @@ def fit_images(
     # As the images to come will be scored.
     with nullcontext() if fabric is None else fabric.autocast():
         parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
-        if detector.needs_inputs:
+        if detector.needs_model:
             scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
         else:
             scores = torch.cat([scorer.detector.score(part) for part in parts])

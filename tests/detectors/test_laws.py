@@ -11,20 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fabricate import (
-    EVERY,
-    LEARNERS,
-    NEED_LABELS,
-    UNFITTED,
-    assert_close,
-    assert_same_state,
-    fitted,
-    id_features,
-    of_activation,
-    ood_features,
-    state,
-    wide_as,
-)
+from fabricate import assert_close, assert_same_state, fitted, id_features, of_activation, state, wide_as
 from featnorm.detectors import (
     KNN,
     MSP,
@@ -51,8 +38,8 @@ from featnorm.detectors import (
 from featnorm.detectors.statistics import unit_rows
 from featnorm.features import PER_INPUT, Features
 from featnorm.metrics import auroc
+from references import EVERY, LEARNERS, NEED_LABELS, OOD, TEST, TRAIN, UNFITTED
 
-TRAIN, TEST, OOD = id_features(), id_features(40, seed=5), ood_features(40)
 every = pytest.mark.parametrize("expression", EVERY)
 learners = pytest.mark.parametrize("expression", LEARNERS)
 F64 = torch.float64
@@ -751,9 +738,9 @@ def test_alpha_of_a_sample_is_that_of_the_whole(monkeypatch, heavy):
     weight = torch.randn(4, 16, generator=g)
     features = Features(pooled=pooled, logits=pooled @ weight.T, classifier=(weight, None))
     monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 10**6)
-    exact = ViM().fit(features)._learned()[1]
+    exact = ViM().fit(features)._fitted_state()[1]
     monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 1000)
-    assert float(ViM().fit(features)._learned()[1]) == pytest.approx(float(exact), rel=2e-3)
+    assert float(ViM().fit(features)._fitted_state()[1]) == pytest.approx(float(exact), rel=2e-3)
 
 
 def test_clusters_of_a_sample_are_nearly_those_of_the_whole(monkeypatch):

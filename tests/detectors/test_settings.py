@@ -10,8 +10,9 @@ import torch
 
 import featnorm as fn
 from featnorm.detectors import Detector
-from featnorm.detectors.expression import _DETECTORS
+from references import OWN
 
+_DETECTORS = {name: kind for name, kind in OWN.items() if not kind.operator}
 INNER = "detector"  # the argument of a wrapper that is no setting
 #: For every setting: good values with what is kept of them, and bad ones beside those that no setting takes.
 GOOD = {

@@ -5,48 +5,6 @@ import torch
 from featnorm.detectors import parse_detector
 from featnorm.features import Features
 
-UNFITTED = [
-    "NAN()",
-    "L1Norm()",
-    "LpNorm()",
-    "LpNorm(p=0.5)",
-    "LpNorm(p=inf)",
-    "Sparsity()",
-    "EmbeddingMagnitude()",
-    "HiddenConfidence()",
-    "MSP()",
-    "MaxLogit()",
-    "Energy()",
-    "KLUniform()",
-]
-LEARNERS = [
-    "Mahalanobis()",
-    "SSD()",
-    "SSD(clusters=3)",
-    "SSD(clusters='labels')",
-    "KNN(k=5)",
-    "KNN(k=2, squared=False)",
-    "OneClassSVM()",
-    "OneClassSVM(nu=0.5)",
-    "Residual()",
-    "Residual(dim=4)",
-    "ViM()",
-    "ViM(dim=5)",
-    "ReAct(NAN())",
-    "ReAct(HiddenConfidence())",
-    "ReAct(Energy(), percentile=80)",
-    "ReAct(KNN(k=3), percentile=70)",
-    "ReAct(ViM(dim=4))",
-    "ReAct(KNN(k=3) / NAN())",
-    "KNN(k=5) / NAN()",
-    "SSD() / L1Norm()",
-    "Residual() / EmbeddingMagnitude()",
-    "ReAct(SSD()) / Sparsity()",
-    "Mahalanobis() / ReAct(NAN(), percentile=95)",
-]
-EVERY = UNFITTED + LEARNERS
-NEED_LABELS = [e for e in LEARNERS if "Mahalanobis" in e or "labels" in e]
-
 UNITS, CLASSES = 12, 3
 
 

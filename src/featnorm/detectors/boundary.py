@@ -48,6 +48,9 @@ class OneClassSVM(Detector):
 
     reads = ("pooled",)
     learns = ("pooled",)
+    source = "Schölkopf et al., NeurIPS 1999"
+    cost = "O(s D), s of the n inputs being support vectors"
+    standard = ("OneClassSVM()",)
     settings = table(nu=real(0, 1))
     nu: float
 
@@ -59,7 +62,7 @@ class OneClassSVM(Detector):
     def _learn(self, features: Features) -> None:
         self.sample.add(features.tensor("pooled"))
 
-    def _derive(self) -> _Support:
+    def _finalize(self) -> _Support:
         from sklearn.svm import OneClassSVM as Solver
 
         rows = self.sample.rows.double()
@@ -82,7 +85,7 @@ class OneClassSVM(Detector):
     def _score(self, features: Features) -> Tensor:
         pooled = features.tensor("pooled")
         self._same_width("pooled", pooled, self.sample.width)
-        support: _Support = self._learned()
+        support: _Support = self._fitted_state()
         inside = [self._inside(part, support) for part in pooled.split(_QUERIES)]
         return torch.cat(inside) - support.offset
 

@@ -59,6 +59,9 @@ class Mahalanobis(Detector):
     reads = ("pooled",)
     learns = ("pooled", "labels")
     role = "distance"
+    source = "Lee et al., NeurIPS 2018"
+    cost = "O(D^2 + C D)"
+    standard = ("Mahalanobis()",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class Mahalanobis(Detector):
     def _learn(self, features: Features) -> None:
         self.moments.add(features.tensor("pooled"), features.labels)
 
-    def _derive(self) -> _Gaussians:
+    def _finalize(self) -> _Gaussians:
         factor = whitening(self.moments.within_covariance(), self.moments.rounding().max())
         if factor.shape[1] == 0:
             raise ValueError(
@@ -85,7 +88,7 @@ class Mahalanobis(Detector):
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        gaussians: _Gaussians = self._learned()
+        gaussians: _Gaussians = self._fitted_state()
         return -gaussians.nearest(features.tensor("pooled"))
 
 
@@ -110,14 +113,19 @@ class SSD(Detector):
     """
 
     reads = ("pooled",)
+    learns: tuple[str, ...] = ("pooled",)
     role = "distance"
+    source = "Sehwag et al., ICLR 2021"
+    cost = "O(D^2) per cluster"
+    standard = ("SSD()",)
     settings = table(clusters=whole(1) | choice("labels"))
     clusters: int | Literal["labels"]
 
     def __init__(self, clusters: int | Literal["labels"] = 1) -> None:
         super().__init__()
         self._set(clusters=clusters)
-        self.learns = ("pooled", "labels") if self.clusters == "labels" else ("pooled",)
+        if self.clusters == "labels":
+            self.learns = ("pooled", "labels")
         self.moments = Moments(gram_per_group=self.clusters == "labels")
         self.sample = RowSample(_CLUSTERED_ROWS) if self.clusters not in (1, "labels") else None
 
@@ -135,7 +143,7 @@ class SSD(Detector):
         if self.sample is not None:
             self.sample.add(single_unit_rows(pooled))
 
-    def _derive(self) -> _Gaussians:
+    def _finalize(self) -> _Gaussians:
         covariance, rounding = self.moments.covariance(), self.moments.rounding()
         variance = covariance.diagonal()
         alive = variance > rounding
@@ -195,7 +203,7 @@ class SSD(Detector):
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        gaussians: _Gaussians = self._learned()
+        gaussians: _Gaussians = self._fitted_state()
         return -gaussians.nearest(unit_rows(features.tensor("pooled")))
 
 

@@ -46,6 +46,9 @@ class KNN(Detector):
     reads = ("pooled",)
     learns = ("pooled",)
     role = "distance"
+    source = "Sun et al., ICML 2022"
+    cost = "O(n D)"
+    standard = ("KNN()",)
     settings = table(k=whole(1), squared=choice(True, False), recall=real(0, 1) | choice(None))
     k: int
     squared: bool
@@ -84,7 +87,7 @@ class KNN(Detector):
                     "divide each row by its length"
                 )
         self.bank.rows = rows
-        self._forget_derived()
+        self._drop_fitted_state()
         return self
 
     def _learn(self, features: Features) -> None:
@@ -95,7 +98,7 @@ class KNN(Detector):
         if rows < self.k:
             raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
 
-    def _derive(self) -> "_Search":
+    def _finalize(self) -> "_Search":
         bank = self.bank.rows.cpu().numpy()
         if self.recall is None or len(bank) < _INDEXED_ROWS:
             return _Search(bank)
@@ -121,7 +124,7 @@ class KNN(Detector):
         k = min(k, self.bank_shape[0])
         if len(queries) == 0:
             return queries.new_empty(0, k)
-        search: _Search = self._learned()
+        search: _Search = self._fitted_state()
         return torch.from_numpy(search.nearest(queries.cpu().contiguous().numpy(), k))
 
     def _score(self, features: Features) -> Tensor:

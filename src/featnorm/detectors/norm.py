@@ -14,6 +14,7 @@ from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
 class _Norm(Detector):
     reads = ("activation",)
     role = "norm"
+    cost = "O(d)"
 
 
 class NAN(_Norm):
@@ -22,12 +23,18 @@ class NAN(_Norm):
     No hyperparameter, no labels, no bank; nothing to fit. An input that switches every unit off scores 0.
     """
 
+    source = "Park et al., ICCV 2023, eq. 10"
+    standard = ("NAN()",)
+
     def _score(self, features: Features) -> Tensor:
         return negative_aware_norm(features.tensor("activation"))
 
 
 class L1Norm(_Norm):
     """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4)."""
+
+    source = "Park et al., ICCV 2023, Theorem 3 and eq. 4"
+    standard = ("L1Norm()",)
 
     def _score(self, features: Features) -> Tensor:
         return l1_norm(features.tensor("activation"))
@@ -46,6 +53,8 @@ class LpNorm(_Norm):
         ``p`` is not positive.
     """
 
+    source = "Park et al., ICCV 2023, A.2.1"
+    standard = ("LpNorm()",)
     settings = table(p=real(0, math.inf, closed="right"))
     p: float
 
@@ -63,6 +72,9 @@ class Sparsity(_Norm):
     Where no unit is active the count is taken as 1, as in NAN.
     """
 
+    source = "Park et al., ICCV 2023, eq. 9"
+    standard = ("Sparsity()",)
+
     def _score(self, features: Features) -> Tensor:
         return l0_norm(features.tensor("activation")).clamp_min(1).reciprocal()
 
@@ -72,6 +84,9 @@ class EmbeddingMagnitude(Detector):
 
     reads = ("embedding",)
     role = "norm"
+    source = "Park et al., ICCV 2023, Table 8; Dhamija et al., NeurIPS 2018"
+    cost = "O(e)"
+    standard = ("EmbeddingMagnitude()",)
 
     def _score(self, features: Features) -> Tensor:
         return lp_norm(features.tensor("embedding"), 2)
@@ -90,6 +105,9 @@ class HiddenConfidence(Detector):
     """
 
     reads = ("activation", "classifier")
+    source = "Park et al., ICCV 2023, eq. 3 and Table 10"
+    cost = "O(C d)"
+    standard = ("HiddenConfidence()",)
 
     def _score(self, features: Features) -> Tensor:
         weight, _ = features.linear()

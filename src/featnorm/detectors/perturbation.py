@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from featnorm._utils.checks import choice, real, several, table
-from featnorm.detectors.base import Detector, check_detector
+from featnorm.detectors.base import Detector, Wrapper
 from featnorm.features import Features
 
 
@@ -33,6 +33,10 @@ class ODIN(Detector):
     """
 
     reads = ("logits",)
+    needs_model = True
+    source = "Liang et al., ICLR 2018"
+    cost = "2 forward passes and 1 backward pass"
+    standard = ("ODIN()",)
     settings = table(
         temperature=real(0, math.inf),
         eps=real(0, math.inf, closed="left"),
@@ -41,7 +45,6 @@ class ODIN(Detector):
     temperature: float
     eps: float
     std: tuple[float, ...] | None
-    _asks_again = True
 
     def __init__(self, temperature: float = 1000, eps: float = 0.0014, std: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class ODIN(Detector):
         return (logits / self.temperature).softmax(1).amax(1)
 
 
-class Views(Detector):
+class Views(Wrapper):
     """The score of a detector averaged over an input and its eight translations (paper C.1, after CSI).
 
     The paper aggregates NAN over nine views for models trained without labels. It does not give the distance:
@@ -87,29 +90,19 @@ class Views(Detector):
         (n, channels, height, width).
     """
 
+    needs_model = True
+    source = "Park et al., ICCV 2023, C.1"
+    cost = "8 forward passes, and 9 times the detector's"
+    standard = ("Views(NAN())",)
     settings = table(shift=real(0, 1))
+    detector: Detector
     shift: float
-    _asks_again = True
 
     def __init__(self, detector: Detector, shift: float = 0.125) -> None:
-        check_detector(detector, "Views")
         super().__init__()
+        self._wrap(detector=detector)
         self._set(shift=shift)
-        self.detector = detector
         self.role = detector.role
-        self.reads = detector.reads
-        self.learns = detector.learns
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the inner detector is fitted."""
-        return self.detector.is_fitted
-
-    def _check_fit(self, features: Features) -> None:
-        self.detector._check_fit(features)
-
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
 
     def _score(self, features: Features) -> Tensor:
         source = features.source_of(self)

@@ -31,7 +31,10 @@ class RotNet(Detector):
     """
 
     reads = ("logits",)
-    _asks_again = True
+    needs_model = True
+    source = "Hendrycks et al., NeurIPS 2019"
+    cost = "3 forward passes"
+    network = "trained to predict rotations (objective rotnet)"
 
     def _score(self, features: Features) -> Tensor:
         _require_turns(self, features)
@@ -79,10 +82,13 @@ class CSI(Detector):
 
     reads = ("embedding", "logits")
     learns = ("embedding", "logits")
+    needs_model = True
+    source = "Tack et al., NeurIPS 2020"
+    cost = "40 forward passes and O(n e)"
+    network = "trained to predict rotations (objective csi)"
     settings = table(augmentations=whole(1), scale=real(0, 1, closed="right"))
     augmentations: int
     scale: float
-    _asks_again = True
 
     def __init__(self, augmentations: int = 10, scale: float = 0.54) -> None:
         super().__init__()
@@ -99,7 +105,7 @@ class CSI(Detector):
             embeddings, logits = self._ask(features)
             self.bank.add(torch.cat([embeddings.flatten(1), logits], 1))
 
-    def _derive(self) -> _Learned:
+    def _finalize(self) -> _Learned:
         rows = self.bank.rows
         embeddings, logits = rows[:, :-_TURNS].unflatten(1, (_TURNS, -1)), rows[:, -_TURNS:].double()
         means = logits.mean(0)
@@ -121,7 +127,7 @@ class CSI(Detector):
         self._require_colours(features.source_of(self).inputs)
         if len(features) == 0:
             return features.tensor("logits").new_empty(0)
-        learned: _Learned = self._learned()
+        learned: _Learned = self._fitted_state()
         embeddings, logits = self._ask(features)
         total = logits.double() @ learned.of_logit.to(logits.device)
         for turn in range(_TURNS):

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from featnorm._utils.checks import real, table
-from featnorm.detectors.base import Detector, NotFittedError, check_detector
+from featnorm.detectors.base import Detector, NotFittedError, Wrapper, joined
 from featnorm.detectors.statistics import FloatHistogram
 from featnorm.features import Features
 
 
-class ReAct(Detector):
+class ReAct(Wrapper):
     """Clip activations from above, then score as usual (Sun et al., NeurIPS 2021).
 
     The clip is the given percentile over all units and inputs of the training features: of the last hidden
@@ -31,41 +31,38 @@ class ReAct(Detector):
         they are not a linear map of the clipped layer (a cosine classifier, or a head in between).
     """
 
+    source = "Sun et al., NeurIPS 2021"
+    cost = "O(C d), and the detector's"
+    standard = ("ReAct(NAN())", "ReAct(Energy())")
     settings = table(percentile=real(0, 100))
+    detector: Detector
     percentile: float
 
     def __init__(self, detector: Detector, percentile: float = 90) -> None:
-        check_detector(detector, "ReAct")
+        super().__init__()
+        self._wrap(detector=detector)
+        self._set(percentile=percentile)
         if "embedding" in detector.reads:
             raise ValueError(f"ReAct cannot wrap {detector!r}: the embedding is made from unclipped features")
-        super().__init__()
-        self._set(percentile=percentile)
-        self.detector = detector
         self.role = detector.role
         self.activations = FloatHistogram()
         self._reshapes_logits = "logits" in detector.reads
         extra = ("logits", "classifier") if self._reshapes_logits else ()
-        self.reads = _union(detector.reads, extra)
-        self.learns = _union(detector.learns, extra)
-        if "activation" in detector.reads:
-            self.learns = _union(self.learns, ("activation",))
+        clipped = ("activation",) if "activation" in detector.reads else ()
+        self.reads = joined(detector.reads, extra)
+        self.learns = joined(detector.learns, extra, clipped)
 
     @property
     def clip(self) -> float:
         """The value above which activations are clipped; a NotFittedError before the fit."""
         if self.activations.is_empty:
-            raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
-        return float(self._learned())
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the clip is known, and the inner detector is fitted."""
-        return not self.activations.is_empty and self.detector.is_fitted
+            raise NotFittedError(f"{self!r} is not fitted: call fit on in-distribution features")
+        return float(self._fitted_state())
 
     def _check_fit(self, features: Features) -> None:
-        super()._check_fit(features)
+        self._require(features, self.learns)
         self._require(features, (_clipped_field(features),))
-        self.detector._check_fit(features)
+        super()._check_fit(features)
         if not self._reshapes_logits and not set(self.detector.reads) & _clipped_fields(features):
             raise ValueError(
                 f"{self!r} would change nothing: {self.detector!r} reads none of what is clipped, which is the "
@@ -79,10 +76,10 @@ class ReAct(Detector):
             )
 
     def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
+        super()._learn(features)
         self.activations.add(features.tensor(_clipped_field(features)))
 
-    def _derive(self) -> float:
+    def _finalize(self) -> float:
         return self.activations.percentile(self.percentile)
 
     def _score(self, features: Features) -> Tensor:
@@ -110,7 +107,3 @@ def _clipped_fields(features: Features) -> set[str]:
 
 def _clipped_field(features: Features) -> str:
     return "pooled" if features.activation is None else "activation"
-
-
-def _union(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*first, *second)))

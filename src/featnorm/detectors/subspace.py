@@ -98,13 +98,16 @@ class Residual(_SubspaceDetector):
     reads = ("pooled",)
     learns = ("pooled", "classifier")
     role = "distance"
+    source = "Wang et al., CVPR 2022; Park et al., ICCV 2023, Table 12"
+    cost = "O(D^2)"
+    standard = ("Residual()",)
 
-    def _derive(self) -> _Subspace:
+    def _finalize(self) -> _Subspace:
         return self._subspace()
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        subspace: _Subspace = self._learned()
+        subspace: _Subspace = self._fitted_state()
         return -subspace.residual(features.tensor("pooled"))
 
 
@@ -128,6 +131,9 @@ class ViM(_SubspaceDetector):
 
     reads = ("pooled", "logits")
     learns = ("pooled", "logits", "classifier")
+    source = "Wang et al., CVPR 2022"
+    cost = "O(D^2 + C)"
+    standard = ("ViM()",)
 
     def __init__(self, dim: int | None = None) -> None:
         super().__init__(dim)
@@ -139,7 +145,7 @@ class ViM(_SubspaceDetector):
         self.sample.add(features.tensor("pooled"))
         self.max_logit.add(features.tensor("logits").amax(1))
 
-    def _derive(self) -> tuple[_Subspace, Tensor]:
+    def _finalize(self) -> tuple[_Subspace, Tensor]:
         subspace = self._subspace()
         norms = subspace.residual(self.sample.rows)
         mean = norms.mean()
@@ -152,7 +158,7 @@ class ViM(_SubspaceDetector):
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        subspace, alpha = self._learned()
+        subspace, alpha = self._fitted_state()
         return features.tensor("logits").double().logsumexp(1) - alpha * subspace.residual(
             features.tensor("pooled")
         )

@@ -185,11 +185,11 @@ class PooledReAct(Detector):
         self.detector._learn(features)
         self.numbers.add(features.tensor("pooled"))
 
-    def _derive(self) -> float:
+    def _finalize(self) -> float:
         return self.numbers.percentile(self.percentile)
 
     def _score(self, features: Features) -> Tensor:
-        return self.detector.score(self.read(features.tensor("pooled").clamp(max=self._learned())))
+        return self.detector.score(self.read(features.tensor("pooled").clamp(max=self._fitted_state())))
 
 
 def run(
