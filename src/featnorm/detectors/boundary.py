@@ -49,7 +49,7 @@ class OneClassSVM(Detector):
     reads = ("pooled",)
     learns = ("pooled",)
     source = "Schölkopf et al., NeurIPS 1999"
-    cost = "O(s D), s of the n inputs being support vectors"
+    cost = "O(s D) for s support vectors"
     standard = ("OneClassSVM()",)
     settings = table(nu=real(0, 1))
     nu: float

@@ -26,7 +26,7 @@ class Fusion(Wrapper):
 
     operator = "/"
     source = "Park et al., ICCV 2023, eq. 49"
-    cost = "that of both"
+    cost = "that of both detectors"
     standard = ("KNN() / NAN()", "SSD() / NAN()")
     distance: Detector
     norm: Detector

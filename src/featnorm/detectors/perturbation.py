@@ -92,7 +92,7 @@ class Views(Wrapper):
 
     needs_model = True
     source = "Park et al., ICCV 2023, C.1"
-    cost = "8 forward passes, and 9 times the detector's"
+    cost = "8 forward passes and 9 times that of the detector"
     standard = ("Views(NAN())",)
     settings = table(shift=real(0, 1))
     detector: Detector

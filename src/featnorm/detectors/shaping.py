@@ -32,7 +32,7 @@ class ReAct(Wrapper):
     """
 
     source = "Sun et al., NeurIPS 2021"
-    cost = "O(C d), and the detector's"
+    cost = "O(C d) and that of the detector"
     standard = ("ReAct(NAN())", "ReAct(Energy())")
     settings = table(percentile=real(0, 100))
     detector: Detector
