@@ -9,28 +9,28 @@ import torch
 
 from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.features import Features
-from featnorm.metrics import Measures, evaluate
+from featnorm.metrics import Metrics, evaluate
 
 # Inputs of each set whose on/off patterns are kept for the report.
 _PATTERNS = 50
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """How one detector did."""
 
     detector: str  # its expression
     id_scores: np.ndarray  # (n,)
     ood_scores: Mapping[str, np.ndarray]  # by OOD set, (m,)
-    measures: Mapping[str, Measures]  # by OOD set
+    metrics: Mapping[str, Metrics]  # by OOD set
     microseconds: float  # of scoring, an input, without the model's forward pass
 
     @property
-    def mean(self) -> Measures:
+    def mean(self) -> Metrics:
         """The measures averaged over the OOD sets."""
-        sets = list(self.measures.values())
-        names = Measures.__dataclass_fields__
-        return Measures(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in names})
+        sets = list(self.metrics.values())
+        names = Metrics.__dataclass_fields__
+        return Metrics(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in names})
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Evaluation:
 
     id_name: str
     ood_names: list[str]
-    outcomes: list[Outcome] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # detector -> why
+    results: list[Result] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)  # detector -> why
     accuracy: float | None = None  # share of ID inputs with a label whose largest logit is theirs
     patterns: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (k, d) bool, units that are on
     skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # set -> (file, why)
@@ -85,7 +85,7 @@ def compare(
 
     def leave_out(name: str, reason: Exception | str) -> None:
         # Listed beside the name, which errors begin with.
-        result.left_out[name] = str(reason).removeprefix(name).removeprefix(":").strip()
+        result.excluded[name] = str(reason).removeprefix(name).removeprefix(":").strip()
         del active[name]
 
     for name, detector in list(active.items()):
@@ -133,9 +133,9 @@ def compare(
         joined = {set_name: np.concatenate(parts) for set_name, parts in scores[name].items()}
         ood = {set_name: joined[set_name] for set_name in ood_sets}
         measures = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in ood_sets}
-        result.outcomes.append(Outcome(name, joined[id_name], ood, measures, 1e6 * seconds[name] / inputs))
-    if not result.outcomes:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in result.left_out.items())
+        result.results.append(Result(name, joined[id_name], ood, measures, 1e6 * seconds[name] / inputs))
+    if not result.results:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in result.excluded.items())
         raise ValueError(f"no detector can be used here. {reasons}")
     return result
 

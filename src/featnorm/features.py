@@ -21,7 +21,7 @@ _ROWS_COMPARED = 32
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Source(Protocol):
+class ModelCall(Protocol):
     """The inputs that features were made from, and the model that made them."""
 
     @property
@@ -52,7 +52,7 @@ class Features:
     classifier : ``(W, b)``, the linear map ``logits = W f + b`` of the last linear layer; W of shape (C, f),
         b of shape (C,) or None. Where an embedding stands between, W is the product of the two (paper A.1).
     absent : why a field is not there, for the error of a detector that asks for it.
-    source : where one batch came from, for detectors that ask the model again; not kept when rows are taken or
+    call : where one batch came from, for detectors that ask the model again; not kept when rows are taken or
         batches joined.
 
     Raises
@@ -70,7 +70,7 @@ class Features:
     labels: Tensor | None = None
     classifier: Classifier | None = None
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
-    source: Source | None = field(default=None, repr=False)
+    call: ModelCall | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # In a graph that is being traced the number of inputs is no number yet.
@@ -122,14 +122,14 @@ class Features:
         """Return a field; a ValueError says what there is instead, and why this one is absent."""
         return self._field(name)
 
-    def source_of(self, detector: object) -> Source:
+    def require_call(self, detector: object) -> ModelCall:
         """Return the inputs and their model; a ValueError where these features came without."""
-        if self.source is None:
+        if self.call is None:
             raise ValueError(
                 f"{detector!r} asks the model again, and these features came without their inputs: score it by a "
                 "Scorer, or batches of FeatureTap.stream as they come"
             )
-        return self.source
+        return self.call
 
     def linear(self) -> Classifier:
         """Return the classifier's ``(W, b)``, detached; a ValueError where there is none."""
@@ -172,7 +172,7 @@ class Features:
 
     def replace(self, **fields: Any) -> "Features":
         """Return the same features with some fields set anew."""
-        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "source")}
+        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call")}
         return Features(**{**current, **fields})
 
     def classifier_reads(self, name: str) -> bool:
@@ -230,7 +230,7 @@ class Features:
             if key not in joined:
                 joined[key] = torch.cat(values)
             fields[name] = joined[key]
-        return parts[0].replace(source=None, **fields)
+        return parts[0].replace(call=None, **fields)
 
     def _field(self, name: str) -> Any:
         value = getattr(self, name)
@@ -244,4 +244,4 @@ class Features:
         for _, value in self.fields():
             if id(value) not in done:
                 done[id(value)] = function(value)
-        return self.replace(source=None, **{name: done[id(value)] for name, value in self.fields()})
+        return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})

@@ -309,7 +309,7 @@ class _Standardised(nn.Module):
 @torch.no_grad()
 def head_features(head: ProjectionHead, values: Tensor) -> Features:
     """Return what a network of a backbone and this head says of inputs whose features (n, D) are known."""
-    return FeatureTap(head)(values).replace(pooled=values, source=None)
+    return FeatureTap(head)(values).replace(pooled=values, call=None)
 
 
 @torch.no_grad()

@@ -51,14 +51,14 @@ class ODIN(Detector):
         self._set(temperature=temperature, eps=eps, std=std)
 
     def _score(self, features: Features) -> Tensor:
-        source = features.source_of(self)
-        inputs = source.inputs
+        call = features.require_call(self)
+        inputs = call.inputs
 
         def loss(again: Features) -> Tensor:
             logits = again.tensor("logits").float() / self.temperature
             return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
-        step = self.eps * source.gradient(loss).sign()
+        step = self.eps * call.gradient(loss).sign()
         if self.std is not None:
             if inputs.ndim < 3 or inputs.shape[1] != len(self.std):
                 raise ValueError(
@@ -67,7 +67,7 @@ class ODIN(Detector):
                 )
             shape = (1, -1, *(1 for _ in inputs.shape[2:]))
             step = step / torch.tensor(self.std, device=step.device, dtype=step.dtype).reshape(shape)
-        logits = source.features(inputs - step).tensor("logits").double()
+        logits = call.features(inputs - step).tensor("logits").double()
         # Near 1 / C the probabilities differ by less than float32 tells apart at this temperature.
         return (logits / self.temperature).softmax(1).amax(1)
 
@@ -105,8 +105,8 @@ class Views(Wrapper):
         self.role = detector.role
 
     def _score(self, features: Features) -> Tensor:
-        source = features.source_of(self)
-        images = source.inputs
+        call = features.require_call(self)
+        images = call.inputs
         if images.ndim != 4:
             raise ValueError(
                 f"{self!r} moves images (n, c, h, w), and the inputs are of shape {tuple(images.shape)}"
@@ -121,5 +121,5 @@ class Views(Wrapper):
             for left in (0, dx, 2 * dx):
                 if (top, left) != (dy, dx):
                     view = padded[:, :, top : top + height, left : left + width]
-                    total = total + self.detector.score(source.features(view))
+                    total = total + self.detector.score(call.features(view))
         return total / 9

@@ -38,11 +38,11 @@ class RotNet(Detector):
 
     def _score(self, features: Features) -> Tensor:
         _require_turns(self, features)
-        source = features.source_of(self)
+        call = features.require_call(self)
         total = torch.zeros(len(features), dtype=torch.float64, device=features.tensor("logits").device)
-        for turn, images in enumerate(rotations(source.inputs)):
+        for turn, images in enumerate(rotations(call.inputs)):
             # As it is, it was seen already.
-            again = source.features(images) if turn else features
+            again = call.features(images) if turn else features
             total += again.tensor("logits").double().softmax(1)[:, turn]
         return total / _TURNS
 
@@ -98,7 +98,7 @@ class CSI(Detector):
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
         _require_turns(self, features)
-        self._require_colours(features.source_of(self).inputs)
+        self._require_colours(features.require_call(self).inputs)
 
     def _learn(self, features: Features) -> None:
         if len(features):
@@ -124,7 +124,7 @@ class CSI(Detector):
         if width + _TURNS != self.bank.width:
             fitted = (self.bank.width - _TURNS) // _TURNS
             raise ValueError(f"{self!r} was fitted to `embedding` of width {fitted}, got width {width // _TURNS}")
-        self._require_colours(features.source_of(self).inputs)
+        self._require_colours(features.require_call(self).inputs)
         if len(features) == 0:
             return features.tensor("logits").new_empty(0)
         learned: _Learned = self._fitted_state()
@@ -138,10 +138,10 @@ class CSI(Detector):
 
     def _ask(self, features: Features) -> tuple[Tensor, Tensor]:
         """Return embeddings (n, 4, e) of every rotation and its logit (n, 4), means over the views, float32."""
-        source = features.source_of(self)
+        call = features.require_call(self)
         embeddings, logits = [], []
-        for turn, views in enumerate(zip(*self._views(source.inputs), strict=True)):
-            asked = [source.features(view) for view in views]
+        for turn, views in enumerate(zip(*self._views(call.inputs), strict=True)):
+            asked = [call.features(view) for view in views]
             embeddings.append(torch.stack([again.tensor("embedding").float() for again in asked]).mean(0))
             logits.append(torch.stack([again.tensor("logits").float()[:, turn] for again in asked]).mean(0))
         return torch.stack(embeddings, 1), torch.stack(logits, 1)

@@ -436,7 +436,7 @@ def score(
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
         "pooled": percentages(pooled),
-        "left_out": evaluation.left_out,
+        "left_out": evaluation.excluded,
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
@@ -473,7 +473,7 @@ def percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
     """Return AUROC and FPR95 in percent, by detector and OOD set."""
     return {
         outcome.detector: {
-            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.measures.items()
+            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.metrics.items()
         }
-        for outcome in evaluation.outcomes
+        for outcome in evaluation.results
     }

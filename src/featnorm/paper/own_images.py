@@ -184,7 +184,7 @@ def _evaluate(features_of: Any, learned: _Fold, test: _Fold, ood: Mapping[str, T
         id_set=("known", [features_of(test.values).replace(labels=test.labels)]),
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
-    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.left_out}
+    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.excluded}
 
 
 def _refused(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
