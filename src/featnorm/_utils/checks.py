@@ -2,11 +2,12 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -102,28 +103,30 @@ def count_for_share(share: float, n: int) -> int:
     return max(math.ceil(n * (share - 1e-15)), 1)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a constructor argument may be, as one row of a class's table of settings.
+class Constraint(ABC):
+    """What a constructor argument may be, as one row of a class's table of settings."""
 
-    Attributes
-    ----------
-    wanted : str
-        What is allowed, for the error message: "must be ``wanted``".
-    read : callable
-        From what was passed to the plain Python value that is kept, of which ``repr`` makes the same value again;
-        raises TypeError or ValueError for anything that is not allowed.
-    """
+    @property
+    @abstractmethod
+    def wanted(self) -> str:
+        """What is allowed, for the error message: "must be ``wanted``"."""
 
-    wanted: str
-    read: Callable[[Any], Any]
+    @abstractmethod
+    def read(self, value: Any) -> Any:
+        """Return the plain Python value to keep, whose ``repr`` makes it again.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The value is not allowed.
+        """
 
     def check(self, value: object, name: str, owner: str) -> Any:
         """Return the value to keep.
 
         Parameters
         ----------
-        value : what was passed.
+        value : the value that was passed.
         name, owner : the argument and its class, for the error message.
 
         Raises
@@ -137,46 +140,65 @@ class Setting:
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"{owner}: {name} must be {self.wanted}, got {shown(value)}") from None
 
-    def __or__(self, other: "Setting") -> "Setting":
-        """Return a setting that allows what either of two allows."""
-
-        def read(value: Any) -> Any:
-            try:
-                return self.read(value)
-            except (TypeError, ValueError):
-                return other.read(value)
-
-        return Setting(f"{self.wanted} or {other.wanted}", read)
+    def __or__(self, other: "Constraint") -> "Either":
+        return Either(self, other)
 
 
-def table(**settings: Setting) -> Mapping[str, Setting]:
-    """Return the settings of a class by the names of its constructor's arguments."""
-    return MappingProxyType(settings)
+@dataclass(frozen=True)
+class Either(Constraint):
+    """A value that one of two constraints allows."""
+
+    first: Constraint
+    second: Constraint
+
+    @property
+    def wanted(self) -> str:
+        return f"{self.first.wanted} or {self.second.wanted}"
+
+    def read(self, value: Any) -> Any:
+        try:
+            return self.first.read(value)
+        except (TypeError, ValueError):
+            return self.second.read(value)
 
 
-def whole(least: int) -> Setting:
-    """Return a setting for integers of any library, ``least`` or more; a bool is no integer."""
+@dataclass(frozen=True)
+class Integer(Constraint):
+    """An integer of any library, ``least`` or more; a bool is no integer."""
 
-    def read(value: Any) -> int:
+    least: int
+
+    @property
+    def wanted(self) -> str:
+        return f"an integer >= {self.least}"
+
+    def read(self, value: Any) -> int:
         number = operator.index(_plain(value))
-        if number < least:
+        if number < self.least:
             raise ValueError(number)
         return number
 
-    return Setting(f"an integer >= {least}", read)
 
-
-def real(above: float, below: float, *, closed: str = "") -> Setting:
-    """Return a setting for real numbers of any library in an interval.
+@dataclass(frozen=True)
+class Interval(Constraint):
+    """A real number of any library between ``low`` and ``high``; NaN lies in no interval.
 
     Parameters
     ----------
-    above, below : the ends of the interval; NaN lies in none.
-    closed : which ends belong to it: "left", "right", or by default neither.
+    low, high : ends of the interval.
+    closed : the end that belongs to the interval, "left" or "right". Default: neither.
     """
-    left, right = closed == "left", closed == "right"
 
-    def read(value: Any) -> float:
+    low: float
+    high: float
+    closed: Literal["left", "right", "neither"] = "neither"
+
+    @property
+    def wanted(self) -> str:
+        left, right = "[" if self.closed == "left" else "(", "]" if self.closed == "right" else ")"
+        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
+
+    def read(self, value: Any) -> float:
         number = _plain(value)
         if not isinstance(number, Real):
             raise TypeError(number)
@@ -185,37 +207,51 @@ def real(above: float, below: float, *, closed: str = "") -> Setting:
         except OverflowError:
             raise ValueError(number) from None
         number = number if isinstance(number, int) else finite
-        if not (above < number < below or (left and number == above) or (right and number == below)):
+        ends = {"left": self.low, "right": self.high}
+        if not self.low < number < self.high and number != ends.get(self.closed):
             raise ValueError(number)
         return number
 
-    return Setting(f"a number in {'[' if left else '('}{above:g}, {below:g}{']' if right else ')'}", read)
 
+class Choice(Constraint):
+    """One of a few strings, booleans or None."""
 
-def choice(*allowed: str | bool | None) -> Setting:
-    """Return a setting for one of a few strings, booleans or None."""
+    def __init__(self, *options: str | bool | None) -> None:
+        self.options = options
 
-    def read(value: Any) -> str | bool | None:
+    @property
+    def wanted(self) -> str:
+        return " or ".join(map(repr, self.options))
+
+    def read(self, value: Any) -> str | bool | None:
         plain = _plain(value, booleans=True)
         if not isinstance(plain, (str, bool, type(None))):
             raise TypeError(plain)
-        # What is kept is the choice itself, and not an equal value of another library.
-        return allowed[allowed.index(plain)]
-
-    return Setting(" or ".join(map(repr, allowed)), read)
+        # What is kept is the option itself, and not an equal value of another library.
+        return self.options[self.options.index(plain)]
 
 
-def several(item: Setting) -> Setting:
-    """Return a setting for a sequence of one value or more, kept as a tuple."""
+@dataclass(frozen=True)
+class SequenceOf(Constraint):
+    """A sequence of at least one value, kept as a tuple."""
 
-    def read(value: Any) -> tuple[Any, ...]:
+    item: Constraint
+
+    @property
+    def wanted(self) -> str:
+        return f"a sequence (each item {self.item.wanted})"
+
+    def read(self, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (Sequence, np.ndarray, Tensor)) or isinstance(value, (str, bytes)):
             raise TypeError(value)
         if not len(value):
             raise ValueError(value)
-        return tuple(item.read(part) for part in value)
+        return tuple(self.item.read(part) for part in value)
 
-    return Setting(f"a sequence (each item {item.wanted})", read)
+
+def table(**constraints: Constraint) -> Mapping[str, Constraint]:
+    """Return the constraints of a class by the names of its constructor's arguments."""
+    return MappingProxyType(constraints)
 
 
 def check_type(value: object, kind: type | tuple[type, ...], name: str, wanted: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from featnorm._utils.checks import Setting, shown, table
+from featnorm._utils.checks import Constraint, shown, table
 from featnorm._utils.errors import RefusalError
 from featnorm.detectors.statistics import Statistic
 from featnorm.features import FIELDS, Features
@@ -68,7 +68,7 @@ class Detector(nn.Module, ABC):
     #: Whether scoring runs the model again, on inputs that the detector changes.
     needs_model: bool = False
     #: Constraint on each constructor argument, except inner detectors, which `check_detector` checks.
-    settings: ClassVar[Mapping[str, Setting]] = table()
+    settings: ClassVar[Mapping[str, Constraint]] = table()
     #: Where the score is defined: authors, venue, year and, where known, the equation or section.
     source: ClassVar[str] = ""
     #: Cost of scoring one input, beside the forward pass that makes the features. d, D and e are the widths of

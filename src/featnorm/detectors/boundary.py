@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import real, table
+from featnorm._utils.checks import Interval, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import RowSample
 from featnorm.features import Features
@@ -51,7 +51,7 @@ class OneClassSVM(Detector):
     source = "Schölkopf et al., NeurIPS 1999"
     cost = "O(s D) for s support vectors"
     standard = ("OneClassSVM()",)
-    settings = table(nu=real(0, 1))
+    settings = table(nu=Interval(0, 1))
     nu: float
 
     def __init__(self, nu: float = 0.1) -> None:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, table, whole
+from featnorm._utils.checks import Choice, Integer, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_blocks, unit_rows, whitening
 from featnorm.features import Features
@@ -118,7 +118,7 @@ class SSD(Detector):
     source = "Sehwag et al., ICLR 2021"
     cost = "O(D^2) per cluster"
     standard = ("SSD()",)
-    settings = table(clusters=whole(1) | choice("labels"))
+    settings = table(clusters=Integer(1) | Choice("labels"))
     clusters: int | Literal["labels"]
 
     def __init__(self, clusters: int | Literal["labels"] = 1) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, real, shown, table, whole
+from featnorm._utils.checks import Choice, Integer, Interval, shown, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Bank, unit_rows, write_unit_rows
 from featnorm.features import Features
@@ -49,7 +49,7 @@ class KNN(Detector):
     source = "Sun et al., ICML 2022"
     cost = "O(n D)"
     standard = ("KNN()",)
-    settings = table(k=whole(1), squared=choice(True, False), recall=real(0, 1) | choice(None))
+    settings = table(k=Integer(1), squared=Choice(True, False), recall=Interval(0, 1) | Choice(None))
     k: int
     squared: bool
     recall: float | None

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import real, table
+from featnorm._utils.checks import Interval, table
 from featnorm.detectors.base import Detector
 from featnorm.features import Features
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
@@ -55,7 +55,7 @@ class LpNorm(_Norm):
 
     source = "Park et al., ICCV 2023, A.2.1"
     standard = ("LpNorm()",)
-    settings = table(p=real(0, math.inf, closed="right"))
+    settings = table(p=Interval(0, math.inf, closed="right"))
     p: float
 
     def __init__(self, p: float = 2) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, real, several, table
+from featnorm._utils.checks import Choice, Interval, SequenceOf, table
 from featnorm.detectors.base import Detector, Wrapper
 from featnorm.features import Features
 
@@ -38,9 +38,9 @@ class ODIN(Detector):
     cost = "2 forward passes and 1 backward pass"
     standard = ("ODIN()",)
     settings = table(
-        temperature=real(0, math.inf),
-        eps=real(0, math.inf, closed="left"),
-        std=several(real(0, math.inf)) | choice(None),
+        temperature=Interval(0, math.inf),
+        eps=Interval(0, math.inf, closed="left"),
+        std=SequenceOf(Interval(0, math.inf)) | Choice(None),
     )
     temperature: float
     eps: float
@@ -94,7 +94,7 @@ class Views(Wrapper):
     source = "Park et al., ICCV 2023, C.1"
     cost = "8 forward passes and 9 times that of the detector"
     standard = ("Views(NAN())",)
-    settings = table(shift=real(0, 1))
+    settings = table(shift=Interval(0, 1))
     detector: Detector
     shift: float
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import real, table, whole
+from featnorm._utils.checks import Integer, Interval, table
 from featnorm.augmentation import Distortion, distort, rotations
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Bank, single_unit_rows
@@ -86,7 +86,7 @@ class CSI(Detector):
     source = "Tack et al., NeurIPS 2020"
     cost = "40 forward passes and O(n e)"
     network = "trained to predict rotations (objective csi)"
-    settings = table(augmentations=whole(1), scale=real(0, 1, closed="right"))
+    settings = table(augmentations=Integer(1), scale=Interval(0, 1, closed="right"))
     augmentations: int
     scale: float
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import real, table
+from featnorm._utils.checks import Interval, table
 from featnorm.detectors.base import Detector, NotFittedError, Wrapper, joined
 from featnorm.detectors.statistics import FloatHistogram
 from featnorm.features import Features
@@ -34,7 +34,7 @@ class ReAct(Wrapper):
     source = "Sun et al., NeurIPS 2021"
     cost = "O(C d) and that of the detector"
     standard = ("ReAct(NAN())", "ReAct(Energy())")
-    settings = table(percentile=real(0, 100))
+    settings = table(percentile=Interval(0, 100))
     detector: Detector
     percentile: float
 

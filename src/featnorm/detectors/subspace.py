@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, table, whole
+from featnorm._utils.checks import Choice, Integer, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, Total
 from featnorm.features import Features
@@ -35,7 +35,7 @@ class _Subspace(NamedTuple):
 class _SubspaceDetector(Detector):
     """The principal subspace of the pooled features about the classifier's origin."""
 
-    settings = table(dim=whole(1) | choice(None))
+    settings = table(dim=Integer(1) | Choice(None))
     dim: int | None
 
     def __init__(self, dim: int | None = None) -> None:
