@@ -70,7 +70,7 @@ def test_detectors_that_cannot_work_are_left_out_by_name():
 def test_without_a_fit_the_learners_are_left_out():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     result = compare([fn.NAN(), fn.KNN(k=3)], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})
-    assert "none were given to fit on" in result.excluded["KNN(k=3)"]
+    assert "no in-distribution inputs were given to fit on" in result.excluded["KNN(k=3)"]
 
 
 def test_accuracy_counts_known_labels_only():
@@ -89,7 +89,7 @@ def test_accuracy_counts_known_labels_only():
 
 def test_no_detector_or_no_input_is_an_error():
     known = features(30, 1.0, 0)
-    with pytest.raises(ValueError, match="no detector can be used"):
+    with pytest.raises(ValueError, match="every detector is excluded"):
         compare([fn.KNN()], fit=None, id_set=("known", [known]), ood_sets={"far": [known]})
     with pytest.raises(ValueError, match="no usable input in far"):
         compare([fn.NAN()], fit=None, id_set=("known", [known]), ood_sets={"far": []})
@@ -101,4 +101,4 @@ def test_detectors_that_come_fitted_need_no_fit():
     result = compare([fitted, fn.SSD()], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})
     (outcome,) = result.results
     np.testing.assert_array_equal(outcome.id_scores, fitted.score(known).numpy())
-    assert "none were given to fit on" in result.excluded["SSD()"]
+    assert "no in-distribution inputs were given to fit on" in result.excluded["SSD()"]

@@ -162,8 +162,8 @@ SAMPLED = [e for e in LEARNERS if "clusters=3" in e or "ViM" in e]
 @pytest.mark.parametrize(("expression", "sampled"), [(e, False) for e in LEARNERS] + [(e, True) for e in SAMPLED])
 def test_batches_and_halves_make_the_whole(expression, sampled, monkeypatch):
     if sampled:  # more inputs than SSD(clusters=3) and ViM keep
-        monkeypatch.setattr("featnorm.detectors.distance._CLUSTERED_ROWS", 60)
-        monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 50)
+        monkeypatch.setattr("featnorm.detectors.distance._MAX_CLUSTERED_ROWS", 60)
+        monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 50)
     whole = fitted(expression)
     again = fitted(expression).fit(TRAIN)
     streamed = parse_detector(expression)
@@ -338,7 +338,7 @@ def test_another_width_is_refused_and_changes_nothing(expression):
 def test_a_fit_refused_for_its_memory_changes_nothing(expression, monkeypatch):
     detector = fitted(expression, wide_as(TRAIN, 9))
     scores = detector.score(wide_as(TEST, 9))
-    monkeypatch.setattr(statistics, "_MOST_GRAM_BYTES", 1000)
+    monkeypatch.setattr(statistics, "_MAX_GRAM_BYTES", 1000)
     with pytest.raises(ValueError, match="GiB"):
         detector.fit(TRAIN)
     assert torch.equal(detector.score(wide_as(TEST, 9)), scores)
@@ -502,7 +502,7 @@ def test_merge_refuses_another_detector():
 def test_react_refuses_logits_that_are_no_map_of_the_clipped_layer():
     weight, _ = TRAIN.classifier
     cosine = TRAIN.replace(logits=torch.nn.functional.normalize(TRAIN.activation) @ weight.T)
-    with pytest.raises(ValueError, match="cannot make the logits anew"):
+    with pytest.raises(ValueError, match="cannot recompute the logits"):
         ReAct(Energy()).fit(cosine)
     assert ReAct(NAN()).fit(cosine).is_fitted
 
@@ -737,16 +737,16 @@ def test_alpha_of_a_sample_is_that_of_the_whole(monkeypatch, heavy):
         pooled = pooled * torch.rand(20_000, 1, generator=g).add(0.2) ** -0.5
     weight = torch.randn(4, 16, generator=g)
     features = Features(pooled=pooled, logits=pooled @ weight.T, classifier=(weight, None))
-    monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 10**6)
+    monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 10**6)
     exact = ViM().fit(features)._fitted_state()[1]
-    monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 1000)
+    monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 1000)
     assert float(ViM().fit(features)._fitted_state()[1]) == pytest.approx(float(exact), rel=2e-3)
 
 
 def test_clusters_of_a_sample_are_nearly_those_of_the_whole(monkeypatch):
     train = id_features(3000)
     whole = SSD(clusters=3).fit(train).score(TEST)
-    monkeypatch.setattr("featnorm.detectors.distance._CLUSTERED_ROWS", 1000)
+    monkeypatch.setattr("featnorm.detectors.distance._MAX_CLUSTERED_ROWS", 1000)
     sampled = SSD(clusters=3).fit(train)
     assert len(sampled.state_dict()["sample.rows"]) == 1000
     assert float(torch.corrcoef(torch.stack([whole, sampled.score(TEST)]))[0, 1]) > 0.95

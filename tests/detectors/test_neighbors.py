@@ -16,7 +16,7 @@ K = 10
 
 @pytest.fixture(autouse=True)
 def _indexed(monkeypatch):
-    monkeypatch.setattr(neighbors, "_INDEXED_ROWS", 6_000)
+    monkeypatch.setattr(neighbors, "_MIN_INDEXED_ROWS", 6_000)
 
 
 def like_features(n, seed, width=48):

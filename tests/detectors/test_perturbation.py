@@ -99,7 +99,7 @@ def test_a_score_does_not_depend_on_its_batch(model, images, detector):
 def test_features_without_their_inputs_are_refused(model, images, detector):
     tap = fn.FeatureTap(model)
     for features in (tap.extract([images], progress=False), tap(images)[:3], tap(images).to("cpu")):
-        with pytest.raises(ValueError, match=r"came without their inputs: score it by a Scorer"):
+        with pytest.raises(ValueError, match=r"came without their inputs: use a Scorer"):
             detector.score(features)
 
 
@@ -118,14 +118,14 @@ def test_what_is_wrong_is_named(model, images):
         fn.ODIN(eps=-1)
     with pytest.raises(ValueError, match=r"std must be a sequence .* or None, got \(1, 0, 1\)"):
         fn.ODIN(std=(1, 0, 1))
-    with pytest.raises(ValueError, match="has 2 deviations, one a channel"):
+    with pytest.raises(ValueError, match="has 2 deviations, one per channel"):
         fn.Scorer(model, fn.ODIN(std=(1, 1)))(images)
     with pytest.raises(ValueError, match=r"shift must be a number in \(0, 1\), got 1"):
         fn.Views(fn.NAN(), shift=1)
     with pytest.raises(TypeError, match=r"Views takes a detector such as NAN\(\), got 3"):
         fn.Views(3)
     flat = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(ValueError, match=r"moves images .* the inputs are of shape \(6, 12\)"):
+    with pytest.raises(ValueError, match=r"moves images .* the inputs have shape \(6, 12\)"):
         fn.Scorer(flat, fn.Views(fn.NAN()))(torch.randn(6, 12))
     with pytest.raises(ValueError, match="cannot move images of 1 x 8"):
         fn.Scorer(model, fn.Views(fn.NAN()))(images[:, :, :1])

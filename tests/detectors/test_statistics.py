@@ -128,7 +128,7 @@ def test_moments_refuse_another_width_and_too_much_memory(monkeypatch):
     with pytest.raises(ValueError, match="width 4 after features of width 5"):
         moments.add(rows_of(d=4))
     assert all(torch.equal(before[k], v) for k, v in moments.state_dict().items())
-    monkeypatch.setattr(statistics, "_MOST_GRAM_BYTES", 1000)
+    monkeypatch.setattr(statistics, "_MAX_GRAM_BYTES", 1000)
     with pytest.raises(ValueError, match=r"1 covariance\(s\) of 12 x 12"):
         Moments().add(rows_of(d=12))
 

@@ -46,7 +46,8 @@ class Detector(nn.Module, ABC):
     Raises
     ------
     TypeError
-        When a subclass is defined: `reads` or `learns` is no tuple of field names, or another class has its name.
+        When a subclass is defined: `reads` or `learns` is not a tuple of field names, or another class has its
+        name.
 
     Examples
     --------
@@ -112,7 +113,7 @@ class Detector(nn.Module, ABC):
         ValueError
             A field is missing or not finite; the earlier fit is kept.
         TypeError
-            ``features`` is no `Features`.
+            ``features`` is not a `Features`.
         """
         with self.refit():
             self.partial_fit(features)
@@ -144,7 +145,7 @@ class Detector(nn.Module, ABC):
         ValueError
             A field is missing, not finite or of another width than before; the batch then changes nothing.
         TypeError
-            ``features`` is no `Features`.
+            ``features`` is not a `Features`.
         """
         self._check_fit(features)
         # Sums made under inference mode could never be added to again.
@@ -161,7 +162,7 @@ class Detector(nn.Module, ABC):
         ValueError
             The other is another detector, has other settings or was fitted to features of other widths.
         TypeError
-            The other is no detector.
+            The other is not a detector.
         """
         check_detector(other, f"{self!r}.merge")
         if repr(self) != repr(other):
@@ -191,7 +192,7 @@ class Detector(nn.Module, ABC):
         ValueError
             A field is missing, not finite (the row is named) or of another width than in the fit.
         TypeError
-            ``features`` is no `Features`.
+            ``features`` is not a `Features`.
         """
         self._require(features, self.reads)
         self.require_fitted()

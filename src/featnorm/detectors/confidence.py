@@ -56,13 +56,13 @@ class Energy(_Confidence):
 class KLUniform(_Confidence):
     """The divergence of the uniform distribution from the softmax, ``KL(u || p)`` ("KL" of Tables 1 and 3).
 
-    ``KL(u || p) = logsumexp(l) - mean(l) - log C``. It ranks nearly as `Energy` does.
+    ``KL(u || p) = logsumexp(l) - mean(l) - log C``. Its ranking is nearly that of `Energy`.
     """
 
     source = "Park et al., ICCV 2023, Tables 1 and 3"
     standard = ("KLUniform()",)
 
     def _of(self, logits: Tensor) -> Tensor:
-        # Differences from the largest logit: exact where all logits are huge and alike.
+        # Differences from the largest logit are exact even if all logits are huge and alike.
         shifted = logits - logits.amax(1, keepdim=True)
         return shifted.logsumexp(1) - shifted.mean(1) - math.log(logits.shape[1])

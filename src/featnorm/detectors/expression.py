@@ -39,7 +39,7 @@ def parse_detector(expression: str) -> Detector:
     ValueError
         The expression is malformed, names an unknown detector, or its settings are wrong.
     TypeError
-        The expression is no string.
+        The expression is not a string.
     """
     check_type(expression, str, "the expression", 'a string such as "KNN(k=10) / NAN"')
     if len(expression) > _MAX_CHARACTERS:

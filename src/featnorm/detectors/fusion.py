@@ -1,4 +1,4 @@
-"""Two detectors made into one."""
+"""Combinations of two detectors."""
 
 import torch
 from torch import Tensor
@@ -10,18 +10,17 @@ from featnorm.features import Features
 class Fusion(Wrapper):
     """A distance over a norm, ``-d(x) / ||a||_NAN`` (paper eq. 49), written ``KNN(k=50) / NAN()``.
 
-    Where the norm is 0 the input is out-of-distribution for certain: the score is minus infinity.
+    An input whose norm is 0 is certainly out-of-distribution: its score is minus infinity.
 
     Parameters
     ----------
-    distance : a detector that scores a negated distance: `KNN`, `SSD`, `Mahalanobis`, `Residual`.
-    norm : a detector that scores a norm: `NAN`, `L1Norm`, `LpNorm`, `Sparsity`, `EmbeddingMagnitude`.
-        Either may be wrapped in `ReAct`.
+    distance : detector that scores a negated distance, such as `KNN` or `SSD`; it may be wrapped in `ReAct`.
+    norm : detector that scores a norm, such as `NAN`; it may be wrapped in `ReAct`.
 
     Raises
     ------
     TypeError
-        The first is not a distance, or the second not a norm.
+        The first detector is not a distance, or the second is not a norm.
     """
 
     operator = "/"

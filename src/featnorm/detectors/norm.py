@@ -1,4 +1,4 @@
-"""Detectors that read a vector's size: the paper's negative-aware norm and what it is compared with."""
+"""Norms of a layer: the paper's negative-aware norm, and those it is compared with."""
 
 import math
 
@@ -20,7 +20,7 @@ class _Norm(Detector):
 class NAN(_Norm):
     """The negative-aware norm of the last hidden layer, ``||a||_1 / ||a||_0`` (paper eq. 10).
 
-    No hyperparameter, no labels, no bank; nothing to fit. An input that switches every unit off scores 0.
+    It has no hyperparameter and needs no fit. An input that activates no unit scores 0.
     """
 
     source = "Park et al., ICCV 2023, eq. 10"
@@ -45,7 +45,7 @@ class LpNorm(_Norm):
 
     Parameters
     ----------
-    p : the exponent, positive; infinity for the largest unit. For the number of active units see `Sparsity`.
+    p : exponent in (0, inf]; infinity gives the largest unit. For the number of active units see `Sparsity`.
 
     Raises
     ------
@@ -69,7 +69,7 @@ class LpNorm(_Norm):
 class Sparsity(_Norm):
     """The sparsity term ``1 / ||a||_0`` (paper eq. 9, Table 12), so that NAN = L1Norm x Sparsity.
 
-    Where no unit is active the count is taken as 1, as in NAN.
+    If no unit is active, the count is taken as 1, as in NAN.
     """
 
     source = "Park et al., ICCV 2023, eq. 9"
@@ -80,7 +80,7 @@ class Sparsity(_Norm):
 
 
 class EmbeddingMagnitude(Detector):
-    """``||g||_2`` of the embedding before it is normalised (paper Table 8; Dhamija et al., NeurIPS 2018)."""
+    """``||g||_2`` of the embedding before normalization (paper Table 8; Dhamija et al., NeurIPS 2018)."""
 
     reads = ("embedding",)
     role = "norm"
@@ -96,7 +96,7 @@ class HiddenConfidence(Detector):
     """The hidden classifier's confidence, ``max_k sum_i sign(C_ki) a_i`` (paper eq. 3, Table 10).
 
     C is the linear map from the last hidden layer to the logits: the classifier's weights, times those of the
-    embedding where there is one (A.1). ``sign(0) = -1``. It never exceeds ``||a||_1`` (Thm. 3).
+    embedding if there is one (A.1). ``sign(0) = -1``. The score never exceeds ``||a||_1`` (Thm. 3).
 
     Raises
     ------
