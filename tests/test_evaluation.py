@@ -1,4 +1,4 @@
-"""Detectors side by side, on features made by hand."""
+"""The comparison of detectors, on synthetic features."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Detectors as text: there and back, and nothing else gets in."""
+"""Detectors as text: the round trip through `repr`, and errors for anything else."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What holds for every detector: sign, fits that stream and merge, refusals, precision, and no side effects."""
+"""Laws of every detector: sign, fits that stream and merge, errors, precision, and no side effects."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""ODIN and Views: detectors that ask the model again."""
+"""ODIN and Views: detectors that run the model again."""
 
 import copy
 

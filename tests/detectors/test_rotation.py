@@ -1,4 +1,4 @@
-"""RotNet and CSI, which turn the input: no features made up by hand can stand for that, so a model is asked."""
+"""RotNet and CSI, which rotate the input: synthetic features have no inputs, so a small model makes them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the constructors take, and what every detector does with what is no `Features`."""
+"""Which arguments constructors accept, and the errors for anything but `Features`."""
 
 import inspect
 import math

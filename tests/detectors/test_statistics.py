@@ -1,4 +1,4 @@
-"""What detectors learn: moments, samples, histograms and banks, against numpy, in parts and merged."""
+"""Fitted state: moments, samples, histograms and banks, compared with numpy, in parts and merged."""
 
 import copy
 
@@ -29,7 +29,7 @@ def rows_of(n=200, d=5, seed=0, dtype=F64):
 
 
 def split_fit(make, rows, sizes, *more):
-    """A statistic fitted to batches of these sizes, and the merge of one a batch."""
+    """A statistic fitted to batches of these sizes, and the merge of one per batch."""
     streamed, merged = make(), make()
     for i, batch in enumerate(rows.split(sizes)):
         extra = [m.split(sizes)[i] for m in more]

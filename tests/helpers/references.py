@@ -1,6 +1,7 @@
-"""A plain float64 reference of every detector, written from its formula and not the way the source does it.
+"""A plain float64 reference of every detector, written from its formula and not as in the source.
 
-Every registered detector must stand in one of the two tables. The laws hold for all expressions of `REFERENCES`.
+Every registered detector must be in one of the two tables. The laws are tested for all expressions of
+`REFERENCES`.
 """
 
 import copy
@@ -67,7 +68,7 @@ def np_knn(z, q, k, squared=True):
 
 
 def np_svm(z, q, nu):
-    """The dual, times nu n (Schölkopf et al., eq. 13): the least a'Ka / 2 with 0 <= a_i <= 1 and sum a = nu n.
+    """The dual, times nu n (Schölkopf et al., eq. 13): minimize a'Ka / 2 with 0 <= a_i <= 1 and sum a = nu n.
 
     Solved by exchanging weight between the two inputs that gain most by it, until none does.
     """
@@ -254,7 +255,8 @@ def _logits(model):
     return lambda images: exact(images)["logits"]
 
 
-#: Detectors that run the model again: of a model with an embedding and four logits, training and test images.
+#: Detectors that run the model again; arguments: a model with an embedding and four logits, training and test
+#: images.
 MODEL_REFERENCES = {
     "ODIN(temperature=10, eps=0.05)": lambda model, train, test: odin(_logits(model), test, 10, 0.05),
     "Views(L1Norm())": lambda model, train, test: views(

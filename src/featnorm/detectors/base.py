@@ -72,15 +72,15 @@ class Detector(nn.Module, ABC):
     settings: ClassVar[Mapping[str, Constraint]] = table()
     #: Where the score is defined: authors, venue, year and, where known, the equation or section.
     source: ClassVar[str] = ""
-    #: Cost of scoring one input, beside the forward pass that makes the features. d, D and e are the widths of
-    #: the last hidden layer, the pooled feature and the embedding; C is the number of classes, n that of training
-    #: inputs.
+    #: Cost of scoring one input, in addition to the forward pass that makes the features. d, D and e are the
+    #: widths of the last hidden layer, the pooled feature and the embedding; C is the number of classes, n the
+    #: number of training inputs.
     cost: ClassVar[str] = ""
-    #: Expressions that enter the standard comparison; none for a class that does not belong to it.
+    #: Expressions by which the class takes part in the standard comparison; empty if it does not.
     standard: ClassVar[tuple[str, ...]] = ()
-    #: The kind of model that the detector is limited to; empty for none in particular.
+    #: Special kind of model that the detector needs, such as "trained to predict rotations"; empty if any will do.
     network: ClassVar[str] = ""
-    #: The operator that joins two detectors into this one in expressions, which then do not call it by its name.
+    #: Operator by which expressions combine two detectors into this one; empty for a class that is called by name.
     operator: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class Detector(nn.Module, ABC):
             fields = getattr(cls, name)
             if not isinstance(fields, tuple) or not set(fields) <= set(FIELDS):
                 allowed = ", ".join(FIELDS)
-                raise TypeError(f"{cls.__name__}.{name} must be a tuple of Features' {allowed}, got {fields!r}")
+                raise TypeError(f"{cls.__name__}.{name} must be a tuple of fields ({allowed}), got {fields!r}")
         if _is_abstract(cls):
             return
         other = _REGISTRY.get(cls.__name__, cls)
