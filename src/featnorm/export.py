@@ -49,7 +49,7 @@ class ScoringGraph(nn.Module):
     def __init__(self, scorer: ImageScorer) -> None:
         super().__init__()
         inner = scorer.scorer
-        if inner.detector.needs_inputs:
+        if inner.detector.needs_model:
             raise ExportError(
                 f"{inner.detector!r} cannot be exported: it asks the model again about changed inputs"
             )

@@ -197,7 +197,7 @@ def fit_images(
     # As the images to come will be scored.
     with nullcontext() if fabric is None else fabric.autocast():
         parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
-        if detector.needs_inputs:
+        if detector.needs_model:
             scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
         else:
             scores = torch.cat([scorer.detector.score(part) for part in parts])
@@ -309,7 +309,7 @@ class _Standardised(nn.Module):
 @torch.no_grad()
 def head_features(head: ProjectionHead, values: Tensor) -> Features:
     """Return what a network of a backbone and this head says of inputs whose features (n, D) are known."""
-    return FeatureTap(head)(values).replace(pooled=values, source=None)
+    return FeatureTap(head)(values).replace(pooled=values, call=None)
 
 
 @torch.no_grad()
