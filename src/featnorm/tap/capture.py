@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
 from featnorm.tap.find import same_vector
-from featnorm.tap.trace import Node, Record, Slot, is_on_top, on_top, tensors_in
+from featnorm.tap.trace import Node, Slot, Trace, is_on_top, on_top, tensors_in
 
 
 class PathError(RefusalError, RuntimeError):
@@ -29,7 +29,7 @@ _MODES: dict[nn.Module, list[int]] = {}  # how many listen to a module now, and 
 
 
 @dataclass(frozen=True)
-class Point:
+class HookPoint:
     """Where a value can be caught.
 
     ``side`` is "in" or "out" of a module's ``call``-th call (``slot`` finds it in the arguments or the
@@ -49,7 +49,7 @@ class Point:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Point":
+    def from_json(cls, data: Mapping[str, Any]) -> "HookPoint":
         """Make it again from plain data.
 
         Raises
@@ -71,30 +71,30 @@ class Point:
         return point
 
 
-def locate(record: Record, node: Node) -> Point:
+def locate(trace: Trace, node: Node) -> HookPoint:
     """Choose where to catch a value: preferably at a module that runs once, as late as possible."""
-    seen = [sight for sight in record.sights if sight.node is node or same_vector(sight.node) is node]
+    seen = [io for io in trace.module_io if io.node is node or same_vector(io.node) is node]
     if not seen:
-        copy = record.is_borrowed(node) or record.written_after(node, node.time + 1)
-        total = max(other.call for other in record.nodes if other.op == node.op) + 1
-        return Point("op", node.op, node.call, (), total, copy)
-    calls = {sight.module: sight.call for sight in record.sights}
-    sight = max(seen, key=lambda s: (calls[s.module] == 0, s.side == "in", s.time))
-    copy = record.is_borrowed(sight.node) or record.written_after(sight.node, sight.time)
-    return Point(sight.side, sight.module, sight.call, sight.slot, 0, copy)
+        copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
+        total = max(other.call for other in trace.nodes if other.op == node.op) + 1
+        return HookPoint("op", node.op, node.call, (), total, copy)
+    calls = {io.module: io.call for io in trace.module_io}
+    io = max(seen, key=lambda io: (calls[io.module] == 0, io.side == "in", io.time))
+    copy = trace.is_borrowed(io.node) or trace.written_after(io.node, io.time)
+    return HookPoint(io.side, io.module, io.call, io.slot, 0, copy)
 
 
-def made(node: Node) -> Point:
+def made(node: Node) -> HookPoint:
     """Return the operation that makes a value: before it nothing has read it."""
-    return Point("op", node.op, node.call, (), 0, False)
+    return HookPoint("op", node.op, node.call, (), 0, False)
 
 
 def capture(
     model: nn.Module,
-    points: Mapping[str, Point],
+    points: Mapping[str, HookPoint],
     inputs: Tensor,
     *,
-    fresh: list[Point] | None = None,
+    fresh: list[HookPoint] | None = None,
     advice: str = TRACE_AGAIN,
 ) -> dict[str, Tensor]:
     """Run the model on a batch and return the value at each point.
@@ -112,7 +112,7 @@ def capture(
     PathError
         A point was not reached: the model took another path than when it was traced.
     """
-    caught: dict[Point, Tensor] = {}
+    caught: dict[HookPoint, Tensor] = {}
     wanted = set(points.values())
     inputs = inputs.clone()  # a model may begin by writing to it
     operations = [point for point in wanted if point.side == "op"]
@@ -137,7 +137,7 @@ def capture(
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Evaluation mode, and every module's own mode back at the end, whatever happens.
 
     With gradients, they are safe for every convolution, see `safe_gradients`.
@@ -198,11 +198,13 @@ def _idle(*_: Any) -> None:
 
 
 @contextmanager
-def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor], me: object) -> Iterator[None]:
+def _hooks(
+    model: nn.Module, points: list[HookPoint], caught: dict[HookPoint, Tensor], me: object
+) -> Iterator[None]:
     # The same model may serve other threads, or another tap inside this pass: their values are not ours.
     handles = []
 
-    def catcher(point: Point) -> Callable[..., None]:
+    def catcher(point: HookPoint) -> Callable[..., None]:
         calls = 0
 
         def catch(_: nn.Module, args: Any, rest: Any) -> None:
@@ -235,7 +237,11 @@ class _Operations(TorchDispatchMode):
     """Catches the results of given operations; slower than hooks, for values that no module sees."""
 
     def __init__(
-        self, points: list[Point], caught: dict[Point, Tensor], owner: object, fresh: list[Point] | None
+        self,
+        points: list[HookPoint],
+        caught: dict[HookPoint, Tensor],
+        owner: object,
+        fresh: list[HookPoint] | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner

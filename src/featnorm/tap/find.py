@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from featnorm.tap.trace import Node, Record
+from featnorm.tap.trace import Node, Trace
 
 Kind = Literal["hidden", "pooled", "none", "chosen"]
 
@@ -82,11 +82,11 @@ class Anatomy:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def find(record: Record, model: nn.Module, layer: str | None = None) -> Anatomy:
+def find(trace: Trace, model: nn.Module, layer: str | None = None) -> Anatomy:
     """Find the layers of a traced model; ``layer`` names the module that puts out the last hidden layer."""
-    walk = _Walk(record)
-    output = _choose_output(record)
-    beside = _embedding_beside(record, output)
+    walk = _Walk()
+    output = _choose_output(trace)
+    beside = _embedding_beside(trace, output)
     walk.back(beside or output)
     anatomy = _anatomy(walk, beside or output, model)
     if beside is not None:
@@ -94,7 +94,7 @@ def find(record: Record, model: nn.Module, layer: str | None = None) -> Anatomy:
         anatomy.absent.pop("embedding", None)
         anatomy.absent["classifier"] = "the logits are of another head than the embedding's, and its hidden layer"
     if layer is not None:
-        _choose_layer(anatomy, record, layer, walk.read_by_first)
+        _choose_layer(anatomy, trace, layer, walk.read_by_first)
     return anatomy
 
 
@@ -185,8 +185,7 @@ def _is_positive(gate: Node) -> bool:
 class _Walk:
     """The way back from the logits to the trunk."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self) -> None:
         self.linears: list[tuple[Node, Node | None]] = []  # with the bias added after it, if any
         self.read_by_first: Node | None = None  # what the linear layer next to the trunk reads
         self.normalised: Node | None = None  # what is divided by its own length
@@ -298,13 +297,13 @@ def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
     return Anatomy(kind, activation, pooled, embedding, logits, classifier, absent)
 
 
-def _choose_layer(anatomy: Anatomy, record: Record, layer: str, read: Node | None) -> None:
-    seen = [sight for sight in record.sights if sight.module == layer and sight.side == "out"]
+def _choose_layer(anatomy: Anatomy, trace: Trace, layer: str, read: Node | None) -> None:
+    seen = [io for io in trace.module_io if io.module == layer and io.side == "out"]
     if not seen:
         raise ValueError(f"layer {layer!r} did not run, or returned no tensor, in the model's forward pass")
     last = seen[-1].node
     shape = last.shape
-    if not (_is_vector(last) or (len(shape) == 4 and shape[0] == record.batch)):
+    if not (_is_vector(last) or (len(shape) == 4 and shape[0] == trace.batch)):
         raise ValueError(
             f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector an "
             "input, (n, d), or maps (n, d, height, width), which are averaged over space"
@@ -317,15 +316,15 @@ def _choose_layer(anatomy: Anatomy, record: Record, layer: str, read: Node | Non
         anatomy.absent["classifier"] = f"the classifier does not read {layer!r}, the layer that was chosen"
 
 
-def _choose_output(record: Record) -> Node:
+def _choose_output(trace: Trace) -> Node:
     """Return the logits among what the model returns."""
     vectors = [
         (slot, node)
-        for slot, node in record.outputs
-        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == record.batch
+        for slot, node in trace.outputs
+        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == trace.batch
     ]
     if not vectors:
-        shapes = [node.shape for _, node in record.outputs]
+        shapes = [node.shape for _, node in trace.outputs]
         raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")
     named = [node for slot, node in vectors if slot and slot[-1] == "logits"]
     # Of features and the logits made from them, the logits.
@@ -338,9 +337,9 @@ def _choose_output(record: Record) -> Node:
     return node
 
 
-def _embedding_beside(record: Record, logits: Node) -> Node | None:
+def _embedding_beside(trace: Trace, logits: Node) -> Node | None:
     """Return the embedding of a model that returns it by name beside logits that are not made from it."""
-    for slot, node in record.outputs:
+    for slot, node in trace.outputs:
         if slot and slot[-1] == "embedding" and _is_vector(node):
             return None if any(node is other for other in _ancestors(logits)) else node
     return None

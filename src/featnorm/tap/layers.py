@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.checks import check_type
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import Point, capture, locate, made, undisturbed
+from featnorm.tap.capture import HookPoint, capture, eval_mode, locate, made
 from featnorm.tap.find import base_op, find, is_rectifier
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.tap import unwrap
@@ -47,23 +47,23 @@ class LayerTap:
         check_type(model, nn.Module, "the model", "a torch.nn.Module")
         check_type(inputs, Tensor, "the inputs", "a tensor")
         self.model = unwrap(model)
-        with undisturbed(self.model):
-            record = trace(self.model, inputs[:_TRACED_ROWS])
+        with eval_mode(self.model):
+            traced = trace(self.model, inputs[:_TRACED_ROWS])
         if layers is None:
-            nodes = [node for node in record.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
+            nodes = [node for node in traced.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
             # A gate written out is its own last step; what it is made of are no layers.
             found = {f"{i}: {node.module or base_op(node)}": node for i, node in enumerate(nodes)}
         else:
             found = {}
             for name in layers:
-                outputs = [s.node for s in record.sights if s.module == name and s.side == "out"]
+                outputs = [io.node for io in traced.module_io if io.module == name and io.side == "out"]
                 if not outputs:
                     known = ", ".join([n for n, _ in self.model.named_modules() if n][-8:])
                     raise ValueError(f"no module {name!r} ran; the model's last modules are {known}")
                 found[name] = outputs[-1]
-        self._logits: Point | None = None
+        self._logits: HookPoint | None = None
         try:
-            anatomy = find(record, self.model)
+            anatomy = find(traced, self.model)
         except ValueError as error:
             if last is not None:
                 raise
@@ -71,14 +71,14 @@ class LayerTap:
         else:
             self._no_logits = anatomy.absent.get("logits", "")
             if anatomy.logits is not None:
-                self._logits = locate(record, anatomy.logits)
+                self._logits = locate(traced, anatomy.logits)
             if last is not None:
                 if anatomy.activation is None:
                     raise ValueError(f"there is no last hidden layer: {anatomy.absent['activation']}")
                 found = {last: anatomy.activation, **found}
         if not found:
             raise ValueError("nothing in this model is rectified: name the layers")
-        self.points: dict[str, Point] = {name: locate(record, node) for name, node in found.items()}
+        self.points: dict[str, HookPoint] = {name: locate(traced, node) for name, node in found.items()}
         self._made = {name: made(node) for name, node in found.items()}
 
     @property
@@ -88,7 +88,7 @@ class LayerTap:
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the output of every layer for a batch, (n, d) each, all its numbers in a row."""
-        with undisturbed(self.model), torch.no_grad():
+        with eval_mode(self.model), torch.no_grad():
             caught = capture(self.model, self.points, inputs)
         return {name: value.flatten(1) for name, value in caught.items()}
 

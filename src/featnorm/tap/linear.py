@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import Point, capture, undisturbed
+from featnorm.tap.capture import HookPoint, capture, eval_mode
 
 _LOGITS = "logits of the model"
 _CLASSES_AT_ONCE = 64
@@ -81,8 +81,8 @@ class _Linearised(TorchFunctionMode):
     def __init__(
         self,
         held: Sequence[Tensor] | None,
-        put: Callable[[Point, Tensor], Tensor],
-        fresh: list[Point],
+        put: Callable[[HookPoint, Tensor], Tensor],
+        fresh: list[HookPoint],
         start: tuple[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Linearised(TorchFunctionMode):
         self.start = start
         self.factors: list[Tensor] = []
         self.rectified = 0
-        self.places: dict[Point, int] = {}  # of the layers that are a rectifier's output
+        self.places: dict[HookPoint, int] = {}  # of the layers that are a rectifier's output
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -167,8 +167,8 @@ class _Linearised(TorchFunctionMode):
 
 def hidden_classifiers(
     model: nn.Module,
-    layers: Mapping[str, Point],
-    logits: Point,
+    layers: Mapping[str, HookPoint],
+    logits: HookPoint,
     inputs: Tensor,
     *,
     pre_activation: bool = False,
@@ -189,7 +189,7 @@ def hidden_classifiers(
     if not len(inputs):
         raise ValueError("there is no input in the batch")
     # Inference tensors take part in no gradient, whatever mode the caller is in.
-    with torch.inference_mode(False), undisturbed(model, gradients=True), _frozen(model):
+    with torch.inference_mode(False), eval_mode(model, gradients=True), _frozen(model):
         inputs = inputs.detach().clone()
         place = _place(model, layers, logits, inputs) if pre_activation else None
         first = _Run(model, layers, logits, inputs, place)
@@ -210,8 +210,8 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, Point],
-        logits: Point,
+        layers: Mapping[str, HookPoint],
+        logits: HookPoint,
         inputs: Tensor,
         place: int | None,
         earlier: "_Run | None" = None,
@@ -222,7 +222,7 @@ class _Run:
         names = {point: name for name, point in layers.items()}
         generator = torch.Generator().manual_seed(0)
 
-        def put(point: Point, value: Tensor) -> Tensor:
+        def put(point: HookPoint, value: Tensor) -> Tensor:
             if place is not None:
                 return value
             return self._open(names[point], value, earlier, generator)
@@ -231,7 +231,7 @@ class _Run:
         if place is not None:
             (name,) = layers
             start = (place, lambda value: self._open(name, value, earlier, generator))
-        fresh: list[Point] = []
+        fresh: list[HookPoint] = []
         self.mode: _Linearised = _Linearised(held, put, fresh, start)
         with self.mode:
             caught = capture(model, {**layers, _LOGITS: logits}, inputs, fresh=fresh)
@@ -274,7 +274,7 @@ class _Run:
         return [torch.cat(parts).transpose(0, 1).contiguous() for parts in rows]
 
 
-def _place(model: nn.Module, layers: Mapping[str, Point], logits: Point, inputs: Tensor) -> int:
+def _place(model: nn.Module, layers: Mapping[str, HookPoint], logits: HookPoint, inputs: Tensor) -> int:
     """Return which rectifier's output the layer is, by its place among those that run."""
     ((_, point),) = layers.items()
     place = _Run(model, layers, logits, inputs, None).mode.places.get(point)

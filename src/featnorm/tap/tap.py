@@ -11,10 +11,10 @@ from tqdm import tqdm
 from featnorm._utils.checks import check_text, check_type
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import TRACE_AGAIN, Point, capture, locate, made, undisturbed
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, made
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.trace import Node, trace
+from featnorm.tap.trace import Node, Trace, trace
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
 _LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
@@ -87,9 +87,9 @@ class FeatureTap:
 
     def _trace(self, inputs: Tensor) -> Features:
         inputs = inputs.to(self.device)
-        with undisturbed(self.model):
-            record = trace(self.model, inputs[:_TRACED_ROWS])
-            plan = _Plan.of(find(record, self.model, self.layer), record)
+        with eval_mode(self.model):
+            traced = trace(self.model, inputs[:_TRACED_ROWS])
+            plan = _Plan.of(find(traced, self.model, self.layer), traced)
         features = self._capture(plan, inputs, classifier=True)
         self._plan = plan
         self._advice = TRACE_AGAIN
@@ -100,7 +100,7 @@ class FeatureTap:
         return features
 
     def _capture(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
-        with undisturbed(self.model):
+        with eval_mode(self.model):
             return self._caught(inputs, plan, classifier)
 
     def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
@@ -185,15 +185,15 @@ class FeatureTap:
         """
         check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
-        with undisturbed(self.model):
-            record = trace(self.model, inputs[:_TRACED_ROWS])
-        anatomy = find(record, self.model, self.layer)
+        with eval_mode(self.model):
+            traced = trace(self.model, inputs[:_TRACED_ROWS])
+        anatomy = find(traced, self.model, self.layer)
         if anatomy.activation is None or anatomy.logits is None:
             missing = "activation" if anatomy.activation is None else "logits"
             raise ValueError(f"there is no hidden classifier without {missing}: {anatomy.absent.get(missing)}")
         name = self.layer or "the last hidden layer"
         layers = {name: made(anatomy.activation)}
-        logits = locate(record, anatomy.logits)
+        logits = locate(traced, anatomy.logits)
         return hidden_classifiers(self.model, layers, logits, inputs, pre_activation=pre_activation)[name]
 
     def describe(self) -> str:
@@ -290,7 +290,7 @@ class _Source:
         # Inference tensors take part in no gradient, whatever mode the caller is in.
         with torch.inference_mode(False):
             inputs = self.inputs.detach().clone().requires_grad_()
-            with undisturbed(self.tap.model, gradients=True):
+            with eval_mode(self.tap.model, gradients=True):
                 features = self.tap._caught(inputs)
                 return torch.autograd.grad(loss(features), inputs)[0]
 
@@ -319,7 +319,7 @@ class _Plan:
 
     def __init__(
         self,
-        points: dict[str, Point],
+        points: dict[str, HookPoint],
         weights: list[WeightRef],
         absent: dict[str, str],
         verdict: str,
@@ -332,13 +332,13 @@ class _Plan:
         self.words = words
 
     @classmethod
-    def of(cls, anatomy: Anatomy, record: Any) -> "_Plan":
+    def of(cls, anatomy: Anatomy, traced: Trace) -> "_Plan":
         nodes = {
             name: node
             for name in ("activation", "pooled", "embedding", "logits")
             if (node := getattr(anatomy, name)) is not None
         }
-        points = {name: locate(record, node) for name, node in nodes.items()}
+        points = {name: locate(traced, node) for name, node in nodes.items()}
         words = {
             name: f"{_width(node)} wide, from {_place(node)}"
             for name, node in nodes.items()
@@ -392,7 +392,7 @@ class _Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
-            {name: Point.from_json(point) for name, point in data["points"].items()},
+            {name: HookPoint.from_json(point) for name, point in data["points"].items()},
             [WeightRef.from_json(ref) for ref in data["weights"]],
             _texts(data["absent"]),
             check_text(data["verdict"]),

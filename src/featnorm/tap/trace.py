@@ -42,7 +42,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ModuleIO:
     """A value that passed a module's boundary."""
 
     module: str
@@ -54,11 +54,11 @@ class Sight:
 
 
 @dataclass
-class Record:
+class Trace:
     """What one forward pass did."""
 
     nodes: list[Node] = field(default_factory=list)
-    sights: list[Sight] = field(default_factory=list)
+    module_io: list[ModuleIO] = field(default_factory=list)
     outputs: list[tuple[Slot, Node]] = field(default_factory=list)
     batch: int = 0
 
@@ -77,12 +77,12 @@ class Record:
         )
 
 
-def trace(model: nn.Module, inputs: Tensor) -> Record:
+def trace(model: nn.Module, inputs: Tensor) -> Trace:
     """Run the model once and write down what it does; mode and gradients are the caller's business."""
     inputs = inputs.clone()  # the model may write to it, and it is run again
-    record = Record(batch=len(inputs))
+    traced = Trace(batch=len(inputs))
     me = object()
-    recorder = _Recorder(record, inputs, me)
+    recorder = _Recorder(traced, inputs, me)
     calls: dict[str, int] = {}
     running: list[tuple[str, int]] = []
 
@@ -94,9 +94,9 @@ def trace(model: nn.Module, inputs: Tensor) -> Record:
             running.append((name, call))
             recorder.module = name
             for slot, tensor in tensors_in(args):
-                recorder.see(name, "in", call, slot, tensor)
+                recorder.record_io(name, "in", call, slot, tensor)
             for slot, tensor in tensors_in(kwargs):
-                recorder.see(name, "in", call, slot, tensor)
+                recorder.record_io(name, "in", call, slot, tensor)
 
         return hook
 
@@ -105,7 +105,7 @@ def trace(model: nn.Module, inputs: Tensor) -> Record:
             return
         name, call = running.pop()
         for slot, tensor in tensors_in(output):
-            recorder.see(name, "out", call, slot, tensor)
+            recorder.record_io(name, "out", call, slot, tensor)
         recorder.module = running[-1][0] if running else ""
 
     handles = []
@@ -115,11 +115,11 @@ def trace(model: nn.Module, inputs: Tensor) -> Record:
             handles.append(module.register_forward_hook(leaving))
         with on_top(me), recorder:
             output = model(inputs)
-        record.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
+        traced.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
     finally:
         for handle in handles:
             handle.remove()
-    return record
+    return traced
 
 
 class _Listeners(threading.local):
@@ -167,13 +167,13 @@ def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
 class _Recorder(TorchDispatchMode):
     """Sees every ATen operation, whether a module, a function or a method asked for it."""
 
-    def __init__(self, record: Record, inputs: Tensor, owner: object) -> None:
+    def __init__(self, traced: Trace, inputs: Tensor, owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
-        self.record = record
+        self.trace = traced
         self.module = ""
         self._calls: dict[str, int] = {}
-        # Nodes hold their tensors, so that no id and no memory is used again while the record is made.
+        # Nodes hold their tensors, so that no id and no memory is used again while the trace is made.
         self._made: dict[int, Node] = {}
         self._written: dict[int, Node] = {}
         self._add("input", (), inputs, from_input=True)
@@ -204,15 +204,15 @@ class _Recorder(TorchDispatchMode):
             return written or self._add("constant", (), tensor, from_input=False)
         return written if written is not None and written.time > known.time else known
 
-    def see(self, module: str, side: str, call: int, slot: Slot, tensor: Tensor) -> None:
+    def record_io(self, module: str, side: str, call: int, slot: Slot, tensor: Tensor) -> None:
         """Write down that a tensor passed a module's boundary."""
-        time = len(self.record.nodes)
-        self.record.sights.append(Sight(module, side, call, slot, self.node(tensor), time))
+        time = len(self.trace.nodes)
+        self.trace.module_io.append(ModuleIO(module, side, call, slot, self.node(tensor), time))
 
     def _add(self, op: str, args: tuple[Any, ...], value: Tensor, from_input: bool) -> Node:
         call = self._calls.get(op, -1) + 1
-        node = Node(len(self.record.nodes), op, call, args, self.module, value, from_input)
-        self.record.nodes.append(node)
+        node = Node(len(self.trace.nodes), op, call, args, self.module, value, from_input)
+        self.trace.nodes.append(node)
         self._made[id(value)] = node
         return node
 
