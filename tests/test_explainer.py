@@ -31,8 +31,8 @@ def test_an_input_like_the_others_misses_nothing():
     assert one.hidden_confidence == one.norm == 6
     assert one.active == 4
     assert one.nan == 1.5
-    assert one.carriers[0] == 0
-    assert len(one.missing) == len(one.strange) == 0
+    assert one.top_units[0] == 0
+    assert len(one.inactive_units) == len(one.unexpected_units) == 0
 
 
 def test_what_is_missing_and_what_is_strange_is_named():
@@ -40,8 +40,8 @@ def test_what_is_missing_and_what_is_strange_is_named():
     inputs = torch.tensor([[0.0, 2, 0, 2, 0, 1, 0, 0, 5], [0, 0, 0, 0, 1, 1, 1, 1, 0]])
     one, other = explainer(inputs)
     assert one.predicted == 0
-    assert one.missing.tolist() == [0, 2]
-    assert one.strange.tolist() == [8, 5]
+    assert one.inactive_units.tolist() == [0, 2]
+    assert one.unexpected_units.tolist() == [8, 5]
     assert one.hidden_confidence == 2 + 2 - 1 - 5  # sign(0) = -1 for the unit that nothing reads
     rows = dict(one.rows())
     assert rows["on for most of class 0, off here"] == "2 of 4: 0, 2"
@@ -49,14 +49,14 @@ def test_what_is_missing_and_what_is_strange_is_named():
     assert rows["units that carry the norm"] == "8, 1, 3, 5 (100% of it)"
     assert all(how in str(one) for how in rows.values())
     assert other.predicted == 1
-    assert len(other.missing) == 0
+    assert len(other.inactive_units) == 0
     assert one.svg().count("<svg") == 1
 
 
 def test_classes_are_called_by_their_names():
     explainer = fn.Explainer(network(), class_names=["cat", "dog"]).fit(known().split(7), progress=False)
     (one,) = explainer(known()[-1:])
-    assert (one.called, one.hidden_called) == ("dog", "dog")
+    assert (one.predicted_name, one.hidden_predicted_name) == ("dog", "dog")
     assert dict(one.rows())["the network predicts"] == "dog"
 
 

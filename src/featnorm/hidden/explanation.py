@@ -20,9 +20,9 @@ class Explanation:
 
     Attributes
     ----------
-    predicted, called : the class that the network predicts, and its name.
+    predicted, predicted_name : the class that the network predicts, and its name.
     seen : how many in-distribution inputs were taken for that class.
-    hidden_prediction, hidden_called, hidden_confidence
+    hidden_prediction, hidden_predicted_name, hidden_confidence
         Of the classifier that is hidden in the last hidden layer (paper eq. 3).
     hidden_logits : psi (K,).
     norm, active, nan : ``||a||_1``, the number of units on, and the negative-aware norm.
@@ -33,10 +33,10 @@ class Explanation:
     """
 
     predicted: int
-    called: str
+    predicted_name: str
     seen: int
     hidden_prediction: int
-    hidden_called: str
+    hidden_predicted_name: str
     hidden_confidence: float
     hidden_logits: Tensor
     norm: float
@@ -46,19 +46,19 @@ class Explanation:
     on_rate: Tensor
 
     @property
-    def carriers(self) -> Tensor:
+    def top_units(self) -> Tensor:
         """The units that are not 0, by their share of the norm, largest first."""
         size = self.activation.abs()
         return size.argsort(descending=True, stable=True)[: int((size > 0).sum())]
 
     @property
-    def missing(self) -> Tensor:
+    def inactive_units(self) -> Tensor:
         """The units that are off here and on for most inputs of the class, the most usual first."""
         usual = torch.where((self.activation <= 0) & (self.on_rate >= _OWN), self.on_rate, -1.0)
         return usual.argsort(descending=True, stable=True)[: int((usual >= 0).sum())]
 
     @property
-    def strange(self) -> Tensor:
+    def unexpected_units(self) -> Tensor:
         """The units that are on here and off for most inputs of the class, the largest first."""
         odd = torch.where((self.activation > 0) & (self.on_rate < _OWN), self.activation, -1.0)
         return odd.argsort(descending=True, stable=True)[: int((odd >= 0).sum())]
@@ -69,14 +69,14 @@ class Explanation:
         usual = self.on_rate >= _OWN
         off, on = float((1 - self.on_rate)[usual].sum()), float(self.on_rate[~usual].sum())
         return (
-            f"Taken for {self.called}. Of the {int(usual.sum())} units that are on for most of {self._peers}, "
-            f"{len(self.missing)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
-            f"{len(self.strange)} are on ({on:.0f} expected)."
+            f"Taken for {self.predicted_name}. Of the {int(usual.sum())} units that are on for most of {self._peers}, "
+            f"{len(self.inactive_units)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
+            f"{len(self.unexpected_units)} are on ({on:.0f} expected)."
         )
 
     @property
     def _peers(self) -> str:
-        return self.called if self.seen else "the in-distribution inputs"
+        return self.predicted_name if self.seen else "the in-distribution inputs"
 
     def rows(self, most: int = 8) -> list[tuple[str, str]]:
         """The explanation as a table of two columns: what, and how it is.
@@ -86,29 +86,30 @@ class Explanation:
         most : units that are named a row.
         """
         expected = int((self.on_rate >= _OWN).sum())
-        carried = self.activation.abs()[self.carriers[:most]].sum() / max(self.norm, 1e-30)
+        carried = self.activation.abs()[self.top_units[:most]].sum() / max(self.norm, 1e-30)
         return [
             (
                 "the network predicts",
-                self.called + ("" if self.seen else ", which it predicts for no in-distribution input"),
+                self.predicted_name + ("" if self.seen else ", which it predicts for no in-distribution input"),
             ),
             (
                 "the hidden classifier predicts",
-                f"{self.hidden_called}, with a confidence of {self.hidden_confidence:.4g} "
+                f"{self.hidden_predicted_name}, with a confidence of {self.hidden_confidence:.4g} "
                 f"({self.hidden_confidence / max(self.norm, 1e-30):.0%} of the norm)",
             ),
             (
                 "l1-norm; units on; NAN",
                 f"{self.norm:.4g}; {self.active} of {len(self.activation)}; {self.nan:.4g}",
             ),
-            ("units that carry the norm", f"{_units(self.carriers, most)} ({float(carried):.0%} of it)"),
+            ("units that carry the norm", f"{_units(self.top_units, most)} ({float(carried):.0%} of it)"),
             (
                 f"on for most of {self._peers}, off here",
-                f"{len(self.missing)} of {expected}" + _named(self.missing, most),
+                f"{len(self.inactive_units)} of {expected}" + _named(self.inactive_units, most),
             ),
             (
                 f"off for most of {self._peers}, on here",
-                f"{len(self.strange)} of {len(self.activation) - expected}" + _named(self.strange, most),
+                f"{len(self.unexpected_units)} of {len(self.activation) - expected}"
+                + _named(self.unexpected_units, most),
             ),
         ]
 
@@ -170,10 +171,10 @@ def explain(
         explanations.append(
             Explanation(
                 predicted=k,
-                called=name(k),
+                predicted_name=name(k),
                 seen=known,
                 hidden_prediction=hidden_prediction,
-                hidden_called=name(hidden_prediction),
+                hidden_predicted_name=name(hidden_prediction),
                 hidden_confidence=confidence[i],
                 hidden_logits=psi[i],
                 norm=norms[i],
