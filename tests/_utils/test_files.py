@@ -20,7 +20,7 @@ from featnorm.cli.show import prepare_folder, require_file_place
 from featnorm.drift import DriftMonitor
 from featnorm.image_scorer import ImageVerdict
 from featnorm.records import FORMATS, Journal
-from featnorm.report.drift import Course, write_drift_page
+from featnorm.report.drift import StreamHistory, write_drift_page
 from featnorm.training.runs import log, write_checkpoint
 
 VERDICT = ImageVerdict("a.png", 1.0, 0.5, True, None, None)
@@ -108,10 +108,10 @@ def scorer():
 
 def page(out):
     monitor = DriftMonitor([1.0, 2.0])
-    course = Course()
+    history = StreamHistory()
     evidence = monitor.update([1.5]).numpy()
-    course.add(evidence, evidence, evidence)
-    write_drift_page(out, monitor, course, fn.Calibration(torch.arange(40.0)), summary="", facts={})
+    history.add(evidence, evidence, evidence)
+    write_drift_page(out, monitor, history, fn.Calibration(torch.arange(40.0)), summary="", facts={})
 
 
 WRITERS = {

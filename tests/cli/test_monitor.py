@@ -14,7 +14,7 @@ import torch
 from featnorm import Calibration, archive
 from featnorm.image_scorer import ImageVerdict
 from featnorm.records import COLUMNS, FORMATS, Journal
-from featnorm.report.drift import Course
+from featnorm.report.drift import StreamHistory
 from pages import Page, check
 
 CALIBRATION = Calibration(np.random.default_rng(0).normal(2, 1, 600).astype(np.float32))
@@ -121,17 +121,17 @@ def test_a_page_of_one_score(featnorm, detector, tmp_path):
 def test_a_course_keeps_the_highest_evidence_in_few_points(n):
     rng = np.random.default_rng(n)
     evidence, p_values = rng.normal(size=n), rng.random(n)
-    course = Course()
+    history = StreamHistory()
     for part in np.array_split(np.arange(n), 7):
-        course.add(p_values[part], evidence[part], p_values[part])
-    images, kept = course.evidence()
+        history.add(p_values[part], evidence[part], p_values[part])
+    images, kept = history.evidence()
     assert len(images) == len(kept) <= 2001
     assert images[0] == kept[0] == 0
-    assert images[-1] == course.count == n
+    assert images[-1] == history.count == n
     assert (np.diff(images) > 0).all()
     for start, end, highest in zip(images[:-1].astype(int), images[1:].astype(int), kept[1:], strict=True):
         assert highest == evidence[start:end].max()
-    edges, means = course.mean_p_values()
+    edges, means = history.mean_p_values()
     assert len(means) <= 50
     assert edges[0] == 0
     assert edges[-1] == n
@@ -139,7 +139,7 @@ def test_a_course_keeps_the_highest_evidence_in_few_points(n):
     assert len(stretches) == 1 or stretches[-1] >= stretches[0] / 2
     expected = [p_values[a:b].mean() for a, b in zip(edges[:-1].astype(int), edges[1:].astype(int), strict=True)]
     np.testing.assert_allclose(means, expected)
-    assert list(course.latest) == p_values[-1000:].tolist()
+    assert list(history.latest) == p_values[-1000:].tolist()
 
 
 def joined(tmp_path) -> tuple[str, list[list[str]]]:

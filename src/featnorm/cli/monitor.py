@@ -14,7 +14,7 @@ from featnorm.calibration import Calibration
 from featnorm.cli.show import console, environment, require_file_place
 from featnorm.drift import DriftMonitor
 from featnorm.records import ScoredImage, read_scores
-from featnorm.report.drift import Course, odds, write_drift_page
+from featnorm.report.drift import StreamHistory, format_evidence, write_drift_page
 
 DRIFT = 3
 """The exit status where there is drift."""
@@ -47,7 +47,7 @@ class _Stream:
 
     def __init__(self, options: Options, calibration: Calibration) -> None:
         self.monitor = DriftMonitor(calibration.scores, options.false_alarm)
-        self.course = Course()
+        self.history = StreamHistory()
         self.left_out = 0
         self.alarm: _Row | None = None
         self._options = options
@@ -68,7 +68,7 @@ class _Stream:
         p_values = self._calibration.p_value(scores)
         before, was_alarmed = self.monitor.count, self.monitor.alarmed_at is not None
         evidence = self.monitor.update(scores)
-        self.course.add(scores.numpy(), evidence.numpy(), p_values.numpy())
+        self.history.add(scores.numpy(), evidence.numpy(), p_values.numpy())
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
@@ -126,12 +126,12 @@ def run(options: Options) -> bool:
             "Scores": f"{monitor.count:,}{left_out}",
             "Calibration scores": f"{len(calibration.scores):,}",
             "Chance of a false alarm": f"{monitor.false_alarm:.4g}",
-            "Highest evidence": odds(monitor.highest),
+            "Highest evidence": format_evidence(monitor.highest),
             "File": str(options.scores),
             "Detector": str(options.detector),
             **environment(),
         }
-        write_drift_page(options.html, monitor, stream.course, calibration, summary=finding, facts=facts)
+        write_drift_page(options.html, monitor, stream.history, calibration, summary=finding, facts=facts)
         console.print(f"Wrote {options.html}.", soft_wrap=True)
     return monitor.alarmed_at is not None
 
@@ -151,7 +151,7 @@ def _batches(rows: Iterator[ScoredImage]) -> Iterator[list[ScoredImage]]:
 
 def _finding(stream: _Stream) -> str:
     monitor = stream.monitor
-    level, most = odds(monitor.alarm_level), odds(monitor.highest)
+    level, most = format_evidence(monitor.alarm_level), format_evidence(monitor.highest)
     if stream.alarm is None or monitor.alarmed_at is None:
         return f"The evidence never reached the {level} of the alarm. The most was {most}."
     return (

@@ -34,7 +34,7 @@ from featnorm.records import FORMATS, Journal, images_digest
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, for matplotlib takes half a second.
-    from featnorm.report.scores import Shown
+    from featnorm.report.scores import ScoredImage
 
 #: Numbers and verdicts of batches.
 _Judged = Iterator[tuple[int, list[ImageVerdict]]]
@@ -274,9 +274,9 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
 
 def _shown(
     scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], fabric: Any
-) -> "Iterator[Shown]":
+) -> "Iterator[ScoredImage]":
     """Yield the images again with what explains them; few at a time, as they may be large."""
-    from featnorm.report.scores import Shown
+    from featnorm.report.scores import ScoredImage
 
     for start in range(0, len(lowest), _EXPLAINED):
         images: dict[int, Image.Image] = {}
@@ -292,4 +292,4 @@ def _shown(
             again = dict(zip(images, judged, strict=True))
         for row, verdict in lowest[start : start + _EXPLAINED]:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
-            yield Shown(verdict._replace(why=again[row].why) if row in again else verdict, images.get(row))
+            yield ScoredImage(verdict._replace(why=again[row].why) if row in again else verdict, images.get(row))

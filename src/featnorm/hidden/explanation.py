@@ -69,7 +69,8 @@ class Explanation:
         usual = self.on_rate >= _OWN
         off, on = float((1 - self.on_rate)[usual].sum()), float(self.on_rate[~usual].sum())
         return (
-            f"Taken for {self.predicted_name}. Of the {int(usual.sum())} units that are on for most of {self._peers}, "
+            f"Taken for {self.predicted_name}. "
+            f"Of the {int(usual.sum())} units that are on for most of {self._peers}, "
             f"{len(self.inactive_units)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
             f"{len(self.unexpected_units)} are on ({on:.0f} expected)."
         )

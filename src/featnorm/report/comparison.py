@@ -28,7 +28,7 @@ _PATTERN_WIDTH = 200
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _Mistake:
     """An input that a detector gets wrong."""
 
     index: int
@@ -44,7 +44,7 @@ class _Mistakes:
     is_id: bool
     wrong: int
     total: int
-    shown: list[_Shown]
+    shown: list[_Mistake]
 
     @property
     def share(self) -> str:
@@ -190,7 +190,7 @@ def _mistakes(
 ) -> _Mistakes:
     indices = np.flatnonzero(wrong)
     worst = indices[np.argsort(scores[indices] if is_id else -scores[indices], kind="stable")][:_MOST_SHOWN]
-    shown = [_Shown(int(i), number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
+    shown = [_Mistake(int(i), number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
     return _Mistakes(key, is_id, len(indices), len(scores), shown)
 
 

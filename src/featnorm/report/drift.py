@@ -21,7 +21,7 @@ _LEAST_IMAGES = 20
 Array = npt.NDArray[np.float64]
 
 
-class Course:
+class StreamHistory:
     """The course of a stream in a bounded number of points, and its latest scores.
 
     A point stands for as many images as any other but the last; when there are too many, neighbors become one.
@@ -77,7 +77,7 @@ class Course:
 def write_drift_page(
     path: Path,
     monitor: DriftMonitor,
-    course: Course,
+    history: StreamHistory,
     calibration: Calibration,
     *,
     summary: str,
@@ -88,13 +88,13 @@ def write_drift_page(
     Parameters
     ----------
     path : the file to write, in a directory that exists; a file that is there is replaced.
-    monitor, course : what took the stream, of at least one score.
+    monitor, history : what took the stream, of at least one score.
     calibration : what the scores are of.
     summary, facts : sentences under the heading, and what a reader should know, by short names.
     """
     alarmed_at = None if monitor.alarmed_at is None else monitor.alarmed_at + 1
-    edges, means = course.mean_p_values()
-    known, latest = calibration.scores.numpy(), np.array(course.latest)
+    edges, means = history.mean_p_values()
+    known, latest = calibration.scores.numpy(), np.array(history.latest)
     # Of means of uniform p-values, whose variance is 1/12; the calibration scores vary as those of a stretch do.
     usual = 1.96 * np.sqrt((1 / np.diff(edges) + 1 / len(known)) / 12)
     threshold = float(calibration.threshold)
@@ -110,13 +110,13 @@ def write_drift_page(
         summary=summary,
         facts=facts,
         alarmed_at=alarmed_at,
-        alarm_odds=odds(monitor.alarm_level),
+        alarm_evidence=format_evidence(monitor.alarm_level),
         evidence=plots.evidence(
-            *course.evidence(),
+            *history.evidence(),
             monitor.alarm_level,
             alarmed_at,
             prefix="e",
-            label=f"Evidence for drift over {course.count} images; the most is {odds(monitor.highest)}.",
+            label=f"Evidence for drift over {history.count} images, at most {format_evidence(monitor.highest)}.",
         ),
         p_values=plots.mean_p_values(
             edges,
@@ -139,7 +139,7 @@ def write_drift_page(
     write(path, html)
 
 
-def odds(log10: float) -> str:
+def format_evidence(log10: float) -> str:
     """Return evidence, given by its logarithm, for people."""
     if log10 >= 6:
         return f"10^{log10:.0f} to 1"

@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
 
 
 @dataclass(frozen=True)
-class Shown:
+class ScoredImage:
     """An image that the page shows; without its picture where that cannot be had."""
 
     verdict: ImageVerdict
@@ -51,7 +51,7 @@ def write_scores_page(
     known: Array,
     scores: Array,
     threshold: float,
-    shown: Iterable[Shown],
+    shown: Iterable[ScoredImage],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
 ) -> None:
@@ -105,7 +105,7 @@ def write_scores_page(
     write(path, html)
 
 
-def _card(i: int, one: Shown, known: Array, low: float, high: float) -> _Card:
+def _card(i: int, one: ScoredImage, known: Array, low: float, high: float) -> _Card:
     verdict = one.verdict
     assert verdict.score is not None
     above = float(np.mean(known > verdict.score))

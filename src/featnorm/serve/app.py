@@ -29,7 +29,7 @@ from featnorm.serve.hosts import HostCheck, allowed_name
 from featnorm.serve.limits import RETRY, BodyBound, Limits
 from featnorm.serve.metrics import Metrics
 from featnorm.serve.page import render_page
-from featnorm.serve.requests import RequestLog, Tally, problem
+from featnorm.serve.requests import RequestCounts, RequestLog, problem
 from featnorm.serve.workers import Workers
 
 _BINS = 12, 40
@@ -206,13 +206,13 @@ def create_app(
             return await mine.batcher.score(await read_uploads(body, limits, mine.parser), explain)
 
         verdicts = await _while_there(request, judged(), limits)
-        tally: Tally = request.state.tally
+        counts: RequestCounts = request.state.counts
         for verdict in verdicts:
             metrics.image(verdict)
-            tally.images += 1
-            tally.flagged += verdict.is_id is False
-            tally.unreadable += verdict.error is not None
-        status = 422 if tally.unreadable == tally.images else 200
+            counts.images += 1
+            counts.flagged += verdict.is_id is False
+            counts.unreadable += verdict.error is not None
+        status = 422 if counts.unreadable == counts.images else 200
         return JSONResponse({"results": [_result(verdict, explain) for verdict in verdicts]}, status)
 
     @app.get(

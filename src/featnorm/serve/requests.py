@@ -24,7 +24,7 @@ _GONE = 499
 
 
 @dataclass
-class Tally:
+class RequestCounts:
     """What became of the images of a request."""
 
     images: int = 0
@@ -46,15 +46,15 @@ class RequestLog:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; its state gets ``request_id`` and ``tally``."""
+        """Pass a request on; its state gets ``request_id`` and ``counts``."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        tally = Tally()
-        scope.setdefault("state", {}).update(request_id=request_id, tally=tally)
+        counts = RequestCounts()
+        scope.setdefault("state", {}).update(request_id=request_id, counts=counts)
         status = _GONE
 
         async def named(message: Message) -> None:
@@ -87,7 +87,7 @@ class RequestLog:
                 "route": route,
                 "status": status,
                 "milliseconds": round(1000 * seconds, 1),
-                **vars(tally),
+                **vars(counts),
                 "request_id": request_id,
             }
             log.info("request", extra={"fields": line})
