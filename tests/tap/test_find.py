@@ -637,7 +637,7 @@ def test_a_norm_between_pool_and_classifier(norm: nn.Module, images: Tensor) -> 
     same(f.pooled, net.norm(F.relu(net.conv(images)).mean((2, 3))))
     if isinstance(norm, nn.LayerNorm):
         assert_absent(f, "activation")
-        assert "normalisation" in FeatureTap(net).trace(images).describe()
+        assert "normalization" in FeatureTap(net).trace(images).describe()
 
 
 def test_a_residual_sum_that_is_rectified_before_the_pool(images: Tensor) -> None:
@@ -1087,7 +1087,7 @@ def test_a_transformer(pool: str, norm: bool) -> None:
     assert_reproduces(f, "pooled", net(tokens))
     words = FeatureTap(net).trace(tokens).describe()
     assert "do not apply" in words
-    assert ("normalisation" in words) == norm
+    assert ("normalization" in words) == norm
 
 
 @pytest.mark.parametrize("functional", [True, False])
@@ -1471,7 +1471,7 @@ def test_an_embedding_beside_logits_of_another_head(images):
     torch.testing.assert_close(features.embedding, head(pooled))
     torch.testing.assert_close(features.logits, model[1].rotation(pooled))
     assert "hidden layer of an MLP head" in tap.describe()
-    with pytest.raises(ValueError, match="the logits are of another head"):
+    with pytest.raises(ValueError, match="the logits come from another head"):
         features.linear()
 
 

@@ -257,14 +257,14 @@ def mixing(m, h):
 @pytest.mark.parametrize(
     ("behind", "message"),
     [
-        (detached, "its gradients do not tell"),
-        (without_gradients, "its gradients do not tell"),
-        (mixing, "its gradients do not tell"),
-        (lambda m, h: m.b(m.norm(h * 1e5)), "passes layer_norm"),
+        (detached, "gradients of the model after the layer do not predict"),
+        (without_gradients, "gradients of the model after the layer do not predict"),
+        (mixing, "gradients of the model after the layer do not predict"),
+        (lambda m, h: m.b(m.norm(h * 1e5)), "contains layer_norm"),
         (lambda m, h: m.b(h) * m.c(h).sigmoid(), "product of two.* and sigmoid"),
-        (lambda m, h: m.b(torch.maximum(h, m.c(h).mean(1, keepdim=True))), "passes maximum"),
+        (lambda m, h: m.b(torch.maximum(h, m.c(h).mean(1, keepdim=True))), "contains maximum"),
         (lambda m, h: m.b(h) / (1 + h.sum(1, keepdim=True)), "product of two"),
-        (lambda m, h: m.b(h.sign()), "passes sign"),
+        (lambda m, h: m.b(h.sign()), "contains sign"),
         (lambda m, h: m.b(torch.zeros_like(h)), "do not depend on"),
     ],
 )

@@ -146,7 +146,7 @@ def test_what_is_found_is_what_a_manual_pass_gives(case: Listened) -> None:
     assert features.embedding is None
     if expected.width is None:
         assert features.activation is None
-        assert "normalisation" in features.absent["activation"]
+        assert "normalization" in features.absent["activation"]
     else:
         assert features.activation.shape == (3, expected.width)
         torch.testing.assert_close(features.activation, activation.flatten(1), rtol=1e-4, atol=1e-5)
