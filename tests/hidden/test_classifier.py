@@ -113,5 +113,5 @@ def test_what_does_not_fit_is_named():
     hidden = HiddenClassifier(a, torch.rand(2, 3))
     with pytest.raises(ValueError, match="from 0 to 1"):
         hidden.agreement(torch.tensor([0, 1, 2, 0]))
-    with pytest.raises(ValueError, match="one class an input"):
+    with pytest.raises(ValueError, match="one class per input"):
         hidden.parts(torch.tensor([0, 1]))
