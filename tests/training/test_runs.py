@@ -155,7 +155,7 @@ def test_a_log_that_does_not_fit_the_checkpoint_costs_no_epoch(tmp_path, monkeyp
         file.write_bytes({"damaged": good.replace(b"0", b"1", 1), "empty": b"", "cut": first}[what])
     said = {"damaged": "line 1 of .* is damaged", "a folder": "is a folder where a file is expected"}.get(
         what,
-        f"has no line of epoch {2 if what == 'cut' else 1}, and checkpoint.pt beside it is of epoch 2: restore",
+        f"has no line for epoch {2 if what == 'cut' else 1}, but checkpoint.pt next to it is of epoch 2: restore",
     )
     with pytest.raises(ValueError, match=said):
         fit(tmp_path)
