@@ -62,7 +62,7 @@ class Comparison:
     def __init__(self, request, benchmark):
         self._config = request.config
         self._benchmark = benchmark
-        self._theme = request.module.__name__.removeprefix("test_")
+        self._theme = request.module.__name__.rpartition(".")[2].removeprefix("test_")
 
     def time(
         self,

@@ -1,4 +1,4 @@
-"""Streamed fits up to the first score, compared with the product X'X: at most 1.25 times its time, and few d x d."""
+"""Streamed fits up to the first score, compared with the product X'X: at most 1.25 times the time, few d x d."""
 
 import pytest
 import torch
