@@ -31,7 +31,8 @@ def workers():
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     # Workers do not import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield Cluster("cpu")
+    with Cluster("cpu") as cluster:
+        yield cluster
     ray.shutdown()
 
 
@@ -92,6 +93,24 @@ def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     wanted = [0, 2, 3, 6]  # the last of three images
     assert_same(remote(workers, scorer, source, wanted), [expected[i] for i in wanted])
     assert list(workers.score(scorer, source, [], batch_size=BATCH)) == []
+
+
+def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tiny, cache, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 1)
+    loaded = replace(tiny, transform=lambda image: torch.zeros(3, 8, 8))
+    source = SlicedImages(open_images(str(folder)), range(1, 41), "forty")
+    taken, numbers = [], []
+    answers = workers._answers
+
+    def counting(method, calls, ordered):
+        return answers(method, (taken.append(1) or call for call in calls), ordered)
+
+    monkeypatch.setattr(workers, "_answers", counting)
+    for part in workers.extract(loaded, tiny.model, batch_size=2)(source):
+        numbers.append(part.rows[0])
+        assert len(taken) <= len(numbers) + cluster._CALLS * workers.actors.count
+    assert numbers == list(range(0, 40, 2))
+    assert len(taken) == 20
 
 
 class Deadly(ImageSource):
@@ -193,7 +212,21 @@ def test_devices_that_there_are(workers):
     assert cluster._actors("cpu", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(32, "cpu", 1, 0)
 
 
+def test_actors_stay_for_the_next_work_until_the_cluster_is_closed(workers, folder, tiny, cache):
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedImages(open_images(str(folder)), range(4), "some")
+    remote(workers, scorer, source)
+    stayed = set(workers._ready) | set(workers._starting.values())
+    remote(workers, scorer, SlicedImages(open_images(str(folder)), range(4, 8), "others"))
+    assert stayed == set(workers._ready) | set(workers._starting.values())
+    workers.close()
+    assert not workers._ready
+    assert not workers._starting
+
+
 def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypatch):
+    # They hold all processors, which the commands' own need.
+    workers.close()
     # One shard, and so one actor, for each command: another takes seconds to begin.
     size = 16
     backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", size)

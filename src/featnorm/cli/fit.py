@@ -61,22 +61,22 @@ def run(options: Options) -> None:
         label_column=options.label_column,
     )
     loaded = create_model(options.model, weights=options.weights)
-    cluster = cluster_of(options.device, options.ray)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, options.targets)
-    fitted = fit_images(
-        source,
-        loaded,
-        detector=detector,
-        targets=cast(Targets, options.targets),
-        tpr=options.tpr,
-        cache=options.cache,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        fabric=fabric_of(options.device, options.precision),
-        ray=cluster,
-        seed=options.seed,
-    )
+    with cluster_of(options.device, options.ray) as cluster:
+        fitted = fit_images(
+            source,
+            loaded,
+            detector=detector,
+            targets=cast(Targets, options.targets),
+            tpr=options.tpr,
+            cache=options.cache,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            fabric=fabric_of(options.device, options.precision),
+            ray=cluster,
+            seed=options.seed,
+        )
     try:
         fitted.scorer.save(options.out)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
-def cluster_of(device: str, ray: bool) -> Any:
-    """Return the Ray cluster where it is asked for, else None."""
+def cluster_of(device: str, ray: bool) -> AbstractContextManager[Any]:
+    """Return the Ray cluster where it is asked for, else a context of None."""
     if not ray:
-        return None
+        return nullcontext()
     from featnorm.cluster import Cluster
 
     return Cluster(device)

@@ -135,10 +135,15 @@ def run(options: Options) -> None:
     fitted_in = scorer.facts.get("precision", options.precision)
     if fitted_in != options.precision:
         console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
-    cluster, trace = cluster_of(options.device, options.ray), None
+    with cluster_of(options.device, options.ray) as cluster:
+        _score(options, scorer, source, fabric, cluster)
+
+
+def _score(options: Options, scorer: ImageScorer, source: ImageSource, fabric: Any, cluster: Any) -> None:
+    watch = None
     if cluster is None:
         scorer.scorer = fabric.to_device(scorer.scorer)
-        trace = _Watch(scorer.scorer.model)
+        watch = _Watch(scorer.scorer.model)
     began = time.perf_counter()
     tally = _Tally()
 
@@ -157,12 +162,12 @@ def run(options: Options) -> None:
     place = options.out or options.html
     if place is None:
         judged = _print(judge(every), tally)
-        pace = _pace(judged, time.perf_counter() - began, trace, cluster)
+        pace = _pace(judged, time.perf_counter() - began, watch, cluster)
     else:
         with _journal(options, place, source) as journal:
             judged = _judge(judge, journal.missing(len(every)), len(source), journal)
             # Before the page, which asks the model again.
-            pace = _pace(judged, time.perf_counter() - began, trace, cluster)
+            pace = _pace(judged, time.perf_counter() - began, watch, cluster)
             for verdict in journal:
                 tally.add(verdict)
             if options.out is not None:
@@ -186,9 +191,9 @@ def run(options: Options) -> None:
         )
 
 
-def _pace(judged: int, seconds: float, trace: _Watch | None, cluster: Any) -> str:
-    if trace is not None:
-        where = f"{trace.seconds / seconds:.0%} of the time in the model itself"
+def _pace(judged: int, seconds: float, watch: _Watch | None, cluster: Any) -> str:
+    if watch is not None:
+        where = f"{watch.seconds / seconds:.0%} of the time in the model itself"
     else:
         where = f"by at most {cluster.actors.count} actors of {cluster.actors.device}"
     return f"{judged / seconds:.0f} images per second, {where}."
