@@ -1,4 +1,4 @@
-"""Random views: each image's is what torchvision makes of it alone, and they are drawn as they should be."""
+"""Random views: each equals torchvision's view of the single image, and the parameters are drawn correctly."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_a_crop_is_cut_from_the_moved_image():
 
 
 def one_by_one(image, drawn, i, side):
-    """The same by torchvision's functions."""
+    """Return the view computed by torchvision's functions."""
     top, left, height, width = (int(v) for v in drawn.box[i])
     view = reference.resized_crop(image, top, left, height, width, [side, side], antialias=False)
     if drawn.flip[i]:

@@ -1,4 +1,4 @@
-"""Explanations, on a network whose units do what their weights say."""
+"""Explanations of a network with hand-written weights."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import featnorm as fn
 
 
 def network():
-    """Two classes of four units each, and one unit that nothing reads."""
+    """Return a network with two classes of four units each, and one unused unit."""
     model = nn.Sequential(nn.Linear(9, 9, bias=False), nn.ReLU(), nn.Linear(9, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(9))

@@ -1,4 +1,4 @@
-"""The hidden classifier as functions of tensors: Theorem 3, equation 8, Corollary 4, against plain loops."""
+"""The hidden classifier as functions of tensors: Theorem 3, equation 8 and Corollary 4, compared with loops."""
 
 import math
 
@@ -24,7 +24,7 @@ def classifiers(draw, inputs=None):
 
 
 def rows(hidden):
-    """The coefficients of each input as (n, K, d) lists."""
+    """Return the coefficients of each input as (n, K, d) lists."""
     n = len(hidden)
     c = hidden.coefficients
     return (c if c.ndim == 3 else c.expand(n, *c.shape)).tolist()

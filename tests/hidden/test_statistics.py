@@ -1,4 +1,4 @@
-"""Activation statistics against plain counting, in batches and in merged halves."""
+"""Activation statistics compared with counting, in batches and in merged halves."""
 
 import math
 

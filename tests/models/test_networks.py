@@ -1,4 +1,4 @@
-"""The paper's networks, and that the tap finds their last hidden layer without help."""
+"""The paper's networks, in which `FeatureTap` finds the last hidden layer."""
 
 import pytest
 import timm
