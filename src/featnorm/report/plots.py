@@ -113,7 +113,7 @@ def histogram(
     # The extra bars are set off by one and a half bins, to show that they are different.
     ends = [(low - 2.5 * width, low - 1.5 * width), (high + 1.5 * width, high + 2.5 * width)]
 
-    with _axes(_HISTOGRAM, "score (higher: more in-distribution)", "share of the set in a bin") as (figure, ax):
+    with _axes(_HISTOGRAM, "score (higher: more in-distribution)", "share of the set per bin") as (figure, ax):
 
         def bars(index: int, shares: npt.ArrayLike, edges: npt.ArrayLike) -> None:
             filled = index == 0 or len(samples) <= 3
