@@ -1,7 +1,7 @@
-"""`featnorm score` on JPEGs against the bare model on decoded tensors: the mark is 90 % of its throughput.
+"""`featnorm score` on JPEGs, compared with the bare model on decoded tensors: the mark is 90 % of its throughput.
 
-The mark is for where decoding fits the cores, which is where some are left beside the model's. On the same cores
-no more is possible than the model after the decoding, which is the second row.
+The mark is for machines with cores to spare for decoding. If decoding and the model share the same cores, running
+the model after the decoding is the lower limit, which is the second row.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ DISTINCT = 500
 
 
 def photographs(folder, n):
-    """Noise that is smooth and fine at once, so that a JPEG of it is about as large as a photograph's."""
+    """Write images of smooth and fine noise, whose JPEGs are about as large as those of photographs."""
     random = np.random.default_rng(0)
     folder.mkdir()
     contents = []
@@ -86,7 +86,7 @@ def test_score(compare, size, tmp_path):
             "the model on decoded tensors": (bare, 1 / 0.9),
             "decoding by all cores, then the model": (one_after_the_other, None),
         },
-        rounds=1,  # of several minutes and hundreds of batches each
+        rounds=1,  # each round takes several minutes and hundreds of batches
         sizes=f"{n:,} JPEGs of 256 x 256, {loaded.name}, batches of {BATCH}",
         warm=False,
     )

@@ -86,11 +86,13 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     features = scorer.scorer.tap(images)
     for i, one in enumerate(explained):
         assert one.predicted == int(verdict.logits[i].argmax())
-        assert one.called == (f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted])
+        assert one.predicted_name == (
+            f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted]
+        )
         assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
         assert torch.equal(one.activation, features.activation[i])
     assert explained[3].seen > 0
-    assert len(explained[3].missing) <= len(explained[0].missing)
+    assert len(explained[3].inactive_units) <= len(explained[0].inactive_units)
     scorer.statistics = None
     with pytest.raises(ValueError, match="holds no statistics"):
         scorer.judge(images, "abcd", explain=[0])

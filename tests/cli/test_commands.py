@@ -228,7 +228,7 @@ def test_inspect_says_what_was_found(featnorm, weights, tmp_path):
     status, printed, _ = featnorm("inspect", "--model", MODEL, "--weights", weights, "--data", known)
     assert status == 0
     assert "pool of rectified maps" in printed
-    assert "On the 8 inputs seen" in printed
+    assert "off for the 8 inputs" in printed
 
 
 def test_imagenet_benchmark_runs_on_the_real_data(featnorm, shared_data):

@@ -135,7 +135,7 @@ def test_score_writes_a_page(featnorm, detector, known, tmp_path):
     cards = re.findall(r'<p class="name">(.*?)</p>', page)
     assert cards == [html.escape(name) for _, name in scores[:100]]
     assert page.count("<image ") == 100
-    assert page.count("units that carry the norm") == 100
+    assert page.count("largest units") == 100
     assert "not an image in a format that featnorm reads" in page
     assert "<b>" not in page
     assert not list(tmp_path.glob(".*")), "the journal is gone"

@@ -139,9 +139,9 @@ def test_the_page_shows_the_stream(featnorm, detector, tmp_path):
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     check(page)
     assert page.source.startswith("<!doctype html>")
-    for words in ("Drift", "t <b>.csv", "600 calibration scores", "the latest 1,000 scores", "alarm, at 100 to 1",
-                  "log₁₀ of the evidence", "mean p-value", "image, in order of time", "the alarm, at image 2,",
-                  "day/0"):  # fmt: skip
+    for words in ("Drift", "t <b>.csv", "600 calibration scores", "the latest 1,000 scores",
+                  "alarm level, 100 to 1", "log₁₀ of the evidence", "mean p-value",
+                  "image, in order of time", "alarm at image 2,", "day/0"):  # fmt: skip
         assert words in page.text
     assert len(page.source) < 200_000
 

@@ -1,4 +1,4 @@
-"""The network that comes with the package is the one that its card describes."""
+"""The network that is included in the package matches its model card."""
 
 from pathlib import Path
 

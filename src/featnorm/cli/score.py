@@ -295,7 +295,7 @@ def _write_page(path: Path, scorer: ImageScorer, source: ImageSource, tally: _Ta
         summary=f"{_summary(tally)} {scorer.scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": environment()["date"]},
-        known=calibration.scores.cpu().numpy(),
+        calibration_scores=calibration.scores.cpu().numpy(),
         scores=np.asarray(tally.scores, np.float64),
         threshold=float(calibration.threshold),
         shown=_shown(scorer, source, tally.lowest, fabric),

@@ -1,4 +1,4 @@
-"""What featnorm found, as pages that need no network, and as tables for a terminal or a document.
+"""Reports: HTML pages that work offline, and tables for a terminal or a document.
 
-The modules are imported by those who use them: matplotlib takes half a second, and not all of them need torch.
+The modules are not imported here: importing matplotlib takes half a second, and not all of them need torch.
 """
