@@ -20,7 +20,7 @@ from featnorm.inputs import (
     ImageSource,
     cache,
     extract_images,
-    open_images,
+    open_source,
 )
 
 BATCH = 4
@@ -73,7 +73,7 @@ def ask(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_content_is_asked_for_once(folder: Path, tmp_path: Path, workers: int) -> None:
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     cache = FeatureCache(tmp_path / "cache", "key")
     backbone = Backbone()
     found = ask(cache, source, backbone, workers)
@@ -99,7 +99,7 @@ def test_every_content_is_asked_for_once(folder: Path, tmp_path: Path, workers: 
 @pytest.mark.parametrize("die_at", [0, 1, 2])
 @pytest.mark.parametrize("torn", ["nothing", "features", "index"])
 def test_a_killed_one_goes_on_with_the_same_batches(folder: Path, tmp_path: Path, die_at: int, torn: str) -> None:
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     whole = Backbone()
     wanted = ask(FeatureCache(tmp_path / "whole", "key"), source, whole)
     cache = FeatureCache(tmp_path / "killed", "key")
@@ -123,14 +123,14 @@ def test_a_killed_one_goes_on_with_the_same_batches(folder: Path, tmp_path: Path
 
 def test_a_changed_image_is_seen_and_a_moved_one_is_known(folder: Path, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", "key")
-    ask(cache, open_images(str(folder)), Backbone())
+    ask(cache, open_source(str(folder)), Backbone())
     before = (folder / "08.png").stat()
     paint(folder / "08.png", 200)
     os.utime(folder / "08.png", ns=(before.st_atime_ns, before.st_mtime_ns))
     (folder / "10.png").rename(folder / "99.png")
     paint(folder / "04.png", 77)  # was corrupt
     backbone = Backbone()
-    found = ask(cache, open_images(str(folder)), backbone)
+    found = ask(cache, open_source(str(folder)), backbone)
     assert backbone.asked == [[77, 200]]
     assert {round(7 * float(red)) for red in found.values[:, 0]} >= {77, 200, 10}
     assert 8 not in {round(7 * float(red)) for red in found.values[:, 0]}
@@ -145,7 +145,7 @@ def test_what_could_not_be_read_is_tried_again(
         raise OSError(24, "Too many open files")
 
     cache = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     with monkeypatch.context() as patch:
         patch.setattr(images.Image, "open", busy)
         with pytest.raises(DataError, match="Too many open files"):
@@ -157,16 +157,16 @@ def test_what_could_not_be_read_is_tried_again(
 
 
 def test_parquet_and_slices(shared_data: Path, tmp_path: Path) -> None:
-    source = open_images("tiny_imagenet:val[:40]", root=shared_data)
+    source = open_source("tiny_imagenet:val[:40]", root=shared_data)
     cache = FeatureCache(tmp_path, "key")
     found = ask(cache, source, Backbone())
     assert found.computed == len(found.rows) == 40
-    assert found.digests[3] == open_images("tiny_imagenet:val", root=shared_data).digest(3)
-    assert ask(cache, open_images("tiny_imagenet:val[10:30]", root=shared_data), Backbone()).computed == 0
+    assert found.digests[3] == open_source("tiny_imagenet:val", root=shared_data).digest(3)
+    assert ask(cache, open_source("tiny_imagenet:val[10:30]", root=shared_data), Backbone()).computed == 0
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     cache = FeatureCache(tmp_path / "cache", "key")
     with pytest.raises(DataError, match=r"returned \(2, 3, 4, 5\) for 2 images, not features"):
         ask(cache, source, lambda images: images)
@@ -178,12 +178,12 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of the 20 images of images can be read; .*00.png: not an image"):
-        ask(FeatureCache(tmp_path / "none", "key"), open_images(str(folder)), Backbone())
+        ask(FeatureCache(tmp_path / "none", "key"), open_source(str(folder)), Backbone())
 
 
 def test_an_image_that_cannot_be_opened_is_named_and_tried_again(folder: Path, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     (folder / "08.png").rename(tmp_path / "away.png")
     found = ask(cache, source, Backbone())
     assert "No such file or directory" in dict(found.corrupt)[str(folder / "08.png")]
@@ -194,7 +194,7 @@ def test_an_image_that_cannot_be_opened_is_named_and_tried_again(folder: Path, t
 
 
 def test_features_of_one_pass_stay_in_the_file(folder: Path, tmp_path: Path) -> None:
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     known = ask(FeatureCache(tmp_path / "cache", "key"), source, Backbone())
     # Image 15 is a copy of 9, so that the places are not one after the other.
     assert not torch.equal(known.places, torch.arange(len(known.places)))
@@ -202,18 +202,18 @@ def test_features_of_one_pass_stay_in_the_file(folder: Path, tmp_path: Path) -> 
     assert [len(part) for part in parts] == [5, 5, 3]
     assert torch.equal(torch.cat(parts), known.values)
     (folder / "15.png").unlink()
-    known = ask(FeatureCache(tmp_path / "cache", "key"), open_images(str(folder)), Backbone())
+    known = ask(FeatureCache(tmp_path / "cache", "key"), open_source(str(folder)), Backbone())
     assert known.values.data_ptr() == known.stored.data_ptr()
     before = known.values.clone()
     known.values.zero_()  # whoever changes them does not change the file
-    again = ask(FeatureCache(tmp_path / "cache", "key"), open_images(str(folder)), Backbone())
+    again = ask(FeatureCache(tmp_path / "cache", "key"), open_source(str(folder)), Backbone())
     assert torch.equal(again.values, before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_that_are_replaced_meanwhile(folder: Path, tmp_path: Path, workers: int) -> None:
     known = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     before = {row: (folder / f"{row:02}.png").read_bytes() for row in range(20)}
 
     def extract(images: ImageSource) -> Iterator[Extracted]:
@@ -338,7 +338,7 @@ def test_a_damaged_cache_is_as_good_as_a_whole_one(
     # Batches of 4, of which the first has two that are corrupt.
     for i in (1, 3):
         (folder / f"{i:02}.png").write_bytes(f"broken {i}".encode())
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     known = FeatureCache(tmp_path / "cache", "key")
     backbone = Backbone()
     whole = ask(known, source, backbone)
@@ -370,7 +370,7 @@ def test_a_power_cut_loses_the_batch_at_work_at_most(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     # What is on the disk is what was there when it was last waited for.
     durable: dict[str, bytes] = {}
     folders: list[Path] = []
@@ -410,7 +410,7 @@ def test_a_power_cut_loses_the_batch_at_work_at_most(
 @pytest.mark.parametrize("width", [3, 3000])
 def test_a_full_disk_is_told_and_loses_nothing(folder: Path, tmp_path: Path, width: int) -> None:
     resource = pytest.importorskip("resource")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     whole = Backbone(width=width)
     wanted = ask(FeatureCache(tmp_path / "whole", "key"), source, whole)
     files = [(FeatureCache(tmp_path / "whole", "key").folder / name) for name in ("features.f32", "index.jsonl")]
@@ -440,7 +440,7 @@ def test_a_full_disk_is_told_and_loses_nothing(folder: Path, tmp_path: Path, wid
 def test_a_place_that_cannot_be_written_is_told_before_the_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_images(str(folder))
+    source = open_source(str(folder))
 
     def never(*_: object) -> bytes:
         raise AssertionError("the work has begun")
@@ -462,4 +462,4 @@ def test_a_cache_of_an_earlier_format_is_not_read(folder: Path, tmp_path: Path) 
     old = tmp_path / known.folder.name.removeprefix("2-")
     old.mkdir()
     (old / "index.jsonl").write_text('{"width": 3, "digests": [], "corrupt": []}\n')
-    assert ask(known, open_images(str(folder)), Backbone()).damaged == 0
+    assert ask(known, open_source(str(folder)), Backbone()).damaged == 0

@@ -33,6 +33,11 @@ def said(error: BaseException) -> str:
     return next((f"{name}: {line.strip()}" for line in str(error).splitlines() if line.strip()), name)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the message of an error, cut to one line; its type if it has no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def is_featnorms(file: str) -> bool:
     """Whether a source file is featnorm's own."""
     return file.startswith(_PACKAGE)

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featnorm._utils.files import WriteError, acquire_lock, flush_to_disk, replacing, sync_folder
-from featnorm.inputs.images import DataError, ImageError, ImageSource, SlicedImages
 from featnorm.inputs.loading import Extracted
+from featnorm.inputs.source import DataError, ImageSource, ItemError, SlicedSource
 
 # Caches of other formats lie in other folders, and are not read.
 _FORMAT = 2
@@ -129,7 +129,7 @@ class FeatureCache:
             # features, have not.
             while missing := _missing(store, digests, tried):
                 tried.update(missing)
-                images = SlicedImages(source, missing, source.title)
+                images = SlicedSource(source, missing, source.title)
                 with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
                     for part in extract(images):
                         values = None if part.values is None else _checked(part.values, part.indices, images)
@@ -450,7 +450,7 @@ def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], 
     for row in tqdm(range(len(source)), unit="image", desc="looking for changes", disable=hide, leave=False):
         try:
             digests[row] = source.digest(row)
-        except ImageError as error:
+        except ItemError as error:
             unread[row] = error.reason
     return digests, unread
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, said
 from featnorm._utils.memory import in_parts
-from featnorm.inputs.images import DataError, ImageError, ImageSource, is_first_of_several
+from featnorm.inputs.decoding import is_first_of_several
+from featnorm.inputs.source import DataError, ImageSource, ItemError
 
 _FEW = 256  # images; below, there is nothing to gain from threads
 _MAX_WORKERS = 8
@@ -140,7 +141,7 @@ class _Batches:
                 raise _Stopped
             try:
                 image, part.digests[i] = self.source.read(i)
-            except ImageError as error:
+            except ItemError as error:
                 part.unread[i] = error.reason
                 if error.digest is not None:
                     part.digests[i] = error.digest
@@ -372,13 +373,13 @@ def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None
 
     Raises
     ------
-    ImageError
+    ItemError
         An image cannot be read: of a benchmark none may be left out.
     """
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     hidden = None if progress is None else not progress
     for i in tqdm(range(len(source)), desc=source.title, unit="image", disable=hidden, leave=False):
-        image = source.image(i)
+        image = source.item(i)
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
