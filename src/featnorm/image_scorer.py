@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_text
-from featnorm._utils.errors import at, said
+from featnorm._utils.errors import at, first_line, said
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.memory import in_parts
 from featnorm._utils.weights import load_weights, single_precision
@@ -24,7 +24,6 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.explanation import Explanation, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import ImageSource, image_loader
-from featnorm.inputs.images import first_line
 from featnorm.inputs.loading import named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, ProjectionHead, create_model, cut_classifier
 from featnorm.models.loading import is_users, users_forward, users_transform

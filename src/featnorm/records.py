@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Self
 
 from filelock import Timeout
 
+from featnorm._utils.errors import first_line
+from featnorm._utils.extras import vision_module
 from featnorm._utils.files import acquire_lock, append, refuse_folder, replacing, write_text
 from featnorm._utils.sealed import seal, unseal
 from featnorm.image_scorer import ImageVerdict
 from featnorm.inputs import ImageSource
-from featnorm.inputs.images import first_line, vision_module
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
 FORMATS = (".csv", ".jsonl", ".parquet")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from featnorm import archive
 from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs import open_to_score
+from featnorm.inputs import open_source
 from featnorm.records import Journal, images_digest
 from hostile import hostile_files
 
@@ -486,21 +486,21 @@ def test_a_journal_is_of_these_images_and_one_process(tmp_path):
 
 def test_a_changed_image_is_another(tmp_path):
     folder = pictures(tmp_path / "p", 3, 0)
-    before = images_digest(open_to_score([str(folder)]))
-    assert images_digest(open_to_score([str(folder)])) == before
+    before = images_digest(open_source(str(folder)))
+    assert images_digest(open_source(str(folder))) == before
     os.utime(folder / "0001.png", ns=(1, 1))
-    assert images_digest(open_to_score([str(folder)])) != before
+    assert images_digest(open_source(str(folder))) != before
 
 
 def test_rows_of_two_tables_are_told_apart(shared_data):
-    source = open_to_score(["tiny_imagenet:val[:2]", "ood32/mnist[:2]"], root=shared_data)
+    source = open_source("tiny_imagenet:val[:2]", "ood32/mnist[:2]", root=shared_data)
     assert len({source.name(i) for i in range(4)}) == len({source.identity(i) for i in range(4)}) == 4
 
 
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
     folder = pictures(tmp_path / "p", 2, 0)
     os.mkfifo(folder / "pipe")
-    assert len(open_to_score([str(folder)])) == 2
+    assert len(open_source(str(folder))) == 2
 
 
 def test_what_is_refused(featnorm, detector, known, tmp_path):

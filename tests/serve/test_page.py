@@ -11,7 +11,7 @@ import uvicorn
 from PIL import Image
 
 import featnorm as fn
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.serve import Limits, create_app
 from featnorm.serve.server import _Server, bind
 
@@ -23,7 +23,7 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 
 @pytest.fixture(scope="module")
 def scorer(folder, loaded, cache):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     return fn.fit_images(source, loaded, detector=fn.KNN(k=3), cache=cache, progress=False, workers=0).scorer
 
 

@@ -34,7 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import featnorm as fn
 from asking import Asking, running, until
 from featnorm.cli import serve
-from featnorm.inputs import SlicedImages, open_images
+from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
 from featnorm.serve import Limits, bodies, create_app
 from featnorm.serve import app as service
@@ -121,7 +121,7 @@ class Held:
 
 
 def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
-    source = SlicedImages(open_images(str(new)), range(5, 10), "five")
+    source = SlicedSource(open_source(str(new)), range(5, 10), "five")
     rows = [row for batch in fitted.stream(source, workers=0) for row in batch]
     files = [(new / row.name).read_bytes() for row in rows]
     whole = client.post("/v1/score", json={"images": [text(data) for data in files]})

@@ -23,7 +23,7 @@ from featnorm.cli.show import (
 from featnorm.detectors import parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
-from featnorm.inputs import DataError, ImageSource, image_loader, open_images
+from featnorm.inputs import DataError, ImageSource, image_loader, open_source
 from featnorm.inputs.formats import PassedOver
 from featnorm.inputs.loading import named
 from featnorm.models import create_model
@@ -114,11 +114,11 @@ def run(options: Options) -> None:
     _refuse_twice(options)
 
     def labeled(spec: str) -> ImageSource:
-        return open_images(spec, root=options.data_root, label_column=options.label_column)
+        return open_source(spec, root=options.data_root, label_column=options.label_column)
 
     fit = None if options.fit is None else labeled(options.fit)
     opened = [(options.id_data, labeled(options.id_data))]
-    opened += [(spec, open_images(spec, root=options.data_root, labels=False)) for spec in options.ood]
+    opened += [(spec, open_source(spec, root=options.data_root, labels=False)) for spec in options.ood]
     sources = _named(opened)
     id_name, *ood_names = sources
     for source in [sources[id_name], *([] if fit is None else [fit])]:
@@ -150,7 +150,7 @@ def run(options: Options) -> None:
     }
 
     def image(name: str, index: int) -> Image.Image:
-        return sources[name].image(reader.rows[name][index])
+        return sources[name].item(reader.rows[name][index])
 
     title = f"What does {options.model} know?"
     summary = f"Which detectors tell {', '.join(ood_names)} from {id_name}?"

@@ -18,7 +18,7 @@ from featnorm.cli.show import (
 )
 from featnorm.detectors import parse_detector
 from featnorm.fitting import Targets, fit_images
-from featnorm.inputs import ImageSource, open_images
+from featnorm.inputs import ImageSource, open_source
 from featnorm.models import create_model
 from featnorm.models.loading import is_users
 
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     require_file_place(options.out, [Path(options.data)])
     began = time.perf_counter()
     detector = parse_detector(options.detector)
-    source = open_images(
+    source = open_source(
         options.data,
         root=options.data_root,
         labels=options.targets != "clusters" or options.label_column is not None,

@@ -27,8 +27,8 @@ from featnorm.cli.show import (
     require_file_place,
 )
 from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import DataError, ImageError, ImageSource, SlicedImages, open_to_score
-from featnorm.inputs.images import DECODING
+from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource, open_source
+from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.loading import rows_of
 from featnorm.records import FORMATS, Journal, images_digest
 
@@ -131,7 +131,7 @@ def run(options: Options) -> None:
     scorer = ImageScorer.load(options.detector, model=options.model)
     if options.html is not None and scorer.scorer.calibration is None:
         raise ValueError(f"{options.detector} is not calibrated: there are no known scores to show others among")
-    source = open_to_score(options.images, root=options.data_root)
+    source = open_source(*options.images, root=options.data_root, labels=False, mix_splits=True)
     fitted_in = scorer.facts.get("precision", options.precision)
     if fitted_in != options.precision:
         console.print(f"fitted in {fitted_in}: scores in {options.precision} differ a little", style="dim")
@@ -149,7 +149,7 @@ def run(options: Options) -> None:
         rest = source
         if len(batches) < len(every):
             rows = [row for number in batches for row in rows_of(number, options.batch_size, len(source))]
-            rest = SlicedImages(source, rows, source.title)
+            rest = SlicedSource(source, rows, source.title)
         verdicts = scorer.stream(rest, workers=options.workers, fabric=fabric, **settings)
         return zip(batches, verdicts, strict=True)
 
@@ -282,8 +282,8 @@ def _shown(
         images: dict[int, Image.Image] = {}
         for row, _ in lowest[start : start + _EXPLAINED]:
             # A file that went away meanwhile costs its picture, not the page.
-            with contextlib.suppress(ImageError):
-                images[row] = source.image(row)
+            with contextlib.suppress(ItemError):
+                images[row] = source.item(row)
         again: dict[int, ImageVerdict] = {}
         if images and scorer.statistics is not None:
             batch = torch.stack([scorer.transform(image) for image in images.values()])

@@ -18,7 +18,7 @@ from featnorm.cluster.work import Extracting, Judging, Work
 from featnorm.detectors import KNN, Detector
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import Extracted, ImageSource, SlicedImages
+from featnorm.inputs import Extracted, ImageSource, SlicedSource
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 
@@ -242,7 +242,7 @@ class _Actor:
         source, ask = self._begun
         numbers = [number for shard in shards["batches"] for number in json.loads(shard)]
         rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(source))]
-        images = SlicedImages(source, rows, source.title)
+        images = SlicedSource(source, rows, source.title)
         try:
             for number, result in zip(numbers, ask(images), strict=True):
                 yield _row(number, result)

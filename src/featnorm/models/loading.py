@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, frames_of, is_featnorms, said
+from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, first_line, frames_of, is_featnorms, said
+from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
-from featnorm.inputs.images import first_line, vision_module
 from featnorm.models.packaged import load_model
 
 _OWN = "featnorm:"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.extras import vision_module
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import (
     KNN,
@@ -37,7 +38,6 @@ from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features
 from featnorm.inputs import CachedFeatures, ImageSource
-from featnorm.inputs.images import vision_module
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classifier
 from featnorm.paper.checkpoints import load_contrastive
 from featnorm.paper.cifar10 import keep_result, kept_result, percentages

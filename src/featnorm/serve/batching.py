@@ -13,8 +13,10 @@ import torch
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from featnorm._utils.errors import first_line
 from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs.images import ImageError, decode, first_line
+from featnorm.inputs.decoding import decode
+from featnorm.inputs.source import ItemError
 from featnorm.serve.bodies import Upload
 from featnorm.serve.decoding import Decoders
 from featnorm.serve.limits import RETRY, Limits
@@ -153,8 +155,8 @@ class Batcher:
         if upload.error is not None:
             return upload.error
         try:
-            image = decode(upload.data, upload.name, most_pixels=self._limits.pixels)
-        except ImageError as error:
+            image = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
+        except ItemError as error:
             return error.reason
         try:
             return self._prepare(image)

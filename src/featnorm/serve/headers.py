@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
+from featnorm.inputs.decoding import count_scans
 from featnorm.inputs.formats import FORMATS, HEAD_BYTES, format_of, register_format
-from featnorm.inputs.images import count_scans
 
 # A header of a million parts would keep a thread busy for seconds. The header that a camera writes takes some
 # hundred reads, and the chunks of a large PNG hold kilobytes each.

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from featnorm.inputs.images import MOST_PIXELS
+from featnorm.inputs.decoding import MAX_PIXELS
 
 RETRY = {"Retry-After": "1"}
 # Bodies of the largest size that may be in memory at once, of all requests together. Beyond, the request whose
@@ -69,8 +69,8 @@ class Limits:
             raise ValueError(
                 f"a request may hold {self.images} images, and the queue only {self.queue}: it must hold as many"
             )
-        if self.pixels > MOST_PIXELS:
-            raise ValueError(f"the bound pixels is {self.pixels}: Pillow itself refuses more than {MOST_PIXELS}")
+        if self.pixels > MAX_PIXELS:
+            raise ValueError(f"the bound pixels is {self.pixels}: Pillow itself refuses more than {MAX_PIXELS}")
         if self.pixels > self.queue_pixels:
             raise ValueError(
                 f"an image may have {self.pixels} pixels, and the queue only {self.queue_pixels}: "
