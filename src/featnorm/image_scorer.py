@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_text
-from featnorm._utils.errors import at, first_line, said
+from featnorm._utils.errors import error_site, error_text, first_line
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.memory import in_parts
 from featnorm._utils.weights import load_weights, single_precision
@@ -325,7 +325,8 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
         if not is_users(loaded.name):
             raise
         raise ModelError(
-            f"the model of {loaded.name} cannot be copied without its classifier ({said(error)}{at(error)})"
+            f"the model of {loaded.name} cannot be copied without its classifier "
+            f"({error_text(error)}{error_site(error)})"
         ) from error
 
 

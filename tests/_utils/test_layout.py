@@ -1,4 +1,4 @@
-"""The layout in which convolutions run: channels last, but where the gradient would corrupt the heap."""
+"""The layout in which convolutions run: channels last, except where the gradient would corrupt the heap."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +20,7 @@ RECIPE = Recipe(epochs=1, batch_size=4, optimizer="sgd", lr=0.01)
 
 
 class Convolutions(TorchDispatchMode):
-    """Writes down every convolution as the processor gets it, forward and back, on whatever processor that is."""
+    """Records the arguments of every convolution, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Convolutions(TorchDispatchMode):
 
     @property
     def faulty(self):
-        """The passes back that would write past their buffer on an AVX2 processor."""
+        """The backward passes that would write past their buffer on a CPU with AVX2."""
         return [
             found
             for found in self.backward
@@ -62,12 +62,12 @@ def signature(images, weight, stride, padding, groups):
 
 
 def strictly_last(values):
-    """Whether torch takes a tensor, or every so many pixels of one, for channels last."""
+    """Whether torch treats a tensor, or a strided part of it, as channels last."""
     return values.stride(1) == 1 and values.stride(3) >= values.shape[1] > 1
 
 
 class Functional(nn.Conv2d):
-    """A convolution that calls a function itself, as many libraries' do."""
+    """A convolution that calls the function itself, as in many libraries."""
 
     def forward(self, images):
         return nn.functional.conv2d(images, self.weight / 2, self.bias, stride=self.stride, groups=self.groups)
@@ -84,7 +84,7 @@ class Operator(nn.Conv2d):
 
 
 class Checkpointed(nn.Conv2d):
-    """A convolution that is run once more on the way back."""
+    """A convolution that is recomputed in the backward pass."""
 
     reentrant = False
 
@@ -97,7 +97,7 @@ class Reentrant(Checkpointed):
 
 
 def narrow(channels, shortcut):
-    """A network with a narrow strided 1x1 convolution some way in."""
+    """A network with a narrow strided 1x1 convolution after other layers."""
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, padding=1),
         nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Sequential(shortcut)),
@@ -188,7 +188,7 @@ def test_the_gradients_are_those_of_the_convolution(kind, layout):
     ids=repr,
 )
 def test_other_convolutions_run_as_they_are(convolution):
-    # Beside one that does not, so that something is looked at.
+    # With one that does not, so that the check has something to find.
     model = nn.ModuleList([fast_layout(convolution), nn.Conv2d(4, 16, 1, stride=2)])
     inputs = fast_layout(torch.randn(2, convolution.in_channels, 8, 8))
     with Convolutions() as run, safe_gradients(model):

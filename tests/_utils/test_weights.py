@@ -1,4 +1,4 @@
-"""What is saved under one default type of torch is loaded under another; and into memory that is shared."""
+"""Loading of what was saved under another default dtype of torch, and into memory that is shared."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from featnorm.detectors.expression import _DETECTORS
 
 CLASSES = 4
 SINGLE, DOUBLE = torch.float32, torch.float64
-# Of those that take another detector, one of each kind; the rest are made without settings.
+# One of each kind of detector that takes another detector; the others are made with default settings.
 SETTINGS = {
     "ReAct": ["ReAct(NAN())", "ReAct(KNN(k=3) / NAN())"],
     "Views": ["Views(KNN(k=3))"],
@@ -23,7 +23,7 @@ EVERY = [expression for name in _DETECTORS for expression in SETTINGS.get(name, 
 
 
 class Net(nn.Module):
-    """Convolutions and heads of every kind, for images between 0 and 1; float32 whatever the default type is."""
+    """Convolutions and heads of every kind, for images between 0 and 1; float32 whatever the default dtype is."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def default_type():
-    """Give the default type back."""
+    """Restore the default dtype."""
     with single_precision():
         yield
 
@@ -105,7 +105,7 @@ def test_a_packaged_network_is_single_precision_under_any_default_type():
 
 
 class Shared(nn.Module):
-    """Buffers and parameters that share memory in every way, or lie in it out of order."""
+    """Buffers and parameters that share memory, or are not contiguous."""
 
     def __init__(self, fill):
         super().__init__()

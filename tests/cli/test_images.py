@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known,
     assert status == 2
     assert re.fullmatch(
         r"featnorm: cannot write d\.featnorm: No space left on device \([\d,.]+ MB are free\): free some space, "
-        r"or choose another place\. The features are kept: rerun the same command to resume from them\n",
+        r"or choose another path\. The features are kept: rerun the same command to resume from them\n",
         error,
     )
     assert not list(tmp_path.iterdir())
@@ -286,11 +286,11 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
     monkeypatch.setattr("featnorm.cli.monitor.archive.read", work)
     table = known / "t.csv"
     for arguments, words in {
-        ("fit", known, "-o", "pipe.csv"): "pipe.csv is no regular file",
-        ("score", detector, known, "-o", "pipe.csv"): "pipe.csv is no regular file",
-        ("score", detector, known, "--html", "pipe.html"): "pipe.html is no regular file",
-        ("export", detector, "-o", "pipe.csv"): "pipe.csv is no regular file",
-        ("monitor", detector, table, "--html", "pipe.html"): "pipe.html is no regular file",
+        ("fit", known, "-o", "pipe.csv"): "pipe.csv is not a regular file",
+        ("score", detector, known, "-o", "pipe.csv"): "pipe.csv is not a regular file",
+        ("score", detector, known, "--html", "pipe.html"): "pipe.html is not a regular file",
+        ("export", detector, "-o", "pipe.csv"): "pipe.csv is not a regular file",
+        ("monitor", detector, table, "--html", "pipe.html"): "pipe.html is not a regular file",
         ("fit", known, "-o", 300 * "n"): "cannot be written: File name too long",
         ("score", detector, known, "-o", 300 * "n" + ".csv"): "cannot be written: File name too long",
     }.items():

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
-from featnorm._utils.files import try_folder, try_place
+from featnorm._utils.files import check_folder_writable, check_writable
 from featnorm.evaluation import Evaluation
 from featnorm.inputs import ImageSource
 from featnorm.inputs.formats import PassedOver
@@ -101,11 +101,11 @@ def prepare_folder(out: Path, files: Sequence[Path]) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        try_folder(out)
+        check_folder_writable(out)
     except OSError as error:
         raise ValueError(f"--out {out} is no folder that can be written to: {error.strerror}") from None
     for file in files:
-        try_place(file)
+        check_writable(file)
 
 
 def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
@@ -116,7 +116,7 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
     ValueError
         It cannot, or it is an input, or lies in a folder of them.
     """
-    try_place(out)
+    check_writable(out)
     place = out.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, said
+from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, error_site, error_text
 from featnorm._utils.memory import in_parts
 from featnorm.inputs.decoding import is_first_of_several
 from featnorm.inputs.source import DataError, ImageSource, ItemError
@@ -152,7 +152,9 @@ class _Batches:
                 transformed = self.transform(image)
             except RAISED_BY_USERS as error:
                 name = self.source.name(i)
-                failure = TransformError(f"the transform failed on {name} ({said(error)}){at(error)}")
+                failure = TransformError(
+                    f"the transform failed on {name} ({error_text(error)}){error_site(error)}"
+                )
                 failure.add_note(traceback.format_exc())
                 raise failure from None
             refusal = self._refusal(i, transformed, images)
