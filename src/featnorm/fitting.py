@@ -255,7 +255,7 @@ def _distinct(known: CachedFeatures) -> CachedFeatures:
     """Leave out copies: they are no further draws of what images like these look like."""
     first = sorted({digest: i for i, digest in reversed(list(enumerate(known.digests)))}.values())
     digests = [known.digests[i] for i in first]
-    return replace(known, places=known.places[first], rows=known.rows[first], digests=digests)
+    return replace(known, stored_rows=known.stored_rows[first], rows=known.rows[first], digests=digests)
 
 
 def held_out(digests: Sequence[bytes]) -> Tensor:

@@ -172,7 +172,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         ask(cache, source, lambda images: images)
     with pytest.raises(DataError, match=r"feature of .*00.png is not finite"):
         ask(cache, source, lambda x: x.mean((2, 3)).log() - torch.inf)
-    with FileLock(cache.folder / "lock"), pytest.raises(DataError, match="another process is at work"):
+    with FileLock(cache.folder / "lock"), pytest.raises(DataError, match="another process uses the cache .*: wait"):
         ask(cache, source, Backbone())
     ask(cache, source, Backbone())
     for file in folder.iterdir():
@@ -197,7 +197,7 @@ def test_features_of_one_pass_stay_in_the_file(folder: Path, tmp_path: Path) -> 
     source = open_source(str(folder))
     known = ask(FeatureCache(tmp_path / "cache", "key"), source, Backbone())
     # Image 15 is a copy of 9, so that the places are not one after the other.
-    assert not torch.equal(known.places, torch.arange(len(known.places)))
+    assert not torch.equal(known.stored_rows, torch.arange(len(known.stored_rows)))
     parts = list(known.batches(5))
     assert [len(part) for part in parts] == [5, 5, 3]
     assert torch.equal(torch.cat(parts), known.values)
@@ -352,7 +352,7 @@ def test_a_damaged_cache_is_as_good_as_a_whole_one(
     assert again.asked == [backbone.asked[i] for i in asked]
     assert found.damaged == damaged
     assert torch.equal(found.values, whole.values)
-    assert torch.equal(found.places, whole.places)
+    assert torch.equal(found.stored_rows, whole.stored_rows)
     assert (found.rows.tolist(), found.digests, found.corrupt) == (
         whole.rows.tolist(),
         whole.digests,
@@ -393,7 +393,7 @@ def test_a_power_cut_loses_the_batch_at_work_at_most(
             store = cache._Store(place, True)
         with store:
             assert store.damaged == 0
-            assert len({*store.places, *store.corrupt}) == sum(sizes[:batches])
+            assert len({*store.rows, *store.corrupt}) == sum(sizes[:batches])
 
     def synced(place: Path) -> None:
         sync_folder(place)

@@ -290,7 +290,7 @@ def test_heic_is_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.M
     for image in (decode(HEIC, "it"), open_source(str(tmp_path)).item(0)):
         assert np.array_equal(image, picture())
         assert is_first_of_several(image)
-    with pytest.raises(ItemError, match="it: a HEIF file that is damaged, or of a kind that Pillow does not read"):
+    with pytest.raises(ItemError, match="it: a HEIF file that is damaged, or of a kind that Pillow cannot read"):
         decode(HEIC + b"damaged", "it")
 
 

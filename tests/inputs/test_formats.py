@@ -87,5 +87,5 @@ def test_a_pillow_without_a_format_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     with pytest.raises(ItemError, match="damaged"):
         decode(encoded("AVIF")[:40] + bytes(100), "it")
-    with pytest.raises(ItemError, match="JPEG XL image, which Pillow does not read: save it as JPEG or PNG"):
+    with pytest.raises(ItemError, match="JPEG XL image, which Pillow cannot read: save it as JPEG or PNG"):
         decode(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60), "it")

@@ -205,7 +205,7 @@ def test_transform_must_return_a_tensor(tmp_path: Path) -> None:
 def test_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 3)))
     assert image_loader(source, to_tensor, on_corrupt=never)._workers == 0
-    monkeypatch.setattr(loading, "_FEW", 3)
+    monkeypatch.setattr(loading, "_MIN_THREADED", 3)
     monkeypatch.setattr(loading, "_processors", lambda: 1)
     assert image_loader(source, to_tensor, on_corrupt=never)._workers == 1
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -228,7 +228,7 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
-    for i in range(loading._FEW):
+    for i in range(loading._MIN_THREADED):
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
     model = """
         import numpy as np
@@ -261,7 +261,7 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._FEW
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._MIN_THREADED
 
 
 def test_first_frames_are_told_wherever_a_part_begins(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def test_images_are_read_as_in_a_folder(client):
 def test_formats_that_start_programs_are_not_read(client):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     answer = client.post("/v1/score", content=eps, headers={"content-type": "image/png"})
-    assert answer.json()["results"][0]["error"] == "PostScript is a program, and not run here: save it as PNG"
+    assert answer.json()["results"][0]["error"] == "PostScript is a program, and is not run: save it as PNG"
 
 
 @pytest.mark.parametrize(

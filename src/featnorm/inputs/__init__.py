@@ -1,4 +1,4 @@
-"""Data of the user's: where images come from, and how they reach a model in batches."""
+"""The user's data: opening it by path, address or name, decoding it, and loading it in batches."""
 
 from featnorm.inputs import images, parquet, torchvision_sets  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache

@@ -377,7 +377,7 @@ def _fitted(
                 left_out[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
                 learning.remove(detector)
     for share, knn in banks.items():
-        count = max(1, round(share * len(train.places)))
+        count = max(1, round(share * len(train.stored_rows)))
         if count < knn.k:
             left_out[repr(knn)] = f"there are only {count} training images in its bank"
             continue
@@ -390,7 +390,7 @@ def _fitted(
 
 def _bank(train: CachedFeatures, count: int, file: Path) -> Tensor:
     """Write some of the training features, at unit length, to a file, and map it; fewer are a part of more."""
-    order = torch.randperm(len(train.places), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(train.stored_rows), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[order[:count]] = True
     with file.open("wb") as opened:
