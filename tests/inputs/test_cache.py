@@ -172,7 +172,10 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         ask(cache, source, lambda images: images)
     with pytest.raises(DataError, match=r"feature of .*00.png is not finite"):
         ask(cache, source, lambda x: x.mean((2, 3)).log() - torch.inf)
-    with FileLock(cache.folder / "lock"), pytest.raises(DataError, match="another process uses the cache .*: wait"):
+    with (
+        FileLock(cache.folder / "lock"),
+        pytest.raises(DataError, match=r"another process uses the cache .*: wait"),
+    ):
         ask(cache, source, Backbone())
     ask(cache, source, Backbone())
     for file in folder.iterdir():

@@ -368,7 +368,7 @@ def test_the_oldest_unfinished_request_makes_room():
         answer = await service.ask(GET % b"late")
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in answer
-        assert contents(answer)[0]["error"] == "3 connections are open already: try again later"
+        assert contents(answer)[0]["error"] == "3 connections are already open: try again later"
         service.app.go.set()
         for i in (0, 3, 4):
             assert (await asyncio.wait_for(clients[i][0].readuntil(b"]"), 30)).startswith(b"HTTP/1.1 200 ")

@@ -70,19 +70,19 @@ def test_what_a_form_may_have():
 @pytest.mark.parametrize(
     ("body", "header", "words"),
     [
-        (b"--x--", "multipart/form-data", "names no boundary"),
-        (b"--x--", 'multipart/form-data; boundary=""', "names no boundary"),
+        (b"--x--", "multipart/form-data", "the content type has no boundary"),
+        (b"--x--", 'multipart/form-data; boundary=""', "the content type has no boundary"),
         (b"--x--", "multipart/form-data; boundary=x" + ";a=b" * 500, "longer than 512"),
-        (b"--y--", TYPE, "its boundary is not in it"),
+        (b"--y--", TYPE, "does not contain its boundary"),
         (b"--x\r\n", TYPE, "ends before its last boundary"),
         (form(file(b"filename=a"), end=b""), TYPE, "ends before its last boundary"),
         (b"--x\r\n\r\na\n--x--", TYPE, "ends before its last boundary"),
-        (form(b"no end of its headers"), TYPE, "the headers of its part 1 do not end"),
-        (form(file(b"filename=a"), b"A: b"), TYPE, "the headers of its part 2 do not end"),
-        (form(b"A: " + b"b" * 5000 + b"\r\n\r\n"), TYPE, "the headers of its part 1 are longer than 4096 bytes"),
-        (b"--xy\r\n\r\na\r\n--x--", TYPE, "followed by something else"),
-        (b"--x", TYPE, "followed by something else"),
-        (b"--x\r\n--x\r\n--x\r\n--x--", TYPE, "the headers of its part 1 do not end"),
+        (form(b"no end of its headers"), TYPE, "the headers of part 1 do not end"),
+        (form(file(b"filename=a"), b"A: b"), TYPE, "the headers of part 2 do not end"),
+        (form(b"A: " + b"b" * 5000 + b"\r\n\r\n"), TYPE, "the headers of part 1 are longer than 4096 bytes"),
+        (b"--xy\r\n\r\na\r\n--x--", TYPE, "followed by other text"),
+        (b"--x", TYPE, "followed by other text"),
+        (b"--x\r\n--x\r\n--x\r\n--x--", TYPE, "the headers of part 1 do not end"),
     ],
 )
 def test_what_is_no_form(body, header, words):

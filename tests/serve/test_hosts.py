@@ -117,7 +117,7 @@ def test_only_given_names_may_come_from_any_port(bound):
 
 @pytest.mark.parametrize("host", ["http://a.example", "a.example/", "a.example:80", "a b", "", "user@a"])
 def test_an_allowed_host_is_a_name(host):
-    with pytest.raises(ValueError, match="is no host name: give it without scheme, port and path"):
+    with pytest.raises(ValueError, match="is not a host name: omit scheme, port and path"):
         allowed_name(host)
 
 
@@ -127,10 +127,10 @@ def test_an_application_answers_to_its_hosts(scorer):
         assert client.get("/healthz").status_code == 200
         foreign = client.get("/healthz", headers={"Host": "evil.example"})
         assert foreign.status_code == 421
-        assert "does not answer to the host 'evil.example'" in foreign.json()["error"]
+        assert "is not configured for the host 'evil.example'" in foreign.json()["error"]
         assert foreign.json()["request_id"] == foreign.headers["x-request-id"]
         posted = client.post("/v1/score", content=b"", headers={"Origin": "http://evil.example"})
         assert posted.status_code == 403
         assert "a page of another origin, 'http://evil.example'" in posted.json()["error"]
-    with pytest.raises(ValueError, match="is no host name"):
+    with pytest.raises(ValueError, match="is not a host name"):
         create_app(scorer, allowed_hosts=["http://photos.example"])

@@ -36,7 +36,7 @@ from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
-from featnorm.serve import Limits, bodies, create_app
+from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
 from featnorm.serve.app import histogram
 from featnorm.serve.metrics import score_buckets
@@ -157,7 +157,7 @@ def test_an_unreadable_image_costs_no_other_its_verdict(client):
     answer = client.post("/v1/score", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 200
     errors = [(result["name"], result["error"], result["score"] is None) for result in answer.json()["results"]]
-    assert errors[0] == ("?", "its data is not base64", True)
+    assert errors[0] == ("?", "the data is not base64", True)
     assert errors[1] == ("image 2", None, False)
     assert errors[2] == ("image 3", "not an image in a format that featnorm reads", True)
     assert errors[3][0] == "image 4"
@@ -191,22 +191,22 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
     [
         (b"x", {}, 415, "the content type is not given"),
         (b"x", {"content-type": "text/plain"}, 415, "the content type is text/plain"),
-        (b"{", JSON, 400, "not JSON"),
-        (b"\xff\xfe", JSON, 400, "not JSON"),
-        (b"[" * 5000, JSON, 400, "not JSON"),
+        (b"{", JSON, 400, "not valid JSON"),
+        (b"\xff\xfe", JSON, 400, "not valid JSON"),
+        (b"[" * 5000, JSON, 400, "not valid JSON"),
         (b"[" * 10**6, JSON, 400, "more than 7,400 values"),
-        (b'{"images": ' + b"9" * 10**5 + b"}", JSON, 400, "not JSON"),
-        (b"[]", JSON, 400, "no list of images"),
-        (b'{"images": "AAAA"}', JSON, 400, "no list of images"),
-        (b'{"images": []}', JSON, 400, "holds no image"),
+        (b'{"images": ' + b"9" * 10**5 + b"}", JSON, 400, "not valid JSON"),
+        (b"[]", JSON, 400, "contains no list of images"),
+        (b'{"images": "AAAA"}', JSON, 400, "contains no list of images"),
+        (b'{"images": []}', JSON, 400, "contains no image"),
         (b'{"images": ["", 5]}', JSON, 400, "image 2 must be a base64 string"),
         (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 must be a base64 string"),
         (b'{"images": [' + b'"",' * 64 + b'""]}', JSON, 413, "more than 64 images"),
-        (b"", FORM, 400, "holds no image"),
+        (b"", FORM, 400, "contains no image"),
         (b"x", {"content-type": "multipart/form-data"}, 400, "boundary"),
         (b"--x\r\n\r\n", FORM, 400, "the form cannot be read"),
-        (b"--x--\r\n", FORM, 400, "holds no image"),
-        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n', FORM, 400, "'a', is no file"),
+        (b"--x--\r\n", FORM, 400, "contains no image"),
+        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n', FORM, 400, "'a', is not a"),
         (
             b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nb\r\n' * 65 + b"--x--\r\n",
             FORM,
@@ -247,7 +247,7 @@ def test_bounds_of_an_image_and_of_limits(scorer):
         ({"images": 300}, "the queue only 256"),
         ({"seconds": math.nan}, "seconds is nan"),
         ({"queue": 0}, "queue is 0"),
-        ({"pixels": 10**9}, "Pillow itself refuses"),
+        ({"pixels": 10**9}, "Pillow itself rejects"),
         ({"queue_pixels": 10**6}, "the queue only 1000000"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -309,8 +309,8 @@ def test_every_form_of_base64_is_read(client, written):
         ("AAAA====", "not base64"),
         ("AA AA!", "not base64"),
         ("\u00e4AAA", "not base64"),
-        ("data:image/png,AAAA", "its data: URL is not base64-encoded"),
-        ("data:image/png;base64;AAAA", "its data: URL is not base64-encoded"),
+        ("data:image/png,AAAA", "the data: URL is not base64-encoded"),
+        ("data:image/png;base64;AAAA", "the data: URL is not base64-encoded"),
         ("data:image/png;base64,!", "not base64"),
     ],
 )
@@ -366,7 +366,9 @@ def test_a_header_of_a_million_parts_is_not_read(client):
     ]
     files = [("images", ("a", data)) for data in [*floods, jpeg]]
     results = client.post("/v1/score", files=files).json()["results"]
-    assert [result["error"] for result in results] == ["its header has too many parts"] * len(floods) + [None]
+    assert [result["error"] for result in results] == ["the header of the image has too many parts"] * len(
+        floods
+    ) + [None]
 
 
 def bomb(side=7000):
@@ -406,7 +408,7 @@ def test_a_small_image_does_not_wait_for_bombs(scorer):
             # One is decoded, 15 wait, and the rest is told to come again.
             answers = [await asking.answer() for asking in bombs if asking.task.done()]
             assert {(status, headers["retry-after"]) for status, headers, _ in answers} == {(503, "1")}
-            assert answers[0][2]["error"] == "784,000,000 pixels wait already: try again later"
+            assert answers[0][2]["error"] == "784,000,000 pixels are already in the queue: try again later"
             assert held.begun == 1
             for asking in bombs:
                 asking.leave()
@@ -425,12 +427,12 @@ class HeldHeaders:
         self.read = []
         self.go = threading.Semaphore(0)
 
-        def measure(data, measure=bodies.measure):
+        def measured(data, decoding_cost=uploads.decoding_cost):
             self.read.append(data)
             assert self.go.acquire(timeout=30)
-            return measure(data)
+            return decoding_cost(data)
 
-        monkeypatch.setattr(bodies, "measure", measure)
+        monkeypatch.setattr(uploads, "decoding_cost", measured)
 
 
 def test_a_request_whose_client_left_is_not_parsed(scorer, monkeypatch):
@@ -461,7 +463,7 @@ def test_parsing_counts_for_the_time_limit(scorer, monkeypatch):
             held = HeldHeaders(monkeypatch)
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert "no verdict within 0.3 seconds" in content["error"]
+            assert "the images were not scored within 0.3 seconds" in content["error"]
             held.go.release()
 
     asyncio.run(main())
@@ -590,7 +592,7 @@ def test_a_slow_model_is_not_waited_for(scorer):
             held.held = True
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert "no verdict within 0.3 seconds" in content["error"]
+            assert "the images were not scored within 0.3 seconds" in content["error"]
             held.held = False
             held.go.release()
             assert (await Asking(app).say(png()).answer())[0] == 200
@@ -666,7 +668,7 @@ def test_a_full_queue_asks_to_come_again(scorer):
             await until_waiting(app, 4)
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert content["error"] == "4 images wait already: try again later"
+            assert content["error"] == "4 images are already in the queue: try again later"
             held.go.release(5)
             for asking in (first, *others):
                 assert (await asking.answer())[0] == 200
@@ -734,7 +736,7 @@ def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, batchers, capl
             status, headers, content = await failing.answer()
             assert (status, headers["x-request-id"]) == (500, "me")
             assert content == {
-                "error": "the service failed; its log says why, by the request id",
+                "error": "internal error: see the log of the service at this request id",
                 "request_id": "me",
             }
             assert (await Asking(app).say(png()).answer())[0] == 200
@@ -756,7 +758,7 @@ def test_a_transform_that_fails(scorer):
     scorer.transform = transform
     with client_of(create_app(scorer)) as client:
         results = client.post("/v1/score", json={"images": [text(png(size=1)), text(png())]}).json()["results"]
-    assert [result["error"] for result in results] == ["the transform failed on it", None]
+    assert [result["error"] for result in results] == ["the transform failed on this image", None]
 
 
 def lines(caplog):
@@ -1156,7 +1158,7 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
             ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
-            ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is no host name",
+            ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is not a host name",
         }.items():
             status, _, error = featnorm(*arguments)
             assert status == 2
