@@ -161,7 +161,7 @@ def test_a_power_cut_leaves_every_batch_that_was_added(tmp_path):
 
 @posix
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_the_forgetful_disk_forgets(tmp_path):
+def test_the_simulated_disk_loses_data(tmp_path):
     """The check detects a file that is renamed but never flushed, and a file written in place."""
 
     def renamed(out):
@@ -178,7 +178,7 @@ def test_the_forgetful_disk_forgets(tmp_path):
 
 
 @posix
-def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_flushed_is_not_an_error(tmp_path, monkeypatch):
     def fsync(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -220,7 +220,7 @@ def room_for(size):
 
 @posix
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(tmp_path, name):
+def test_a_full_disk_is_reported_and_keeps_the_earlier_file(tmp_path, name):
     out = tmp_path / name
     log(out, {"epoch": 0})
     before = out.read_bytes()
@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(tmp_path, name):
 
 
 @posix
-def test_a_journal_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
+def test_a_journal_on_a_full_disk_resumes_when_there_is_room(tmp_path):
     with Journal(tmp_path / "t.csv", {}, 1) as kept:
         kept.add(0, [VERDICT])
         room = kept.path.stat().st_size + 20
@@ -247,7 +247,7 @@ def test_a_journal_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
         assert (kept.missing(2), kept.damaged) == ([1], None)
 
 
-def test_what_the_system_says_is_kept(tmp_path):
+def test_the_systems_error_is_kept(tmp_path):
     for number in (errno.ENOSPC, errno.EIO, errno.EROFS):
         with pytest.raises(WriteError, match=os.strerror(number)) as caught, replacing(tmp_path / "t"):
             raise OSError(number, os.strerror(number))
@@ -262,7 +262,7 @@ def test_what_the_system_says_is_kept(tmp_path):
 
 
 @posix
-def test_names_as_long_as_names_can_be(tmp_path):
+def test_names_of_the_maximum_length(tmp_path):
     name = 250 * "n" + ".csv"
     write_text(tmp_path / name, "whole")
     check_writable(tmp_path / name)
@@ -286,7 +286,7 @@ def refused_in(folder, monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT])
-def test_a_place_that_cannot_be_written_to_is_found_before_the_work(tmp_path, monkeypatch, error):
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(tmp_path, monkeypatch, error):
     refused_in(tmp_path, monkeypatch, error)
     for check in (
         lambda: check_writable(tmp_path / "t.csv"),
@@ -298,7 +298,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(tmp_path, mo
         prepare_folder(tmp_path, [])
 
 
-def test_a_place_that_is_taken_is_found_before_the_work(tmp_path, monkeypatch):
+def test_a_path_that_is_not_a_file_is_reported_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="folder is a folder: name a file"):
         check_writable(tmp_path / "folder")
@@ -317,7 +317,7 @@ def test_a_place_that_is_taken_is_found_before_the_work(tmp_path, monkeypatch):
 
 
 @posix
-def test_a_file_that_cannot_be_replaced_is_found_before_the_work(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_replaced_is_reported_before_the_work(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is not a regular file"):
         check_writable(tmp_path / "pipe")

@@ -138,7 +138,7 @@ def test_training_never_runs_the_convolution_that_corrupts_the_heap(kind, channe
     assert [found["input_last"] for found in run.backward] == 2 * [False, True], "all others on the way back too"
 
 
-def test_the_trace_sees_the_fault_where_nothing_is_done_about_it():
+def test_the_trace_detects_the_bug_without_the_workaround():
     model = narrow(4, nn.Conv2d(4, 16, 1, stride=2)).to(memory_format=torch.channels_last)
     with Convolutions() as run, torch.device("meta"):
         model.to("meta")(fast_layout(torch.empty(4, 3, 8, 8))).sum().backward()
@@ -187,7 +187,7 @@ def test_the_gradients_are_those_of_the_convolution(kind, layout):
     ],
     ids=repr,
 )
-def test_other_convolutions_run_as_they_are(convolution):
+def test_other_convolutions_are_not_changed(convolution):
     # With one that does not, so that the check has something to find.
     model = nn.ModuleList([fast_layout(convolution), nn.Conv2d(4, 16, 1, stride=2)])
     inputs = fast_layout(torch.randn(2, convolution.in_channels, 8, 8))
@@ -230,13 +230,13 @@ def test_one_class_systems_train_in_the_fast_layout():
     assert all(found["input_last"] for found in run.forward)
 
 
-def test_frameworks_that_ask_twice_are_safe():
+def test_recomputed_convolutions_are_safe():
     recipe = replace(PRESETS["MoCo-v2"], epochs=1, batch_size=4, queue=8)
     with Convolutions() as run:
         train(cifar_network(2, None, hidden=8, embedding=4), images(), None, recipe)
     assert run.faulty == []
 
 
-def test_what_is_no_image_stays():
+def test_tensors_that_are_not_images_are_not_changed():
     features = torch.randn(3, 5)
     assert fast_layout(features) is features

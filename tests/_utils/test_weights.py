@@ -122,7 +122,7 @@ class Shared(nn.Module):
         nn.init.constant_(self.one.weight, fill)
 
 
-def test_weights_go_into_memory_of_any_kind():
+def test_weights_are_loaded_into_any_kind_of_memory():
     saved, module = Shared(2.0).state_dict(), Shared(0.0)
     with pytest.raises(RuntimeError, match="single memory location"):
         module.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""From the bytes of a file to the pixels that a model sees: upright, on white, the first of several."""
+"""Decoding of files to pixels: upright, on white, the first of several frames."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ from featnorm.inputs import ItemError, open_source
 from featnorm.inputs.decoding import decode, is_first_of_several
 from image_files import write_images
 
-# By orientation: what was done to the upright picture before it was stored.
+# For each orientation, the transformation of the upright image before it was saved.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,7 +42,7 @@ def saved(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def turned(orientation: int, form: str, **options: Any) -> bytes:
-    """Return the picture as a file that is stored turned, and says so."""
+    """Return the image as a rotated file with its orientation."""
     stored = picture()
     if (turn := STORED[orientation]) is not None:
         stored = stored.transpose(turn)
@@ -68,13 +68,13 @@ def pixels(data: bytes) -> list[Any]:
         ("TIFF", {"compression": "tiff_lzw"}),
     ],
 )
-def test_a_picture_stored_turned_is_the_upright_one(orientation: int, form: str, options: dict[str, Any]) -> None:
+def test_a_rotated_file_is_decoded_upright(orientation: int, form: str, options: dict[str, Any]) -> None:
     assert pixels(turned(orientation, form, **options)) == np.asarray(picture()).tolist()
 
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("form", ["JPEG", "AVIF"])
-def test_lossy_files_are_turned_after_decoding(orientation: int, form: str) -> None:
+def test_lossy_files_are_rotated_after_decoding(orientation: int, form: str) -> None:
     data = turned(orientation, form)
     image = decode(data, "it")
     assert image.size == picture().size
@@ -82,8 +82,8 @@ def test_lossy_files_are_turned_after_decoding(orientation: int, form: str) -> N
         assert np.array_equal(image, ImageOps.exif_transpose(stored).convert("RGB"))
 
 
-def test_what_was_turned_says_so_no_longer() -> None:
-    """A transform of the user's own that applies the orientation must not turn it a second time."""
+def test_a_rotated_image_has_no_orientation() -> None:
+    """A user's transform that applies the orientation must not rotate the image again."""
     for form in ("PNG", "JPEG", "TIFF"):
         image = decode(turned(6, form), "it")
         assert image == ImageOps.exif_transpose(image)
@@ -105,12 +105,12 @@ def test_what_was_turned_says_so_no_longer() -> None:
 )
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_broken_metadata_costs_no_image(exif: bytes, form: str) -> None:
+def test_broken_metadata_is_ignored(exif: bytes, form: str) -> None:
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
     assert pixels(saved(picture(), form, exif=exif, **options)) == pixels(saved(picture(), form, **options))
 
 
-def test_torchvision_pictures_are_turned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_images_are_rotated_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Photographs:
         def __init__(self, root: Path, **options: Any) -> None:
             self.labels = [0]
@@ -214,7 +214,7 @@ def test_a_color_that_stands_for_transparency_is_white() -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_the_first_frame_is_taken_and_said_to_be_one_of_several(form: str) -> None:
+def test_the_first_frame_is_used_and_marked(form: str) -> None:
     first, second = Image.new("RGB", (32, 32), (200, 0, 0)), Image.new("RGB", (32, 32), (0, 0, 200))
     one, two = (decode(saved(first, form, save_all=True, append_images=more), form) for more in ([], [second]))
     assert (is_first_of_several(one), is_first_of_several(two)) == (False, True)
@@ -224,8 +224,8 @@ def test_the_first_frame_is_taken_and_said_to_be_one_of_several(form: str) -> No
         assert blue < 10
 
 
-def test_previews_are_no_frames() -> None:
-    """A camera's MPO holds a preview, a TIFF may hold a smaller copy: there is one photograph in it."""
+def test_previews_do_not_count_as_frames() -> None:
+    """A camera's MPO has a preview, and a TIFF may have a smaller copy: both contain one photograph."""
     small = picture(1, (3, 2))
     assert not is_first_of_several(decode(saved(picture(), "MPO", save_all=True, append_images=[small]), "it"))
     data = bytearray(saved(picture(), "TIFF", save_all=True, append_images=[picture(1)]))
@@ -239,7 +239,7 @@ def test_previews_are_no_frames() -> None:
 
 
 @pytest.mark.parametrize("tags", [{254: 1}, {50706: b"\1\4\0\0"}])
-def test_a_raw_file_is_no_photograph_yet(tags: dict[int, Any]) -> None:
+def test_a_raw_file_is_an_error(tags: dict[int, Any]) -> None:
     info = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in tags.items():
         info[tag] = value
@@ -264,7 +264,7 @@ def test_heic_names_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytes
             read()
 
 
-def test_heic_is_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_is_read_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Heif(ImageFile.ImageFile):
         format = "HEIF"
 
@@ -321,7 +321,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     assert np.asarray(image)[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
-def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:
+def test_pixels_without_a_range_are_an_error(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0.5]], dtype=np.float32)).save(tmp_path / "a.tif")
     Image.fromarray(np.array([[70000]], dtype=np.int32)).save(tmp_path / "b.tif")
     source = open_source(str(tmp_path))
@@ -330,7 +330,7 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:
             source.item(i)
 
 
-def test_a_jpeg_of_endless_scans_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_jpeg_of_too_many_scans_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 50).convert("RGB").save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()

@@ -21,7 +21,7 @@ def encoded(form: str) -> bytes:
 
 
 def mixed_folder(folder: Path) -> Path:
-    """Return a folder of two classes as people have them: every ending, none, and other things."""
+    """Return a typical folder of two classes: files of various endings, without endings, and other files."""
     for place in ("cat", "dog"):
         (folder / place).mkdir(parents=True)
     for name, form in {
@@ -29,7 +29,7 @@ def mixed_folder(folder: Path) -> Path:
         "cat/b.avif": "AVIF",
         "cat/c": "PNG",
         "dog/d.gif": "GIF",
-        "dog/e.png": "WEBP",  # named after another format
+        "dog/e.png": "WEBP",  # named like another format
         "dog/f.jpeg.download": "JPEG",
         "dog/g.JPG": "JPEG",
     }.items():
@@ -76,7 +76,7 @@ def test_files_are_images_by_their_names_or_content(tmp_path: Path) -> None:
     )
 
 
-def test_what_a_user_names_is_not_passed_over(tmp_path: Path) -> None:
+def test_files_named_by_the_user_are_not_passed_over(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path / "pets")
     source = open_source(str(folder / "cat"), str(folder / "Makefile"), f"{folder}/dog[:1]")
     assert [Path(source.name(i)).name for i in range(len(source))] == [
@@ -147,7 +147,7 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
     ]
 
 
-def test_what_would_be_waited_for_is_no_image(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_passed_over(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "f", "a.png")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "zero.png").symlink_to("/dev/zero")

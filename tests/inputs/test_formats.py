@@ -1,4 +1,4 @@
-"""Which files are images, and what is said of the others."""
+"""Recognition of image formats, and the summary of other files."""
 
 import io
 
@@ -17,7 +17,7 @@ def encoded(form: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_format_is_known_by_its_first_bytes() -> None:
+def test_every_format_is_recognized_by_its_first_bytes() -> None:
     for form in FORMATS:
         data = encoded(form)
         assert format_of(data[:HEAD_BYTES]) == form
@@ -37,7 +37,7 @@ def test_every_format_is_known_by_its_first_bytes() -> None:
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
     ],
 )
-def test_relatives_are_known_too(head: bytes, form: str) -> None:
+def test_related_formats_are_recognized(head: bytes, form: str) -> None:
     assert format_of(head) == form
     assert looks_like_image(head)
 
@@ -66,7 +66,7 @@ def test_other_files_are_not_taken_for_images(head: bytes) -> None:
     assert not looks_like_image(head)
 
 
-def test_what_is_passed_over_is_said_in_few_words() -> None:
+def test_passed_over_files_are_summarized() -> None:
     assert str(PassedOver()) == ""
     assert str(PassedOver({}, 3)) == "passed over 3 hidden"
     many = PassedOver({f".{chr(97 + i)}": 1000 + i for i in range(10)}, 0, tuple("abcd"))
@@ -80,7 +80,7 @@ def test_what_is_passed_over_is_said_in_few_words() -> None:
     assert kinds == [".txt", "no ending", "no ending", ".gz", "no ending", "no ending", "no ending"]
 
 
-def test_a_pillow_without_a_format_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_pillow_was_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "check", lambda name: name != "avif")
     with pytest.raises(ItemError, match=r"an image in AVIF, which this Pillow was built without: pip install"):
         decode(encoded("AVIF")[:40] + bytes(100), "it")

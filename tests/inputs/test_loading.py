@@ -54,7 +54,7 @@ def reds(batches: list[ImageBatch]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_in_order_without_the_corrupt(tmp_path: Path, workers: int) -> None:
+def test_batches_are_in_order_without_corrupt_images(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 10, corrupt=(1, 3, 4, 5, 9))))
     corrupt: list[tuple[str, str]] = []
     loader = image_loader(
@@ -74,7 +74,7 @@ def test_batches_in_order_without_the_corrupt(tmp_path: Path, workers: int) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_digests_are_of_what_was_decoded(tmp_path: Path, workers: int) -> None:
+def test_digests_are_those_of_the_decoded_content(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 6, corrupt=(1, 4))))
     (tmp_path / "f" / "05.png").unlink()
     parts = list(image_loader(source, to_tensor, batch_size=4, workers=workers).parts())
@@ -120,16 +120,16 @@ def test_threads_leave_torch_as_it_is_and_end(tmp_path: Path) -> None:
     try:
         loader = iter(image_loader(source, transform, batch_size=2, workers=2))
         next(loader)
-        # Threads of torch beside ours would be the square of the processors.
+        # With torch's threads in each of ours, there would be the square of the number of CPUs.
         assert inside == {1}
         assert (torch.get_num_threads(), of_a_new_thread()) == (3, 3)
-        loader.close()  # as if no more batches were wanted
+        loader.close()  # the caller needs no more batches
     finally:
         torch.set_num_threads(before)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("featnorm-images")]
 
 
-def test_a_loader_that_is_left_reads_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abandoned_loader_stops_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 60)))
     go_on = threading.Event()
     read: list[int] = []
@@ -147,14 +147,14 @@ def test_a_loader_that_is_left_reads_no_further(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(loading, "ThreadPoolExecutor", Pool)
     loader = iter(image_loader(source, transform, batch_size=20, workers=1))
     assert len(next(loader).images) == 20
-    # What an interruption does. The thread ends after the image that it is at, and not after its batch.
+    # As after an interrupt: the thread ends after its current image, not after its batch.
     with pytest.raises(KeyboardInterrupt):
         loader.throw(KeyboardInterrupt)
     assert len(read) <= 21
 
 
 def test_plugins_are_loaded_before_threads_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that opens an image while another loads the plugins would find its format unknown."""
+    """If a thread opens an image while another loads the plugins, its format would be unknown."""
     calls: list[threading.Thread] = []
     monkeypatch.setattr(Image, "init", lambda: calls.append(threading.current_thread()))
     source = open_source(str(write_folder(tmp_path / "f", 8)))
@@ -162,7 +162,7 @@ def test_plugins_are_loaded_before_threads_begin(tmp_path: Path, monkeypatch: py
     assert calls == [threading.current_thread()]
 
 
-def test_an_error_of_the_source_comes_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_source_is_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 8)))
 
     def gone(i: int) -> None:
@@ -221,7 +221,7 @@ def test_real_data_with_workers(shared_data: Path) -> None:
 
 
 def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
-    """A container has 64 MB of it by default, and a batch may need more."""
+    """A container has 64 MB of shared memory by default, and a batch may need more."""
     private = ["unshare", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*private, "true"], capture_output=True).returncode:
         pytest.skip("only root can mount a small /dev/shm here")
@@ -264,7 +264,7 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._MIN_THREADED
 
 
-def test_first_frames_are_told_wherever_a_part_begins(tmp_path: Path) -> None:
+def test_first_frames_are_reported_wherever_a_part_begins(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "f", 5, corrupt=(1,))
     frames = [Image.new("RGB", (5, 4), (value, 0, 0)) for value in (3, 200)]
     frames[0].save(folder / "03.png", save_all=True, append_images=frames[1:])

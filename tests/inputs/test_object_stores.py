@@ -17,7 +17,7 @@ from featnorm.inputs.formats import PassedOver
 
 server = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
 
-# What the server is told is not checked, but has to be kept out of everything that is shown.
+# The server does not check them, but they must not appear in any output.
 KEY, SECRET = "AKIAKEY", "hush%2Fhush"
 
 
@@ -32,7 +32,7 @@ def settings():
 
 @pytest.fixture(scope="module", params=["s3", "file"])
 def put(request, settings):
-    """Put a folder into a store; what it returns gives the address of what lies in it."""
+    """Return a function that copies a folder to a store, and returns a function from paths to addresses."""
 
     def copy(folder: Path, bucket: str):
         if request.param == "file":
@@ -96,7 +96,7 @@ def test_the_same_images_as_in_a_folder(at, folder, name):
     if not name.startswith("tables"):
         assert contents(stored) == contents(local)
         return
-    # Pictures beside the file, which its rows name, are read too.
+    # Image files that the rows name are read too.
     assert contents(stored) == contents(local)
     assert [stored.name(i) for i in range(len(stored))] == [local.name(i) for i in range(len(local))]
 
@@ -114,8 +114,8 @@ def test_classes_and_corrupt_files(at, folder):
     assert stored.passed_over == local.passed_over
 
 
-def test_images_are_known_by_their_content(put, tmp_path):
-    """Files whose names do not tell are looked at, by their first bytes alone."""
+def test_images_are_recognized_by_their_content(put, tmp_path):
+    """Files whose names do not tell their format are recognized by their first bytes."""
     folder = tmp_path / "f"
     (folder / "x").mkdir(parents=True)
     picture(1).save(folder / "x/a.png")
@@ -168,7 +168,7 @@ def test_keys_are_not_shown(at):
         ("empty/no.txt", "no file or folder .*empty/no.txt: check the address"),
     ],
 )
-def test_what_is_not_there(at, name, message):
+def test_missing_data(at, name, message):
     with pytest.raises(DataError, match=message):
         open_source(at(name))
 
@@ -176,14 +176,14 @@ def test_what_is_not_there(at, name, message):
 @pytest.mark.parametrize(
     "address", ["nope://bucket/x", "s3://", "s3:///", "://x", "s3://k:s@b?no_such=1", "hf://x"]
 )
-def test_addresses_that_are_none(address):
+def test_invalid_addresses(address):
     with pytest.raises(DataError) as error:
         open_source(address)
     assert "\n" not in str(error.value)
     assert "k:s" not in str(error.value)
 
 
-def test_a_store_that_does_not_answer():
+def test_a_store_that_does_not_respond():
     with pytest.raises(DataError, match="cannot list s3://b/x"):
         open_source("s3://k:s@b/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1&anonymous=true")
 
@@ -210,7 +210,7 @@ def test_read_in_workers(at):
     assert [int(image[0, 0, 0]) for batch in loader for image in batch.images] == [*range(12), *range(12)]
 
 
-def test_it_can_be_sent(at):
+def test_sources_can_be_pickled(at):
     source = open_source(at("tables"))
     source.item(0)
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)

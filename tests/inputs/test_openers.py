@@ -1,4 +1,4 @@
-"""What a specification names, and what opens it."""
+"""Opening of data by path, address or name."""
 
 import importlib
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_index_out_of_range_ends_iteration(tmp_path: Path) -> None:
 # names
 
 
-def test_names_are_looked_for_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "a" / "test.parquet", 1, 11)
     write_parquet(tmp_path / "a" / "train.parquet", 2, 21)
     write_parquet(tmp_path / "nested" / "b.parquet", 3, 31)
@@ -92,7 +92,7 @@ def test_data_without_splits_is_test_only(tmp_path: Path) -> None:
         open_source("b:train", root=tmp_path)
 
 
-def test_splits_are_never_mixed(tmp_path: Path) -> None:
+def test_splits_are_not_mixed_by_default(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a" / "train.parquet")
     write_parquet(tmp_path / "a" / "val-0000.parquet")
     write_images(tmp_path / "b", "train/dog/1.png", "test/dog/1.png")
@@ -315,7 +315,7 @@ def test_a_folder_called_like_a_slice_wins(tmp_path: Path) -> None:
     assert len(open_source(str(tmp_path / "f[:1]") + "[:2]")) == 2
 
 
-# the real thing
+# real data
 
 
 def test_real_data(shared_data: Path) -> None:

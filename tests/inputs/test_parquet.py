@@ -84,7 +84,7 @@ def test_a_column_of_another_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", [[0.0, 1.0], [[0], [1]], [{"id": 0}, {"id": 1}], [b"cat", b"dog"]])
-def test_what_cannot_be_labels_is_refused_where_labels_are_wanted(tmp_path: Path, column: list[Any]) -> None:
+def test_columns_of_other_types_are_an_error_if_labels_are_read(tmp_path: Path, column: list[Any]) -> None:
     path = write(tmp_path / "a.parquet", label=column)
     with pytest.raises(
         DataError, match=r"column 'label' of .*a\.parquet is .*: labels are integers, strings or"
@@ -216,7 +216,7 @@ def test_unusable_parquet(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_row_group_that_cannot_be_read_is_not_one_bad_image(tmp_path: Path) -> None:
+def test_a_row_group_that_cannot_be_read_is_not_an_item_error(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet")
     source = open_source(str(path))
     path.unlink()

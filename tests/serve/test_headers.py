@@ -1,4 +1,4 @@
-"""What an image takes to decode, by its header."""
+"""The cost of decoding an image, by its header."""
 
 import io
 import struct
@@ -65,7 +65,7 @@ def test_scans_of_a_jpeg_in_a_tiff():
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xd0\x7f\xff", b"\xff\xf0\x7f\xff", b"\xff\xff", b"\xff\x00", b"junk"])
-def test_no_marker_hides_the_size_of_a_jpeg(marker):
+def test_the_size_of_a_jpeg_is_found_after_any_marker(marker):
     data = encoded("JPEG")
     start = data.index(b"\xff\xc0")
     hidden = data[:start] + marker + data[start:]
@@ -74,7 +74,7 @@ def test_no_marker_hides_the_size_of_a_jpeg(marker):
     assert decoding_cost(hidden).pixels == 1200
 
 
-def test_texts_of_a_png_are_counted_and_not_inflated(monkeypatch):
+def test_texts_of_a_png_are_counted_but_not_inflated(monkeypatch):
     data = encoded("PNG")
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 10), 9))
     monkeypatch.setattr(PngImagePlugin, "PngImageFile", None)
@@ -88,7 +88,7 @@ def test_the_largest_of_several_sizes_counts():
     assert decoding_cost(data[:33] + large + data[33:]).pixels == 49_000_000
 
 
-def test_a_header_is_not_read_again_and_again(monkeypatch):
+def test_a_header_is_read_a_few_times_at_most(monkeypatch):
     def read_again(file, formats):
         for _ in range(100):
             file.seek(0)
