@@ -180,7 +180,9 @@ def test_named_files_are_one_source(tmp_path: Path) -> None:
     assert open_source(names[0], str(folder / "b"), names[2], names[2] + "[:1]").title == (
         "d.png and b and a.png and a.png[:1]"
     )
-    with pytest.raises(DataError, match=r"d\.png is no parquet file and has no column 'breed'"):
+    with pytest.raises(ValueError, match="no data is given"):
+        open_source()
+    with pytest.raises(DataError, match=r"d\.png is not a parquet file and has no column 'breed'"):
         open_source(names[0], label_column="breed")
 
 

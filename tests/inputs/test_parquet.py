@@ -129,10 +129,10 @@ def test_shards_that_do_not_agree(tmp_path: Path, second: dict[str, Any], messag
 def test_only_a_table_has_columns(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(
-        DataError, match=r"is no parquet file and has no column 'breed': the classes of images in fold"
+        DataError, match=r"is not a parquet file and has no column 'breed': the classes of images in fold"
     ):
         open_source(str(tmp_path), label_column="breed")
-    with pytest.raises(DataError, match=r"torchvision's CIFAR10 is no parquet file"):
+    with pytest.raises(DataError, match=r"torchvision's CIFAR10 is not a parquet file"):
         open_source("cifar10", root=tmp_path, label_column="breed")
 
 

@@ -10,12 +10,12 @@ from PIL import Image
 
 from featnorm.inputs.decoding import decode_with_digest, reason_of
 from featnorm.inputs.files import Files, Folder
-from featnorm.inputs.openers import Opener, Options, Place
+from featnorm.inputs.openers import Location, Opener, Options
 from featnorm.inputs.source import DataError, ImageSource, ItemError
 
 
 class EncodedImages(ImageSource):
-    """Images that are kept encoded, as bytes. A subclass says where the bytes of each are, and its name."""
+    """Base of sources whose images are stored encoded. A subclass returns the bytes and the name of each image."""
 
     @abstractmethod
     def _content(self, i: int) -> bytes:
@@ -75,39 +75,39 @@ class ImageFolderOpener(Opener):
     too: a missing class must not shift the labels of those after it.
     """
 
-    def takes(self, place: Place) -> bool:
+    def accepts(self, location: Location) -> bool:
         """See `Opener`."""
-        return isinstance(place, Folder)
+        return isinstance(location, Folder)
 
-    def open(self, place: Any, title: str, options: Options) -> ImageFiles:
+    def open(self, location: Any, title: str, options: Options) -> ImageFiles:
         """See `Opener`."""
-        options.require_no_column(place)
-        files, passed_over = place.images
+        options.require_no_column(location)
+        files, passed_over = location.images
         if not files:
             beside = str(passed_over)
-            raise DataError(f"no images in {place}" + (f": {beside}" if beside else ""))
+            raise DataError(f"no images in {location}" + (f": {beside}" if beside else ""))
         labels = classes = None
         if all("/" in file for file in files):
-            classes, _ = place.top_level(())
+            classes, _ = location.top_level(())
             numbers = {name: number for number, name in enumerate(classes)}
             labels = [numbers[file.partition("/")[0]] for file in files]
-        images = ImageFiles(place, files, title, labels, classes)
+        images = ImageFiles(location, files, title, labels, classes)
         images.passed_over = passed_over
         return images
 
 
 class ImageFileOpener(Opener):
-    """Image files that the user named: each is taken, whatever it is called, and reported if it is no image."""
+    """Image files that the user named, whatever their endings; one that is not an image fails when it is read."""
 
     merges = True
 
-    def takes(self, place: Place) -> bool:
+    def accepts(self, location: Location) -> bool:
         """See `Opener`."""
-        return isinstance(place, Files)
+        return isinstance(location, Files)
 
-    def open(self, place: Any, title: str, options: Options) -> ImageFiles:
+    def open(self, location: Any, title: str, options: Options) -> ImageFiles:
         """See `Opener`."""
-        options.require_no_column(place)
-        paths = place.paths
-        title = PurePath(place.folder.name(paths[0])).name if len(paths) == 1 else f"{len(paths)} files"
-        return ImageFiles(place.folder, paths, title)
+        options.require_no_column(location)
+        paths = location.paths
+        title = PurePath(location.folder.name(paths[0])).name if len(paths) == 1 else f"{len(paths)} files"
+        return ImageFiles(location.folder, paths, title)

@@ -23,7 +23,7 @@ def is_address(spec: str) -> bool:
 
 
 class Entry(NamedTuple):
-    """What a store tells of a file or folder.
+    """A file or folder in the listing of a store.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Opens data by path, address or name: each kind of data registers an opener, which says what it takes."""
+"""Opening of data by path, address or name, with a registry of openers: one for each kind of data."""
 
 import os
 import re
@@ -43,7 +43,7 @@ class Name:
         return f"{spec!r}: no such path, {searched}"
 
 
-Place: TypeAlias = Folder | Files | Name
+Location: TypeAlias = Folder | Files | Name
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,26 @@ class Options:
     labels: bool
     label_column: str | None
 
-    def require_no_column(self, place: object) -> None:
-        """Check that no column is named, for data without columns.
+    def require_no_column(self, location: object) -> None:
+        """Check that no label column is given, for data without columns.
 
         Raises
         ------
         DataError
-            If one is.
+            If one is given.
         """
         if self.label_column is not None:
             raise DataError(
-                f"{place} is no parquet file and has no column {self.label_column!r}: the classes of images in "
-                "folders are the folders"
+                f"{location} is not a parquet file and has no column {self.label_column!r}: the classes of images "
+                "in folders are the names of the folders"
             )
 
 
 class Opener(ABC):
     """Opens one kind of data. Defining a subclass registers it; `featnorm.inputs` imports the modules that do.
 
-    Openers with `endings` are asked first, in the order of their names; then the others, which take any file or
-    folder.
+    The first opener that accepts a location opens it. Those with `endings` come first, ordered by their names,
+    then those that accept any file or folder.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Opener(ABC):
     names : tuple of str
         Names of the data sets that it opens, in upper or lower case.
     merges : bool
-        Whether files of one folder, named one after the other, are one source.
+        Whether neighboring files of one folder are opened as one source.
     """
 
     endings: ClassVar[tuple[str, ...]] = ()
@@ -101,20 +101,20 @@ class Opener(ABC):
         _OPENERS.append(cls())
         _OPENERS.sort(key=lambda opener: (not opener.endings, type(opener).__name__))
 
-    def takes(self, place: Place) -> bool:
-        """Whether it opens what is at a place; by default, a file with one of its endings or one of its names."""
-        if isinstance(place, Files):
-            return place.paths[0].endswith(self.endings)
-        return isinstance(place, Name) and place.name.lower() in map(str.lower, self.names)
+    def accepts(self, location: Location) -> bool:
+        """Whether it opens a location; by default, a file with one of its endings, or one of its names."""
+        if isinstance(location, Files):
+            return location.paths[0].endswith(self.endings)
+        return isinstance(location, Name) and location.name.lower() in map(str.lower, self.names)
 
     @abstractmethod
-    def open(self, place: Any, title: str, options: Options) -> Source[Any]:
-        """Open what is at a place that it takes.
+    def open(self, location: Any, title: str, options: Options) -> Source[Any]:
+        """Open a location that it accepts.
 
         Parameters
         ----------
-        place : Folder, Files or Name
-            The place. `Files` are several only if the opener `merges`.
+        location : Folder, Files or Name
+            The location. There are several files only if `merges` is true.
         title : str
             The source's name for tables.
         options : Options
@@ -183,49 +183,53 @@ def open_source(
     DataError
         If the data cannot be found, read or downloaded, if there is no item in it or in the slice, if it holds
         several splits, or if there is no column of that name or no labels in it.
+    ValueError
+        If there is no specification.
     ImportError
         If ``featnorm[vision]`` is needed and not installed.
     """
+    if not specs:
+        raise ValueError("no data is given: name a folder, a file, an address or a data set")
     options = Options(labels, label_column)
     root = root or os.environ.get("FEATNORM_DATA")
-    found = [_find(spec, None if root is None else Path(root).expanduser(), mix_splits) for spec in specs]
+    found = [_resolve(spec, None if root is None else Path(root).expanduser(), mix_splits) for spec in specs]
     sources = [one.open(options) for one in _merged(found)]
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a specification names: a place, its opener, and the slices to take, the innermost first."""
+class _Resolved:
+    """A resolved specification: a location, its opener, and the slices to take, the innermost first."""
 
-    place: Place
+    location: Location
     title: str
     opener: Opener
     slices: tuple[str, ...] = ()
 
     def open(self, options: Options) -> Source[Any]:
         try:
-            source = self.opener.open(self.place, self.title, options)
+            source = self.opener.open(self.location, self.title, options)
         except OSError as error:
-            raise DataError(f"cannot read {self.place}: {first_line(error)}") from error
+            raise DataError(f"cannot read {self.location}: {first_line(error)}") from error
         for text in self.slices:
             source = _sliced(source, text)
         return source
 
 
-def _merged(found: Sequence[_Found]) -> Iterator[_Found]:
-    """Make one of neighboring files whose opener merges them."""
+def _merged(found: Sequence[_Resolved]) -> Iterator[_Resolved]:
+    """Merge neighboring files, if their opener permits it."""
 
-    def key(one: _Found) -> object:
-        if isinstance(one.place, Files) and one.opener.merges and not one.slices:
-            return id(one.opener), id(one.place.folder)
+    def key(one: _Resolved) -> object:
+        if isinstance(one.location, Files) and one.opener.merges and not one.slices:
+            return id(one.opener), id(one.location.folder)
         return id(one)
 
     for _, group in groupby(found, key=key):
         members = list(group)
-        files = [one.place for one in members if isinstance(one.place, Files)]
+        files = [one.location for one in members if isinstance(one.location, Files)]
         if len(members) > 1:
             paths = tuple(path for of_one in files for path in of_one.paths)
-            yield replace(members[0], place=Files(files[0].folder, paths))
+            yield replace(members[0], location=Files(files[0].folder, paths))
         else:
             yield members[0]
 
@@ -234,46 +238,46 @@ def _merged(found: Sequence[_Found]) -> Iterator[_Found]:
 _HERE = LocalFolder("")
 
 
-def _find(spec: str, root: Path | None, mix_splits: bool) -> _Found:
+def _resolve(spec: str, root: Path | None, mix_splits: bool) -> _Resolved:
     path = Path(os.path.expanduser(spec))
     if spec and os.path.exists(path):
-        return _found(_local(path), mix_splits)
+        return _resolved(_local(path), mix_splits)
     if match := _SLICE.fullmatch(spec):
-        found = _find(match["spec"], root, mix_splits)
+        found = _resolve(match["spec"], root, mix_splits)
         return replace(found, slices=(*found.slices, match["slice"]))
     if is_address(spec):
-        return _found(list_address(spec), mix_splits)
+        return _resolved(list_address(spec), mix_splits)
     if not spec or path.is_absolute() or spec[0] in ".~" or path.name.endswith(_endings()):
         raise DataError(f"no file or folder {spec!r}: check the path")
     name, colon, split = spec.partition(":")
     title = name.rpartition("/")[2] + colon + split
     if root is not None and (path_under := _find_under(root, name, split or "test")):
-        return _found(_local(path_under), mix_splits, title)
-    place = Name(name, split, root)
-    return _Found(place, title, _opener_of(place))
+        return _resolved(_local(path_under), mix_splits, title)
+    location = Name(name, split, root)
+    return _Resolved(location, title, _opener_of(location))
 
 
 def _local(path: Path) -> Folder | Files:
     return LocalFolder(path) if path.is_dir() else Files(_HERE, (str(path),))
 
 
-def _found(place: Folder | Files, mix_splits: bool, title: str | None = None) -> _Found:
+def _resolved(location: Folder | Files, mix_splits: bool, title: str | None = None) -> _Resolved:
     """Find the opener of a folder, which may hold several splits only if they may be mixed, or of a file."""
-    if isinstance(place, Files):
-        return _Found(place, title or title_of(place.folder, place.paths[0]), _opener_of(place))
+    if isinstance(location, Files):
+        return _Resolved(location, title or title_of(location.folder, location.paths[0]), _opener_of(location))
     try:
-        splits = [] if mix_splits else place.splits(_endings())
+        splits = [] if mix_splits else location.splits(_endings())
         if len(splits) > 1:
             raise DataError(
-                f"{place} holds several splits, which must not be mixed: name one of {', '.join(splits)}"
+                f"{location} holds several splits, which must not be mixed: name one of {', '.join(splits)}"
             )
-        return _Found(place, title or title_of(place), _opener_of(place))
+        return _Resolved(location, title or title_of(location), _opener_of(location))
     except OSError as error:
-        raise DataError(f"cannot read the folder {place}: {first_line(error)}") from error
+        raise DataError(f"cannot read the folder {location}: {first_line(error)}") from error
 
 
-def _opener_of(place: Place) -> Opener:
-    """Return the first opener that takes what is at a place.
+def _opener_of(location: Location) -> Opener:
+    """Return the first opener that accepts a location.
 
     Raises
     ------
@@ -281,11 +285,12 @@ def _opener_of(place: Place) -> Opener:
         If none does.
     """
     for opener in _OPENERS:
-        if opener.takes(place):
+        if opener.accepts(location):
             return opener
     names = ", ".join(name for opener in _OPENERS for name in opener.names)
     raise DataError(
-        f"cannot find {place}, and no data set of that name can be downloaded (only {names}): check the spelling"
+        f"cannot find {location}, and no data set of that name can be downloaded (only {names}): check the "
+        "spelling"
     )
 
 

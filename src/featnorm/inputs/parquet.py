@@ -17,7 +17,7 @@ from featnorm.inputs.decoding import reason_of
 from featnorm.inputs.files import Folder, LocalFolder
 from featnorm.inputs.formats import PassedOver
 from featnorm.inputs.images import EncodedImages
-from featnorm.inputs.openers import Opener, Options, Place
+from featnorm.inputs.openers import Location, Opener, Options
 from featnorm.inputs.source import DataError, ItemError
 
 
@@ -118,19 +118,19 @@ class ParquetOpener(Opener):
 
     endings = (".parquet",)
 
-    def takes(self, place: Place) -> bool:
+    def accepts(self, location: Location) -> bool:
         """See `Opener`."""
-        if isinstance(place, Folder):
-            return bool(place.top_level(self.endings)[1]) and not place.images[0]
-        return super().takes(place)
+        if isinstance(location, Folder):
+            return bool(location.top_level(self.endings)[1]) and not location.images[0]
+        return super().accepts(location)
 
-    def open(self, place: Any, title: str, options: Options) -> ParquetImages:
+    def open(self, location: Any, title: str, options: Options) -> ParquetImages:
         """See `Opener`; the other files of the folder are passed over."""
-        if not isinstance(place, Folder):
-            return self._open(place.folder, place.paths, title, options)
-        _, shards = place.top_level(self.endings)
-        images = self._open(place, shards, title, options)
-        _, beside = place.images
+        if not isinstance(location, Folder):
+            return self._open(location.folder, location.paths, title, options)
+        _, shards = location.top_level(self.endings)
+        images = self._open(location, shards, title, options)
+        _, beside = location.images
         kinds = Counter(beside.kinds)
         kinds[".parquet"] -= len(shards)
         images.passed_over = PassedOver(+kinds, beside.hidden, beside.closed)

@@ -73,15 +73,15 @@ class TorchvisionOpener(Opener):
 
     names = tuple(_SETS)
 
-    def open(self, place: Any, title: str, options: Options) -> TorchvisionImages:
+    def open(self, location: Any, title: str, options: Options) -> TorchvisionImages:
         """See `Opener`."""
-        name = next(name for name in _SETS if name.lower() == place.name.lower())
+        name = next(name for name in _SETS if name.lower() == location.name.lower())
         options.require_no_column(f"torchvision's {name}")
         splits = _SETS[name]
-        split = place.split or "test"
+        split = location.split or "test"
         if split not in splits:
             raise DataError(f"torchvision's {name} has no split {split!r}: it has {', '.join(splits)}")
-        target = place.root or Path("~/.cache/featnorm").expanduser()
+        target = location.root or Path("~/.cache/featnorm").expanduser()
         make = getattr(vision_module("torchvision.datasets"), name)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class TorchvisionOpener(Opener):
         except Exception as error:
             wanted = f"{name.lower()}/{split}"
             raise DataError(
-                f"cannot find {place}, and downloading {name} to {target} failed "
+                f"cannot find {location}, and downloading {name} to {target} failed "
                 f"({first_line(error)}): put it under a data root as {wanted}.parquet or as a folder {wanted}"
             ) from error
         return TorchvisionImages(dataset, title)
