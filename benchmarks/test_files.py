@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 import featnorm as fn
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import image_loader, open_images
+from featnorm.inputs import image_loader, open_source
 from featnorm.models import create_model
 
 BATCH = 64
@@ -39,9 +39,9 @@ def photographs(folder, n):
 def test_score(compare, size, tmp_path):
     n = size(20_000, 128)
     folder = photographs(tmp_path / "photographs", n)
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     loaded = create_model("featnorm:efficientnet-lite0" if size(True, False) else "featnorm:cifar10-resnet18")
-    known = open_images(f"{folder}[:{min(n, DISTINCT)}]")
+    known = open_source(f"{folder}[:{min(n, DISTINCT)}]")
     file = tmp_path / "detector.featnorm"
     fn.fit_images(known, loaded, cache=tmp_path / "cache", progress=False).scorer.save(file)
     scorer = ImageScorer.load(file)

@@ -10,7 +10,7 @@ import torch
 
 import featnorm as fn
 from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.records import Journal
 
 BATCH = 64
@@ -43,13 +43,13 @@ def test_a_list_of_images(compare, many, tmp_path):
     table = pa.table({"image": [{"bytes": b"no image", "path": f"{i:06}.jpg"} for i in range(n)]})
     file = tmp_path / "shard.parquet"
     pq.write_table(table, file)
-    open_images(str(file))  # imports
+    open_source(str(file))  # imports
     compare.memory(
         f"a folder of {n:,} files, listed",
-        lambda: held(lambda: open_images(str(folder))),
+        lambda: held(lambda: open_source(str(folder))),
         {
             "as many bytes as files": (lambda: n, None),
-            "a parquet file of as many rows": (lambda: held(lambda: open_images(str(file))), None),
+            "a parquet file of as many rows": (lambda: held(lambda: open_source(str(file))), None),
         },
         sizes="names of 28 characters, of 10 in the parquet file",
     )

@@ -8,7 +8,7 @@ from featnorm import archive
 from featnorm._utils.weights import single_precision
 from featnorm.cli.monitor import monitor
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.models import ModelError, create_model
 from mutations import mutated
 
@@ -16,7 +16,7 @@ MODEL = "tiny:make"
 
 
 def fitted(folder, cache, detector, spec=MODEL):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     options = {"cache": cache, "progress": False, "workers": 0}
     return fn.fit_images(source, create_model(spec), detector=fn.parse_detector(detector), **options).scorer
 

@@ -33,7 +33,7 @@ from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import ImageSource, SlicedImages, image_loader, open_images
+from featnorm.inputs import ImageSource, SlicedSource, image_loader, open_source
 
 # Maximum number of images, which are all kept in memory as tensors.
 MAX_IMAGES = 512
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("shipped.json"))
     options = parser.parse_args()
     keep_freed_memory()  # as the commands do
-    source = open_images(options.data, root=options.data_root)
-    source = SlicedImages(source, range(min(len(source), MAX_IMAGES)), source.title)
+    source = open_source(options.data, root=options.data_root)
+    source = SlicedSource(source, range(min(len(source), MAX_IMAGES)), source.title)
     content = {
         "images": f"{len(source)} of {source.title}",
         **scored(ImageScorer.load(options.detector), source),
@@ -111,7 +111,7 @@ def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
 def as_jpeg(source: ImageSource, row: int) -> bytes:
     """Return an image encoded as a client would send it."""
     buffer = io.BytesIO()
-    source.image(row).save(buffer, "JPEG", quality=90)
+    source.item(row).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 

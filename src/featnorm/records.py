@@ -16,7 +16,7 @@ from filelock import Timeout
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
-from featnorm._utils.files import acquire_lock, append, refuse_folder, replacing, write_text
+from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
 
 # `featnorm monitor` reads scores, and does not wait for torch.
@@ -71,7 +71,7 @@ class Journal:
         self.restarted = False
         self.damaged: int | None = None
         self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
-        refuse_folder(self.path)
+        require_no_folder(self.path)
         try:
             self._lock = acquire_lock(out.with_name(f".{out.name}.lock"))
         except Timeout:

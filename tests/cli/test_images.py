@@ -22,7 +22,7 @@ from featnorm import archive, fitting
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs import open_to_score
+from featnorm.inputs import open_source
 from featnorm.records import Journal, images_digest
 from hostile import hostile_files
 
@@ -272,7 +272,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known,
     assert status == 2
     assert re.fullmatch(
         r"featnorm: cannot write d\.featnorm: No space left on device \([\d,.]+ MB are free\): free some space, "
-        r"or choose another place\. The features are kept: rerun the same command to resume from them\n",
+        r"or choose another path\. The features are kept: rerun the same command to resume from them\n",
         error,
     )
     assert not list(tmp_path.iterdir())
@@ -297,11 +297,11 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
     monkeypatch.setattr("featnorm.archive.read_calibration", work)
     table = known / "t.csv"
     for arguments, words in {
-        ("fit", known, "-o", "pipe.csv"): "pipe.csv is no regular file",
-        ("score", detector, known, "-o", "pipe.csv"): "pipe.csv is no regular file",
-        ("score", detector, known, "--html", "pipe.html"): "pipe.html is no regular file",
-        ("export", detector, "-o", "pipe.csv"): "pipe.csv is no regular file",
-        ("monitor", detector, table, "--html", "pipe.html"): "pipe.html is no regular file",
+        ("fit", known, "-o", "pipe.csv"): "pipe.csv is not a regular file",
+        ("score", detector, known, "-o", "pipe.csv"): "pipe.csv is not a regular file",
+        ("score", detector, known, "--html", "pipe.html"): "pipe.html is not a regular file",
+        ("export", detector, "-o", "pipe.csv"): "pipe.csv is not a regular file",
+        ("monitor", detector, table, "--html", "pipe.html"): "pipe.html is not a regular file",
         ("fit", known, "-o", 300 * "n"): "cannot be written: File name too long",
         ("score", detector, known, "-o", 300 * "n" + ".csv"): "cannot be written: File name too long",
     }.items():
@@ -502,21 +502,21 @@ def test_a_journal_is_of_these_images_and_one_process(tmp_path):
 
 def test_a_changed_image_is_another(tmp_path):
     folder = pictures(tmp_path / "p", 3, 0)
-    before = images_digest(open_to_score([str(folder)]))
-    assert images_digest(open_to_score([str(folder)])) == before
+    before = images_digest(open_source(str(folder)))
+    assert images_digest(open_source(str(folder))) == before
     os.utime(folder / "0001.png", ns=(1, 1))
-    assert images_digest(open_to_score([str(folder)])) != before
+    assert images_digest(open_source(str(folder))) != before
 
 
 def test_rows_of_two_tables_are_told_apart(shared_data):
-    source = open_to_score(["tiny_imagenet:val[:2]", "ood32/mnist[:2]"], root=shared_data)
+    source = open_source("tiny_imagenet:val[:2]", "ood32/mnist[:2]", root=shared_data)
     assert len({source.name(i) for i in range(4)}) == len({source.identity(i) for i in range(4)}) == 4
 
 
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
     folder = pictures(tmp_path / "p", 2, 0)
     os.mkfifo(folder / "pipe")
-    assert len(open_to_score([str(folder)])) == 2
+    assert len(open_source(str(folder))) == 2
 
 
 def test_what_is_refused(featnorm, detector, known, tmp_path):

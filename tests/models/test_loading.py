@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from featnorm.inputs import image_loader, open_images
+from featnorm.inputs import image_loader, open_source
 from featnorm.models import ModelError, create_model
 
 SMALL = "timm:test_resnet"  # 0.5 million parameters
@@ -55,7 +55,7 @@ def test_efficientnet_lite0_by_order(shared_data: Path) -> None:
         "timm:tf_efficientnet_lite0: matched by shape, in order"
     ]
     assert not loaded.model.training
-    source = open_images("imagenet1k_sample[:100]", root=shared_data)
+    source = open_source("imagenet1k_sample[:100]", root=shared_data)
     right = 0
     with torch.inference_mode():
         for batch in image_loader(source, loaded.transform, on_corrupt=lambda name, why: pytest.fail(name)):

@@ -153,7 +153,7 @@ def test_a_log_that_does_not_fit_the_checkpoint_costs_no_epoch(tmp_path, monkeyp
     elif what != "missing":
         first = good.splitlines(keepends=True)[0]
         file.write_bytes({"damaged": good.replace(b"0", b"1", 1), "empty": b"", "cut": first}[what])
-    said = {"damaged": "line 1 of .* is damaged", "a folder": "is a folder where a file is expected"}.get(
+    said = {"damaged": "line 1 of .* is damaged", "a folder": "is a folder, but must be a file"}.get(
         what,
         f"has no line for epoch {2 if what == 'cut' else 1}, but checkpoint.pt next to it is of epoch 2: restore",
     )
@@ -175,7 +175,7 @@ def test_a_damaged_log_without_a_checkpoint_costs_no_epoch(tmp_path):
 
 def test_a_folder_in_the_place_of_a_checkpoint_is_named(tmp_path):
     (tmp_path / CHECKPOINT).mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is a folder where a file is expected"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is a folder, but must be a file"):
         fit_small(tmp_path)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import featnorm
-from featnorm._utils.files import try_folder, try_place
+from featnorm._utils.files import check_folder_writable, check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,11 +113,11 @@ def prepare_folder(out: Path, files: Sequence[Path]) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        try_folder(out)
+        check_folder_writable(out)
     except OSError as error:
         raise ValueError(f"cannot write to the folder --out {out}: {error.strerror}") from None
     for file in files:
-        try_place(file)
+        check_writable(file)
 
 
 def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
@@ -128,7 +128,7 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
     ValueError
         It cannot be written, or it is an input, or it lies in an input folder.
     """
-    try_place(out)
+    check_writable(out)
     place = out.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):

@@ -76,7 +76,7 @@ def evaluate(
     from featnorm.cli.runtime import fabric_of
     from featnorm.detectors import parse_detector
     from featnorm.evaluation import compare, standard_detectors
-    from featnorm.inputs import open_images
+    from featnorm.inputs import open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
     from featnorm.report.comparison import write_page
@@ -87,11 +87,11 @@ def evaluate(
     _refuse_twice([*([] if fit is None else [fit]), id_data, *ood])
 
     def labeled(spec: str) -> ImageSource:
-        return open_images(spec, root=data_root, label_column=label_column)
+        return open_source(spec, root=data_root, label_column=label_column)
 
     fit_source = None if fit is None else labeled(fit)
     opened = [(id_data, labeled(id_data))]
-    opened += [(spec, open_images(spec, root=data_root, labels=False)) for spec in ood]
+    opened += [(spec, open_source(spec, root=data_root, labels=False)) for spec in ood]
     sources = _named(opened)
     id_name, *ood_names = sources
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
@@ -122,7 +122,7 @@ def evaluate(
     }
 
     def image(name: str, index: int) -> Image.Image:
-        return sources[name].image(reader.rows[name][index])
+        return sources[name].item(reader.rows[name][index])
 
     title = f"What does {model} know?"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"

@@ -83,13 +83,13 @@ def fit(
     from featnorm.cli.runtime import cluster_of, fabric_of
     from featnorm.detectors import parse_detector
     from featnorm.fitting import fit_images
-    from featnorm.inputs import open_images
+    from featnorm.inputs import open_source
     from featnorm.models import create_model
     from featnorm.models.loading import is_users
 
     began = time.perf_counter()
     parsed = parse_detector(detector)
-    source = open_images(
+    source = open_source(
         data,
         root=data_root,
         labels=targets != "clusters" or label_column is not None,

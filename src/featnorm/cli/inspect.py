@@ -23,7 +23,7 @@ def inspect(
     """Find the last hidden layer of a model, and describe what it means for the negative-aware norm."""
     import torch
 
-    from featnorm.inputs import image_loader, open_images
+    from featnorm.inputs import image_loader, open_source
     from featnorm.inputs.loading import named
     from featnorm.models import create_model
     from featnorm.models.loading import brings_weights, users_forward
@@ -34,7 +34,7 @@ def inspect(
     loaded = create_model(model, weights=weights, pretrained=weights is None and needed)
     tap = FeatureTap(loaded.model, layer)
     if data is not None:
-        source = open_images(data, root=data_root, labels=False)
+        source = open_source(data, root=data_root, labels=False)
         # One batch of readable images is enough.
         loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
         batch = next(islice(loader, 1), None)

@@ -155,14 +155,14 @@ def score(
             require_file_place(file, [scorer_file, *map(Path, images)])
     from featnorm.cli.runtime import cluster_of, fabric_of
     from featnorm.image_scorer import ImageScorer
-    from featnorm.inputs import DataError, SlicedImages, open_to_score
+    from featnorm.inputs import DataError, SlicedSource, open_source
     from featnorm.inputs.loading import rows_of
 
     fabric = fabric_of(device, precision)
     scorer = ImageScorer.load(scorer_file, model=model)
     if html is not None and scorer.scorer.calibration is None:
         raise ValueError(f"{scorer_file} is not calibrated: a page needs calibration scores")
-    source = open_to_score(images, root=data_root)
+    source = open_source(*images, root=data_root, labels=False, mix_splits=True)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
         console.print(f"fitted in {fitted_in}: scores in {precision} differ a little", style="dim")
@@ -180,7 +180,7 @@ def score(
             rest = source
             if len(batches) < len(every):
                 rows = [row for number in batches for row in rows_of(number, batch_size, len(source))]
-                rest = SlicedImages(source, rows, source.title)
+                rest = SlicedSource(source, rows, source.title)
             verdicts = scorer.stream(rest, workers=workers, fabric=fabric, **settings)
             return zip(batches, verdicts, strict=True)
 
@@ -251,7 +251,7 @@ def _print(batches: _Judged, tally: _Tally) -> int:
 def _journal(
     place: Path, source: ImageSource, scorer_file: Path, batch_size: int, settings: dict[str, str | None]
 ) -> Journal:
-    from featnorm.inputs.images import DECODING
+    from featnorm.inputs.decoding import DECODING
     from featnorm.records import Journal, images_digest
 
     with scorer_file.open("rb") as file:
@@ -310,15 +310,15 @@ def _shown(
     """Yield the images with the explanations of their scores; a few at a time, as they may be large."""
     import torch
 
-    from featnorm.inputs import ImageError
+    from featnorm.inputs import ItemError
     from featnorm.report.scores import ScoredImage
 
     for start in range(0, len(lowest), _EXPLAINED):
         images: dict[int, Image.Image] = {}
         for row, _ in lowest[start : start + _EXPLAINED]:
             # A file that has been removed is shown without its picture.
-            with contextlib.suppress(ImageError):
-                images[row] = source.image(row)
+            with contextlib.suppress(ItemError):
+                images[row] = source.item(row)
         again: dict[int, ImageVerdict] = {}
         if images and scorer.statistics is not None:
             batch = torch.stack([scorer.transform(image) for image in images.values()])

@@ -18,7 +18,7 @@ from featnorm.cluster.work import Extracting, Judging, Work
 from featnorm.detectors import KNN, Detector
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import Extracted, ImageSource, SlicedImages
+from featnorm.inputs import Extracted, ImageSource, SlicedSource
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 
@@ -289,7 +289,7 @@ class _Actor:
         results: list[tuple[int, Any]] = []
         try:
             # One by one, so that those before an error stay.
-            results.extend(zip(numbers, ask(SlicedImages(source, rows, source.title)), strict=True))
+            results.extend(zip(numbers, ask(SlicedSource(source, rows, source.title)), strict=True))
         except (ValueError, OSError) as error:
             return results, error
         return results, None

@@ -22,9 +22,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, frames_of, is_featnorms, said
+from featnorm._utils.errors import (
+    RAISED_BY_USERS,
+    UserCodeError,
+    error_site,
+    error_text,
+    first_line,
+    frames_of,
+    is_featnorms,
+)
+from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
-from featnorm.inputs.images import first_line, vision_module
 from featnorm.models.packaged import load_model
 
 _OWN = "featnorm:"
@@ -270,7 +278,7 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
 
 
 def _users_fault(what: str, error: BaseException) -> UserModelError:
-    return UserModelError(f"{what} raised {said(error)}{at(error)}")
+    return UserModelError(f"{what} raised {error_text(error)}{error_site(error)}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featnorm._utils.files import refuse_folder, replacing, write_text
+from featnorm._utils.files import replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
 
 CHECKPOINT = "checkpoint.pt"
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path, run: dict[str, Any], device: torch.device) -> di
     ValueError
         The checkpoint is damaged, a folder, from a version that wrote no SHA-256, or from another run.
     """
-    refuse_folder(path)
+    require_no_folder(path)
     content = path.read_bytes()
     state, sealed = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
     if sealed != _seal_of(state):
@@ -128,7 +128,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     ValueError
         A line is damaged, or from a version that wrote no SHA-256; or the log is a folder.
     """
-    refuse_folder(path)
+    require_no_folder(path)
     entries = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
