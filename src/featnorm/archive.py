@@ -1,6 +1,6 @@
 """The detector file: safetensors with a JSON header. Reading one never runs code.
 
-This module does not import torch by itself, so that `read_calibration` takes no second or two.
+Importing this module does not import torch, which takes seconds: `read_calibration` does without.
 """
 
 from __future__ import annotations
