@@ -24,7 +24,9 @@ DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)", "OneClassSVM()"]
 
 def fit(folder, loaded, cache, detector):
     source = open_images(str(folder))
-    return fn.fit_images(source, loaded, detector=detector, cache=cache, progress=False, workers=0).scorer
+    return fn.fit_images(
+        source, loaded, detector=detector, cache=cache, runtime=fn.Runtime(progress=False, workers=0)
+    ).scorer
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

@@ -18,7 +18,9 @@ from painted import paint
 
 
 def fit(folder, loaded, cache, **options):
-    return fn.fit_images(open_images(str(folder)), loaded, cache=cache, progress=False, workers=0, **options)
+    return fn.fit_images(
+        open_images(str(folder)), loaded, cache=cache, runtime=fn.Runtime(progress=False, workers=0), **options
+    )
 
 
 def noise(n, seed=1):
@@ -43,7 +45,7 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
     source = SlicedImages(open_images(str(folder)), range(10), "ten")
-    rows = [row for batch in again.stream(source, batch_size=4, workers=0) for row in batch]
+    rows = [row for batch in again.stream(source, runtime=fn.Runtime(batch_size=4, workers=0)) for row in batch]
     assert [row.name for row in rows] == [source.name(i) for i in range(10)]
     assert rows[0].error is not None
     assert rows[0].score is None
@@ -238,7 +240,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_images(str(folder))
     few = SlicedImages(source, range(60), "few")
     with pytest.raises(DataError, match=r"few has 59 readable images, copies not counted: at least 100"):
-        fn.fit_images(few, loaded, cache=cache, progress=False)
+        fn.fit_images(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
         fit(folder, loaded, cache, tpr=0.99)
     flat = tmp_path / "flat"

@@ -18,7 +18,7 @@ MODEL = "tiny:make"
 
 def fitted(folder, cache, detector, spec=MODEL):
     source = open_images(str(folder))
-    options = {"cache": cache, "progress": False, "workers": 0}
+    options = {"cache": cache, "runtime": fn.Runtime(progress=False, workers=0)}
     return fn.fit_images(source, create_model(spec), detector=fn.parse_detector(detector), **options).scorer
 
 

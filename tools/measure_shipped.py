@@ -34,6 +34,7 @@ from featnorm.cli.show import environment
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.image_scorer import ImageScorer
 from featnorm.inputs import ImageSource, SlicedImages, image_loader, open_images
+from featnorm.runtime import Runtime
 
 # Images that are judged, at most; what is judged in memory holds them all, as the model takes them.
 MOST_IMAGES = 512
@@ -85,7 +86,7 @@ def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
         "the network alone, images in memory": lambda: [network(part) for part in rows],
         "the scorer, images in memory": lambda: [scorer.judge(part, names[: len(part)]) for part in rows],
         "the ONNX graph under onnxruntime, images in memory": asked,
-        "`featnorm score`, from files": lambda: list(scorer.stream(source, batch_size=BATCH)),
+        "`featnorm score`, from files": lambda: list(scorer.stream(source, runtime=Runtime(batch_size=BATCH))),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with torch.no_grad():

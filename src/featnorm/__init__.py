@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     )
     from featnorm.models import load_model, model_names
     from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
+    from featnorm.runtime import Runtime
     from featnorm.scorer import Scorer, Verdict
+    from featnorm.scoring import ScoringSummary, score_images
     from featnorm.tap import FeatureTap, LayerTap
 
 __version__ = "0.1.0"
@@ -102,7 +104,9 @@ __all__ = [
     "ReAct",
     "Residual",
     "RotNet",
+    "Runtime",
     "Scorer",
+    "ScoringSummary",
     "Sparsity",
     "Verdict",
     "ViM",
@@ -124,6 +128,7 @@ __all__ = [
     "model_names",
     "negative_aware_norm",
     "parse_detector",
+    "score_images",
     "threshold_at_tpr",
 ]
 
@@ -147,7 +152,9 @@ _HOMES = {
         "fpr_at_tpr_ood_positive",
         "models": "load_model model_names",
         "norms": "l0_norm l1_norm lp_norm negative_aware_norm",
+        "runtime": "Runtime",
         "scorer": "Scorer Verdict",
+        "scoring": "ScoringSummary score_images",
         "tap": "FeatureTap LayerTap",
     }.items()
     for name in names.split()

@@ -47,7 +47,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"format": FORMAT, **header}
-    metadata = {"featnorm": json.dumps({**content, "sha256": _checksum(own, content)})}
+    metadata = {"featnorm": json.dumps({**content, "sha256": digest(own, content)})}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata)
 
@@ -77,7 +77,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"it is of format {version!r}")
         if not isinstance(header["model"], dict):
             raise ValueError("it names no model")
-        if version == FORMAT and header.pop("sha256") != _checksum(tensors, header):
+        if version == FORMAT and header.pop("sha256") != digest(tensors, header):
             raise ValueError("its content is not what was written")
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
@@ -125,19 +125,19 @@ def _path(path: object) -> Path:
     return Path(path)  # type: ignore[arg-type]
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all there is in a file, which tells damage, though not intent."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    _hash_tensors(digest, tensors)
-    return digest.hexdigest()
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of tensors and header, which detects damage, but not intent."""
+    hashed = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    _hash_tensors(hashed, tensors)
+    return hashed.hexdigest()
 
 
-def _hash_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
+def _hash_tensors(hashed: Any, tensors: Mapping[str, Any]) -> None:
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             for part in _dense_parts(name, tensor.detach().cpu()):
-                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                hashed.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -155,11 +155,11 @@ def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return what tells a model from another: class, size, and a SHA-256 of every weight and buffer."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     state = model.state_dict()
-    _hash_tensors(digest, state)
+    _hash_tensors(hashed, state)
     count = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor))
-    return {"class": type(model).__qualname__, "values": count, "sha256": digest.hexdigest()}
+    return {"class": type(model).__qualname__, "values": count, "sha256": hashed.hexdigest()}
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], path: str | Path) -> None:

@@ -3,12 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import PIL
@@ -39,6 +38,7 @@ from featnorm.inputs import (
 from featnorm.inputs.images import DECODING
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.models.loading import users_forward, users_transform
+from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
@@ -104,12 +104,8 @@ def fit_images(
     targets: Targets = "auto",
     tpr: float = 0.95,
     cache: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    fabric: Any = None,
-    ray: Any = None,
     seed: int = 0,
-    progress: bool | None = None,
+    runtime: Runtime | None = None,
 ) -> Fitted:
     """Learn what belongs to a set of images: train a head on a frozen backbone, fit a detector, calibrate it.
 
@@ -128,13 +124,8 @@ def fit_images(
     targets : "labels" or "clusters"; "auto" takes labels where every image has one and there are two at least.
     tpr : the share of images like these to accept, between 0 and 1.
     cache : the folder of a `FeatureCache`; ``~/.cache/featnorm/features`` without it.
-    batch_size, workers : of `featnorm.inputs.image_loader`.
-    fabric : a `lightning_fabric.Fabric` for device and precision; the CPU without it.
-    ray
-        A `featnorm.cluster.Cluster`, whose actors ask the backbone and fit the detector; without it this
-        process does.
     seed : of the head's initial weights, its training, and the clusters.
-    progress : show progress bars; None for where there is a terminal.
+    runtime : where and how the backbone runs. Default: `Runtime()`, on the CPU.
 
     Raises
     ------
@@ -159,13 +150,12 @@ def fit_images(
             f"{detector!r} learns from labels, and {source.title} has none: put the images of each class in a "
             "folder of its own, or choose another detector"
         )
-    device = torch.device("cpu") if fabric is None else fabric.device
+    runtime = runtime or Runtime()
+    device = runtime.torch_device
     backbone, cut = backbone_of(loaded)
     backbone = fast_layout(backbone.to(device).eval())
     notes = [*loaded.notes, "its classifier left out" if cut else _as_it_is(backbone)]
-    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
-    asking = {"cache": cache, "fabric": fabric, "ray": ray, "progress": progress}
-    known = backbone_features(source, loaded, backbone, **asking, **reading)
+    known = backbone_features(source, loaded, backbone, cache=cache, runtime=runtime)
     several = known.several
     known = _distinct(known)
     if len(known.rows) < LEAST_IMAGES:
@@ -178,30 +168,27 @@ def fit_images(
     learning = known.values[~apart]
     labels, names = _labels(source, known.rows, ~apart, targets)
     wanted = cluster(learning, seed) if labels is None else labels[~apart]
-    head = fit_head(learning, wanted, seed=seed, progress=progress).to(device)
+    head = fit_head(learning, wanted, seed=seed, progress=runtime.progress).to(device)
     lessons = (
         (learning[rows], None if labels is None else wanted[rows])
         for rows in torch.arange(len(learning)).split(_ROWS)
     )
-    if ray is None:
-        statistics = ActivationStatistics()
-        with detector.refit():
-            for values, classes in lessons:
-                learn(head, detector, statistics, values.to(device), classes)
-    else:
-        statistics = ray.fit(lessons, head, detector)
     scorer = Scorer(nn.Sequential(backbone, head), detector)
+    statistics = ActivationStatistics()
+    if runtime.cluster is None:
+        scorer.fit_features(training_features(head, statistics, lessons))
+    else:
+        runtime.cluster.fit(lessons, head, detector, statistics)
     chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
-    images = image_loader(chosen, loaded.transform, **reading)
+    images = image_loader(chosen, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
     scorer.tap.trace(next(iter(images)).images)
     # As the images to come will be scored.
-    with nullcontext() if fabric is None else fabric.autocast():
-        parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
+    with runtime.autocast():
+        parts = [features_behind(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
         if detector.needs_inputs:
-            scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
+            scorer.calibrate(((batch.images,) for batch in images), tpr, progress=runtime.progress)
         else:
-            scores = torch.cat([scorer.detector.score(part) for part in parts])
-            scorer.calibration = Calibration(scores, tpr).to(device)
+            scorer.calibrate_features(parts, tpr)
     accuracy = None
     if labels is not None:
         guesses = torch.cat([part.tensor("logits").argmax(1).cpu() for part in parts])
@@ -211,34 +198,29 @@ def fit_images(
         "images": f"{source.title}: {len(learning)} to learn from, {len(chosen)} held out to calibrate on",
         "head": f"trained on {int(wanted.max()) + 1} {kind}",
         "backbone": f"{loaded.name}, {learning.shape[1]} wide" + "".join(f"; {note}" for note in notes),
-        "precision": _precision(fabric),
+        "precision": runtime.precision,
     }
     made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
     counts = len(learning), len(chosen), known.computed
     return Fitted(made, known.corrupt, *counts, accuracy, known.changed, known.damaged, several)
 
 
-def learn(
-    head: ProjectionHead,
-    detector: Detector,
-    statistics: ActivationStatistics,
-    values: Tensor,
-    labels: Tensor | None,
-) -> None:
-    """Teach a detector and statistics a part of the images.
+def training_features(
+    head: ProjectionHead, statistics: ActivationStatistics, parts: Iterable[tuple[Tensor, Tensor | None]]
+) -> Iterator[Features]:
+    """Yield the features that a detector is fitted to, and update the statistics with each part of them.
 
     Parameters
     ----------
-    head : behind the backbone, on the device of the features.
-    detector : learns where it can.
-    statistics : of the head's hidden layer, on the CPU.
-    values : features of the backbone (n, D).
-    labels : classes (n,); None for none.
+    head : network behind the backbone.
+    statistics : statistics of the head's hidden layer, on the CPU.
+    parts : features of the backbone (n, D) and classes (n,), or None where there are none.
     """
-    features = head_features(head, values)
-    statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
-    if detector.needs_fit:
-        detector.partial_fit(features if labels is None else features.replace(labels=labels.to(values.device)))
+    for values, labels in parts:
+        values = values.to(head.hidden.weight.device)
+        features = features_behind(head, values)
+        statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
+        yield features if labels is None else features.replace(labels=labels.to(values.device))
 
 
 def _as_it_is(backbone: nn.Module) -> str:
@@ -307,22 +289,22 @@ class _Standardised(nn.Module):
 
 
 @torch.no_grad()
-def head_features(head: ProjectionHead, values: Tensor) -> Features:
-    """Return what a network of a backbone and this head says of inputs whose features (n, D) are known."""
-    return FeatureTap(head)(values).replace(pooled=values, source=None)
-
-
-@torch.no_grad()
-def headless_features(classifier: nn.Module, values: Tensor) -> Features:
-    """Return what a network says, as it came, of inputs whose pooled features (n, D) are known.
+def features_behind(head: nn.Module, values: Tensor) -> Features:
+    """Return the features of inputs whose pooled features are known.
 
     Parameters
     ----------
-    classifier : its last layer, linear.
-    values : the pooled features, rectified maps: they are the last hidden layer too.
+    head
+        Everything the network computes from its pooled features: a `ProjectionHead`, or its last layer alone, a
+        `torch.nn.Linear`.
+    values
+        Pooled features (n, D). In front of a linear layer they are averages of rectified maps, and are taken for
+        the last hidden layer too.
     """
-    weight, bias = (parameter.detach() for parameter in classifier.parameters())
-    return Features(activation=values, pooled=values, logits=classifier(values), classifier=(weight, bias))
+    if isinstance(head, nn.Linear):
+        classifier = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        return Features(activation=values, pooled=values, logits=head(values), classifier=classifier)
+    return FeatureTap(head)(values).replace(pooled=values, source=None)
 
 
 def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tensor:
@@ -371,11 +353,7 @@ def backbone_features(
     backbone: nn.Module,
     *,
     cache: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    fabric: Any = None,
-    ray: Any = None,
-    progress: bool | None = None,
+    runtime: Runtime | None = None,
 ) -> CachedFeatures:
     """Return what a backbone says of images, from its `FeatureCache`.
 
@@ -384,39 +362,41 @@ def backbone_features(
     source : the images.
     loaded : whose transform it is, and whose name errors give.
     backbone : on its device, in eval mode.
-    cache, batch_size, workers, fabric, ray, progress : see `fit_images`.
+    cache, runtime : see `fit_images`.
 
     Raises
     ------
     DataError
         As `FeatureCache.features`; or the transform gives something else every time.
     """
+    runtime = runtime or Runtime()
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
     def ask(images: Tensor) -> Tensor:
         images = fast_layout(images.to(device))
-        with users_forward(loaded.name, backbone), nullcontext() if fabric is None else fabric.autocast():
+        with users_forward(loaded.name, backbone), runtime.autocast():
             return backbone(images)
 
     key = {
         "weights": archive.fingerprint(backbone)["sha256"],
         "made of noise": _noise_digest(loaded, ask),
-        "precision": _precision(fabric),
+        "precision": runtime.precision,
         "pillow": PIL.__version__,
         "decoding": DECODING,
     }
-    if ray is None:
+    if runtime.cluster is None:
         extract = partial(
-            extract_images, transform=loaded.transform, backbone=ask, batch_size=batch_size, workers=workers
+            extract_images,
+            transform=loaded.transform,
+            backbone=ask,
+            batch_size=runtime.batch_size,
+            workers=runtime.workers,
         )
     else:
-        extract = ray.extract(loaded, backbone, batch_size=batch_size, precision=_precision(fabric))
-    return FeatureCache(cache or DEFAULT_CACHE, json.dumps(key)).features(source, extract, progress=progress)
-
-
-def _precision(fabric: Any) -> str:
-    return "32-true" if fabric is None else str(fabric.strategy.precision.precision)
+        extract = runtime.cluster.extract(loaded, backbone, runtime=runtime)
+    features = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key)).features
+    return features(source, extract, progress=runtime.progress)
 
 
 def _noise_digest(loaded: LoadedModel, backbone: Callable[[Tensor], Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from featnorm.inputs.images import first_line
 from featnorm.inputs.loading import named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, ProjectionHead, create_model, cut_classifier
 from featnorm.models.loading import is_users, users_forward, users_transform
+from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 
 _BLOCKS = 8
@@ -100,9 +101,7 @@ class ImageScorer:
         self,
         source: ImageSource,
         *,
-        batch_size: int = 64,
-        workers: int | None = None,
-        fabric: Any = None,
+        runtime: Runtime | None = None,
     ) -> Iterator[list[ImageVerdict]]:
         """Yield the verdicts of a source's images batch by batch, in its order, those that cannot be read as well.
 
@@ -111,8 +110,8 @@ class ImageScorer:
         Parameters
         ----------
         source : the images.
-        batch_size, workers : of `featnorm.inputs.image_loader`.
-        fabric : a `lightning_fabric.Fabric` for precision; the scorer stays on the device where it is.
+        runtime
+            Precision, batch size and workers. Default: `Runtime()`. The scorer stays on the device where it is.
 
         Raises
         ------
@@ -121,11 +120,13 @@ class ImageScorer:
         ValueError
             The model gives a value that is not finite.
         """
+        runtime = runtime or Runtime()
 
         def ask(images: Tensor) -> list[ImageVerdict]:
-            return self._judge(images, [""] * len(images), fabric=fabric)
+            return self._judge(images, [""] * len(images), runtime=runtime)
 
-        for part in image_loader(source, self.transform, batch_size=batch_size, workers=workers).parts():
+        size, workers = runtime.batch_size, runtime.workers
+        for part in image_loader(source, self.transform, batch_size=size, workers=workers).parts():
             verdicts = {
                 row: ImageVerdict(source.name(row), None, None, None, None, why)
                 for row, why in part.unread.items()
@@ -139,7 +140,7 @@ class ImageScorer:
 
     @torch.no_grad()
     def judge(
-        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), fabric: Any = None
+        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
     ) -> list[ImageVerdict]:
         """Return the verdicts of images that the transform has made ready, (n, c, h, w).
 
@@ -148,7 +149,7 @@ class ImageScorer:
         images : the batch, on any device.
         names : what to call each of them.
         explain : the rows of the images to explain, too.
-        fabric : see `stream`.
+        runtime : see `stream`.
 
         Raises
         ------
@@ -159,18 +160,18 @@ class ImageScorer:
             The backbone is the user's own and raised an error.
         """
         with self._users_forward(f"a batch of {len(images)} images, {names[0]} to {names[-1]}" if names else ""):
-            return self._judge(images, names, explain=explain, fabric=fabric)
+            return self._judge(images, names, explain=explain, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model = self.scorer.model
         return users_forward(self.backbone, model[0] if isinstance(model, nn.Sequential) else model, inputs)
 
     def _judge(
-        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), fabric: Any = None
+        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
     ) -> list[ImageVerdict]:
         images = fast_layout(images.to(self.scorer.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
-        with nullcontext() if fabric is None else fabric.autocast():
+        with (runtime or Runtime()).autocast():
             features = self.scorer.tap.capture(images, classifier=reads_classifier)
             verdict = self.scorer.judge(features)
         nothing = [None] * len(images)
@@ -227,6 +228,17 @@ class ImageScorer:
             "facts": self.facts,
         }
         archive.write(path, tensors, header)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that scores depend on: weights, detector, calibration and classes.
+
+        Raises
+        ------
+        NotFittedError
+            The detector learns and has not been fitted.
+        """
+        tensors, header = self.scorer.content()
+        return archive.digest(tensors, {**header, "backbone": self.backbone, "classes": self.class_names})
 
     @classmethod
     def load(cls, path: str | Path, *, model: str | None = None) -> Self:

@@ -86,10 +86,25 @@ class Scorer(nn.Module):
                 self.detector.score(features)
                 break
             return self
+        return self.fit_features(self.tap.stream(loader, progress=progress))
+
+    def fit_features(self, batches: Iterable[Features]) -> Self:
+        """Fit the detector to features of in-distribution inputs, in one pass.
+
+        Parameters
+        ----------
+        batches : features as `tap` extracts them, with labels for detectors that learn from them.
+
+        Raises
+        ------
+        ValueError
+            The features lack what the detector reads, or are not finite; an earlier fit is then kept.
+        """
         with self.detector.refit():
-            for features in self.tap.stream(loader, progress=progress):
+            for features in batches:
                 self.detector.partial_fit(features)
-        self.calibration = None
+        if self.detector.needs_fit:
+            self.calibration = None
         return self
 
     def calibrate(self, loader: Iterable[Any], tpr: float = 0.95, *, progress: bool | None = None) -> Self:
@@ -107,9 +122,24 @@ class Scorer(nn.Module):
             There are too few inputs for the share (19 at 0.95, 99 at 0.99), or a score cannot be had.
         """
         check_share(tpr, "tpr")
-        scores = [self.detector.score(features) for features in self.tap.stream(loader, progress=progress)]
-        joined = torch.cat(scores)
-        self.calibration = Calibration(joined, tpr).to(joined.device)
+        return self.calibrate_features(self.tap.stream(loader, progress=progress), tpr)
+
+    def calibrate_features(self, batches: Iterable[Features], tpr: float = 0.95) -> Self:
+        """Set the threshold, as `calibrate` does, by the features of in-distribution inputs.
+
+        Parameters
+        ----------
+        batches : features as `tap` extracts them.
+        tpr : share of in-distribution inputs to accept, between 0 and 1.
+
+        Raises
+        ------
+        ValueError
+            As `calibrate`.
+        """
+        check_share(tpr, "tpr")
+        scores = torch.cat([self.detector.score(features) for features in batches])
+        self.calibration = Calibration(scores, tpr).to(scores.device)
         return self
 
     @torch.no_grad()

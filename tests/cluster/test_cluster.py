@@ -36,12 +36,12 @@ def workers():
 
 
 def local(scorer, source):
-    return list(scorer.stream(source, batch_size=BATCH, workers=0))
+    return list(scorer.stream(source, runtime=fn.Runtime(batch_size=BATCH, workers=0)))
 
 
 def remote(workers, scorer, source, batches=None):
     batches = range(-(-len(source) // BATCH)) if batches is None else batches
-    found = dict(workers.score(scorer, source, batches, batch_size=BATCH))
+    found = dict(workers.score(scorer, source, batches, runtime=fn.Runtime(batch_size=BATCH)))
     assert sorted(found) == list(batches)
     return [found[number] for number in batches]
 
@@ -58,9 +58,9 @@ def assert_same(found, expected):
                 assert one.p_value == pytest.approx(other.p_value, abs=1e-6)
 
 
-def fit(folder, loaded, cache, **options):
-    settings = {"cache": cache, "progress": False, "workers": 0, "batch_size": BATCH}
-    return fn.fit_images(open_images(str(folder)), loaded, **settings, **options)
+def fit(folder, loaded, cache, workers=None, **options):
+    runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=workers, progress=False)
+    return fn.fit_images(open_images(str(folder)), loaded, cache=cache, runtime=runtime, **options)
 
 
 @pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
@@ -71,7 +71,7 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
     source = SlicedImages(open_images(str(folder)), range(30), "thirty")
     alone = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
     asked = cache if detector != "KLUniform()" else tmp_path / "asked by the workers"
-    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), ray=workers, targets=targets)
+    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), workers=workers, targets=targets)
     assert (merged.trained, merged.held_out, merged.accuracy) == (alone.trained, alone.held_out, alone.accuracy)
     assert merged.corrupt == alone.corrupt
     assert merged.computed == (0 if asked is cache else alone.trained + alone.held_out)
@@ -91,7 +91,7 @@ def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     expected = local(scorer, source)
     wanted = [0, 2, 3, 6]  # the last of three images
     assert_same(remote(workers, scorer, source, wanted), [expected[i] for i in wanted])
-    assert list(workers.score(scorer, source, [], batch_size=BATCH)) == []
+    assert list(workers.score(scorer, source, [], runtime=fn.Runtime(batch_size=BATCH))) == []
 
 
 class Deadly(ImageSource):
@@ -240,7 +240,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
 def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, monkeypatch):
     scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(14), "some")
-    expected = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
+    expected = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
     judge, sizes = ImageScorer._judge, []
 
     def small(self, images, names, **options):
@@ -250,7 +250,7 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, 
         return judge(self, images, names, **options)
 
     monkeypatch.setattr(ImageScorer, "_judge", small)
-    found = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
+    found = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
     assert sum(sizes) == 13  # one cannot be read
     # A batch of another size rounds otherwise, and as these images calibrated, a tie may break: the p-values are
     # to be those of the scores found.
@@ -262,4 +262,4 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, 
         ImageScorer, "_judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
-        list(scorer.stream(source, batch_size=14, workers=0))
+        list(scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)))

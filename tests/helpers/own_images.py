@@ -37,7 +37,9 @@ def loaded():
 @pytest.fixture(scope="session")
 def fitted(folder, loaded, cache):
     source = open_images(str(folder))
-    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, progress=False, workers=0).scorer
+    return fn.fit_images(
+        source, loaded, detector=fn.NAN(), cache=cache, runtime=fn.Runtime(progress=False, workers=0)
+    ).scorer
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ class Held:
 
 def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     source = SlicedImages(open_images(str(new)), range(5, 10), "five")
-    rows = [row for batch in fitted.stream(source, workers=0) for row in batch]
+    rows = [row for batch in fitted.stream(source, runtime=fn.Runtime(workers=0)) for row in batch]
     files = [(new / row.name).read_bytes() for row in rows]
     whole = client.post("/v1/score", json={"images": [text(data) for data in files]})
     assert whole.status_code == 200

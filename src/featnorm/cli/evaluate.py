@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from featnorm._utils.files import write_text
 from featnorm._utils.layout import fast_layout
-from featnorm.cli.machine import fabric_of
+from featnorm.cli.machine import runtime_of
 from featnorm.cli.show import (
     console,
     environment,
@@ -30,6 +30,7 @@ from featnorm.models import create_model
 from featnorm.models.loading import users_forward
 from featnorm.report import markdown_page
 from featnorm.report.comparison import write_page
+from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 
 # What the images to fit on are called where sets are named; a set of that name goes by its specification.
@@ -59,10 +60,10 @@ class Options:
 class _Reader:
     """The features of a set of images, batch by batch, and which images they are."""
 
-    def __init__(self, tap: FeatureTap, transform: Any, fabric: Any, options: Options) -> None:
+    def __init__(self, tap: FeatureTap, transform: Any, runtime: Runtime, options: Options) -> None:
         self.tap = tap
         self.transform = transform
-        self.fabric = fabric
+        self.runtime = runtime
         self.options = options
         self.skipped: dict[str, list[tuple[str, str]]] = {}
         self.rows: dict[str, list[int]] = {}
@@ -73,8 +74,8 @@ class _Reader:
         loader = image_loader(
             source,
             self.transform,
-            batch_size=self.options.batch_size,
-            workers=self.options.workers,
+            batch_size=self.runtime.batch_size,
+            workers=self.runtime.workers,
             on_corrupt=lambda file, why: self.skipped.setdefault(name, []).append((file, why)),
         )
         rows = self.rows.setdefault(name, [])
@@ -92,7 +93,7 @@ class _Reader:
             rows.extend(batch.indices.tolist())
             images = fast_layout(batch.images)
             where = users_forward(self.options.model, self.tap.model, named(source, batch.indices.tolist()))
-            with where, self.fabric.autocast():
+            with where, self.runtime.autocast():
                 features = self.tap(images)
             # Labels of other classes than the model's own say nothing of its accuracy.
             foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)
@@ -124,10 +125,10 @@ def run(options: Options) -> None:
     for source in [sources[id_name], *([] if fit is None else [fit])]:
         print_label_columns(source, "there are no classes")
     loaded = create_model(options.model, weights=options.weights)
-    fabric = fabric_of(options.device, options.precision)
-    model = fast_layout(fabric.to_device(loaded.model))
+    runtime = runtime_of(options.device, options.precision, options.batch_size, options.workers)
+    model = fast_layout(loaded.model.to(runtime.torch_device))
     tap = FeatureTap(model, options.layer)
-    reader = _Reader(tap, loaded.transform, fabric, options)
+    reader = _Reader(tap, loaded.transform, runtime, options)
 
     evaluation = compare(
         detectors,

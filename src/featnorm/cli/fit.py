@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from featnorm.cli.machine import cluster_of, fabric_of
+from featnorm.cli.machine import runtime_of
 from featnorm.cli.show import (
     console,
     counted,
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
         label_column=options.label_column,
     )
     loaded = create_model(options.model, weights=options.weights)
-    cluster = cluster_of(options.device, options.ray)
+    runtime = runtime_of(options.device, options.precision, options.batch_size, options.workers, ray=options.ray)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, options.targets)
     fitted = fit_images(
@@ -71,11 +71,8 @@ def run(options: Options) -> None:
         targets=cast(Targets, options.targets),
         tpr=options.tpr,
         cache=options.cache,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        fabric=fabric_of(options.device, options.precision),
-        ray=cluster,
         seed=options.seed,
+        runtime=runtime,
     )
     try:
         fitted.scorer.save(options.out)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table as Grid
 
 from featnorm._utils.files import write_text
-from featnorm.cli.machine import fabric_of
+from featnorm.cli.machine import runtime_of
 from featnorm.cli.show import console, environment, prepare_folder
 from featnorm.inputs import DataError
 from featnorm.paper import (
@@ -83,7 +83,7 @@ def run(
     out = out / scale
     made = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
     prepare_folder(out, [out / file for file in made])
-    fabric = fabric_of(device, precision, compiled=compiled)
+    fabric = runtime_of(device, precision, compiled=compiled).fabric
     how = f"{fabric.device}, {precision}" + (", compiled" if compiled else "")
     facts = {"device": how, **environment()}
     setting = _Setting(scale, data_root, weights, out, fabric, facts)

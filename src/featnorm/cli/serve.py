@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.machine import fabric_of
+from featnorm.cli.machine import runtime_of
 from featnorm.cli.show import console
 from featnorm.image_scorer import ImageScorer
 from featnorm.serve import Limits, create_app
@@ -43,16 +43,16 @@ def run(options: Options) -> NoReturn:
     """
     token = _token(options.token_file)
     bound = bind(options.host, options.port)
-    fabric = fabric_of(options.device, options.precision)
+    runtime = runtime_of(options.device, options.precision)
     scorer = ImageScorer.load(options.detector, model=options.model)
-    scorer.scorer = fabric.to_device(scorer.scorer)
+    scorer.scorer.to(runtime.torch_device)
     app = create_app(
         scorer,
         options.limits,
         token,
         allowed_hosts=options.allowed_hosts,
         bound_host=options.host,
-        fabric=fabric,
+        runtime=runtime,
     )
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         console.print(

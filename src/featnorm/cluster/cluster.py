@@ -4,12 +4,11 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from featnorm._utils.memory import keep_freed_memory
@@ -21,6 +20,7 @@ from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import Extracted, ImageSource, SlicedImages
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
+from featnorm.runtime import Runtime
 
 #: Batches a shard: what the death of a worker costs at most. More where there would be too many shards to plan.
 _SHARD = 16
@@ -88,8 +88,7 @@ class Cluster:
         source: ImageSource,
         batches: Sequence[int],
         *,
-        batch_size: int = 64,
-        precision: str = "32-true",
+        runtime: Runtime,
     ) -> Iterator[tuple[int, list[ImageVerdict]]]:
         """Judge batches of a source's images.
 
@@ -99,9 +98,8 @@ class Cluster:
         ----------
         scorer : what judges; it stays as it is.
         source : the images; every machine of the cluster must be able to read them.
-        batches : which ones, by number, of batches of that size.
-        batch_size : images a batch.
-        precision : as Fabric names it.
+        batches : numbers of the batches to score.
+        runtime : precision and batch size.
 
         Yields
         ------
@@ -114,11 +112,11 @@ class Cluster:
         ValueError
             The model gives a value that is not finite.
         """
-        work = Judging(self._in_parts(scorer), precision, batch_size)
-        return self._over_batches(work, source, batches, batch_size, ordered=False)
+        work = Judging(self._in_parts(scorer), replace(runtime, cluster=None))
+        return self._over_batches(work, source, batches, ordered=False)
 
     def extract(
-        self, loaded: LoadedModel, backbone: nn.Module, *, batch_size: int = 64, precision: str = "32-true"
+        self, loaded: LoadedModel, backbone: nn.Module, *, runtime: Runtime
     ) -> Callable[[ImageSource], Iterator[Extracted]]:
         """Return what asks a frozen backbone about images, for `featnorm.inputs.FeatureCache`.
 
@@ -126,26 +124,28 @@ class Cluster:
         ----------
         loaded : whose transform it is.
         backbone : from transformed images (n, 3, H, W) to features (n, D).
-        batch_size, precision : see `score`.
+        runtime : see `score`.
         """
-        work = Extracting(copy.deepcopy(backbone).cpu(), loaded.transform, precision, batch_size)
+        work = Extracting(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
+        batch_size = runtime.batch_size
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
             batches = range(-(-len(images) // batch_size))
             # In order, so that the features of images lie as these do.
-            for number, part in self._over_batches(work, images, batches, batch_size, ordered=True):
+            for number, part in self._over_batches(work, images, batches, ordered=True):
                 yield part.moved(number * batch_size)
 
         return extract
 
     def _over_batches(
-        self, work: Work, source: ImageSource, batches: Sequence[int], batch_size: int, *, ordered: bool
+        self, work: Work, source: ImageSource, batches: Sequence[int], *, ordered: bool
     ) -> Iterator[tuple[int, Any]]:
         """Do some work on batches of a source's images; yield number and result of each.
 
         Parameters
         ----------
-        work, source, batches, batch_size : see `score`.
+        work : what to do with each batch.
+        source, batches : see `score`.
         ordered : whether results come in the order of ``batches``; a slow one then holds up the others.
         """
         import ray
@@ -161,7 +161,7 @@ class Cluster:
         DataContext.get_current().execution_options.preserve_order = ordered
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             _Actor,
-            fn_constructor_args=(kept, batch_size, self.actors),
+            fn_constructor_args=(kept, work.runtime.batch_size, self.actors),
             batch_size=None,
             compute=ActorPoolStrategy(min_size=1, max_size=count),
             num_cpus=self.actors.cpus,
@@ -173,19 +173,20 @@ class Cluster:
             yield int(row["number"]), row["result"]
 
     def fit(
-        self, parts: Iterable[tuple[Tensor, Tensor | None]], head: ProjectionHead, detector: Detector
-    ) -> ActivationStatistics:
-        """Fit a detector to features of images, part by part, and merge what each part taught.
+        self,
+        parts: Iterable[tuple[Tensor, Tensor | None]],
+        head: ProjectionHead,
+        detector: Detector,
+        statistics: ActivationStatistics,
+    ) -> None:
+        """Fit a detector to features of images, part by part, and merge the fits.
 
         Parameters
         ----------
         parts : backbone features (n, D) and labels (n,), or None for none.
         head : the network behind the backbone.
-        detector : is fitted in place; what it had learned is forgotten.
-
-        Returns
-        -------
-        The activation statistics of all parts.
+        detector : detector to fit in place; an earlier fit is dropped.
+        statistics : activation statistics to update with all parts.
         """
         import ray
 
@@ -195,7 +196,6 @@ class Cluster:
         # As it is before it learns: what it knows need not travel.
         with detector.refit():
             kept = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
-            statistics = ActivationStatistics()
             running: list[Any] = []
             for values, labels in parts:
                 if len(running) == self.actors.count:
@@ -203,7 +203,6 @@ class Cluster:
                 running.append(fit_part.remote(kept, values, labels))
             for result in running:
                 _merge(ray.get(result), detector, statistics)
-        return statistics
 
     def _in_parts(self, scorer: ImageScorer) -> ImageScorer:
         """Return a scorer whose banks of KNN, where they are large, lie in parts."""
@@ -236,7 +235,7 @@ class _Actor:
 
         keep_freed_memory()
         work, source = ray.get(self.kept)
-        return source, work.start(torch.device(self.actors.device), self.actors.workers)
+        return source, work.start(self.actors.device, self.actors.workers)
 
     def __call__(self, shards: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         source, ask = self._begun
@@ -259,11 +258,12 @@ def _row(number: int, result: Any) -> dict[str, np.ndarray]:
 def _fit_part(
     kept: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
 ) -> tuple[Detector, ActivationStatistics]:
-    from featnorm.fitting import learn
+    from featnorm.fitting import training_features
 
     head, detector = copy.deepcopy(kept)
     statistics = ActivationStatistics()
-    learn(head, detector, statistics, values, labels)
+    for features in training_features(head, statistics, [(values, labels)]):
+        detector.partial_fit(features)
     return detector, statistics
 
 

@@ -1,7 +1,8 @@
 """What an actor does with images: judge them, or ask a backbone about them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,12 +12,18 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import Extracted, ImageSource, extract_images
+from featnorm.runtime import Runtime
 
 
 class Work(Protocol):
     """What is sent to every actor, once."""
 
-    def start(self, device: torch.device, workers: int) -> Callable[[ImageSource], Iterator[Any]]:
+    @property
+    def runtime(self) -> Runtime:
+        """Precision and batch size."""
+        ...
+
+    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[Any]]:
         """Return what gives a result for each batch of images, in their order.
 
         Parameters
@@ -33,23 +40,17 @@ class Judging:
     Parameters
     ----------
     scorer : with its calibration.
-    precision : as Fabric names it.
-    batch_size : images a batch.
+    runtime : precision and batch size.
     """
 
     scorer: ImageScorer
-    precision: str
-    batch_size: int
+    runtime: Runtime
 
-    def start(self, device: torch.device, workers: int) -> Callable[[ImageSource], Iterator[list[ImageVerdict]]]:
+    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[list[ImageVerdict]]]:
         """See `Work`."""
-        self.scorer.scorer.to(device)
-        fabric = _fabric(device, self.precision)
-
-        def judge(images: ImageSource) -> Iterator[list[ImageVerdict]]:
-            return self.scorer.stream(images, batch_size=self.batch_size, workers=workers, fabric=fabric)
-
-        return judge
+        runtime = replace(self.runtime, device=device, workers=workers)
+        self.scorer.scorer.to(runtime.torch_device)
+        return partial(self.scorer.stream, runtime=runtime)
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,24 @@ class Extracting:
     ----------
     backbone : from transformed images (n, 3, H, W) to features (n, D).
     transform : from a PIL image in RGB to what the backbone takes.
-    precision, batch_size : see `Judging`.
+    runtime : see `Judging`.
     """
 
     backbone: nn.Module
     transform: Callable[[Image.Image], Tensor]
-    precision: str
-    batch_size: int
+    runtime: Runtime
 
-    def start(self, device: torch.device, workers: int) -> Callable[[ImageSource], Iterator[Extracted]]:
+    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[Extracted]]:
         """See `Work`."""
-        backbone = fast_layout(self.backbone.to(device).eval())
-        fabric = _fabric(device, self.precision)
+        runtime = replace(self.runtime, device=device, workers=workers)
+        backbone = fast_layout(self.backbone.to(runtime.torch_device).eval())
 
         @torch.no_grad()
         def ask(images: Tensor) -> Tensor:
-            with fabric.autocast():
-                return backbone(fast_layout(images.to(device)))
+            with runtime.autocast():
+                return backbone(fast_layout(images.to(runtime.torch_device)))
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
-            return extract_images(images, self.transform, ask, batch_size=self.batch_size, workers=workers)
+            return extract_images(images, self.transform, ask, batch_size=runtime.batch_size, workers=workers)
 
         return extract
-
-
-def _fabric(device: torch.device, precision: str) -> Any:
-    from lightning_fabric import Fabric
-
-    return Fabric(accelerator=device.type, devices=1, precision=precision)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import KNN, MSP, NAN, Detector, Energy, HiddenConfidence, KLUniform, L1Norm, Sparsity
 from featnorm.evaluation import compare
-from featnorm.fitting import head_features
+from featnorm.fitting import features_behind
 from featnorm.models import ProjectionHead, load_model
 from featnorm.paper import cifar10
 from featnorm.paper.cifar10 import FROZEN, Variant
@@ -162,11 +162,11 @@ def _fit_and_score(
 
     train(head, values, labels, recipe, seed=seed, progress=progress, on_epoch=note)
     seconds = time.perf_counter() - began
-    test = head_features(head, known.test[0])
-    ood = {name: head_features(head, features) for name, features in known.ood.items()}
+    test = features_behind(head, known.test[0])
+    ood = {name: features_behind(head, features) for name, features in known.ood.items()}
     evaluation = compare(
         chosen,
-        fit=[head_features(head, values)] if any(detector.needs_fit for detector in chosen) else None,
+        fit=[features_behind(head, values)] if any(detector.needs_fit for detector in chosen) else None,
         id_set=("cifar10", [test.replace(labels=known.test[1])]),
         ood_sets={name: [features] for name, features in ood.items()},
     )

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 import featnorm
 from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.records import row_of
+from featnorm.runtime import Runtime
 from featnorm.serve.batching import Batcher, Waiting
 from featnorm.serve.bodies import DESCRIPTION, read_body, read_uploads
 from featnorm.serve.hosts import HostCheck, allowed_name
@@ -93,7 +94,7 @@ def create_app(
     *,
     allowed_hosts: Sequence[str] = (),
     bound_host: str | None = None,
-    fabric: Any = None,
+    runtime: Runtime | None = None,
 ) -> FastAPI:
     """Return a service that judges images over HTTP, as an ASGI application.
 
@@ -111,7 +112,7 @@ def create_app(
         origin gets 403. Pages of these names may come from any port.
     bound_host : the address or name that the server listens on, which is answered to as well; pages of it must
         come from the same port.
-    fabric : a `lightning_fabric.Fabric` for precision; the scorer stays on the device where it is.
+    runtime : precision; the scorer stays on the device where it is. Default: 32-true.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def create_app(
         if loop not in workers:
             for ended in [other for other in workers if other.is_closed()]:
                 del workers[ended]
-            judge = partial(_judge, scorer, fabric)
+            judge = partial(_judge, scorer, runtime)
             workers[loop] = Workers(Batcher(scorer.transform, judge, limits, metrics.batch))
         return workers[loop]
 
@@ -299,12 +300,12 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _judge(scorer: ImageScorer, fabric: Any, images: Sequence[Waiting]) -> list[ImageVerdict]:
+def _judge(scorer: ImageScorer, runtime: Runtime | None, images: Sequence[Waiting]) -> list[ImageVerdict]:
     return scorer.judge(
         torch.stack([image.tensor for image in images]),
         [image.upload.name for image in images],
         explain=[i for i, image in enumerate(images) if image.explain],
-        fabric=fabric,
+        runtime=runtime,
     )
 
 
