@@ -90,7 +90,7 @@ class Detector(nn.Module, ABC):
         self._check_fit(features)
         # Sums made under inference mode could never be added to again.
         with torch.inference_mode(False), torch.no_grad():
-            self._learn(features)
+            self._partial_fit(features)
         self._forget_derived()
         return self
 
@@ -200,7 +200,7 @@ class Detector(nn.Module, ABC):
 
     # What a kind of detector fills in.
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         """Add one batch, checked, to the statistics."""
 
     @abstractmethod

@@ -51,9 +51,9 @@ class Fusion(Detector):
         self.distance._check_fit(features)
         self.norm._check_fit(features)
 
-    def _learn(self, features: Features) -> None:
-        self.distance._learn(features)
-        self.norm._learn(features)
+    def _partial_fit(self, features: Features) -> None:
+        self.distance._partial_fit(features)
+        self.norm._partial_fit(features)
 
     def _score(self, features: Features) -> Tensor:
         negated, norm = self.distance.score(features), self.norm.score(features)

@@ -108,8 +108,8 @@ class Views(Detector):
     def _check_fit(self, features: Features) -> None:
         self.detector._check_fit(features)
 
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
+    def _partial_fit(self, features: Features) -> None:
+        self.detector._partial_fit(features)
 
     def _score(self, features: Features) -> Tensor:
         source = features.source_of(self)

@@ -94,10 +94,10 @@ class CSI(Detector):
         _require_turns(self, features)
         self._require_colours(features.source_of(self).inputs)
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         if len(features):
             embeddings, logits = self._ask(features)
-            self.bank.add(torch.cat([embeddings.flatten(1), logits], 1))
+            self.bank.update(torch.cat([embeddings.flatten(1), logits], 1))
 
     def _derive(self) -> _Learned:
         rows = self.bank.rows

@@ -78,9 +78,9 @@ class ReAct(Detector):
                 "wrap a detector that reads the activation, such as NAN"
             )
 
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
-        self.activations.add(features.tensor(_clipped_field(features)))
+    def _partial_fit(self, features: Features) -> None:
+        self.detector._partial_fit(features)
+        self.activations.update(features.tensor(_clipped_field(features)))
 
     def _derive(self) -> float:
         return self.activations.percentile(self.percentile)

@@ -1,6 +1,6 @@
 """What detectors learn: sums and samples that stream, merge and live in buffers.
 
-A fit is any number of `add` calls; two fits `merge` into the fit of the whole. Memory never grows with the
+A fit is any number of `update` calls; two fits `merge` into the fit of the whole. Memory never grows with the
 number of inputs, except for `Bank`, which is the inputs.
 """
 
@@ -29,7 +29,7 @@ _MOST_GRAMS_BYTES = 8 << 30
 
 
 class Statistic(nn.Module, ABC):
-    """Buffers that sum up what was seen; empty until the first `add`."""
+    """Buffers that sum up what was seen; empty until the first `update`."""
 
     def __init__(self, **empty: Tensor) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Statistic(nn.Module, ABC):
     @property
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
 
     @property
     def width(self) -> int:
@@ -137,7 +137,7 @@ class Moments(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
         return len(self.counts) == 0
 
     @property
@@ -161,7 +161,7 @@ class Moments(Statistic):
         """The number of rows seen."""
         return self.counts.sum()
 
-    def add(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
+    def update(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
         """Add rows (n, d), in groups by labels (n,); without labels they are one group."""
         self.require_width(rows)
         if len(rows) == 0:
@@ -288,10 +288,10 @@ class Total(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
         return bool(self.count == 0)
 
-    def add(self, values: Tensor) -> None:
+    def update(self, values: Tensor) -> None:
         """Add numbers, (n,)."""
         self.count = self.count + values.numel()
         self.sum = self.sum + values.double().sum().to(self.sum.device)
@@ -328,7 +328,7 @@ class RowSample(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
         return len(self.keys) == 0
 
     @property
@@ -347,7 +347,7 @@ class RowSample(Statistic):
         """Whether the sample is all rows that were seen."""
         return int(self.seen) == len(self.keys)
 
-    def add(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor) -> None:
         """Add rows, (n, d)."""
         self.require_width(rows)
         for block in rows.split(_SAMPLED_ROWS):
@@ -396,10 +396,10 @@ class FloatHistogram(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
         return len(self.bins) == 0
 
-    def add(self, values: Tensor) -> None:
+    def update(self, values: Tensor) -> None:
         """Add numbers of any shape."""
         flat = values.detach().to(self.bins.device, torch.float32).reshape(-1)
         for part in flat.split(1 << 24):
@@ -463,7 +463,7 @@ class Bank(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
         return len(self.rows) == 0
 
     @property
@@ -471,7 +471,7 @@ class Bank(Statistic):
         """The number of dimensions of a row."""
         return self.rows.shape[1]
 
-    def add(self, rows: Tensor, write: Callable[[Tensor, Tensor], object] | None = None) -> None:
+    def update(self, rows: Tensor, write: Callable[[Tensor, Tensor], object] | None = None) -> None:
         """Add rows, (n, d), or what ``write(rows, out)`` makes of them in the bank's own memory."""
         self.require_width(rows)
         if len(rows) == 0:
@@ -492,7 +492,7 @@ class Bank(Statistic):
     def merge(self, other: Self) -> None:
         """Append the rows of another."""
         if not other.is_empty:
-            self.add(other.rows)
+            self.update(other.rows)
 
 
 def _joined_rows(first: Tensor, second: Tensor, order: Tensor) -> Tensor:

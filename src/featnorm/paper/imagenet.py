@@ -182,9 +182,9 @@ class PooledReAct(Detector):
         super()._check_fit(features)
         self.detector._check_fit(features)
 
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
-        self.numbers.add(features.tensor("pooled"))
+    def _partial_fit(self, features: Features) -> None:
+        self.detector._partial_fit(features)
+        self.numbers.update(features.tensor("pooled"))
 
     def _derive(self) -> float:
         return self.numbers.percentile(self.percentile)
