@@ -333,7 +333,7 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
             with pytest.raises(TypeError, match=f"the activations must be a tensor, got {name}"):
                 take(wrong)
         with pytest.raises(TypeError, match=f"activations must be a tensor, got {name}"):
-            fn.ActivationStatistics().add(wrong)
+            fn.ActivationStatistics().update(wrong)
     if not isinstance(wrong, str):
         opens = (fn.ImageScorer.load, lambda w: fn.Scorer.load(w, model), lambda w: archive.write(w, {}, {}))
         for take in opens:

@@ -219,7 +219,7 @@ def training_features(
     for values, labels in parts:
         values = values.to(head.hidden.weight.device)
         features = features_behind(head, values)
-        statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
+        statistics.update(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
         yield features if labels is None else features.replace(labels=labels.to(values.device))
 
 

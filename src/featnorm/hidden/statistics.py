@@ -34,7 +34,7 @@ class ActivationStatistics(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing was seen yet."""
         return int(self.inputs) == 0
 
     @property
@@ -42,7 +42,7 @@ class ActivationStatistics(Statistic):
         """The number of units d."""
         return len(self.on)
 
-    def add(self, activation: Tensor, labels: Tensor | None = None) -> Self:
+    def update(self, activation: Tensor, labels: Tensor | None = None) -> Self:
         """Add activations (n, d), after the non-linearity, and perhaps the classes (n,), negative where unknown.
 
         Raises
@@ -161,7 +161,7 @@ class ActivationStatistics(Statistic):
 
     def _require(self) -> None:
         if self.is_empty:
-            raise ValueError("no activation was added yet: there are no statistics of nothing")
+            raise ValueError("no activation was seen yet: there are no statistics of nothing")
 
     def _open(self, width: int, classes: int) -> None:
         """Make room for so many units and classes."""

@@ -135,7 +135,7 @@ def train(
                             fabric.backward(found.loss)
                     optimizer.step()
                     schedule.step()
-                    meter.add(found)
+                    meter.update(found)
                     bar.set_postfix(meter.shown(), refresh=False)
                     bar.update(len(rows))
             entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
@@ -226,7 +226,7 @@ class _Meter:
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def add(self, step: Step) -> None:
+    def update(self, step: Step) -> None:
         self.classifies = step.accuracy is not None
         self.sums[0] += float(step.loss.detach())
         if step.accuracy is not None:
