@@ -51,7 +51,9 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
     assert rows[0].score is None
     assert all(row.error is None and 0 < row.p_value <= 1 for row in rows[1:])
     assert {row.predicted for row in rows[1:]} == ({"a"} if targets == "labels" else {None})
-    one, other = (scorer.judge(noise(1), ["noise"], explain=[0])[0].why for scorer in (fitted.scorer, again))
+    one, other = (
+        scorer.predict_batch(noise(1), ["noise"], explain=[0])[0].why for scorer in (fitted.scorer, again)
+    )
     assert (one.sentence, one.rows()) == (other.sentence, other.rows())
 
 
@@ -76,9 +78,9 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     assert int(scorer.statistics.inputs) == 191
     images = torch.cat([noise(3), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
     verdict = scorer.scorer(images)
-    judged = scorer.judge(images, "abcd", explain=[0, 1, 2, 3])
+    judged = scorer.predict_batch(images, "abcd", explain=[0, 1, 2, 3])
     explained = [one.why for one in judged]
-    some = scorer.judge(images, "abcd", explain=[2])
+    some = scorer.predict_batch(images, "abcd", explain=[2])
     assert [one.why is None for one in some] == [True, True, False, True]
     assert some[2].why.rows() == explained[2].rows()
     assert [one.score for one in some] == [one.score for one in judged] == verdict.score.tolist()
@@ -92,7 +94,7 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     assert len(explained[3].missing) <= len(explained[0].missing)
     scorer.statistics = None
     with pytest.raises(ValueError, match="holds no statistics"):
-        scorer.judge(images, "abcd", explain=[0])
+        scorer.predict_batch(images, "abcd", explain=[0])
 
 
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):

@@ -61,13 +61,13 @@ def test_a_file_opens_under_another_default_type(folder, cache, tmp_path, spec, 
             torch.set_default_dtype(default)
             again = ImageScorer.load(tmp_path / "d.featnorm", **own)
             images = torch.rand(3, *again.input_size, generator=torch.Generator().manual_seed(0)).float()
-            assert again.judge(images, "abc") == scorer.judge(images, "abc")
+            assert again.predict_batch(images, "abc") == scorer.predict_batch(images, "abc")
 
 
 def usable(path):
     """Open a file and use all that there is in it."""
     scorer = ImageScorer.load(path, model=MODEL)
-    judged = scorer.judge(pictures(), "abc", explain=[0, 1, 2])
+    judged = scorer.predict_batch(pictures(), "abc", explain=[0, 1, 2])
     for verdict in judged:
         assert (verdict.predicted is None) == (scorer.class_names is None)
         assert verdict.why.sentence

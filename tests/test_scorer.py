@@ -319,7 +319,7 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
         with pytest.raises(TypeError, match=rf"the model must be a torch\.nn\.Module, got {name}"):
             take(wrong)
     with pytest.raises(TypeError, match=rf"takes Features, got {name}: wrap tensors in"):
-        scorer.judge(wrong)
+        scorer.predict_features(wrong)
     for classifier in ((wrong, 3), wrong) if wrong is not None else ((wrong, 3),):
         with pytest.raises(TypeError, match=r"classifier must be a pair|of the classifier must be a tensor"):
             fn.Features(logits=torch.zeros(2, 4), classifier=classifier)

@@ -84,7 +84,7 @@ def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], Any]] = {
         "the network alone, images in memory": lambda: [network(part) for part in rows],
-        "the scorer, images in memory": lambda: [scorer.judge(part, names[: len(part)]) for part in rows],
+        "the scorer, images in memory": lambda: [scorer.predict_batch(part, names[: len(part)]) for part in rows],
         "the ONNX graph under onnxruntime, images in memory": asked,
         "`featnorm score`, from files": lambda: list(scorer.stream(source, runtime=Runtime(batch_size=BATCH))),
     }

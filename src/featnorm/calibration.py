@@ -172,13 +172,13 @@ class Calibration(nn.Module):
 
     def p_value(self, scores: Tensor) -> Tensor:
         """P-values of (m,) scores, small for OOD: (m,) float64; see `conformal_p_values`."""
-        return self.judge(scores)[0]
+        return self.predict(scores)[0]
 
     def is_id(self, scores: Tensor) -> Tensor:
-        """Whether each of (m,) scores reaches the threshold: (m,) bool, True for ID; as `judge`."""
-        return self.judge(scores)[1]
+        """Whether each of (m,) scores reaches the threshold: (m,) bool, True for ID; as `predict`."""
+        return self.predict(scores)[1]
 
-    def judge(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the p-values of (m,) scores, and whether each reaches the threshold, by one look-up.
 
         Raises

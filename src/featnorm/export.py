@@ -172,7 +172,7 @@ def _check(found: dict[str, Tensor], scorer: Scorer, images: Tensor) -> float:
             how = "is NaN" if math.isnan(gap) else f"differs from PyTorch's by {gap:.1e} of its size"
             raise ExportError(f"the graph's {name} {how}")
     # Of the graph's own scores, as one within rounding of a calibration score may fall on its other side.
-    p_value, is_id = scorer.calibration.judge(found["score"])
+    p_value, is_id = scorer.calibration.predict(found["score"])
     gap = float((found["p_value"] - p_value).abs().max())
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")

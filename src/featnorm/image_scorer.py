@@ -123,7 +123,7 @@ class ImageScorer:
         runtime = runtime or Runtime()
 
         def ask(images: Tensor) -> list[ImageVerdict]:
-            return self._judge(images, [""] * len(images), runtime=runtime)
+            return self._predict(images, [""] * len(images), runtime=runtime)
 
         size, workers = runtime.batch_size, runtime.workers
         for part in image_loader(source, self.transform, batch_size=size, workers=workers).parts():
@@ -139,7 +139,7 @@ class ImageScorer:
             yield [verdicts[row] for row in part.rows]
 
     @torch.no_grad()
-    def judge(
+    def predict_batch(
         self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
     ) -> list[ImageVerdict]:
         """Return the verdicts of images that the transform has made ready, (n, c, h, w).
@@ -160,20 +160,20 @@ class ImageScorer:
             The backbone is the user's own and raised an error.
         """
         with self._users_forward(f"a batch of {len(images)} images, {names[0]} to {names[-1]}" if names else ""):
-            return self._judge(images, names, explain=explain, runtime=runtime)
+            return self._predict(images, names, explain=explain, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model = self.scorer.model
         return users_forward(self.backbone, model[0] if isinstance(model, nn.Sequential) else model, inputs)
 
-    def _judge(
+    def _predict(
         self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
     ) -> list[ImageVerdict]:
         images = fast_layout(images.to(self.scorer.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
         with (runtime or Runtime()).autocast():
             features = self.scorer.tap.capture(images, classifier=reads_classifier)
-            verdict = self.scorer.judge(features)
+            verdict = self.scorer.predict_features(features)
         nothing = [None] * len(images)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
@@ -213,7 +213,7 @@ class ImageScorer:
         OSError
             The file cannot be written; an earlier one of that name stays.
         """
-        tensors, header = self.scorer.content()
+        tensors, header = self.scorer.fitted_tensors(), self.scorer.to_dict()
         model = self.scorer.model
         if not (isinstance(model, nn.Sequential) and len(model) == 2 and isinstance(model[1], ProjectionHead)):
             raise TypeError("an ImageScorer holds Sequential(backbone, head), as featnorm.fit_images makes it")
@@ -237,7 +237,7 @@ class ImageScorer:
         NotFittedError
             The detector learns and has not been fitted.
         """
-        tensors, header = self.scorer.content()
+        tensors, header = self.scorer.fitted_tensors(), self.scorer.to_dict()
         return archive.digest(tensors, {**header, "backbone": self.backbone, "classes": self.class_names})
 
     @classmethod
@@ -290,7 +290,7 @@ class ImageScorer:
             for name, value in tensors.items()
             if name.startswith("detector.") or name == archive.CALIBRATION
         }
-        scorer = Scorer.from_content(own, header, network.eval(), path)
+        scorer = Scorer.from_dict(header, own, network.eval(), path)
         made = _impression(loaded.name, loaded.transform, network[0])
         for what, new, old in zip(("transform", "model"), made, kept_impression, strict=True):
             # Not the other way round, where a NaN would pass.
@@ -306,7 +306,7 @@ class ImageScorer:
             # What a head has, and verdicts and explanations read.
             scorer.tap.require(("activation", "logits", "classifier"))
             image = loaded.transform(_picture()).float()[None]
-            made_of.judge(image, [""], explain=() if statistics is None else [0])
+            made_of.predict_batch(image, [""], explain=() if statistics is None else [0])
         except archive.MALFORMED as error:
             raise archive.ArchiveError(
                 f"{path} is damaged: it cannot score an image ({first_line(error)})"

@@ -153,10 +153,10 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, or gives a value that is not finite.
         """
-        return self.judge(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
+        return self.predict_features(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
 
     @torch.no_grad()
-    def judge(self, features: Features) -> Verdict:
+    def predict_features(self, features: Features) -> Verdict:
         """Judge inputs by what the tap heard of them.
 
         Parameters
@@ -173,7 +173,7 @@ class Scorer(nn.Module):
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)
-        return Verdict(score, *self.calibration.judge(score), features.logits)
+        return Verdict(score, *self.calibration.predict(score), features.logits)
 
     def get_extra_state(self) -> dict[str, float | None]:
         """Return the share to accept, which is in no buffer, for `state_dict`."""
@@ -200,10 +200,10 @@ class Scorer(nn.Module):
         OSError
             The file cannot be written; an earlier one of that name stays.
         """
-        archive.write(path, *self.content())
+        archive.write(path, self.fitted_tensors(), self.to_dict())
 
-    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors and header of the file that `save` writes.
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """Return the part of the `state_dict` that is the fit: detector and calibration, without the model.
 
         Raises
         ------
@@ -214,13 +214,16 @@ class Scorer(nn.Module):
         tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
             tensors[archive.CALIBRATION] = self.calibration.scores
-        header = {
+        return tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return as plain data what the tensors leave out: detector, share to accept, tap, model fingerprint."""
+        return {
             "detector": repr(self.detector),
             "tpr": None if self.calibration is None else self.calibration.tpr,
-            "tap": self.tap.state(),
+            "tap": self.tap.to_dict(),
             "model": archive.fingerprint(self.tap.model),
         }
-        return tensors, header
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Self:
@@ -236,13 +239,25 @@ class Scorer(nn.Module):
         tensors, header = archive.read(path)
         if "images" in header:
             raise archive.ArchiveError(f"{path} holds its model too: read it by featnorm.ImageScorer.load(path)")
-        return cls.from_content(tensors, header, model, path)
+        return cls.from_dict(header, tensors, model, path)
 
     @classmethod
-    def from_content(
-        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module, path: str | Path
+    def from_dict(
+        cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, path: str | Path
     ) -> Self:
-        """Make a scorer of what `content` returned, read from a file that errors name; see `load`."""
+        """Make a scorer from what `to_dict` and `fitted_tensors` returned.
+
+        Parameters
+        ----------
+        header, tensors : plain data and tensors.
+        model : model that the scorer was made for.
+        path : file that they were read from, for errors.
+
+        Raises
+        ------
+        ArchiveError
+            See `load`.
+        """
         try:
             detector = parse_detector(header["detector"])
             # Besides the calibration all is the detector's, or an error.
@@ -255,7 +270,7 @@ class Scorer(nn.Module):
             detector.validate()
             scorer = cls(model, detector)
             archive.check_fingerprint(scorer.tap.model, header["model"], path)
-            scorer.tap = FeatureTap.from_state(model, header["tap"])
+            scorer.tap = FeatureTap.from_dict(model, header["tap"])
             scorer.tap.require(detector.reads)
             calibration = archive.calibration(tensors, header, path)
             if calibration is not None:

@@ -269,7 +269,7 @@ def _shown(
         if images and scorer.statistics is not None:
             batch = torch.stack([scorer.transform(image) for image in images.values()])
             names = [source.name(row) for row in images]
-            verdicts = scorer.judge(batch, names, explain=range(len(images)), runtime=runtime)
+            verdicts = scorer.predict_batch(batch, names, explain=range(len(images)), runtime=runtime)
             explained = dict(zip(images, verdicts, strict=True))
         for row, verdict in lowest[start : start + _EXPLAINED_BATCH]:
             # In another batch a score may differ in its last digits: the page shows the one of the table.

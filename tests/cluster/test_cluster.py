@@ -241,15 +241,15 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, 
     scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
-    judge, sizes = ImageScorer._judge, []
+    predict, sizes = ImageScorer._predict, []
 
     def small(self, images, names, **options):
         if len(images) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(len(images))
-        return judge(self, images, names, **options)
+        return predict(self, images, names, **options)
 
-    monkeypatch.setattr(ImageScorer, "_judge", small)
+    monkeypatch.setattr(ImageScorer, "_predict", small)
     found = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
     assert sum(sizes) == 13  # one cannot be read
     # A batch of another size rounds otherwise, and as these images calibrated, a tie may break: the p-values are
@@ -259,7 +259,7 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, 
     expected = [v if v.score is None else v._replace(p_value=next(p_values)) for v in expected]
     assert_same([found], [expected])
     monkeypatch.setattr(
-        ImageScorer, "_judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
+        ImageScorer, "_predict", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
         list(scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)))

@@ -214,7 +214,7 @@ def _figure(name: str, setting: _Setting) -> tuple[Any, _Results]:
         folder = _begin(setting.out, job.folder, i, len(jobs))
         runs.append(theory.run(job, scale, images, folder, fabric=fabric, environment=facts))
     figure = make_figure(name, runs)
-    return figure.to_json(), {name: _Result(figure.table, (figure.svg,))}
+    return figure.to_dict(), {name: _Result(figure.table, (figure.svg,))}
 
 
 def _one_class(name: str, setting: _Setting) -> tuple[Any, _Results]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cluster.bank import BankPart, ShardedKNN
-from featnorm.cluster.work import Extracting, Judging, Work
+from featnorm.cluster.work import Extracting, Scoring, Work
 from featnorm.detectors import KNN, Detector
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
@@ -112,7 +112,7 @@ class Cluster:
         ValueError
             The model gives a value that is not finite.
         """
-        work = Judging(self._in_parts(scorer), replace(runtime, cluster=None))
+        work = Scoring(self._in_parts(scorer), replace(runtime, cluster=None))
         return self._over_batches(work, source, batches, ordered=False)
 
     def extract(

@@ -34,7 +34,7 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True)
-class Judging:
+class Scoring:
     """The verdicts of a scorer.
 
     Parameters
@@ -61,7 +61,7 @@ class Extracting:
     ----------
     backbone : from transformed images (n, 3, H, W) to features (n, D).
     transform : from a PIL image in RGB to what the backbone takes.
-    runtime : see `Judging`.
+    runtime : see `Scoring`.
     """
 
     backbone: nn.Module

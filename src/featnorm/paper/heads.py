@@ -94,7 +94,7 @@ def run(
         "scale": "laptop",
         "backbone": NETWORK,
         "variant": asdict(job.variant),
-        "recipe": job.recipe.settings(),
+        "recipe": job.recipe.to_dict(),
         "seed": job.seed,
         "images": known.facts,
     }
@@ -130,7 +130,7 @@ def study(
     for name, (temperature, width, recipe) in SETTINGS.items():
         chosen = [make() for make in _DETECTORS]
         outcome = _fit_and_score(known, Variant(width), recipe, chosen, temperature=temperature, progress=progress)
-        rows.append({"setting": name, "recipe": recipe.settings(), **outcome})
+        rows.append({"setting": name, "recipe": recipe.to_dict(), **outcome})
     return {"rows": rows, "images": images.facts, "environment": dict(environment)}
 
 

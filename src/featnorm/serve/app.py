@@ -138,8 +138,8 @@ def create_app(
         if loop not in workers:
             for ended in [other for other in workers if other.is_closed()]:
                 del workers[ended]
-            judge = partial(_judge, scorer, runtime)
-            workers[loop] = Workers(Batcher(scorer.transform, judge, limits, metrics.batch))
+            predict = partial(_predict, scorer, runtime)
+            workers[loop] = Workers(Batcher(scorer.transform, predict, limits, metrics.batch))
         return workers[loop]
 
     @asynccontextmanager
@@ -300,8 +300,8 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _judge(scorer: ImageScorer, runtime: Runtime | None, images: Sequence[Waiting]) -> list[ImageVerdict]:
-    return scorer.judge(
+def _predict(scorer: ImageScorer, runtime: Runtime | None, images: Sequence[Waiting]) -> list[ImageVerdict]:
+    return scorer.predict_batch(
         torch.stack([image.tensor for image in images]),
         [image.upload.name for image in images],
         explain=[i for i, image in enumerate(images) if image.explain],

@@ -44,7 +44,7 @@ class Batcher:
     Parameters
     ----------
     prepare : from an image in RGB to a tensor; the transform.
-    judge : from one or more waiting images with tensors to the verdict on each.
+    predict : from one or more waiting images with tensors to the verdict on each.
     limits : the bounds.
     on_batch : told the size of each batch.
     """
@@ -52,12 +52,12 @@ class Batcher:
     def __init__(
         self,
         prepare: Callable[..., Tensor],
-        judge: Callable[[Sequence[Waiting]], list[ImageVerdict]],
+        predict: Callable[[Sequence[Waiting]], list[ImageVerdict]],
         limits: Limits,
         on_batch: Callable[[int], None],
     ) -> None:
         self._prepare = prepare
-        self._judge = judge
+        self._predict = predict
         self._limits = limits
         self._on_batch = on_batch
         self._waiting: set[Waiting] = set()
@@ -174,7 +174,7 @@ class Batcher:
     def _outcomes(self, batch: Sequence[Waiting]) -> list[ImageVerdict | Exception]:
         """Judge a batch; where that fails, its images one by one, so that only the culprit's request is told."""
         try:
-            return [*self._judge(batch)]
+            return [*self._predict(batch)]
         except Exception as error:
             if len(batch) > 1:
                 return [outcome for image in batch for outcome in self._outcomes([image])]

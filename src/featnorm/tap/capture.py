@@ -44,18 +44,18 @@ class Point:
     total: int  # how many calls a pass makes in all; a pass with another number cannot be followed
     copy: bool  # its memory is the model's or the caller's, or is overwritten later
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain data for a file."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Point":
+    def from_dict(cls, data: Mapping[str, Any]) -> "Point":
         """Make it again from plain data.
 
         Raises
         ------
         KeyError, TypeError, ValueError
-            The data are none that `to_json` gave.
+            The data are none that `to_dict` gave.
         """
         point = cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
         counts = (point.call, point.total)

@@ -224,21 +224,21 @@ class FeatureTap:
             lines.append(f"{name}: {words}")
         return "\n".join(lines)
 
-    def state(self) -> dict[str, Any]:
-        """Return what was found as plain data, for a file; see `from_state`."""
-        return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_json()}
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain data, for a file; see `from_dict`."""
+        return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_dict()}
 
     @classmethod
-    def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
+    def from_dict(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
         """Make a tap that listens where another did, without tracing the model again.
 
         Raises
         ------
         KeyError, TypeError, ValueError
-            The data are none that `state` gave, or do not fit the model.
+            The data are none that `to_dict` gave, or do not fit the model.
         """
         tap = cls(model, state["layer"])
-        tap._plan = _Plan.from_json(state["plan"])
+        tap._plan = _Plan.from_dict(state["plan"])
         tap._plan.check(tap.model)
         tap._inactive = check_text(state["inactive"])
         tap._advice = "the file that the tap was read from is damaged or does not fit the model: fit again"
@@ -380,9 +380,9 @@ class _Plan:
                 raise ValueError(f"the classifier is read from {path!r}, which is no weight of the model")
         self.classifier(model)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "points": {name: point.to_json() for name, point in self.points.items()},
+            "points": {name: point.to_dict() for name, point in self.points.items()},
             "weights": [vars(ref) for ref in self.weights],
             "absent": self.absent,
             "verdict": self.verdict,
@@ -390,10 +390,10 @@ class _Plan:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "_Plan":
+    def from_dict(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
-            {name: Point.from_json(point) for name, point in data["points"].items()},
-            [WeightRef.from_json(ref) for ref in data["weights"]],
+            {name: Point.from_dict(point) for name, point in data["points"].items()},
+            [WeightRef.from_dict(ref) for ref in data["weights"]],
             _texts(data["absent"]),
             check_text(data["verdict"]),
             _texts(data["words"]),

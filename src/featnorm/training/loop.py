@@ -89,7 +89,7 @@ def train(
     run: dict[str, Any] = {}
     start = 0
     if checkpoint is not None:
-        run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": digest(inputs, targets)}
+        run = {"recipe": recipe.to_dict(), "seed": seed, "world": world, "data": digest(inputs, targets)}
     # What is kept over the steps is no inference tensor, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad():
         fast_layout(model)
