@@ -182,7 +182,7 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="mymodel:make: opening a file imports nothing"):
         ImageScorer.load("d.featnorm")
     again = ImageScorer.load("d.featnorm", model="mymodel:make")
-    assert again.facts["backbone"] == "mymodel:make, 24 wide; what it returns taken for features"
+    assert again.facts["backbone"] == "mymodel:make, 24 features; its output used as features"
     classifying = fit(folder, create_model("mymodel:classifies"), cache).scorer.facts["backbone"]
     assert classifying.endswith(
         "from the linear layer '4': if that is its classifier, return the model without it"
@@ -211,7 +211,7 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
     random = np.random.default_rng(0)
     for i in range(150):
         paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
-    with pytest.raises(DataError, match="has 97 readable images, copies not counted"):
+    with pytest.raises(DataError, match=r"found 97 readable images in few \(duplicates excluded\)"):
         fit(tmp_path / "few", loaded, cache)
 
 
@@ -229,9 +229,9 @@ def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
 def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
     for words, options in {
         "tpr": {"tpr": 1.0},
-        "no targets 'lables'": {"targets": "lables"},
+        "targets must be one of auto, labels, clusters, got 'lables'": {"targets": "lables"},
         "the seed must be": {"seed": -1},
-        "learns from labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
+        "is fitted to labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
     }.items():
         with pytest.raises(ValueError, match=words):
             fit(folder, loaded, tmp_path / "unused", **options)
@@ -241,7 +241,9 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
 def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_images(str(folder))
     few = SlicedImages(source, range(60), "few")
-    with pytest.raises(DataError, match=r"few has 59 readable images, copies not counted: at least 100"):
+    with pytest.raises(
+        DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"
+    ):
         fn.fit_images(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
         fit(folder, loaded, cache, tpr=0.99)
@@ -249,10 +251,10 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     flat.mkdir()
     for i in range(120):
         paint(flat / f"{i}.png", i % 4, np.random.default_rng(i))
-    with pytest.raises(DataError, match="no class for"):
+    with pytest.raises(DataError, match="no label for"):
         fit(flat, loaded, cache, targets="labels")
     assert fit(flat, loaded, cache).accuracy is None
-    with pytest.raises(DataError, match="is random: use the one of evaluation"):
+    with pytest.raises(DataError, match="is random: use its evaluation transform"):
         fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
 
 

@@ -61,4 +61,4 @@ def tiny(loaded):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Train heads for few steps, where it does not matter how much they learn."""
-    monkeypatch.setattr(fitting, "_LEAST_STEPS", 10)
+    monkeypatch.setattr(fitting, "_MIN_STEPS", 10)

@@ -90,7 +90,7 @@ def paper(small_inputs, monkeypatch):
     torch.manual_seed(1)
     small = create_model("torchvision:resnet18", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _, weights: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 10)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
 
 
 def made(table, large, weights, out):
@@ -237,7 +237,7 @@ def laptop(small_inputs, tmp_path, monkeypatch):
     monkeypatch.setitem(imagenet.SCALES, "laptop", imagenet.Scale("laptop", 10, 2))
     small = create_model("timm:test_efficientnet", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 10)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
     return root
 
 
