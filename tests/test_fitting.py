@@ -93,7 +93,7 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     assert explained[3].seen > 0
     assert len(explained[3].missing) <= len(explained[0].missing)
     scorer.statistics = None
-    with pytest.raises(ValueError, match="holds no statistics"):
+    with pytest.raises(ValueError, match="has no activation statistics"):
         scorer.predict_batch(images, "abcd", explain=[0])
 
 
@@ -241,9 +241,7 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
 def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_images(str(folder))
     few = SlicedImages(source, range(60), "few")
-    with pytest.raises(
-        DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"
-    ):
+    with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
         fn.fit_images(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
         fit(folder, loaded, cache, tpr=0.99)

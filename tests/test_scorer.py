@@ -377,7 +377,7 @@ class TestFile:
             fn.Scorer.load(path, model=model)
 
     def test_another_model_is_refused(self, path):
-        with pytest.raises(fn.ArchiveError, match=r"a Net of .* values, and this is a Linear of"):
+        with pytest.raises(fn.ArchiveError, match=r"a Net with .* values, but this is a Linear with"):
             fn.Scorer.load(path, model=nn.Linear(3, 3))
 
     @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
