@@ -13,7 +13,7 @@ from featnorm import archive
 from featnorm.calibration import Calibration
 from featnorm.cli.show import console, environment, require_file_place
 from featnorm.drift import DriftMonitor
-from featnorm.records import ScoredImage, read_scores
+from featnorm.records import ScoreRow, read_scores
 from featnorm.report.drift import Course, odds, write_drift_page
 
 DRIFT = 3
@@ -54,7 +54,7 @@ class _Stream:
         self._calibration = calibration
         self._rows = 0
 
-    def add(self, images: list[ScoredImage]) -> None:
+    def add(self, images: list[ScoreRow]) -> None:
         """Take the next rows."""
         rows = [_Row(number, image.path) for number, image in enumerate(images, start=self._rows + 1)]
         self._rows += len(rows)
@@ -72,9 +72,7 @@ class _Stream:
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
-    def _require_same_detector(
-        self, scored: list[tuple[_Row, ScoredImage]], scores: Tensor, errors: Tensor
-    ) -> None:
+    def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]], scores: Tensor, errors: Tensor) -> None:
         """Refuse scores of another detector, which would look like drift."""
         stated, digits = (
             torch.tensor([getattr(image, name) for _, image in scored], dtype=torch.float64)
@@ -144,7 +142,7 @@ def _calibration(detector: Path) -> Calibration:
     return calibration
 
 
-def _batches(rows: Iterator[ScoredImage]) -> Iterator[list[ScoredImage]]:
+def _batches(rows: Iterator[ScoreRow]) -> Iterator[list[ScoreRow]]:
     while batch := list(islice(rows, _ROWS)):
         yield batch
 
