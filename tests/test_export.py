@@ -1,5 +1,6 @@
 """One ONNX graph says what the detector says."""
 
+import functools
 import json
 import sys
 
@@ -8,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 
 import featnorm as fn
 from featnorm import export
@@ -15,18 +17,26 @@ from featnorm.evaluation import standard_detectors
 from featnorm.export import ExportError, export_onnx
 from featnorm.inputs import open_images
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
 
 LEFT_OUT = {"ReAct(Energy())"}  # not of a cosine classifier's logits
 DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT]
 DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)", "OneClassSVM()"]
 
 
+@pytest.fixture(scope="module")
+def torchlib_read_once():
+    """Keep torch's table of operators, for which each export parses the source of all of them again."""
+    registry = _registration.ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        yield
+
+
 def fit(folder, loaded, cache, detector):
     source = open_images(str(folder))
-    return fn.fit_images(
-        source, loaded, detector=detector, cache=cache, runtime=fn.Runtime(progress=False, workers=0)
-    ).scorer
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fn.fit_images(source, loaded, detector=detector, cache=cache, runtime=runtime).scorer
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

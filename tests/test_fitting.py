@@ -27,6 +27,7 @@ def noise(n, seed=1):
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
 @pytest.mark.parametrize("detector", ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())"])
 def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
@@ -57,6 +58,7 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
     assert (one.sentence, one.rows()) == (other.sentence, other.rows())
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize(
     "detector", [fn.NAN(), fn.KNN(k=3), fn.Energy(), fn.HiddenConfidence(), fn.ViM(), fn.Mahalanobis()]
 )
@@ -72,6 +74,7 @@ def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cac
     assert torch.allclose(scores, fitted.scorer.scorer.calibration.scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
 def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence()).scorer
@@ -97,6 +100,7 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
         scorer.predict_batch(images, "abcd", explain=[0])
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
     fitted = fit(folder, loaded, cache, detector=fn.KNN(k=3))
     foreign = open_images("ood32/textures[:100]", root=shared_data)
@@ -113,6 +117,7 @@ def test_the_same_images_give_the_same_detector(folder, loaded, cache, tmp_path)
     assert fit(folder, loaded, tmp_path / "other").computed == 239
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded, cache, monkeypatch):
     fit(folder, loaded, cache)
     monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
@@ -147,6 +152,7 @@ def test_clusters_are_the_groups_that_are_there():
     assert all(len(clusters[i::10].unique()) == 1 for i in range(10))
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     (tmp_path / "mymodel.py").write_text(
         "import torch\n"
@@ -238,6 +244,7 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_images(str(folder))
     few = SlicedImages(source, range(60), "few")
@@ -256,6 +263,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
         fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
     path = tmp_path / "d.featnorm"
     scorer = fit(folder, loaded, cache).scorer

@@ -47,9 +47,7 @@ if TYPE_CHECKING:
     from featnorm.explainer import Explainer
     from featnorm.features import Features
     from featnorm.fitting import Fitted, fit_images
-    from featnorm.hidden.classifier import HiddenClassifier
-    from featnorm.hidden.explanation import Explanation
-    from featnorm.hidden.statistics import ActivationStatistics
+    from featnorm.hidden import ActivationStatistics, Explanation, HiddenClassifier
     from featnorm.image_scorer import ImageScorer, ImageVerdict
     from featnorm.metrics import (
         aupr_in,

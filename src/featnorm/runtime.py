@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -15,8 +15,9 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 class Runtime:
     """Device, precision, batches and workers of a run.
 
-    Lightning Fabric, which takes a second to import, is imported only where another device than the CPU or another
-    precision than 32-true is used, or `fabric` is read. A runtime can be pickled and sent to another process.
+    Lightning Fabric, which takes a second to import, is imported only for mixed precision, for devices other than
+    the CPU and CUDA, and when `fabric` is read. A runtime can be pickled. As a context manager it closes its
+    cluster.
 
     Parameters
     ----------
@@ -79,6 +80,8 @@ class Runtime:
         """The device of the model; a ValueError where it is not available."""
         if self.device == "cpu" or (self.device == "auto" and not torch.accelerator.is_available()):
             return torch.device("cpu")
+        if self.device in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+            return torch.device("cuda", 0)
         device: torch.device = self.fabric.device
         return device
 
@@ -88,6 +91,13 @@ class Runtime:
             return nullcontext()
         context: AbstractContextManager[Any] = self.fabric.autocast()
         return context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cluster is not None:
+            self.cluster.close()
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made on this machine is made again on the other.

@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from featnorm import archive
+from featnorm import archive, fitting
+from featnorm.cli.app import app
 from featnorm.image_scorer import ImageVerdict
 from featnorm.inputs import open_to_score
 from featnorm.records import Journal, images_digest
@@ -39,6 +41,14 @@ def pictures(folder: Path, n: int, seed: int, classes: str = "") -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Train heads for few steps: how much they learn does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_LEAST_STEPS", 10)
+        yield
+
+
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
     return pictures(tmp_path_factory.mktemp("known"), 300, 0, "abc")
@@ -48,12 +58,13 @@ def known(tmp_path_factory):
 def detector(known, tmp_path_factory):
     """A file fitted once, by the command."""
     out = tmp_path_factory.mktemp("detector")
-    command("fit", known, "-o", out / "d.featnorm", "--cache", out / "cache", "--batch-size", 16, *BACKBONE)
+    arguments = ("fit", known, "-o", out / "d.featnorm", "--cache", out / "cache", "--batch-size", 16, *BACKBONE)
+    assert CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False).exit_code == 0
     return out / "d.featnorm"
 
 
-def command(*arguments, kill_when=None):
-    """Run the command in a process of its own; kill it when something is so, if told."""
+def kill(*arguments, when):
+    """Run the command in a process of its own, and kill it when something is so."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("FEATNORM_DATA", None)
     code = "from featnorm.cli import main; main()"
@@ -64,14 +75,13 @@ def command(*arguments, kill_when=None):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while kill_when is not None and process.poll() is None:
-        if kill_when():
+    while process.poll() is None:
+        if when():
             process.send_signal(signal.SIGKILL)
             break
-        time.sleep(0.001)
-    printed, error = process.communicate(timeout=300)
-    assert process.returncode == (0 if kill_when is None else -signal.SIGKILL), error
-    return printed
+        time.sleep(0.005)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, error
 
 
 def lines_in(file: Path) -> int:
@@ -198,26 +208,29 @@ def test_monitor_reads_what_fit_and_score_wrote(featnorm, detector, tmp_path):
     assert f", {black}/0" in printed
 
 
-def test_a_killed_fit_goes_on(known, detector, tmp_path):
+def test_a_killed_fit_goes_on(featnorm, known, detector, tmp_path):
     cache = tmp_path / "cache"
     arguments = ("fit", known, "-o", tmp_path / "d.featnorm", "--cache", cache, "--batch-size", 16, *BACKBONE)
-    command(*arguments, kill_when=lambda: any(lines_in(file) >= 3 for file in cache.glob("*/index.jsonl")))
+    kill(*arguments, when=lambda: any(lines_in(file) >= 3 for file in cache.glob("*/index.jsonl")))
     assert not (tmp_path / "d.featnorm").exists()
-    printed = command(*arguments)
+    status, printed, _ = featnorm(*arguments)
+    assert status == 0
     assert "Computed the features of 300" not in printed
     assert "the next fit on them takes seconds" in printed
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 
-def test_a_killed_score_goes_on(known, detector, tmp_path):
+def test_a_killed_score_goes_on(featnorm, known, detector, tmp_path):
     (tmp_path / "images").symlink_to(known)
     (known / "a" / "broken.png").write_bytes(b"no")
     arguments = ["score", detector, tmp_path / "images", "--batch-size", 8, "--workers", "0", "-o"]
-    command(*arguments, tmp_path / "whole.csv")
+    assert featnorm(*arguments, tmp_path / "whole.csv")[0] == 0
     journal = tmp_path / ".killed.csv.part"
-    command(*arguments, tmp_path / "killed.csv", kill_when=lambda: lines_in(journal) > 10)
+    kill(*arguments, tmp_path / "killed.csv", when=lambda: lines_in(journal) > 10)
     assert not (tmp_path / "killed.csv").exists()
-    assert "resuming after" in command(*arguments, tmp_path / "killed.csv")
+    status, printed, _ = featnorm(*arguments, tmp_path / "killed.csv")
+    assert status == 0
+    assert "resuming after" in printed
     (known / "a" / "broken.png").unlink()
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not journal.exists()

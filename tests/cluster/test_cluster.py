@@ -1,4 +1,4 @@
-"""Many machines: two workers of a local Ray judge, ask and fit as this process does."""
+"""Two actors of a local Ray cluster score, extract and fit as this process does."""
 
 import os
 import signal
@@ -31,7 +31,8 @@ def workers():
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     # Workers do not import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield Cluster("cpu")
+    with Cluster("cpu") as cluster:
+        yield cluster
     ray.shutdown()
 
 
@@ -92,6 +93,24 @@ def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     wanted = [0, 2, 3, 6]  # the last of three images
     assert_same(remote(workers, scorer, source, wanted), [expected[i] for i in wanted])
     assert list(workers.score(scorer, source, [], runtime=fn.Runtime(batch_size=BATCH))) == []
+
+
+def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tiny, cache, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 1)
+    loaded = replace(tiny, transform=lambda image: torch.zeros(3, 8, 8))
+    source = SlicedImages(open_images(str(folder)), range(1, 41), "forty")
+    taken, numbers = [], []
+    results = workers._results
+
+    def counting(method, calls, ordered):
+        return results(method, (taken.append(1) or call for call in calls), ordered)
+
+    monkeypatch.setattr(workers, "_results", counting)
+    for part in workers.extract(loaded, tiny.model, runtime=fn.Runtime(batch_size=2))(source):
+        numbers.append(part.rows[0])
+        assert len(taken) <= len(numbers) + cluster._CALLS * workers.actors.count
+    assert numbers == list(range(0, 40, 2))
+    assert len(taken) == 20
 
 
 class Deadly(ImageSource):
@@ -184,16 +203,30 @@ def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
 
 
 def test_devices_that_there_are(workers):
-    with pytest.raises(ValueError, match="--device cuda: the cluster has no GPU"):
+    with pytest.raises(ValueError, match="device 'cuda': the cluster has no GPU"):
         Cluster("cuda")
-    with pytest.raises(ValueError, match="--device mps: on a cluster it is auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="device 'mps' is not one of a cluster's: use auto, cpu or cuda"):
         Cluster("mps")
     assert workers.actors == cluster.Actors(2, "cpu", 1, 0)
     assert cluster._actors("auto", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(4, "cuda", 8, 1)
     assert cluster._actors("cpu", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(32, "cpu", 1, 0)
 
 
+def test_actors_stay_for_the_next_work_until_the_cluster_is_closed(workers, folder, tiny, cache):
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedImages(open_images(str(folder)), range(4), "some")
+    remote(workers, scorer, source)
+    stayed = set(workers._ready) | set(workers._starting.values())
+    remote(workers, scorer, SlicedImages(open_images(str(folder)), range(4, 8), "others"))
+    assert stayed == set(workers._ready) | set(workers._starting.values())
+    workers.close()
+    assert not workers._ready
+    assert not workers._starting
+
+
 def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypatch):
+    # They hold all processors, which the commands' own need.
+    workers.close()
     # One shard, and so one actor, for each command: another takes seconds to begin.
     size = 16
     backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", size)
@@ -206,7 +239,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     scoring = ("score", "ray.featnorm", folder, "--batch-size", size, "--device", "cpu")
     status, printed, _ = featnorm(*scoring, "-o", "one.csv", "--workers", 0)
     assert status == 0
-    # The second journal breaks off: what it holds is not judged again, by one process or by many.
+    # The second journal breaks off: what it holds is not scored again, by one process or by many.
     score = Cluster.score
 
     def die(*arguments, **options):
@@ -237,7 +270,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     assert "flagged as OOD" in printed
 
 
-def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, monkeypatch):
+def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monkeypatch):
     scorer = fit(folder, tiny, cache).scorer
     source = SlicedImages(open_images(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,6 +10,7 @@ import featnorm as fn
 from featnorm import fitting
 from featnorm.inputs import open_images
 from featnorm.models import create_model
+from featnorm.training.runs import digest
 from painted import paint
 
 
@@ -37,9 +39,8 @@ def loaded():
 @pytest.fixture(scope="session")
 def fitted(folder, loaded, cache):
     source = open_images(str(folder))
-    return fn.fit_images(
-        source, loaded, detector=fn.NAN(), cache=cache, runtime=fn.Runtime(progress=False, workers=0)
-    ).scorer
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, runtime=runtime).scorer
 
 
 @pytest.fixture
@@ -56,6 +57,25 @@ def tiny(loaded):
         convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
         backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return dataclasses.replace(loaded, name="tests:tiny", model=backbone)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return {}
+
+
+@pytest.fixture
+def heads_trained_once(heads, monkeypatch):
+    """Train a head once per file: the same features and targets give the same one, as a test of its own says."""
+    fit_head = fitting.fit_head
+
+    def once(values, targets, **options):
+        key = digest(values, targets), options["seed"]
+        if key not in heads:
+            heads[key] = fit_head(values, targets, **options)
+        return copy.deepcopy(heads[key])
+
+    monkeypatch.setattr(fitting, "fit_head", once)
 
 
 @pytest.fixture

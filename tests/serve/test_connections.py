@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import struct
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,7 +11,7 @@ import uvicorn
 
 from asking import until
 from featnorm.serve import Limits
-from featnorm.serve.connections import connection_type
+from featnorm.serve.connections import Connection, connection_type
 from featnorm.serve.server import _Server, bind
 
 GET = b"GET /%s HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -312,6 +314,28 @@ def test_an_answer_before_the_end_of_the_body_arrives():
         writer.close()
 
     serving(test)
+
+
+def test_a_client_that_resets_at_an_early_answer_is_no_fault(monkeypatch, caplog):
+    linger, lingered = Connection._linger, []
+
+    async def test(listening):
+        client = socket.create_connection(listening.address)
+        # As a client does that closes and has not read all.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        def reset_first(connection):
+            client.close()
+            linger(connection)
+            lingered.append(connection)
+
+        monkeypatch.setattr(Connection, "_linger", reset_first)
+        client.sendall(b"POST /early HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12")
+        await until(lambda: listening.app.seen == ["/early"] and not listening.connections)
+
+    serving(test)
+    assert lingered
+    assert not caplog.records
 
 
 def test_a_connection_that_asks_nothing_is_closed():

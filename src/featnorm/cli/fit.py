@@ -61,19 +61,21 @@ def run(options: Options) -> None:
         label_column=options.label_column,
     )
     loaded = create_model(options.model, weights=options.weights)
-    runtime = runtime_of(options.device, options.precision, options.batch_size, options.workers, ray=options.ray)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, options.targets)
-    fitted = fit_images(
-        source,
-        loaded,
-        detector=detector,
-        targets=cast(Targets, options.targets),
-        tpr=options.tpr,
-        cache=options.cache,
-        seed=options.seed,
-        runtime=runtime,
-    )
+    with runtime_of(
+        options.device, options.precision, options.batch_size, options.workers, ray=options.ray
+    ) as runtime:
+        fitted = fit_images(
+            source,
+            loaded,
+            detector=detector,
+            targets=cast(Targets, options.targets),
+            tpr=options.tpr,
+            cache=options.cache,
+            seed=options.seed,
+            runtime=runtime,
+        )
     try:
         fitted.scorer.save(options.out)
     except OSError as error:

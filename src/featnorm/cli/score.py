@@ -42,24 +42,26 @@ def run(options: Options) -> None:
     files = [file for file in (options.out, options.html) if file is not None]
     for file in files:
         require_file_place(file, [options.detector, *map(Path, options.images)])
-    runtime = runtime_of(options.device, options.precision, options.batch_size, options.workers, ray=options.ray)
     scorer = ImageScorer.load(options.detector, model=options.model)
     source = open_to_score(options.images, root=options.data_root)
-    fitted_in = scorer.facts.get("precision", runtime.precision)
-    if fitted_in != runtime.precision:
-        console.print(f"fitted in {fitted_in}: scores in {runtime.precision} differ a little", style="dim")
+    fitted_in = scorer.facts.get("precision", options.precision)
+    if fitted_in != options.precision:
+        console.print(f"fitted in {fitted_in}: scores in {options.precision} differ slightly", style="dim")
     if not files:
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
-    summary = score_images(
-        scorer,
-        source,
-        options.out,
-        page=options.html,
-        made_with={"model": options.model},
-        runtime=runtime,
-        on_start=lambda journal: _print_start(journal, len(source)),
-        on_batch=None if files else _print_batch,
-    )
+    with runtime_of(
+        options.device, options.precision, options.batch_size, options.workers, ray=options.ray
+    ) as runtime:
+        summary = score_images(
+            scorer,
+            source,
+            options.out,
+            page=options.html,
+            made_with={"model": options.model},
+            runtime=runtime,
+            on_start=lambda journal: _print_start(journal, len(source)),
+            on_batch=None if files else _print_batch,
+        )
     print_skipped(source.title, summary.first_unread, summary.unread)
     print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
     if summary.scores:

@@ -1,20 +1,21 @@
-"""`Cluster`: batches of images over the actors of a Ray cluster, and fits over its processes."""
+"""`Cluster`: scores images, extracts features and fits detectors on the actors of a Ray cluster."""
 
 import copy
-import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor, nn
 
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cluster.bank import BankPart, ShardedKNN
-from featnorm.cluster.work import Extracting, Scoring, Work
+from featnorm.cluster.tasks import Extraction, Scoring, Task
 from featnorm.detectors import KNN, Detector
+from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import Extracted, ImageSource, SlicedImages
@@ -22,22 +23,23 @@ from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.runtime import Runtime
 
-#: Batches a shard: what the death of a worker costs at most. More where there would be too many shards to plan.
+#: Batches per shard, and so the most that the death of an actor costs.
 _SHARD = 16
-_MOST_SHARDS = 10_000
-#: Of the memory that Ray grants all actors, what their copies of KNN's bank may take.
+#: Calls per actor that run, are done but not yet read, or wait.
+_CALLS = 2
+#: Share of Ray's memory that all actors' copies of a bank of KNN may take.
 _BANK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Actors:
-    """How many actors there may be, and what each has.
+    """Maximum number of actors, and the resources of each.
 
     Parameters
     ----------
-    count : of the actors.
+    count : maximum number of actors.
     device : "cpu" or "cuda".
-    cpus, gpus : of each; on a GPU the processors read the images.
+    cpus, gpus : number of CPUs and GPUs per actor; with a GPU, the CPUs decode images.
     """
 
     count: int
@@ -47,19 +49,22 @@ class Actors:
 
     @property
     def workers(self) -> int:
-        """Threads that read images beside the actor's own."""
+        """Number of threads that decode images; 0 for the actor's own."""
         return self.cpus if self.gpus else 0
 
 
 class Cluster:
-    """A Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine's processors, started here.
+    """A Ray cluster: the one at ``RAY_ADDRESS``, or one started here with all CPUs of this machine.
 
-    On CPUs an actor has one processor and reads its images itself; on GPUs it has one and as many processors as
-    there are for each. Actors that die are started anew, with the shard that they were at.
+    There is one actor per GPU, with an equal share of the CPUs to decode images, or else one per CPU, which
+    decodes its images itself. An actor that dies is restarted with the shard it was working on.
+
+    Actors are started for the first task and kept, with their CPUs and GPUs, for later ones, until `close` is
+    called or the ``with`` block ends.
 
     Parameters
     ----------
-    device : "auto" takes GPUs where the cluster has any; "cpu", "cuda" or "gpu".
+    device : "cpu", "cuda" or "gpu", or "auto" for GPUs if the cluster has any.
 
     Raises
     ------
@@ -72,15 +77,29 @@ class Cluster:
     def __init__(self, device: str = "auto") -> None:
         try:
             import ray
-            import ray.data
         except ImportError as error:
             raise ImportError(f"many machines need Ray ({error}): pip install '.[ray]' in a checkout") from None
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         self.actors = _actors(device, _resources())
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self._ready: list[Any] = []
+        # Keyed by a reference that is ready once the actor is: it may have to wait for CPUs held by others.
+        self._starting: dict[Any, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the actors and whatever they are doing. The next task starts new ones."""
+        import ray
+
+        for actor in (*self._ready, *self._starting.values()):
+            ray.kill(actor)
+        self._ready.clear()
+        self._starting.clear()
 
     def score(
         self,
@@ -90,87 +109,124 @@ class Cluster:
         *,
         runtime: Runtime,
     ) -> Iterator[tuple[int, list[ImageVerdict]]]:
-        """Judge batches of a source's images.
+        """Score batches of a source's images.
 
-        A bank of KNN that is too large to be copied into every actor lies in parts, one an actor.
+        A bank of KNN that is too large for a copy in every actor is split, one part per actor.
 
         Parameters
         ----------
-        scorer : what judges; it stays as it is.
-        source : the images; every machine of the cluster must be able to read them.
+        scorer : image scorer, which is not changed.
+        source : images, which every machine of the cluster must be able to read.
         batches : numbers of the batches to score.
         runtime : precision and batch size.
 
         Yields
         ------
-        Number and verdicts of a batch, in whatever order they come.
+        Number and verdicts of a batch, in any order.
 
         Raises
         ------
         DataError
             The transform fails on an image.
         ValueError
-            The model gives a value that is not finite.
+            An output of the model is not finite.
         """
-        work = Scoring(self._in_parts(scorer), replace(runtime, cluster=None))
-        return self._over_batches(work, source, batches, ordered=False)
+        task = Scoring(self._in_parts(scorer), replace(runtime, cluster=None))
+        return self._over_batches(task, source, batches, ordered=False)
 
     def extract(
         self, loaded: LoadedModel, backbone: nn.Module, *, runtime: Runtime
     ) -> Callable[[ImageSource], Iterator[Extracted]]:
-        """Return what asks a frozen backbone about images, for `featnorm.inputs.FeatureCache`.
+        """Return a function that extracts the features of images, for `featnorm.inputs.FeatureCache`.
 
         Parameters
         ----------
-        loaded : whose transform it is.
-        backbone : from transformed images (n, 3, H, W) to features (n, D).
+        loaded : model whose transform is applied.
+        backbone : module from transformed images (n, 3, H, W) to features (n, D).
         runtime : see `score`.
         """
-        work = Extracting(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
-        batch_size = runtime.batch_size
+        task = Extraction(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
-            batches = range(-(-len(images) // batch_size))
-            # In order, so that the features of images lie as these do.
-            for number, part in self._over_batches(work, images, batches, ordered=True):
-                yield part.moved(number * batch_size)
+            batches = range(-(-len(images) // runtime.batch_size))
+            # In order, so that the features are stored in the order of the images.
+            for number, part in self._over_batches(task, images, batches, ordered=True):
+                yield part.moved(number * runtime.batch_size)
 
         return extract
 
     def _over_batches(
-        self, work: Work, source: ImageSource, batches: Sequence[int], *, ordered: bool
+        self, task: Task, source: ImageSource, batches: Sequence[int], *, ordered: bool
     ) -> Iterator[tuple[int, Any]]:
-        """Do some work on batches of a source's images; yield number and result of each.
+        """Run a task on batches of a source's images; yield number and result of each.
 
         Parameters
         ----------
-        work : what to do with each batch.
+        task : task to run.
         source, batches : see `score`.
-        ordered : whether results come in the order of ``batches``; a slow one then holds up the others.
+        ordered : whether to yield results in the order of ``batches``; a slow one then delays the others.
         """
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
 
         if not batches:
             return
-        size = max(_SHARD, -(-len(batches) // _MOST_SHARDS))
-        shards = [{"batches": json.dumps(list(batches[i : i + size]))} for i in range(0, len(batches), size)]
-        count = min(self.actors.count, len(shards))
-        # Held here, as actors that are started anew read them again.
-        kept = [ray.put(work), ray.put(source)]
-        DataContext.get_current().execution_options.preserve_order = ordered
-        results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
-            _Actor,
-            fn_constructor_args=(kept, work.runtime.batch_size, self.actors),
-            batch_size=None,
-            compute=ActorPoolStrategy(min_size=1, max_size=count),
-            num_cpus=self.actors.cpus,
-            num_gpus=self.actors.gpus,
-        )
-        for row in results.iter_rows():
-            if isinstance(row["result"], Exception):
-                raise row["result"]
-            yield int(row["number"]), row["result"]
+        shards = (batches[i : i + _SHARD] for i in range(0, len(batches), _SHARD))
+        # Kept in a variable, because restarted actors read them again.
+        references = [ray.put(task), ray.put(source)]
+        for results, error in self._results("run", ((references, shard) for shard in shards), ordered):
+            yield from results
+            if error is not None:
+                raise error
+
+    def _results(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
+        """Call a method of the actors, each of which runs one call at a time; yield the results.
+
+        Parameters
+        ----------
+        method : name of a method of `_Actor`.
+        calls : arguments of each call, read as actors become free.
+        ordered : see `_over_batches`.
+        """
+        import ray
+
+        max_actors = self.actors.count
+        calls, waiting = iter(calls), deque[tuple[Any, ...]]()
+        busy: dict[Any, Any] = {}
+        unread: list[Any] = []
+        while True:
+            waiting.extend(islice(calls, _CALLS * max_actors - len(unread) - len(waiting)))
+            running = set(busy.values())
+            idle = [actor for actor in self._ready if actor not in running]
+            while waiting and idle:
+                actor = idle.pop()
+                result = getattr(actor, method).remote(*waiting.popleft())
+                busy[result] = actor
+                unread.append(result)
+            while len(self._starting) < min(len(waiting), max_actors - len(self._ready)):
+                actor = self._start_actor()
+                self._starting[actor.__ray_ready__.remote()] = actor
+            if not unread and not waiting:
+                return
+            for found in ray.wait([*busy, *self._starting])[0]:
+                if found in busy:
+                    del busy[found]
+                else:
+                    ray.get(found)
+                    self._ready.append(self._starting.pop(found))
+            if ordered:
+                first_busy = next((i for i, result in enumerate(unread) if result in busy), len(unread))
+                done, unread = unread[:first_busy], unread[first_busy:]
+            else:
+                done, unread = [result for result in unread if result not in busy], list(busy)
+            for result in done:
+                yield ray.get(result)
+
+    def _start_actor(self) -> Any:
+        import ray
+
+        actors = self.actors
+        kind = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
+        return kind.remote(actors.device, actors.workers)
 
     def fit(
         self,
@@ -183,29 +239,22 @@ class Cluster:
 
         Parameters
         ----------
-        parts : backbone features (n, D) and labels (n,), or None for none.
-        head : the network behind the backbone.
+        parts : backbone features (n, D) and labels (n,), or None where there are none.
+        head : network behind the backbone.
         detector : detector to fit in place; an earlier fit is dropped.
         statistics : activation statistics to update with all parts.
         """
         import ray
 
-        # No more run at once than there may be actors. They claim no processor: actors that are on their way out,
-        # or came too late, still hold theirs for a while.
-        fit_part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_fit_part)
-        # As it is before it learns: what it knows need not travel.
+        # Sent after the reset, without an earlier fit.
         with detector.refit():
-            kept = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
-            running: list[Any] = []
-            for values, labels in parts:
-                if len(running) == self.actors.count:
-                    _merge(ray.get(running.pop(0)), detector, statistics)
-                running.append(fit_part.remote(kept, values, labels))
-            for result in running:
-                _merge(ray.get(result), detector, statistics)
+            reference = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
+            for fitted, found in self._results("fit", ((reference, *part) for part in parts), ordered=True):
+                detector.merge(fitted)
+                statistics.merge(found)
 
     def _in_parts(self, scorer: ImageScorer) -> ImageScorer:
-        """Return a scorer whose banks of KNN, where they are large, lie in parts."""
+        """Return a scorer whose large banks of KNN are split over processes."""
         import ray
 
         part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(BankPart)
@@ -222,56 +271,48 @@ class Cluster:
 
 
 class _Actor:
-    """What does the work; a result is data, and so is an error, which would come back without its own message."""
+    """Runs tasks. An error is returned as a result, because Ray would replace its message."""
 
-    def __init__(self, kept: list[Any], batch_size: int, actors: Actors) -> None:
-        self.kept, self.batch_size, self.actors = kept, batch_size, actors
+    def __init__(self, device: str, workers: int) -> None:
+        keep_freed_memory()
+        self._device, self._workers = device, workers
+        self._started: tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]] | None = None
+        self._names: list[str] = []
 
-    @cached_property
-    def _begun(self) -> tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]]:
-        # Not when it is made: an actor that came too late to do anything would wait for ever for what is not kept
-        # any more, and hold its processor.
+    def run(self, references: list[Any], numbers: Sequence[int]) -> tuple[list[tuple[int, Any]], Exception | None]:
+        """Return number and result of each batch, up to the one that failed, and the error."""
+        task, source, process = self._start(references)
+        rows = [row for number in numbers for row in rows_of(number, task.runtime.batch_size, len(source))]
+        results: list[tuple[int, Any]] = []
+        try:
+            # Extended one by one, so that the results before an error are kept.
+            results.extend(zip(numbers, process(SlicedImages(source, rows, source.title)), strict=True))
+        except (ValueError, OSError) as error:
+            return results, error
+        return results, None
+
+    def _start(self, references: list[Any]) -> tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]]:
+        """Return the task, the images, and the started task: once for all shards of the same."""
         import ray
 
-        keep_freed_memory()
-        work, source = ray.get(self.kept)
-        return source, work.start(self.actors.device, self.actors.workers)
+        names = [reference.hex() for reference in references]
+        if self._started is None or names != self._names:
+            # The previous task's network is freed first.
+            self._started = None
+            task, source = ray.get(references)
+            self._started = task, source, task.start(self._device, self._workers)
+            self._names = names
+        return self._started
 
-    def __call__(self, shards: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        source, ask = self._begun
-        numbers = [number for shard in shards["batches"] for number in json.loads(shard)]
-        rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(source))]
-        images = SlicedImages(source, rows, source.title)
-        try:
-            for number, result in zip(numbers, ask(images), strict=True):
-                yield _row(number, result)
-        except (ValueError, OSError) as error:
-            yield _row(-1, error)
-
-
-def _row(number: int, result: Any) -> dict[str, np.ndarray]:
-    column = np.empty(1, object)
-    column[0] = result
-    return {"number": np.array([number]), "result": column}
-
-
-def _fit_part(
-    kept: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
-) -> tuple[Detector, ActivationStatistics]:
-    from featnorm.fitting import training_features
-
-    head, detector = copy.deepcopy(kept)
-    statistics = ActivationStatistics()
-    for features in training_features(head, statistics, [(values, labels)]):
-        detector.partial_fit(features)
-    return detector, statistics
-
-
-def _merge(
-    found: tuple[Detector, ActivationStatistics], detector: Detector, statistics: ActivationStatistics
-) -> None:
-    detector.merge(found[0])
-    statistics.merge(found[1])
+    def fit(
+        self, unfitted: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
+    ) -> tuple[Detector, ActivationStatistics]:
+        """Return the fit to one part of the images."""
+        head, detector = copy.deepcopy(unfitted)
+        statistics = ActivationStatistics()
+        for features in training_features(head, statistics, [(values, labels)]):
+            detector.partial_fit(features)
+        return detector, statistics
 
 
 def _resources() -> dict[str, float]:
@@ -284,9 +325,9 @@ def _resources() -> dict[str, float]:
 def _actors(device: str, resources: dict[str, float]) -> Actors:
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if device not in ("auto", "cpu", "cuda", "gpu"):
-        raise ValueError(f"--device {device}: on a cluster it is auto, cpu or cuda")
+        raise ValueError(f"device {device!r} is not one of a cluster's: use auto, cpu or cuda")
     if device == "cpu" or (device == "auto" and not gpus):
         return Actors(max(1, cpus), "cpu", 1, 0)
     if not gpus:
-        raise ValueError(f"--device {device}: the cluster has no GPU")
+        raise ValueError(f"device {device!r}: the cluster has no GPU")
     return Actors(gpus, "cuda", max(1, cpus // gpus), 1)

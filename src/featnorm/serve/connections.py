@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import uuid
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -354,7 +355,9 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing() or self._end_timer is not None:
             return
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            # A client that has reset the connection meanwhile is no fault of the request's.
+            with suppress(OSError):
+                self.transport.write_eof()
         self.flow.resume_reading()
         self._end_timer = self.loop.call_later(_LINGER, self.transport.abort)
 

@@ -24,7 +24,12 @@ _SEAL_BYTES = len(_SEAL % (64 * "0"))
 def seeded(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[None]:
     """Draw random numbers by the seed, and give the caller's state back."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + epoch) * 1_009 + rank)
+        number = (seed * 1_000_003 + epoch) * 1_009 + rank
+        if device.type == "cpu":
+            # Before CUDA is used, `torch.manual_seed` formats the stack, and keeps it, at every call.
+            torch.default_generator.manual_seed(number)
+        else:
+            torch.manual_seed(number)
         yield
 
 

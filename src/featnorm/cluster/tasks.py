@@ -1,4 +1,4 @@
-"""What an actor does with images: judge them, or ask a backbone about them."""
+"""Tasks of an actor: scoring images, and extracting their features."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from featnorm.inputs import Extracted, ImageSource, extract_images
 from featnorm.runtime import Runtime
 
 
-class Work(Protocol):
-    """What is sent to every actor, once."""
+class Task(Protocol):
+    """A task that is sent to every actor once."""
 
     @property
     def runtime(self) -> Runtime:
@@ -24,22 +24,22 @@ class Work(Protocol):
         ...
 
     def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[Any]]:
-        """Return what gives a result for each batch of images, in their order.
+        """Return a function that yields one result per batch of images, in order.
 
         Parameters
         ----------
-        device : where to compute.
-        workers : threads that read images beside this one; 0 for this one.
+        device : device to compute on.
+        workers : number of threads that decode images; 0 for the calling thread.
         """
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """The verdicts of a scorer.
+    """Scoring of images.
 
     Parameters
     ----------
-    scorer : with its calibration.
+    scorer : image scorer.
     runtime : precision and batch size.
     """
 
@@ -47,21 +47,21 @@ class Scoring:
     runtime: Runtime
 
     def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[list[ImageVerdict]]]:
-        """See `Work`."""
+        """See `Task`."""
         runtime = replace(self.runtime, device=device, workers=workers)
         self.scorer.scorer.to(runtime.torch_device)
         return partial(self.scorer.stream, runtime=runtime)
 
 
 @dataclass(frozen=True)
-class Extracting:
-    """The features of a frozen backbone.
+class Extraction:
+    """Extraction of the features of a frozen backbone.
 
     Parameters
     ----------
-    backbone : from transformed images (n, 3, H, W) to features (n, D).
-    transform : from a PIL image in RGB to what the backbone takes.
-    runtime : see `Scoring`.
+    backbone : module from transformed images (n, 3, H, W) to features (n, D).
+    transform : transform from an RGB PIL image to a tensor.
+    runtime : precision and batch size.
     """
 
     backbone: nn.Module
@@ -69,16 +69,18 @@ class Extracting:
     runtime: Runtime
 
     def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[Extracted]]:
-        """See `Work`."""
+        """See `Task`."""
         runtime = replace(self.runtime, device=device, workers=workers)
         backbone = fast_layout(self.backbone.to(runtime.torch_device).eval())
 
         @torch.no_grad()
-        def ask(images: Tensor) -> Tensor:
+        def extract_batch(images: Tensor) -> Tensor:
             with runtime.autocast():
                 return backbone(fast_layout(images.to(runtime.torch_device)))
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
-            return extract_images(images, self.transform, ask, batch_size=runtime.batch_size, workers=workers)
+            return extract_images(
+                images, self.transform, extract_batch, batch_size=runtime.batch_size, workers=workers
+            )
 
         return extract
