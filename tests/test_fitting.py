@@ -185,7 +185,7 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     assert own.input_size == (3, 16, 16)
     fitted = fit(folder, own, cache)
     fitted.scorer.save("d.featnorm")
-    with pytest.raises(ModelError, match="mymodel:make: opening a file imports nothing"):
+    with pytest.raises(ModelError, match="on your own model mymodel:make, and opening a file imports nothing"):
         ImageScorer.load("d.featnorm")
     again = ImageScorer.load("d.featnorm", model="mymodel:make")
     assert again.facts["backbone"] == "mymodel:make, 24 features; its output used as features"
@@ -276,7 +276,7 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
         with pytest.raises((fn.ArchiveError, ModelError), match=words):
             ImageScorer.load(path)
 
-    refused("name it again", backbone="os:getcwd")
+    refused("pass it again", backbone="os:getcwd")
     refused("does not fit what is installed here: no model", backbone="timm:nothing")
     refused("does not fit timm:test_resnet", backbone="timm:test_resnet")
     refused("damaged: it has no '1.hidden.weight'", drop="model.1.hidden.weight")

@@ -1,10 +1,10 @@
 """`score_images`: verdicts on any number of images, in a table or on a page; an interrupted run is resumed."""
 
-import contextlib
 import heapq
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,23 +66,24 @@ class ScoringSummary:
         # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
         self._lowest: list[tuple[float, int, ImageVerdict]] = []
 
-    def update(self, verdict: ImageVerdict) -> None:
-        """Count the verdict on the next image."""
-        row = self._rows
-        self._rows += 1
-        if verdict.score is None:
-            self.unread += 1
-            if self.unread <= MAX_SHOWN:
-                self.first_unread.append((verdict.name, str(verdict.error)))
-            return
-        self.scores.append(verdict.score)
-        self.flagged += verdict.is_id is False
-        self.several += verdict.several
-        entry = (-verdict.score, -row, verdict)
-        if len(self._lowest) < MAX_SHOWN:
-            heapq.heappush(self._lowest, entry)
-        else:
-            heapq.heappushpop(self._lowest, entry)
+    def update(self, verdicts: Iterable[ImageVerdict]) -> None:
+        """Count the verdicts on the next images."""
+        for verdict in verdicts:
+            row = self._rows
+            self._rows += 1
+            if verdict.score is None:
+                self.unread += 1
+                if self.unread <= MAX_SHOWN:
+                    self.first_unread.append((verdict.name, str(verdict.error)))
+                continue
+            self.scores.append(verdict.score)
+            self.flagged += verdict.is_id is False
+            self.several += verdict.several
+            entry = (-verdict.score, -row, verdict)
+            if len(self._lowest) < MAX_SHOWN:
+                heapq.heappush(self._lowest, entry)
+            else:
+                heapq.heappushpop(self._lowest, entry)
 
     @property
     def lowest(self) -> list[tuple[int, ImageVerdict]]:
@@ -119,16 +120,16 @@ def score_images(
     page : .html file with the 100 lowest scores, and where each lies among the calibration scores and why.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
-        scorer, the images and the runtime are the same.
+        scorer, the images, the device, the precision and the batch size are the same.
     runtime : where and how to score. Default: on the scorer's device, in 32-true.
     on_start : called with the journal before the first image is scored, if a file is written.
-    on_batch : called with the verdicts of each batch that this run has scored.
+    on_batch : called with the verdicts of each batch that this run has scored, on a cluster in any order.
 
     Raises
     ------
     ValueError
-        A file has another ending, the scorer is not calibrated and a page is asked for, another process is writing
-        the file, or the model gives a value that is not finite.
+        A file has another ending, the scorer is not calibrated and a page is requested, another process is writing
+        the file, or an output of the model is not finite.
     DataError
         The transform fails on an image.
     OSError
@@ -143,36 +144,30 @@ def score_images(
         raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
     runtime = runtime or Runtime(scorer.scorer.tap.device.type)
     place = out or page
-    batches = range(-(-len(source) // runtime.batch_size))
-    if place is None:
-        summary = ScoringSummary()
-        for _, verdicts in _scored(scorer, source, batches, runtime, summary):
-            for verdict in verdicts:
-                summary.update(verdict)
-            if on_batch is not None:
-                on_batch(verdicts)
-        return summary
-    settings = {
-        **(made_with or {}),
-        "scorer": scorer.digest(),
-        "device": runtime.device,
-        "precision": runtime.precision,
-        "decoding": DECODING,
-        "images": images_digest(source),
-    }
-    with Journal(place, settings, runtime.batch_size) as journal:
-        if on_start is not None:
+    summary = ScoringSummary()
+    with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
+        if journal is not None and on_start is not None:
             on_start(journal)
-        summary = ScoringSummary()
-        hide = None if runtime.progress is None else not runtime.progress
-        with tqdm(total=len(source), initial=journal.done, unit="image", disable=hide, leave=False) as bar:
-            for number, verdicts in _scored(scorer, source, journal.missing(len(batches)), runtime, summary):
-                journal.add(number, verdicts)
+        total = -(-len(source) // runtime.batch_size)
+        numbers = range(total) if journal is None else journal.missing(total)
+        done = 0 if journal is None else journal.done
+        # Without a file, whoever prints the verdicts shows the progress.
+        hide = True if journal is None else None if runtime.progress is None else not runtime.progress
+        with (
+            tqdm(total=len(source), initial=done, unit="image", disable=hide, leave=False) as bar,
+            closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
+        ):
+            for number, verdicts in batches:
+                if journal is None:
+                    summary.update(verdicts)
+                else:
+                    journal.add(number, verdicts)
                 if on_batch is not None:
                     on_batch(verdicts)
                 bar.update(len(verdicts))
-        for verdict in journal:
-            summary.update(verdict)
+        if journal is None:
+            return summary
+        summary.update(journal)
         if out is not None:
             journal.write(out)
         if page is not None:
@@ -181,9 +176,23 @@ def score_images(
     return summary
 
 
+def _journal(
+    place: Path, scorer: ImageScorer, source: ImageSource, made_with: Mapping[str, Any], runtime: Runtime
+) -> Journal:
+    settings = {
+        **made_with,
+        "scorer": scorer.digest(),
+        "device": runtime.device,
+        "precision": runtime.precision,
+        "decoding": DECODING,
+        "images": images_digest(source),
+    }
+    return Journal(place, settings, runtime.batch_size)
+
+
 def _scored(
     scorer: ImageScorer, source: ImageSource, batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
-) -> Iterator[tuple[int, list[ImageVerdict]]]:
+) -> Generator[tuple[int, list[ImageVerdict]]]:
     """Yield number and verdicts of some batches, in any order; count and time them."""
     began = time.perf_counter()
     if runtime.cluster is not None:
@@ -240,7 +249,7 @@ def _write_page(
     assert calibration is not None
     write_scores_page(
         path,
-        title=f"{source.title}: what does not belong",
+        title=f"{source.title}: lowest scores first",
         summary=f"{summary} {scorer.scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": date.today().isoformat()},
@@ -263,7 +272,7 @@ def _shown(
         images: dict[int, Image.Image] = {}
         for row, _ in lowest[start : start + _EXPLAINED_BATCH]:
             # A file that was removed meanwhile costs its picture, not the page.
-            with contextlib.suppress(ImageError):
+            with suppress(ImageError):
                 images[row] = source.image(row)
         explained: dict[int, ImageVerdict] = {}
         if images and scorer.statistics is not None:

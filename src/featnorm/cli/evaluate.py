@@ -1,4 +1,4 @@
-"""``featnorm evaluate``: detectors side by side on the user's model and images."""
+"""``featnorm evaluate``: compare detectors on the user's model and images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from featnorm.report.comparison import write_page
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 
-# What the images to fit on are called where sets are named; a set of that name goes by its specification.
+# Name of the set to fit on. Another set with this title is named by its specification.
 _FIT = "fit"
 
 
@@ -58,7 +58,7 @@ class Options:
 
 
 class _Reader:
-    """The features of a set of images, batch by batch, and which images they are."""
+    """Reads sets of images: yields their features batch by batch, and keeps the rows they are of."""
 
     def __init__(self, tap: FeatureTap, transform: Any, runtime: Runtime, options: Options) -> None:
         self.tap = tap
@@ -70,7 +70,7 @@ class _Reader:
         self.several = 0
 
     def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
-        """Yield the features of a source, skipping what cannot be read."""
+        """Yield the features of a source, skipping unreadable images."""
         loader = image_loader(
             source,
             self.transform,
@@ -80,11 +80,11 @@ class _Reader:
         )
         rows = self.rows.setdefault(name, [])
         classes = source.class_names
-        why = None
+        no_labels = None
         if classes is None and source.label(0) is None:
-            why = "the images have no classes (SSD and KNN need none)"
+            no_labels = "the images have no classes (SSD and KNN need none)"
         elif classes is not None and len(classes) == 1:
-            why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
+            no_labels = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
         for part in tqdm(loader.parts(), total=len(loader), desc=name, unit="batch", disable=None, leave=False):
             batch = part.batch
             if batch is None:
@@ -95,16 +95,17 @@ class _Reader:
             where = users_forward(self.options.model, self.tap.model, named(source, batch.indices.tolist()))
             with where, self.runtime.autocast():
                 features = self.tap(images)
-            # Labels of other classes than the model's own say nothing of its accuracy.
-            foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)
-            if why is None and not foreign:
+            # Labels of other classes than the model's own do not measure its accuracy.
+            if name != _FIT and classes is not None and _class_count(features) != len(classes):
+                no_labels = no_labels or "its classes are not those of the model"
+            if no_labels is None:
                 yield features.replace(labels=batch.labels.to(self.tap.device))
             else:
-                yield features.replace(absent={**features.absent, "labels": why or "its classes are others"})
+                yield features.replace(absent={**features.absent, "labels": no_labels})
 
 
 def run(options: Options) -> None:
-    """Compare detectors; write a page and a Markdown document, print a table."""
+    """Compare detectors, write a page and a Markdown document, and print a table."""
     page, document = options.out / "index.html", options.out / "results.md"
     prepare_folder(options.out, [page, document])
     detectors = (
@@ -112,7 +113,7 @@ def run(options: Options) -> None:
         if options.detectors
         else standard_detectors()
     )
-    _refuse_twice(options)
+    _check_distinct(options)
 
     def labeled(spec: str) -> ImageSource:
         return open_images(spec, root=options.data_root, label_column=options.label_column)
@@ -175,12 +176,12 @@ def run(options: Options) -> None:
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)
 
 
-def _classes_of(features: Features) -> int | None:
+def _class_count(features: Features) -> int | None:
     return None if features.logits is None else features.logits.shape[1]
 
 
 def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
-    """Return each set by a short name or, where two would share it, by what the user called it."""
+    """Return each set by its title or, if two would share it, by the specification."""
     titles = [source.title for _, source in opened]
     return {
         source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source
@@ -188,7 +189,8 @@ def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
     }
 
 
-def _refuse_twice(options: Options) -> None:
+def _check_distinct(options: Options) -> None:
+    """Raise a DataError if the same inputs are given twice."""
     seen: dict[object, str] = {}
     for spec in filter(None, (options.fit, options.id_data, *options.ood)):
         base, bracket, rows = spec.partition("[")

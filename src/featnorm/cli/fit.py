@@ -1,4 +1,4 @@
-"""``featnorm fit``: a detector of the user's own images, in one file."""
+"""``featnorm fit``: fit a detector to the user's own images and save it to a file."""
 
 import shlex
 import time
@@ -48,9 +48,9 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Fit, write the file, say what was learned and what comes next."""
+    """Fit the detector, write the file, and print a summary and the next command."""
     if options.targets not in get_args(Targets):
-        raise ValueError(f"--targets is one of {', '.join(get_args(Targets))}, got {options.targets}")
+        raise ValueError(f"--targets must be one of {', '.join(get_args(Targets))}, got {options.targets}")
     require_file_place(options.out, [Path(options.data)])
     began = time.perf_counter()
     detector = parse_detector(options.detector)
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
     try:
         fitted.scorer.save(options.out)
     except OSError as error:
-        raise OSError(f"{error}. The features are kept: rerun the same command to resume from them") from None
+        raise OSError(f"{error}. The features are cached: rerun the same command to resume from them") from None
     print_skipped(source.title, fitted.corrupt)
     unread = len(fitted.corrupt)
     print_reading(len(source) - unread, unread, fitted.several, source.passed_over)
@@ -102,7 +102,7 @@ def run(options: Options) -> None:
         if fitted.accuracy is None
         else f"; its accuracy on the held-out images is {100 * fitted.accuracy:.1f} %"
     )
-    console.print(f"Features of {facts['backbone']}.", soft_wrap=True)
+    console.print(f"Backbone: {facts['backbone']}.", soft_wrap=True)
     console.print(f"The head is {facts['head']}{accuracy}.", soft_wrap=True)
     calibration = fitted.scorer.scorer.calibration
     assert calibration is not None
@@ -117,19 +117,19 @@ def run(options: Options) -> None:
     console.print(
         f"Wrote {options.out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True
     )
-    again = f" --model {options.model}" if is_users(options.model) else ""
-    console.print(f"  featnorm score {shlex.quote(str(options.out))} IMAGES{again}", soft_wrap=True)
+    model = f" --model {options.model}" if is_users(options.model) else ""
+    console.print(f"  featnorm score {shlex.quote(str(options.out))} IMAGES{model}", soft_wrap=True)
 
 
 def _print_missing_labels(source: ImageSource, targets: str) -> None:
-    """Say why labels are not used where there are some, or could be."""
+    """Print why labels are not used, if there are some or could be."""
     if targets != "auto":
         return
     print_label_columns(source, _CLUSTERS)
     without = [i for i in range(len(source)) if source.label(i) is None]
     if 0 < len(without) < len(source):
         first = printable(source.name(without[0]))
-        having = f"1 image has no label ({first})"
+        missing = f"1 image has no label ({first})"
         if len(without) > 1:
-            having = f"{len(without):,} images have no label (the first is {first})"
-        console.print(f"{having}, so {_CLUSTERS}.", soft_wrap=True)
+            missing = f"{len(without):,} images have no label (the first is {first})"
+        console.print(f"{missing}, so {_CLUSTERS}.", soft_wrap=True)
