@@ -121,7 +121,8 @@ def score_images(
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the images, the device, the precision and the batch size are the same.
-    runtime : where and how to score. Default: on the scorer's device, in 32-true.
+    runtime
+        Where and how to score; the scorer is moved to its device. Default: on the scorer's device, in 32-true.
     on_start : called with the journal before the first image is scored, if a file is written.
     on_batch : called with the verdicts of each batch that this run has scored, on a cluster in any order.
 
@@ -143,6 +144,8 @@ def score_images(
     if page is not None and scorer.scorer.calibration is None:
         raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
     runtime = runtime or Runtime(scorer.scorer.tap.device.type)
+    if runtime.cluster is None and scorer.scorer.tap.device.type != runtime.torch_device.type:
+        scorer.scorer.to(runtime.torch_device)
     place = out or page
     summary = ScoringSummary()
     with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
@@ -200,10 +203,10 @@ def _scored(
             summary.computed += len(verdicts)
             yield number, verdicts
     elif batches:
-        if scorer.scorer.tap.device.type != runtime.torch_device.type:
-            scorer.scorer.to(runtime.torch_device)
-        rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
-        images = source if len(rows) == len(source) else SlicedImages(source, rows, source.title)
+        images = source
+        if len(batches) < -(-len(source) // runtime.batch_size):
+            rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
+            images = SlicedImages(source, rows, source.title)
         with _ModelClock(scorer.scorer.model) as clock:
             for number, verdicts in zip(batches, scorer.stream(images, runtime=runtime), strict=True):
                 summary.computed += len(verdicts)
