@@ -49,7 +49,7 @@ def test_from_images(compare, size):
             id_set=("ID", streams.pop("ID")),
             ood_sets=streams,
         )
-        assert not found.left_out
+        assert not found.excluded
 
     compare.time(
         "twelve detectors, fitted and measured on four sets",

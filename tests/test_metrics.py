@@ -1,4 +1,4 @@
-"""Measures against their definitions, scikit-learn, and the properties that ranks have."""
+"""Metrics against their definitions, scikit-learn, and the properties that ranks have."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from featnorm.metrics import (
-    Measures,
+    Metrics,
     aupr_in,
     aupr_out,
     auroc,
@@ -127,7 +127,7 @@ def test_agrees_with_scikit_learn(id_scores, ood_scores):
 @given(samples, samples)
 def test_evaluate_is_the_single_functions(id_scores, ood_scores):
     measures = evaluate(id_scores, ood_scores)
-    assert measures == Measures(
+    assert measures == Metrics(
         auroc=auroc(id_scores, ood_scores),
         aupr_in=aupr_in(id_scores, ood_scores),
         aupr_out=aupr_out(id_scores, ood_scores),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featnorm.evaluation import Evaluation, Outcome
+from featnorm.evaluation import Evaluation, Result
 from featnorm.metrics import evaluate, roc_curve
 from featnorm.paper.page import Section, write_results_page
 from featnorm.report import markdown_page, plots, table_rows
@@ -27,7 +27,7 @@ ODD = """a "quoted" & <b>bold</b> 'name' $x_1$ {{ 1 }}"""
 
 def outcome(name, id_scores, ood, microseconds=1.0):
     measures = {key: evaluate(id_scores, scores) for key, scores in ood.items()}
-    return Outcome(name, np.asarray(id_scores), {k: np.asarray(v) for k, v in ood.items()}, measures, microseconds)
+    return Result(name, np.asarray(id_scores), {k: np.asarray(v) for k, v in ood.items()}, measures, microseconds)
 
 
 def evaluation(detectors=("NAN()", "KNN(k=50) / NAN()"), sets=("SVHN", "Textures"), n=200, seed=0):
@@ -35,7 +35,7 @@ def evaluation(detectors=("NAN()", "KNN(k=50) / NAN()"), sets=("SVHN", "Textures
     result = Evaluation("CIFAR-10", list(sets))
     for place, name in enumerate(detectors):
         ood = {key: rng.normal(0.4 * place, 1, n).astype(np.float32) for key in sets}
-        result.outcomes.append(outcome(name, rng.normal(2, 1, n).astype(np.float32), ood, 1.5 + place))
+        result.results.append(outcome(name, rng.normal(2, 1, n).astype(np.float32), ood, 1.5 + place))
     return result
 
 
@@ -54,7 +54,7 @@ def test_page_shows_everything(tmp_path):
     result = evaluation()
     result.accuracy = 0.9312
     result.facts = {"Model": "resnet18", "Device": "cpu"}
-    result.left_out = {"ViM()": "it needs a linear classifier"}
+    result.excluded = {"ViM()": "it needs a linear classifier"}
     result.skipped = {"SVHN": [("broken.png", "it cannot be read")], "Textures": []}
     result.patterns = {name: np.eye(5, 7, dtype=bool) for name in ("CIFAR-10", "SVHN", "Textures")}
     page = written(tmp_path, result, digit)
@@ -84,7 +84,7 @@ def test_one_set_has_no_mean_and_no_empty_sections(tmp_path):
 def test_table_is_sorted_and_marks_ties():
     near, far = [0.0, 1.0, 2.0, 3.0], [-4.0, -3.0, -2.0, -1.0]
     result = Evaluation("ID", ["A", "B"])
-    result.outcomes = [
+    result.results = [
         outcome("poor", near, {"A": near, "B": far}, 2.0),
         outcome("good|1", near, {"A": far, "B": far}, 1234.56),
         outcome("good_2", near, {"A": far, "B": far}, 2.04),
@@ -108,7 +108,7 @@ def test_table_is_sorted_and_marks_ties():
 def test_names_are_escaped(tmp_path):
     sets = [ODD, "naïve 数据 \N{RIGHT-TO-LEFT OVERRIDE}", "</script><script>alert(1)</script>"]
     result = evaluation([ODD, "B"], sets)
-    result.left_out = {ODD + "!": ODD}
+    result.excluded = {ODD + "!": ODD}
     result.facts = {ODD: ODD}
     result.skipped = {sets[0]: [("caf\udce9.png", ODD)]}
     page = written(tmp_path, result, digit, ODD, ODD)
@@ -121,7 +121,7 @@ def test_names_are_escaped(tmp_path):
 
 def test_mistakes_are_those_beyond_the_threshold(tmp_path):
     result = Evaluation("ID", ["OOD"])
-    result.outcomes = [outcome("D", np.arange(100.0), {"OOD": np.arange(-50.0, 50.0)})]
+    result.results = [outcome("D", np.arange(100.0), {"OOD": np.arange(-50.0, 50.0)})]
     seen = []
 
     def image(set_name, index):
@@ -133,12 +133,12 @@ def test_mistakes_are_those_beyond_the_threshold(tmp_path):
     assert "OOD: 45 of 100 accepted (45.0 %); the 12 highest scores" in page.text
     assert "threshold 5" in page.text
     assert seen == [("ID", i) for i in range(5)] + [("OOD", i) for i in range(99, 87, -1)]
-    assert result.outcomes[0].measures["OOD"].fpr95 == 0.45
+    assert result.results[0].metrics["OOD"].fpr95 == 0.45
 
 
 def test_an_image_is_read_and_embedded_once(tmp_path):
     result = evaluation(["NAN()"])
-    result.outcomes *= 5
+    result.results *= 5
     seen = Counter()
 
     def image(set_name, index):
@@ -207,7 +207,7 @@ INF = math.inf
 )
 def test_degenerate_scores(tmp_path, id_scores, ood_scores):
     result = Evaluation("ID", ["OOD"])
-    result.outcomes = [outcome("D", id_scores, {"OOD": ood_scores})]
+    result.results = [outcome("D", id_scores, {"OOD": ood_scores})]
     page = written(tmp_path, result, digit)
     check(page)
     numbers = [float(x) for d in page.values("d") for x in re.findall(r"-?\d[\d.e+-]*", d)]
@@ -321,7 +321,7 @@ def test_a_large_comparison_stays_light(tmp_path):
 
 def test_markdown_page_says_what_it_was_made_with():
     result = evaluation()
-    result.left_out["ViM()"] = "too few inputs"
+    result.excluded["ViM()"] = "too few inputs"
     result.facts["machine"] = "a small one"
     page = markdown_page(result, title="A title", summary="A summary.")
     assert page.startswith("# A title\n\nA summary.\n")

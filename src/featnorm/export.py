@@ -49,7 +49,7 @@ class ScoringGraph(nn.Module):
     def __init__(self, scorer: ImageScorer) -> None:
         super().__init__()
         inner = scorer.scorer
-        if inner.detector.needs_inputs:
+        if inner.detector.needs_model:
             raise ExportError(f"{inner.detector!r} cannot be exported: it runs the model again on modified inputs")
         if inner.calibration is None:
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")

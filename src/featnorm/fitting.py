@@ -189,7 +189,7 @@ def fit_images(
     # In the precision in which new images will be scored.
     with runtime.autocast():
         batches = [features_behind(head, part.to(device)) for part in cached.values[is_held_out].split(_ROWS)]
-        if detector.needs_inputs:
+        if detector.needs_model:
             scorer.calibrate(((batch.images,) for batch in images), tpr, progress=runtime.progress)
         else:
             scorer.calibrate_features(batches, tpr)
@@ -305,7 +305,7 @@ def features_behind(head: nn.Module, values: Tensor) -> Features:
     if isinstance(head, nn.Linear):
         classifier = head.weight.detach(), None if head.bias is None else head.bias.detach()
         return Features(activation=values, pooled=values, logits=head(values), classifier=classifier)
-    return FeatureTap(head)(values).replace(pooled=values, source=None)
+    return FeatureTap(head)(values).replace(pooled=values, call=None)
 
 
 def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tensor:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from featnorm._utils.checks import ScoreLike, as_score_array, check_share, count_for_share, shown
 
 __all__ = [
-    "Measures",
+    "Metrics",
     "aupr_in",
     "aupr_out",
     "auroc",
@@ -39,7 +39,7 @@ Metric = Callable[[ScoreLike, ScoreLike], float]
 
 
 @dataclass(frozen=True)
-class Measures:
+class Metrics:
     """The measures of one pair of samples, each in [0, 1]; see the functions of the same names."""
 
     auroc: float
@@ -178,7 +178,7 @@ def detection_accuracy(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     return _Roc.of(id_scores, ood_scores).best_accuracy()
 
 
-def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Measures:
+def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Metrics:
     """All measures at once, from one sort of the scores.
 
     Parameters
@@ -188,11 +188,11 @@ def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Measures:
 
     Returns
     -------
-    Measures
+    Metrics
         AUROC, AUPR with either class as the positive one, FPR95 and detection accuracy, each in [0, 1].
     """
     roc = _Roc.of(id_scores, ood_scores)
-    return Measures(
+    return Metrics(
         auroc=roc.area(),
         aupr_in=roc.average_precision(),
         aupr_out=roc.flipped().average_precision(),

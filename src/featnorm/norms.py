@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import check_type, real
+from featnorm._utils.checks import Interval, check_type
 
 # A core's share of a block is this many elements: they, and what is made of them, stay in its cache between the
 # map that fills it and the sum that reads it; the whole array's worth would be written to memory and read back. On
 # a GPU every operation on a block has a cost of its own, so blocks there only bound the memory.
 _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_ELEMENTS = 1 << 26
-_POWER = real(0, math.inf, closed="right")
+_POWER = Interval(0, math.inf, closed="right")
 
 
 def l1_norm(a: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from torch import nn
 import featnorm as fn
 from featnorm._utils.weights import load_weights, single_precision
 from featnorm.augmentation import Distortion, augment
-from featnorm.detectors.expression import _DETECTORS
+from references import OWN
 
 CLASSES = 4
 SINGLE, DOUBLE = torch.float32, torch.float64
-# Of those that take another detector, one of each kind; the rest are made without settings.
+# Of those that take another detector, one of each kind; the rest are made with the settings of their sources.
 SETTINGS = {
     "ReAct": ["ReAct(NAN())", "ReAct(KNN(k=3) / NAN())"],
     "Views": ["Views(KNN(k=3))"],
@@ -19,7 +19,9 @@ SETTINGS = {
     "SSD": ["SSD()", "SSD(clusters=2)", "SSD() / L1Norm()"],
     "CSI": ["CSI(augmentations=1)"],
 }
-EVERY = [expression for name in _DETECTORS for expression in SETTINGS.get(name, [f"{name}()"])]
+EVERY = [
+    expression for name, kind in OWN.items() for expression in SETTINGS.get(name, kind.standard or [f"{name}()"])
+]
 
 
 class Net(nn.Module):

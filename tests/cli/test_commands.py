@@ -110,7 +110,7 @@ def test_evaluate_without_a_fit_names_who_is_left_out(featnorm, weights, tmp_pat
         "evaluate", "--model", MODEL, "--weights", weights, "--id", known, "--ood", other
     )
     assert status == 0
-    assert "left out KNN(): it learns from in-distribution inputs, and none were given to fit on" in printed
+    assert "left out KNN(): it needs a fit, and no in-distribution inputs were given to fit on" in printed
 
 
 def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp_path):
@@ -140,7 +140,7 @@ def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
     options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--ood", third]
     status, printed, _ = featnorm("evaluate", *options, "--detector", "KNN(k=1)", "--detector", "NAN")
     assert status == 0
-    assert "none were given to fit on" in printed
+    assert "no in-distribution inputs were given to fit on" in printed
     document = (tmp_path / "featnorm-evaluation" / "results.md").read_text()
     assert "fit: nothing" in document
     assert "other:test AUROC" in document

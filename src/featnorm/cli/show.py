@@ -34,7 +34,7 @@ def print_table(evaluation: Evaluation) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for name, reason in evaluation.left_out.items():
+    for name, reason in evaluation.excluded.items():
         console.print(f"left out {name}: {reason}", soft_wrap=True)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from featnorm._utils.files import replacing
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.sealed import read_sealed, write_sealed
-from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, L1Norm, ReAct, Sparsity, Views
-from featnorm.evaluation import Evaluation, compare, standard_detectors
+from featnorm.detectors import NAN, Detector, L1Norm, Sparsity, parse_detector
+from featnorm.evaluation import Evaluation, compare
 from featnorm.features import Features
 from featnorm.inputs import DataError, ImageSource, image_tensor, open_images
 from featnorm.models import cifar_network
@@ -154,12 +154,22 @@ def detectors(variant: Variant = MAIN) -> list[Detector]:
     """
     if variant != MAIN:
         return quick_detectors()
-    return [*standard_detectors(), ODIN(), Views(NAN()), KNN() / ReAct(NAN()), SSD() / ReAct(NAN())]
+    beside = ("ODIN", "Views(NAN)", "KNN / ReAct(NAN)", "SSD / ReAct(NAN)")
+    return [*compared_detectors(), *map(parse_detector, beside)]
+
+
+def compared_detectors() -> list[Detector]:
+    """Return the detectors that all tables of small images have, each with the settings of its source."""
+    expressions = (
+        "NAN L1Norm LpNorm Sparsity HiddenConfidence EmbeddingMagnitude MSP MaxLogit Energy KLUniform "
+        "Mahalanobis SSD KNN Residual ViM ReAct(NAN) ReAct(Energy) KNN/NAN SSD/NAN"
+    )
+    return [parse_detector(expression) for expression in expressions.split()]
 
 
 def quick_detectors() -> list[Detector]:
     """Return those of the detectors that neither learn nor ask the model again."""
-    return [detector for detector in standard_detectors() if not detector.needs_fit]
+    return [detector for detector in compared_detectors() if not detector.needs_fit]
 
 
 @dataclass
@@ -426,7 +436,7 @@ def score(
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
         "pooled": percentages(pooled),
-        "left_out": evaluation.left_out,
+        "left_out": evaluation.excluded,
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
@@ -463,7 +473,7 @@ def percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
     """Return AUROC and FPR95 in percent, by detector and OOD set."""
     return {
         outcome.detector: {
-            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.measures.items()
+            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.metrics.items()
         }
-        for outcome in evaluation.outcomes
+        for outcome in evaluation.results
     }

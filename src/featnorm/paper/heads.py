@@ -176,7 +176,7 @@ def _fit_and_score(
         "train_seconds": seconds,
         "accuracy": evaluation.accuracy,
         "scores": cifar10.percentages(evaluation),
-        "left_out": evaluation.left_out,
+        "left_out": evaluation.excluded,
         "inactive": {name: cifar10.inactive([features]) for name, features in {"cifar10": test, **ood}.items()},
     }
 

@@ -186,11 +186,11 @@ class PooledReAct(Detector):
         self.detector._partial_fit(features)
         self.numbers.update(features.tensor("pooled"))
 
-    def _derive(self) -> float:
+    def _finalize(self) -> float:
         return self.numbers.percentile(self.percentile)
 
     def _score(self, features: Features) -> Tensor:
-        return self.detector.score(self.read(features.tensor("pooled").clamp(max=self._learned())))
+        return self.detector.score(self.read(features.tensor("pooled").clamp(max=self._fitted_state())))
 
 
 def run(
@@ -294,8 +294,8 @@ def run(
         **made_with,
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
-        "microseconds": {outcome.detector: outcome.microseconds for outcome in evaluation.outcomes},
-        "left_out": {**left_out, **evaluation.left_out},
+        "microseconds": {outcome.detector: outcome.microseconds for outcome in evaluation.results},
+        "left_out": {**left_out, **evaluation.excluded},
         "shares": shares,
         "unread": {name: len(known.corrupt) for name, known in sets.items() if known.corrupt},
         "computed": sum(known.computed for known in sets.values()),

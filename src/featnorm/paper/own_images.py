@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
-from featnorm.evaluation import compare, standard_detectors
+from featnorm.evaluation import compare
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head, held_out
 from featnorm.inputs import ImageSource, SlicedImages, open_images
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
-from featnorm.paper.cifar10 import percentages
+from featnorm.paper.cifar10 import compared_detectors, percentages
 from featnorm.paper.recipe import scheme_labels
 from featnorm.paper.tables import Table, cell
 from featnorm.runtime import Runtime
@@ -181,12 +181,12 @@ def _ask(
 
 def _evaluate(features_of: Any, learned: _Fold, test: _Fold, ood: Mapping[str, Tensor]) -> dict[str, Any]:
     evaluation = compare(
-        standard_detectors(),
+        compared_detectors(),
         fit=[features_of(learned.values).replace(labels=learned.labels)],
         id_set=("known", [features_of(test.values).replace(labels=test.labels)]),
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
-    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.left_out}
+    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.excluded}
 
 
 def _refused(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from featnorm._utils.checks import count_for_share
-from featnorm.evaluation import Evaluation, Outcome
+from featnorm.evaluation import Evaluation, Result
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, data_uri, number, percent, render, thumbnail, write
 from featnorm.report.tables import columns, ranked, table_rows
@@ -117,7 +117,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
         Key(name, *plots.series(index)) for index, name in enumerate([evaluation.id_name, *evaluation.ood_names])
     ]
     pictures = _Pictures(image)
-    panels = [_panel(outcome, keys, pictures, f"d{i}") for i, outcome in enumerate(ranked(evaluation))]
+    panels = [_panel(result, keys, pictures, f"d{i}") for i, result in enumerate(ranked(evaluation))]
     table = columns(evaluation)
     known = evaluation.accuracy
     accuracy = {} if known is None else {f"Accuracy on {evaluation.id_name}": percent(known)}
@@ -140,15 +140,15 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     write(path, html)
 
 
-def _panel(outcome: Outcome, sets: Sequence[Key], pictures: _Pictures, prefix: str) -> _Panel:
+def _panel(result: Result, sets: Sequence[Key], pictures: _Pictures, prefix: str) -> _Panel:
     id_key, *ood_keys = sets
-    id_scores = np.asarray(outcome.id_scores, np.float64)
-    ood_scores = [np.asarray(outcome.ood_scores[key.name], np.float64) for key in ood_keys]
+    id_scores = np.asarray(result.id_scores, np.float64)
+    ood_scores = [np.asarray(result.ood_scores[key.name], np.float64) for key in ood_keys]
     samples = [id_scores, *ood_scores]
     # The largest score that accepts the share of ID: the threshold FPR95 is measured at.
     threshold = float(np.sort(id_scores)[::-1][count_for_share(_TPR, len(id_scores)) - 1])
     tpr = float(np.mean(id_scores >= threshold))
-    aurocs = [percent(outcome.measures[key.name].auroc) for key in ood_keys]
+    aurocs = [percent(result.metrics[key.name].auroc) for key in ood_keys]
 
     picture, outside = plots.histogram(
         samples,
@@ -172,9 +172,9 @@ def _panel(outcome: Outcome, sets: Sequence[Key], pictures: _Pictures, prefix: s
         for key, scores in zip(ood_keys, ood_scores, strict=True)
     ]
     return _Panel(
-        name=outcome.detector,
-        summary=f"{'Mean ' if len(ood_keys) > 1 else ''}AUROC {percent(outcome.mean.auroc)}, "
-        f"FPR95 {percent(outcome.mean.fpr95)}",
+        name=result.detector,
+        summary=f"{'Mean ' if len(ood_keys) > 1 else ''}AUROC {percent(result.mean.auroc)}, "
+        f"FPR95 {percent(result.mean.fpr95)}",
         threshold=number(threshold),
         threshold_note="" if low <= threshold <= high else "outside the picture",
         histogram=picture,

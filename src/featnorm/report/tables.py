@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from featnorm.evaluation import Evaluation, Outcome
+from featnorm.evaluation import Evaluation, Result
 
 __all__ = ["Column", "columns", "escape", "markdown_page", "markdown_table", "ranked", "table_rows"]
 
@@ -35,22 +35,22 @@ class Column:
         return [cell == best for cell in cells]
 
 
-def ranked(evaluation: Evaluation) -> list[Outcome]:
-    """The outcomes by mean AUROC, best first; equal ones stay in the order they came in."""
-    return sorted(evaluation.outcomes, key=lambda outcome: -outcome.mean.auroc)
+def ranked(evaluation: Evaluation) -> list[Result]:
+    """The results by mean AUROC, best first; equal ones stay in the order they came in."""
+    return sorted(evaluation.results, key=lambda result: -result.mean.auroc)
 
 
 def columns(evaluation: Evaluation) -> list[Column]:
     """AUROC and FPR95 in percent, averaged (where there is more than one OOD set) and by OOD set; the time."""
-    outcomes = ranked(evaluation)
-    groups = [(name, [outcome.measures[name] for outcome in outcomes]) for name in evaluation.ood_names]
+    results = ranked(evaluation)
+    groups = [(name, [result.metrics[name] for result in results]) for name in evaluation.ood_names]
     if len(groups) > 1:
-        groups.insert(0, ("Mean", [outcome.mean for outcome in outcomes]))
+        groups.insert(0, ("Mean", [result.mean for result in results]))
     table = []
     for group, measures in groups:
         table.append(Column(group, "AUROC %", True, [100 * m.auroc for m in measures]))
         table.append(Column(group, "FPR95 %", False, [100 * m.fpr95 for m in measures]))
-    table.append(Column("", "µs / input", False, [outcome.microseconds for outcome in outcomes]))
+    table.append(Column("", "µs / input", False, [result.microseconds for result in results]))
     return table
 
 
@@ -64,7 +64,7 @@ def table_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
         first, each as long as the headers.
     """
     table = columns(evaluation)
-    names = [outcome.detector for outcome in ranked(evaluation)]
+    names = [result.detector for result in ranked(evaluation)]
     headers = ["Detector", *(column.header for column in table)]
     return headers, [list(row) for row in zip(names, *(column.cells for column in table), strict=True)]
 
@@ -97,9 +97,9 @@ def markdown_page(evaluation: Evaluation, *, title: str, summary: str) -> str:
         "OOD inputs accepted when 95 % of the in-distribution inputs are. The time is of scoring, without the "
         "model's forward pass."
     )
-    if evaluation.left_out:
+    if evaluation.excluded:
         lines += ["", "Left out:", ""]
-        lines += [f"- {escape(name)}: {escape(reason)}" for name, reason in evaluation.left_out.items()]
+        lines += [f"- {escape(name)}: {escape(reason)}" for name, reason in evaluation.excluded.items()]
     return "\n".join(lines) + "\n"
 
 

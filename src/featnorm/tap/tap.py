@@ -111,7 +111,7 @@ class FeatureTap:
         vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
         fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
         fields["classifier"] = plan.classifier(self.model) if classifier else None
-        return Features(**fields, absent=plan.absent, source=_Source(self, inputs))
+        return Features(**fields, absent=plan.absent, call=_ModelCall(self, inputs))
 
     def stream(self, loader: Iterable[Any], *, progress: bool | None = None) -> Iterator[Features]:
         """Yield the features of a loader batch by batch, on the model's device.
@@ -277,7 +277,7 @@ class FeatureTap:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _ModelCall:
     """The inputs of a batch, and the tap that listened to them."""
 
     tap: FeatureTap
