@@ -15,7 +15,7 @@ import featnorm as fn
 from featnorm import export
 from featnorm.evaluation import standard_detectors
 from featnorm.export import ExportError, export_onnx
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
 
@@ -34,7 +34,7 @@ def torchlib_read_once():
 
 
 def fit(folder, loaded, cache, detector):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     runtime = fn.Runtime(progress=False, workers=0)
     return fn.fit_images(source, loaded, detector=detector, cache=cache, runtime=runtime).scorer
 
@@ -44,8 +44,8 @@ def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
     scorer = fit(folder, tiny, cache, fn.parse_detector(detector))
     assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
-    source = open_images(str(folder))
-    known = torch.stack([tiny.transform(source.image(i)) for i in range(1, 41)])
+    source = open_source(str(folder))
+    known = torch.stack([tiny.transform(source.item(i)) for i in range(1, 41)])
     images = torch.cat([known, torch.rand(23, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
     # Of the score over many images: ViM's is a small difference of large numbers, and may be near 0 for one.
     size = float(scorer.scorer(images).score.abs().max())

@@ -12,14 +12,14 @@ from torch import nn
 import featnorm as fn
 from featnorm import archive, fitting
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import DataError, SlicedImages, open_images
+from featnorm.inputs import DataError, SlicedSource, open_source
 from featnorm.models import ModelError, create_model
 from painted import paint
 
 
 def fit(folder, loaded, cache, **options):
     return fn.fit_images(
-        open_images(str(folder)), loaded, cache=cache, runtime=fn.Runtime(progress=False, workers=0), **options
+        open_source(str(folder)), loaded, cache=cache, runtime=fn.Runtime(progress=False, workers=0), **options
     )
 
 
@@ -45,7 +45,7 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
         mine, theirs = fitted.scorer.scorer(images), again.scorer(images)
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
-    source = SlicedImages(open_images(str(folder)), range(10), "ten")
+    source = SlicedSource(open_source(str(folder)), range(10), "ten")
     rows = [row for batch in again.stream(source, runtime=fn.Runtime(batch_size=4, workers=0)) for row in batch]
     assert [row.name for row in rows] == [source.name(i) for i in range(10)]
     assert rows[0].error is not None
@@ -65,11 +65,11 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
 def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cache, detector):
     """The calibration never saw the images, and agrees with what the network says of them."""
     fitted = fit(folder, loaded, cache, detector=detector)
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
     rows = [i for i in rows if "copy" not in source.name(i)]
     apart = fitting.held_out([source.digest(i) for i in rows])
-    images = torch.stack([loaded.transform(source.image(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
+    images = torch.stack([loaded.transform(source.item(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
     scores = fitted.scorer.scorer(images).score.double().sort().values
     assert torch.allclose(scores, fitted.scorer.scorer.calibration.scores, rtol=1e-4, atol=1e-4)
 
@@ -90,11 +90,13 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     features = scorer.scorer.tap(images)
     for i, one in enumerate(explained):
         assert one.predicted == int(verdict.logits[i].argmax())
-        assert one.called == (f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted])
+        assert one.predicted_name == (
+            f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted]
+        )
         assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
         assert torch.equal(one.activation, features.activation[i])
     assert explained[3].seen > 0
-    assert len(explained[3].missing) <= len(explained[0].missing)
+    assert len(explained[3].inactive_units) <= len(explained[0].inactive_units)
     scorer.statistics = None
     with pytest.raises(ValueError, match="has no activation statistics"):
         scorer.predict_batch(images, "abcd", explain=[0])
@@ -103,8 +105,8 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
 @pytest.mark.usefixtures("heads_trained_once")
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
     fitted = fit(folder, loaded, cache, detector=fn.KNN(k=3))
-    foreign = open_images("ood32/textures[:100]", root=shared_data)
-    verdict = fitted.scorer.scorer(torch.stack([loaded.transform(foreign.image(i)) for i in range(100)]))
+    foreign = open_source("ood32/textures[:100]", root=shared_data)
+    verdict = fitted.scorer.scorer(torch.stack([loaded.transform(foreign.item(i)) for i in range(100)]))
     assert verdict.is_id.double().mean() < 0.1
 
 
@@ -222,7 +224,7 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
 
 
 def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     for words, arguments, options in (
         ("the images must be a source", (str(folder), loaded), {}),
         ("the backbone must be a LoadedModel", (source, "timm:test_resnet"), {}),
@@ -246,8 +248,8 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
 
 @pytest.mark.usefixtures("heads_trained_once")
 def test_what_is_refused(folder, loaded, cache, tmp_path):
-    source = open_images(str(folder))
-    few = SlicedImages(source, range(60), "few")
+    source = open_source(str(folder))
+    few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
         fn.fit_images(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):

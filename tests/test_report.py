@@ -1,4 +1,4 @@
-"""The report: one file that opens offline, in both themes, whatever the scores and the names are."""
+"""The reports: single files that work offline and in both themes, for any scores and names."""
 
 import base64
 import io
@@ -14,10 +14,10 @@ from PIL import Image
 from featnorm.evaluation import Evaluation, Result
 from featnorm.metrics import evaluate, roc_curve
 from featnorm.paper.page import Section, write_results_page
-from featnorm.report import markdown_page, plots, table_rows
+from featnorm.report import plots
 from featnorm.report.comparison import write_page
 from featnorm.report.html import THEMES
-from featnorm.report.tables import markdown_table
+from featnorm.report.tables import markdown_page, markdown_table, table_rows
 from pages import Page, check
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,8 @@ def test_page_shows_everything(tmp_path):
     page = written(tmp_path, result, digit)
     check(page)
     for text in (
-        *("A title", "A summary.", "93.1 %", "resnet18", "Left out", "ViM()", "it needs a linear classifier"),
+        *("A title", "A summary.", "93.1 %", "resnet18"),
+        *("Skipped detectors", "ViM()", "it needs a linear classifier"),
         *("broken.png", "it cannot be read", "CIFAR-10", "SVHN", "Textures", "14.3 % of units on"),
         "share of OOD inputs accepted when 95 % of ID inputs are accepted",
     ):
@@ -129,7 +130,7 @@ def test_mistakes_are_those_beyond_the_threshold(tmp_path):
         return digit(set_name, index)
 
     page = written(tmp_path, result, image)
-    assert "ID: 5 of 100 rejected (5.0 %)" in page.text
+    assert "ID: 5 of 100 flagged (5.0 %)" in page.text
     assert "OOD: 45 of 100 accepted (45.0 %); the 12 highest scores" in page.text
     assert "threshold 5" in page.text
     assert seen == [("ID", i) for i in range(5)] + [("OOD", i) for i in range(99, 87, -1)]
@@ -255,7 +256,7 @@ def test_thinned_curves_keep_their_shape():
     fpr, tpr = plots._thinned(*full)
     assert len(fpr) <= 200
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
-    # Along the direction in which the curve only grows, as ties and steps make it vertical in places.
+    # Along the diagonal, in which the curve only increases; it has vertical parts.
     along = np.linspace(0, 2, 4001)
     kept = np.interp(along, fpr + tpr, tpr)
     assert np.abs(kept - np.interp(along, full[0] + full[1], full[1])).max() < 0.006

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 import featnorm as fn
-from featnorm.inputs import SlicedImages, open_images
+from featnorm.inputs import SlicedSource, open_source
 from featnorm.records import Journal
 
 RUNTIME = fn.Runtime(batch_size=4, workers=0, progress=False)
@@ -13,7 +13,7 @@ RUNTIME = fn.Runtime(batch_size=4, workers=0, progress=False)
 
 @pytest.fixture
 def source(folder):
-    return SlicedImages(open_images(str(folder)), range(18), "eighteen")
+    return SlicedSource(open_source(str(folder)), range(18), "eighteen")
 
 
 def rows_of(path):

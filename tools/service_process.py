@@ -29,7 +29,7 @@ def running_service(detector: Path, source: str | None = None) -> Iterator[tuple
     The process and its port.
     """
     service = subprocess.Popen(
-        [sys.executable, "-c", "from featnorm.cli import main; main()", "serve", str(detector), "--port", "0"],
+        [sys.executable, "-m", "featnorm", "serve", str(detector), "--port", "0"],
         env=os.environ if source is None else {**os.environ, "PYTHONPATH": source},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -31,11 +31,12 @@ from featnorm.inputs import (
     DataError,
     FeatureCache,
     ImageSource,
-    SlicedImages,
+    SlicedSource,
+    Source,
     extract_images,
     image_loader,
 )
-from featnorm.inputs.images import DECODING
+from featnorm.inputs.decoding import DECODING
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.runtime import Runtime
@@ -138,7 +139,7 @@ def fit_images(
     ValueError
         The detector cannot work here, or there are too few images for `tpr`.
     """
-    check_type(source, ImageSource, "the images", "a source made by featnorm.inputs.open_images")
+    check_type(source, Source, "the images", "a source made by featnorm.inputs.open_source")
     check_type(loaded, LoadedModel, "the backbone", "a LoadedModel made by featnorm.models.create_model")
     detector = KLUniform() if detector is None else detector
     check_detector(detector, "fit_images")
@@ -183,7 +184,7 @@ def fit_images(
         scorer.fit_features(training_features(head, statistics, parts))
     else:
         runtime.cluster.fit(parts, head, detector, statistics)
-    chosen = SlicedImages(source, cached.rows[is_held_out].tolist(), source.title)
+    chosen = SlicedSource(source, cached.rows[is_held_out].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
     scorer.tap.trace(next(iter(images)).images)
     # In the precision in which new images will be scored.
@@ -240,7 +241,7 @@ def _without_duplicates(cached: CachedFeatures) -> CachedFeatures:
     """Keep one of each set of identical images: duplicates are not further draws from the distribution."""
     first = sorted({digest: i for i, digest in reversed(list(enumerate(cached.digests)))}.values())
     digests = [cached.digests[i] for i in first]
-    return replace(cached, places=cached.places[first], rows=cached.rows[first], digests=digests)
+    return replace(cached, stored_rows=cached.stored_rows[first], rows=cached.rows[first], digests=digests)
 
 
 def held_out(digests: Sequence[bytes]) -> Tensor:

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
+from featnorm._utils.progress import progress_bar
 from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import ImageError, ImageSource, SlicedImages
-from featnorm.inputs.images import DECODING
+from featnorm.inputs import ImageSource, ItemError, SlicedSource
+from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.loading import rows_of
 from featnorm.records import FORMATS, Journal, images_digest
 from featnorm.runtime import Runtime
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
-    from featnorm.report.scores import Shown
+    from featnorm.report.scores import ScoredImage
 
 MAX_SHOWN = 100  # images on the page
 _EXPLAINED_BATCH = 16
@@ -155,9 +155,9 @@ def score_images(
         numbers = range(total) if journal is None else journal.missing(total)
         done = 0 if journal is None else journal.done
         # Without a file, whoever prints the verdicts shows the progress.
-        hide = True if journal is None else None if runtime.progress is None else not runtime.progress
+        progress = False if journal is None else runtime.progress
         with (
-            tqdm(total=len(source), initial=done, unit="image", disable=hide, leave=False) as bar,
+            progress_bar(total=len(source), initial=done, unit="image", progress=progress) as bar,
             closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
         ):
             for number, verdicts in batches:
@@ -206,7 +206,7 @@ def _scored(
         images = source
         if len(batches) < -(-len(source) // runtime.batch_size):
             rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
-            images = SlicedImages(source, rows, source.title)
+            images = SlicedSource(source, rows, source.title)
         with _ModelClock(scorer.scorer.model) as clock:
             for number, verdicts in zip(batches, scorer.stream(images, runtime=runtime), strict=True):
                 summary.computed += len(verdicts)
@@ -252,11 +252,11 @@ def _write_page(
     assert calibration is not None
     write_scores_page(
         path,
-        title=f"{source.title}: lowest scores first",
+        title=f"{source.title}: images with the lowest scores",
         summary=f"{summary} {scorer.scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": date.today().isoformat()},
-        known=calibration.scores.cpu().numpy(),
+        calibration_scores=calibration.scores.cpu().numpy(),
         scores=np.asarray(summary.scores, np.float64),
         threshold=float(calibration.threshold),
         shown=_shown(scorer, source, summary.lowest, runtime),
@@ -267,16 +267,16 @@ def _write_page(
 
 def _shown(
     scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], runtime: Runtime
-) -> "Iterator[Shown]":
+) -> "Iterator[ScoredImage]":
     """Yield the images with their explanations; few at a time, as they may be large."""
-    from featnorm.report.scores import Shown
+    from featnorm.report.scores import ScoredImage
 
     for start in range(0, len(lowest), _EXPLAINED_BATCH):
         images: dict[int, Image.Image] = {}
         for row, _ in lowest[start : start + _EXPLAINED_BATCH]:
             # A file that was removed meanwhile costs its picture, not the page.
-            with suppress(ImageError):
-                images[row] = source.image(row)
+            with suppress(ItemError):
+                images[row] = source.item(row)
         explained: dict[int, ImageVerdict] = {}
         if images and scorer.statistics is not None:
             batch = torch.stack([scorer.transform(image) for image in images.values()])
@@ -285,4 +285,6 @@ def _shown(
             explained = dict(zip(images, verdicts, strict=True))
         for row, verdict in lowest[start : start + _EXPLAINED_BATCH]:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
-            yield Shown(verdict._replace(why=explained[row].why) if row in explained else verdict, images.get(row))
+            yield ScoredImage(
+                verdict._replace(why=explained[row].why) if row in explained else verdict, images.get(row)
+            )

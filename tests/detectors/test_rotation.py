@@ -111,7 +111,7 @@ def test_what_is_wrong_is_named(csi, rotnet):
     with pytest.raises(ValueError, match="came without their inputs"):
         fn.RotNet().score(features(rotnet, TEST)[0].to("cpu"))
     wide = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ValueError, match=r"only square images .* shape \(2, 3, 8, 6\)"):
+    with pytest.raises(ValueError, match=r"rotations need square images .* shape \(2, 3, 8, 6\)"):
         fn.Scorer(nn.Sequential(wide, nn.Linear(8, 4)), fn.RotNet())(torch.rand(2, 3, 8, 6))
     with pytest.raises(ValueError, match="the logits of 4 rotations, and the model returns 10"):
         fn.Scorer(nn.Sequential(wide, nn.Linear(8, 10)), fn.RotNet())(TEST)

@@ -8,7 +8,7 @@ from torch import nn
 
 import featnorm as fn
 from featnorm import fitting
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.models import create_model
 from featnorm.training.runs import digest
 from painted import paint
@@ -38,7 +38,7 @@ def loaded():
 
 @pytest.fixture(scope="session")
 def fitted(folder, loaded, cache):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     runtime = fn.Runtime(progress=False, workers=0)
     return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, runtime=runtime).scorer
 

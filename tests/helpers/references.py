@@ -222,7 +222,7 @@ def csi_views(model, image, augmentations, scale):
             for which in drawn.order[0]:
                 change = ("brightness", "contrast", "saturation", "hue")[int(which)]
                 view = getattr(images_of, f"adjust_{change}")(view, float(drawn.factors[0, which]))
-            if drawn.grey[0]:
+            if drawn.gray[0]:
                 view = images_of.rgb_to_grayscale(view, 3)
             output = model(view[None].double())
             embeddings.append(output["embedding"][0])

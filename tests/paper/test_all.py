@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from featnorm.cli import reproduce as command
 from featnorm.paper import cifar10, imagenet, label_free, one_class, theory
+from featnorm.paper import reproduce as command
 from featnorm.paper.recipe import PaperRecipe
 from small import reproduce
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from featnorm.cli.app import app
+from featnorm.__main__ import COMMANDS
+from featnorm.cli.app import run_command
 from featnorm.inputs import DataError
 from featnorm.paper import cifar10
 from featnorm.paper.numbers import numbers
@@ -94,7 +94,7 @@ def test_what_cannot_be_reproduced_is_named(tmp_path):
     with pytest.raises(ValueError, match="no 'table99' to reproduce: choose all, or one of table3"):
         reproduce("table99", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="no scale 'huge': choose one of laptop, paper"):
-        CliRunner().invoke(app, ["reproduce", "table3", "--scale", "huge"], catch_exceptions=False)
+        run_command(["reproduce", "table3", "--scale", "huge"], COMMANDS)
 
 
 def test_the_pooled_norm_is_of_the_pooled_feature(root):

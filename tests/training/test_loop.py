@@ -1,4 +1,4 @@
-"""The training loop: it learns, resumes to the same weights, and does on two processes what it does on one."""
+"""The training loop: it learns, resumes to the same weights, and agrees between one and two processes."""
 
 import json
 import shutil
@@ -101,7 +101,7 @@ def test_a_killed_run_loses_one_epoch_at_most(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     images, targets = data()
     train(network(), images, targets, replace(RECIPE, epochs=1), folder=tmp_path)
-    with pytest.raises(ValueError, match="another run: its recipe differ"):
+    with pytest.raises(ValueError, match=r"another run \(different recipe\)"):
         train(network(), images, targets, RECIPE, folder=tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_supcon_draws_a_class_together():
 
 
 def test_supcon_is_the_formula_over_both_views():
-    """Khosla et al., NeurIPS 2020, eq. 2, term by term in float64."""
+    """Return the loss of Khosla et al., NeurIPS 2020, eq. 2, term by term in float64."""
     from featnorm.paper.objectives import supcon
 
     torch.manual_seed(3)
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     recipe = Recipe(epochs=1, batch_size=16, optimizer="sgd", lr=0.05)
     train(nn.Linear(6, 2), features, targets, recipe, folder=tmp_path)
     for other in ((features, 1 - targets), (features + 1, targets)):
-        with pytest.raises(ValueError, match="another run: its data differ"):
+        with pytest.raises(ValueError, match=r"another run \(different data\)"):
             train(nn.Linear(6, 2), *other, recipe, folder=tmp_path)
 
 
@@ -370,7 +370,7 @@ def test_what_is_wrong_is_named(tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++")
 def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypatch):
-    # Not the cache of all runs: code that was compiled for wider vectors than are asked for now corrupts the heap.
+    # A separate cache, because code that was compiled for wider vectors than are requested now corrupts the heap.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
@@ -378,7 +378,7 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
 
     def network():
         torch.manual_seed(0)
-        # The second is one of those that `safe_gradients` is about.
+        # The second layer is one of those for which `safe_gradients` is needed.
         convolutions = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 1, stride=2)
         convolution = nn.Sequential(*convolutions, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
         return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(8, 3))

@@ -2,19 +2,22 @@
 
 import math
 import operator
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, Union
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-ScoreLike = Tensor | npt.ArrayLike
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# This module and those that use it for arrays only do not import torch, which takes seconds.
+ScoreLike = Union["Tensor", npt.ArrayLike]
 """Scores as users pass them: a tensor, a numpy array or a sequence of numbers."""
 
 _WANTED = "must be a 1-D tensor, array or sequence of real numbers"
@@ -22,7 +25,7 @@ _WANTED = "must be a 1-D tensor, array or sequence of real numbers"
 _MAX_SHOWN = 80
 
 
-def as_score_tensor(x: ScoreLike, name: str, *, allow_empty: bool = False) -> Tensor:
+def as_score_tensor(x: ScoreLike, name: str, *, allow_empty: bool = False) -> "Tensor":
     """Return scores as a checked, detached tensor on their device, with every value kept exactly.
 
     Parameters
@@ -46,44 +49,57 @@ def as_score_tensor(x: ScoreLike, name: str, *, allow_empty: bool = False) -> Te
     ValueError
         The scores are not one-dimensional, are empty, contain NaN, or are integers that float64 cannot tell apart.
     """
-    if not isinstance(x, Tensor):
-        try:
-            # torch accepts neither read-only memory nor negative strides; a copy has neither.
-            x = torch.from_numpy(np.array(x, order="C"))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{name} {_WANTED}: {error}") from error
+    import torch
+
+    if not is_tensor(x):
+        return torch.from_numpy(as_score_array(x, name, allow_empty=allow_empty))
     if x.dtype == torch.bool or x.is_complex():
         raise TypeError(f"{name} {_WANTED}, got {x.dtype}")
-    if x.ndim != 1:
-        raise ValueError(f"{name} must be 1-D, one score per input, got shape {tuple(x.shape)}")
-    if x.numel() == 0 and not allow_empty:
-        raise ValueError(f"{name} is empty: at least one score is needed")
+    _check_shape(x, name, allow_empty)
     x = x.detach()
     if not x.is_floating_point():
         x = x.to(torch.float64)
-        _reject(
-            x.abs() >= 2**53,
-            name,
-            "integers of magnitude 2**53 or more, which float64 cannot tell apart",
-            "subtract an offset from all scores, or rank them first",
-        )
+        _check_exact(x, name)
     elif x.dtype not in (torch.float32, torch.float64):
         x = x.to(torch.float32)
     # The sum needs one read and no temporary; infinities of both signs make it NaN too.
     if math.isnan(x.sum().item()):
-        _reject(x.isnan(), name, "NaN", "a NaN has no rank: find out why this input has no score")
+        _check_nan(x, name)
     return x
 
 
-def as_score_array(x: ScoreLike, name: str) -> npt.NDArray[Any]:
-    """Return scores as a checked (n,) float32 or float64 numpy array, n >= 1; see `as_score_tensor`."""
-    array: npt.NDArray[Any] = as_score_tensor(x, name).cpu().numpy()
+def as_score_array(x: ScoreLike, name: str, *, allow_empty: bool = False) -> npt.NDArray[Any]:
+    """Return scores as a checked (n,) float32 or float64 numpy array, without torch; see `as_score_tensor`."""
+    if is_tensor(x):
+        of_tensor: npt.NDArray[Any] = as_score_tensor(x, name, allow_empty=allow_empty).cpu().numpy()
+        return of_tensor
+    try:
+        # torch accepts neither read-only memory nor negative strides; a copy has neither.
+        array = np.array(x, order="C")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} {_WANTED}: {error}") from error
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+        raise TypeError(f"{name} {_WANTED}, got {array.dtype}")
+    _check_shape(array, name, allow_empty)
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32, copy=False)
+    else:
+        array = array.astype(np.float64)
+        _check_exact(array, name)
+    if np.isnan(array).any():
+        _check_nan(array, name)
     return array
 
 
-def as_p_values(x: ScoreLike, name: str) -> Tensor:
+def is_tensor(value: object) -> TypeGuard["Tensor"]:
+    """Whether a value is a tensor. This does not import torch: before it is imported there are no tensors."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def as_p_values(x: ScoreLike, name: str) -> "Tensor":
     """Return p-values as a checked (n,) float64 tensor of values in [0, 1], n >= 0; see `as_score_tensor`."""
-    p = as_score_tensor(x, name, allow_empty=True).to(torch.float64)
+    p = as_score_tensor(x, name, allow_empty=True).double()
     _reject((p < 0) | (p > 1), name, "outside [0, 1]", "pass p-values, not scores")
     return p
 
@@ -101,6 +117,19 @@ def count_for_share(share: float, n: int) -> int:
     reached 1e-15 below it, which is more than the rounding of both and less than 1 / n ever is.
     """
     return max(math.ceil(n * (share - 1e-15)), 1)
+
+
+def threshold_rank(n: int, tpr: float) -> int:
+    """Return the rank k of the threshold among n scores, 1 being the smallest: floor((1 - tpr) (n + 1))."""
+    check_share(tpr, "tpr")
+    k = n + 1 - count_for_share(tpr, n + 1)
+    if k == 0:
+        least = math.ceil(1 / (1 - tpr + 1e-15)) - 1
+        raise ValueError(
+            f"{n} calibration scores are too few for tpr={tpr}: at least {least} are needed; "
+            "add calibration inputs or lower tpr"
+        )
+    return k
 
 
 class Constraint(ABC):
@@ -242,7 +271,7 @@ class SequenceOf(Constraint):
         return f"a sequence (each item {self.item.wanted})"
 
     def read(self, value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, (Sequence, np.ndarray, Tensor)) or isinstance(value, (str, bytes)):
+        if not (isinstance(value, (Sequence, np.ndarray)) or is_tensor(value)) or isinstance(value, (str, bytes)):
             raise TypeError(value)
         if not len(value):
             raise ValueError(value)
@@ -276,7 +305,7 @@ def check_text(value: object) -> str:
 
 def shown(value: object) -> str:
     """Return a value for an error message: its ``repr`` or, if that is long, its type and shape."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+    if (isinstance(value, np.ndarray) or is_tensor(value)) and value.ndim:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN and "\n" not in text else f"a {type(value).__name__}"
@@ -284,17 +313,38 @@ def shown(value: object) -> str:
 
 def _plain(value: Any, *, booleans: bool = False) -> Any:
     """Return the Python number of a torch or numpy scalar, or any other value; raise for arrays and bools."""
-    if isinstance(value, np.generic) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0):
-        value = value.item()
-    if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, bool) and not booleans):
+    array = isinstance(value, np.ndarray) or is_tensor(value)
+    if isinstance(value, np.generic) or (array and value.ndim == 0):
+        value, array = value.item(), False
+    if array or (isinstance(value, bool) and not booleans):
         raise TypeError(value)
     return value
 
 
-def _reject(bad: Tensor, name: str, what: str, remedy: str) -> None:
+def _check_shape(x: Any, name: str, allow_empty: bool) -> None:
+    if x.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, one score per input, got shape {tuple(x.shape)}")
+    if len(x) == 0 and not allow_empty:
+        raise ValueError(f"{name} is empty: at least one score is needed")
+
+
+def _check_exact(x: Any, name: str) -> None:
+    _reject(
+        abs(x) >= 2**53,
+        name,
+        "integers of magnitude 2**53 or more, which float64 cannot tell apart",
+        "subtract an offset from all scores, or rank them first",
+    )
+
+
+def _check_nan(x: Any, name: str) -> None:
+    _reject(x != x, name, "NaN", "a NaN has no rank: find out why this input has no score")
+
+
+def _reject(bad: Any, name: str, what: str, remedy: str) -> None:
     """Raise a ValueError if entries are marked ``bad``, with their number and the index of the first."""
     if bad.any():
-        index = int(bad.nonzero()[0])
         raise ValueError(
-            f"{name}: {int(bad.sum())} of {len(bad)} values are {what}, the first at index {index}; {remedy}"
+            f"{name}: {int(bad.sum())} of {len(bad)} values are {what}, the first at index "
+            f"{bad.tolist().index(True)}; {remedy}"
         )

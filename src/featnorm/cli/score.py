@@ -1,11 +1,14 @@
-"""``featnorm score``: which images are OOD, by a fitted detector."""
+"""``featnorm score``: the verdicts of a fitted detector on images."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from featnorm.cli.machine import runtime_of
-from featnorm.cli.show import (
+import typer
+
+from featnorm.cli.console import (
     console,
     counted,
     print_reading,
@@ -13,51 +16,78 @@ from featnorm.cli.show import (
     printable,
     require_file_place,
 )
-from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import DataError, open_to_score
-from featnorm.records import Journal
-from featnorm.runtime import Runtime
-from featnorm.scoring import ScoringSummary, score_images
+from featnorm.cli.options import (
+    DATA,
+    BatchSize,
+    DataRoot,
+    Device,
+    OwnModel,
+    Precision,
+    Ray,
+    ScorerFile,
+    Workers,
+)
+
+if TYPE_CHECKING:
+    from featnorm.image_scorer import ImageVerdict
+    from featnorm.records import Journal
+    from featnorm.runtime import Runtime
+    from featnorm.scoring import ScoringSummary
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
+def score(
+    scorer_file: ScorerFile,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=f"Image files, or {DATA}.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Output file (.csv, .jsonl or .parquet), one row per image. Default: print to the terminal.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Page to write (.html): the images with the lowest scores, where each lies, and why.",
+        ),
+    ] = None,
+    model: OwnModel = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    ray: Ray = False,
+) -> None:
+    """Score images: score, p-value, verdict (ID or OOD) and predicted class, one row per image.
 
-    detector: Path
-    images: list[str]
-    out: Path | None
-    html: Path | None
-    model: str | None
-    data_root: Path | None
-    device: str
-    precision: str
-    batch_size: int
-    workers: int | None
-    ray: bool
-
-
-def run(options: Options) -> None:
-    """Score the images; print or write one row per image, or write a page, and print a summary."""
-    files = [file for file in (options.out, options.html) if file is not None]
+    With `--out` or `--html`, rerun the same command to resume after an interruption.
+    """
+    files = [file for file in (out, html) if file is not None]
     for file in files:
-        require_file_place(file, [options.detector, *map(Path, options.images)])
-    scorer = ImageScorer.load(options.detector, model=options.model)
-    source = open_to_score(options.images, root=options.data_root)
-    fitted_in = scorer.facts.get("precision", options.precision)
-    if fitted_in != options.precision:
-        console.print(f"fitted in {fitted_in}: scores in {options.precision} differ slightly", style="dim")
+        require_file_place(file, [scorer_file, *map(Path, images)])
+    from featnorm.cli.runtime import runtime_of
+    from featnorm.image_scorer import ImageScorer
+    from featnorm.inputs import DataError, open_source
+    from featnorm.scoring import score_images
+
+    scorer = ImageScorer.load(scorer_file, model=model)
+    source = open_source(*images, root=data_root, labels=False, mix_splits=True)
+    fitted_in = scorer.facts.get("precision", precision)
+    if fitted_in != precision:
+        console.print(f"fitted in {fitted_in}: scores in {precision} differ slightly", style="dim")
     if not files:
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
-    with runtime_of(
-        options.device, options.precision, options.batch_size, options.workers, ray=options.ray
-    ) as runtime:
+    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
         summary = score_images(
             scorer,
             source,
-            options.out,
-            page=options.html,
-            made_with={"model": options.model},
+            out,
+            page=html,
+            made_with={"model": model},
             runtime=runtime,
             on_start=lambda journal: _print_start(journal, len(source)),
             on_batch=None if files else _print_batch,

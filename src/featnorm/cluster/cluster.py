@@ -18,7 +18,7 @@ from featnorm.detectors import KNN, Detector
 from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import Extracted, ImageSource, SlicedImages
+from featnorm.inputs import Extracted, ImageSource, SlicedSource
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.runtime import Runtime
@@ -286,7 +286,7 @@ class _Actor:
         results: list[tuple[int, Any]] = []
         try:
             # Extended one by one, so that the results before an error are kept.
-            results.extend(zip(numbers, process(SlicedImages(source, rows, source.title)), strict=True))
+            results.extend(zip(numbers, process(SlicedSource(source, rows, source.title)), strict=True))
         except (ValueError, OSError) as error:
             return results, error
         return results, None

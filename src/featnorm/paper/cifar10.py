@@ -20,7 +20,7 @@ from featnorm._utils.sealed import read_sealed, write_sealed
 from featnorm.detectors import NAN, Detector, L1Norm, Sparsity, parse_detector
 from featnorm.evaluation import Evaluation, compare
 from featnorm.features import Features
-from featnorm.inputs import DataError, ImageSource, image_tensor, open_images
+from featnorm.inputs import DataError, ImageSource, image_tensor, open_source
 from featnorm.models import cifar_network
 from featnorm.models.heads import Activation
 from featnorm.paper.probe import spaced
@@ -197,7 +197,7 @@ def load_images(
     DataError
         CIFAR-10, or every OOD set, cannot be had; or an image cannot be read.
     """
-    train, test = (open_images(f"cifar10:{split}", root=root) for split in ("train", "test"))
+    train, test = (open_source(f"cifar10:{split}", root=root) for split in ("train", "test"))
     sets, missing = _ood_sources(root, paper_sets)
     if not sets:
         raise DataError("no OOD set can be had: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
@@ -247,7 +247,7 @@ def _ood_sources(
             missing[name] = f"not under the data root, whose {OWN_FOLDER} takes its place"
             continue
         try:
-            sets[name] = open_images(spec, root=root)
+            sets[name] = open_source(spec, root=root)
         except DataError as error:
             missing[name] = str(error)
     return sets, missing

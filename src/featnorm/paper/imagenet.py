@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.extras import vision_module
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import (
     KNN,
@@ -37,7 +38,6 @@ from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
 from featnorm.inputs import CachedFeatures, ImageSource
-from featnorm.inputs.images import vision_module
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classifier
 from featnorm.paper.checkpoints import load_contrastive
 from featnorm.paper.cifar10 import keep_result, kept_result, percentages
@@ -380,7 +380,7 @@ def _fitted(
                 left_out[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
                 learning.remove(detector)
     for share, knn in banks.items():
-        count = max(1, round(share * len(train.places)))
+        count = max(1, round(share * len(train.stored_rows)))
         if count < knn.k:
             left_out[repr(knn)] = f"there are only {count} training images in its bank"
             continue
@@ -393,7 +393,7 @@ def _fitted(
 
 def _bank(train: CachedFeatures, count: int, file: Path) -> Tensor:
     """Write some of the training features, at unit length, to a file, and map it; fewer are a part of more."""
-    order = torch.randperm(len(train.places), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(train.stored_rows), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[order[:count]] = True
     with file.open("wb") as opened:

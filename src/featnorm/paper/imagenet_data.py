@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm.inputs import DataError, ImageSource, SlicedImages, open_images
-from featnorm.inputs.images import vision_module
+from featnorm._utils.extras import vision_module
+from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 from featnorm.paper.checkpoints import CLASSES
 
 _WISC = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
@@ -36,7 +36,7 @@ class ImageSet:
 
     Parameters
     ----------
-    places : where it may lie under the data root, as `featnorm.inputs.open_images` takes them; the first is named.
+    places : where it may lie under the data root, as `featnorm.inputs.open_source` takes them; the first is named.
     get : where it comes from.
     count : how many images there must be; None for any number.
     classes : how many classes there must be; None for those without labels.
@@ -62,7 +62,7 @@ class ImageSet:
         if place is None:
             raise DataError(f"{where}: no such folder, nor {where}.parquet. {self.get}")
         try:
-            source = open_images(place, root=root)
+            source = open_source(place, root=root)
         except DataError as error:
             raise DataError(f"{error}. {self.get}") from error
         if self.count is not None and len(source) != self.count:
@@ -172,7 +172,7 @@ def _sample(find: "_Finder") -> Data | None:
     if sample is None or textures is None:
         return None
     halves = [
-        SlicedImages(sample, range(first, len(sample), 2), f"{sample.title}[{first}::2]") for first in range(2)
+        SlicedSource(sample, range(first, len(sample), 2), f"{sample.title}[{first}::2]") for first in range(2)
     ]
     return Data(halves[0], halves[1], {"textures": textures}, torch.arange(CLASSES))
 
@@ -188,8 +188,8 @@ def _tiny(find: "_Finder") -> Data | None:
         raise DataError(f"the classes of {train.title} are not called by their WordNet numbers, as n01443537")
     known = [numbers[synset] for synset in train.class_names]
     rows = [i for i in range(len(sample)) if sample.label(i) not in known]
-    others = SlicedImages(sample, rows[::2], f"{sample.title}, every second class that is not in Tiny ImageNet")
-    some = SlicedImages(textures, range(0, len(textures), 2), f"{textures.title}[::2]")
+    others = SlicedSource(sample, rows[::2], f"{sample.title}, every second class that is not in Tiny ImageNet")
+    some = SlicedSource(textures, range(0, len(textures), 2), f"{textures.title}[::2]")
     ood = {"other classes": others, "textures": some}
     return Data(_first(train, TINY_TRAIN), _first(test, TINY_TEST), ood, torch.tensor(known), TINY_SIDE)
 
@@ -231,7 +231,7 @@ def open_data(name: str, root: Path | None) -> tuple[Data | None, list[str]]:
 def _first(source: ImageSource, count: int) -> ImageSource:
     if len(source) <= count:
         return source
-    return SlicedImages(source, range(count), f"{source.title}[:{count}]")
+    return SlicedSource(source, range(count), f"{source.title}[:{count}]")
 
 
 def _present(found: Mapping[str, ImageSource | None]) -> dict[str, ImageSource]:

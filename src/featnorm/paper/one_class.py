@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featnorm.inputs import DataError, open_images
+from featnorm.inputs import DataError, open_source
 from featnorm.metrics import auroc
 from featnorm.paper.cifar10 import SIDE, keep_result, kept_result, labelled
 from featnorm.paper.explanations import CLASSES
@@ -160,7 +160,7 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
             )
             continue
         try:
-            sources = [open_images(f"{name}:{split}", root=root) for split in ("train", "test")]
+            sources = [open_source(f"{name}:{split}", root=root) for split in ("train", "test")]
         except DataError as error:
             if data == "CIFAR-10":
                 raise

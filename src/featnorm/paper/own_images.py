@@ -20,7 +20,7 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head, held_out
-from featnorm.inputs import ImageSource, SlicedImages, open_images
+from featnorm.inputs import ImageSource, SlicedSource, open_source
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
 from featnorm.paper.cifar10 import compared_detectors, percentages
@@ -89,10 +89,10 @@ def run(
     backbone = fast_layout(cut_classifier(loaded.model)[0].to(fabric.device).eval())
 
     def fold(spec: str, classes: int | None = None) -> _Fold:
-        source = open_images(spec, root=root)
+        source = open_source(spec, root=root)
         if classes is not None:
             rows = [i for i in range(len(source)) if (source.label(i) or 0) < classes]
-            source = SlicedImages(source, rows, source.title)
+            source = SlicedSource(source, rows, source.title)
         return _ask(source, loaded, backbone, fabric, progress)
 
     train, val = fold("tiny_imagenet:train", KNOWN), fold("tiny_imagenet:val")
@@ -206,10 +206,10 @@ def _targets(
     images = torch.arange(n)
 
     def views() -> tuple[Tensor, Tensor]:
-        source = open_images("tiny_imagenet:train", root=root)
+        source = open_source("tiny_imagenet:train", root=root)
         wanted = set(learned.digests)
         rows = [i for i in range(len(source)) if (source.label(i) or 0) < LEARNED and source.digest(i) in wanted]
-        chosen = SlicedImages(source, rows, source.title)
+        chosen = SlicedSource(source, rows, source.title)
         every = [learned.values]
         for view in _VIEWS:
             seen = replace(loaded, transform=_Viewed(loaded.transform, view))

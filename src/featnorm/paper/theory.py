@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.sealed import read_sealed, write_sealed
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.models import Normalize, cifar_network
 from featnorm.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from featnorm.models.heads import Activation
@@ -134,7 +134,7 @@ def load_images(data: Data, root: Path | None, *, progress: bool | None = None) 
     side = 28 if data == "mnist" else 32
     folds = []
     for split in ("train", "test"):
-        source = open_images(f"{data}:{split}", root=root)
+        source = open_source(f"{data}:{split}", root=root)
         pixels, labels = cifar10.labelled(source, side, progress=progress)
         folds.append((pixels[:, :1].contiguous() if data == "mnist" else pixels, labels))
     facts = {"training images": f"{data}:train, {len(folds[0][0])}", "in-distribution": f"{data}:test"}

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.layout import safe_gradients
+from featnorm._utils.progress import progress_bar
 from featnorm.paper.systems.dcgan import (
     Convolutions,
     Generator,
@@ -18,7 +18,6 @@ from featnorm.paper.systems.dcgan import (
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
 from featnorm.paper.systems.system import Run, System, as_pixels
-from featnorm.training.runs import hide_bar
 
 
 class GAN(nn.Module):
@@ -101,7 +100,7 @@ class AnoGAN(System[GAN]):
     def _scores(self, model: GAN, images: Tensor, run: Run) -> dict[str, Tensor]:
         device = run.device
         found = []
-        with tqdm(total=len(images), desc="search", disable=hide_bar(run.progress), leave=False) as bar:
+        with progress_bar(total=len(images), desc="search", progress=run.progress) as bar:
             for batch in images.split(self.batch_size):
                 found.append(-self.search(model, centred(as_pixels(batch, device)), run)[1].cpu())
                 bar.update(len(batch))

@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table as Grid
 
 from featnorm._utils.files import write_text
-from featnorm.cli.machine import runtime_of
-from featnorm.cli.show import console, environment, prepare_folder
+from featnorm.cli.console import console, environment, prepare_folder
+from featnorm.cli.runtime import runtime_of
 from featnorm.inputs import DataError
 from featnorm.paper import (
     cifar10,
