@@ -32,7 +32,7 @@ PAGES = {
 }
 #: How the pictures are drawn anew from the numbers that are kept.
 DRAWN: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(FIGURES, lambda content: Figure.from_json(content).svg),
+    **dict.fromkeys(FIGURES, lambda content: Figure.from_dict(content).svg),
     "figure7": width_figure,
     moco_length.NAME: moco_length.picture,
 }
@@ -44,7 +44,7 @@ def tables(file: Path) -> dict[str, Table]:
     """Return the tables of a file of results, by the names that mark their places."""
     content = json.loads(file.read_text("utf-8"))
     if file.stem in FIGURES:
-        return {file.stem: Figure.from_json(content).table}
+        return {file.stem: Figure.from_dict(content).table}
     match file.stem:
         case "own-images":
             return own_images.tables(content)

@@ -18,6 +18,7 @@ from featnorm.paper import imagenet, imagenet_data
 from featnorm.paper.checkpoints import ContrastiveNetwork, load_contrastive
 from featnorm.paper.imagenet_tables import ROWS
 from featnorm.paper.numbers import numbers
+from featnorm.runtime import Runtime
 from small import reproduce, write_images
 
 pytestmark = pytest.mark.slow
@@ -89,7 +90,7 @@ def paper(small_inputs, monkeypatch):
     torch.manual_seed(1)
     small = create_model("torchvision:resnet18", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _, weights: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 10)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
 
 
 def made(table, large, weights, out):
@@ -236,7 +237,7 @@ def laptop(small_inputs, tmp_path, monkeypatch):
     monkeypatch.setitem(imagenet.SCALES, "laptop", imagenet.Scale("laptop", 10, 2))
     small = create_model("timm:test_efficientnet", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 10)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
     return root
 
 
@@ -281,7 +282,11 @@ def test_banks_are_parts_of_each_other(large, paper, tmp_path):
     backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     loaded = create_model("torchvision:resnet18", pretrained=False)
     known = imagenet.backbone_features(
-        open_source("imagenet:train", root=large), loaded, backbone, cache=tmp_path, progress=False
+        open_source("imagenet:train", root=large),
+        loaded,
+        backbone,
+        cache=tmp_path,
+        runtime=Runtime(progress=False),
     )
     whole, part = (imagenet._bank(known, count, tmp_path / f"{count}") for count in (120, 12))
     assert torch.equal(whole, fn.detectors.statistics.unit_rows(known.values).float())

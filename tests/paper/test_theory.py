@@ -39,8 +39,8 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
         picture = (out / f"{name}.svg").read_text()
         assert picture.count("<svg") == 1
         kept = json.loads((out / f"{name}.json").read_text())
-        again = Figure.from_json(kept)
-        assert again.to_json() == kept
+        again = Figure.from_dict(kept)
+        assert again.to_dict() == kept
         assert picture.count('id="axes_') == sum(len(row) for row in again.panels)
         assert again.table.markdown() == (out / f"{name}.md").read_text()
         assert "scale laptop" in (out / f"{name}.md").read_text()

@@ -287,7 +287,7 @@ def run(
         "scale": scale.name,
         "variant": asdict(job.variant),
         "width": scale.width,
-        "recipe": job.recipe.settings(),
+        "recipe": job.recipe.to_dict(),
         "seed": job.seed,
         "images": images.facts,
     }

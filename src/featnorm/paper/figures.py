@@ -37,14 +37,14 @@ class Figure:
         """The figure, drawn."""
         return panel_figure(self.panels)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all that is drawn and all of the table as plain data, numbers to four digits."""
-        return {"table": asdict(self.table), "panels": [[panel.to_json() for panel in row] for row in self.panels]}
+        return {"table": asdict(self.table), "panels": [[panel.to_dict() for panel in row] for row in self.panels]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Figure":
+    def from_dict(cls, data: Mapping[str, Any]) -> "Figure":
         """Make it again from plain data."""
-        panels = [[Panel.from_json(panel) for panel in row] for row in data["panels"]]
+        panels = [[Panel.from_dict(panel) for panel in row] for row in data["panels"]]
         return cls(panels, Table(**data["table"]))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import KNN, MSP, NAN, Detector, Energy, HiddenConfidence, KLUniform, L1Norm, Sparsity
 from featnorm.evaluation import compare
-from featnorm.fitting import head_features
+from featnorm.fitting import features_behind
 from featnorm.models import ProjectionHead, load_model
 from featnorm.paper import cifar10
 from featnorm.paper.cifar10 import FROZEN, Variant
@@ -94,7 +94,7 @@ def run(
         "scale": "laptop",
         "backbone": NETWORK,
         "variant": asdict(job.variant),
-        "recipe": job.recipe.settings(),
+        "recipe": job.recipe.to_dict(),
         "seed": job.seed,
         "images": known.facts,
     }
@@ -130,7 +130,7 @@ def study(
     for name, (temperature, width, recipe) in SETTINGS.items():
         chosen = [make() for make in _DETECTORS]
         outcome = _fit_and_score(known, Variant(width), recipe, chosen, temperature=temperature, progress=progress)
-        rows.append({"setting": name, "recipe": recipe.settings(), **outcome})
+        rows.append({"setting": name, "recipe": recipe.to_dict(), **outcome})
     return {"rows": rows, "images": images.facts, "environment": dict(environment)}
 
 
@@ -162,11 +162,11 @@ def _fit_and_score(
 
     train(head, values, labels, recipe, seed=seed, progress=progress, on_epoch=note)
     seconds = time.perf_counter() - began
-    test = head_features(head, known.test[0])
-    ood = {name: head_features(head, features) for name, features in known.ood.items()}
+    test = features_behind(head, known.test[0])
+    ood = {name: features_behind(head, features) for name, features in known.ood.items()}
     evaluation = compare(
         chosen,
-        fit=[head_features(head, values)] if any(detector.needs_fit for detector in chosen) else None,
+        fit=[features_behind(head, values)] if any(detector.needs_fit for detector in chosen) else None,
         id_set=("cifar10", [test.replace(labels=known.test[1])]),
         ood_sets={name: [features] for name, features in ood.items()},
     )

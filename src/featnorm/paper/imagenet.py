@@ -36,12 +36,13 @@ from featnorm.detectors import (
 from featnorm.detectors.statistics import FloatHistogram, single_unit_rows
 from featnorm.evaluation import compare
 from featnorm.features import Features
-from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features
+from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
 from featnorm.inputs import CachedFeatures, ImageSource
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classifier
 from featnorm.paper.checkpoints import load_contrastive
 from featnorm.paper.cifar10 import keep_result, kept_result, percentages
 from featnorm.paper.imagenet_data import LINEAR, WEIGHTS, MissingError, Shrunk, missing_weights, open_data
+from featnorm.runtime import Runtime
 
 Reader = Callable[[Tensor], Features]
 """From pooled features (n, D) to all that a network says of the inputs."""
@@ -181,9 +182,9 @@ class PooledReAct(Detector):
         super()._check_fit(features)
         self.detector._check_fit(features)
 
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
-        self.numbers.add(features.tensor("pooled"))
+    def _partial_fit(self, features: Features) -> None:
+        self.detector._partial_fit(features)
+        self.numbers.update(features.tensor("pooled"))
 
     def _finalize(self) -> float:
         return self.numbers.percentile(self.percentile)
@@ -257,8 +258,10 @@ def run(
         loaded = replace(loaded, transform=Shrunk(loaded.transform, data.side))
     began = time.perf_counter()
 
+    runtime = Runtime(fabric.device.type, fabric.strategy.precision.precision, progress=progress)
+
     def ask(source: ImageSource) -> CachedFeatures:
-        return backbone_features(source, loaded, backbone, cache=cache, fabric=fabric, progress=progress)
+        return backbone_features(source, loaded, backbone, cache=cache, runtime=runtime)
 
     train, test = ask(data.train), ask(data.test)
     ood = {name: ask(source) for name, source in data.ood.items()}
@@ -271,7 +274,7 @@ def run(
         several = len(labels.unique()) < len(labels)
         targets = labels if several else cluster(train.values, job.seed)
         head = fit_head(train.values, targets, seed=job.seed, progress=progress)
-        read = partial(head_features, head)
+        read = partial(features_behind, head)
         logit_of = torch.arange(len(data.classes)) if several else None
     headed = time.perf_counter()
     right: Tensor | None = None
@@ -319,7 +322,7 @@ def _load(name: str, weights: Path | None) -> _Network:
     if name in (AS_IT_IS, HEADED):
         whole = create_model(DEFAULT_MODEL)
         classifier: nn.Module = whole.model.get_classifier()  # type: ignore[operator]
-        read = partial(headless_features, classifier) if name == AS_IT_IS else None
+        read = partial(features_behind, classifier) if name == AS_IT_IS else None
         return _Network(_cut(whole), read)
     assert weights is not None
     file = weights / WEIGHTS[name].file
@@ -330,7 +333,7 @@ def _load(name: str, weights: Path | None) -> _Network:
     if name == "resnet50":
         whole = replace(create_model("torchvision:resnet50", weights=file), transform=transform)
         last: nn.Module = whole.model.fc  # type: ignore[assignment]
-        return _Network(_cut(whole), partial(headless_features, last))
+        return _Network(_cut(whole), partial(features_behind, last))
     linear = weights / LINEAR if name == "supcon" and (weights / LINEAR).is_file() else None
     network = load_contrastive(file, name, classifier=linear)
     return _Network(LoadedModel(network.backbone, transform, (3, 224, 224), f"{name}:resnet50"), network.features)

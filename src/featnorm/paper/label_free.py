@@ -176,7 +176,7 @@ def run(
     if isinstance(job.recipe, GOAD):
         settings = {"width": job.recipe.width, "recipe": asdict(job.recipe)}
     else:
-        settings = {"width": scale.width, "recipe": job.recipe.settings()}
+        settings = {"width": scale.width, "recipe": job.recipe.to_dict()}
         most = most if FRAMEWORKS[job.framework].asks_in_fit else None
     made_with = {
         "scale": scale.name,

@@ -19,13 +19,14 @@ from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare
-from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features, held_out
+from featnorm.fitting import backbone_features, cluster, features_behind, fit_head, held_out
 from featnorm.inputs import ImageSource, SlicedSource, open_source
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
 from featnorm.paper.cifar10 import compared_detectors, percentages
 from featnorm.paper.recipe import scheme_labels
 from featnorm.paper.tables import Table, cell
+from featnorm.runtime import Runtime
 
 KNOWN = 100
 #: Of the known classes, those that the targets of the head are chosen with.
@@ -99,7 +100,7 @@ def run(
     ood = {"other classes": near.values} | {name: fold(spec).values for name, spec in _FAR.items()}
     learned, calibrate = train.split()
     heads: dict[str, list[dict[str, Any]]] = {
-        "no head": [_evaluate(lambda values: headless_features(classifier, values), learned, test, ood)]
+        "no head": [_evaluate(lambda values: features_behind(classifier, values), learned, test, ood)]
     }
     refused: dict[str, list[float]] = {}
     for name in ("labels", "clusters"):
@@ -108,7 +109,7 @@ def run(
             targets = learned.labels if name == "labels" else cluster(learned.values, seed)
             head = fit_head(learned.values, targets, seed=seed, progress=progress)
             seconds = time.perf_counter() - began
-            entry = _evaluate(lambda values, head=head: head_features(head, values), learned, test, ood)
+            entry = _evaluate(lambda values, head=head: features_behind(head, values), learned, test, ood)
             if name == "clusters":
                 entry["accuracy"] = None
             heads.setdefault(name, []).append({**entry, "seconds": seconds})
@@ -172,7 +173,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
 def _ask(
     source: ImageSource, loaded: LoadedModel, backbone: nn.Module, fabric: Any, progress: bool | None
 ) -> _Fold:
-    known = backbone_features(source, loaded, backbone, fabric=fabric, progress=progress)
+    runtime = Runtime(fabric.device.type, fabric.strategy.precision.precision, progress=progress)
+    known = backbone_features(source, loaded, backbone, runtime=runtime)
     labels = [-1 if (label := source.label(row)) is None else label for row in known.rows.tolist()]
     return _Fold(known.values, torch.tensor(labels), known.digests)
 
@@ -190,8 +192,8 @@ def _evaluate(features_of: Any, learned: _Fold, test: _Fold, ood: Mapping[str, T
 def _refused(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
     """Return the share of new known images that the default detector's threshold refuses."""
     detector = KLUniform()
-    calibration = Calibration(detector.score(head_features(head, calibrate)))
-    return float(1 - calibration.is_id(detector.score(head_features(head, test))).double().mean())
+    calibration = Calibration(detector.score(features_behind(head, calibrate)))
+    return float(1 - calibration.is_id(detector.score(features_behind(head, test))).double().mean())
 
 
 def _targets(
@@ -229,7 +231,7 @@ def _targets(
     for name, make in kinds.items():
         for seed in range(SEEDS):
             head = fit_head(*make(seed), seed=seed, progress=progress)
-            mine, other = head_features(head, known.values), head_features(head, foreign.values)
+            mine, other = features_behind(head, known.values), features_behind(head, foreign.values)
             found.setdefault(name, []).append(
                 {repr(d): 100 * auroc(d.score(mine), d.score(other)) for d in (kind() for kind in _CHOICE)}
             )

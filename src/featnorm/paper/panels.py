@@ -47,7 +47,7 @@ class Panel:
     image: npt.NDArray[np.bool_] | None = None
     log2: bool = False  # whether the x axis is logarithmic, with ticks at the points
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as plain data, numbers to four digits, an image as a text of bits a row."""
         data = asdict(replace(self, image=None))
         for line in data["lines"]:
@@ -57,7 +57,7 @@ class Panel:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Panel":
+    def from_dict(cls, data: Mapping[str, Any]) -> "Panel":
         """Make it again from plain data."""
         image = data["image"]
         if image is not None:

@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 
 from featnorm._utils.files import write_text
 from featnorm.cli.console import console, environment, prepare_folder
-from featnorm.cli.runtime import fabric_of
+from featnorm.cli.runtime import runtime_of
 from featnorm.inputs import DataError
 from featnorm.paper import (
     cifar10,
@@ -83,7 +83,7 @@ def run(
     out = out / scale
     made = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
     prepare_folder(out, [out / file for file in made])
-    fabric = fabric_of(device, precision, compiled=compiled)
+    fabric = runtime_of(device, precision, compiled=compiled).fabric
     how = f"{fabric.device}, {precision}" + (", compiled" if compiled else "")
     facts = {"device": how, **environment()}
     setting = _Setting(scale, data_root, weights, out, fabric, facts)
@@ -214,7 +214,7 @@ def _figure(name: str, setting: _Setting) -> tuple[Any, _Results]:
         folder = _begin(setting.out, job.folder, i, len(jobs))
         runs.append(theory.run(job, scale, images, folder, fabric=fabric, environment=facts))
     figure = make_figure(name, runs)
-    return figure.to_json(), {name: _Result(figure.table, (figure.svg,))}
+    return figure.to_dict(), {name: _Result(figure.table, (figure.svg,))}
 
 
 def _one_class(name: str, setting: _Setting) -> tuple[Any, _Results]:

@@ -192,7 +192,7 @@ def run(
         "scale": scale.name,
         "job": asdict(job),
         "width": scale.width,
-        "recipe": recipe.settings(),
+        "recipe": recipe.to_dict(),
         "inputs": len(inputs),
         "images": images.facts,
     }
