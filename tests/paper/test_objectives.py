@@ -88,7 +88,7 @@ def test_moco_is_its_formula_and_remembers_its_keys():
 
 
 def test_moco_normalises_keys_in_shuffled_parts(monkeypatch):
-    monkeypatch.setattr("featnorm.training.objectives._KEYS_A_PASS", 4)
+    monkeypatch.setattr("featnorm.paper.objectives._KEYS_A_PASS", 4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6), nn.BatchNorm1d(6))
     objective = OBJECTIVES["moco"](replace(SMALL["MoCo-v2"], batch_size=8, queue=8))
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
@@ -189,10 +189,10 @@ def test_csi_is_simclr_over_rotations_and_their_cross_entropy():
 
 
 def test_csi_mirrors_before_it_turns(monkeypatch):
-    monkeypatch.setattr("featnorm.training.objectives.distort", lambda images, drawn, crop: images)
+    monkeypatch.setattr("featnorm.paper.objectives.distort", lambda images, drawn, crop: images)
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
-    look = OBJECTIVES["csi"](SMALL["CSI"]).look
-    views = look(images, slice(0, 6), torch.Generator().manual_seed(1), None, torch.device("cpu"))
+    make_views = OBJECTIVES["csi"](SMALL["CSI"]).make_views
+    views = make_views(images, slice(0, 6), torch.Generator().manual_seed(1), None, torch.device("cpu"))
     views = (255 * views).round().byte().unflatten(0, (2, 4, 6))
     mirrored = 0
     for view in views:
@@ -250,14 +250,14 @@ def test_views_are_of_the_recipe(name):
     images, _ = data(16)
     count = {"csi": 8, "rotnet": 1}.get(SMALL[name].objective, 2)
 
-    def look(mine, crop=None):
+    def views_of(mine, crop=None):
         generator = torch.Generator().manual_seed(5)
-        return objective.look(images, mine, generator, crop, torch.device("cpu"))
+        return objective.make_views(images, mine, generator, crop, torch.device("cpu"))
 
-    assert look(slice(0, 16), 6).shape == (16 * count, 3, 6, 6)
-    whole = look(slice(0, 16)).unflatten(0, (count, 16))
+    assert views_of(slice(0, 16), 6).shape == (16 * count, 3, 6, 6)
+    whole = views_of(slice(0, 16)).unflatten(0, (count, 16))
     for half in (slice(0, 8), slice(8, 16)):
-        assert torch.equal(look(half).unflatten(0, (count, 8)), whole[:, half])
+        assert torch.equal(views_of(half).unflatten(0, (count, 8)), whole[:, half])
 
 
 def test_lars_is_its_formula():
@@ -300,9 +300,9 @@ def test_what_is_wrong_is_named():
         replace(SMALL["MoCo-v2"], scale=0)
     with pytest.raises(ValueError, match="weight must be positive"):
         replace(SMALL["CIDER"], weight=0)
-    with pytest.raises(ValueError, match="cider needs targets"):
+    with pytest.raises(ValueError, match="CIDER needs targets"):
         train(framework(SMALL["CIDER"]), images, None, SMALL["CIDER"])
-    with pytest.raises(ValueError, match="rotnet turns square images"):
+    with pytest.raises(ValueError, match="RotNet rotates square images"):
         train(framework(SMALL["RotNet"]), images[:, :, 1:], None, SMALL["RotNet"])
     with pytest.raises(ValueError, match="give it a hidden layer"):
         cifar_network(4, None, hidden=None)

@@ -39,7 +39,7 @@ class _Contrastive(Objective):
     views = 2
     recipe: PaperRecipe
 
-    def look(
+    def make_views(
         self, inputs: Tensor, mine: slice, generator: torch.Generator, crop: int | None, device: torch.device
     ) -> Tensor:
         """See `Objective`."""
@@ -66,7 +66,7 @@ class SimCLR(_Contrastive):
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
         """See `Objective`."""
-        return Step(supcon(module(batch.views), batch.places.repeat(2), self.recipe.temperature, fabric))
+        return Step(supcon(module(batch.views), batch.indices.repeat(2), self.recipe.temperature, fabric))
 
 
 class MoCo(_Contrastive):
@@ -90,13 +90,13 @@ class MoCo(_Contrastive):
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
         """See `Objective`."""
-        looks, others = batch.views.chunk(2)
+        query_views, key_views = batch.views.chunk(2)
         with torch.no_grad():
             # The wrapper for several processes holds the very parameters that are trained.
             for mine, theirs in zip(self.encoder.parameters(), module.parameters(), strict=True):
                 mine.lerp_(theirs, 1 - self.recipe.ema)
-            keys = self._keys(others, fabric)
-        queries = nn.functional.normalize(module(looks).float())
+            keys = self._keys(key_views, fabric)
+        queries = nn.functional.normalize(module(query_views).float())
         positive = (queries * keys).sum(1, keepdim=True)
         logits = torch.cat([positive, queries @ self.queue.T], 1) / self.recipe.temperature
         loss = nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=keys.device))
@@ -119,15 +119,15 @@ class RotNet(Objective):
     """
 
     needs_targets = False
-    turns = True
+    rotates = True
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
         """See `Objective`."""
-        turned = torch.cat(rotations(batch.views))
-        logits = module(turned)
+        rotated = torch.cat(rotations(batch.views))
+        logits = module(rotated)
         if logits.shape[1] != 4:
             raise ValueError(f"rotnet tells 4 rotations apart, and the model returns {logits.shape[1]} logits")
-        wanted = torch.arange(4, device=turned.device).repeat_interleave(len(batch.views))
+        wanted = torch.arange(4, device=rotated.device).repeat_interleave(len(batch.views))
         return Step(cross_entropy(logits, wanted), accuracy(logits, wanted))
 
 
@@ -172,9 +172,9 @@ class CSI(_Contrastive):
     """
 
     needs_targets = False
-    turns = True
+    rotates = True
 
-    def look(
+    def make_views(
         self, inputs: Tensor, mine: slice, generator: torch.Generator, crop: int | None, device: torch.device
     ) -> Tensor:
         """See `Objective`; the first views of all rotations, then the second."""
@@ -182,21 +182,21 @@ class CSI(_Contrastive):
         for _ in range(self.views):
             pixels = _pixels(flipped(inputs, generator)[mine], device)
             views += [
-                distort(turned, self._draw(inputs, generator, flips=False).of(mine), crop)
-                for turned in rotations(pixels)
+                distort(rotated, self._draw(inputs, generator, flips=False).of(mine), crop)
+                for rotated in rotations(pixels)
             ]
         return torch.cat(views)
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
         """See `Objective`."""
         outputs = module(batch.views)
-        turns = torch.arange(4, device=batch.places.device)[:, None]
-        n = len(batch.places)
+        rotation = torch.arange(4, device=batch.indices.device)[:, None]
+        n = len(batch.indices)
         # Every rotation of every input is its own class.
-        own = (4 * batch.places + turns).flatten().repeat(2)
+        own = (4 * batch.indices + rotation).flatten().repeat(2)
         contrast = supcon(outputs["embedding"], own, self.recipe.temperature, fabric)
-        turned = cross_entropy(outputs["logits"], turns.expand(4, n).flatten().repeat(2))
-        return Step(contrast + self.recipe.weight * turned)
+        rotated = cross_entropy(outputs["logits"], rotation.expand(4, n).flatten().repeat(2))
+        return Step(contrast + self.recipe.weight * rotated)
 
 
 def supcon(outputs: Tensor, targets: Tensor, temperature: float, fabric: Any) -> Tensor:

@@ -121,13 +121,13 @@ def train(
                     done = epoch * steps + step
                     whole = recipe.crop is None or done >= recipe.crop_share * recipe.epochs * steps
                     crop = None if whole else recipe.crop
-                    views = objective.look(inputs[rows], mine, generator, crop, device)
+                    views = objective.make_views(inputs[rows], mine, generator, crop, device)
                     views = fast_layout(views)
                     if views.dtype == torch.uint8:
                         views = views.float().div_(255)
-                    places = torch.arange(mine.start, mine.stop, device=device)
+                    indices = torch.arange(mine.start, mine.stop, device=device)
                     optimizer.zero_grad(set_to_none=True)
-                    found: Step = objective(module, Batch(views, targets[rows[mine]], places), fabric)
+                    found: Step = objective(module, Batch(views, targets[rows[mine]], indices), fabric)
                     with gradients:
                         if fabric is None:
                             found.loss.backward()
@@ -267,9 +267,9 @@ def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Ob
         )
     if recipe.augment and not images:
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")
-    if objective.turns and not (images and inputs.shape[2] == inputs.shape[3]):
+    if objective.rotates and not (images and inputs.shape[2] == inputs.shape[3]):
         raise ValueError(
-            f"{type(objective).__name__} turns square images, and the inputs are of {tuple(inputs.shape)}"
+            f"{type(objective).__name__} rotates square images, and the inputs are of {tuple(inputs.shape)}"
         )
     if targets is None and objective.needs_targets:
         raise ValueError(f"{type(objective).__name__} needs targets: pass classes")

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     views: Tensor  # (v n, ...), the first view of every input, then the second
     targets: Tensor  # (n,)
-    places: Tensor  # (n,) in the step's inputs of all processes
+    indices: Tensor  # (n,) in the step's inputs of all processes
 
 
 class Step(NamedTuple):
@@ -44,7 +44,7 @@ class Objective(nn.Module):
     #: Whether it reads the targets.
     needs_targets = True
     #: Whether the inputs must be square images.
-    turns = False
+    rotates = False
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         inputs, targets, seed, fabric : as `featnorm.training.train` takes them.
         """
 
-    def look(
+    def make_views(
         self, inputs: Tensor, mine: slice, generator: torch.Generator, crop: int | None, device: torch.device
     ) -> Tensor:
         """Return the views of a process's part of a step's inputs, one after the other, on a device.
@@ -82,7 +82,7 @@ class Objective(nn.Module):
         Parameters
         ----------
         module : the model, in the wrapper for several processes where there are any.
-        batch : with the views that `look` returned, as the model takes them.
+        batch : with the views that `make_views` returned, as the model takes them.
         fabric : a `lightning_fabric.Fabric`, or None.
         """
         raise NotImplementedError
