@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from featnorm.models import cifar_network
-from featnorm.paper.lars import LARS
 from featnorm.paper.objectives import cider
 from featnorm.paper.recipe import OBJECTIVES, PRESETS, PaperRecipe
 from featnorm.training import train
@@ -265,7 +264,8 @@ def test_lars_is_its_formula():
     torch.manual_seed(5)
     start, zero = torch.randn(4, 3, dtype=F64), torch.zeros(3, dtype=F64)
     a, b = nn.Parameter(start.clone()), nn.Parameter(zero.clone())
-    optimizer = LARS([a, b], lr=0.5, momentum=0.9, decay=0.01)
+    recipe = replace(PRESETS["SimCLR"], lr=0.5, momentum=0.9, weight_decay=0.01)
+    optimizer = recipe.make_optimizer([a, b])
     w, v, speed = start.clone(), zero.clone(), [torch.zeros_like(start), torch.zeros_like(zero)]
     for _ in range(3):
         gradients = torch.randn(4, 3, dtype=F64), torch.randn(3, dtype=F64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from featnorm.augmentation import SCALE
-from featnorm.paper.lars import LARS
+from featnorm.inputs.images import vision_module
 from featnorm.paper.objectives import CIDER, CSI, MoCo, RotNet, SimCLR, SupCon
 from featnorm.training import Recipe
 from featnorm.training.objectives import CrossEntropy, Objective
@@ -101,7 +101,16 @@ class PaperRecipe(Recipe):
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters."""
         if self.optimizer == "lars":
-            return LARS(parameters, self.lr, self.momentum, self.weight_decay)
+            # Trust ratios for every weight, decayed or not, as in You et al. (2017), algorithm 1.
+            return vision_module("timm.optim").Lars(
+                parameters,
+                lr=self.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                trust_coeff=1e-3,
+                eps=0.0,
+                always_adapt=True,
+            )
         return super().make_optimizer(parameters)
 
     def under(self, scheme: Scheme) -> "PaperRecipe":
