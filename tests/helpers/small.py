@@ -1,10 +1,11 @@
-"""Fabricated images, and the command on them."""
+"""Fabricated images, and the reproduction on them."""
 
 import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
 
 from featnorm.cli.app import Escaped, app
+from featnorm.paper.study import Context
 
 
 def write_images(folder, count, seed, size=32, shift=0):
@@ -13,6 +14,11 @@ def write_images(folder, count, seed, size=32, shift=0):
     for i in range(count):
         pixels = rng.integers(0, 100, (size, size, 3)) + shift
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+
+
+def context(fabric, *, root=None, weights=None, out=None):
+    """Where studies run, without progress bars."""
+    return Context("laptop", root, weights, out, fabric, {"date": "today"}, progress=False)
 
 
 def reproduce(name, root, out, *options):

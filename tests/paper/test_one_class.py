@@ -8,37 +8,37 @@ import torch
 from torch import nn
 
 import featnorm as fn
-from featnorm.paper import one_class
 from featnorm.paper.numbers import numbers
-from featnorm.paper.systems import SVM, DeepSVDD, System
+from featnorm.paper.studies import one_class
+from featnorm.paper.study import studies
+from featnorm.paper.systems import SVM, DeepSVDD, OneClassModel
 from featnorm.paper.systems.frameworks import moco_detectors
 from small import reproduce, write_images
 
 
 @dataclass(frozen=True)
-class Brightness(System[nn.Linear]):
+class Brightness(OneClassModel[nn.Linear]):
     """How near the mean of an image is to that of the class, and the mean itself."""
 
     offset: float = 0.0
 
-    def _train(self, images, run):
+    def _train(self, images, context):
         model = nn.Linear(1, 1)
         nn.init.constant_(model.bias, float(images.float().mean()) + self.offset)
         return model
 
-    def _scores(self, model, images, run):
+    def _scores(self, model, images, context):
         mean = images.float().mean((1, 2, 3))
         return {"NAN": -(mean - model.bias.detach()).abs(), "brightness": mean}
 
 
 TINY = one_class.Scale(
-    "laptop",
     {
         "mean": Brightness(),
         "Deep-SVDD": DeepSVDD(width=16, autoencoder_epochs=1, autoencoder_drop=1, epochs=1, drop=1, batch_size=5),
     },
-    known=10,
-    test=3,
+    train_images=10,
+    test_images=3,
 )
 
 
@@ -108,11 +108,11 @@ def test_a_broken_run_leaves_a_table_of_what_there_is_and_goes_on(root, tiny, tm
 
 
 def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
-    systems = {"mean": Brightness()}
-    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, systems=systems))
+    models = {"mean": Brightness()}
+    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, models=models))
     assert reproduce("table4", root, tmp_path).exit_code == 0
-    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, systems={"mean": Brightness(1.0)}))
-    with pytest.raises(ValueError, match="is of other settings: choose another folder"):
+    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, models={"mean": Brightness(1.0)}))
+    with pytest.raises(ValueError, match="holds a run with other settings: choose another folder"):
         reproduce("table4", root, tmp_path)
 
 
@@ -136,15 +136,15 @@ def test_super_classes_are_cifar_100s(tmp_path):
     assert torch.bincount(labels).tolist() == [5] * 20
     whales = list(one_class.SUPER_CLASSES).index("aquatic mammals")
     assert int(labels[ordered.index("whale")]) == whales
-    assert len(one_class.tasks(TINY, images)) == 2 * 30
+    assert len(studies()["table4"].jobs(TINY, images)) == 2 * 30
 
 
 def test_both_scales_have_every_system_and_the_paper_its_rows():
     laptop, paper = (one_class.SCALES[name] for name in ("laptop", "paper"))
-    assert laptop.systems.keys() == paper.systems.keys()
-    assert paper.systems["OC-SVM"] == SVM()
+    assert laptop.models.keys() == paper.models.keys()
+    assert paper.models["OC-SVM"] == SVM()
     rows = numbers("one-class")["table4"]["rows"]
-    scores = {repr(detector) for detector in [*moco_detectors(), fn.CSI()]} | set(paper.systems)
+    scores = {repr(detector) for detector in [*moco_detectors(), fn.CSI()]} | set(paper.models)
     assert set(rows) == {one_class.PAPER_ROWS.get(name, name) for name in scores} - {"MoCo-v2", "NAN()"} - {
         "KNN() / NAN()",
         "SSD() / NAN()",

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from featnorm.models import create_model
-from featnorm.paper import explanations, heads, own_images
+from featnorm.paper.images import CLASSES
+from featnorm.paper.studies import head_study, own_images
+from featnorm.paper.study import studies
 from small import reproduce, write_images
 
 
@@ -21,8 +23,8 @@ def own_root(root, tmp_path):
 
 
 def test_own_images(own_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_images, "KNOWN", 4)
-    monkeypatch.setattr(own_images, "LEARNED", 3)
+    monkeypatch.setattr(own_images, "ID_CLASSES", 4)
+    monkeypatch.setattr(own_images, "TARGET_CLASSES", 3)
     monkeypatch.setattr(own_images, "SEEDS", 2)
     monkeypatch.setattr(own_images, "CLUSTER_SIZES", (10,))
     small = create_model("timm:test_efficientnet", pretrained=False)
@@ -60,9 +62,9 @@ def test_views_are_parts_of_the_image():
 
 
 def test_head_study(root, tmp_path, monkeypatch):
-    settings = {name: heads.SETTINGS[name] for name in ("T = 0.5", "width 64")}
+    settings = {name: head_study.SETTINGS[name] for name in ("T = 0.5", "width 64")}
     short = {name: (t, d, replace(recipe, epochs=2, batch_size=32)) for name, (t, d, recipe) in settings.items()}
-    monkeypatch.setattr(heads, "SETTINGS", short)
+    monkeypatch.setattr(head_study, "SETTINGS", short)
     assert reproduce("head-study", root, tmp_path).exit_code == 0
     result = json.loads((tmp_path / "laptop" / "head-study.json").read_text())
     assert [row["setting"] for row in result["rows"]] == ["T = 0.5", "width 64"]
@@ -82,7 +84,7 @@ def test_explanation(root, tmp_path):
         assert row["active"] == 512 - sum(off)
         assert row["usual"] == sum(usual)
         assert row["missing"] == sum(a and b for a, b in zip(off, usual, strict=True))
-        assert row["predicted"] in explanations.CLASSES
-    drawn = explanations.pictures(result)
-    assert list(drawn) == ["cifar10", "SVHN", "large", "noise"]
+        assert row["predicted"] in CLASSES
+    drawn = studies()["explanation"].pictures(result)
+    assert list(drawn) == [f"explanation-{name}" for name in ("cifar10", "SVHN", "large", "noise")]
     assert all(text.count("<svg") == 1 for text in drawn.values())

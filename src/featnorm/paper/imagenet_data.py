@@ -1,6 +1,6 @@
 """What the ImageNet-1k benchmark is made of: data sets and weights, where they are looked for, how to get them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +15,6 @@ from featnorm.paper.checkpoints import CLASSES
 _WISC = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 _OPENOOD = "OpenOOD (github.com/Jingkang50/OpenOOD, scripts/download/download.py"
 _ILSVRC = "ILSVRC 2012 from image-net.org, in a folder a class (WordNet number)"
-
-
-class MissingError(DataError):
-    """Data and weights that are not there.
-
-    Parameters
-    ----------
-    lines : a line for each: where it is looked for, and how to get it.
-    """
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("; ".join(lines))
-        self.lines = list(lines)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.metrics import auroc
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
+from featnorm.paper.images import spaced
 from featnorm.tap import FeatureTap, LayerTap
 from featnorm.training.runs import log, read_log
 
-Fold = tuple[Tensor, Tensor | None]
+Split = tuple[Tensor, Tensor | None]
 
 LAST = "last"
 """The name of the last hidden layer, as `FeatureTap` finds it, among the layers of a probe."""
@@ -27,9 +28,9 @@ class Probe:
 
     Parameters
     ----------
-    folds
+    splits
         In-distribution inputs and their targets by name, such as "train" and "test"; uint8 images or features.
-        Without targets nothing is recorded of the fold's hidden classifiers.
+        Without targets nothing is recorded of the split's hidden classifiers.
     ood : out-of-distribution inputs by name.
     layers : modules to listen to besides the last hidden layer; a map counts with all its numbers.
     hidden
@@ -48,7 +49,7 @@ class Probe:
 
     def __init__(
         self,
-        folds: Mapping[str, Fold],
+        splits: Mapping[str, Split],
         ood: Mapping[str, Tensor],
         *,
         layers: Sequence[str] = (),
@@ -57,17 +58,17 @@ class Probe:
         most: int = 500,
         file: str | Path | None = None,
     ) -> None:
-        if shared := set(folds) & set(ood):
-            raise ValueError(f"a fold and an OOD set are both called {sorted(shared)[0]}")
+        if shared := set(splits) & set(ood):
+            raise ValueError(f"a split and an OOD set are both called {sorted(shared)[0]}")
         if LAST in layers:
             raise ValueError(f"{LAST!r} is the last hidden layer, which is always listened to: leave it out")
         if unknown := [layer for layer in hidden if layer not in (LAST, *layers)]:
             raise ValueError(
                 f"the hidden classifier of {unknown[0]!r} is asked for, and the layer is not among layers"
             )
-        self.folds: dict[str, Fold] = {
+        self.splits: dict[str, Split] = {
             name: (spaced(inputs, most), None if targets is None else spaced(targets, most))
-            for name, (inputs, targets) in folds.items()
+            for name, (inputs, targets) in splits.items()
         }
         self.ood = {name: spaced(inputs, most) for name, inputs in ood.items()}
         self.layers = tuple(layers)
@@ -91,13 +92,13 @@ class Probe:
 
         Returns
         -------
-        By layer: ``norm``, ``nan`` and ``sparsity``, means by set; ``entropy`` of activation by fold; ``auroc`` by
-        fold, of "norm" and "nan", averaged over the OOD sets; and ``hidden`` by fold, the hidden classifier's
+        By layer: ``norm``, ``nan`` and ``sparsity``, means by set; ``entropy`` of activation by split; ``auroc``
+        by split, of "norm" and "nan", averaged over the OOD sets; and ``hidden`` by split, the hidden classifier's
         ``accuracy``, ``entropy``, ``sign_difference`` (the share of units whose sign is not that of the target's
         binary weight), ``error`` and ``other_error`` (of the target and of the other classes, see
         `HiddenClassifier.approximation_error`), and where asked for ``pre_error`` and ``pre_other_error``.
         """
-        sets = {name: fold[0] for name, fold in self.folds.items()} | self.ood
+        sets = {name: split[0] for name, split in self.splits.items()} | self.ood
         shown = _pixels(next(iter(sets.values()))[:2])
         before = () if self.pre_activation is None else (self.pre_activation,)
         # One pass of each set serves all that is recorded of it.
@@ -110,7 +111,7 @@ class Probe:
         scores: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
         hidden: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
         for name, images in sets.items():
-            targets = self.folds[name][1] if name in self.folds else None
+            targets = self.splits[name][1] if name in self.splits else None
             for i, batch in enumerate(images.split(_BATCH)):
                 pixels = _pixels(batch)
                 activations = layers(pixels)
@@ -139,17 +140,17 @@ class Probe:
                 what: {name: float(values[what].mean()) for name, values in mine.items()}
                 for what in ("norm", "nan", "sparsity")
             }
-            result[layer]["entropy"] = {name: counts[layer, name].mean_entropy for name in self.folds}
+            result[layer]["entropy"] = {name: counts[layer, name].mean_entropy for name in self.splits}
             result[layer]["auroc"] = {
-                fold: {
-                    what: sum(auroc(mine[fold][what], mine[name][what]) for name in self.ood) / len(self.ood)
+                split: {
+                    what: sum(auroc(mine[split][what], mine[name][what]) for name in self.ood) / len(self.ood)
                     for what in ("norm", "nan")
                 }
-                for fold in (self.folds if self.ood else ())
+                for split in (self.splits if self.ood else ())
             }
-        for (layer, fold), parts in hidden.items():
+        for (layer, split), parts in hidden.items():
             # An input without any unit on has no relative error, and one class has no others.
-            result[layer].setdefault("hidden", {})[fold] = {
+            result[layer].setdefault("hidden", {})[split] = {
                 key: float(torch.cat(values).nanmean().nan_to_num(0.0)) for key, values in parts.items()
             }
         return result
@@ -177,13 +178,3 @@ class Probe:
 
 def _pixels(batch: Tensor) -> Tensor:
     return batch.float().div(255) if batch.dtype == torch.uint8 else batch
-
-
-def spaced(values: Tensor, most: int | None) -> Tensor:
-    """Return at most so many of the rows, evenly spaced, since a folder of images is sorted by class.
-
-    All of them, uncopied, where there are no more, or ``most`` is None.
-    """
-    if most is None or len(values) <= most:
-        return values
-    return values[torch.linspace(0, len(values) - 1, most).round().long()]

@@ -194,6 +194,20 @@ PRESETS = {
 }
 
 
+def short(name: str, epochs: int, batch_size: int, lr: float, crop: int, crop_share: float = 0.8) -> PaperRecipe:
+    """Return a preset shortened for small machines: few epochs, small views first, SGD with a warm-up."""
+    return replace(
+        PRESETS[name],
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer="sgd",
+        lr=lr,
+        warmup=0.1,
+        crop=crop,
+        crop_share=crop_share,
+    )
+
+
 def scheme_labels(scheme: Scheme, labels: Tensor, seed: int = 0) -> tuple[Tensor, int]:
     """Return the targets (n,) of a label scheme and their number of classes (paper B).
 

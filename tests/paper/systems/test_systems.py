@@ -15,7 +15,7 @@ from featnorm.paper.systems.frameworks import moco_detectors
 from featnorm.paper.systems.geom import dirichlet
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
 from featnorm.paper.systems.goad import log_probability, triplet_centre_loss
-from featnorm.paper.systems.system import Run
+from featnorm.paper.systems.system import TrainContext
 
 pytestmark = pytest.mark.slow
 
@@ -219,7 +219,7 @@ def test_anogan_is_the_formula(trained):
     model, system = trained["AnoGAN"], SMALL["AnoGAN"]
     images = known(6, seed=2)
     x = 2 * images.double() / 255 - 1
-    z, losses = system.search(model, x.float(), Run())
+    z, losses = system.search(model, x.float(), TrainContext())
     with torch.no_grad():
         made = model.generator.double()(z.double())
         features = [model.features.double()(batch) for batch in (x, made)]
@@ -230,7 +230,7 @@ def test_anogan_is_the_formula(trained):
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(system.scores(model, images)["AnoGAN"].double(), -expected, rtol=1e-4, atol=1e-3)
     # The search finds a better image than the one it starts from.
-    assert (replace(system, search_steps=0).search(model, x.float(), Run())[1] > losses).all()
+    assert (replace(system, search_steps=0).search(model, x.float(), TrainContext())[1] > losses).all()
 
 
 def test_ocgan_is_the_formula(trained):
@@ -256,7 +256,7 @@ def test_mining_finds_codes_that_the_classifier_takes_for_none_of_the_class(trai
         with torch.no_grad():
             return model.classifier(model.decoder(codes))
 
-    mined = replace(SMALL["OCGAN"], mining_steps=5, mining_lr=0.5).mine(model, start, Run())
+    mined = replace(SMALL["OCGAN"], mining_steps=5, mining_lr=0.5).mine(model, start, TrainContext())
     assert float(mined.abs().max()) < 1
     assert logits(mined).mean() < logits(start.tanh()).mean()
 
@@ -305,7 +305,7 @@ def test_dirichlet_is_the_likeliest():
     torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-7)
     both = dirichlet(torch.stack([logs, logs[:, [2, 0, 1]]], 1))
     torch.testing.assert_close(both, torch.stack([found, found[[2, 0, 1]]]))
-    with pytest.raises(ValueError, match="answers to all 4 images are the same"):
+    with pytest.raises(ValueError, match="outputs for all 4 images are the same"):
         dirichlet(logs[:1].repeat(4, 1))
 
 

@@ -7,6 +7,6 @@ from featnorm.paper.systems.geom import Geom
 from featnorm.paper.systems.goad import GOAD
 from featnorm.paper.systems.ocgan import OCGAN
 from featnorm.paper.systems.svm import SVM
-from featnorm.paper.systems.system import System
+from featnorm.paper.systems.system import OneClassModel
 
-__all__ = ["CSI", "GOAD", "OCGAN", "SVM", "AnoGAN", "DeepSVDD", "Geom", "MoCo", "System"]
+__all__ = ["CSI", "GOAD", "OCGAN", "SVM", "AnoGAN", "DeepSVDD", "Geom", "MoCo", "OneClassModel"]

@@ -17,7 +17,7 @@ from featnorm.paper.systems.dcgan import (
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, as_pixels
+from featnorm.paper.systems.system import OneClassModel, TrainContext, as_pixels
 from featnorm.training.runs import hide_bar
 
 
@@ -41,7 +41,7 @@ class GAN(nn.Module):
 
 
 @dataclass(frozen=True)
-class AnoGAN(System[GAN]):
+class AnoGAN(OneClassModel[GAN]):
     """Minus the loss of the most similar image that a GAN of the known images makes.
 
     ``-((1 - weight) sum|x - G(z)| + weight sum|f(x) - f(G(z))|)``, the residual and the discrimination loss by
@@ -67,9 +67,9 @@ class AnoGAN(System[GAN]):
     search_lr: float = 0.01
     weight: float = 0.1
 
-    def _train(self, images: Tensor, run: Run) -> GAN:
+    def _train(self, images: Tensor, context: TrainContext) -> GAN:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            torch.manual_seed(context.seed)
             model = GAN(self.latent, self.width)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
@@ -94,27 +94,27 @@ class AnoGAN(System[GAN]):
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=asdict(self),
-            run=run,
+            context=context,
         )
         return model
 
-    def _scores(self, model: GAN, images: Tensor, run: Run) -> dict[str, Tensor]:
-        device = run.device
+    def _scores(self, model: GAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        device = context.device
         found = []
-        with tqdm(total=len(images), desc="search", disable=hide_bar(run.progress), leave=False) as bar:
+        with tqdm(total=len(images), desc="search", disable=hide_bar(context.progress), leave=False) as bar:
             for batch in images.split(self.batch_size):
-                found.append(-self.search(model, centred(as_pixels(batch, device)), run)[1].cpu())
+                found.append(-self.search(model, centred(as_pixels(batch, device)), context)[1].cpu())
                 bar.update(len(batch))
         return {"AnoGAN": torch.cat(found)}
 
-    def search(self, model: GAN, images: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    def search(self, model: GAN, images: Tensor, context: TrainContext) -> tuple[Tensor, Tensor]:
         """Look for the latent vectors whose images are most similar.
 
         Parameters
         ----------
         model : what `train` returned.
-        images : (n, 3, 32, 32) between -1 and 1, on the run's device.
-        run : device and precision.
+        images : (n, 3, 32, 32) between -1 and 1, on the device of the context.
+        context : device and precision.
 
         Returns
         -------
@@ -123,16 +123,16 @@ class AnoGAN(System[GAN]):
         with torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
             z = model.start.repeat(len(images), 1).requires_grad_()
             optimizer = adam([z], self.search_lr)
-            with torch.no_grad(), run.autocast():
+            with torch.no_grad(), context.autocast():
                 wanted = model.features(images)
             for _ in range(self.search_steps):
-                (z.grad,) = torch.autograd.grad(self._loss(model, images, wanted, z, run).sum(), z)
+                (z.grad,) = torch.autograd.grad(self._loss(model, images, wanted, z, context).sum(), z)
                 optimizer.step()
             with torch.no_grad():
-                return z.detach(), self._loss(model, images, wanted, z, run)
+                return z.detach(), self._loss(model, images, wanted, z, context)
 
-    def _loss(self, model: GAN, images: Tensor, wanted: Tensor, z: Tensor, run: Run) -> Tensor:
-        with run.autocast():
+    def _loss(self, model: GAN, images: Tensor, wanted: Tensor, z: Tensor, context: TrainContext) -> Tensor:
+        with context.autocast():
             made = model.generator(z)
             features = model.features(made)
         residual = (images - made.float()).abs().sum((1, 2, 3))

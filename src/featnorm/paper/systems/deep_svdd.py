@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from featnorm.paper.systems.lenet import train_autoencoder
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, answers
+from featnorm.paper.systems.system import OneClassModel, TrainContext, predict
 
 # Below this size a coordinate of the centre could be met by weights of 0.
 _LEAST = 0.1
@@ -30,7 +30,7 @@ class Sphere(nn.Module):
 
 
 @dataclass(frozen=True)
-class DeepSVDD(System[Sphere]):
+class DeepSVDD(OneClassModel[Sphere]):
     """Minus the squared distance ``||phi(x) - c||^2`` to a centre that a network draws the known images to.
 
     The one-class objective (eq. 4), the mean squared distance and weight decay, on an encoder that was pre-trained
@@ -55,10 +55,10 @@ class DeepSVDD(System[Sphere]):
     lr: float = 1e-4
     weight_decay: float = 0.5e-6
 
-    def _train(self, images: Tensor, run: Run) -> Sphere:
+    def _train(self, images: Tensor, context: TrainContext) -> Sphere:
         settings = asdict(self)
-        pretrained = train_autoencoder(images, settings, run.part("autoencoder"))
-        centre = answers(pretrained, images, run).mean(0)
+        pretrained = train_autoencoder(images, settings, context.part("autoencoder"))
+        centre = predict(pretrained, images, context).mean(0)
         centre = torch.where(centre.abs() < _LEAST, torch.where(centre < 0, -_LEAST, _LEAST), centre)
         sphere = Sphere(pretrained[0], pretrained[1], centre)
 
@@ -73,10 +73,10 @@ class DeepSVDD(System[Sphere]):
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=settings,
-            run=run.part("sphere"),
+            context=context.part("sphere"),
             drop=self.drop,
         )
         return sphere
 
-    def _scores(self, model: Sphere, images: Tensor, run: Run) -> dict[str, Tensor]:
-        return {"Deep-SVDD": -answers(model, images, run)}
+    def _scores(self, model: Sphere, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        return {"Deep-SVDD": -predict(model, images, context)}

@@ -14,7 +14,7 @@ from featnorm.detectors import KNN, NAN, SSD, Detector, Views
 from featnorm.models import cifar_network, cifar_network_with
 from featnorm.paper.networks import CSIHead
 from featnorm.paper.recipe import PRESETS, PaperRecipe
-from featnorm.paper.systems.system import Run, System, as_pixels
+from featnorm.paper.systems.system import OneClassModel, TrainContext, as_pixels
 from featnorm.tap import AutocastTap, FeatureTap
 from featnorm.training import train
 
@@ -48,23 +48,23 @@ class Scored(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Framework(System[Scored]):
+class _Framework(OneClassModel[Scored]):
     width: int
     recipe: PaperRecipe
 
-    def _train(self, images: Tensor, run: Run) -> Scored:
-        network = self.network(run.seed)
+    def _train(self, images: Tensor, context: TrainContext) -> Scored:
+        network = self.network(context.seed)
         train(
             network,
             self.inputs(images),
             None,
             self.recipe,
-            folder=run.folder,
-            fabric=run.fabric,
-            seed=run.seed,
-            progress=run.progress,
+            folder=context.folder,
+            fabric=context.fabric,
+            seed=context.seed,
+            progress=context.progress,
         )
-        return self.fit(network, images, self.detectors(), fabric=run.fabric)
+        return self.fit(network, images, self.detectors(), fabric=context.fabric)
 
     def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], *, fabric: Any = None) -> Scored:
         """Return a network, trained as far as it is, with detectors that learned from its features.
@@ -76,21 +76,21 @@ class _Framework(System[Scored]):
         detectors : not yet fitted.
         fabric : see `train`.
         """
-        run = Run(fabric=fabric)
+        context = TrainContext(fabric=fabric)
         model = Scored(network, detectors).eval()
-        tap = _tap(model, run)
+        tap = _tap(model, context)
         for batch in images.split(_BATCH):
-            features = tap(as_pixels(batch, run.device))
+            features = tap(as_pixels(batch, context.device))
             for detector in model.detectors:
                 if detector.needs_fit:
                     detector.partial_fit(features)
         return model
 
-    def _scores(self, model: Scored, images: Tensor, run: Run) -> dict[str, Tensor]:
-        tap = _tap(model, run)
+    def _scores(self, model: Scored, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        tap = _tap(model, context)
         parts: dict[str, list[Tensor]] = {repr(detector): [] for detector in model.detectors}
         for batch in images.split(_BATCH):
-            features = tap(as_pixels(batch, run.device))
+            features = tap(as_pixels(batch, context.device))
             for detector in model.detectors:
                 parts[repr(detector)].append(detector.score(features).cpu())
         return {name: torch.cat(scores) for name, scores in parts.items()}
@@ -161,6 +161,6 @@ class CSI(_Framework):
         return [CSIScore()]
 
 
-def _tap(model: Scored, run: Run) -> FeatureTap:
-    fast_layout(model.to(run.device))
-    return FeatureTap(model.network) if run.fabric is None else AutocastTap(model.network, run.fabric)
+def _tap(model: Scored, context: TrainContext) -> FeatureTap:
+    fast_layout(model.to(context.device))
+    return FeatureTap(model.network) if context.fabric is None else AutocastTap(model.network, context.fabric)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
-from featnorm.paper.systems.system import Run, System, answers
+from featnorm.paper.systems.system import OneClassModel, TrainContext, predict
 from featnorm.training import train
 
 _COUNT = len(TRANSFORMATIONS)
@@ -20,7 +20,7 @@ RECIPE = PaperRecipe(epochs=3, batch_size=128, optimizer="adamw", lr=1e-3, weigh
 
 
 class Transformed(nn.Module):
-    """A classifier of transformations, and a Dirichlet distribution of its answers to each.
+    """A classifier of transformations, and a Dirichlet distribution of its outputs for each.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Transformed(nn.Module):
 
 
 @dataclass(frozen=True)
-class Geom(System[Transformed]):
+class Geom(OneClassModel[Transformed]):
     """How sure a classifier of 72 transformations is of those of an image.
 
     "Geom" is the Dirichlet normality score: the mean over the transformations of
@@ -61,27 +61,27 @@ class Geom(System[Transformed]):
     width: int = 4
     recipe: PaperRecipe = RECIPE
 
-    def _train(self, images: Tensor, run: Run) -> Transformed:
+    def _train(self, images: Tensor, context: TrainContext) -> Transformed:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            torch.manual_seed(context.seed)
             network = WideResNet(self.depth, self.width, _COUNT)
         train(
             network,
             torch.cat([transform(batch).flatten(0, 1) for batch in images.split(_IMAGES)]),
             torch.arange(_COUNT).repeat(len(images)),
             self.recipe,
-            folder=run.folder,
-            fabric=run.fabric,
-            seed=run.seed,
-            progress=run.progress,
+            folder=context.folder,
+            fabric=context.fabric,
+            seed=context.seed,
+            progress=context.progress,
         )
         model = Transformed(network).eval()
-        logs = answers(model, images, run, batch_size=_IMAGES).double()
+        logs = predict(model, images, context, batch_size=_IMAGES).double()
         model.concentration.copy_(dirichlet(logs))
         return model
 
-    def _scores(self, model: Transformed, images: Tensor, run: Run) -> dict[str, Tensor]:
-        logs = answers(model, images, run, batch_size=_IMAGES).double()
+    def _scores(self, model: Transformed, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        logs = predict(model, images, context, batch_size=_IMAGES).double()
         weights = model.concentration.cpu() - 1
         return {
             "Geom": (weights * logs).sum(2).mean(1),
@@ -102,7 +102,7 @@ def dirichlet(logs: Tensor) -> Tensor:
         All n are the same.
     """
     if not float(logs.std(0, correction=0).amax(-1).amin()) > 0:
-        raise ValueError(f"the answers to all {len(logs)} images are the same: train on different images")
+        raise ValueError(f"the outputs for all {len(logs)} images are the same: train on different images")
     shares, mean = logs.exp().mean(0), logs.mean(0)
     # A start of the right sum (Wicker et al., 2008).
     euler = -torch.digamma(torch.ones((), dtype=logs.dtype))

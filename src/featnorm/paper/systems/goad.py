@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, answers
+from featnorm.paper.systems.system import OneClassModel, TrainContext, predict
 
 _COUNT = len(TRANSFORMATIONS)
 # Images whose distances to all centres are held at once.
@@ -44,7 +44,7 @@ def _ask(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GOAD(System[Centres]):
+class GOAD(OneClassModel[Centres]):
     """The log-probability that each of 72 transformations of an image is known for what it is, summed.
 
     ``P(m | T_m'(x))`` is ``exp(-||f(T_m'(x)) - c_m||^2) + epsilon``, over its sum over m: a softmax of the
@@ -71,11 +71,11 @@ class GOAD(System[Centres]):
     norm_weight: float = 10.0
     epsilon: float = 0.0
 
-    def _train(self, images: Tensor, run: Run) -> Centres:
+    def _train(self, images: Tensor, context: TrainContext) -> Centres:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            torch.manual_seed(context.seed)
             model = Centres(WideResNet(self.depth, self.width, _COUNT))
-        targets = torch.arange(_COUNT, device=run.device).repeat(self.batch_size)
+        targets = torch.arange(_COUNT, device=context.device).repeat(self.batch_size)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
             features = _ask(parts["features"], pixels)
@@ -91,16 +91,18 @@ class GOAD(System[Centres]):
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=asdict(self),
-            run=run,
+            context=context,
         )
-        known = answers(model, images, run, batch_size=self.batch_size)
+        known = predict(model, images, context, batch_size=self.batch_size)
         model.centres.copy_(known.double().mean(0))
         return model
 
-    def _scores(self, model: Centres, images: Tensor, run: Run) -> dict[str, Tensor]:
+    def _scores(self, model: Centres, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
         centres = model.centres.cpu()
         parts = [
-            log_probability(answers(model, batch, run, batch_size=self.batch_size), centres, self.epsilon).sum(1)
+            log_probability(predict(model, batch, context, batch_size=self.batch_size), centres, self.epsilon).sum(
+                1
+            )
             for batch in images.split(_QUERIES)
         ]
         return {"GOAD": torch.cat(parts)}

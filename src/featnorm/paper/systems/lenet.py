@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run
+from featnorm.paper.systems.system import TrainContext
 
 #: Channels of the three convolutions, each followed by a pool.
 _CHANNELS = (32, 64, 128)
@@ -77,7 +77,7 @@ def _norm2d(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-4, affine=False)
 
 
-def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> nn.Sequential:
+def train_autoencoder(images: Tensor, settings: Mapping[str, Any], context: TrainContext) -> nn.Sequential:
     """Train an autoencoder on images of one class, to the squared error summed over an image.
 
     Parameters
@@ -86,7 +86,7 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> 
     settings
         ``width`` of the code, a multiple of 16, ``autoencoder_epochs``, ``autoencoder_drop``, the epoch at which
         the learning rate falls to a tenth, ``batch_size``, ``lr`` and ``weight_decay`` of Adam.
-    run : where and how.
+    context : where and how.
 
     Returns
     -------
@@ -95,13 +95,13 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> 
     Raises
     ------
     ValueError
-        The width is no multiple of 16, or as `featnorm.paper.systems.System.train`.
+        The width is no multiple of 16, or as `featnorm.paper.systems.OneClassModel.train`.
     """
     width = settings["width"]
     if width % 16:
         raise ValueError(f"the width of the code is that of 4 x 4 maps, a multiple of 16, got {width}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+        torch.manual_seed(context.seed)
         model = nn.ModuleDict(
             {"normalize": ContrastNormalize(images), "encoder": Encoder(width), "decoder": Decoder(width)}
         )
@@ -122,7 +122,7 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> 
         epochs=settings["autoencoder_epochs"],
         batch_size=settings["batch_size"],
         settings=settings,
-        run=run,
+        context=context,
         drop=settings["autoencoder_drop"],
     )
     return nn.Sequential(model["normalize"], model["encoder"])

@@ -15,7 +15,7 @@ from featnorm.paper.systems.dcgan import (
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, answers
+from featnorm.paper.systems.system import OneClassModel, TrainContext, predict
 
 # Of the latent discriminator.
 _LAYERS = (128, 64, 32, 16)
@@ -47,7 +47,7 @@ class OneClassGAN(nn.Module):
 
 
 @dataclass(frozen=True)
-class OCGAN(System[OneClassGAN]):
+class OCGAN(OneClassModel[OneClassGAN]):
     """Minus the mean squared error of an autoencoder whose whole latent space is to make images of the class.
 
     Its codes, in a cube, are drawn to the uniform distribution by a latent discriminator, and what the decoder
@@ -84,9 +84,9 @@ class OCGAN(System[OneClassGAN]):
     mining_steps: int = 1
     mining_lr: float = 2.0
 
-    def _train(self, images: Tensor, run: Run) -> OneClassGAN:
+    def _train(self, images: Tensor, context: TrainContext) -> OneClassGAN:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            torch.manual_seed(context.seed)
             model = OneClassGAN(self.latent, self.width, self.judge_width)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
@@ -105,7 +105,7 @@ class OCGAN(System[OneClassGAN]):
             visual = (real + adversarial(parts["visual_judge"](made), False)) / 2
             yield "discriminators", latent + visual
             mined = epoch >= self.mining * self.epochs
-            negative = self.mine(model, random, run) if mined else random
+            negative = self.mine(model, random, context) if mined else random
             code = parts["encoder"](noisy)
             error = (parts["decoder"](code) - clean).square().mean()
             looks = adversarial(parts["visual_judge"](parts["decoder"](negative)), True)
@@ -128,28 +128,28 @@ class OCGAN(System[OneClassGAN]):
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=asdict(self),
-            run=run,
+            context=context,
         )
         return model
 
-    def mine(self, model: OneClassGAN, start: Tensor, run: Run) -> Tensor:
+    def mine(self, model: OneClassGAN, start: Tensor, context: TrainContext) -> Tensor:
         """Return codes (n, latent) near others whose images the classifier takes for none of the class.
 
         Parameters
         ----------
         model : with the decoder and the classifier.
         start : codes (n, latent), between -1 and 1; what is descended from passes a tanh.
-        run : precision.
+        context : precision.
         """
         codes = start.detach().requires_grad_()
         for _ in range(self.mining_steps):
             # Not by the parts as fabric wraps them, which take no gradient but the training's.
-            with run.autocast():
+            with context.autocast():
                 logits = model.classifier(model.decoder(codes.tanh()))
             # Of each code its own loss, whatever their number.
             (gradient,) = torch.autograd.grad(len(codes) * adversarial(logits.float(), False), codes)
             codes = (codes - self.mining_lr * gradient).detach().requires_grad_()
         return codes.tanh().detach()
 
-    def _scores(self, model: OneClassGAN, images: Tensor, run: Run) -> dict[str, Tensor]:
-        return {"OCGAN": -answers(model, images, run)}
+    def _scores(self, model: OneClassGAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        return {"OCGAN": -predict(model, images, context)}

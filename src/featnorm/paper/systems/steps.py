@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from featnorm._utils.layout import fast_layout, safe_gradients
 from featnorm._utils.weights import load_weights
-from featnorm.paper.systems.system import Run, as_pixels, check_images
+from featnorm.paper.systems.system import TrainContext, as_pixels, check_images
 from featnorm.training.runs import (
     CHECKPOINT,
     LOG,
@@ -49,7 +49,7 @@ def train_steps(
     epochs: int,
     batch_size: int,
     settings: Mapping[str, Any],
-    run: Run,
+    context: TrainContext,
     drop: int | None = None,
 ) -> None:
     """Train a model in place; it ends in evaluation mode.
@@ -67,16 +67,16 @@ def train_steps(
     optimizers : by the names that the step yields.
     epochs, batch_size : passes over the images, and images a step; those that fill no batch are left out.
     settings : what the run is of; a checkpoint of another is refused.
-    run : where and how.
+    context : where and how.
     drop : the epoch from 0 at which the learning rates fall to a tenth; None for never.
 
     Raises
     ------
     ValueError
-        As `featnorm.paper.systems.System.train`.
+        As `featnorm.paper.systems.OneClassModel.train`.
     """
     check_images(images, batch_size)
-    fabric, device = run.fabric, run.device
+    fabric, device = context.fabric, context.device
     if fabric is not None and fabric.world_size > 1:
         raise ValueError(f"this training is of one process, and fabric has {fabric.world_size}: use devices=1")
     fast_layout(model.to(device))
@@ -89,9 +89,9 @@ def train_steps(
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     identity: dict[str, Any] = {}
     start = 0
-    checkpoint = None if run.folder is None else run.folder / CHECKPOINT
+    checkpoint = None if context.folder is None else context.folder / CHECKPOINT
     if checkpoint is not None:
-        identity = {"settings": dict(settings), "seed": run.seed, "data": digest(images)}
+        identity = {"settings": dict(settings), "seed": context.seed, "data": digest(images)}
         if checkpoint.exists():
             saved = read_checkpoint(checkpoint, identity, device)
             start = saved["epoch"]
@@ -104,7 +104,7 @@ def train_steps(
         total=epochs * steps * batch_size,
         initial=start * steps * batch_size,
         unit="input",
-        disable=hide_bar(run.progress),
+        disable=hide_bar(context.progress),
         leave=False,
     )
     with bar, torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
@@ -116,7 +116,7 @@ def train_steps(
                 for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
                     group["lr"] = rate / 10 if drop is not None and epoch >= drop else rate
             sums: dict[str, float] = {}
-            with seeded(run.seed, epoch, 0, device):
+            with seeded(context.seed, epoch, 0, device):
                 order = torch.randperm(len(images))[: steps * batch_size]
                 for rows in order.split(batch_size):
                     for name, loss in step(parts, as_pixels(images[rows], device), epoch):

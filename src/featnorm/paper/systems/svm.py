@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from featnorm.detectors import OneClassSVM
 from featnorm.features import Features
 from featnorm.paper.systems.lenet import train_autoencoder
-from featnorm.paper.systems.system import Run, System, answers
+from featnorm.paper.systems.system import OneClassModel, TrainContext, predict
 
 _PIXELS = "OC-SVM on pixels"
 _CODE = "OC-SVM on an autoencoder"
@@ -24,7 +24,7 @@ class Boundaries(nn.Module):
 
 
 @dataclass(frozen=True)
-class SVM(System[Boundaries]):
+class SVM(OneClassModel[Boundaries]):
     """The decision functions of two `featnorm.OneClassSVM`, of pixels and of an autoencoder's codes.
 
     The published numbers (Golan and El-Yaniv, NeurIPS 2018) are those of the kernel width and nu that are best on
@@ -45,17 +45,17 @@ class SVM(System[Boundaries]):
     lr: float = 1e-4
     weight_decay: float = 0.5e-6
 
-    def _train(self, images: Tensor, run: Run) -> Boundaries:
-        encoder = train_autoencoder(images, asdict(self), run)
+    def _train(self, images: Tensor, context: TrainContext) -> Boundaries:
+        encoder = train_autoencoder(images, asdict(self), context)
         model = Boundaries(encoder, self.nu)
         model.of_pixels.fit(_pixels(images))
-        model.of_code.fit(Features(pooled=answers(encoder, images, run)))
+        model.of_code.fit(Features(pooled=predict(encoder, images, context)))
         return model.eval()
 
-    def _scores(self, model: Boundaries, images: Tensor, run: Run) -> dict[str, Tensor]:
+    def _scores(self, model: Boundaries, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
         return {
             _PIXELS: model.of_pixels.score(_pixels(images)),
-            _CODE: model.of_code.score(Features(pooled=answers(model.encoder, images, run))),
+            _CODE: model.of_code.score(Features(pooled=predict(model.encoder, images, context))),
         }
 
 

@@ -20,8 +20,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Where and how a system is trained or asked; the parameters of `System.train`."""
+class TrainContext:
+    """Where and how a system is trained or asked; the parameters of `OneClassModel.train`."""
 
     folder: Path | None = None
     fabric: Any = None
@@ -37,13 +37,13 @@ class Run:
         """Return the context of the precision."""
         return nullcontext() if self.fabric is None else self.fabric.autocast()
 
-    def part(self, name: str) -> "Run":
+    def part(self, name: str) -> "TrainContext":
         """Return the run of one training of several, with a folder of its own."""
         return replace(self, folder=None if self.folder is None else self.folder / name)
 
 
 @dataclass(frozen=True)
-class System(ABC, Generic[Model]):
+class OneClassModel(ABC, Generic[Model]):
     """Learns from images of one class, and says of others how far they belong to it.
 
     A system is a frozen dataclass of its settings; the defaults are its authors'. What it learned is a module, so
@@ -82,7 +82,7 @@ class System(ABC, Generic[Model]):
             weights are not finite any more.
         """
         check_images(images)
-        return self._train(images, Run(None if folder is None else Path(folder), fabric, seed, progress))
+        return self._train(images, TrainContext(None if folder is None else Path(folder), fabric, seed, progress))
 
     def scores(
         self, model: Model, images: Tensor, *, fabric: Any = None, progress: bool | None = None
@@ -105,13 +105,13 @@ class System(ABC, Generic[Model]):
             The images are of another shape or type.
         """
         check_images(images)
-        return self._scores(model, images, Run(fabric=fabric, progress=progress))
+        return self._scores(model, images, TrainContext(fabric=fabric, progress=progress))
 
     @abstractmethod
-    def _train(self, images: Tensor, run: Run) -> Model: ...
+    def _train(self, images: Tensor, context: TrainContext) -> Model: ...
 
     @abstractmethod
-    def _scores(self, model: Model, images: Tensor, run: Run) -> dict[str, Tensor]: ...
+    def _scores(self, model: Model, images: Tensor, context: TrainContext) -> dict[str, Tensor]: ...
 
 
 def check_images(images: Tensor, least: int = 1) -> None:
@@ -130,18 +130,20 @@ def as_pixels(images: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def answers(ask: Callable[[Tensor], Tensor], images: Tensor, run: Run, *, batch_size: int = _BATCH) -> Tensor:
+def predict(
+    ask: Callable[[Tensor], Tensor], images: Tensor, context: TrainContext, *, batch_size: int = _BATCH
+) -> Tensor:
     """Return what a network says of images, on the CPU in single precision.
 
     Parameters
     ----------
-    ask : maps pixels (b, 3, 32, 32) in [0, 1] to (b, ...), on the run's device and under its precision.
+    ask : maps pixels (b, 3, 32, 32) in [0, 1] to (b, ...), on the device of the context and under its precision.
     images : (n, 3, 32, 32) uint8.
-    run : device and precision.
+    context : device and precision.
     batch_size : images at once.
     """
     parts = []
     for batch in images.split(batch_size):
-        with run.autocast():
-            parts.append(ask(as_pixels(batch, run.device)).float().cpu())
+        with context.autocast():
+            parts.append(ask(as_pixels(batch, context.device)).float().cpu())
     return torch.cat(parts)

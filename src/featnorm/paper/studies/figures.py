@@ -1,22 +1,34 @@
-"""The paper's figures, drawn from the runs of `featnorm.paper.theory`, each with a table of its numbers."""
+"""Figures 1 to 14 but 7: why the norm detects, drawn from the networks of `featnorm.paper.theory`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.stats import spearmanr
 
+from featnorm.paper.images import Images
 from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.probe import LAST
-from featnorm.paper.tables import Table
-from featnorm.paper.theory import MLP_LAYERS, RESNET_LAYERS
-
-Run = Mapping[str, Any]
-"""What `featnorm.paper.theory.run` returns."""
+from featnorm.paper.study import Context, Study
+from featnorm.paper.tables import Result, Table, facts
+from featnorm.paper.theory import (
+    ACTIVATIONS,
+    LOADERS,
+    MLP_LAYERS,
+    RESNET_LAYERS,
+    SCALES,
+    SCHEMES,
+    Data,
+    Job,
+    Scale,
+    train_with_probe,
+    training_images,
+)
 
 _SCORES = {"norm": "l1-norm", "nan": "NAN"}
-_FOLDS = {"train": "ID, training", "test": "ID, test"}
+_SPLITS = {"train": "ID, training", "test": "ID, test"}
 _HIDDEN = {
     "accuracy": "accuracy",
     "entropy": "entropy, nats",
@@ -25,45 +37,71 @@ _HIDDEN = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure as panels in rows, with its numbers as a table."""
-
-    panels: Sequence[Sequence[Panel]]
-    table: Table
-
-    @property
-    def svg(self) -> str:
-        """The figure, drawn."""
-        return panel_figure(self.panels)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all that is drawn and all of the table as plain data, numbers to four digits."""
-        return {"table": asdict(self.table), "panels": [[panel.to_json() for panel in row] for row in self.panels]}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Figure":
-        """Make it again from plain data."""
-        panels = [[Panel.from_json(panel) for panel in row] for row in data["panels"]]
-        return cls(panels, Table(**data["table"]))
+_Parts = tuple[list[list[Panel]], list[str], list[list[str]]]
+"""Panels in rows, and the headers and rows of the table."""
 
 
-def make_figure(name: str, runs: Sequence[Run]) -> Figure:
-    """Return a figure of the paper.
+@dataclass(frozen=True, eq=False)
+class Figure(Study[Scale, Images, Job]):
+    """A figure, with a table of its numbers.
+
+    Its content is the figure itself, panels and table, since what the networks recorded is large.
 
     Parameters
     ----------
-    name : one of `featnorm.paper.theory.FIGURES`.
-    runs : of the jobs that are named there, in their order.
+    networks : the networks that it is made from.
+    make_parts : returns the panels and the table, from the results of the networks.
     """
-    panels, title, headers, rows = _MAKERS[name](runs)
-    return Figure(panels, Table(f"{name.replace('figure', 'Figure ')}, {title}", headers, rows, _notes(runs)))
+
+    networks: Sequence[Job]
+    make_parts: Callable[[Sequence[Result]], _Parts]
+
+    page: ClassVar[str] = "theory"
+    scales: ClassVar[Mapping[str, Scale]] = SCALES
+
+    def load(self, scale: Scale, context: Context) -> Images:
+        """See `Study`."""
+        return context.once(LOADERS[self.networks[0].data])
+
+    def jobs(self, scale: Scale, inputs: Images) -> Sequence[Job]:
+        """See `Study`."""
+        return self.networks
+
+    def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
+        """See `Study`."""
+        return {
+            "job": asdict(job),
+            "width": scale.width,
+            "recipe": job.recipe(scale).settings(),
+            "inputs": len(training_images(job, scale, inputs)[0]),
+            "images": inputs.facts,
+        }
+
+    def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
+        """See `Study`."""
+        layers: Mapping[str, str] = {LAST: "head"}
+        if job.network == "mlp":
+            layers = MLP_LAYERS
+        elif job in _ALL_LAYERS:
+            layers = RESNET_LAYERS
+        return train_with_probe(job, scale, inputs, layers, folder, context)
+
+    def collect(self, results: Sequence[Result], jobs: Sequence[Job], inputs: Images) -> dict[str, Any]:
+        """See `Study`; numbers to four digits."""
+        panels, headers, rows = self.make_parts(results)
+        table = Table(self.title, headers, rows, _notes(results))
+        return {"table": asdict(table), "panels": [[panel.to_json() for panel in row] for row in panels]}
+
+    def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
+        """See `Study`."""
+        return {self.name: Table(**content["table"])}
+
+    def pictures(self, content: Mapping[str, Any]) -> dict[str, str]:
+        """See `Study`."""
+        return {self.name: panel_figure([[Panel.from_json(panel) for panel in row] for row in content["panels"]])}
 
 
-_Parts = tuple[list[list[Panel]], str, list[str], list[list[str]]]
-
-
-def series(run: Run, *path: str) -> list[float]:
+def series(run: Result, *path: str) -> list[float]:
     """Return a recorded quantity at every epoch, by its path below the layers."""
     values = []
     for record in run["records"]:
@@ -74,10 +112,10 @@ def series(run: Run, *path: str) -> list[float]:
     return values
 
 
-def gap(run: Run, score: str) -> list[float]:
-    """Return how much better a score detects against the training fold than against the test fold, by epoch."""
-    folds = [series(run, LAST, "auroc", fold, score) for fold in ("train", "test")]
-    return [a - b for a, b in zip(*folds, strict=True)]
+def gap(run: Result, score: str) -> list[float]:
+    """Return how much better a score detects against the training split than against the test split, by epoch."""
+    splits = [series(run, LAST, "auroc", split, score) for split in ("train", "test")]
+    return [a - b for a, b in zip(*splits, strict=True)]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -87,21 +125,21 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(spearmanr(x, y).statistic)
 
 
-def _epochs(run: Run) -> list[int]:
+def _epochs(run: Result) -> list[int]:
     return [record["epoch"] for record in run["records"]]
 
 
-def _scheme(run: Run) -> str:
-    return str(run["made_with"]["job"]["scheme"])
+def _scheme(run: Result) -> str:
+    return str(run["job"]["scheme"])
 
 
-def _sets(run: Run) -> list[str]:
-    """The folds of ID, and after them the OOD sets by name."""
-    names = {key.removeprefix("norm:") for key in run["end"] if key.startswith("norm:")}
-    return sorted(names, key=lambda name: (name not in _FOLDS, name != "train", name))
+def _sets(run: Result) -> list[str]:
+    """The splits of ID, and after them the OOD sets by name."""
+    names = {key.removeprefix("norm:") for key in run["tensors"] if key.startswith("norm:")}
+    return sorted(names, key=lambda name: (name not in _SPLITS, name != "train", name))
 
 
-def _figure1(runs: Sequence[Run]) -> _Parts:
+def _figure1(runs: Sequence[Result]) -> _Parts:
     plain, decayed = runs
     panels = [
         Panel(
@@ -109,7 +147,7 @@ def _figure1(runs: Sequence[Run]) -> _Parts:
             "epoch",
             "l1-norm",
             [
-                Line(_FOLDS.get(name, name), series(run, LAST, "norm", name), _epochs(run), style)
+                Line(_SPLITS.get(name, name), series(run, LAST, "norm", name), _epochs(run), style)
                 for style, name in enumerate(name for name in _sets(run) if name != "train")
             ],
         )
@@ -121,7 +159,12 @@ def _figure1(runs: Sequence[Run]) -> _Parts:
             "l1-norm",
             "density",
             [
-                Line(_FOLDS.get(name, name), decayed["end"][f"norm:{name}"].tolist(), style=style, histogram=True)
+                Line(
+                    _SPLITS.get(name, name),
+                    decayed["tensors"][f"norm:{name}"].tolist(),
+                    style=style,
+                    histogram=True,
+                )
                 for style, name in enumerate(name for name in _sets(decayed) if name != "train")
             ],
         )
@@ -142,14 +185,14 @@ def _figure1(runs: Sequence[Run]) -> _Parts:
     ]
     others = [f"{name}, end" for name in _sets(plain) if name not in ("train", "test")]
     headers = ["Weight decay", "l1-norm of ID, first epoch", "ID, end", *others, "AUROC"]
-    return [panels], "the norm over training", headers, rows
+    return [panels], headers, rows
 
 
-def _hidden_rows(runs: Sequence[Run], title: str) -> _Parts:
+def _hidden_rows(runs: Sequence[Result]) -> _Parts:
     """A row of panels for each network, a line for each layer: the hidden classifiers over training."""
     grid, rows = [], []
     for run in runs:
-        activation = run["made_with"]["job"]["activation"]
+        activation = run["job"]["activation"]
         grid.append(
             [
                 Panel(
@@ -171,17 +214,17 @@ def _hidden_rows(runs: Sequence[Run], title: str) -> _Parts:
                 for values in [series(run, layer, "hidden", "train", key)]
             ]
             rows.append([f"{activation}, {called}", *ends])
-    return grid, title, ["Layer", *(f"{label}, first → last epoch" for label in _HIDDEN.values())], rows
+    return grid, ["Layer", *(f"{label}, first → last epoch" for label in _HIDDEN.values())], rows
 
 
-def _by_scheme(runs: Sequence[Run], *path: str) -> list[Line]:
+def _by_scheme(runs: Sequence[Result], *path: str) -> list[Line]:
     return [Line(_scheme(run), series(run, *path), _epochs(run), style) for style, run in enumerate(runs)]
 
 
-def _figure3(runs: Sequence[Run]) -> _Parts:
+def _figure3(runs: Sequence[Result]) -> _Parts:
     panels = [
         Panel(
-            "detection against the training fold",
+            "detection against the training split",
             "epoch",
             "AUROC",
             _by_scheme(runs, LAST, "auroc", "train", "norm"),
@@ -201,32 +244,32 @@ def _figure3(runs: Sequence[Run]) -> _Parts:
             ]
         )
     headers = ["Scheme", "AUROC, first epoch", "last", "entropy, first epoch", "last", "training loss, last"]
-    return [panels], "detection and entropy by the scheme of the labels, l1-norm", headers, rows
+    return [panels], headers, rows
 
 
-def _gaps(score: str, title: str) -> Callable[[Sequence[Run]], _Parts]:
-    def make(runs: Sequence[Run]) -> _Parts:
+def _gaps(score: str) -> Callable[[Sequence[Result]], _Parts]:
+    def make(runs: Sequence[Result]) -> _Parts:
         lines = [Line(_scheme(run), gap(run, score), _epochs(run), style) for style, run in enumerate(runs)]
         panels = [
-            Panel("training fold", "epoch", "AUROC", _by_scheme(runs, LAST, "auroc", "train", score)),
-            Panel("test fold", "epoch", "AUROC", _by_scheme(runs, LAST, "auroc", "test", score)),
+            Panel("training split", "epoch", "AUROC", _by_scheme(runs, LAST, "auroc", "train", score)),
+            Panel("test split", "epoch", "AUROC", _by_scheme(runs, LAST, "auroc", "test", score)),
             Panel("gap", "epoch", "AUROC, training − test", lines),
         ]
         rows = [
             [
                 _scheme(run),
-                *(f"{series(run, LAST, 'auroc', fold, score)[-1]:.1%}" for fold in ("train", "test")),
+                *(f"{series(run, LAST, 'auroc', split, score)[-1]:.1%}" for split in ("train", "test")),
                 f"{gap(run, score)[-1]:+.1%}",
             ]
             for run in runs
         ]
-        return [panels], title, ["Scheme", "AUROC, training fold", "test fold", "gap"], rows
+        return [panels], ["Scheme", "AUROC, training split", "test split", "gap"], rows
 
     return make
 
 
-def _correlations(scores: Sequence[str], title: str) -> Callable[[Sequence[Run]], _Parts]:
-    def make(runs: Sequence[Run]) -> _Parts:
+def _correlations(*scores: str) -> Callable[[Sequence[Result]], _Parts]:
+    def make(runs: Sequence[Result]) -> _Parts:
         grid, rows = [], []
         for score in scores:
             panels = []
@@ -241,12 +284,12 @@ def _correlations(scores: Sequence[str], title: str) -> Callable[[Sequence[Run]]
                 spread = f"{min(entropy):.3f} to {max(entropy):.3f}"
                 rows.append([_scheme(run), _SCORES[score], f"{r:.2f}", spread])
             grid.append(panels)
-        return grid, title, ["Scheme", "Score", "rank correlation over epochs", "entropy"], rows
+        return grid, ["Scheme", "Score", "rank correlation over epochs", "entropy"], rows
 
     return make
 
 
-def _figure6(runs: Sequence[Run]) -> _Parts:
+def _figure6(runs: Sequence[Result]) -> _Parts:
     (run,) = runs
     others = [name for name in _sets(run) if name != "train"]
     panels = [
@@ -256,8 +299,8 @@ def _figure6(runs: Sequence[Run]) -> _Parts:
             "density",
             [
                 Line(
-                    _FOLDS.get(name, name),
-                    (1 / run["end"][f"l0:{name}"].clamp_min(1)).tolist(),
+                    _SPLITS.get(name, name),
+                    (1 / run["tensors"][f"l0:{name}"].clamp_min(1)).tolist(),
                     style=style,
                     histogram=True,
                 )
@@ -288,13 +331,12 @@ def _figure6(runs: Sequence[Run]) -> _Parts:
     headers = ["Layer", "entropy, first → last epoch", *(f"AUROC of {name}" for name in _SCORES.values())]
     return (
         [panels],
-        "sparsity, entropy and detection by layer",
-        [*headers, *(f"1/l0, {_FOLDS.get(n, n)}" for n in others)],
+        [*headers, *(f"1/l0, {_SPLITS.get(n, n)}" for n in others)],
         rows,
     )
 
 
-def _figure8(runs: Sequence[Run]) -> _Parts:
+def _figure8(runs: Sequence[Result]) -> _Parts:
     grid, rows = [], []
     for prefix, when in (("", "after the rectifier"), ("pre_", "before the rectifier")):
         panels = []
@@ -310,47 +352,72 @@ def _figure8(runs: Sequence[Run]) -> _Parts:
             rows.append([f"{_scheme(run)}, {when}", *ends, f"{accuracy:.1%}"])
         grid.append(panels)
     headers = ["Scheme", "error on the target, first → last epoch", "on other classes", "accuracy, last"]
-    return grid, "the convolutional network's hidden classifier", headers, rows
+    return grid, headers, rows
 
 
-def _figure11(runs: Sequence[Run]) -> _Parts:
+def _figure11(runs: Sequence[Result]) -> _Parts:
     panels, rows = [], []
     for run in runs:
-        pattern = run["end"]["pattern:train"].numpy().astype(bool)
+        pattern = run["tensors"]["pattern:train"].numpy().astype(bool)
         panels.append(Panel(_scheme(run), "inputs", "units", image=pattern.T))
         distinct = len(np.unique(pattern, axis=0))
         constant = float((pattern.all(0) | ~pattern.any(0)).mean())
         rows.append([_scheme(run), f"{distinct} of {len(pattern)}", f"{pattern.mean():.1%}", f"{constant:.1%}"])
     headers = ["Scheme", "distinct patterns", "units on", "units that never change"]
-    return [panels], "activation patterns of training inputs", headers, rows
+    return [panels], headers, rows
 
 
-_MAKERS: dict[str, Callable[[Sequence[Run]], _Parts]] = {
-    "figure1": _figure1,
-    "figure2": lambda runs: _hidden_rows(runs, "hidden classifiers of the MLP on CIFAR-10"),
-    "figure3": _figure3,
-    "figure4": _gaps("norm", "the generalisation gap of the l1-norm"),
-    "figure5": _correlations(["norm"], "detection by the l1-norm against the entropy of activation"),
-    "figure6": _figure6,
-    "figure8": _figure8,
-    "figure9": _gaps("nan", "detection by NAN, and its generalisation gap"),
-    "figure10": _correlations(["norm", "nan"], "detection against the entropy of activation"),
-    "figure11": _figure11,
-    "figure12": lambda runs: _hidden_rows(runs, "hidden classifiers of the MLP on CIFAR-10, by activation"),
-    "figure13": lambda runs: _hidden_rows(runs, "hidden classifiers of the MLP on SVHN, by activation"),
-    "figure14": lambda runs: _hidden_rows(runs, "hidden classifiers of the MLP on MNIST, by activation"),
-}
-
-
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[Result]) -> list[str]:
     first = runs[0]
-    made, recipe = first["made_with"], first["made_with"]["recipe"]
+    recipe = first["recipe"]
     network = (
-        "MLP of 5 layers of 512" if made["job"]["network"] == "mlp" else f"ResNet-18 of width {made['width']}"
+        "MLP of 5 layers of 512" if first["job"]["network"] == "mlp" else f"ResNet-18 of width {first['width']}"
     )
     return [
-        f"scale {made['scale']}: {network}, {made['inputs']} training images, {recipe['epochs']} epochs, "
+        f"scale {first['scale']}: {network}, {first['inputs']} training images, {recipe['epochs']} epochs, "
         f"{recipe['optimizer']}, batch {recipe['batch_size']}, learning rate {recipe['lr']}; one seed",
-        *(f"{name}: {value}" for name, value in made["images"].items()),
-        *(f"{name}: {value}" for name, value in first["environment"].items()),
+        *facts(runs[:1]),
     ]
+
+
+def _mlps(data: Data) -> list[Job]:
+    return [Job("mlp", data, activation) for activation in ACTIVATIONS]
+
+
+_RESNETS = [Job("resnet", scheme=scheme) for scheme in SCHEMES]
+#: The networks of which every stage is probed, for Figure 6: maps are most of what a probe costs.
+_ALL_LAYERS = [_RESNETS[0]]
+
+Figure("figure1", "Figure 1, the norm over training", [_RESNETS[0], Job("resnet", decay=True)], _figure1)
+Figure("figure2", "Figure 2, hidden classifiers of the MLP on CIFAR-10", [Job("mlp")], _hidden_rows)
+Figure("figure3", "Figure 3, detection and entropy by the scheme of the labels, l1-norm", _RESNETS, _figure3)
+Figure("figure4", "Figure 4, the generalisation gap of the l1-norm", _RESNETS, _gaps("norm"))
+Figure(
+    "figure5",
+    "Figure 5, detection by the l1-norm against the entropy of activation",
+    _RESNETS,
+    _correlations("norm"),
+)
+Figure("figure6", "Figure 6, sparsity, entropy and detection by layer", [_RESNETS[0]], _figure6)
+Figure(
+    "figure8",
+    "Figure 8, the convolutional network's hidden classifier",
+    [job for job in _RESNETS if job.scheme in ("I", "S", "R")],
+    _figure8,
+)
+Figure("figure9", "Figure 9, detection by NAN, and its generalisation gap", _RESNETS, _gaps("nan"))
+Figure(
+    "figure10",
+    "Figure 10, detection against the entropy of activation",
+    _RESNETS,
+    _correlations("norm", "nan"),
+)
+Figure("figure11", "Figure 11, activation patterns of training inputs", _RESNETS, _figure11)
+_DATA: list[tuple[int, Data, str]] = [(12, "cifar10", "CIFAR-10"), (13, "svhn", "SVHN"), (14, "mnist", "MNIST")]
+for _number, _data, _called in _DATA:
+    Figure(
+        f"figure{_number}",
+        f"Figure {_number}, hidden classifiers of the MLP on {_called}, by activation",
+        _mlps(_data),
+        _hidden_rows,
+    )

@@ -1,0 +1,73 @@
+"""``featnorm reproduce``: the tables and figures of the paper, with our numbers beside the paper's."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+# What is large is imported when the command runs: `featnorm --help` reads the options alone.
+
+
+def _complete(incomplete: str) -> list[str]:
+    from featnorm.paper.reproduction import ALL
+    from featnorm.paper.study import studies
+
+    return [name for name in (ALL, *studies()) if name.startswith(incomplete)]
+
+
+def reproduce(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a table, figure or study, such as `table3` (see `--list`), or `all`: everything that "
+            "your data allows, and one page of it.",
+            autocompletion=_complete,
+        ),
+    ] = None,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="List the names, with what each one is, its scales and how long it takes."),
+    ] = False,
+    scale: Annotated[
+        Literal["laptop", "paper"],
+        typer.Option(help="`paper`: the paper's protocol. `laptop`: what two CPU cores can do."),
+    ] = "laptop",
+    data_root: Annotated[
+        Path | None,
+        typer.Option(envvar="FEATNORM_DATA", help="Folder where data sets by name are found, and downloaded to."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the authors' checkpoints, for the ImageNet-1k tables at scale `paper`."),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder of the networks and tables; an interrupted run is resumed there."
+        ),
+    ] = Path("featnorm-reproduction"),
+    device: Annotated[str, typer.Option(help="Device of the models: `auto`, `cpu`, `cuda` or `mps`.")] = "auto",
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed"], typer.Option(help="Precision, by Lightning Fabric's names.")
+    ] = "32-true",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the networks that are trained: a sixth faster on a CPU, after half a minute for each "
+            "network and size of crop. Needs a C++ compiler.",
+        ),
+    ] = False,
+) -> None:
+    """Reproduce a table or figure of the paper, with our numbers beside the paper's.
+
+    Trains the networks that it needs. Rerun the same command to resume an interrupted run.
+    """
+    from featnorm.paper.reproduction import print_list, run
+
+    if list_:
+        print_list()
+    elif name is None:
+        raise ValueError("which table or figure? `featnorm reproduce --list` lists their names")
+    else:
+        run(name, scale, data_root, weights, out, device, precision, compiled)

@@ -1,0 +1,139 @@
+"""Running studies from the command line: what is printed and written."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as Grid
+
+from featnorm._utils.files import write_text
+from featnorm.cli.machine import fabric_of
+from featnorm.cli.show import console, environment, prepare_folder
+from featnorm.inputs import DataError
+from featnorm.paper.page import Section, write_results_page
+from featnorm.paper.study import Context, MissingError, Study, studies
+from featnorm.paper.tables import Table
+
+ALL = "all"
+
+_Study = Study[Any, Any, Any]
+
+
+def print_list() -> None:
+    """Print the studies: name, title, scales, and roughly how long they take."""
+    grid = _grid(["Name", "What it is", "Scales", "Time at scale laptop"], left=4)
+    for name, study in studies().items():
+        grid.add_row(name, study.title, ", ".join(study.scales), study.duration)
+    console.print(grid)
+
+
+def run(
+    name: str,
+    scale: str,
+    data_root: Path | None,
+    weights: Path | None,
+    out: Path,
+    device: str,
+    precision: str,
+    compiled: bool,
+) -> None:
+    """Make a study, or all of them; write and print its tables.
+
+    Parameters
+    ----------
+    name : name of a study, or "all".
+    scale : name of a scale.
+    data_root, weights : the data root and the folder of checkpoints, or None.
+    out : folder of the results; each scale has a folder there.
+    device, precision, compiled : see `featnorm.cli.machine.fabric_of`.
+
+    Raises
+    ------
+    ValueError
+        There is no such study, or as `featnorm.paper.study.Study.make`.
+    """
+    known = studies()
+    if name not in (ALL, *known):
+        raise ValueError(f"there is no {name!r} to reproduce: choose {ALL}, or one of {', '.join(known)}")
+    out = out / scale
+    files = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
+    prepare_folder(out, [out / file for file in files])
+    fabric = fabric_of(device, precision, compiled=compiled)
+    facts = {"device": f"{fabric.device}, {precision}" + (", compiled" if compiled else ""), **environment()}
+
+    def note(line: str) -> None:
+        console.print(line, style="dim", soft_wrap=True)
+
+    context = Context(scale, data_root, weights, out, fabric, facts, note=note)
+    if name == ALL:
+        _make_all(known, context)
+        return
+    try:
+        _make(known[name], context)
+    except MissingError as error:
+        for line in error.lines:
+            print(f"- {line}", file=sys.stderr)
+        raise DataError(
+            f"cannot run {name} at scale {scale}: {len(error.lines)} data sets or checkpoints are "
+            "missing (listed above)"
+        ) from None
+    console.print(f"Wrote {out / name}.md.", soft_wrap=True)
+
+
+def _make_all(known: Mapping[str, _Study], context: Context) -> None:
+    """Make every study that can be made; the page grows with each result, and names the ones that are missing."""
+    page, sections, missing = context.out / "results.html", list[Section](), dict[str, str]()
+    for name, study in known.items():
+        console.print(name, style="bold")
+        try:
+            tables, pictures = _make(study, context)
+        except (ValueError, OSError) as error:
+            missing[name] = str(error)
+            context.note(f"not made: {error}")
+        else:
+            for i, (key, table) in enumerate(tables.items()):
+                drawn = list(pictures.values()) if i == 0 else []
+                sections.append(Section(key, table.title, table.headers, table.rows, table.notes, drawn))
+        write_results_page(
+            page,
+            sections,
+            title=f"The paper's results, at {context.scale} scale",
+            summary="Every table and figure that could be made here, the paper's numbers beside ours.",
+            facts=context.environment,
+            missing=missing,
+        )
+    console.print(f"Wrote {page}.", soft_wrap=True)
+
+
+def _make(study: _Study, context: Context) -> tuple[dict[str, Table], dict[str, str]]:
+    """Make a study, write its files and print its tables; return its tables and pictures by name."""
+    for content in study.make(context):
+        tables = study.tables(content)
+        write_text(context.out / f"{study.name}.json", json.dumps(content, indent=1) + "\n")
+        write_text(context.out / f"{study.name}.md", "\n".join(table.markdown() for table in tables.values()))
+    pictures = study.pictures(content)
+    for key, picture in pictures.items():
+        write_text(context.out / f"{key}.svg", picture)
+    for table in tables.values():
+        _print(table)
+    return tables, pictures
+
+
+def _print(table: Table) -> None:
+    grid = _grid(table.headers)
+    for row in table.rows:
+        grid.add_row(*row)
+    console.print(table.title, style="bold")
+    console.print(grid)
+    for line in table.notes:
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def _grid(headers: list[str], left: int = 1) -> Grid:
+    """Return an empty table; its first columns are aligned left, as many as ``left``."""
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    for i, header in enumerate(headers):
+        grid.add_column(header, justify="left" if i < left else "right", no_wrap=i == 0)
+    return grid
