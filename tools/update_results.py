@@ -115,7 +115,7 @@ def tables(page: str) -> dict[str, Table]:
     """Return the tables of a page, by the names that mark their places."""
     found: dict[str, Table] = {}
     for study in on_page(page):
-        if (content := read(page, study.name, study.published_with)) is not None:
+        if (content := read(page, study.name, study.shares)) is not None:
             found |= study.tables(content)
     for name, make in OTHERS.get(page, {}).items():
         if (content := read(page, name)) is not None:

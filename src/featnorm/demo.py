@@ -15,14 +15,14 @@ from featnorm.models import ProjectionHead
 from featnorm.training import Recipe
 from featnorm.training import train as fit
 
-KNOWN = range(7)
+ID_DIGITS = range(7)
 PATCHES = 1000
 RECIPE = Recipe(epochs=60, batch_size=64, optimizer="sgd", lr=0.06, nesterov=True, weight_decay=5e-4)
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 1, 8, 8) in [0, 1] and labels (n,) of the three in-distribution folds, and the OOD sets."""
+    """Images (n, 1, 8, 8) in [0, 1] and labels (n,) of the three in-distribution splits, and the OOD sets."""
 
     train: tuple[Tensor, Tensor]
     calibrate: tuple[Tensor, Tensor]
@@ -40,21 +40,21 @@ def network(width: int = 64) -> nn.Sequential:
 
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone = nn.Sequential(block(1, width), block(width, width), nn.MaxPool2d(2), block(width, 2 * width), pool)
-    return nn.Sequential(backbone, ProjectionHead(2 * width, len(KNOWN), hidden=512))
+    return nn.Sequential(backbone, ProjectionHead(2 * width, len(ID_DIGITS), hidden=512))
 
 
 def load(seed: int = 0) -> Digits:
-    """Split the known digits into train, calibration and test (half, quarter, quarter), and cut the patches."""
+    """Split the ID digits into training, calibration and test images (2:1:1), and cut the patches."""
     from sklearn.datasets import load_digits, load_sample_images
 
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16)[:, None]
     labels = torch.from_numpy(digits.target).long()
-    known = (labels < len(KNOWN)).nonzero().squeeze(1)
-    known = known[torch.randperm(len(known), generator=generator)]
-    folds = known.tensor_split([len(known) // 2, len(known) * 3 // 4])
-    train, calibrate, test = ((images[fold], labels[fold]) for fold in folds)
+    rows = (labels < len(ID_DIGITS)).nonzero().squeeze(1)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    splits = rows.tensor_split([len(rows) // 2, len(rows) * 3 // 4])
+    train, calibrate, test = ((images[split], labels[split]) for split in splits)
 
     photographs = [torch.tensor(photo).float().mean(2) / 255 for photo in load_sample_images().images]
     patches = []
@@ -64,7 +64,7 @@ def load(seed: int = 0) -> Digits:
         top, left = (int(torch.randint(0, side - size, (), generator=generator)) for side in grey.shape)
         patch = grey[None, None, top : top + size, left : left + size]
         patches.append(nn.functional.interpolate(patch, (8, 8), mode="area")[0])
-    ood = {"digits 7, 8, 9": images[labels >= len(KNOWN)], "photographs": torch.stack(patches)}
+    ood = {"digits 7, 8, 9": images[labels >= len(ID_DIGITS)], "photographs": torch.stack(patches)}
     return Digits(train, calibrate, test, ood)
 
 

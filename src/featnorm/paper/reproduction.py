@@ -23,9 +23,10 @@ _Study = Study[Any, Any, Any]
 
 def print_list() -> None:
     """Print the studies: name, title, scales, and roughly how long they take."""
-    grid = _grid(["Name", "What it is", "Scales", "Time at scale laptop"], left=4)
+    grid = _grid(["Name", "What it is", "Scales", "Laptop, one core"], left=4)
     for name, study in studies().items():
-        grid.add_row(name, study.title, ", ".join(study.scales), study.duration)
+        duration = study.duration or (f"as {study.shares}" if study.shares else "")
+        grid.add_row(name, study.title, ", ".join(study.scales), duration)
     console.print(grid)
 
 

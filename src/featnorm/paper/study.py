@@ -94,15 +94,14 @@ class Study(ABC, Generic[Scale, Inputs, Job]):
     ----------
     name : name on the command line, and of the file of its result, such as "table3".
     title : what it shows, in a few words.
-    duration : roughly how long it takes on two cores at scale "laptop"; "" if unknown.
-    published_with
-        Name of the study whose published result holds the runs of this one too, or "".
+    duration : roughly how long it took on one CPU core at scale "laptop"; "" if unknown.
+    shares : name of a study whose result at scale "laptop" has all runs of this one, or "".
     """
 
     name: str
     title: str
     duration: str = field(default="", kw_only=True)
-    published_with: str = field(default="", kw_only=True)
+    shares: str = field(default="", kw_only=True)
 
     #: The page of ``docs/results`` that publishes it, and the folder beside the page that keeps its result.
     page: ClassVar[str]
@@ -207,11 +206,11 @@ class SingleRun(Study[None, Inputs, Whole]):
     scales: ClassVar[Mapping[str, None]] = {"laptop": None, "paper": None}
 
     def jobs(self, scale: None, inputs: Inputs) -> list[Whole]:
-        """See `Study`."""
+        """Return one job, named after the study."""
         return [Whole(self.name)]
 
     def collect(self, results: Sequence[Result], jobs: Sequence[Whole], inputs: Inputs) -> Result:
-        """See `Study`."""
+        """Return the result of the run."""
         return results[0]
 
 

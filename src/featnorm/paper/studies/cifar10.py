@@ -144,15 +144,12 @@ class Cifar10Study(Study[Scale, Images, Job]):
     scales: ClassVar[Mapping[str, Scale]] = SCALES
 
     def load(self, scale: Scale, context: Context) -> Images:
-        """See `Study`."""
         return context.once(cifar10_images)
 
     def jobs(self, scale: Scale, inputs: Images) -> list[Job]:
-        """See `Study`."""
         return self.plan(scale)
 
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
-        """See `Study`."""
         return {
             **({"backbone": NETWORK} if job.frozen else {"width": scale.width}),
             "variant": asdict(job.variant),
@@ -162,7 +159,6 @@ class Cifar10Study(Study[Scale, Images, Job]):
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         if job.frozen:
             return fit_and_score(
                 context.once(pooled_features),
@@ -177,11 +173,9 @@ class Cifar10Study(Study[Scale, Images, Job]):
         return train_and_score(model, inputs, detectors(job.variant), job.recipe, job.seed, folder, context)
 
     def tables(self, content: Any) -> dict[str, Table]:
-        """See `Study`."""
         return {self.name: self.make_table(self, content)}
 
     def pictures(self, content: Any) -> dict[str, str]:
-        """See `Study`."""
         return {} if self.draw is None else {self.name: self.draw(content)}
 
 
@@ -339,33 +333,35 @@ def _range(values: Sequence[float], digits: int = 0) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-Cifar10Study("table3", "Table 3, CIFAR-10 with labels", _seeds, _make_table3)
-Cifar10Study("table5", "Table 5, the sparsity term", _seeds, _table_of(*_NORMS), published_with="table3")
+Cifar10Study("table3", "Table 3, CIFAR-10 with labels", _seeds, _make_table3, duration="6 h")
+Cifar10Study("table5", "Table 5, the sparsity term", _seeds, _table_of(*_NORMS), shares="table3")
 Cifar10Study(
     "table6",
     "Table 6, the projection head",
     lambda scale: [Job(variant, scale.recipe, 0) for variant in (MAIN, Variant(hidden=None))],
     _make_table6,
+    duration="4 h",
 )
 Cifar10Study(
     "table7",
     "Table 7, activation functions",
     lambda scale: _ablation([MAIN, Variant(activation="leaky_relu"), Variant(activation="gelu")], scale),
     _make_table7,
+    duration="2 min",
 )
 Cifar10Study(
     "table8",
     "Table 8, the embedding magnitude",
     _seeds,
     _table_of("EmbeddingMagnitude()", *_NORMS),
-    published_with="table3",
+    shares="table3",
 )
 Cifar10Study(
     "table10",
     "Table 10, the hidden classifier",
     _seeds,
     _table_of("HiddenConfidence()", "NAN()"),
-    published_with="table3",
+    shares="table3",
 )
 Cifar10Study(
     "figure7",
@@ -373,4 +369,5 @@ Cifar10Study(
     lambda scale: _ablation([Variant(hidden=width) for width in WIDTHS], scale),
     _make_figure7,
     _draw_figure7,
+    duration="6 min",
 )

@@ -34,15 +34,12 @@ class Explanation(SingleRun[Images]):
     page: ClassVar[str] = "theory"
 
     def load(self, scale: None, context: Context) -> Images:
-        """See `Study`."""
         return context.once(cifar10_images)
 
     def settings(self, job: Whole, scale: None, inputs: Images) -> dict[str, Any]:
-        """See `Study`."""
         return {"network": NETWORK, "fit_images": FIT_IMAGES, "images": inputs.facts}
 
     def run(self, job: Whole, scale: None, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         model = fast_layout(load_model(NETWORK))
         explainer = Explainer(model, class_names=CLASSES).fit(
             _batches(spaced(inputs.train[0], FIT_IMAGES)), progress=context.progress
@@ -78,7 +75,6 @@ class Explanation(SingleRun[Images]):
         return {"rows": rows}
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
-        """See `Study`."""
         rows = [
             [
                 f"{row['set']}, {row['input']}",

@@ -60,15 +60,12 @@ class Figure(Study[Scale, Images, Job]):
     scales: ClassVar[Mapping[str, Scale]] = SCALES
 
     def load(self, scale: Scale, context: Context) -> Images:
-        """See `Study`."""
         return context.once(LOADERS[self.networks[0].data])
 
     def jobs(self, scale: Scale, inputs: Images) -> Sequence[Job]:
-        """See `Study`."""
         return self.networks
 
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
-        """See `Study`."""
         return {
             "job": asdict(job),
             "width": scale.width,
@@ -78,7 +75,6 @@ class Figure(Study[Scale, Images, Job]):
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         layers: Mapping[str, str] = {LAST: "head"}
         if job.network == "mlp":
             layers = MLP_LAYERS
@@ -93,11 +89,9 @@ class Figure(Study[Scale, Images, Job]):
         return {"table": asdict(table), "panels": [[panel.to_json() for panel in row] for row in panels]}
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
-        """See `Study`."""
         return {self.name: Table(**content["table"])}
 
     def pictures(self, content: Mapping[str, Any]) -> dict[str, str]:
-        """See `Study`."""
         return {self.name: panel_figure([[Panel.from_json(panel) for panel in row] for row in content["panels"]])}
 
 

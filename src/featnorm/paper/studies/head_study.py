@@ -32,16 +32,13 @@ class HeadStudy(SingleRun[Pooled]):
     page: ClassVar[str] = "cifar10"
 
     def load(self, scale: None, context: Context) -> Pooled:
-        """See `Study`."""
         return context.once(pooled_features)
 
     def settings(self, job: Whole, scale: None, inputs: Pooled) -> dict[str, Any]:
-        """See `Study`."""
         settings = {name: [t, width, recipe.settings()] for name, (t, width, recipe) in SETTINGS.items()}
         return {"settings": settings, "images": inputs.facts}
 
     def run(self, job: Whole, scale: None, inputs: Pooled, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         rows = []
         for name, (temperature, width, recipe) in SETTINGS.items():
             outcome = fit_and_score(
@@ -56,7 +53,6 @@ class HeadStudy(SingleRun[Pooled]):
         return {"rows": rows}
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
-        """See `Study`."""
         detectors = list(content["rows"][0]["scores"])
         rows = [
             [
@@ -78,4 +74,4 @@ class HeadStudy(SingleRun[Pooled]):
         return {self.name: Table(title, headers, rows, notes)}
 
 
-HeadStudy("head-study", "What of the head's training moves the scores")
+HeadStudy("head-study", "What of the head's training moves the scores", duration="13 min")

@@ -272,14 +272,14 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
     detectors : expressions of the detectors, in the paper's order.
     stands_for : network of the paper whose numbers stand beside a network's at scale "laptop".
     means_only : whether the table has only means over the OOD sets, as the paper's.
-    shares : whether it shows nearest neighbors in shares of the bank too.
+    shares_of_bank : whether it shows nearest neighbors in shares of the bank too.
     data : data at scale "paper".
     """
 
     detectors: Sequence[str]
     stands_for: Mapping[str, str]
     means_only: bool = False
-    shares: bool = False
+    shares_of_bank: bool = False
     data: str = "four OOD sets"
 
     page: ClassVar[str] = "imagenet"
@@ -300,7 +300,6 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         return {name: data for name, (data, _) in opened.items() if data is not None}
 
     def jobs(self, scale: Scale, inputs: Mapping[str, Data]) -> list[Job]:
-        """See `Study`."""
         return [
             Job(network, data, seed)
             for data in scale.data or (self.data,)
@@ -309,7 +308,6 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         ]
 
     def settings(self, job: Job, scale: Scale, inputs: Mapping[str, Data]) -> dict[str, Any]:
-        """See `Study`."""
         return {
             "network": job.network,
             "data": job.data,
@@ -420,7 +418,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
                 own = cell([run["scores"][ours][name] for run in runs])
                 row.append(own + (f" ({printed(theirs[name])})" if name in theirs else ""))
             rows.append([*row, f"{statistics.fmean(run['microseconds'][ours] for run in runs):.1f}"])
-        if self.shares:
+        if self.shares_of_bank:
             rows += _share_rows(runs, sets)
         wanted = {_ours(expected, first) for expected in self.detectors}
         left_out = [f"left out {ours}: {why}" for ours, why in first["left_out"].items() if ours in wanted]
@@ -507,26 +505,25 @@ ImageNetStudy(
     "Table 1, the large-scale benchmark",
     ("MSP()", "Energy()", "MaxLogit()", "KLUniform()", "Mahalanobis()", "ViM()", "SSD()", _KNN, "NAN()"),
     {HEADED: "supcon"},
-    shares=True,
+    shares_of_bank=True,
+    duration="40 min",
 )
 ImageNetStudy(
-    "table2", "Table 2, distances over NAN", _TABLE2, {HEADED: "supcon"}, means_only=True, published_with="table1"
+    "table2", "Table 2, distances over NAN", _TABLE2, {HEADED: "supcon"}, means_only=True, shares="table1"
 )
 ImageNetStudy(
     "table6-imagenet",
-    "Table 6, the projection head",
+    "Table 6, the projection head on ImageNet-1k",
     _NORMS,
     {AS_IT_IS: "resnet50", HEADED: "supcon"},
     means_only=True,
-    published_with="table1",
+    shares="table1",
 )
 ImageNetStudy(
     "table9",
     "Table 9, a head on a frozen backbone",
     ("MSP()", "Energy()", "Mahalanobis()", _KNN, "EmbeddingMagnitude()", *_NORMS),
     {HEADED: "vit"},
-    published_with="table1",
+    shares="table1",
 )
-ImageNetStudy(
-    "table12", "Table 12, norms", _TABLE12, {HEADED: "supcon"}, data="seven OOD sets", published_with="table1"
-)
+ImageNetStudy("table12", "Table 12, norms", _TABLE12, {HEADED: "supcon"}, data="seven OOD sets", shares="table1")

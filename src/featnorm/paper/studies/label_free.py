@@ -131,7 +131,6 @@ class FrameworkStudy(Study[Scale, Images, Job]):
     scales: ClassVar[Mapping[str, Scale]] = SCALES
 
     def load(self, scale: Scale, context: Context) -> Images:
-        """See `Study`."""
         if self.paper_sets is None:
             return context.once(cifar10_images)
         images = load_images(context.root, self.paper_sets, progress=context.progress)
@@ -139,11 +138,9 @@ class FrameworkStudy(Study[Scale, Images, Job]):
         return images
 
     def jobs(self, scale: Scale, inputs: Images) -> list[Job]:
-        """See `Study`."""
         return [Job(name, scale.goad if name == "GOAD" else scale.recipes[name]) for name in self.frameworks]
 
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
-        """See `Study`."""
         if isinstance(job.recipe, GOAD):
             settings = {"width": job.recipe.width, "recipe": asdict(job.recipe)}
         else:
@@ -157,7 +154,6 @@ class FrameworkStudy(Study[Scale, Images, Job]):
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         fit_images = _fit_images(job, scale)
         if isinstance(job.recipe, GOAD):
             return _run_goad(job.recipe, inputs, fit_images, job.seed, folder, context)
@@ -176,7 +172,6 @@ class FrameworkStudy(Study[Scale, Images, Job]):
         )
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
-        """See `Study`."""
         paper = numbers("cifar10")[self.name]
         measured = {
             detector: (result, pairs) for result in content for detector, pairs in result["scores"].items()
@@ -257,6 +252,7 @@ FrameworkStudy(
     "table3-label-free",
     "Table 3, without supervised labels of ID",
     ("MoCo-v2", "RotNet", "GOAD", "CSI"),
+    duration="3 h",
 )
 FrameworkStudy(
     "table11",
@@ -269,4 +265,5 @@ FrameworkStudy(
         "Texture": "dtd:test",
         "LSUN": "lsun",
     },
+    duration="1 h",
 )

@@ -86,15 +86,12 @@ class MoCoLength(Study[Scale, Images, Job]):
     scales: ClassVar[Mapping[str, Scale]] = SCALES
 
     def load(self, scale: Scale, context: Context) -> Images:
-        """See `Study`."""
         return context.once(one_class_images)
 
     def jobs(self, scale: Scale, inputs: Images) -> list[Job]:
-        """See `Study`."""
         return [Job(name) for name in scale.classes]
 
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
-        """See `Study`."""
         train_images, _, is_id = job.split(inputs)
         return {
             "settings": asdict(scale.model),
@@ -108,7 +105,6 @@ class MoCoLength(Study[Scale, Images, Job]):
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         model = scale.model
         train_images, test, is_id = job.split(inputs)
         looks = folder / _LOOKS
@@ -212,4 +208,4 @@ def _notes(results: Sequence[Result]) -> list[str]:
     ]
 
 
-MoCoLength("moco-length", "MoCo-v2 on one class of CIFAR-10")
+MoCoLength("moco-length", "MoCo-v2 on one class of CIFAR-10", duration="70 min")

@@ -190,11 +190,9 @@ class OneClassStudy(Study[Scale, Images, Job]):
     grows: ClassVar[bool] = True
 
     def load(self, scale: Scale, context: Context) -> Images:
-        """See `Study`."""
         return context.once(one_class_images)
 
     def jobs(self, scale: Scale, inputs: Images) -> list[Job]:
-        """See `Study`."""
         return [
             Job(model, data, label)
             for model in scale.models
@@ -203,7 +201,6 @@ class OneClassStudy(Study[Scale, Images, Job]):
         ]
 
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
-        """See `Study`."""
         train_images, id_images, ood_images = _select(job, scale, inputs)
         return {
             "system": job.model,
@@ -218,7 +215,6 @@ class OneClassStudy(Study[Scale, Images, Job]):
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
-        """See `Study`."""
         train_images, id_images, ood_images = _select(job, scale, inputs)
         model = scale.models[job.model]
         where: dict[str, Any] = {"fabric": context.fabric, "progress": context.progress}
@@ -327,4 +323,4 @@ def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-OneClassStudy("table4", "Table 4, one-class classification")
+OneClassStudy("table4", "Table 4, one-class classification", duration="70 min")

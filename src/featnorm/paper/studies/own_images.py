@@ -100,7 +100,6 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         return {name: open_images(spec, root=context.root) for name, spec in specs.items()}
 
     def settings(self, job: Whole, scale: None, inputs: Mapping[str, ImageSource]) -> dict[str, Any]:
-        """See `Study`."""
         return {
             "classes": [ID_CLASSES, TARGET_CLASSES],
             "seeds": SEEDS,
@@ -111,7 +110,6 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
     def run(
         self, job: Whole, scale: None, inputs: Mapping[str, ImageSource], folder: Path, context: Context
     ) -> dict[str, Any]:
-        """See `Study`."""
         loaded = create_model(DEFAULT_MODEL)
         classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
         model = fast_layout(cut_classifier(loaded.model)[0].to(context.fabric.device).eval())
