@@ -9,7 +9,7 @@ import typer
 
 
 def _complete(incomplete: str) -> list[str]:
-    from featnorm.paper.reproduction import ALL
+    from featnorm.paper.reproduce import ALL
     from featnorm.paper.study import studies
 
     return [name for name in (ALL, *studies()) if name.startswith(incomplete)]
@@ -63,7 +63,7 @@ def reproduce(
 
     Trains the networks that it needs. Rerun the same command to resume an interrupted run.
     """
-    from featnorm.paper.reproduction import print_list, run
+    from featnorm.paper.reproduce import print_list, run
 
     if list_:
         print_list()

@@ -1,14 +1,11 @@
-"""What heads are worth and what moves them, on fabricated images and small networks."""
+"""What heads are worth on images of one's own, on fabricated images and a small network."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from featnorm.models import create_model
-from featnorm.paper.images import CLASSES
-from featnorm.paper.studies import head_study, own_images
-from featnorm.paper.study import studies
+from featnorm.paper.studies import own_images
 from small import reproduce, write_images
 
 
@@ -59,32 +56,3 @@ def test_views_are_parts_of_the_image():
     seen = [own_images._Viewed(lambda part: part, view)(image) for view in own_images._VIEWS]
     assert [part.size for part in seen] == [(10, 20), (8, 16), (8, 16), (8, 16)]
     assert seen[0].getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_head_study(root, tmp_path, monkeypatch):
-    settings = {name: head_study.SETTINGS[name] for name in ("T = 0.5", "width 64")}
-    short = {name: (t, d, replace(recipe, epochs=2, batch_size=32)) for name, (t, d, recipe) in settings.items()}
-    monkeypatch.setattr(head_study, "SETTINGS", short)
-    assert reproduce("head-study", root, tmp_path).exit_code == 0
-    result = json.loads((tmp_path / "laptop" / "head-study.json").read_text())
-    assert [row["setting"] for row in result["rows"]] == ["T = 0.5", "width 64"]
-    first, second = (row["scores"] for row in result["rows"])
-    assert first["KNN()"] == second["KNN()"]
-    assert first["NAN()"] != second["NAN()"]
-    assert "| width 64 |" in (tmp_path / "laptop" / "head-study.md").read_text()
-
-
-def test_explanation(root, tmp_path):
-    assert reproduce("explanation", root, tmp_path).exit_code == 0
-    result = json.loads((tmp_path / "laptop" / "explanation.json").read_text())
-    assert [row["set"] for row in result["rows"]] == ["cifar10", "SVHN", "large", "noise"]
-    for row in result["rows"]:
-        off = [value <= 0 for value in row["picture"]["activation"]]
-        usual = [rate >= 0.5 for rate in row["picture"]["on_rate"]]
-        assert row["active"] == 512 - sum(off)
-        assert row["usual"] == sum(usual)
-        assert row["missing"] == sum(a and b for a, b in zip(off, usual, strict=True))
-        assert row["predicted"] in CLASSES
-    drawn = studies()["explanation"].pictures(result)
-    assert list(drawn) == [f"explanation-{name}" for name in ("cifar10", "SVHN", "large", "noise")]
-    assert all(text.count("<svg") == 1 for text in drawn.values())

@@ -96,7 +96,7 @@ def _make_all(known: Mapping[str, _Study], context: Context) -> None:
         else:
             for i, (key, table) in enumerate(tables.items()):
                 drawn = list(pictures.values()) if i == 0 else []
-                sections.append(Section(key, table.title, table.headers, table.rows, table.notes, drawn))
+                sections.append(Section(key, table, drawn))
         write_results_page(
             page,
             sections,

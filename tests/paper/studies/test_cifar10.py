@@ -4,7 +4,6 @@ import json
 import re
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from small import context, reproduce, write_images
 
 RECIPE = PaperRecipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.05, augment=True, crop=24, warmup=0.2)
 TINY = cifar10.Scale(8, RECIPE, replace(FROZEN, epochs=1, batch_size=32), frozen=True, seeds=2)
-DOCS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture
