@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from featnorm.paper.images import Images
 from featnorm.paper.panels import Line, Panel, panel_figure
@@ -133,129 +134,109 @@ def _sets(run: Result) -> list[str]:
     return sorted(names, key=lambda name: (name not in _SPLITS, name != "train", name))
 
 
-def _figure1(runs: Sequence[Result]) -> _Parts:
-    plain, decayed = runs
-    panels = [
-        Panel(
-            title,
-            "epoch",
-            "l1-norm",
-            [
-                Line(_SPLITS.get(name, name), series(run, LAST, "norm", name), _epochs(run), style)
-                for style, name in enumerate(name for name in _sets(run) if name != "train")
-            ],
-        )
-        for title, run in (("without weight decay", plain), ("with weight decay", decayed))
-    ]
-    panels.append(
-        Panel(
-            "after training, with weight decay",
-            "l1-norm",
-            "density",
-            [
-                Line(
-                    _SPLITS.get(name, name),
-                    decayed["tensors"][f"norm:{name}"].tolist(),
-                    style=style,
-                    histogram=True,
-                )
-                for style, name in enumerate(name for name in _sets(decayed) if name != "train")
-            ],
-        )
-    )
-    rows = [
-        [
-            title,
-            f"{series(run, LAST, 'norm', 'test')[0]:.3g}",
-            f"{series(run, LAST, 'norm', 'test')[-1]:.3g}",
-            *(
-                f"{series(run, LAST, 'norm', name)[-1]:.3g}"
-                for name in _sets(run)
-                if name not in ("train", "test")
-            ),
-            f"{series(run, LAST, 'auroc', 'test', 'norm')[-1]:.1%}",
-        ]
-        for title, run in (("none", plain), ("5e-4", decayed))
-    ]
-    others = [f"{name}, end" for name in _sets(plain) if name not in ("train", "test")]
-    headers = ["Weight decay", "l1-norm of ID, first epoch", "ID, end", *others, "AUROC"]
-    return [panels], headers, rows
+def _test_sets(run: Result) -> dict[str, str]:
+    """The test split of ID and the OOD sets, with their names in figures."""
+    return {name: _SPLITS.get(name, name) for name in _sets(run) if name != "train"}
 
 
-def _hidden_rows(runs: Sequence[Result]) -> _Parts:
-    """A row of panels for each network, a line for each layer: the hidden classifiers over training."""
-    grid, rows = [], []
-    for run in runs:
-        activation = run["job"]["activation"]
-        grid.append(
-            [
-                Panel(
-                    f"{activation}: {label}",
-                    "epoch",
-                    "",
-                    [
-                        Line(called, series(run, layer, "hidden", "train", key), _epochs(run), style)
-                        for style, (layer, called) in enumerate(MLP_LAYERS.items())
-                    ],
-                )
-                for key, label in _HIDDEN.items()
-            ]
-        )
-        for layer, called in MLP_LAYERS.items():
-            ends = [
-                f"{values[0]:.3g} → {values[-1]:.3g}"
-                for key in _HIDDEN
-                for values in [series(run, layer, "hidden", "train", key)]
-            ]
-            rows.append([f"{activation}, {called}", *ends])
-    return grid, ["Layer", *(f"{label}, first → last epoch" for label in _HIDDEN.values())], rows
+def _by_set(run: Result, *path: str) -> list[Line]:
+    """Return a line per set of what is recorded of the last hidden layer."""
+    return [
+        Line(called, series(run, LAST, *path, name), _epochs(run), style)
+        for style, (name, called) in enumerate(_test_sets(run).items())
+    ]
+
+
+def _by_layer(run: Result, layers: Mapping[str, str], *path: str) -> list[Line]:
+    return [
+        Line(called, series(run, layer, *path), _epochs(run), style)
+        for style, (layer, called) in enumerate(layers.items())
+    ]
 
 
 def _by_scheme(runs: Sequence[Result], *path: str) -> list[Line]:
     return [Line(_scheme(run), series(run, *path), _epochs(run), style) for style, run in enumerate(runs)]
 
 
-def _figure3(runs: Sequence[Result]) -> _Parts:
-    panels = [
-        Panel(
-            "detection against the training split",
-            "epoch",
-            "AUROC",
-            _by_scheme(runs, LAST, "auroc", "train", "norm"),
-        ),
-        Panel("entropy of activation", "epoch", "nats", _by_scheme(runs, LAST, "entropy", "train")),
+def _histograms(run: Result, values: Callable[[str], Tensor]) -> list[Line]:
+    """Return a histogram per set, of the values of a set by its name."""
+    return [
+        Line(called, values(name).tolist(), style=style, histogram=True)
+        for style, (name, called) in enumerate(_test_sets(run).items())
     ]
+
+
+def _first_and_last(values: Sequence[float], form: str) -> str:
+    return f"{values[0]:{form}} → {values[-1]:{form}}"
+
+
+def _figure1(runs: Sequence[Result]) -> _Parts:
+    plain, decayed = runs
+    panels = [
+        Panel(f"{title} weight decay", "epoch", "l1-norm", _by_set(run, "norm"))
+        for title, run in (("without", plain), ("with", decayed))
+    ]
+    densities = _histograms(decayed, lambda name: decayed["tensors"][f"norm:{name}"])
+    panels.append(Panel("after training, with weight decay", "l1-norm", "density", densities))
+    ood = [name for name in _test_sets(plain) if name != "test"]
     rows = []
+    for title, run in (("none", plain), ("5e-4", decayed)):
+        ends = [f"{series(run, LAST, 'norm', name)[-1]:.3g}" for name in ("test", *ood)]
+        auroc = series(run, LAST, "auroc", "test", "norm")[-1]
+        rows.append([title, f"{series(run, LAST, 'norm', 'test')[0]:.3g}", *ends, f"{auroc:.1%}"])
+    headers = ["Weight decay", "l1-norm of ID, first epoch", "ID, end", *(f"{name}, end" for name in ood), "AUROC"]
+    return [panels], headers, rows
+
+
+def _hidden_rows(runs: Sequence[Result]) -> _Parts:
+    """A row of panels per network, a line per layer: the hidden classifiers over training."""
+    grid, rows = [], []
     for run in runs:
-        aurocs = series(run, LAST, "auroc", "train", "norm")
-        entropies = series(run, LAST, "entropy", "train")
-        rows.append(
+        activation = run["job"]["activation"]
+        grid.append(
             [
-                _scheme(run),
-                *(f"{value:.1%}" for value in (aurocs[0], aurocs[-1])),
-                *(f"{value:.3f}" for value in (entropies[0], entropies[-1])),
-                f"{run['records'][-1]['loss']:.3g}",
+                Panel(f"{activation}: {label}", "epoch", "", _by_layer(run, MLP_LAYERS, "hidden", "train", key))
+                for key, label in _HIDDEN.items()
             ]
         )
+        for layer, called in MLP_LAYERS.items():
+            ends = [_first_and_last(series(run, layer, "hidden", "train", key), ".3g") for key in _HIDDEN]
+            rows.append([f"{activation}, {called}", *ends])
+    return grid, ["Layer", *(f"{label}, first → last epoch" for label in _HIDDEN.values())], rows
+
+
+def _figure3(runs: Sequence[Result]) -> _Parts:
+    aurocs = _by_scheme(runs, LAST, "auroc", "train", "norm")
+    entropies = _by_scheme(runs, LAST, "entropy", "train")
+    panels = [
+        Panel("detection against the training split", "epoch", "AUROC", aurocs),
+        Panel("entropy of activation", "epoch", "nats", entropies),
+    ]
+    rows = [
+        [
+            _scheme(run),
+            *(f"{auroc.y[i]:.1%}" for i in (0, -1)),
+            *(f"{entropy.y[i]:.3f}" for i in (0, -1)),
+            f"{run['records'][-1]['loss']:.3g}",
+        ]
+        for run, auroc, entropy in zip(runs, aurocs, entropies, strict=True)
+    ]
     headers = ["Scheme", "AUROC, first epoch", "last", "entropy, first epoch", "last", "training loss, last"]
     return [panels], headers, rows
 
 
 def _gaps(score: str) -> Callable[[Sequence[Result]], _Parts]:
     def make(runs: Sequence[Result]) -> _Parts:
-        lines = [Line(_scheme(run), gap(run, score), _epochs(run), style) for style, run in enumerate(runs)]
-        panels = [
-            Panel("training split", "epoch", "AUROC", _by_scheme(runs, LAST, "auroc", "train", score)),
-            Panel("test split", "epoch", "AUROC", _by_scheme(runs, LAST, "auroc", "test", score)),
-            Panel("gap", "epoch", "AUROC, training − test", lines),
+        lines = [
+            _by_scheme(runs, LAST, "auroc", "train", score),
+            _by_scheme(runs, LAST, "auroc", "test", score),
+            [Line(_scheme(run), gap(run, score), _epochs(run), style) for style, run in enumerate(runs)],
         ]
+        named = [("training split", "AUROC"), ("test split", "AUROC"), ("gap", "AUROC, training − test")]
+        panels = [Panel(title, "epoch", unit, y) for (title, unit), y in zip(named, lines, strict=True)]
         rows = [
-            [
-                _scheme(run),
-                *(f"{series(run, LAST, 'auroc', split, score)[-1]:.1%}" for split in ("train", "test")),
-                f"{gap(run, score)[-1]:+.1%}",
-            ]
-            for run in runs
+            [train.name, f"{train.y[-1]:.1%}", f"{test.y[-1]:.1%}", f"{difference.y[-1]:+.1%}"]
+            for train, test, difference in zip(*lines, strict=True)
         ]
         return [panels], ["Scheme", "AUROC, training split", "test split", "gap"], rows
 
@@ -285,49 +266,26 @@ def _correlations(*scores: str) -> Callable[[Sequence[Result]], _Parts]:
 
 def _figure6(runs: Sequence[Result]) -> _Parts:
     (run,) = runs
-    others = [name for name in _sets(run) if name != "train"]
+    sets = _test_sets(run)
+    densities = _histograms(run, lambda name: 1 / run["tensors"][f"l0:{name}"].clamp_min(1))
     panels = [
+        Panel("sparsity of the last hidden layer", "1 / units on", "density", densities),
+        Panel("entropy of activation", "epoch", "nats", _by_layer(run, RESNET_LAYERS, "entropy", "train")),
         Panel(
-            "sparsity of the last hidden layer",
-            "1 / units on",
-            "density",
-            [
-                Line(
-                    _SPLITS.get(name, name),
-                    (1 / run["tensors"][f"l0:{name}"].clamp_min(1)).tolist(),
-                    style=style,
-                    histogram=True,
-                )
-                for style, name in enumerate(others)
-            ],
-        )
+            "detection by the l1-norm", "epoch", "AUROC", _by_layer(run, RESNET_LAYERS, "auroc", "test", "norm")
+        ),
     ]
-    for title, unit, path in (
-        ("entropy of activation", "nats", ("entropy", "train")),
-        ("detection by the l1-norm", "AUROC", ("auroc", "test", "norm")),
-    ):
-        lines = [
-            Line(called, series(run, layer, *path), _epochs(run), style)
-            for style, (layer, called) in enumerate(RESNET_LAYERS.items())
+    rows = [
+        [
+            called,
+            _first_and_last(series(run, layer, "entropy", "train"), ".3f"),
+            *(f"{series(run, layer, 'auroc', 'test', score)[-1]:.1%}" for score in _SCORES),
+            *(f"{series(run, layer, 'sparsity', name)[-1]:.3g}" for name in sets),
         ]
-        panels.append(Panel(title, "epoch", unit, lines))
-    rows = []
-    for layer, called in RESNET_LAYERS.items():
-        entropies = series(run, layer, "entropy", "train")
-        rows.append(
-            [
-                called,
-                f"{entropies[0]:.3f} → {entropies[-1]:.3f}",
-                *(f"{series(run, layer, 'auroc', 'test', score)[-1]:.1%}" for score in _SCORES),
-                *(f"{series(run, layer, 'sparsity', name)[-1]:.3g}" for name in others),
-            ]
-        )
+        for layer, called in RESNET_LAYERS.items()
+    ]
     headers = ["Layer", "entropy, first → last epoch", *(f"AUROC of {name}" for name in _SCORES.values())]
-    return (
-        [panels],
-        [*headers, *(f"1/l0, {_SPLITS.get(n, n)}" for n in others)],
-        rows,
-    )
+    return [panels], [*headers, *(f"1/l0, {called}" for called in sets.values())], rows
 
 
 def _figure8(runs: Sequence[Result]) -> _Parts:
@@ -335,14 +293,13 @@ def _figure8(runs: Sequence[Result]) -> _Parts:
     for prefix, when in (("", "after the rectifier"), ("pre_", "before the rectifier")):
         panels = []
         for run in runs:
-            pairs = {
-                name: series(run, LAST, "hidden", "train", prefix + key)
-                for name, key in (("target", "error"), ("other classes", "other_error"))
-            }
-            lines = [Line(name, y, _epochs(run), style) for style, (name, y) in enumerate(pairs.items())]
+            lines = [
+                Line(name, series(run, LAST, "hidden", "train", prefix + key), _epochs(run), style)
+                for style, (name, key) in enumerate([("target", "error"), ("other classes", "other_error")])
+            ]
             panels.append(Panel(f"{_scheme(run)}, {when}", "epoch", "approximation error", lines))
             accuracy = series(run, LAST, "hidden", "train", "accuracy")[-1]
-            ends = [f"{y[0]:.3f} → {y[-1]:.3f}" for y in pairs.values()]
+            ends = [_first_and_last(line.y, ".3f") for line in lines]
             rows.append([f"{_scheme(run)}, {when}", *ends, f"{accuracy:.1%}"])
         grid.append(panels)
     headers = ["Scheme", "error on the target, first → last epoch", "on other classes", "accuracy, last"]
