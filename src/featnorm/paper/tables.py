@@ -55,6 +55,26 @@ def printed(pair: Sequence[float | None] | None) -> str:
     return "–" if pair is None else " / ".join("–" if value is None else f"{value}" for value in pair)
 
 
+def compared(
+    results: Sequence[Result], detector: str, theirs: Mapping[str, Sequence[float | None]], sets: Sequence[str]
+) -> list[str]:
+    """Return a detector's cells: our mean over the OOD sets, the paper's average, and ours for each set.
+
+    Parameters
+    ----------
+    results : the runs that it was measured in, such as those of several seeds; if there are none, ours are dashes.
+    detector : its expression.
+    theirs : the paper's numbers by set and "Average"; those of a set stand in brackets behind ours.
+    sets : names of the OOD sets.
+    """
+    means = cell([mean_pair(result, detector) for result in results])
+    cells = [means or "–", printed(theirs.get("Average"))]
+    for name in sets:
+        ours = cell([result["scores"][detector][name] for result in results])
+        cells.append((ours or "–") + (f" ({printed(theirs[name])})" if name in theirs else ""))
+    return cells
+
+
 def facts(results: Sequence[Result]) -> list[str]:
     """Return notes on the images, and on where the numbers were made."""
     return [*(f"{name}: {value}" for name, value in results[0]["images"].items()), *environment(results)]

@@ -22,7 +22,7 @@ from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.recipe import PRESETS, PaperRecipe
 from featnorm.paper.scoring import train_and_score
 from featnorm.paper.study import Context, Study
-from featnorm.paper.tables import MEASURES, Pair, Result, Table, cell, facts, mean_pair, printed
+from featnorm.paper.tables import MEASURES, Pair, Result, Table, cell, compared, facts, mean_pair, printed
 
 
 @dataclass(frozen=True)
@@ -202,14 +202,7 @@ def _make_table3(study: Cifar10Study, results: Sequence[Result]) -> Table:
     names = [name for name in results[0]["scores"] if all(name in result["scores"] for result in results)]
     names.sort(key=lambda name: -statistics.fmean(mean_pair(result, name)[0] for result in results))
     sets = list(results[0]["scores"][names[0]])
-    rows = []
-    for name in names:
-        theirs = paper["rows"].get(name, {})
-        row = [name, cell([mean_pair(result, name) for result in results]), printed(theirs.get("Average"))]
-        for set_name in sets:
-            ours = cell([result["scores"][name][set_name] for result in results])
-            row.append(ours + (f" ({printed(theirs[set_name])})" if set_name in theirs else ""))
-        rows.append(row)
+    rows = [[name, *compared(results, name, paper["rows"].get(name, {}), sets)] for name in names]
     shared = [set_name for set_name in sets if any(set_name in row for row in paper["rows"].values())]
     notes = _notes(results)
     notes.append(

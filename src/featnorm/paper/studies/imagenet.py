@@ -45,7 +45,7 @@ from featnorm.paper.imagenet_data import LINEAR, WEIGHTS, Data, Shrunk, missing_
 from featnorm.paper.numbers import numbers
 from featnorm.paper.scoring import percentages
 from featnorm.paper.study import Context, MissingError, Study
-from featnorm.paper.tables import MEASURES, Result, Table, cell, environment, mean_pair, printed
+from featnorm.paper.tables import MEASURES, Result, Table, cell, compared, environment, mean_pair, printed
 
 Reader = Callable[[Tensor], Features]
 """Computes all features of a network from its pooled features (n, D)."""
@@ -410,14 +410,10 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         rows = []
         for expected in self.detectors:
             ours = _ours(expected, first)
-            theirs = paper.get(expected, {})
             if not all(ours in run["scores"] for run in runs):
                 continue
-            row = [ours, cell([mean_pair(run, ours) for run in runs]), printed(theirs.get("Average"))]
-            for name in sets:
-                own = cell([run["scores"][ours][name] for run in runs])
-                row.append(own + (f" ({printed(theirs[name])})" if name in theirs else ""))
-            rows.append([*row, f"{statistics.fmean(run['microseconds'][ours] for run in runs):.1f}"])
+            microseconds = statistics.fmean(run["microseconds"][ours] for run in runs)
+            rows.append([ours, *compared(runs, ours, paper.get(expected, {}), sets), f"{microseconds:.1f}"])
         if self.shares_of_bank:
             rows += _share_rows(runs, sets)
         wanted = {_ours(expected, first) for expected in self.detectors}
@@ -479,10 +475,8 @@ def _share_rows(runs: Sequence[Result], sets: Sequence[str]) -> list[list[str]]:
     for ours, share in runs[0]["shares"].items():
         if share == 1 or ours not in runs[0]["scores"]:
             continue
-        pairs = [cell([run["scores"][ours][name] for run in runs]) for name in sets]
-        speed = statistics.fmean(run["microseconds"][ours] for run in runs)
-        mean = cell([mean_pair(run, ours) for run in runs])
-        rows.append([f"{ours}, {share:.0%} of the bank", mean, "–", *pairs, f"{speed:.1f}"])
+        microseconds = statistics.fmean(run["microseconds"][ours] for run in runs)
+        rows.append([f"{ours}, {share:.0%} of the bank", *compared(runs, ours, {}, sets), f"{microseconds:.1f}"])
     return rows
 
 

@@ -24,7 +24,7 @@ from featnorm.paper.scoring import train_and_score
 from featnorm.paper.study import Context, Study
 from featnorm.paper.systems import GOAD
 from featnorm.paper.systems.frameworks import moco_detectors
-from featnorm.paper.tables import MEASURES, Result, Table, cell, facts, mean_pair, printed
+from featnorm.paper.tables import MEASURES, Result, Table, compared, facts
 
 
 @dataclass(frozen=True)
@@ -173,21 +173,14 @@ class FrameworkStudy(Study[Scale, Images, Job]):
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
         paper = numbers("cifar10")[self.name]
-        measured = {
-            detector: (result, pairs) for result in content for detector, pairs in result["scores"].items()
-        }
+        measured = {detector: result for result in content for detector in result["scores"]}
         first = content[0]
         sets = [fact.removeprefix("OOD, ") for fact in first["images"] if fact.startswith("OOD, ")]
         rows = []
         for detector in dict.fromkeys((*paper["rows"], *measured)):
-            theirs = paper["rows"].get(detector, {})
-            result, pairs = measured.get(detector, (None, {}))
-            ours = "–" if result is None else cell([mean_pair(result, detector)])
-            row = [detector, "–" if result is None else result["framework"], ours, printed(theirs.get("Average"))]
-            for set_name in sets:
-                bracket = f" ({printed(theirs[set_name])})" if set_name in theirs else ""
-                row.append((cell([pairs[set_name]]) if pairs else "–") + bracket)
-            rows.append(row)
+            runs = [measured[detector]] if detector in measured else []
+            cells = compared(runs, detector, paper["rows"].get(detector, {}), sets)
+            rows.append([detector, runs[0]["framework"] if runs else "–", *cells])
         notes = [
             f"scale {first['scale']}: ResNet-18 of width {first['width']}, one network a framework, "
             f"seed {first['seed']}",
