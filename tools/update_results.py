@@ -22,7 +22,7 @@ STUDIES = studies()
 
 
 def shipped(content: Mapping[str, Any]) -> dict[str, Table]:
-    """Return what tools/measure_shipped.py found, as tables."""
+    """Return what tools/measure_shipped.py measured, as tables."""
     notes = [
         f"{content['detector']} on {content['images']}",
         "command: python tools/measure_shipped.py",
@@ -46,20 +46,20 @@ def shipped(content: Mapping[str, Any]) -> dict[str, Table]:
         ]
         for row in content["service"]
     ]
-    headers = ["Clients", "requests a second", "median, ms", "99th percentile, ms", "images a batch", "errors"]
+    headers = ["Clients", "requests per second", "median, ms", "99th percentile, ms", "images per batch", "errors"]
     return {
         "speed": Table(
-            "Images a second, single precision", ["What", "images a second", "ratio"], rows, [answers, *notes]
+            "Images per second, single precision", ["What", "images per second", "ratio"], rows, [answers, *notes]
         ),
-        "service": Table("The service, one image a request", headers, service, notes),
+        "service": Table("The service, one image per request", headers, service, notes),
     }
 
 
 def speed(content: Mapping[str, Any]) -> dict[str, Table]:
-    """Return what `make bench` measured, a table a theme."""
+    """Return what `make bench` measured, one table per theme."""
     facts = [f"{name}: {value}" for name, value in content["environment"].items()]
     if content["scale"] != "full":
-        facts.append("at sizes that only try the benchmarks")
+        facts.append("at sizes that only test the benchmarks")
     headers = ["Work", "against", "ours", "theirs", "ratio", "mark", "met", "rounds", "of what"]
     found = {}
     for theme in dict.fromkeys(row["theme"] for row in content["results"]):
@@ -91,7 +91,7 @@ def _quantity(value: float, unit: str) -> str:
 
 #: Page -> results on it that are not a study's -> what makes their tables.
 OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
-    # Kept from when these networks were smaller and trained for fewer epochs.
+    # From smaller networks that were trained for fewer epochs.
     "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
     "own-images": {"shipped": shipped},
     "speed": {"speed": speed},

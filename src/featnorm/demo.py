@@ -1,7 +1,7 @@
-"""The demonstration's benchmark: handwritten digits and photographs that scikit-learn ships.
+"""The benchmark of the demonstration: handwritten digits and photographs that come with scikit-learn.
 
-A small network learns the digits 0 to 6. The digits 7, 8 and 9 are near-OOD, patches of photographs far-OOD.
-Everything is 8 x 8 grey, and training takes seconds on a CPU.
+A small network is trained on the digits 0 to 6. The digits 7, 8 and 9 are near-OOD, patches of photographs
+far-OOD. All images are 8 x 8 and gray, and training takes seconds on a CPU.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class Digits:
 
 
 def network(width: int = 64) -> nn.Sequential:
-    """Return three convolutions, pooled, and the paper's head, for images (n, 1, 8, 8) in [0, 1]."""
+    """Return three convolutions with pooling, and the paper's head, for images (n, 1, 8, 8) in [0, 1]."""
 
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(
@@ -59,10 +59,10 @@ def load(seed: int = 0) -> Digits:
     photographs = [torch.tensor(photo).float().mean(2) / 255 for photo in load_sample_images().images]
     patches = []
     for i in range(PATCHES):
-        grey = photographs[i % len(photographs)]
+        gray = photographs[i % len(photographs)]
         size = int(torch.randint(24, 97, (), generator=generator))
-        top, left = (int(torch.randint(0, side - size, (), generator=generator)) for side in grey.shape)
-        patch = grey[None, None, top : top + size, left : left + size]
+        top, left = (int(torch.randint(0, side - size, (), generator=generator)) for side in gray.shape)
+        patch = gray[None, None, top : top + size, left : left + size]
         patches.append(nn.functional.interpolate(patch, (8, 8), mode="area")[0])
     ood = {"digits 7, 8, 9": images[labels >= len(ID_DIGITS)], "photographs": torch.stack(patches)}
     return Digits(train, calibrate, test, ood)
@@ -70,7 +70,7 @@ def load(seed: int = 0) -> Digits:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run on one thread: on layers this small threads wait for each other, on a busy machine for minutes."""
+    """Run on one thread: with layers this small, threads wait for each other, for minutes on a busy machine."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def _one_thread() -> Iterator[None]:
 def train(data: tuple[Tensor, Tensor], seed: int = 0, *, progress: bool | None = None) -> nn.Sequential:
     """Train a network by cross entropy on cosine logits."""
     images, labels = data
-    # The caller's random state is theirs, and the weights depend on the seed alone.
+    # The caller's random state is restored, and the weights depend only on the seed.
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = network()

@@ -1,4 +1,4 @@
-"""The objectives of the training frameworks: their formulas, what they learn, and that they resume with it."""
+"""The objectives of the training frameworks: their formulas, and that they resume with their state."""
 
 import math
 from dataclasses import replace
@@ -86,8 +86,8 @@ def test_moco_is_its_formula_and_remembers_its_keys():
     torch.testing.assert_close(objective.queue, torch.cat([queue[4:], k.float()]))
 
 
-def test_moco_normalises_keys_in_shuffled_parts(monkeypatch):
-    monkeypatch.setattr("featnorm.paper.objectives._KEYS_A_PASS", 4)
+def test_moco_normalizes_keys_in_shuffled_parts(monkeypatch):
+    monkeypatch.setattr("featnorm.paper.objectives._KEYS_PER_PASS", 4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6), nn.BatchNorm1d(6))
     objective = OBJECTIVES["moco"](replace(SMALL["MoCo-v2"], batch_size=8, queue=8))
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)

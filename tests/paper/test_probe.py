@@ -1,4 +1,4 @@
-"""What a probe records is what its parts say of the model at that epoch."""
+"""A probe records what its parts compute for the model at each epoch."""
 
 import json
 from dataclasses import replace
@@ -91,9 +91,9 @@ def test_it_follows_training_and_a_broken_run(tmp_path):
     recipe = replace(RECIPE, epochs=3)
 
     def probe():
-        return Probe(splits, ood, most=20, file=tmp_path / "probe.jsonl")
+        return Probe(splits, ood, max_inputs=20, file=tmp_path / "probe.jsonl")
 
-    unbroken = Probe(splits, ood, most=20)
+    unbroken = Probe(splits, ood, max_inputs=20)
     train(network(), *splits["train"], recipe, on_epoch=unbroken)
     first = probe()
 
@@ -112,19 +112,19 @@ def test_it_follows_training_and_a_broken_run(tmp_path):
 
 def test_more_inputs_than_wanted_are_thinned_evenly():
     images = torch.arange(100)[:, None].float()
-    probe = Probe({"train": (images, torch.zeros(100, dtype=torch.int64))}, {}, most=4)
+    probe = Probe({"train": (images, torch.zeros(100, dtype=torch.int64))}, {}, max_inputs=4)
     assert probe.splits["train"][0].flatten().tolist() == [0, 33, 66, 99]
 
 
 def test_what_cannot_be_probed_is_named():
     splits, ood = sets()
     for options, message in (
-        (dict(layers=[LAST]), "always listened to"),
-        (dict(hidden=["1.hidden"]), "the layer is not among layers"),
+        (dict(layers=[LAST]), "always recorded"),
+        (dict(hidden=["1.hidden"]), "'1.hidden', which is not among layers"),
     ):
         with pytest.raises(ValueError, match=message):
             Probe(splits, ood, **options)
-    with pytest.raises(ValueError, match="both called a"):
+    with pytest.raises(ValueError, match="both named a"):
         Probe({"a": splits["train"]}, ood)
-    with pytest.raises(ValueError, match="no ReLU of the output of"):
+    with pytest.raises(ValueError, match="not the ReLU of the output of"):
         Probe(splits, ood, pre_activation="1.embedding").measure(network())

@@ -1,4 +1,4 @@
-"""`featnorm reproduce all`: what can be made is made and put on one page, what cannot is named there."""
+"""`featnorm reproduce all` puts every result that can be made on one page, and names the others there."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ RECIPE = PaperRecipe(epochs=1, batch_size=32, optimizer="sgd", lr=0.02)
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two tables of one network, a figure that can be made and one whose images are not there."""
+    """A few studies: two tables share a network, and one figure has no images."""
     names = ("table5", "table10", "table1", "figure2", "figure13", "explanation")
     known = study.studies()
     monkeypatch.setattr(study, "_STUDIES", {name: known[name] for name in names})

@@ -1,4 +1,4 @@
-"""The pages of results show what the results hold."""
+"""The pages of results show the tables of the kept results."""
 
 import importlib.util
 from pathlib import Path

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from featnorm.paper.systems import steps
+from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.steps import train_steps
-from featnorm.paper.systems.system import TrainContext
 from featnorm.training import Recipe, loop, train
 from featnorm.training.runs import CHECKPOINT, LOG, log, read_checkpoint, read_log, write_checkpoint
 

@@ -68,6 +68,6 @@ def reproduce(
     if list_:
         print_list()
     elif name is None:
-        raise ValueError("which table or figure? `featnorm reproduce --list` lists their names")
+        raise ValueError("NAME is missing: `featnorm reproduce --list` lists the names")
     else:
         run(name, scale, data_root, weights, out, device, precision, compiled)

@@ -72,8 +72,8 @@ def load_images(
             "every OOD set is missing: " + "; ".join(f"{name}: {why}" for name, why in missing.items())
         )
     images = Images(
-        labelled(train, SIDE, progress=progress),
-        labelled(test, SIDE, progress=progress),
+        labeled(train, SIDE, progress=progress),
+        labeled(test, SIDE, progress=progress),
         {name: image_tensor(source, SIDE, progress=progress) for name, source in sets.items()},
         missing=missing,
     )
@@ -85,7 +85,7 @@ def load_images(
     return images
 
 
-def labelled(
+def labeled(
     source: ImageSource, side: int, *, classes: int = len(CLASSES), progress: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Decode images, and return them with their labels.

@@ -53,11 +53,13 @@ def run(
     Raises
     ------
     ValueError
-        There is no such study, or as `featnorm.paper.study.Study.make`.
+        The name is unknown, or see `featnorm.paper.study.Study.make`.
     """
-    known = studies()
-    if name not in (ALL, *known):
-        raise ValueError(f"there is no {name!r} to reproduce: choose {ALL}, or one of {', '.join(known)}")
+    available = studies()
+    if name not in (ALL, *available):
+        raise ValueError(
+            f"unknown name {name!r}: choose {ALL}, or one of {', '.join(available)}"
+        )
     out = out / scale
     files = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
     prepare_folder(out, [out / file for file in files])
@@ -69,10 +71,10 @@ def run(
 
     context = Context(scale, data_root, weights, out, fabric, facts, note=note)
     if name == ALL:
-        _make_all(known, context)
+        _make_all(available, context)
         return
     try:
-        _make(known[name], context)
+        _make(available[name], context)
     except MissingError as error:
         for line in error.lines:
             print(f"- {line}", file=sys.stderr)
@@ -83,10 +85,10 @@ def run(
     console.print(f"Wrote {out / name}.md.", soft_wrap=True)
 
 
-def _make_all(known: Mapping[str, _Study], context: Context) -> None:
+def _make_all(available: Mapping[str, _Study], context: Context) -> None:
     """Make every study that can be made; the page grows with each result, and names the ones that are missing."""
     page, sections, missing = context.out / "results.html", list[Section](), dict[str, str]()
-    for name, study in known.items():
+    for name, study in available.items():
         console.print(name, style="bold")
         try:
             tables, pictures = _make(study, context)

@@ -15,6 +15,7 @@ from featnorm._utils.layout import fast_layout
 from featnorm.detectors import NAN, Detector, L1Norm, Sparsity
 from featnorm.evaluation import Evaluation, compare
 from featnorm.features import Features
+from featnorm.inputs import CachedFeatures, ImageSource
 from featnorm.paper.images import Images, spaced
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.study import Context
@@ -160,6 +161,11 @@ def inactive(batches: Iterable[Features]) -> float:
     """Return the share of the hidden layer's units that are off."""
     off = [(features.tensor("activation") <= 0).double().mean(1) for features in batches]
     return float(torch.cat(off).mean())
+
+
+def cached_labels(source: ImageSource, cached: CachedFeatures) -> Tensor:
+    """Return the labels (n,) of the images whose features are cached; -1 for no label."""
+    return torch.tensor([-1 if (label := source.label(row)) is None else label for row in cached.rows.tolist()])
 
 
 def percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:

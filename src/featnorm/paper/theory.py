@@ -18,7 +18,7 @@ from featnorm.models import Normalize, cifar_network
 from featnorm.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from featnorm.models.heads import Activation
 from featnorm.norms import l0_norm, l1_norm
-from featnorm.paper.images import Images, cifar10_images, labelled, spaced
+from featnorm.paper.images import Images, cifar10_images, labeled, spaced
 from featnorm.paper.networks import MLP
 from featnorm.paper.probe import LAST, Probe
 from featnorm.paper.recipe import PRESETS, PaperRecipe, Scheme, scheme_labels
@@ -98,7 +98,7 @@ def _digits(data: Data, context: Context) -> Images:
     splits = []
     for split in ("train", "test"):
         source = open_images(f"{data}:{split}", root=context.root)
-        pixels, labels = labelled(source, side, progress=context.progress)
+        pixels, labels = labeled(source, side, progress=context.progress)
         splits.append((pixels[:, :1].contiguous() if data == "mnist" else pixels, labels))
     facts = {"training images": f"{data}:train, {len(splits[0][0])}", "in-distribution": f"{data}:test"}
     return Images(splits[0], splits[1], facts=facts)
@@ -116,7 +116,7 @@ def build(job: Job, scale: Scale, shape: torch.Size, classes: int, seed: int = 0
     """Return a network for pixels in [0, 1] of shape (c, h, w), with the initial weights of a seed."""
     if job.network == "resnet":
         return cifar_network(scale.width, classes, hidden=HIDDEN, activation=job.activation, seed=seed)
-    # The caller's random state is theirs.
+    # The caller's random state is restored.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean, std = ((0.1307,), (0.3081,)) if job.data == "mnist" else (CIFAR10_MEAN, CIFAR10_STD)

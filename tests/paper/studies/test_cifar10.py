@@ -63,7 +63,7 @@ def test_every_table_is_made_once_trained(root, tiny, tmp_path, monkeypatch):
     assert (out / "table3.md").read_text() == document
 
 
-def test_a_broken_run_goes_on(root, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
     score = scoring.score
 
     def die(*_args, **_options):
@@ -80,7 +80,7 @@ def test_a_broken_run_goes_on(root, tiny, tmp_path, monkeypatch):
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
+def test_a_result_of_other_settings_raises(root, tiny, tmp_path, monkeypatch):
     reproduce("table5", root, tmp_path)
     monkeypatch.setitem(cifar10.SCALES, "laptop", replace(TINY, width=16))
     with pytest.raises(ValueError, match="holds a run with other width: choose another folder"):
@@ -92,9 +92,11 @@ def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_reproduced_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no 'table99' to reproduce: choose all, or one of explanation, fig"):
+    with pytest.raises(
+        ValueError, match="unknown name 'table99': choose all, or one of explanation, figure1, figure2"
+    ):
         reproduce("table99", tmp_path, tmp_path)
-    with pytest.raises(ValueError, match="which table or figure"):
+    with pytest.raises(ValueError, match="NAME is missing: `featnorm reproduce --list`"):
         CliRunner().invoke(app, ["reproduce"], catch_exceptions=False)
     result = CliRunner().invoke(app, ["reproduce", "table3", "--scale", "huge"])
     assert result.exit_code == 2

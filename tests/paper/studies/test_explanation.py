@@ -16,7 +16,7 @@ def test_explanation(root, tmp_path):
         usual = [rate >= 0.5 for rate in row["picture"]["on_rate"]]
         assert row["active"] == 512 - sum(off)
         assert row["usual"] == sum(usual)
-        assert row["missing"] == sum(a and b for a, b in zip(off, usual, strict=True))
+        assert row["inactive"] == sum(a and b for a, b in zip(off, usual, strict=True))
         assert row["predicted"] in CLASSES
     drawn = studies()["explanation"].pictures(result)
     assert list(drawn) == [f"explanation-{name}" for name in ("cifar10", "SVHN", "large", "noise")]

@@ -104,7 +104,7 @@ def test_the_label_schemes_train_as_the_paper_says():
     assert (mlp.epochs, mlp.optimizer, mlp.lr, mlp.batch_size) == (200, "adamw", 1e-3, 256)
 
 
-def test_digits_are_grey(root):
+def test_digits_are_gray(root):
     images = theory.LOADERS["mnist"](context(None, root=root))
     assert images.train[0].shape == (120, 1, 28, 28)
     model = theory.build(theory.Job("mlp", "mnist"), TINY, images.train[0].shape[1:], 10)

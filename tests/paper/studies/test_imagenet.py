@@ -174,7 +174,7 @@ def test_torchvision_networks(name, architecture, tmp_path):
     network = imagenet._load(name, tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 300, 3), dtype=np.uint8))
     inputs = network.backbone.transform(image)
-    # 256 pixels on the short side, of which the middle 224 are looked at.
+    # 256 pixels on the short side, of which the central 224 are used.
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     pixels = torch.from_numpy(np.array(image.crop((38, 16, 262, 240)))).permute(2, 0, 1) / 255
     assert torch.allclose(inputs[0], ((pixels - mean) / 0.229)[0], atol=1e-5)
@@ -204,21 +204,21 @@ def test_what_is_missing_is_named_all_at_once(large, weights, tmp_path, capsys):
     lines = caught.value.lines
     assert len(lines) == 6
     train, val, naturalist, sun, *_ = lines
-    assert "imagenet/train has 3 images where 1,281,167 belong: Unpack ILSVRC2012_img_train.tar" in train
+    assert "imagenet/train has 3 images, not 1,281,167: Unpack ILSVRC2012_img_train.tar" in train
     assert "no images in" in val
     assert "valprep.sh" in val
     assert f"{tmp_path}/iNaturalist: no such folder" in naturalist
     assert "Unpack http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/iNaturalist.tar.gz" in naturalist
-    assert "SUN has 3 images where 10,000 belong" in sun
+    assert "SUN has 3 images, not 10,000" in sun
     with pytest.raises(MissingError, match=r"vit_b_16-c867db91.pth: no folder of weights is set \(--wei"):
         load("table9", None, None)
     with pytest.raises(MissingError, match="species_sub: no data root is set"):
         load("table12", None, weights)
 
 
-def test_images_without_classes_are_refused(paper, tmp_path):
+def test_images_without_classes_raise(paper, tmp_path):
     write_images(tmp_path / "imagenet" / "val", 3, 0)
-    with pytest.raises(DataError, match="imagenet/val has 0 classes where 6 belong"):
+    with pytest.raises(DataError, match="imagenet/val has 0 classes, not 6"):
         imagenet_data._VAL.find(tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_laptop(laptop, tmp_path):
     assert tiny[0]["images"]["OOD, other classes"].endswith(", 16")
     assert tiny[0]["images"]["resolution"] == "all shrunk to 64 pixels"
     assert tiny[1]["accuracy"] is not None
-    # Nothing was asked again for the heads.
+    # The backbone did not run again for the heads.
     assert [result["computed"] for result in tiny] == [8 * 20 + 16 + 10, 0, 0]
     sample = [result for result in results if result["data"] == "imagenet1k_sample"]
     assert "found no variation within the 20 classes" in sample[0]["left_out"]["Mahalanobis()"]

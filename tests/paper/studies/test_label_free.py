@@ -32,7 +32,7 @@ TINY = label_free.Scale(
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(label_free.SCALES, "laptop", TINY)
-    # Hardly trained, it does not tell rotations apart.
+    # After so little training it does not recognize rotations.
     monkeypatch.setitem(
         label_free.FRAMEWORKS, "CSI", replace(label_free.FRAMEWORKS["CSI"], build=_csi_that_knows_rotations)
     )
@@ -57,7 +57,7 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
     }
     results = {result["framework"]: result for result in json.loads((out / "table3-label-free.json").read_text())}
     assert [result.get("accuracy") for result in results.values()] == [None] * 4
-    assert [result["most"] for result in results.values()] == [None, None, 20, 20]
+    assert [result["fit_images"] for result in results.values()] == [None, None, 20, 20]
     assert all(not result["left_out"] for result in results.values())
     paper = numbers("cifar10")["table3-label-free"]["rows"]
     found = {name for result in results.values() for name in result["scores"]}
@@ -83,7 +83,7 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
     assert (out / "table3-label-free.md").read_text() == document
 
 
-def test_a_broken_run_goes_on(root, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
     score = scoring.score
 
     def die(*_args, **_options):
@@ -123,7 +123,7 @@ def test_the_papers_settings():
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_model_is_asked_in_the_precision_of_its_training(root, same):
+def test_the_model_runs_in_the_precision_of_its_training(root, same):
     from lightning_fabric import Fabric
 
     images = load_images(root, progress=False)

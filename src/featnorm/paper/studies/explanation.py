@@ -60,8 +60,8 @@ class Explanation(SingleRun[Images]):
                     "nan": why.nan,
                     "active": why.active,
                     "usual": int((why.on_rate >= 0.5).sum()),
-                    "missing": len(why.missing),
-                    "strange": len(why.strange),
+                    "inactive": len(why.missing),
+                    "unexpected": len(why.strange),
                     "picture": {
                         "activation": _short(why.activation),
                         "on_rate": _short(why.on_rate),
@@ -82,13 +82,13 @@ class Explanation(SingleRun[Images]):
                 f"{row['hidden']}, {row['confidence']:.0%} of the norm",
                 f"{row['nan']:.3g}",
                 str(row["active"]),
-                f"{row['missing']} of {row['usual']}",
-                str(row["strange"]),
+                f"{row['inactive']} of {row['usual']}",
+                str(row["unexpected"]),
             ]
             for row in content["rows"]
         ]
         notes = [
-            f"by {NETWORK}, and {FIT_IMAGES} of its training images; of each set the input of median NAN",
+            f"explained by {NETWORK}, with {FIT_IMAGES} of its training images; one input per set, of median NAN",
             *facts([content]),
         ]
         headers = [
@@ -98,7 +98,7 @@ class Explanation(SingleRun[Images]):
             "NAN",
             "units on",
             "usual units that are off",
-            "unusual on",
+            "unusual units that are on",
         ]
         return {self.name: Table(self.title, headers, rows, notes)}
 

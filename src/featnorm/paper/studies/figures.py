@@ -342,7 +342,7 @@ _ALL_LAYERS = [_RESNETS[0]]
 Figure("figure1", "Figure 1, the norm over training", [_RESNETS[0], Job("resnet", decay=True)], _figure1)
 Figure("figure2", "Figure 2, hidden classifiers of the MLP on CIFAR-10", [Job("mlp")], _hidden_rows)
 Figure("figure3", "Figure 3, detection and entropy by the scheme of the labels, l1-norm", _RESNETS, _figure3)
-Figure("figure4", "Figure 4, the generalisation gap of the l1-norm", _RESNETS, _gaps("norm"))
+Figure("figure4", "Figure 4, the generalization gap of the l1-norm", _RESNETS, _gaps("norm"))
 Figure(
     "figure5",
     "Figure 5, detection by the l1-norm against the entropy of activation",
@@ -356,7 +356,7 @@ Figure(
     [job for job in _RESNETS if job.scheme in ("I", "S", "R")],
     _figure8,
 )
-Figure("figure9", "Figure 9, detection by NAN, and its generalisation gap", _RESNETS, _gaps("nan"))
+Figure("figure9", "Figure 9, detection by NAN, and its generalization gap", _RESNETS, _gaps("nan"))
 Figure(
     "figure10",
     "Figure 10, detection against the entropy of activation",

@@ -43,7 +43,7 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classi
 from featnorm.paper.checkpoints import load_contrastive
 from featnorm.paper.imagenet_data import LINEAR, WEIGHTS, Data, Shrunk, missing_weights, open_data
 from featnorm.paper.numbers import numbers
-from featnorm.paper.scoring import percentages
+from featnorm.paper.scoring import cached_labels, percentages
 from featnorm.paper.study import Context, MissingError, Study
 from featnorm.paper.tables import MEASURES, Result, Table, cell, compared, environment, mean_pair, printed
 
@@ -159,7 +159,7 @@ class PooledReAct(Detector):
 
 @dataclass(frozen=True)
 class _Network:
-    """A backbone with its transform, and what reads its pooled feature; None where a head is to be trained."""
+    """A backbone with its transform, and the reader of its pooled features; None if a head has to be trained."""
 
     backbone: LoadedModel
     read: Reader | None
@@ -175,7 +175,7 @@ def _load(name: str, weights: Path | None) -> _Network:
     file = weights / WEIGHTS[name].file
     if name == "vit":
         return _Network(_cut(create_model("torchvision:vit_b_16", weights=file)), None)
-    # That of torchvision's default, its second set of weights, is another.
+    # The transform of torchvision's default, its second set of weights, differs.
     transform = vision_module("torchvision.models").ResNet50_Weights.IMAGENET1K_V1.transforms()
     if name == "resnet50":
         whole = replace(create_model("torchvision:resnet50", weights=file), transform=transform)
@@ -190,13 +190,9 @@ def _cut(whole: LoadedModel) -> LoadedModel:
     return replace(whole, model=cut_classifier(whole.model)[0])
 
 
-def _labels(source: ImageSource, known: CachedFeatures) -> Tensor:
-    return torch.tensor([-1 if (label := source.label(row)) is None else label for row in known.rows.tolist()])
-
-
-def _stream(read: Reader, known: CachedFeatures, labels: Tensor | None = None) -> Iterator[Features]:
+def _stream(read: Reader, cached: CachedFeatures, labels: Tensor | None = None) -> Iterator[Features]:
     start = 0
-    for values in known.batches(_ROWS):
+    for values in cached.batches(_ROWS):
         features = read(values)
         yield features if labels is None else features.replace(labels=labels[start : start + len(values)])
         start += len(values)
@@ -205,52 +201,52 @@ def _stream(read: Reader, known: CachedFeatures, labels: Tensor | None = None) -
 def _fitted(
     read: Reader, train: CachedFeatures, labels: Tensor, scale: Scale, folder: Path
 ) -> tuple[list[Detector], dict[str, str], dict[str, float]]:
-    """Fit the detectors on one pass, and give each bank a file in the folder.
+    """Fit the detectors in one pass, and write each bank to a file in the folder.
 
     Returns
     -------
-    The detectors; those that cannot learn here, and why; the share of the training images in each bank.
+    The detectors; those that cannot be fitted here, and why; the share of the training images in each bank.
     """
     banks = {share: KNN(max(1, round(scale.k * share))) for share in SHARES}
     shares = {repr(knn): share for share, knn in banks.items()}
     whole = banks[1.0]
-    learning: list[Detector] = [Mahalanobis(), SSD(), Residual(), ViM()]
+    fitting: list[Detector] = [Mahalanobis(), SSD(), Residual(), ViM()]
     norms: list[Detector] = [NAN(), L1Norm(), Sparsity(), EmbeddingMagnitude()]
     clipped = [PooledReAct(inner, read) for inner in (NAN(), L1Norm(), Sparsity(), Residual())]
-    learning += clipped
+    fitting += clipped
     left_out: dict[str, str] = {}
     for features in _stream(read, train, labels):
-        for detector in list(learning):
+        for detector in list(fitting):
             try:
                 detector.partial_fit(features)
             except ValueError as error:
                 left_out[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
-                learning.remove(detector)
+                fitting.remove(detector)
     for share, knn in banks.items():
         count = max(1, round(share * len(train.places)))
         if count < knn.k:
             left_out[repr(knn)] = f"there are only {count} training images in its bank"
             continue
         knn.use_bank(_bank(train, count, folder / f"{knn.k}.f32"))
-    fitted = [MSP(), MaxLogit(), Energy(), KLUniform(), *norms, *learning, *banks.values()]
-    distances: list[Detector] = [whole, *(d for d in learning if isinstance(d, SSD))]
+    fitted = [MSP(), MaxLogit(), Energy(), KLUniform(), *norms, *fitting, *banks.values()]
+    distances: list[Detector] = [whole, *(d for d in fitting if isinstance(d, SSD))]
     fitted += [distance / norm for distance in distances for norm in (norms[0], clipped[0])]
     return [detector for detector in fitted if detector.is_fitted], left_out, shares
 
 
 def _bank(train: CachedFeatures, count: int, file: Path) -> Tensor:
-    """Write some of the training features, at unit length, to a file, and map it; fewer are a part of more."""
+    """Write training features, at unit length, to a file, and map it; a smaller bank is part of a larger one."""
     order = torch.randperm(len(train.places), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[order[:count]] = True
     with file.open("wb") as opened:
-        for values, wanted in zip(train.batches(_ROWS), chosen.split(_ROWS), strict=True):
-            opened.write(single_unit_rows(values[wanted]).numpy().tobytes())
+        for values, rows in zip(train.batches(_ROWS), chosen.split(_ROWS), strict=True):
+            opened.write(single_unit_rows(values[rows]).numpy().tobytes())
     width = train.stored.shape[1]
     return torch.from_file(str(file), size=count * width).reshape(count, width)
 
 
-# As the paper's nearest neighbors are called in the rows below and in its numbers.
+# Expression of the paper's nearest neighbors in the rows below and in its numbers.
 _KNN = repr(KNN(1000))
 _NORMS = ("L1Norm()", "NAN()")
 
@@ -347,7 +343,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         train, test = extract(data.train), extract(data.test)
         ood = {name: extract(source) for name, source in data.ood.items()}
         extracted = time.perf_counter()
-        labels = _labels(data.train, train)
+        labels = cached_labels(data.train, train)
         read = network.read
         logit_of: Tensor | None = data.classes
         if read is None:
@@ -360,7 +356,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         headed = time.perf_counter()
         target_logits: Tensor | None = None
         if logit_of is not None:
-            test_labels = _labels(data.test, test)
+            test_labels = cached_labels(data.test, test)
             target_logits = torch.where(test_labels < 0, -1, logit_of[test_labels.clamp(min=0)])
         with tempfile.TemporaryDirectory(dir=folder) as banks:
             fitted, left_out, shares = _fitted(read, train, labels, scale, Path(banks))

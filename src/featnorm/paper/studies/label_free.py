@@ -150,7 +150,7 @@ class FrameworkStudy(Study[Scale, Images, Job]):
             **settings,
             "seed": job.seed,
             "images": inputs.facts,
-            "most": _fit_images(job, scale),
+            "fit_images": _fit_images(job, scale),
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class FrameworkStudy(Study[Scale, Images, Job]):
             cells = compared(runs, detector, paper["rows"].get(detector, {}), sets)
             rows.append([detector, runs[0]["framework"] if runs else "–", *cells])
         notes = [
-            f"scale {first['scale']}: ResNet-18 of width {first['width']}, one network a framework, "
+            f"scale {first['scale']}: ResNet-18 of width {first['width']}, one network per framework, "
             f"seed {first['seed']}",
             *(f"{result['framework']}: {_training(result)}" for result in content),
             f"the paper's: {paper['where'].partition(', ')[2]}; its number for a set is in brackets",
@@ -238,7 +238,7 @@ def _training(result: Result) -> str:
     text += f"; training took {result['train_seconds'] / 60:.0f} minutes, scoring "
     text += f"{result['score_seconds'] / 60:.0f}"
     verb = "trained on" if result["framework"] == "GOAD" else "fitted to"
-    return text + ("" if result["most"] is None else f"; {verb} {result['most']} training images")
+    return text + ("" if result["fit_images"] is None else f"; {verb} {result['fit_images']} training images")
 
 
 FrameworkStudy(

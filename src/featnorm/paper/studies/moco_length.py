@@ -26,7 +26,7 @@ from featnorm.training import train
 from featnorm.training.runs import log, read_log
 
 _DATA = "CIFAR-10"
-_LOOKS = "looks.jsonl"
+_HISTORY = "history.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Job:
 class MoCoLength(Study[Scale, Images, Job]):
     """Scores of a MoCo-v2 network over its training, for several classes.
 
-    A result has ``looks``: by epoch the loss of the training, and by score the AUROC in percent and the means over
-    the class and over the others.
+    A result has ``history``: by epoch the loss of the training, and by score the AUROC in percent and the means
+    over the class and over the others.
     """
 
     page: ClassVar[str] = "one-class"
@@ -98,25 +98,25 @@ class MoCoLength(Study[Scale, Images, Job]):
             "class": job.name,
             "epochs": list(scale.epochs),
             "seed": 0,
-            "known": len(train_images),
-            "inside": int(is_id.sum()),
-            "outside": int((~is_id).sum()),
+            "train_images": len(train_images),
+            "id_images": int(is_id.sum()),
+            "ood_images": int((~is_id).sum()),
             "images": inputs.facts[_DATA],
         }
 
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
         model = scale.model
         train_images, test, is_id = job.split(inputs)
-        looks = folder / _LOOKS
+        file = folder / _HISTORY
 
-        def look(entry: Mapping[str, Any], network: nn.Module) -> None:
+        def record(entry: Mapping[str, Any], network: nn.Module) -> None:
             if entry["epoch"] in scale.epochs:
                 scores = _measure(model, network, train_images, test, is_id, context.fabric)
-                log(looks, {"epoch": entry["epoch"], "loss": entry["loss"], "scores": scores})
+                log(file, {"epoch": entry["epoch"], "loss": entry["loss"], "scores": scores})
 
         network = model.network(0)
-        if not looks.exists():
-            look({"epoch": 0, "loss": None}, network)
+        if not file.exists():
+            record({"epoch": 0, "loss": None}, network)
         train(
             network,
             model.inputs(train_images),
@@ -125,17 +125,18 @@ class MoCoLength(Study[Scale, Images, Job]):
             folder=folder,
             fabric=context.fabric,
             progress=context.progress,
-            on_epoch=look,
+            on_epoch=record,
         )
-        return {"looks": read_log(looks)}
+        return {"history": read_log(file)}
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
         """See `Study`; means over the classes by epoch, and each class by itself."""
         paper = numbers("one-class")["table4"]["rows"]
-        names = list(content[0]["looks"][0]["scores"])
-        means = [_row(f"{looks[0]['epoch']}", looks) for looks in zip(*(r["looks"] for r in content), strict=True)]
+        names = list(content[0]["history"][0]["scores"])
+        epochs = zip(*(result["history"] for result in content), strict=True)
+        means = [_row(f"{entries[0]['epoch']}", entries) for entries in epochs]
         theirs = (paper.get(PAPER_ROWS.get(name, name), {}).get(_DATA, "–") for name in names)
-        by_class = [_row(f"{r['class']}, {look['epoch']}", [look]) for r in content for look in r["looks"]]
+        by_class = [_row(f"{r['class']}, {entry['epoch']}", [entry]) for r in content for entry in r["history"]]
         return {
             self.name: Table(
                 f"{self.title}, over its training: mean AUROC ↑ in percent",
@@ -153,13 +154,13 @@ class MoCoLength(Study[Scale, Images, Job]):
         drawn = [NAN(), L1Norm(), Sparsity(), KNN(content[0]["settings"]["k"]), SSD()]
         panels = []
         for result in content:
-            looks = result["looks"]
-            epochs = [look["epoch"] for look in looks]
+            history = result["history"]
+            epochs = [entry["epoch"] for entry in history]
             lines = [
-                Line(name, [look["scores"][name]["auroc"] for look in looks], epochs, style)
+                Line(name, [entry["scores"][name]["auroc"] for entry in history], epochs, style)
                 for style, name in enumerate(map(repr, drawn))
             ]
-            panels.append(Panel(result["class"], "epoch of four turns", "AUROC, %", lines))
+            panels.append(Panel(result["class"], "epoch of four rotations", "AUROC, %", lines))
         return {self.name: panel_figure([panels])}
 
 
@@ -171,18 +172,20 @@ def _measure(
     return {
         name: {
             "auroc": 100 * auroc(values[is_id], values[~is_id]),
-            "inside": float(values[is_id].double().mean()),
-            "outside": float(values[~is_id].double().mean()),
+            "id_mean": float(values[is_id].double().mean()),
+            "ood_mean": float(values[~is_id].double().mean()),
         }
         for name, values in model.scores(fitted, test, fabric=fabric).items()
     }
 
 
-def _row(first: str, looks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a row of means over several looks."""
-    losses = [look["loss"] for look in looks]
+def _row(first: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a row of means over several entries."""
+    losses = [entry["loss"] for entry in entries]
     loss = "–" if None in losses else f"{statistics.fmean(losses):.2f}"
-    means = [statistics.fmean(look["scores"][name]["auroc"] for look in looks) for name in looks[0]["scores"]]
+    means = [
+        statistics.fmean(entry["scores"][name]["auroc"] for entry in entries) for name in entries[0]["scores"]
+    ]
     return [first, loss, *(f"{value:.1f}" for value in means)]
 
 
@@ -191,16 +194,18 @@ def _notes(results: Sequence[Result]) -> list[str]:
     recipe = first["settings"]["recipe"]
     crop = recipe["crop"]
     small = f", views of {crop} pixels for the first {recipe['crop_share']:.0%}" if crop else ""
-    train_images, id_images = (" and ".join(f"{result[key]}" for result in results) for key in ("known", "inside"))
-    last = [result["looks"][-1]["scores"] for result in results]
+    train_images, id_images = (
+        " and ".join(f"{result[key]}" for result in results) for key in ("train_images", "id_images")
+    )
+    last = [result["history"][-1]["scores"] for result in results]
     norms = "; ".join(
-        f"{result['class']} {scores['L1Norm()']['inside']:.3g} and {scores['L1Norm()']['outside']:.3g}"
+        f"{result['class']} {scores['L1Norm()']['id_mean']:.3g} and {scores['L1Norm()']['ood_mean']:.3g}"
         for result, scores in zip(results, last, strict=True)
     )
     return [
-        f"scale {first['scale']}: ResNet-18 of width {first['settings']['width']}, one network a class, seed 0; "
+        f"scale {first['scale']}: ResNet-18 of width {first['settings']['width']}, one network per class, seed 0; "
         f"mean over {', '.join(result['class'] for result in results)}",
-        f"{recipe['epochs']} epochs of SGD on {train_images} images in four turns each, batch "
+        f"{recipe['epochs']} epochs of SGD on {train_images} images in four rotations each, batch "
         f"{recipe['batch_size']}, learning rate {recipe['lr']}, weight decay {recipe['weight_decay']}{small}",
         f"{first['images']}: {id_images} of the class against the others",
         f"l1-norm of the class and of the others at the end: {norms}",

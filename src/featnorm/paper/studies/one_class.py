@@ -17,7 +17,7 @@ from torch import Tensor
 
 from featnorm.inputs import DataError, open_images
 from featnorm.metrics import auroc
-from featnorm.paper.images import CLASSES, SIDE, labelled, note_missing, spaced
+from featnorm.paper.images import CLASSES, SIDE, labeled, note_missing, spaced
 from featnorm.paper.numbers import numbers
 from featnorm.paper.recipe import PaperRecipe, short
 from featnorm.paper.study import Context, Study
@@ -126,7 +126,7 @@ class Job:
 
 @dataclass
 class Images:
-    """The images of the benchmark by data set, labelled by the classes of the jobs, and where they came from."""
+    """The images of the benchmark by data set, labeled by the classes of the jobs, and where they came from."""
 
     train: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (n, 3, 32, 32) uint8, (n,)
     test: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
         # A root that somebody filled is not downloaded to.
         if root is not None and (root / "cifar10").is_dir() and not any(root.glob(f"{name}*")):
             images.missing[data] = (
-                f"not under the data root: put {name}/train.parquet and {name}/test.parquet there, labelled by "
+                f"not in the data root: put {name}/train.parquet and {name}/test.parquet there, labeled by "
                 f"its {classes} classes in alphabetical order, or leave --data-root out to download it"
             )
             continue
@@ -168,7 +168,7 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
             images.missing[data] = str(error)
             continue
         for source, part in zip(sources, (images.train, images.test), strict=True):
-            pixels, labels = labelled(source, SIDE, classes=classes, progress=progress)
+            pixels, labels = labeled(source, SIDE, classes=classes, progress=progress)
             if data == "CIFAR-100":
                 labels = torch.tensor([coarse[fine[label]] for label in labels.tolist()])
             part[data] = pixels, labels
@@ -186,7 +186,7 @@ class OneClassStudy(Study[Scale, Images, Job]):
 
     page: ClassVar[str] = "one-class"
     scales: ClassVar[Mapping[str, Scale]] = SCALES
-    # An hour or more lies between the first run and the last: what there is can be read in the meantime.
+    # The runs take an hour or more, in which the results so far can be read.
     grows: ClassVar[bool] = True
 
     def load(self, scale: Scale, context: Context) -> Images:
@@ -203,14 +203,14 @@ class OneClassStudy(Study[Scale, Images, Job]):
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
         train_images, id_images, ood_images = _select(job, scale, inputs)
         return {
-            "system": job.model,
+            "model": job.model,
             "settings": asdict(scale.models[job.model]),
             "data": job.data,
             "class": job.name,
             "seed": 0,
-            "known": len(train_images),
-            "inside": len(id_images),
-            "outside": len(ood_images),
+            "train_images": len(train_images),
+            "id_images": len(id_images),
+            "ood_images": len(ood_images),
             "images": inputs.facts[job.data],
         }
 
@@ -231,7 +231,7 @@ class OneClassStudy(Study[Scale, Images, Job]):
 
     def collect(self, results: Sequence[Result], jobs: Sequence[Job], inputs: Images) -> dict[str, Any]:
         """Return the results, the number of jobs that have none yet, and the missing data sets."""
-        done = {(result["system"], result["data"], result["class"]) for result in results}
+        done = {(result["model"], result["data"], result["class"]) for result in results}
         left: dict[str, int] = {}
         for job in jobs:
             if (job.model, job.data, job.name) not in done:
@@ -304,17 +304,17 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
     first = {result["data"]: result for result in reversed(results)}
     seconds: dict[str, list[float]] = {}
     for result in results:
-        seconds.setdefault(result["system"], []).append(result["train_seconds"] + result["score_seconds"])
+        seconds.setdefault(result["model"], []).append(result["train_seconds"] + result["score_seconds"])
     return [
         f"scale {results[0]['scale']}, one seed",
         *(
-            f"{data}: {run['images']}; of {run['class']} {run['known']} to train on, and {run['inside']} to test "
-            f"against {run['outside']} of the others"
+            f"{data}: {run['images']}; of {run['class']} {run['train_images']} to train on, {run['id_images']} "
+            f"to test against {run['ood_images']} of the others"
             for data, run in first.items()
         ),
         *(f"without {data}: {why}" for data, why in content["missing"].items()),
         *(f"not run yet: {what}, {count} of its classes" for what, count in content["left"].items()),
-        "minutes a class: " + ", ".join(f"{name} {statistics.fmean(t) / 60:.1f}" for name, t in seconds.items()),
+        "minutes per class: " + ", ".join(f"{name} {statistics.fmean(t) / 60:.1f}" for name, t in seconds.items()),
         *environment(results),
     ]
 

@@ -25,7 +25,7 @@ from featnorm.inputs import ImageSource, SlicedImages, open_images
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
 from featnorm.paper.recipe import scheme_labels
-from featnorm.paper.scoring import percentages
+from featnorm.paper.scoring import cached_labels, percentages
 from featnorm.paper.study import Context, SingleRun, Whole
 from featnorm.paper.tables import MEASURES, Table, cell, environment, mean_and_deviation
 
@@ -78,8 +78,7 @@ class _Backbone:
         cached = backbone_features(
             source, loaded, self.model, fabric=self.context.fabric, progress=self.context.progress
         )
-        labels = [-1 if (label := source.label(row)) is None else label for row in cached.rows.tolist()]
-        return _Part(cached.values, torch.tensor(labels), cached.digests)
+        return _Part(cached.values, cached_labels(source, cached), cached.digests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
 
     Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
     per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
-    ``targets``, by name a list with one entry per seed, AUROC in percent by detector; ``refused``, by head and
+    ``targets``, by name a list with one entry per seed, AUROC in percent by detector; ``flagged``, by head and
     seed the share of ID images that are flagged at a threshold that accepts 95 %; and ``sizes``.
     """
 
@@ -137,11 +136,11 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         return {
             "heads": heads,
             "targets": _compare_targets(train, inputs["train"], backbone),
-            "refused": flagged,
+            "flagged": flagged,
             "sizes": {
-                "learned from": len(fit.values),
-                "calibrated on": len(calibrate.values),
-                "known": len(test.values),
+                "training": len(fit.values),
+                "calibration": len(calibrate.values),
+                "ID test": len(test.values),
                 **{name: len(values) for name, values in ood.items()},
             },
         }
@@ -153,17 +152,17 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         found = {}
         for head, runs in content["heads"].items():
             notes = list(facts)
-            if head in content["refused"]:
+            if head in content["flagged"]:
                 seconds = mean_and_deviation([entry["seconds"] for entry in runs])
-                flagged = mean_and_deviation([100 * share for share in content["refused"][head]])
+                flagged = mean_and_deviation([100 * share for share in content["flagged"][head]])
                 notes = [
                     f"{len(runs)} heads, mean ± standard deviation; {seconds} s to train one",
-                    f"of known images {flagged} % are refused at 95 %",
+                    f"{flagged} % of ID images are flagged at 95 %",
                     *facts,
                 ]
             if head == "labels":
                 accuracy = mean_and_deviation([100 * entry["accuracy"] for entry in runs])
-                notes.insert(0, f"right on {accuracy} % of known images")
+                notes.insert(0, f"accuracy on ID {accuracy} %")
             rows = []
             for detector, scores in runs[0]["scores"].items():
                 pairs = [[entry["scores"][detector][name] for entry in runs] for name in scores]
@@ -251,7 +250,7 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
 
 @dataclass(frozen=True)
 class _View:
-    """A part of an image, by its corners as shares of the sides; mirrored or not."""
+    """A part of an image: its corners as shares of the sides, and whether it is mirrored."""
 
     left: float
     top: float
@@ -260,7 +259,7 @@ class _View:
     mirrored: bool
 
 
-# Fixed, where training at random would draw them: so that their features can be kept.
+# Fixed, not random as in training, so that their features can be cached.
 _VIEWS = (
     _View(0, 0, 1, 1, True),
     _View(0, 0, 0.8, 0.8, False),
@@ -271,7 +270,7 @@ _VIEWS = (
 
 @dataclass(frozen=True)
 class _Viewed:
-    """A transform of a view of an image."""
+    """A transform of one view of an image."""
 
     transform: Any
     view: _View

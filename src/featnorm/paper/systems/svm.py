@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from featnorm.detectors import OneClassSVM
 from featnorm.features import Features
+from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.lenet import train_autoencoder
-from featnorm.paper.systems.system import OneClassModel, TrainContext, predict
 
 _PIXELS = "OC-SVM on pixels"
 _CODE = "OC-SVM on an autoencoder"
 
 
 class Boundaries(nn.Module):
-    """The boundary around the pixels of the known images, and the one around their codes."""
+    """The boundary of the training images' pixels, and the boundary of their codes."""
 
     def __init__(self, encoder: nn.Module, nu: float) -> None:
         super().__init__()
@@ -25,16 +25,16 @@ class Boundaries(nn.Module):
 
 @dataclass(frozen=True)
 class SVM(OneClassModel[Boundaries]):
-    """The decision functions of two `featnorm.OneClassSVM`, of pixels and of an autoencoder's codes.
+    """The decision functions of two `featnorm.OneClassSVM`, one on pixels and one on an autoencoder's codes.
 
-    The published numbers (Golan and El-Yaniv, NeurIPS 2018) are those of the kernel width and nu that are best on
-    the test images; these are set before any is seen. The autoencoder is Deep-SVDD's.
+    The published numbers (Golan and El-Yaniv, NeurIPS 2018) have the kernel width and nu that are best on the test
+    images; here both are set without them. The autoencoder is Deep-SVDD's.
 
     Parameters
     ----------
     nu : see `featnorm.OneClassSVM`.
     width, autoencoder_epochs, autoencoder_drop, batch_size, lr, weight_decay
-        Of the autoencoder, see `DeepSVDD`.
+        Settings of the autoencoder, see `DeepSVDD`.
     """
 
     nu: float = 0.1

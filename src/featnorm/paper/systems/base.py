@@ -1,4 +1,4 @@
-"""What a system of one-class classification is, and how a network is asked about many images."""
+"""The base class of one-class models, and the evaluation of a network on many images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Where and how a system is trained or asked; the parameters of `OneClassModel.train`."""
+    """Where and how a model is trained or evaluated; the parameters of `OneClassModel.train`."""
 
     folder: Path | None = None
     fabric: Any = None
@@ -30,24 +30,24 @@ class TrainContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return torch.device("cpu") if self.fabric is None else self.fabric.device
 
     def autocast(self) -> Any:
-        """Return the context of the precision."""
+        """Return the autocast context of the precision."""
         return nullcontext() if self.fabric is None else self.fabric.autocast()
 
     def part(self, name: str) -> "TrainContext":
-        """Return the run of one training of several, with a folder of its own."""
+        """Return the context of one training of several, with a folder of its own."""
         return replace(self, folder=None if self.folder is None else self.folder / name)
 
 
 @dataclass(frozen=True)
 class OneClassModel(ABC, Generic[Model]):
-    """Learns from images of one class, and says of others how far they belong to it.
+    """A model that is trained on images of one class, and scores how in-distribution others are.
 
-    A system is a frozen dataclass of its settings; the defaults are its authors'. What it learned is a module, so
-    that it can be moved and kept.
+    An instance holds the settings, whose defaults are the authors'. Its fitted state is a module, which can be
+    moved and saved.
     """
 
     def train(
@@ -59,27 +59,27 @@ class OneClassModel(ABC, Generic[Model]):
         seed: int = 0,
         progress: bool | None = None,
     ) -> Model:
-        """Learn from images of one class.
+        """Train on images of one class.
 
         Parameters
         ----------
         images : (n, 3, 32, 32) uint8.
         folder
-            Where the training keeps its checkpoints; a run that was broken off goes on there, to the weights of an
-            unbroken one. None for nowhere.
-        fabric : a `lightning_fabric.Fabric` of one process for device and precision; one CPU without.
-        seed : of the initial weights, the order of the images, and all that is drawn.
-        progress : show progress bars; None for where there is a terminal.
+            Folder of the checkpoints; an interrupted run is resumed there, and ends with the weights of an
+            uninterrupted one. Default: no checkpoints.
+        fabric : a `lightning_fabric.Fabric` of one process, for device and precision. Default: the CPU.
+        seed : seed of the initial weights, the order of the images, and all other random numbers.
+        progress : whether to show progress bars. None: only in a terminal.
 
         Returns
         -------
-        What was learned, in evaluation mode.
+        The fitted state, in evaluation mode.
 
         Raises
         ------
         ValueError
-            The images are of another shape or type, or fewer than a batch; a checkpoint is of another run; or the
-            weights are not finite any more.
+            The images have another shape or type, or are fewer than a batch; a checkpoint is from another run; or
+            the weights are no longer finite.
         """
         check_images(images)
         return self._train(images, TrainContext(None if folder is None else Path(folder), fabric, seed, progress))
@@ -87,22 +87,22 @@ class OneClassModel(ABC, Generic[Model]):
     def scores(
         self, model: Model, images: Tensor, *, fabric: Any = None, progress: bool | None = None
     ) -> dict[str, Tensor]:
-        """Score images with what `train` returned.
+        """Score images.
 
         Parameters
         ----------
-        model : what `train` returned.
+        model : fitted state that `train` returned.
         images : (m, 3, 32, 32) uint8.
         fabric, progress : see `train`.
 
         Returns
         -------
-        (m,) by name of the score, of which a system may have several; higher is more in-distribution.
+        Scores (m,) by name, of which a model may have several; higher is more in-distribution.
 
         Raises
         ------
         ValueError
-            The images are of another shape or type.
+            The images have another shape or type.
         """
         check_images(images)
         return self._scores(model, images, TrainContext(fabric=fabric, progress=progress))
@@ -114,36 +114,36 @@ class OneClassModel(ABC, Generic[Model]):
     def _scores(self, model: Model, images: Tensor, context: TrainContext) -> dict[str, Tensor]: ...
 
 
-def check_images(images: Tensor, least: int = 1) -> None:
-    """Refuse what is not at least so many images (n, 3, 32, 32) uint8."""
+def check_images(images: Tensor, min_images: int = 1) -> None:
+    """Raise a ValueError unless there are at least ``min_images`` images (n, 3, 32, 32) uint8."""
     if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
         raise ValueError(
             f"images must be uint8 (n, 3, {SIDE}, {SIDE}), got {images.dtype} of shape {tuple(images.shape)}"
         )
-    if len(images) < least:
-        raise ValueError(f"a batch of {least} needs as many images, and there are {len(images)}")
+    if len(images) < min_images:
+        raise ValueError(f"a batch of {min_images} needs as many images, and there are {len(images)}")
 
 
 def as_pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Return images uint8 as pixels in [0, 1] on a device, in the layout that `fast_layout` gives."""
+    """Return uint8 images as pixels in [0, 1] on a device, in the layout of `fast_layout`."""
     return fast_layout(images.to(device)).float().div_(255)
 
 
 @torch.no_grad()
 def predict(
-    ask: Callable[[Tensor], Tensor], images: Tensor, context: TrainContext, *, batch_size: int = _BATCH
+    network: Callable[[Tensor], Tensor], images: Tensor, context: TrainContext, *, batch_size: int = _BATCH
 ) -> Tensor:
-    """Return what a network says of images, on the CPU in single precision.
+    """Return a network's outputs for images, on the CPU in single precision.
 
     Parameters
     ----------
-    ask : maps pixels (b, 3, 32, 32) in [0, 1] to (b, ...), on the device of the context and under its precision.
+    network : maps pixels (b, 3, 32, 32) in [0, 1] to (b, ...), on the device and in the precision of the context.
     images : (n, 3, 32, 32) uint8.
     context : device and precision.
-    batch_size : images at once.
+    batch_size : number of images per batch.
     """
     parts = []
     for batch in images.split(batch_size):
         with context.autocast():
-            parts.append(ask(as_pixels(batch, context.device)).float().cpu())
+            parts.append(network(as_pixels(batch, context.device)).float().cpu())
     return torch.cat(parts)
