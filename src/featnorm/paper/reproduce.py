@@ -57,9 +57,7 @@ def run(
     """
     available = studies()
     if name not in (ALL, *available):
-        raise ValueError(
-            f"unknown name {name!r}: choose {ALL}, or one of {', '.join(available)}"
-        )
+        raise ValueError(f"unknown name {name!r}: choose {ALL}, or one of {', '.join(available)}")
     out = out / scale
     files = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
     prepare_folder(out, [out / file for file in files])
