@@ -1,7 +1,7 @@
-"""Ours against a reference, round by round, and the file that takes what came out.
+"""Fixtures that compare featnorm with references, and the file of results.
 
-A benchmark asks for `compare`. Each of its rounds times the references and then ours, so that what a busy or a
-hot machine does to one it does to the other, and the medians are compared.
+Benchmarks use the fixture `compare`. Each round times the references and then featnorm, so that a busy or hot
+machine affects both; the medians are compared.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from featnorm._utils.memory import keep_freed_memory
-from featnorm.cli.show import environment
+from featnorm.cli.console import environment
 from measuring import Row
 
 _PEERS = ("numpy", "scikit-learn", "faiss-cpu", "pytorch-ood", "oodeel")
@@ -23,12 +23,14 @@ _ROWS = pytest.StashKey[list[Row]]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("featnorm")
-    group.addoption("--small", action="store_true", help="Sizes that take seconds, to try the benchmarks.")
-    group.addoption("--results", type=Path, help="The folder whose speed.json takes the results.")
+    group.addoption(
+        "--small", action="store_true", help="Use small sizes that take seconds, to try the benchmarks."
+    )
+    group.addoption("--results", type=Path, help="Folder of the speed.json in which to store the results.")
 
 
 def pytest_configure(config):
-    # As the commands do.
+    # As in the commands.
     keep_freed_memory()
     config.stash[_ROWS] = []
 
@@ -44,7 +46,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def size(request):
-    """Choose between the size of the mark and one that takes seconds."""
+    """Choose between the size for which the mark is meant and one that takes seconds."""
     small = request.config.getoption("small")
     return lambda full, tiny: tiny if small else full
 
@@ -55,12 +57,12 @@ def compare(request, benchmark):
 
 
 class Comparison:
-    """Compares times and memory, and records the rows."""
+    """Compares times and memory, and records the results as rows."""
 
     def __init__(self, request, benchmark):
         self._config = request.config
         self._benchmark = benchmark
-        self._theme = request.module.__name__.removeprefix("test_")
+        self._theme = request.module.__name__.rpartition(".")[2].removeprefix("test_")
 
     def time(
         self,
@@ -72,16 +74,17 @@ class Comparison:
         sizes: str,
         warm: bool = True,
     ) -> dict[str, float]:
-        """Time ours and the references in turn, and return the medians in seconds by name; ours is "ours".
+        """Time featnorm and the references in turn, and return the medians in seconds by name; featnorm is "ours".
 
         Parameters
         ----------
-        work : what ours does.
-        ours : does it.
-        references : by name what does the same or less, and the mark: the share of its time ours may take.
-        rounds : how often.
-        sizes : of what it is done.
-        warm : whether a round before is left out.
+        work : description of the work.
+        ours : function that does the work.
+        references : functions that do the same or less, by name, each with its mark: the largest ratio of times
+        allowed.
+        rounds : number of rounds.
+        sizes : description of the inputs.
+        warm : whether to run a warm-up round first.
         """
         seconds: dict[str, list[float]] = {name: [] for name in references}
 
@@ -109,7 +112,7 @@ class Comparison:
         *,
         sizes: str,
     ) -> None:
-        """Compare the bytes that are returned, once each; see `time`."""
+        """Compare the numbers of bytes that the functions return, called once each; see `time`."""
         self._benchmark.group = f"{self._theme}: {work}"
         peak = self._benchmark.pedantic(ours)
         for name, (reference, at_most) in references.items():
@@ -127,7 +130,7 @@ class Comparison:
         rounds: int,
         sizes: str,
     ) -> None:
-        """Record a row: seconds ("s") or bytes ("B")."""
+        """Record a row, in seconds ("s") or bytes ("B")."""
         row = Row(self._theme, work, reference, unit, ours, theirs, at_most, rounds, sizes)
         self._config.stash[_ROWS].append(row)
         folder = self._config.getoption("results")
@@ -136,7 +139,7 @@ class Comparison:
 
 
 def _keep(file: Path, row: Row, scale: str) -> None:
-    """Put a row beside those of the same machine, versions and scale, in place of an earlier one of its work."""
+    """Add a row to those of the same machine, versions and scale, replacing an earlier one of the same work."""
     made_with = {
         **environment(),
         "command": "make bench",

@@ -1,4 +1,4 @@
-"""One measurement as a row of the results, and the memory of a work in a process of its own."""
+"""A row of the results, and the measurement of memory in a separate process."""
 
 import ctypes
 import multiprocessing
@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 
-#: What `python -c` takes to be `featnorm`, in a process that may have no script of that name on its path.
-COMMAND = "import sys; from featnorm.cli import main; sys.argv[0] = 'featnorm'; main()"
-
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one work took, and what it is held against."""
+    """The result of one work, and its reference."""
 
     theme: str
     work: str
@@ -28,7 +25,7 @@ class Row:
     unit: str  # "s" or "B"
     ours: float
     theirs: float
-    at_most: float | None  # the mark: ours / theirs is this or less
+    at_most: float | None  # the mark: maximum of ours / theirs
     rounds: int
     sizes: str
 
@@ -45,14 +42,13 @@ class Row:
 
 
 def peak_memory(work: Callable[..., Generator[None, None, None]], *args: Any) -> int:
-    """Return the bytes that a work takes at most beyond what it starts from.
+    """Return the peak memory of a work in bytes, beyond its initial memory.
 
-    The work is a generator function: what it does up to its first ``yield`` is what it starts from, and what it
-    does up to its second is measured. It runs in a process of its own, whose peak of resident memory the system
-    keeps; a page is the least that it tells.
+    The work is a generator function. It is measured from its first ``yield`` to its second, in a separate process,
+    by the peak of resident memory that the system reports; the result is at least one page.
     """
     if platform.libc_ver()[0] != "glibc" or not _CLEAR.exists():
-        pytest.skip("the peak of a process's memory is read from /proc: Linux with glibc has it")
+        pytest.skip("the peak memory of a process is read from /proc, which needs Linux with glibc")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_peak, work, args).result()
 
@@ -60,8 +56,8 @@ def peak_memory(work: Callable[..., Generator[None, None, None]], *args: Any) ->
 def _peak(work: Callable[..., Generator[None, None, None]], args: tuple[Any, ...]) -> int:
     steps = work(*args)
     next(steps)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not be seen
-    _CLEAR.write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory would be reused, and not be counted
+    _CLEAR.write_text("5")  # resets the peak
     before = _resident("VmRSS")
     next(steps)
     return max(_resident("VmHWM") - before, PAGESIZE)

@@ -1,7 +1,7 @@
-"""`featnorm score` on JPEGs against the bare model on decoded tensors: the mark is 90 % of its throughput.
+"""`featnorm score` on JPEGs, compared with the bare model on decoded tensors: the mark is 90 % of its throughput.
 
-The mark is for where decoding fits the cores, which is where some are left beside the model's. On the same cores
-no more is possible than the model after the decoding, which is the second row.
+The mark is for machines with cores to spare for decoding. If decoding and the model share the same cores, running
+the model after the decoding is the lower limit, which is the second row.
 """
 
 import subprocess
@@ -13,16 +13,15 @@ from PIL import Image, ImageFilter
 
 import featnorm as fn
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import image_loader, open_images
+from featnorm.inputs import image_loader, open_source
 from featnorm.models import create_model
-from measuring import COMMAND
 
 BATCH = 64
 DISTINCT = 500
 
 
 def photographs(folder, n):
-    """Noise that is smooth and fine at once, so that a JPEG of it is about as large as a photograph's."""
+    """Write images of smooth and fine noise, whose JPEGs are about as large as those of photographs."""
     random = np.random.default_rng(0)
     folder.mkdir()
     contents = []
@@ -40,9 +39,9 @@ def photographs(folder, n):
 def test_score(compare, size, tmp_path):
     n = size(20_000, 128)
     folder = photographs(tmp_path / "photographs", n)
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     loaded = create_model("featnorm:efficientnet-lite0" if size(True, False) else "featnorm:cifar10-resnet18")
-    known = open_images(f"{folder}[:{min(n, DISTINCT)}]")
+    known = open_source(f"{folder}[:{min(n, DISTINCT)}]")
     file = tmp_path / "detector.featnorm"
     fn.fit_images(known, loaded, cache=tmp_path / "cache", progress=False).scorer.save(file)
     scorer = ImageScorer.load(file)
@@ -53,7 +52,18 @@ def test_score(compare, size, tmp_path):
     def command():
         out = tmp_path / "scores.csv"
         out.unlink(missing_ok=True)
-        call = [sys.executable, "-c", COMMAND, "score", str(file), str(folder), "-o", str(out), "--device", "cpu"]
+        call = [
+            sys.executable,
+            "-m",
+            "featnorm",
+            "score",
+            str(file),
+            str(folder),
+            "-o",
+            str(out),
+            "--device",
+            "cpu",
+        ]
         subprocess.run(call, check=True, capture_output=True)
 
     def bare():
@@ -76,7 +86,7 @@ def test_score(compare, size, tmp_path):
             "the model on decoded tensors": (bare, 1 / 0.9),
             "decoding by all cores, then the model": (one_after_the_other, None),
         },
-        rounds=1,  # of several minutes and hundreds of batches each
+        rounds=1,  # each round takes several minutes and hundreds of batches
         sizes=f"{n:,} JPEGs of 256 x 256, {loaded.name}, batches of {BATCH}",
         warm=False,
     )

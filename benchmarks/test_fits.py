@@ -1,4 +1,4 @@
-"""Streamed fits, to the first score, against the product X'X: at most 1.25 of it, and within a few d x d."""
+"""Streamed fits up to the first score, compared with the product X'X: at most 1.25 times the time, few d x d."""
 
 import pytest
 import torch
@@ -9,16 +9,16 @@ from measuring import peak_memory
 DETECTORS = {"Mahalanobis": fn.Mahalanobis, "SSD": fn.SSD, "Residual": fn.Residual, "ViM": fn.ViM}
 BATCH = 4096
 CLASSES = 1000
-# Distinct batches of the stream, which goes over them again and again.
+# Number of distinct batches, which the stream repeats.
 DISTINCT = 16
 GRAMS = 3
-# A quarter of the million rows that the mark is of: each batch costs the same, and what is done once, up to the
-# first score, weighs four times as much here.
+# A quarter of the million rows for which the mark is meant. Each batch costs the same, so what is done once, up to
+# the first score, weighs four times as much here.
 BATCHES = 61
 
 
 def batches(d, count):
-    """Features that do not fill their space evenly, as those of a network do not."""
+    """Return features that, like those of a network, do not fill their space evenly."""
     random = torch.Generator().manual_seed(0)
     scale = torch.linspace(0.1, 3, d)
     weight = torch.randn(CLASSES, d, generator=random) / d**0.5
@@ -73,7 +73,7 @@ def test_time(compare, size, stream, doubles, name):
 
 def streamed(name, d, times, scored):
     stream = batches(d, 1)
-    fit(name, batches(64, 1), 1)  # the libraries that it loads are not its data
+    fit(name, batches(64, 1), 1)  # loads the libraries, which are not counted
     yield
     detector = DETECTORS[name]()
     for _ in range(times):
@@ -87,7 +87,7 @@ def streamed(name, d, times, scored):
 @pytest.mark.parametrize("times", [4, 8, 16])
 @pytest.mark.parametrize("scored", [False, True], ids=["fit", "fit and first score"])
 def test_memory(compare, size, name, times, scored):
-    """The first score works out eigenvectors, with LAPACK's own matrices: it has no mark."""
+    """The first score computes eigenvectors, for which LAPACK allocates matrices; it has no mark."""
     d = size(2048, 256)
     compare.memory(
         f"fit{' and first score' if scored else ''} of {name}, n = {times * BATCH:,}",

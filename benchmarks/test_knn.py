@@ -1,6 +1,6 @@
-"""KNN against scikit-learn's brute force (the mark: five times as fast) and faiss's Flat index (level with it).
+"""KNN compared with scikit-learn's brute force (mark: five times as fast) and faiss's Flat index (mark: as fast).
 
-And with an index against the exact search: ten times as fast.
+Also KNN with an index, compared with the exact search (mark: ten times as fast).
 """
 
 import time
@@ -12,8 +12,8 @@ from sklearn.neighbors import NearestNeighbors
 import featnorm as fn
 
 K = 50
-# The marks are of 50,000. Exact searches take queries in blocks of this many or fewer, so that 50,000 take as many
-# times as long, which is hours for three libraries and several rounds.
+# The marks are for 50,000 queries. Exact searches process blocks of at most this many queries, so the time is
+# proportional to their number; 50,000 would take hours for three libraries and several rounds.
 QUERIES = 4_096
 
 
@@ -41,9 +41,9 @@ def test_exact(compare, size):
 
 
 def test_index(compare, size):
-    # An index needs rows that lie along fewer directions than they have units, as a network's do: ten classes,
-    # and within them directions that matter less and less. Levina and Bickel's estimate of the dimension at a row,
-    # from its 50 neighbors, is 14 for these and 15 for the features of our ResNet-18 on CIFAR-10.
+    # An index needs rows of low intrinsic dimension, like those of a network: ten classes, and within them
+    # directions of decreasing variance. Levina and Bickel's estimate of the intrinsic dimension, from 50
+    # neighbors, is 14 for these rows and 15 for the features of our ResNet-18 on CIFAR-10.
     asked, rows, d = size(QUERIES, 2_000), size(1_280_000, 150_000), size(512, 128)
     random = torch.Generator().manual_seed(0)
     means = torch.randn(10, d, generator=random)
@@ -55,13 +55,13 @@ def test_index(compare, size):
 
     bank = torch.nn.functional.normalize(rows_of_classes(rows).relu_())
     own = torch.nn.functional.normalize(rows_of_classes(asked).relu_())
-    foreign = torch.nn.functional.normalize(torch.rand(1_000, d, generator=random))
+    ood = torch.nn.functional.normalize(torch.rand(1_000, d, generator=random))
     features = fn.Features(pooled=own)
     exact, index = fn.KNN(K).use_bank(bank), fn.KNN(K, recall=0.99).use_bank(bank)
     began = time.perf_counter()
     index.score(features[:1])
     built = time.perf_counter() - began
-    found = f"its own queries: {_found(index, exact, own[:1_000])}; foreign ones: {_found(index, exact, foreign)}"
+    found = f"its own queries: {_found(index, exact, own[:1_000])}; OOD queries: {_found(index, exact, ood)}"
     compare.time(
         "KNN(recall=0.99)",
         lambda: index.score(features),

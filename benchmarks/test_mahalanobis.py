@@ -17,13 +17,13 @@ def test_score(compare, size):
     theirs = peers.Mahalanobis(None).fit_features(pooled, labels)
     features = fn.Features(pooled=inputs)
     double, factor = inputs.double(), torch.randn(d, d, dtype=torch.float64)
-    centres = torch.randn(classes, d, dtype=torch.float64)
+    centers = torch.randn(classes, d, dtype=torch.float64)
     compare.time(
         "Mahalanobis, the score",
         lambda: ours.score(features),
         {
             "pytorch-ood": (lambda: theirs.predict_features(inputs), 1 / 300),
-            "the two products, in float64": (lambda: (double @ factor) @ centres.T, 2),
+            "the two products, in float64": (lambda: (double @ factor) @ centers.T, 2),
         },
         rounds=5,
         sizes=f"{asked} inputs, d = {d}, {classes} classes",

@@ -1,6 +1,6 @@
-"""The memory of a command at n, 2n and 4n images: what it holds of the images themselves must not grow with them.
+"""The memory of a command for n, 2n and 4n images, which must not grow with the images themselves.
 
-`score` and `evaluate` keep names and scores. `fit` learns from the features of all images, which it keeps.
+`score` and `evaluate` keep names and scores. `fit` keeps the features of all images.
 """
 
 import os
@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from measuring import COMMAND
-
 MODEL = "featnorm:cifar10-resnet18"
-# Of the whole process, most of which are libraries.
+# Of the memory of the whole process, most of which are libraries.
 GROWTH = 1.05
 
 
 def peak(*arguments):
-    """Return the largest memory that a command holds at once, in bytes."""
+    """Return the peak memory of a command in bytes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments), "--device", "cpu", "--workers", "0"],
+        [sys.executable, "-m", "featnorm", *map(str, arguments), "--device", "cpu", "--workers", "0"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -34,7 +32,7 @@ def peak(*arguments):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory, size):
-    """Folders of n, 2n and 4n images."""
+    """Create folders of n, 2n and 4n images."""
     root, n = tmp_path_factory.mktemp("photographs"), size(4_000, 300)
     random = np.random.default_rng(0)
     folders = {}
@@ -57,7 +55,7 @@ def detector(photographs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held(photographs, detector, tmp_path_factory):
-    """Return what a command holds of the folder of so many images, asked once."""
+    """Return a function that measures the peak memory of a command on a number of images, once."""
     out = tmp_path_factory.mktemp("out")
 
     @cache

@@ -1,4 +1,4 @@
-"""NAN, l1 and l0 against reading the array: 80 % of the bandwidth that a plain sum reaches, and no copy of it."""
+"""NAN, l1 and l0 compared with reading the array: 80 % of the bandwidth of a plain sum, and no copy of it."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from measuring import peak_memory
 
 NORMS = {"NAN": fn.negative_aware_norm, "l1": fn.l1_norm, "l0": fn.l0_norm}
 BANDWIDTH = 1 / 0.8
-# Of the array's bytes: the norms themselves are one 2048th.
+# As a share of the array's bytes; the norms themselves are one 2048th.
 TEMPORARY = 0.05
 
 

@@ -1,7 +1,7 @@
-"""Each detector that pytorch-ood or oodeel has too, fit and score, on the same features: never slower or larger.
+"""Fit and score of each detector that pytorch-ood or oodeel has too, on the same features: never slower or larger.
 
-They are asked through what takes features: a model or a loader between would be theirs to pay for, not ours. 5 %
-are left for what two runs of the same work differ by.
+All are called with features, so that no model or loader is included. The mark allows 5 %, by which two runs of the
+same work may differ.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ K = 50
 
 @dataclass(frozen=True)
 class Peer:
-    """How a detector of another library is made, fitted to features and asked."""
+    """Functions that create, fit and score a detector of another library."""
 
     make: Callable[[fn.Features], Any]
     fit: Callable[[Any, fn.Features], object] | None
@@ -41,7 +41,7 @@ BOTH = [("pytorch-ood", name) for name in OURS] + [("oodeel", name) for name in 
 
 
 def principal(features):
-    """The principal dimension that ViM takes by itself, for the others to take too."""
+    """Return the principal dimension that ViM chooses, so that the others use it too."""
     width = features.pooled.shape[1]
     return 1000 if width >= 2048 else width // 2
 
@@ -81,14 +81,14 @@ def oodeel():
     from oodeel.utils.torch_operator import TorchOperator
 
     def ready(peer, **attributes):
-        # What its own fit sets from the model.
+        # Attributes that its own fit sets from the model.
         for name, value in {"op": TorchOperator(), "backend": "torch", **attributes}.items():
             setattr(peer, name, value)
         return peer
 
     def of_logits(make):
         return Peer(
-            # Its model, whose logits these are.
+            # Stands in for its model, and returns these logits.
             lambda _: ready(
                 make(), feature_extractor=SimpleNamespace(predict_tensor=lambda logits: (None, logits))
             ),
@@ -136,7 +136,7 @@ def fitted(peer, features):
 
 def ours_fitted(name, features):
     detector = OURS[name]().fit(features)
-    # What a fit leaves to the first score is the fit's.
+    # Work that a fit defers to the first score belongs to the fit.
     detector.score(features[:1])
     return detector
 
@@ -154,12 +154,12 @@ def made_features(n, d, classes, seed=0):
 
 @pytest.fixture(scope="module")
 def shape(size):
-    """Inputs to fit on, to score, their width, classes."""
+    """Return the numbers of inputs to fit on and to score, their width, and the number of classes."""
     return size((50_000, 1_000, 2048, 100), (2_000, 100, 128, 10))
 
 
 @pytest.fixture(scope="module")
-def known(shape):
+def train_features(shape):
     n, _, d, classes = shape
     return made_features(n, d, classes)
 
@@ -172,22 +172,22 @@ def described(shape):
 @pytest.mark.parametrize(
     ("library", "name"), [(library, name) for library, name in BOTH if OURS[name]().needs_fit]
 )
-def test_fit(compare, shape, known, library, name):
+def test_fit(compare, shape, train_features, library, name):
     peer = theirs(library, name)
     compare.time(
         f"{name}, fit",
-        lambda: ours_fitted(name, known),
-        {library: (lambda: fitted(peer, known), LEVEL)},
+        lambda: ours_fitted(name, train_features),
+        {library: (lambda: fitted(peer, train_features), LEVEL)},
         rounds=3,
         sizes=described(shape),
     )
 
 
 @pytest.mark.parametrize(("library", "name"), BOTH)
-def test_score(compare, shape, known, library, name):
+def test_score(compare, shape, train_features, library, name):
     peer = theirs(library, name)
     inputs = made_features(shape[1], *shape[2:], seed=1)
-    detector, other = ours_fitted(name, known), fitted(peer, known)
+    detector, other = ours_fitted(name, train_features), fitted(peer, train_features)
     compare.time(
         f"{name}, score",
         lambda: detector.score(inputs),
@@ -199,19 +199,19 @@ def test_score(compare, shape, known, library, name):
 
 def fit_and_score(library, name, shape):
     n, asked, d, classes = shape
-    known, inputs = made_features(n, d, classes), made_features(asked, d, classes, seed=1)
+    train, inputs = made_features(n, d, classes), made_features(asked, d, classes, seed=1)
     few = made_features(20 * K, 64, 2)
 
-    def work(known, inputs):
+    def work(train, inputs):
         if library is None:
-            ours_fitted(name, known).score(inputs)
+            ours_fitted(name, train).score(inputs)
         else:
             peer = LIBRARIES[library]()[name]
-            peer.score(fitted(peer, known), inputs)
+            peer.score(fitted(peer, train), inputs)
 
-    work(few, few[:10])  # what it imports is not its data
+    work(few, few[:10])  # imports libraries, which are not counted
     yield
-    work(known, inputs)
+    work(train, inputs)
     yield
 
 

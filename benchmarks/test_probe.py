@@ -1,4 +1,4 @@
-"""What a probe adds to an epoch of CIFAR-10, at its default settings: at most a tenth."""
+"""The time that a probe with default settings adds to an epoch of CIFAR-10: at most a tenth."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from featnorm.paper.probe import Probe
 
 TRAINING_IMAGES = 45_000
 BATCH = 128
-# An epoch is this many times what is timed.
+# Number of training steps that are timed.
 STEPS = 3
 
 
@@ -30,8 +30,8 @@ def test_an_epoch(compare, size):
             loss.backward()
             optimizer.step()
 
-    folds = {name: (images(asked), torch.arange(asked) % 10) for name in ("train", "test")}
-    probe = Probe(folds, {f"ood {i}": images(asked) for i in range(3)}, pre_activation="2.hidden")
+    splits = {name: (images(asked), torch.arange(asked) % 10) for name in ("train", "test")}
+    probe = Probe(splits, {f"ood {i}": images(asked) for i in range(3)}, pre_activation="2.hidden")
     epoch = TRAINING_IMAGES / BATCH / STEPS
     compare.time(
         f"a probe of {asked} images of each of five sets",

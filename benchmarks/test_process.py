@@ -1,4 +1,4 @@
-"""What a process pays once: the import, at most twice torch's; and freed memory that is kept, or given back."""
+"""One-time costs of a process: the import, at most twice that of torch; and keeping or returning freed memory."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What docs/scale.md reckons with: the bytes that one more image costs, and what joining two fits takes."""
+"""The basis of the estimate in docs/scale.md: the bytes of one more image, and merging two fits."""
 
 import os
 import tracemalloc
@@ -10,7 +10,7 @@ import torch
 
 import featnorm as fn
 from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.records import Journal
 
 BATCH = 64
@@ -18,7 +18,7 @@ BATCH = 64
 
 @pytest.fixture
 def many(tmp_path, size):
-    """A folder of files that are named and not read, and their number."""
+    """Return a folder of files that are listed but not read, and their number."""
     n = size(50_000, 2_000)
     (tmp_path / "photographs").mkdir()
     first = tmp_path / "photographs" / "2026-11-26-camera-000000.jpg"
@@ -29,7 +29,7 @@ def many(tmp_path, size):
 
 
 def held(make):
-    """Return what is kept of what is made, in bytes of Python's own account."""
+    """Return the memory of a result in bytes, as traced by Python."""
     tracemalloc.start()
     kept = make()
     size = tracemalloc.get_traced_memory()[0]
@@ -43,13 +43,13 @@ def test_a_list_of_images(compare, many, tmp_path):
     table = pa.table({"image": [{"bytes": b"no image", "path": f"{i:06}.jpg"} for i in range(n)]})
     file = tmp_path / "shard.parquet"
     pq.write_table(table, file)
-    open_images(str(file))  # imports
+    open_source(str(file))  # imports
     compare.memory(
         f"a folder of {n:,} files, listed",
-        lambda: held(lambda: open_images(str(folder))),
+        lambda: held(lambda: open_source(str(folder))),
         {
             "as many bytes as files": (lambda: n, None),
-            "a parquet file of as many rows": (lambda: held(lambda: open_images(str(file))), None),
+            "a parquet file of as many rows": (lambda: held(lambda: open_source(str(file))), None),
         },
         sizes="names of 28 characters, of 10 in the parquet file",
     )

@@ -1,7 +1,7 @@
-"""A training step against its operations at the rate of the machine's best convolution, under each way to run it.
+"""A training step, run in several ways, compared with its operations at the rate of the best convolution.
 
-The machine's best is that of one large 3 x 3 convolution forward, over precisions and memory formats. A step's
-operations are counted from its shapes, forward and back.
+The best rate is that of the forward pass of a large 3 x 3 convolution, over precisions and memory formats. The
+operations of a step are counted from its shapes, forward and backward.
 """
 
 import time
@@ -30,7 +30,7 @@ def counted(work):
 
 @pytest.fixture(scope="module")
 def best():
-    """The machine's best convolution in operations a second, and which it is."""
+    """Return the name of the machine's best convolution and its operations per second."""
     found = {}
     for name, (layout, dtype, compiled) in WAYS.items():
         if compiled:

@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 
 import running
+from featnorm.__main__ import main
 from featnorm._utils.memory import keep_freed_memory
-from featnorm.cli import main
 
 pytest_plugins = ["own_images"]
 

@@ -1,4 +1,4 @@
-"""Random views: each image's is what torchvision makes of it alone, and they are drawn as they should be."""
+"""Random views: each equals torchvision's view of the single image, and the parameters are drawn correctly."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_a_crop_is_cut_from_the_moved_image():
 
 
 def one_by_one(image, drawn, i, side):
-    """The same by torchvision's functions."""
+    """Return the view computed by torchvision's functions."""
     top, left, height, width = (int(v) for v in drawn.box[i])
     view = reference.resized_crop(image, top, left, height, width, [side, side], antialias=False)
     if drawn.flip[i]:
@@ -77,14 +77,14 @@ def one_by_one(image, drawn, i, side):
     )
     for which in drawn.order[i]:
         view = changes[which](view, float(drawn.factors[i, which]))
-    return reference.rgb_to_grayscale(view, 3) if drawn.grey[i] else view
+    return reference.rgb_to_grayscale(view, 3) if drawn.gray[i] else view
 
 
 @pytest.mark.parametrize("side", [32, 20])
 def test_a_view_is_what_torchvision_makes_of_the_image(side):
     pixels = images()
     drawn = Distortion.draw(24, (32, 32), generator())
-    assert drawn.grey.any()
+    assert drawn.gray.any()
     assert drawn.flip.any()
     assert (drawn.factors == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1).any()
     assert len({tuple(order) for order in drawn.order.tolist()}) > 5
@@ -111,7 +111,7 @@ def test_the_settings_are_those_of_the_source():
     drawn = Distortion.draw(20_000, (32, 32), generator())
     jittered = (drawn.factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1)
     assert float(jittered.float().mean()) == pytest.approx(0.8, abs=0.015)
-    assert float(drawn.grey.float().mean()) == pytest.approx(0.2, abs=0.015)
+    assert float(drawn.gray.float().mean()) == pytest.approx(0.2, abs=0.015)
     assert float(drawn.flip.float().mean()) == pytest.approx(0.5, abs=0.015)
     assert drawn.factors.amin(0).tolist() == pytest.approx([0.6, 0.6, 0.6, -0.1], abs=1e-3)
     assert drawn.factors.amax(0).tolist() == pytest.approx([1.4, 1.4, 1.4, 0.1], abs=1e-3)
@@ -156,7 +156,7 @@ def test_flips_and_turns():
 
 def test_what_is_wrong_is_named():
     drawn = Distortion.draw(2, (8, 8), generator())
-    with pytest.raises(ValueError, match="of 3 channels, and these have 1"):
+    with pytest.raises(ValueError, match="of 3 channels, got 1"):
         distort(torch.rand(2, 1, 8, 8), drawn)
-    with pytest.raises(ValueError, match=r"only square images .* shape \(2, 3, 8, 6\)"):
+    with pytest.raises(ValueError, match=r"rotations need square images .* shape \(2, 3, 8, 6\)"):
         rotations(torch.rand(2, 3, 8, 6))

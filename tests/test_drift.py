@@ -37,8 +37,8 @@ def reference(calibration, stream, seed):
 @given(st.lists(few, min_size=1, max_size=20), st.lists(few, max_size=60), st.integers(0, 9))
 def test_equals_its_definition(calibration, stream, seed):
     evidence = DriftMonitor(calibration, seed=seed).update(stream)
-    assert evidence.dtype == torch.float64
-    np.testing.assert_allclose(evidence.numpy(), reference(calibration, stream, seed), rtol=0, atol=1e-12)
+    assert evidence.dtype == np.float64
+    np.testing.assert_allclose(evidence, reference(calibration, stream, seed), rtol=0, atol=1e-12)
 
 
 def test_equals_its_definition_over_a_drift():
@@ -47,7 +47,7 @@ def test_equals_its_definition_over_a_drift():
     stream = np.concatenate([rng.normal(0, 1, 200), rng.normal(-1, 1, 200)]).astype(np.float16)
     # Of 11 bits each, so that the monitor's keys lose nothing.
     evidence = DriftMonitor(calibration, seed=3).update(stream)
-    np.testing.assert_allclose(evidence.numpy(), reference(calibration, stream, 3), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(evidence, reference(calibration, stream, 3), rtol=0, atol=1e-11)
     assert evidence.max() > 2
 
 
@@ -58,7 +58,7 @@ def test_batches_of_any_size_give_the_same(stream, cuts, seed):
     whole, parts = (DriftMonitor(calibration, false_alarm=0.5, seed=seed) for _ in range(2))
     evidence = whole.update(stream)
     in_parts = [parts.update(stream[a:b]) for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    assert torch.equal(evidence, torch.cat(in_parts))
+    assert np.array_equal(evidence, np.concatenate(in_parts))
     assert attributes(whole) == attributes(parts)
     assert whole.count == len(stream)
 
@@ -95,7 +95,7 @@ def test_finds_a_drift_of_scores_none_of_which_is_extreme(shift):
     evidence = monitor.update(drifted)
     assert monitor.alarmed_at is not None
     # The alarm is where the evidence was first enough, counted over the whole stream; it stays there.
-    first = int((evidence >= 2).nonzero()[0])
+    first = int(np.argmax(evidence >= 2))
     assert monitor.alarmed_at == 2000 + first < 2400
     assert monitor.highest == evidence.max()
     at = monitor.alarmed_at
@@ -110,8 +110,8 @@ def test_the_alarm_is_at_the_stated_evidence():
     for false_alarm in (0.2, 0.01, 1e-6):
         monitor = DriftMonitor(np.arange(500.0), false_alarm=false_alarm)
         assert monitor.alarm_level == -math.log10(false_alarm)
-        assert torch.equal(monitor.update(stream), evidence)
-        reached = (evidence >= monitor.alarm_level).nonzero()
+        assert np.array_equal(monitor.update(stream), evidence)
+        reached = np.flatnonzero(evidence >= monitor.alarm_level)
         assert monitor.alarmed_at == (int(reached[0]) if len(reached) else None)
         assert monitor.false_alarm == false_alarm
 
@@ -133,7 +133,7 @@ def test_one_calibration_score_is_enough_to_be_valid():
 
 def test_scores_are_ranked_in_their_order():
     order = [-math.inf, -3e38, -2.0, -1.001, -1.0, -1e-30, 0.0, 1e-30, 1.0, 1.001, 3e38, math.inf]
-    keys = _keys(torch.tensor(order, dtype=torch.float64))
+    keys = _keys(np.array(order))
     assert keys == sorted(set(keys))
     assert min(keys) >= 0
     assert max(keys) < 2**22
@@ -143,7 +143,7 @@ def test_scores_are_ranked_in_their_order():
     "pair", [(-0.0, 0.0), (-1e-60, 0.0), (1e-60, 0.0), (1e300, math.inf), (-1e300, -math.inf), (1, 1 + 1e-5)]
 )
 def test_scores_too_close_to_tell_apart_are_equal(pair):
-    first, second = _keys(torch.tensor(pair, dtype=torch.float64))
+    first, second = _keys(np.array(pair, np.float64))
     assert first == second
 
 
@@ -178,7 +178,14 @@ def test_takes_scores_of_any_type(dtype):
     stream = torch.tensor([3, 0, 1, 38, 50, -7])
     expected = DriftMonitor(torch.arange(40)).update(stream.double())
     strided = torch.stack([stream, stream], dim=1)[:, 0].to(dtype)
-    assert torch.equal(DriftMonitor(torch.arange(40).to(dtype)).update(strided), expected)
+    assert np.array_equal(DriftMonitor(torch.arange(40).to(dtype)).update(strided), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ">f8", np.int32])
+def test_takes_arrays_of_any_type(dtype):
+    stream = np.array([3, 0, 1, 38, 50, -7])
+    expected = DriftMonitor(torch.arange(40)).update(torch.from_numpy(stream))
+    assert np.array_equal(DriftMonitor(np.arange(40, dtype=dtype)).update(stream.astype(dtype)), expected)
 
 
 def test_long_streams_neither_overflow_nor_underflow():
@@ -188,9 +195,9 @@ def test_long_streams_neither_overflow_nor_underflow():
     # Each score is below all before it, the best that a gambler can wish for.
     evidence = monitor.update(-np.geomspace(10, 1e37, 5000))
     assert evidence[-1] > 500  # no float64 holds ten to the power of that
-    assert evidence.isfinite().all()
+    assert np.isfinite(evidence).all()
     evidence = monitor.update(calm.normal(size=5000))
-    assert evidence.isfinite().all()
+    assert np.isfinite(evidence).all()
 
 
 def test_memory_is_bounded():

@@ -1,4 +1,4 @@
-"""Detectors side by side, on features made by hand."""
+"""The comparison of detectors, on synthetic features."""
 
 import numpy as np
 import pytest
@@ -31,14 +31,14 @@ def test_scores_are_those_of_the_detectors_alone():
         id_set=("known", batches(known)),
         ood_sets={"near": batches(near), "far": batches(far)},
     )
-    assert [outcome.detector for outcome in result.outcomes] == ["NAN()", "KNN(k=3)", "Mahalanobis()"]
-    for outcome, fresh in zip(result.outcomes, [fn.NAN(), fn.KNN(k=3), fn.Mahalanobis()], strict=True):
+    assert [outcome.detector for outcome in result.results] == ["NAN()", "KNN(k=3)", "Mahalanobis()"]
+    for outcome, fresh in zip(result.results, [fn.NAN(), fn.KNN(k=3), fn.Mahalanobis()], strict=True):
         fresh.fit(train)
         np.testing.assert_allclose(outcome.id_scores, fresh.score(known).numpy(), rtol=1e-5)
         np.testing.assert_allclose(outcome.ood_scores["far"], fresh.score(far).numpy(), rtol=1e-5)
-        assert outcome.measures["near"] == evaluate(outcome.id_scores, outcome.ood_scores["near"])
-        assert outcome.mean.auroc == pytest.approx(np.mean([m.auroc for m in outcome.measures.values()]))
-    assert result.outcomes[0].measures["far"].auroc == 1
+        assert outcome.metrics["near"] == evaluate(outcome.id_scores, outcome.ood_scores["near"])
+        assert outcome.mean.auroc == pytest.approx(np.mean([m.auroc for m in outcome.metrics.values()]))
+    assert result.results[0].metrics["far"].auroc == 1
     assert {name: len(on) for name, on in result.patterns.items()} == {"known": 50, "near": 40, "far": 50}
     assert result.patterns["far"].dtype == bool
 
@@ -54,23 +54,23 @@ def test_streams_are_read_once():
         id_set=("known", once(batches(known))),
         ood_sets={"far": once(batches(far))},
     )
-    assert len(result.outcomes) == 4
+    assert len(result.results) == 4
 
 
 def test_detectors_that_cannot_work_are_left_out_by_name():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     detectors = [fn.NAN(), fn.KNN(k=50), fn.EmbeddingMagnitude(), fn.Mahalanobis()]
     result = compare(detectors, fit=[known], id_set=("known", [known]), ood_sets={"far": [far]})
-    assert [outcome.detector for outcome in result.outcomes] == ["NAN()"]
-    assert "only 30 inputs in its bank" in result.left_out["KNN()"]
-    assert "`embedding`" in result.left_out["EmbeddingMagnitude()"]
-    assert "`labels`" in result.left_out["Mahalanobis()"]
+    assert [outcome.detector for outcome in result.results] == ["NAN()"]
+    assert "only 30 inputs in its bank" in result.excluded["KNN()"]
+    assert "`embedding`" in result.excluded["EmbeddingMagnitude()"]
+    assert "`labels`" in result.excluded["Mahalanobis()"]
 
 
 def test_without_a_fit_the_learners_are_left_out():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     result = compare([fn.NAN(), fn.KNN(k=3)], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})
-    assert "none were given to fit on" in result.left_out["KNN(k=3)"]
+    assert "no in-distribution inputs were given to fit on" in result.excluded["KNN(k=3)"]
 
 
 def test_accuracy_counts_known_labels_only():
@@ -89,7 +89,7 @@ def test_accuracy_counts_known_labels_only():
 
 def test_no_detector_or_no_input_is_an_error():
     known = features(30, 1.0, 0)
-    with pytest.raises(ValueError, match="no detector can be used"):
+    with pytest.raises(ValueError, match="every detector is excluded"):
         compare([fn.KNN()], fit=None, id_set=("known", [known]), ood_sets={"far": [known]})
     with pytest.raises(ValueError, match="no usable input in far"):
         compare([fn.NAN()], fit=None, id_set=("known", [known]), ood_sets={"far": []})
@@ -99,6 +99,6 @@ def test_detectors_that_come_fitted_need_no_fit():
     train, known, far = features(90, 1.0, 3), features(60, 1.0, 0), features(50, 0.1, 2)
     fitted = fn.KNN(k=3).fit(train)
     result = compare([fitted, fn.SSD()], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})
-    (outcome,) = result.outcomes
+    (outcome,) = result.results
     np.testing.assert_array_equal(outcome.id_scores, fitted.score(known).numpy())
-    assert "none were given to fit on" in result.left_out["SSD()"]
+    assert "no in-distribution inputs were given to fit on" in result.excluded["SSD()"]

@@ -1,4 +1,4 @@
-"""Explanations, on a network whose units do what their weights say."""
+"""Explanations of a network with hand-written weights."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import featnorm as fn
 
 
 def network():
-    """Two classes of four units each, and one unit that nothing reads."""
+    """Return a network with two classes of four units each, and one unused unit."""
     model = nn.Sequential(nn.Linear(9, 9, bias=False), nn.ReLU(), nn.Linear(9, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(9))
@@ -24,59 +24,59 @@ def known(n=40):
     return x
 
 
-def test_an_input_like_the_others_misses_nothing():
+def test_an_input_like_the_others_has_no_inactive_or_unexpected_units():
     explainer = fn.Explainer(network()).fit(known().split(7), progress=False)
     (one,) = explainer(torch.tensor([[3.0, 1, 1, 1, 0, 0, 0, 0, 0]]))
     assert (one.predicted, one.hidden_prediction) == (0, 0)
     assert one.hidden_confidence == one.norm == 6
     assert one.active == 4
     assert one.nan == 1.5
-    assert one.carriers[0] == 0
-    assert len(one.missing) == len(one.strange) == 0
+    assert one.top_units[0] == 0
+    assert len(one.inactive_units) == len(one.unexpected_units) == 0
 
 
-def test_what_is_missing_and_what_is_strange_is_named():
+def test_inactive_and_unexpected_units_are_named():
     explainer = fn.Explainer(network()).fit(known().split(7), progress=False)
     inputs = torch.tensor([[0.0, 2, 0, 2, 0, 1, 0, 0, 5], [0, 0, 0, 0, 1, 1, 1, 1, 0]])
     one, other = explainer(inputs)
     assert one.predicted == 0
-    assert one.missing.tolist() == [0, 2]
-    assert one.strange.tolist() == [8, 5]
+    assert one.inactive_units.tolist() == [0, 2]
+    assert one.unexpected_units.tolist() == [8, 5]
     assert one.hidden_confidence == 2 + 2 - 1 - 5  # sign(0) = -1 for the unit that nothing reads
     rows = dict(one.rows())
-    assert rows["on for most of class 0, off here"] == "2 of 4: 0, 2"
-    assert rows["off for most of class 0, on here"] == "2 of 5: 8, 5"
-    assert rows["units that carry the norm"] == "8, 1, 3, 5 (100% of it)"
+    assert rows["usually on for class 0, off here"] == "2 of 4: 0, 2"
+    assert rows["usually off for class 0, on here"] == "2 of 5: 8, 5"
+    assert rows["largest units"] == "8, 1, 3, 5 (100% of the norm)"
     assert all(how in str(one) for how in rows.values())
     assert other.predicted == 1
-    assert len(other.missing) == 0
+    assert len(other.inactive_units) == 0
     assert one.svg().count("<svg") == 1
 
 
-def test_classes_are_called_by_their_names():
+def test_class_names_are_used():
     explainer = fn.Explainer(network(), class_names=["cat", "dog"]).fit(known().split(7), progress=False)
     (one,) = explainer(known()[-1:])
-    assert (one.called, one.hidden_called) == ("dog", "dog")
+    assert (one.predicted_name, one.hidden_predicted_name) == ("dog", "dog")
     assert dict(one.rows())["the network predicts"] == "dog"
 
 
-def test_what_cannot_be_explained_is_said():
+def test_errors_name_what_is_missing():
     explainer = fn.Explainer(network())
-    with pytest.raises(ValueError, match="call fit with a loader"):
+    with pytest.raises(ValueError, match="not fitted: call fit with a loader"):
         explainer(known()[:1])
     misnamed = fn.Explainer(network(), class_names=["cat"]).fit([known()], progress=False)
     with pytest.raises(ValueError, match="1 names for 2 classes"):
         misnamed(known()[:1])
 
 
-def test_a_class_that_nothing_was_taken_for_is_compared_with_all():
+def test_a_class_that_is_never_predicted_is_compared_with_all_inputs():
     explainer = fn.Explainer(network()).fit([known()[:10]], progress=False)
     one, other = explainer(known()[[0, 30]])
     assert (one.seen, other.seen) == (10, 0)
     assert torch.equal(other.on_rate, explainer.statistics.on_rate)
     rows = dict(other.rows())
     assert rows["the network predicts"] == "class 1, which it predicts for no in-distribution input"
-    assert rows["on for most of the in-distribution inputs, off here"] == "4 of 4: 0, 1, 2, 3"
+    assert rows["usually on for the in-distribution inputs, off here"] == "4 of 4: 0, 1, 2, 3"
 
 
 def test_the_sentence_counts_against_what_is_usual():
@@ -86,7 +86,7 @@ def test_the_sentence_counts_against_what_is_usual():
     explainer = fn.Explainer(network()).fit([x], progress=False)
     (one,) = explainer(torch.tensor([[0.0, 2, 0, 2, 0, 1, 0, 0, 5]]))
     assert one.sentence == (
-        "Taken for class 0. Of the 4 units that are on for most of class 0, 2 are off (0 expected); "
+        "Predicted: class 0. Of the 4 units that are usually on for class 0, 2 are off (0 expected); "
         "of the 5 others, 2 are on (0 expected)."
     )
 

@@ -55,9 +55,9 @@ def test_what_is_no_tensor_is_refused_by_name(value):
 
 
 def test_no_field_at_all_is_refused():
-    with pytest.raises(ValueError, match="without any of activation, pooled, embedding, logits, labels"):
+    with pytest.raises(ValueError, match="need at least one of activation, pooled, embedding, logits, labels"):
         Features()
-    with pytest.raises(ValueError, match="without any of"):
+    with pytest.raises(ValueError, match="need at least one of"):
         Features(classifier=(torch.ones(2, 3), None))
 
 

@@ -12,19 +12,20 @@ from torch import nn
 import featnorm as fn
 from featnorm import archive, fitting
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import DataError, SlicedImages, open_images
+from featnorm.inputs import DataError, SlicedSource, open_source
 from featnorm.models import ModelError, create_model
 from painted import paint
 
 
 def fit(folder, loaded, cache, **options):
-    return fn.fit_images(open_images(str(folder)), loaded, cache=cache, progress=False, workers=0, **options)
+    return fn.fit_images(open_source(str(folder)), loaded, cache=cache, progress=False, workers=0, **options)
 
 
 def noise(n, seed=1):
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
 @pytest.mark.parametrize("detector", ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())"])
 def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
@@ -42,7 +43,7 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
         mine, theirs = fitted.scorer.scorer(images), again.scorer(images)
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
-    source = SlicedImages(open_images(str(folder)), range(10), "ten")
+    source = SlicedSource(open_source(str(folder)), range(10), "ten")
     rows = [row for batch in again.stream(source, batch_size=4, workers=0) for row in batch]
     assert [row.name for row in rows] == [source.name(i) for i in range(10)]
     assert rows[0].error is not None
@@ -53,21 +54,23 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
     assert (one.sentence, one.rows()) == (other.sentence, other.rows())
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize(
     "detector", [fn.NAN(), fn.KNN(k=3), fn.Energy(), fn.HiddenConfidence(), fn.ViM(), fn.Mahalanobis()]
 )
 def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cache, detector):
     """The calibration never saw the images, and agrees with what the network says of them."""
     fitted = fit(folder, loaded, cache, detector=detector)
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
     rows = [i for i in rows if "copy" not in source.name(i)]
     apart = fitting.held_out([source.digest(i) for i in rows])
-    images = torch.stack([loaded.transform(source.image(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
+    images = torch.stack([loaded.transform(source.item(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
     scores = fitted.scorer.scorer(images).score.double().sort().values
     assert torch.allclose(scores, fitted.scorer.scorer.calibration.scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
 def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence()).scorer
@@ -83,20 +86,23 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     features = scorer.scorer.tap(images)
     for i, one in enumerate(explained):
         assert one.predicted == int(verdict.logits[i].argmax())
-        assert one.called == (f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted])
+        assert one.predicted_name == (
+            f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted]
+        )
         assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
         assert torch.equal(one.activation, features.activation[i])
     assert explained[3].seen > 0
-    assert len(explained[3].missing) <= len(explained[0].missing)
+    assert len(explained[3].inactive_units) <= len(explained[0].inactive_units)
     scorer.statistics = None
     with pytest.raises(ValueError, match="holds no statistics"):
         scorer.judge(images, "abcd", explain=[0])
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
     fitted = fit(folder, loaded, cache, detector=fn.KNN(k=3))
-    foreign = open_images("ood32/textures[:100]", root=shared_data)
-    verdict = fitted.scorer.scorer(torch.stack([loaded.transform(foreign.image(i)) for i in range(100)]))
+    foreign = open_source("ood32/textures[:100]", root=shared_data)
+    verdict = fitted.scorer.scorer(torch.stack([loaded.transform(foreign.item(i)) for i in range(100)]))
     assert verdict.is_id.double().mean() < 0.1
 
 
@@ -109,6 +115,7 @@ def test_the_same_images_give_the_same_detector(folder, loaded, cache, tmp_path)
     assert fit(folder, loaded, tmp_path / "other").computed == 239
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded, cache, monkeypatch):
     fit(folder, loaded, cache)
     monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
@@ -143,6 +150,7 @@ def test_clusters_are_the_groups_that_are_there():
     assert all(len(clusters[i::10].unique()) == 1 for i in range(10))
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     (tmp_path / "mymodel.py").write_text(
         "import torch\n"
@@ -212,7 +220,7 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
 
 
 def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     for words, arguments, options in (
         ("the images must be a source", (str(folder), loaded), {}),
         ("the backbone must be a LoadedModel", (source, "timm:test_resnet"), {}),
@@ -234,9 +242,10 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_what_is_refused(folder, loaded, cache, tmp_path):
-    source = open_images(str(folder))
-    few = SlicedImages(source, range(60), "few")
+    source = open_source(str(folder))
+    few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"few has 59 readable images, copies not counted: at least 100"):
         fn.fit_images(few, loaded, cache=cache, progress=False)
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
@@ -252,6 +261,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
         fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
 
 
+@pytest.mark.usefixtures("heads_trained_once")
 def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
     path = tmp_path / "d.featnorm"
     scorer = fit(folder, loaded, cache).scorer

@@ -6,10 +6,9 @@ import torch
 import featnorm as fn
 from featnorm import archive
 from featnorm._utils.weights import single_precision
-from featnorm.cli.monitor import Options
-from featnorm.cli.monitor import run as monitor
+from featnorm.cli.monitor import monitor
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.models import ModelError, create_model
 from mutations import mutated
 
@@ -17,7 +16,7 @@ MODEL = "tiny:make"
 
 
 def fitted(folder, cache, detector, spec=MODEL):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     options = {"cache": cache, "progress": False, "workers": 0}
     return fn.fit_images(source, create_model(spec), detector=fn.parse_detector(detector), **options).scorer
 
@@ -106,10 +105,9 @@ def test_whatever_a_header_says_monitor_refuses_or_reads_it(file, tmp_path):
     path = tmp_path / "d.featnorm"
     lowest = 1 / (len(tensors[archive.CALIBRATION]) + 1)
     (tmp_path / "t.csv").write_text(f"path,score,p_value\na,-inf,{lowest}\n")
-    options = Options(detector=path, scores=tmp_path / "t.csv", false_alarm=0.01, html=None)
     for what, changed in mutated({"tpr": header["tpr"], "model": header["model"]}):
         archive.write(path, tensors, changed)
-        opens(lambda: monitor(options), what)
+        opens(lambda: monitor(path, tmp_path / "t.csv"), what)
 
 
 def test_whatever_a_tensor_is_a_file_is_refused_or_works(file, tmp_path):

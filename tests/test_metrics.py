@@ -1,4 +1,4 @@
-"""Measures against their definitions, scikit-learn, and the properties that ranks have."""
+"""Metrics compared with their definitions and scikit-learn, and properties of ranks."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from featnorm.metrics import (
-    Measures,
+    Metrics,
     aupr_in,
     aupr_out,
     auroc,
@@ -76,7 +76,7 @@ def negated(scores):
 
 
 def ranked(*lists):
-    """The scores' integer ranks: the same order and ties, within what scikit-learn accepts."""
+    """Return integer ranks of the scores, with the same order and ties, in the range that scikit-learn accepts."""
     ranks = np.unique(np.concatenate(lists), return_inverse=True)[1]
     return np.split(ranks, np.cumsum([len(x) for x in lists])[:-1])
 
@@ -127,7 +127,7 @@ def test_agrees_with_scikit_learn(id_scores, ood_scores):
 @given(samples, samples)
 def test_evaluate_is_the_single_functions(id_scores, ood_scores):
     measures = evaluate(id_scores, ood_scores)
-    assert measures == Measures(
+    assert measures == Metrics(
         auroc=auroc(id_scores, ood_scores),
         aupr_in=aupr_in(id_scores, ood_scores),
         aupr_out=aupr_out(id_scores, ood_scores),
@@ -263,7 +263,7 @@ def test_bootstrap_interval_depends_on_seed_and_level_alone(gaussian):
     assert interval(seed=3) == interval(seed=3) != interval(seed=4)
     narrow, wide = interval(level=0.5), interval(level=0.99)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
-    # Only the ranks matter, and with one score each there is nothing to resample.
+    # Only the ranks matter, and resampling one score each gives the same score.
     id_scores, ood_scores = gaussian
     assert interval() == bootstrap_interval(auroc, 1e6 * id_scores, 1e6 * ood_scores, n_resamples=100)
     assert bootstrap_interval(auroc, [-math.inf], [-math.inf], n_resamples=1) == (0.5, 0.5)
@@ -285,11 +285,11 @@ def test_bootstrap_interval_depends_on_seed_and_level_alone(gaussian):
         ),
         ([1, 2**53], [1.0], ValueError, r"id_scores: 1 of 2 values are integers of.* index 1; subtract"),
         ([-(2**63)], [1.0], ValueError, r"id_scores: 1 of 1 values are integers of"),
-        ([True, False], [1.0], TypeError, "id_scores must be .* of real numbers, got torch.bool"),
-        ([1.0], [1j], TypeError, "ood_scores must be .* of real numbers, got torch.complex128"),
-        (["a"], [1.0], TypeError, "id_scores must be .* of real numbers: "),
+        ([True, False], [1.0], TypeError, "id_scores must be .* of real numbers, got bool"),
+        ([1.0], [1j], TypeError, "ood_scores must be .* of real numbers, got complex128"),
+        (["a"], [1.0], TypeError, "id_scores must be .* of real numbers, got <U1"),
         ([1.0], [[1.0], [1.0, 2.0]], TypeError, "ood_scores must be .* of real numbers: .*inhomogeneous"),
-        ([1.0], np.ones(2, np.longdouble), TypeError, "ood_scores must be .* of real numbers: .*longdouble"),
+        ([1.0], np.ones(2, np.longdouble), TypeError, "ood_scores must be .* of real numbers, got (float|longd)"),
     ],
 )
 @pytest.mark.parametrize("measure", [*MEASURES, evaluate, roc_curve, partial(bootstrap_interval, auroc)])

@@ -1,4 +1,4 @@
-"""The norms against their definitions, and the inequalities that hold between them."""
+"""The norms compared with their definitions, and inequalities between them."""
 
 import math
 from decimal import Decimal
@@ -23,7 +23,7 @@ powers = st.floats(0.2, 12)
 
 
 def reference(rows, p):
-    # In decimals, whose range is wider: in floats the power of a small number is 0, and so would be its norm.
+    # Decimals have a wider range; as a float, the power of a small number is 0, and so would be its norm.
     power = Decimal(float(p))
     return np.array([float(sum(abs(Decimal(float(x))) ** power for x in row) ** (1 / power)) for row in rows])
 

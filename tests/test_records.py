@@ -129,7 +129,9 @@ def test_a_line_that_is_damaged_meanwhile_never_enters_the_table(tmp_path):
 
 def test_a_folder_in_the_place_of_the_journal_is_named(tmp_path):
     (tmp_path / ".t.csv.part").mkdir()
-    with pytest.raises(ValueError, match=r"\.t\.csv\.part is a folder where a file is expected: move it away"):
+    with pytest.raises(
+        ValueError, match=r"\.t\.csv\.part is a folder, but must be a file: move or remove the folder"
+    ):
         Journal(tmp_path / "t.csv", RUN, 3)
     (tmp_path / ".t.csv.part").rmdir()
     assert run_on(tmp_path / "t.csv") == (0, None)

@@ -1,11 +1,11 @@
-"""Attack `featnorm serve` on the loopback, and measure what its other clients see meanwhile.
+"""Attack `featnorm serve` on the loopback interface, and measure what other clients see meanwhile.
 
     python tools/attack_service.py DETECTOR [--source NAME=FOLDER ...] [--seconds 4] [--page PAGE]
 
-For each attack it starts the service afresh on a free port, lets the attack begin, asks for `/healthz` and for the
-verdict on a small image again and again, and tells the service to end while the attack goes on. The attacks come
-from a process of their own and end with it. `--source before=OTHER/src --source after=src` compares two checkouts.
-It takes some two minutes for each. Its table goes into PAGE, between `<!-- attacks -->` and `<!-- end -->`.
+For each attack, it starts the service on a free port and then the attack, repeatedly requests `/healthz` and the
+verdict on a small image, and stops the service while the attack continues. Each attack runs in its own process.
+`--source before=OTHER/src --source after=src` compares two checkouts, which takes about two minutes each. The
+table is written to PAGE, between `<!-- attacks -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -35,20 +35,22 @@ from typing import Any
 from PIL import Image
 
 HOST = "127.0.0.1"
-# The bounds that the marks are about: milliseconds, seconds, seconds.
+# Targets: median latency of /healthz in milliseconds, verdict in seconds, exit in seconds.
 HEALTHZ, VERDICT, END = 100, 30, 10
-# Seconds after which an attack counts as one that the service does not survive.
+# Seconds after which the service counts as unresponsive.
 PATIENCE = 45
 HALF, UNREAD, BOMBS = 200, 50, 60
 SIDE = 7000
 
 
 def main() -> None:
-    """Run it."""
+    """Run the attacks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("detector", type=Path)
-    parser.add_argument("--source", action="append", metavar="NAME=FOLDER", help="a checkout's src; default: this")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of asking, per attack")
+    parser.add_argument(
+        "--source", action="append", metavar="NAME=FOLDER", help="src of a checkout. Default: this"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of the requests per attack")
     parser.add_argument("--page", type=Path)
     options = parser.parse_args()
     here = Path(__file__).resolve().parent.parent / "src"
@@ -69,9 +71,17 @@ def main() -> None:
 
 
 def attacked(source: str, detector: Path, attack: str, seconds: float) -> dict[str, Any]:
-    """Return what other clients of a service see while it is attacked."""
+    """Return what other clients see while a service is attacked."""
     service = subprocess.Popen(
-        [sys.executable, "-c", "from featnorm.cli import main; main()", "serve", str(detector), "--port", "0"],
+        [
+            sys.executable,
+            "-m",
+            "featnorm",
+            "serve",
+            str(detector),
+            "--port",
+            "0",
+        ],
         env={**os.environ, "PYTHONPATH": source},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -112,7 +122,7 @@ def attacked(source: str, detector: Path, attack: str, seconds: float) -> dict[s
 
 
 def asked(port: int, path: str, body: bytes | None, seconds: float) -> Callable[[], dict[str, Any]]:
-    """Ask again and again in a thread; what is returned waits for it and returns what it saw."""
+    """Send requests in a thread, and return a function that waits for it and returns the results."""
     seen: list[tuple[float, str]] = []
 
     def run() -> None:
@@ -134,7 +144,7 @@ def asked(port: int, path: str, body: bytes | None, seconds: float) -> Callable[
 
 
 def ask(port: int, path: str, body: bytes | None = None) -> tuple[float, str]:
-    """Return how long an answer took on a connection of its own, and its status or why there was none."""
+    """Send a request on a new connection; return its time in seconds, and its status or the error."""
     began = time.perf_counter()
     connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
     try:
@@ -173,7 +183,7 @@ def head(port: int, request: str, *headers: str) -> bytes:
 
 
 def many(number: int, client: Callable[[], None], stop: Any) -> None:
-    """Run clients in threads until they are to stop; one that loses its connection comes again."""
+    """Run clients in threads until stopped; a client that loses its connection reconnects."""
 
     def run() -> None:
         while not stop.is_set():
@@ -193,7 +203,7 @@ def no_attack(port: int, stop: Any) -> None:
 
 
 def bytewise(port: int, stop: Any) -> None:
-    """Send a body in chunks of a byte each, on one connection."""
+    """Send a body in chunks of one byte, on one connection."""
     chunks = b"1\r\nx\r\n" * 10_000
 
     def client() -> None:
@@ -208,7 +218,7 @@ def bytewise(port: int, stop: Any) -> None:
 
 
 def half(port: int, stop: Any) -> None:
-    """Hold half a request: a head that does not end, or a body."""
+    """Send half a request, an unfinished head or body, and keep the connection open."""
     number = count()
     whole = head(port, "POST /v1/score", "Content-Type: image/png", "Content-Length: 100000")
 
@@ -223,7 +233,7 @@ def half(port: int, stop: Any) -> None:
 
 
 def unread(port: int, stop: Any) -> None:
-    """Ask for the page and never read it, on one connection after the other."""
+    """Request the page repeatedly without reading it."""
     page = head(port, "GET /")
 
     def client() -> None:
@@ -238,13 +248,13 @@ def unread(port: int, stop: Any) -> None:
 
 
 def bombs(port: int, stop: Any) -> None:
-    """Send images of 49 megapixels, one at a time by each client."""
+    """Send images of 49 megapixels, one at a time per client."""
     data = bomb()
 
     def client() -> None:
         _, said = ask(port, "/v1/score", data)
         if said != "200":
-            time.sleep(1.0)  # as the service asks for
+            time.sleep(1.0)  # as Retry-After says
 
     many(BOMBS, client, stop)
 
@@ -259,7 +269,7 @@ ATTACKS: dict[str, Callable[[int, Any], None]] = {
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]], names: list[str]) -> str:
-    """Return the rows as Markdown, under what they were measured on."""
+    """Return the rows as Markdown, after the command, date and machine."""
     columns = ["/healthz, median", "worst", "a verdict, median", "worst", "answered", "SIGTERM to end"]
     lines = [
         f"- command: python tools/attack_service.py DETECTOR {' '.join(f'--source {name}=...' for name in names)}",
@@ -285,15 +295,15 @@ def table(rows: dict[str, dict[str, dict[str, Any]]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def shown(seconds: float, most: float = float("inf")) -> str:
-    """Return a time in a unit that suits it."""
-    if seconds >= most:
-        return f"> {most:g} s"
+def shown(seconds: float, limit: float = float("inf")) -> str:
+    """Format a time in milliseconds or seconds."""
+    if seconds >= limit:
+        return f"> {limit:g} s"
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def processor() -> str:
-    """Return the name of the processor."""
+    """Return the name of the CPU."""
     try:
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

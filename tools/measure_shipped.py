@@ -1,11 +1,11 @@
-"""Measure what a detector of `featnorm fit` costs where it runs: scored, exported, and served.
+"""Measure the speed of a detector fitted by `featnorm fit`: scored, exported, and served.
 
     python tools/measure_shipped.py DETECTOR DATA [--clients 1 8 32] [--seconds 10] [--requests 1000] [--out FILE]
 
-judges the first images of DATA (a folder, a parquet file or a name, as for `featnorm score`) by the network
-alone, by the scorer, and by the ONNX graph, in turns. Then it starts `featnorm serve DETECTOR` on a free port of
-the loopback and sends the images, one a request, from that many clients at once, each until the time is up or all
-are sent. The machine should do nothing else meanwhile.
+It scores the first images of DATA (a folder, a parquet file or a name, as for `featnorm score`) with the network
+alone, the scorer, and the ONNX graph, in turn. Then it starts `featnorm serve DETECTOR` on a free port of the
+loopback interface and sends the images, one per request, from each number of clients at once, until the time is up
+or all images are sent. The machine should be idle otherwise.
 """
 
 import argparse
@@ -30,44 +30,44 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from featnorm._utils.memory import keep_freed_memory
-from featnorm.cli.show import environment
+from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import ImageSource, SlicedImages, image_loader, open_images
+from featnorm.inputs import ImageSource, SlicedSource, image_loader, open_source
 
-# Images that are judged, at most; what is judged in memory holds them all, as the model takes them.
-MOST_IMAGES = 512
+# Maximum number of images, which are all kept in memory as tensors.
+MAX_IMAGES = 512
 BATCH = 64
 ROUNDS = 3
 SCORE = ("POST", "/v1/score")
 
 
 def main() -> None:
-    """Run it."""
+    """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("detector", type=Path)
     parser.add_argument("data")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each number of clients, at most")
-    parser.add_argument("--requests", type=int, default=1000, help="for each number of clients, at most")
+    parser.add_argument("--seconds", type=float, default=10.0, help="maximum per number of clients")
+    parser.add_argument("--requests", type=int, default=1000, help="maximum per number of clients")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--out", type=Path, default=Path("shipped.json"))
     options = parser.parse_args()
     keep_freed_memory()  # as the commands do
-    source = open_images(options.data, root=options.data_root)
-    source = SlicedImages(source, range(min(len(source), MOST_IMAGES)), source.title)
+    source = open_source(options.data, root=options.data_root)
+    source = SlicedSource(source, range(min(len(source), MAX_IMAGES)), source.title)
     content = {
         "images": f"{len(source)} of {source.title}",
-        **judged(ImageScorer.load(options.detector), source),
+        **scored(ImageScorer.load(options.detector), source),
         "service": served(options, [as_jpeg(source, row) for row in range(len(source))]),
-        # Not the command, whose places are of this machine.
+        # The command is left out, because it contains paths of this machine.
         "environment": {name: fact for name, fact in environment().items() if name != "command"},
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
-    """Return how fast images are judged in each way, and how far the graph's answers are from PyTorch's."""
+def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
+    """Return the speed of each way of scoring, and the differences between the ONNX graph and PyTorch."""
     loader = image_loader(source, scorer.transform, batch_size=BATCH, workers=0)
     batches = [batch.images for batch in loader]
     rows = [part.contiguous(memory_format=torch.channels_last) for part in batches]
@@ -78,13 +78,13 @@ def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
     names = [""] * BATCH
     network = scorer.scorer.model
 
-    def asked() -> list[list[np.ndarray[Any, Any]]]:
+    def run_graph() -> list[list[np.ndarray[Any, Any]]]:
         return [session.run(None, {"images": part.numpy()}) for part in batches]
 
     ways: dict[str, Callable[[], Any]] = {
         "the network alone, images in memory": lambda: [network(part) for part in rows],
         "the scorer, images in memory": lambda: [scorer.judge(part, names[: len(part)]) for part in rows],
-        "the ONNX graph under onnxruntime, images in memory": asked,
+        "the ONNX graph under onnxruntime, images in memory": run_graph,
         "`featnorm score`, from files": lambda: list(scorer.stream(source, batch_size=BATCH)),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -95,7 +95,7 @@ def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
                 run()
                 seconds[way].append(time.perf_counter() - began)
         mine = [scorer.scorer(part) for part in rows]
-    theirs = [np.concatenate(column) for column in zip(*asked(), strict=True)]
+    theirs = [np.concatenate(column) for column in zip(*run_graph(), strict=True)]
     ours = [
         torch.cat([getattr(v, name) for v in mine]).numpy() for name in ("logits", "score", "p_value", "is_id")
     ]
@@ -109,15 +109,15 @@ def judged(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
 
 
 def as_jpeg(source: ImageSource, row: int) -> bytes:
-    """Return an image as a client would send it."""
+    """Return an image encoded as a client would send it."""
     buffer = io.BytesIO()
-    source.image(row).save(buffer, "JPEG", quality=90)
+    source.item(row).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
 def served(options: argparse.Namespace, images: list[bytes]) -> list[dict[str, Any]]:
-    """Start the service, ask it from each number of clients, and stop it."""
-    command = [sys.executable, "-c", "from featnorm.cli import main; main()", "serve", str(options.detector)]
+    """Start the service, measure it with each number of clients, and stop it."""
+    command = [sys.executable, "-m", "featnorm", "serve", str(options.detector)]
     service = subprocess.Popen(
         [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -139,7 +139,7 @@ def served(options: argparse.Namespace, images: list[bytes]) -> list[dict[str, A
 
 
 def wait_until_ready(port: int) -> None:
-    """Ask until the service judges images."""
+    """Poll the service until it is ready."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for _ in range(600):
         connection.request("GET", "/readyz")
@@ -152,8 +152,8 @@ def wait_until_ready(port: int) -> None:
 
 
 def measure(port: int, images: list[bytes], clients: int, seconds: float, requests: int) -> dict[str, Any]:
-    """Return what some clients at once see."""
-    numbers = count()  # of requests; the next one of it is atomic
+    """Return the latencies and errors that a number of concurrent clients see."""
+    numbers = count()  # request numbers; `next` is atomic
     before = batches(port)
     began = time.perf_counter()
 
@@ -192,7 +192,7 @@ def measure(port: int, images: list[bytes], clients: int, seconds: float, reques
 
 
 def batches(port: int) -> tuple[float, float]:
-    """Return how many images the service has judged, and in how many batches."""
+    """Return the number of images that the service has scored, and the number of batches."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
     families = text_string_to_metric_families(connection.getresponse().read().decode())

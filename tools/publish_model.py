@@ -1,4 +1,4 @@
-"""Make a trained network of the CIFAR-10 benchmark part of the package, with a card of what it reaches.
+"""Add a trained network of the CIFAR-10 benchmark to the package, with a model card.
 
 python tools/publish_model.py featnorm-reproduction/laptop/relu-512-42epochs-seed0 cifar10-resnet18
 """
@@ -19,28 +19,29 @@ from featnorm.paper.tables import make_table
 
 CARD = """# {name}
 
-A ResNet-18 for 32 x 32 images, of width {width}, with the paper's head: a hidden layer of {hidden}, an embedding
-of {embedding}, cosine logits at {temperature}. `featnorm.load_model("{name}")` returns it, for pixels between 0
-and 1.
+A ResNet-18 for 32 x 32 images, of width {width}, with the paper's head: a hidden layer of {hidden} units, an
+embedding of {embedding} and cosine logits at temperature {temperature}. `featnorm.load_model("{name}")` returns
+it, for pixels in [0, 1].
 
-Trained by the benchmark behind `featnorm reproduce table3` on {images}, from random
-weights, with no other data. Kept in half precision; what follows was measured with the weights as they are kept.
+It was trained by the benchmark of `featnorm reproduce table3` on {images}, from random
+weights and without other data. The weights are stored in half precision; the results below were measured with
+these weights.
 
 - accuracy on {test}: {accuracy:.2%}
 - {size:.1f} MB, {parameters:,} parameters
-- the licence is featnorm's; the images it learned from are CIFAR-10 (Krizhevsky, 2009)
+- license: that of featnorm; the training images are CIFAR-10 (Krizhevsky, 2009)
 
-It is one of the benchmark's networks, made to try featnorm with and to check its figures by. It tells apart
-ten kinds of small photographs and is fit for no other use.
+This is one of the benchmark's networks, meant for trying featnorm and for checking its results. It classifies
+small photographs into ten classes and is not suitable for any other use.
 
 {table}"""
 
 
 def main() -> None:
-    """Round the weights, evaluate them afresh, write the file and its card."""
+    """Round the weights, evaluate them again, and write the file and its card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the folder of the run")
-    parser.add_argument("name", help="the name to publish it under")
+    parser.add_argument("run", type=Path, help="folder of the training run")
+    parser.add_argument("name", help="name of the network in the package")
     parser.add_argument("--data-root", type=Path, default=os.environ.get("FEATNORM_DATA"))
     arguments = parser.parse_args()
     result = json.loads((arguments.run / "result.json").read_text("utf-8"))
@@ -53,7 +54,7 @@ def main() -> None:
     model.load_state_dict({key: value.to(model.state_dict()[key].dtype) for key, value in weights.items()})
     images = cifar10.load_images(arguments.data_root and Path(arguments.data_root))
     fabric = Fabric(accelerator="cpu", devices=1)
-    # Anyone can check these in a minute.
+    # Detectors whose results can be checked in a minute.
     result |= cifar10.score(model.eval(), images, cifar10.quick_detectors(), fabric=fabric)
     head = model[2]
     network = {

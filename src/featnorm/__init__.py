@@ -1,167 +1,58 @@
 """featnorm tells whether a PyTorch model knows an input.
 
-The negative-aware norm of the last hidden layer, everything it is compared with, and what turns a score into
-a verdict. Source: Park et al., "Understanding the Feature Norm for Out-of-Distribution Detection", ICCV 2023.
+The negative-aware norm of the last hidden layer, the detectors it is compared with, and what turns a score into a
+verdict. Source: Park et al., "Understanding the Feature Norm for Out-of-Distribution Detection", ICCV 2023.
+
+A public name is imported when it is first used: torch alone takes a second or two, in which the command line could
+answer neither `--help` nor Ctrl-C. The names are those in ``__init__.pyi``, and the detectors.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-# Type checkers take it for true. `typing` is not imported: that is a third of what the command line takes to get
-# ready for Ctrl-C.
+# True for type checkers. Importing `typing` would take a third of the time until the command line is ready for
+# Ctrl-C.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from featnorm.archive import ArchiveError
-    from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
-    from featnorm.detectors import (
-        CSI,
-        KNN,
-        MSP,
-        NAN,
-        ODIN,
-        SSD,
-        Detector,
-        EmbeddingMagnitude,
-        Energy,
-        Fusion,
-        HiddenConfidence,
-        KLUniform,
-        L1Norm,
-        LpNorm,
-        Mahalanobis,
-        MaxLogit,
-        NotFittedError,
-        OneClassSVM,
-        ReAct,
-        Residual,
-        RotNet,
-        Sparsity,
-        Views,
-        ViM,
-        parse_detector,
-    )
-    from featnorm.drift import DriftMonitor
-    from featnorm.explainer import Explainer
-    from featnorm.features import Features
-    from featnorm.fitting import Fitted, fit_images
-    from featnorm.hidden.classifier import HiddenClassifier
-    from featnorm.hidden.explanation import Explanation
-    from featnorm.hidden.statistics import ActivationStatistics
-    from featnorm.image_scorer import ImageScorer, ImageVerdict
-    from featnorm.metrics import (
-        aupr_in,
-        aupr_out,
-        auroc,
-        bootstrap_interval,
-        detection_accuracy,
-        fpr_at_tpr,
-        fpr_at_tpr_ood_positive,
-    )
-    from featnorm.models import load_model, model_names
-    from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
-    from featnorm.scorer import Scorer, Verdict
-    from featnorm.tap import FeatureTap, LayerTap
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "CSI",
-    "KNN",
-    "MSP",
-    "NAN",
-    "ODIN",
-    "SSD",
-    "ActivationStatistics",
-    "ArchiveError",
-    "Calibration",
-    "Detector",
-    "DriftMonitor",
-    "EmbeddingMagnitude",
-    "Energy",
-    "Explainer",
-    "Explanation",
-    "FeatureTap",
-    "Features",
-    "Fitted",
-    "Fusion",
-    "HiddenClassifier",
-    "HiddenConfidence",
-    "ImageScorer",
-    "ImageVerdict",
-    "KLUniform",
-    "L1Norm",
-    "LayerTap",
-    "LpNorm",
-    "Mahalanobis",
-    "MaxLogit",
-    "NotFittedError",
-    "OneClassSVM",
-    "ReAct",
-    "Residual",
-    "RotNet",
-    "Scorer",
-    "Sparsity",
-    "Verdict",
-    "ViM",
-    "Views",
-    "aupr_in",
-    "aupr_out",
-    "auroc",
-    "benjamini_hochberg",
-    "bootstrap_interval",
-    "conformal_p_values",
-    "detection_accuracy",
-    "fit_images",
-    "fpr_at_tpr",
-    "fpr_at_tpr_ood_positive",
-    "l0_norm",
-    "l1_norm",
-    "load_model",
-    "lp_norm",
-    "model_names",
-    "negative_aware_norm",
-    "parse_detector",
-    "threshold_at_tpr",
-]
+_HOMES: dict[str, str] = {}
 
-# Where each public name is defined. It is imported when it is first asked for: torch alone takes a second or two,
-# in which the command line could not yet answer `--help`, or Ctrl-C.
-_HOMES = {
-    name: f"featnorm.{module}"
-    for module, names in {
-        "archive": "ArchiveError",
-        "calibration": "Calibration benjamini_hochberg conformal_p_values threshold_at_tpr",
-        "detectors": "CSI KNN MSP NAN ODIN SSD Detector EmbeddingMagnitude Energy Fusion HiddenConfidence "
-        "KLUniform L1Norm LpNorm Mahalanobis MaxLogit NotFittedError OneClassSVM ReAct Residual RotNet Sparsity "
-        "Views ViM parse_detector",
-        "explainer": "Explainer",
-        "drift": "DriftMonitor",
-        "features": "Features",
-        "fitting": "Fitted fit_images",
-        "hidden": "ActivationStatistics Explanation HiddenClassifier",
-        "image_scorer": "ImageScorer ImageVerdict",
-        "metrics": "aupr_in aupr_out auroc bootstrap_interval detection_accuracy fpr_at_tpr "
-        "fpr_at_tpr_ood_positive",
-        "models": "load_model model_names",
-        "norms": "l0_norm l1_norm lp_norm negative_aware_norm",
-        "scorer": "Scorer Verdict",
-        "tap": "FeatureTap LayerTap",
-    }.items()
-    for name in names.split()
-}
+
+def _homes() -> dict[str, str]:
+    """Return the module of each name in the stub; that of the detectors, which have none there, under "*"."""
+    import ast
+    from pathlib import Path
+
+    if not _HOMES:
+        tree = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                _HOMES.update((alias.name, str(node.module)) for alias in node.names)
+    return _HOMES
+
+
+def _detectors() -> list[str]:
+    """Return the names of featnorm's own detectors."""
+    kinds = import_module(_homes()["*"]).registered_detectors().values()
+    return [kind.__name__ for kind in kinds if kind.__module__.startswith("featnorm.detectors.")]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first asked for."""
+    """Import a public name, or a module of the package, when it is first used."""
     from importlib.util import find_spec
 
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
+    if name == "__all__":
+        return sorted({*_homes(), *_detectors()} - {"*"})
+    if name in _homes():
+        value = getattr(import_module(_homes()[name]), name)
     elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         value = import_module(f"{__name__}.{name}")
+    elif not name.startswith("_") and name in _detectors():
+        value = getattr(import_module(_homes()["*"]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -169,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})

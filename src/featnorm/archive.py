@@ -1,26 +1,58 @@
-"""The detector file: safetensors with a JSON header. Reading one never runs code."""
+"""The detector file: safetensors with a JSON header. Reading one never runs code.
+
+This module does not import torch by itself, so that `read_calibration` takes no second or two.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, deserialize, safe_open
 
-from featnorm._utils.checks import check_type
+from featnorm._utils.checks import as_score_array, check_type, is_tensor, threshold_rank
 from featnorm._utils.files import replacing
-from featnorm.calibration import Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from featnorm.calibration import Calibration
+
+_Made = TypeVar("_Made")
 
 FORMAT = 2
 #: The tensor with the calibration scores.
 CALIBRATION = "calibration.scores"
 #: The errors that making objects of a file's content raises where the content is not what it should be.
 MALFORMED = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
+
+
+_TORCH_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
 
 
 class ArchiveError(ValueError):
@@ -39,6 +71,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
     ValueError
         A tensor is sparse, which such a file cannot hold.
     """
+    import torch
+    from safetensors.torch import save_file
+
     path = _path(path)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
@@ -47,7 +82,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"format": FORMAT, **header}
-    metadata = {"featnorm": json.dumps({**content, "sha256": _checksum(own, content)})}
+    metadata = {"featnorm": json.dumps({**content, "sha256": digest(own, content)})}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata)
 
@@ -65,29 +100,72 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The file is not a detector file, is damaged, or is of a later format than this version reads.
     """
     path = _path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no detector file {path}")
-    try:
+    with _reading(path):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata["featnorm"])
-        version = header["format"]
-        if type(version) is not int or version < 1:
-            raise ValueError(f"it is of format {version!r}")
-        if not isinstance(header["model"], dict):
-            raise ValueError("it names no model")
-        if version == FORMAT and header.pop("sha256") != _checksum(tensors, header):
-            raise ValueError("its content is not what was written")
-    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
-    if version < FORMAT:
-        raise ArchiveError(f"{path} is of format {version}, of an older featnorm: save it again with this one")
-    if version > FORMAT:
-        raise ArchiveError(
-            f"{path} is of format {version}, and this featnorm reads up to {FORMAT}: install a newer featnorm"
-        )
+        header = _header(path, metadata, tensors)
     return tensors, header
+
+
+class StoredCalibration:
+    """The calibration of a detector file as arrays; it agrees with the `featnorm.Calibration` of that file.
+
+    Parameters
+    ----------
+    scores : calibration scores (n,).
+    tpr : share of new ID inputs to accept, in (0, 1).
+
+    Attributes
+    ----------
+    scores : ndarray
+        (n,) float64, the calibration scores in ascending order.
+    threshold : float
+        See `featnorm.calibration.threshold_at_tpr`.
+    tpr : float
+        As given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `featnorm.Calibration`.
+    """
+
+    def __init__(self, scores: npt.ArrayLike, tpr: float) -> None:
+        self.scores = np.sort(as_score_array(scores, "id_scores").astype(np.float64))
+        self.threshold = float(self.scores[threshold_rank(len(self.scores), tpr) - 1])
+        self.tpr = tpr
+
+    def p_value(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Conformal p-values (m,) of scores (m,), small for OOD; see `featnorm.calibration.conformal_p_values`."""
+        p_values: npt.NDArray[np.float64] = (1 + np.searchsorted(self.scores, scores, "right")) / (
+            len(self.scores) + 1
+        )
+        return p_values
+
+
+def read_calibration(path: str | Path) -> StoredCalibration | None:
+    """Read the calibration of a detector file without torch, and check the whole file as `read` does.
+
+    Returns
+    -------
+    StoredCalibration or None
+        None if the detector is not calibrated.
+
+    Raises
+    ------
+    TypeError, FileNotFoundError, ArchiveError
+        As `read`; an ArchiveError too if the calibration is damaged.
+    """
+    path = _path(path)
+    with _reading(path):
+        content = path.read_bytes()
+        entries = {name: _Entry(**entry) for name, entry in deserialize(content)}  # type: ignore[no-untyped-call]
+        # The library checks this header, but returns only the part that describes the tensors.
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = _header(path, json.loads(content[8:end]).get("__metadata__", {}), entries)
+    scores, tpr = entries.get(CALIBRATION), header.get("tpr")
+    return _calibration(lambda entry, tpr: StoredCalibration(entry.array(), tpr), scores, tpr, path)
 
 
 def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Calibration | None:
@@ -104,14 +182,9 @@ def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: 
         The file is damaged.
     """
     scores, tpr = tensors.get(CALIBRATION), header.get("tpr")
-    if tpr is None and scores is None:
-        return None
-    try:
-        if tpr is None or scores is None:
-            raise ValueError("it has a share to accept without calibration scores, or these without a share")
-        return Calibration(scores, tpr)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise damaged(path, error) from None
+    from featnorm.calibration import Calibration
+
+    return _calibration(Calibration, scores, tpr, path)
 
 
 def damaged(path: str | Path, error: Exception) -> ArchiveError:
@@ -125,23 +198,93 @@ def _path(path: object) -> Path:
     return Path(path)  # type: ignore[arg-type]
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all there is in a file, which tells damage, though not intent."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    _hash_tensors(digest, tensors)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a file, as safetensors reads it without torch."""
+
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+    @property
+    def torch_dtype(self) -> str:
+        """Name of the type in torch."""
+        return _TORCH_DTYPES[self.dtype]
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return the values; a TypeError if numpy has no such type."""
+        return np.frombuffer(self.data, self.torch_dtype).reshape(self.shape)
 
 
-def _hash_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into those that `read` raises."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no detector file {path}")
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ArchiveError(f"{path} is not a featnorm detector file, or is damaged ({error})") from None
+
+
+def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the header in a file's metadata; an error if its format is another or its content was changed."""
+    header: dict[str, Any] = json.loads(metadata["featnorm"])
+    version = header["format"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"it is of format {version!r}")
+    if not isinstance(header["model"], dict):
+        raise ValueError("it names no model")
+    if version < FORMAT:
+        raise ArchiveError(f"{path} is of format {version}, of an older featnorm: save it again with this one")
+    if version > FORMAT:
+        raise ArchiveError(
+            f"{path} is of format {version}, and this featnorm reads up to {FORMAT}: install a newer featnorm"
+        )
+    if header.pop("sha256") != digest(tensors, header):
+        raise ValueError("its content is not what was written")
+    return header
+
+
+def _calibration(make: Callable[[Any, Any], _Made], scores: object, tpr: object, path: str | Path) -> _Made | None:
+    """Return what is made of the scores and the share in a file, or None if it has neither."""
+    if scores is None and tpr is None:
+        return None
+    try:
+        if scores is None or tpr is None:
+            raise ValueError("it has a share to accept without calibration scores, or these without a share")
+        return make(scores, tpr)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise damaged(path, error) from None
+
+
+def digest(tensors: Mapping[str, Any], header: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of tensors and header, which detects damage, but not intent."""
+    hashed = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    _hash_tensors(hashed, tensors)
+    return hashed.hexdigest()
+
+
+def _hash_tensors(hashed: Any, tensors: Mapping[str, Any]) -> None:
+    """Hash names, types, shapes and values of tensors, or of the entries of a file."""
     for name, tensor in sorted(tensors.items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if isinstance(tensor, _Entry):
+            hashed.update(f"{name} torch.{tensor.torch_dtype} {tuple(tensor.shape)};".encode())
+            hashed.update(tensor.data)
+        elif is_tensor(tensor):
+            import torch
+
+            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             for part in _dense_parts(name, tensor.detach().cpu()):
-                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                hashed.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """Return dense tensors that hold what a tensor holds: of a sparse one its places and values."""
+    import torch
+
     if tensor.layout == torch.strided:
         return (tensor,)
     try:
@@ -155,11 +298,11 @@ def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return what tells a model from another: class, size, and a SHA-256 of every weight and buffer."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     state = model.state_dict()
-    _hash_tensors(digest, state)
-    count = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor))
-    return {"class": type(model).__qualname__, "values": count, "sha256": digest.hexdigest()}
+    _hash_tensors(hashed, state)
+    count = sum(tensor.numel() for tensor in state.values() if is_tensor(tensor))
+    return {"class": type(model).__qualname__, "values": count, "sha256": hashed.hexdigest()}
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Random views of images, drawn by the batch: functions of tensors."""
+"""Random views of batches of images: functions of tensors."""
 
 import math
 from typing import NamedTuple
@@ -6,36 +6,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The least area of a random resized crop, as a share of the image's, and its ratios of width to height.
+#: Minimum area of a random resized crop, as a share of the image, and range of its ratio of width to height.
 SCALE = 0.08
 _RATIO = (3 / 4, 4 / 3)
-#: Crops that are drawn until one fits into the image; the whole image is taken after that.
+#: Number of crops to draw until one fits into the image; then the whole image is used.
 _DRAWS = 10
-#: How far brightness, contrast and saturation are from 1, the hue from 0 in turns, and how often.
+#: Maximum distance of brightness, contrast and saturation from 1 and of the hue from 0 (in turns), and how often.
 _STRENGTH = (0.4, 0.4, 0.4, 0.1)
 _JITTER = 0.8
-_GREY = 0.2
-# Of ITU-R 601, as torchvision rounds them.
+_GRAY = 0.2
+# Luma coefficients of ITU-R 601, rounded as in torchvision.
 _LUMA = (0.2989, 0.587, 0.114)
 
 
 def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
-    # By the seed alone, and not by what torch's default type is.
+    # float32, so that the numbers do not depend on torch's default dtype.
     return torch.rand(*shape, generator=generator, dtype=torch.float32)
 
 
 def augment(images: Tensor, generator: torch.Generator, crop: int | None = None) -> Tensor:
-    """Move each image by up to an eighth of its side, mirrored at the border, and flip half of them.
+    """Shift each image by up to an eighth of its side, mirrored at the border, and flip half of them.
 
     Parameters
     ----------
-    images : (n, c, h, w), any type.
-    generator : of the moves and flips.
-    crop : cut squares of this side out of the moved images, anywhere; None for whole images.
+    images : (n, c, h, w) images of any dtype.
+    generator : random generator of the shifts and flips.
+    crop : side of a random square crop of each shifted image. Default: whole images.
 
     Returns
     -------
-    A new tensor of the same type, (n, c, h, w) or (n, c, crop, crop).
+    A new tensor of the same dtype, (n, c, h, w) or (n, c, crop, crop).
 
     Raises
     ------
@@ -50,7 +50,7 @@ def augment(images: Tensor, generator: torch.Generator, crop: int | None = None)
     room = height - rows_out, width - columns_out
     top, left = (torch.randint(-p, r + p + 1, (n,), generator=generator) for p, r in zip(pad, room, strict=True))
     flip = _uniform(n, generator=generator) < 0.5
-    # Indices do what padding, cropping and flipping would, in one gather; -1 is mirrored to 1.
+    # One gather replaces padding, cropping and flipping; index -1 is mirrored to 1.
     rows = _mirror(torch.arange(rows_out) + top[:, None], height)
     columns = torch.arange(columns_out).expand(n, columns_out)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
@@ -64,16 +64,16 @@ def augment(images: Tensor, generator: torch.Generator, crop: int | None = None)
 
 
 class Distortion(NamedTuple):
-    """What is done to each of n images by `distort`, as `draw` draws it."""
+    """Parameters of `distort` for each of n images, drawn by `draw`."""
 
     box: Tensor  # (n, 4) top, left, height and width of the crop, in pixels
-    flip: Tensor  # (n,) whether it is mirrored
-    factors: Tensor  # (n, 4) of brightness, contrast and saturation, and the turn of the hue
-    order: Tensor  # (n, 4) in which these four are applied
-    grey: Tensor  # (n,) whether the colours are taken out
+    flip: Tensor  # (n,) whether the image is mirrored
+    factors: Tensor  # (n, 4) factors of brightness, contrast and saturation, and shift of the hue, in turns
+    order: Tensor  # (n, 4) order in which these four are applied
+    gray: Tensor  # (n,) whether the image is converted to grayscale
 
     def of(self, rows: slice) -> "Distortion":
-        """Return what is done to some of the images."""
+        """Return the parameters of some of the images."""
         return Distortion(*(value[rows] for value in self))
 
     @staticmethod
@@ -85,19 +85,20 @@ class Distortion(NamedTuple):
         scale: tuple[float, float] = (SCALE, 1.0),
         flips: bool = True,
     ) -> "Distortion":
-        """Draw the views of SimCLR for CIFAR: crop, flip, jitter of the colours, greyscale.
+        """Draw the views of SimCLR for CIFAR: crop, flip, color jitter, grayscale.
 
-        A crop of a random share of the area and a ratio between 3:4 and 4:3, resized; half of the images mirrored;
-        brightness, contrast and saturation by 0.6 to 1.4 and the hue by a tenth of a turn, in any order, for four
-        fifths; greyscale for one fifth (Chen et al., ICML 2020, B.9; He et al., MoCo's demo on CIFAR-10).
+        A crop of a random share of the area, with a ratio between 3:4 and 4:3, is resized. Half of the images are
+        mirrored. For four fifths of them, brightness, contrast and saturation are multiplied by 0.6 to 1.4 and the
+        hue is shifted by up to a tenth of a turn, in random order. One fifth are converted to grayscale (Chen et
+        al., ICML 2020, B.9; He et al., MoCo's demo on CIFAR-10).
 
         Parameters
         ----------
         n : number of images.
-        side : their height and width.
-        generator : of all that is random, on the CPU.
-        scale : the least and the greatest area of the crop, as shares of the image's.
-        flips : whether to mirror half of them; rotations are told apart by images that are not mirrored after.
+        side : height and width of the images.
+        generator : random generator, on the CPU.
+        scale : minimum and maximum area of the crop, as shares of the image.
+        flips : whether to mirror half of the images; False if rotations are to be predicted.
         """
         height, width = side
         uniform = _uniform(n, _DRAWS, 2, generator=generator)
@@ -119,20 +120,20 @@ class Distortion(NamedTuple):
         jittered = _uniform(n, 1, generator=generator) < _JITTER
         factors = torch.where(jittered, moved, 0.0) + moved.new_tensor([1.0, 1.0, 1.0, 0.0])
         order = _uniform(n, 4, generator=generator).argsort(1)
-        grey = _uniform(n, generator=generator) < _GREY
-        return Distortion(torch.stack([top, left, h, w], 1), flip, factors, order, grey)
+        gray = _uniform(n, generator=generator) < _GRAY
+        return Distortion(torch.stack([top, left, h, w], 1), flip, factors, order, gray)
 
 
 def distort(images: Tensor, distortion: Distortion, crop: int | None = None) -> Tensor:
-    """Return the views of images that a `Distortion` describes.
+    """Return views of images, with the parameters of a `Distortion`.
 
     Parameters
     ----------
-    images : (n, 3, h, w) floating point between 0 and 1, on any device.
-    distortion : of n images, or of one, which is then done to all.
+    images : (n, 3, h, w) floating-point images in [0, 1], on any device.
+    distortion : parameters of n images, or of one, which then apply to all.
     crop
-        The side of the views, in pixels; None for that of the images. Crops are resized to it by linear
-        interpolation, without a filter where they are larger.
+        Side of the views, in pixels. Default: that of the images. Crops are resized by linear interpolation,
+        without an antialiasing filter.
 
     Returns
     -------
@@ -141,50 +142,48 @@ def distort(images: Tensor, distortion: Distortion, crop: int | None = None) -> 
     Raises
     ------
     ValueError
-        The images are not of three channels.
+        The images do not have three channels.
     """
     n, channels, height, width = images.shape
     if channels != 3:
-        raise ValueError(f"colours are changed of images of 3 channels, and these have {channels}")
-    box, flip, factors, order, grey = (value.to(images.device).expand(n, *value.shape[1:]) for value in distortion)
+        raise ValueError(f"color jitter needs images of 3 channels, got {channels}")
+    box, flip, factors, order, gray = (value.to(images.device).expand(n, *value.shape[1:]) for value in distortion)
     rows_out, columns_out = (height, width) if crop is None else (crop, crop)
     rows = _positions(box[:, 0], box[:, 2], rows_out)
     columns = _positions(box[:, 1], box[:, 3], columns_out)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    # From pixels to the coordinates of grid_sample, from -1 to 1 over the image's edges.
+    # Convert pixels to the coordinates of grid_sample, which are -1 and 1 at the edges of the image.
     y = ((2 * rows + 1) / height - 1)[:, :, None].expand(n, rows_out, columns_out)
     x = ((2 * columns + 1) / width - 1)[:, None, :].expand(n, rows_out, columns_out)
     grid = torch.stack([x, y], 3).to(images.dtype)
     views = torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
     identity = factors.new_tensor([1.0, 1.0, 1.0, 0.0])
-    for place in range(4):
+    for position in range(4):
         for which, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            chosen = ((order[:, place] == which) & (factors[:, which] != identity[which])).nonzero().squeeze(1)
+            chosen = ((order[:, position] == which) & (factors[:, which] != identity[which])).nonzero().squeeze(1)
             if len(chosen):
                 factor = factors[chosen, which][:, None, None, None].to(views.dtype)
                 views[chosen] = change(views[chosen], factor)
-    return torch.where(grey[:, None, None, None], _luma(views).expand_as(views), views)
+    return torch.where(gray[:, None, None, None], _luma(views).expand_as(views), views)
 
 
 def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (n, c, h, w) of which half are mirrored, at random."""
+    """Return images (n, c, h, w), each mirrored with probability 1/2."""
     flip = (_uniform(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def rotations(images: Tensor) -> list[Tensor]:
-    """Return images (n, c, h, w) turned by 0, 90, 180 and 270 degrees.
+    """Return images (n, c, h, w) rotated by 0, 90, 180 and 270 degrees.
 
     Raises
     ------
     ValueError
-        They are no squares.
+        The images are not square.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"only square images (n, c, h, h) are turned, and these are of shape {tuple(images.shape)}"
-        )
-    return [torch.rot90(images, turns, (2, 3)) for turns in range(4)]
+        raise ValueError(f"rotations need square images (n, c, h, h), got shape {tuple(images.shape)}")
+    return [torch.rot90(images, quarters, (2, 3)) for quarters in range(4)]
 
 
 def _mirror(index: Tensor, size: int) -> Tensor:
@@ -193,9 +192,9 @@ def _mirror(index: Tensor, size: int) -> Tensor:
 
 
 def _positions(start: Tensor, length: Tensor, count: int) -> Tensor:
-    """Where in the image, in pixels, the centres of a resized crop's pixels lie, (n, count)."""
+    """Return the positions (n, count), in pixels of the image, of the centers of a resized crop's pixels."""
     inside = (torch.arange(count, device=start.device) + 0.5) * length[:, None] / count - 0.5
-    # What lies beyond the crop is no part of it, though the image may go on there.
+    # Positions outside the crop are clamped to it, even if the image continues there.
     return start[:, None] + torch.minimum(inside.clamp_min(0), length[:, None] - 1)
 
 
@@ -217,7 +216,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of the HSV model; its saturation and value stay."""
+    """Shift the hue of the HSV model, keeping saturation and value."""
     value, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - least
     red, green, blue = images.split(1, 1)

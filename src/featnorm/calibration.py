@@ -10,14 +10,13 @@ type; infinite scores are valid. Everywhere, a `TypeError` is raised for what is
 `ValueError` for what is not one-dimensional or holds a NaN, with the argument and the index of the first NaN.
 """
 
-import math
 from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from featnorm._utils.checks import ScoreLike, as_p_values, as_score_tensor, check_share, count_for_share
+from featnorm._utils.checks import ScoreLike, as_p_values, as_score_tensor, check_share, threshold_rank
 
 __all__ = ["Calibration", "benjamini_hochberg", "conformal_p_values", "threshold_at_tpr"]
 
@@ -51,7 +50,7 @@ def threshold_at_tpr(id_scores: ScoreLike, tpr: float = 0.95) -> float:
         empty or that the module's description refuses.
     """
     scores = as_score_tensor(id_scores, "id_scores")
-    return float(scores.kthvalue(_rank(len(scores), tpr)).values)
+    return float(scores.kthvalue(threshold_rank(len(scores), tpr)).values)
 
 
 def conformal_p_values(calibration_scores: ScoreLike, scores: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ class Calibration(nn.Module):
         super().__init__()
         scores = _sorted(id_scores, "id_scores")
         self._tpr = tpr
-        self._rank = _rank(len(scores), tpr)
+        self._rank = threshold_rank(len(scores), tpr)
         self.register_buffer("scores", scores)
         self.register_buffer("threshold", scores[self._rank - 1].clone())
 
@@ -213,7 +212,7 @@ class Calibration(nn.Module):
 
         check_share(confidence, "confidence")
         n = len(self.scores)
-        k = _rank(n, self.tpr)
+        k = threshold_rank(n, self.tpr)
         low, high = beta.ppf([(1 - confidence) / 2, (1 + confidence) / 2], k, n + 1 - k)
         return float(low), float(high)
 
@@ -224,19 +223,6 @@ class Calibration(nn.Module):
 
         super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _rank(n: int, tpr: float) -> int:
-    """Rank k of the threshold among n scores, 1 the smallest: floor((1 - tpr) (n + 1))."""
-    check_share(tpr, "tpr")
-    k = n + 1 - count_for_share(tpr, n + 1)
-    if k == 0:
-        least = math.ceil(1 / (1 - tpr + 1e-15)) - 1
-        raise ValueError(
-            f"{n} calibration scores are too few for tpr={tpr}: at least {least} are needed; "
-            "add calibration inputs or lower tpr"
-        )
-    return k
 
 
 def _sorted(scores: ScoreLike, name: str) -> Tensor:

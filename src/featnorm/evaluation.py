@@ -1,4 +1,4 @@
-"""Detectors side by side: fitted, scored and measured on in-distribution and OOD inputs, in one pass each."""
+"""Comparison of detectors, which are fitted, scored and measured in one pass over each set of inputs."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,87 +7,50 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from featnorm.detectors import (
-    KNN,
-    MSP,
-    NAN,
-    SSD,
-    Detector,
-    EmbeddingMagnitude,
-    Energy,
-    HiddenConfidence,
-    KLUniform,
-    L1Norm,
-    LpNorm,
-    Mahalanobis,
-    MaxLogit,
-    ReAct,
-    Residual,
-    Sparsity,
-    ViM,
-)
+from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.features import Features
-from featnorm.metrics import Measures, evaluate
+from featnorm.metrics import Metrics, evaluate
 
-# Inputs of each set whose on/off patterns are kept for the report.
-_PATTERNS = 50
+# Inputs of each set whose patterns of active units are kept for the report.
+_MAX_PATTERNS = 50
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one detector did."""
+class Result:
+    """Scores and metrics of one detector."""
 
     detector: str  # its expression
     id_scores: np.ndarray  # (n,)
     ood_scores: Mapping[str, np.ndarray]  # by OOD set, (m,)
-    measures: Mapping[str, Measures]  # by OOD set
-    microseconds: float  # of scoring, an input, without the model's forward pass
+    metrics: Mapping[str, Metrics]  # by OOD set
+    microseconds: float  # to score one input, without the model's forward pass
 
     @property
-    def mean(self) -> Measures:
-        """The measures averaged over the OOD sets."""
-        sets = list(self.measures.values())
-        names = Measures.__dataclass_fields__
-        return Measures(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in names})
+    def mean(self) -> Metrics:
+        """The metrics, averaged over the OOD sets."""
+        sets = list(self.metrics.values())
+        names = Metrics.__dataclass_fields__
+        return Metrics(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in names})
 
 
 @dataclass
 class Evaluation:
-    """What a comparison found, for a table and a page."""
+    """The outcome of a comparison, for a table and a page."""
 
     id_name: str
     ood_names: list[str]
-    outcomes: list[Outcome] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # detector -> why
-    accuracy: float | None = None  # share of ID inputs with a label whose largest logit is theirs
-    patterns: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (k, d) bool, units that are on
-    skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # set -> (file, why)
-    facts: dict[str, str] = field(default_factory=dict)  # what the numbers were made with
+    results: list[Result] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)  # detector -> reason
+    accuracy: float | None = None  # share of the labelled ID inputs that the model classifies correctly
+    patterns: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (k, d) bool, active units
+    skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # set -> (file, reason)
+    facts: dict[str, str] = field(default_factory=dict)  # how the numbers were made
 
 
 def standard_detectors() -> list[Detector]:
-    """Return every detector, with the settings of its source, and the paper's combinations."""
-    return [
-        NAN(),
-        L1Norm(),
-        LpNorm(p=2),
-        Sparsity(),
-        HiddenConfidence(),
-        EmbeddingMagnitude(),
-        MSP(),
-        MaxLogit(),
-        Energy(),
-        KLUniform(),
-        Mahalanobis(),
-        SSD(),
-        KNN(),
-        Residual(),
-        ViM(),
-        ReAct(NAN()),
-        ReAct(Energy()),
-        KNN() / NAN(),
-        SSD() / NAN(),
-    ]
+    """Return every detector, with the settings of its source, except those limited to a special kind of model."""
+    kinds = registered_detectors().values()
+    return [parse_detector(expression) for kind in kinds for expression in kind.standard]
 
 
 def compare(
@@ -97,44 +60,42 @@ def compare(
     id_set: tuple[str, Iterable[Features]],
     ood_sets: Mapping[str, Iterable[Features]],
 ) -> Evaluation:
-    """Fit detectors on one stream of features, then score them all on others.
+    """Fit detectors to one stream of features, then score them all on others.
 
-    Every stream is read once, batch by batch, and serves all detectors. A detector that cannot work on these
-    features, or needs a fit where there is none, is left out and named.
+    Every stream is read once, batch by batch, for all detectors. A detector that cannot score these features, or
+    needs a fit where there are no features to fit to, is excluded and listed with the reason.
 
     Parameters
     ----------
-    detectors : what to compare.
-    fit
-        In-distribution features to fit on; None for none, which leaves out the detectors that learn and have not
-        learned before.
-    id_set : name and features of the in-distribution test inputs.
-    ood_sets : features of the OOD test inputs by name.
+    detectors : detectors to compare.
+    fit : ID features to fit to. None excludes the detectors that need a fit and are not fitted yet.
+    id_set : name and features of the ID test inputs.
+    ood_sets : features of the OOD test inputs, by name of the set.
 
     Raises
     ------
     ValueError
-        A set yields no features, or no detector can be used.
+        A set yields no features, or every detector is excluded.
     """
     id_name, id_features = id_set
     result = Evaluation(id_name, list(ood_sets))
     active = {repr(detector): detector for detector in detectors}
 
-    def leave_out(name: str, reason: Exception | str) -> None:
-        # Listed beside the name, which errors begin with.
-        result.left_out[name] = str(reason).removeprefix(name).removeprefix(":").strip()
+    def exclude(name: str, reason: Exception | str) -> None:
+        # Errors begin with the name, beside which the reason is listed.
+        result.excluded[name] = str(reason).removeprefix(name).removeprefix(":").strip()
         del active[name]
 
     for name, detector in list(active.items()):
         if fit is None and not detector.is_fitted:
-            leave_out(name, "it learns from in-distribution inputs, and none were given to fit on")
+            exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     if fit is not None:
         for features in fit:
             for name, detector in list(active.items()):
                 try:
                     detector.partial_fit(features)
                 except ValueError as error:
-                    leave_out(name, error)
+                    exclude(name, error)
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0
@@ -145,16 +106,16 @@ def compare(
             for name, detector in list(active.items()):
                 try:
                     if inputs == 0 and detector.needs_fit:
-                        detector.score(features)  # what is worked out once a fit is not the score's time
+                        detector.score(features)  # so that what is computed once per fit is not timed
                     start = _now(features)
                     batch = detector.score(features)
                     seconds[name] += _now(features) - start
                 except (ValueError, RuntimeError) as error:
-                    leave_out(name, error)
+                    exclude(name, error)
                     continue
                 scores[name].setdefault(set_name, []).append(batch.detach().cpu().numpy())
-            if seen < _PATTERNS and features.activation is not None:
-                on = (features.activation[: _PATTERNS - seen] > 0).cpu().numpy()
+            if seen < _MAX_PATTERNS and features.activation is not None:
+                on = (features.activation[: _MAX_PATTERNS - seen] > 0).cpu().numpy()
                 kept = result.patterns.get(set_name)
                 result.patterns[set_name] = on if kept is None else np.concatenate([kept, on])
             if set_name == id_name and features.labels is not None and features.logits is not None:
@@ -169,11 +130,11 @@ def compare(
     for name in active:
         joined = {set_name: np.concatenate(parts) for set_name, parts in scores[name].items()}
         ood = {set_name: joined[set_name] for set_name in ood_sets}
-        measures = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in ood_sets}
-        result.outcomes.append(Outcome(name, joined[id_name], ood, measures, 1e6 * seconds[name] / inputs))
-    if not result.outcomes:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in result.left_out.items())
-        raise ValueError(f"no detector can be used here. {reasons}")
+        metrics = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in ood_sets}
+        result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))
+    if not result.results:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in result.excluded.items())
+        raise ValueError(f"every detector is excluded: {reasons}")
     return result
 
 

@@ -1,4 +1,4 @@
-"""`Explainer`: why a model's inputs score as they do."""
+"""`Explainer`, which explains the scores of a model's inputs."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from featnorm.tap import FeatureTap
 
 
 class Explainer:
-    """Explains inputs by what a model's last hidden layer does for in-distribution inputs of the same class.
+    """Explains inputs by comparing their last hidden layer with that of in-distribution inputs of the same class.
 
     Parameters
     ----------
-    model : a model that `FeatureTap` finds a last hidden layer and logits in.
+    model : model in which `FeatureTap` finds a last hidden layer and logits.
     layer : see `FeatureTap`.
-    class_names : what the model's logits are of, one name each; without, classes are called by number.
+    class_names : class names, one per logit. Default: class indices.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Explainer:
         self.statistics = ActivationStatistics()
 
     def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> "Explainer":
-        """Count which units are on for in-distribution inputs, by the class that the model predicts for them.
+        """Count which units are on for in-distribution inputs, by the class that the model predicts.
 
-        Labels are not needed. A second fit begins anew.
+        Labels are not needed. Fitting again starts from scratch.
         """
         self.statistics = ActivationStatistics()
         for features in self.tap.stream(loader, progress=progress):
@@ -48,9 +48,9 @@ class Explainer:
         Raises
         ------
         ValueError
-            The explainer was not fitted, the model has no hidden classifier that can be read off, see
-            `FeatureTap.hidden`, or there is not a name for each of its classes.
+            The explainer is not fitted, the model has no hidden classifier (see `FeatureTap.hidden`), or the
+            number of class names is not that of the logits.
         """
         if self.statistics.is_empty:
-            raise ValueError("the explainer knows no in-distribution inputs yet: call fit with a loader of them")
+            raise ValueError("the explainer is not fitted: call fit with a loader of in-distribution inputs")
         return explain(self.tap.hidden(inputs), self.statistics, self.class_names)

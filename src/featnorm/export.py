@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
 from featnorm.features import Features
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs.images import first_line
 from featnorm.models import ProjectionHead
 from featnorm.scorer import Scorer
 
@@ -49,7 +49,7 @@ class ScoringGraph(nn.Module):
     def __init__(self, scorer: ImageScorer) -> None:
         super().__init__()
         inner = scorer.scorer
-        if inner.detector.needs_inputs:
+        if inner.detector.needs_model:
             raise ExportError(
                 f"{inner.detector!r} cannot be exported: it asks the model again about changed inputs"
             )

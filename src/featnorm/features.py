@@ -1,4 +1,4 @@
-"""`Features`: what a model says of a batch of inputs, as far as a detector may want to know."""
+"""`Features`: what a model computes for a batch of inputs, as far as detectors read it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,52 +12,56 @@ from featnorm._utils.checks import check_type, shown
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 
 PER_INPUT = ("activation", "pooled", "embedding", "logits", "labels")
+FIELDS = (*PER_INPUT, "classifier")
 
-# How far W f + b may be from the logits, relative to the largest logit, for W to be the layer that made them:
-# reduced precision (bfloat16 autocast, TF32) is off by less than this, another layer by about one.
-_SAME_LOGITS = 0.05
-_ROWS_COMPARED = 32
+# Largest difference between W f + b and the logits, relative to the largest logit, at which W counts as the layer
+# that made them: reduced precision (bfloat16 autocast, TF32) differs by less than this, another layer by about
+# one.
+_LOGITS_TOLERANCE = 0.05
+_COMPARED_ROWS = 32
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Source(Protocol):
-    """The inputs that features were made from, and the model that made them."""
+class ModelCall(Protocol):
+    """The forward pass that made some features: its inputs, and a way to run the model again."""
 
     @property
     def inputs(self) -> Tensor:
-        """The inputs (n, ...), as the model takes them."""
+        """Inputs (n, ...) of the model."""
         ...
 
     def features(self, inputs: Tensor) -> "Features":
-        """Return what the model says of other inputs."""
+        """Run the model on other inputs, and return their features."""
         ...
 
     def gradient(self, loss: "Callable[[Features], Tensor]") -> Tensor:
-        """Return the gradient of a loss, summed over the inputs, in the inputs: (n, ...)."""
+        """Return the gradient with respect to the inputs, (n, ...), of a loss that is summed over them."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a model says of n inputs. Any subset of the fields; a detector names what it lacks.
+    """Features of n inputs. Any subset of the fields may be given; a detector names the field that it misses.
 
     Parameters
     ----------
-    activation : (n, d) the last hidden layer, after its non-linearity.
-    pooled : (n, D) what the head reads or, without a head, the classifier.
-    embedding : (n, e) the embedding before it is normalised.
+    activation : (n, d) last hidden layer, after its non-linearity.
+    pooled : (n, D) input of the head or, in a model without a head, of the classifier.
+    embedding : (n, e) embedding before normalization.
     logits : (n, C).
-    labels : (n,) integer class of each input; negative for an input without one.
-    classifier : ``(W, b)``, the linear map ``logits = W f + b`` of the last linear layer; W of shape (C, f),
-        b of shape (C,) or None. Where an embedding stands between, W is the product of the two (paper A.1).
-    absent : why a field is not there, for the error of a detector that asks for it.
-    source : where one batch came from, for detectors that ask the model again; not kept when rows are taken or
-        batches joined.
+    labels : (n,) integer class of each input; negative for an input without a label.
+    classifier
+        ``(W, b)`` of the linear map ``logits = W f + b``, the last linear layer; W of shape (C, f), b of shape
+        (C,) or None. If an embedding precedes the classifier, W is the product of the two (paper A.1).
+    absent : reasons why fields are missing, by field, for the error of a detector that reads one.
+    call
+        Forward pass that made one batch, for detectors that run the model again. It is dropped when rows are
+        selected or batches joined.
 
     Raises
     ------
     ValueError
-        A field has the wrong rank or type, the fields differ in n, or there is none.
+        A field has the wrong rank or type, the fields differ in n, or no field is given.
     TypeError
         A field is not a tensor.
     """
@@ -69,10 +73,10 @@ class Features:
     labels: Tensor | None = None
     classifier: Classifier | None = None
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
-    source: Source | None = field(default=None, repr=False)
+    call: ModelCall | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        # In a graph that is being traced the number of inputs is no number yet.
+        # In a graph that is being traced the number of inputs is symbolic.
         if torch.compiler.is_compiling():
             return
         sizes = {}
@@ -91,7 +95,7 @@ class Features:
                 )
             sizes[name] = len(value)
         if not sizes:
-            raise ValueError(f"Features without any of {', '.join(PER_INPUT)}")
+            raise ValueError(f"Features need at least one of {', '.join(PER_INPUT)}")
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
         if self.classifier is not None:
@@ -111,27 +115,27 @@ class Features:
             )
 
     def fields(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and tensor of every field that holds one value an input."""
+        """Yield the name and the tensor of every field that holds one row per input."""
         for name in PER_INPUT:
             value = getattr(self, name)
             if value is not None:
                 yield name, value
 
     def tensor(self, name: str) -> Tensor:
-        """Return a field; a ValueError says what there is instead, and why this one is absent."""
+        """Return a field; raise a ValueError that says why it is missing, or which fields there are."""
         return self._field(name)
 
-    def source_of(self, detector: object) -> Source:
-        """Return the inputs and their model; a ValueError where these features came without."""
-        if self.source is None:
+    def require_call(self, detector: object) -> ModelCall:
+        """Return the forward pass that made these features; raise a ValueError if it was not kept."""
+        if self.call is None:
             raise ValueError(
-                f"{detector!r} asks the model again, and these features came without their inputs: score it by a "
-                "Scorer, or batches of FeatureTap.stream as they come"
+                f"{detector!r} runs the model again, and these features came without their inputs: use a Scorer, "
+                "or score the batches of FeatureTap.stream one by one"
             )
-        return self.source
+        return self.call
 
     def linear(self) -> Classifier:
-        """Return the classifier's ``(W, b)``, detached; a ValueError where there is none."""
+        """Return the classifier's ``(W, b)``, detached; raise a ValueError if there is none."""
         weight, bias = self._field("classifier")
         return weight.detach(), None if bias is None else bias.detach()
 
@@ -145,7 +149,7 @@ class Features:
         return f"Features({fields})"
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> "Features":
-        """Return the features of some inputs: a slice, a boolean mask or indices."""
+        """Return the features of some inputs, selected by a slice, a boolean mask or indices."""
         if isinstance(rows, int):
             raise TypeError(f"one input of Features is features[{rows}:{rows} + 1], a batch of one")
         index = rows if isinstance(rows, (slice, Tensor)) else list(rows)
@@ -170,15 +174,15 @@ class Features:
         return moved.replace(classifier=(move(weight), None if bias is None else move(bias)))
 
     def replace(self, **fields: Any) -> "Features":
-        """Return the same features with some fields set anew."""
-        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "source")}
+        """Return a copy with some fields replaced."""
+        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call")}
         return Features(**{**current, **fields})
 
     def classifier_reads(self, name: str) -> bool:
-        """Say whether the classifier's linear map is applied to the field ``name``.
+        """Return whether the classifier's linear map is applied to the field ``name``.
 
-        The widths must agree and, where there are logits to tell by, so must ``W f + b`` and the logits; a
-        cosine classifier, or a head between the two, does not read the field in this sense.
+        The widths must agree and, if there are logits, ``W f + b`` must agree with them. A cosine classifier does
+        not read the field in this sense, nor does a classifier behind a head.
         """
         value = getattr(self, name)
         if self.classifier is None or value is None:
@@ -188,13 +192,13 @@ class Features:
             return False
         if self.logits is None or len(value) == 0:
             return True
-        rows = slice(0, _ROWS_COMPARED)
+        rows = slice(0, _COMPARED_ROWS)
         expected = self.logits[rows].double()
         got = value[rows].double() @ weight.double().T.to(value.device)
         if bias is not None:
             got = got + bias.double().to(value.device)
         return got.shape == expected.shape and bool(
-            (got - expected).abs().max() <= _SAME_LOGITS * expected.abs().max().clamp_min(1e-30)
+            (got - expected).abs().max() <= _LOGITS_TOLERANCE * expected.abs().max().clamp_min(1e-30)
         )
 
     @staticmethod
@@ -206,22 +210,22 @@ class Features:
         ValueError
             There is no batch, or two batches have different fields.
         TypeError
-            What was passed is no sequence of `Features`.
+            ``parts`` is not a sequence of `Features`.
         """
         check_type(parts, Sequence, "parts", "a sequence of Features")
         if not parts:
-            raise ValueError("no batch of Features to join")
+            raise ValueError("there is no batch of Features to join")
         for i, part in enumerate(parts):
             check_type(part, Features, f"batch {i}", "Features")
         names = [name for name, _ in parts[0].fields()]
         for i, part in enumerate(parts):
             if [name for name, _ in part.fields()] != names:
-                raise ValueError(f"batch {i} has other fields than batch 0: {part} after {parts[0]}")
+                raise ValueError(f"batch {i} has other fields than batch 0: {part} and {parts[0]}")
         joined: dict[tuple[int, ...], Tensor] = {}
         fields = {}
         for name in names:
             values = [getattr(part, name) for part in parts]
-            # Two names for one tensor (the pooled feature that is the last hidden layer) stay one tensor.
+            # A tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
             key = tuple(id(value) for value in values)
             if len({value.shape[1:] for value in values}) > 1:
                 widths = [tuple(value.shape[1:]) for value in values]
@@ -229,7 +233,7 @@ class Features:
             if key not in joined:
                 joined[key] = torch.cat(values)
             fields[name] = joined[key]
-        return parts[0].replace(source=None, **fields)
+        return parts[0].replace(call=None, **fields)
 
     def _field(self, name: str) -> Any:
         value = getattr(self, name)
@@ -243,4 +247,4 @@ class Features:
         for _, value in self.fields():
             if id(value) not in done:
                 done[id(value)] = function(value)
-        return self.replace(source=None, **{name: done[id(value)] for name, value in self.fields()})
+        return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})

@@ -32,11 +32,12 @@ from featnorm.inputs import (
     DataError,
     FeatureCache,
     ImageSource,
-    SlicedImages,
+    SlicedSource,
+    Source,
     extract_images,
     image_loader,
 )
-from featnorm.inputs.images import DECODING
+from featnorm.inputs.decoding import DECODING
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.scorer import Scorer
@@ -143,7 +144,7 @@ def fit_images(
     ValueError
         The detector cannot work here, there are too few images for `tpr`, or what the cache refuses.
     """
-    check_type(source, ImageSource, "the images", "a source, as featnorm.inputs.open_images makes it")
+    check_type(source, Source, "the images", "a source, as featnorm.inputs.open_source makes it")
     check_type(loaded, LoadedModel, "the backbone", "a LoadedModel, as featnorm.models.create_model makes it")
     detector = KLUniform() if detector is None else detector
     check_detector(detector, "fit_images")
@@ -191,13 +192,13 @@ def fit_images(
     else:
         statistics = ray.fit(lessons, head, detector)
     scorer = Scorer(nn.Sequential(backbone, head), detector)
-    chosen = SlicedImages(source, known.rows[apart].tolist(), source.title)
+    chosen = SlicedSource(source, known.rows[apart].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, **reading)
     scorer.tap.trace(next(iter(images)).images)
     # As the images to come will be scored.
     with nullcontext() if fabric is None else fabric.autocast():
         parts = [head_features(head, part.to(device)) for part in known.values[apart].split(_ROWS)]
-        if detector.needs_inputs:
+        if detector.needs_model:
             scorer.calibrate(((batch.images,) for batch in images), tpr, progress=progress)
         else:
             scores = torch.cat([scorer.detector.score(part) for part in parts])
@@ -254,7 +255,7 @@ def _distinct(known: CachedFeatures) -> CachedFeatures:
     """Leave out copies: they are no further draws of what images like these look like."""
     first = sorted({digest: i for i, digest in reversed(list(enumerate(known.digests)))}.values())
     digests = [known.digests[i] for i in first]
-    return replace(known, places=known.places[first], rows=known.rows[first], digests=digests)
+    return replace(known, stored_rows=known.stored_rows[first], rows=known.rows[first], digests=digests)
 
 
 def held_out(digests: Sequence[bytes]) -> Tensor:
@@ -309,7 +310,7 @@ class _Standardised(nn.Module):
 @torch.no_grad()
 def head_features(head: ProjectionHead, values: Tensor) -> Features:
     """Return what a network of a backbone and this head says of inputs whose features (n, D) are known."""
-    return FeatureTap(head)(values).replace(pooled=values, source=None)
+    return FeatureTap(head)(values).replace(pooled=values, call=None)
 
 
 @torch.no_grad()

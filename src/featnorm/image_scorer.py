@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_text
-from featnorm._utils.errors import at, said
+from featnorm._utils.errors import error_site, error_text, first_line
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.memory import in_parts
 from featnorm._utils.weights import load_weights, single_precision
@@ -24,7 +24,6 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.explanation import Explanation, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import ImageSource, image_loader
-from featnorm.inputs.images import first_line
 from featnorm.inputs.loading import named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, ProjectionHead, create_model, cut_classifier
 from featnorm.models.loading import is_users, users_forward, users_transform
@@ -326,7 +325,8 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
         if not is_users(loaded.name):
             raise
         raise ModelError(
-            f"the model of {loaded.name} cannot be copied without its classifier ({said(error)}{at(error)})"
+            f"the model of {loaded.name} cannot be copied without its classifier "
+            f"({error_text(error)}{error_site(error)})"
         ) from error
 
 

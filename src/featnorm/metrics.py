@@ -1,16 +1,16 @@
 """How well scores separate in-distribution (ID) from out-of-distribution (OOD) inputs.
 
-Every measure depends on the order of the scores alone: it is exact with ties, and any strictly increasing
-map of the scores leaves it as it is. Higher scores mean more in-distribution.
+Every measure depends only on the order of the scores: it is exact with ties, and does not change under a strictly
+increasing map of the scores. Higher scores mean more in-distribution.
 
 All functions take two samples of scores:
 
 - ``id_scores``: (n,) scores of ID inputs,
 - ``ood_scores``: (m,) scores of OOD inputs,
 
-each a tensor on any device, a numpy array or a sequence, of any integer or floating type. Infinite scores are
-valid. They raise a `TypeError` for what is not real numbers, and a `ValueError` for a sample that is empty,
-not one-dimensional or holds a NaN; both name the argument, and the index of the first NaN.
+Each is a tensor on any device, a numpy array or a sequence, of any integer or floating type. Infinite scores are
+valid. A `TypeError` is raised for values that are not real numbers, and a `ValueError` for a sample that is empty,
+not one-dimensional or contains NaN; the message names the argument and the index of the first NaN.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from featnorm._utils.checks import ScoreLike, as_score_array, check_share, count_for_share, shown
 
 __all__ = [
-    "Measures",
+    "Metrics",
     "aupr_in",
     "aupr_out",
     "auroc",
@@ -39,22 +39,22 @@ Metric = Callable[[ScoreLike, ScoreLike], float]
 
 
 @dataclass(frozen=True)
-class Measures:
-    """The measures of one pair of samples, each in [0, 1]; see the functions of the same names."""
+class Metrics:
+    """All measures of one pair of samples, each in [0, 1]; see the functions of the same names."""
 
     auroc: float
     aupr_in: float
     aupr_out: float
     fpr95: float
-    """`fpr_at_tpr` at its default of 0.95."""
+    """`fpr_at_tpr` at its default TPR of 0.95."""
     detection_accuracy: float
 
 
 def auroc(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     """Area under the ROC curve: the probability that an ID input scores above an OOD input.
 
-    Ties count one half (the Mann-Whitney statistic divided by n m). Counted in integers, so that the only
-    rounding is that of the final quotient.
+    Ties count one half (the Mann-Whitney statistic divided by n m). Counts are integers, so that only the final
+    quotient is rounded.
 
     Parameters
     ----------
@@ -72,8 +72,8 @@ def auroc(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
 def aupr_in(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     """Average precision with ID as the positive class.
 
-    ``sum_k (recall_k - recall_{k-1}) precision_k`` over the distinct scores, from the highest down, without
-    interpolation: scikit-learn's ``average_precision_score``. It depends on the ratio n : m.
+    ``sum_k (recall_k - recall_{k-1}) precision_k`` over the distinct scores in decreasing order, without
+    interpolation, as scikit-learn's ``average_precision_score``. It depends on the ratio n : m.
 
     Parameters
     ----------
@@ -105,11 +105,11 @@ def aupr_out(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
 
 
 def fpr_at_tpr(id_scores: ScoreLike, ood_scores: ScoreLike, tpr: float = 0.95) -> float:
-    """Share of OOD accepted where at least ``tpr`` of ID is accepted; FPR95 at the default.
+    """Share of OOD accepted when at least ``tpr`` of ID is accepted; FPR95 by default.
 
-    An input is accepted when its score is at least tau, and tau is the largest one that accepts the share
-    ``tpr`` of ID. This is the paper's definition, ID being the positive class;
-    `fpr_at_tpr_ood_positive` is the opposite one.
+    An input is accepted if its score is at least tau, where tau is the largest threshold that accepts the share
+    ``tpr`` of ID. This is the paper's definition, with ID as the positive class; `fpr_at_tpr_ood_positive` is the
+    opposite one.
 
     Parameters
     ----------
@@ -126,24 +126,25 @@ def fpr_at_tpr(id_scores: ScoreLike, ood_scores: ScoreLike, tpr: float = 0.95) -
     Raises
     ------
     ValueError
-        ``tpr`` outside (0, 1], or scores that the module's description refuses.
+        ``tpr`` is outside (0, 1], or the scores are invalid; see the module's description.
     """
     check_share(tpr, "tpr", one_allowed=True)
     return _Roc.of(id_scores, ood_scores).fpr_at(tpr)
 
 
 def fpr_at_tpr_ood_positive(id_scores: ScoreLike, ood_scores: ScoreLike, tpr: float = 0.95) -> float:
-    """Share of ID rejected where at least ``tpr`` of OOD is rejected: OOD is the positive class.
+    """Share of ID flagged when at least ``tpr`` of OOD is flagged: OOD is the positive class.
 
-    An input is rejected when its score is at most tau, and tau is the smallest one that rejects the share
-    ``tpr`` of OOD. Some benchmarks call this FPR95; it is not comparable with `fpr_at_tpr`, the paper's.
+    An input is flagged if its score is at most tau, where tau is the smallest threshold that flags the share
+    ``tpr`` of OOD. Some benchmarks call this FPR95; it is not comparable with `fpr_at_tpr`, the paper's
+    definition.
 
     Parameters
     ----------
     id_scores, ood_scores
         (n,) and (m,) scores; see the module's description for types and errors.
     tpr
-        Share of OOD to reject, in (0, 1].
+        Share of OOD to flag, in (0, 1].
 
     Returns
     -------
@@ -153,14 +154,14 @@ def fpr_at_tpr_ood_positive(id_scores: ScoreLike, ood_scores: ScoreLike, tpr: fl
     Raises
     ------
     ValueError
-        ``tpr`` outside (0, 1], or scores that the module's description refuses.
+        ``tpr`` is outside (0, 1], or the scores are invalid; see the module's description.
     """
     check_share(tpr, "tpr", one_allowed=True)
     return _Roc.of(id_scores, ood_scores).flipped().fpr_at(tpr)
 
 
 def detection_accuracy(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
-    """Best accuracy any threshold reaches when ID and OOD are equally likely: max (TPR + TNR) / 2.
+    """Best accuracy of any threshold if ID and OOD are equally likely: max (TPR + TNR) / 2.
 
     One minus the detection error of Liang, Li and Srikant, "Enhancing the reliability of out-of-distribution
     image detection in neural networks" (ODIN), ICLR 2018.
@@ -173,12 +174,12 @@ def detection_accuracy(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     Returns
     -------
     float
-        In [0.5, 1]: accepting everything reaches one half.
+        In [0.5, 1]; accepting everything gives one half.
     """
     return _Roc.of(id_scores, ood_scores).best_accuracy()
 
 
-def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Measures:
+def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Metrics:
     """All measures at once, from one sort of the scores.
 
     Parameters
@@ -188,11 +189,11 @@ def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Measures:
 
     Returns
     -------
-    Measures
-        AUROC, AUPR with either class as the positive one, FPR95 and detection accuracy, each in [0, 1].
+    Metrics
+        AUROC, AUPR with either class as positive, FPR95 and detection accuracy, each in [0, 1].
     """
     roc = _Roc.of(id_scores, ood_scores)
-    return Measures(
+    return Metrics(
         auroc=roc.area(),
         aupr_in=roc.average_precision(),
         aupr_out=roc.flipped().average_precision(),
@@ -204,7 +205,7 @@ def evaluate(id_scores: ScoreLike, ood_scores: ScoreLike) -> Measures:
 def roc_curve(
     id_scores: ScoreLike, ood_scores: ScoreLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Points of the ROC curve, ID being the positive class.
+    """Points of the ROC curve, with ID as the positive class.
 
     Parameters
     ----------
@@ -214,8 +215,8 @@ def roc_curve(
     Returns
     -------
     fpr, tpr
-        (k + 1,) float64 arrays for k distinct scores: the shares of OOD and of ID that each threshold
-        accepts, from (0, 0) to (1, 1).
+        (k + 1,) float64 arrays for k distinct scores: the shares of OOD and ID that each threshold accepts, from
+        (0, 0) to (1, 1).
     """
     roc = _Roc.of(id_scores, ood_scores)
     return roc.fp / roc.fp[-1], roc.tp / roc.tp[-1]
@@ -232,8 +233,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Confidence interval of a measure by the percentile bootstrap.
 
-    ID and OOD scores are resampled independently, with replacement, at their own sizes. The interval is that
-    of the measure over new test inputs; it says nothing of new training runs.
+    ID and OOD scores are resampled independently, with replacement, at their own sizes. The interval covers
+    variation over test inputs, not over training runs.
 
     Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
 
@@ -249,7 +250,7 @@ def bootstrap_interval(
     n_resamples
         Number of resamples, at least 1.
     seed
-        Seed of the resampling: equal seeds give equal intervals.
+        Seed of the resampling; equal seeds give equal intervals.
 
     Returns
     -------
@@ -259,9 +260,10 @@ def bootstrap_interval(
     Raises
     ------
     TypeError
-        ``metric`` is no function.
+        ``metric`` is not a function.
     ValueError
-        ``level`` outside (0, 1), ``n_resamples`` below 1, or scores that the module's description refuses.
+        ``level`` is outside (0, 1), ``n_resamples`` is below 1, or the scores are invalid; see the module's
+        description.
     """
     if not callable(metric):
         raise TypeError(f"metric must be a function of ID and OOD scores such as auroc, got {shown(metric)}")
@@ -281,11 +283,11 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class _Roc:
-    """The ROC curve in whole counts, which every measure is a function of.
+    """The ROC curve in integer counts, from which every measure is computed.
 
-    At the i-th largest distinct score ``tp[i]`` positives and ``fp[i]`` negatives are accepted, and none of
-    either at i = 0. Positive is ID, or OOD once flipped. Products of counts stay within int64 up to
-    n m = 2**62, two samples of two thousand million scores.
+    At the i-th largest distinct score, ``tp[i]`` positives and ``fp[i]`` negatives are accepted; both are 0 at i =
+    0. ID is the positive class, or OOD after `flipped`. Products of counts fit into int64 up to n m = 2**62, that
+    is, two samples of two billion scores.
     """
 
     tp: npt.NDArray[np.int64]
@@ -295,8 +297,8 @@ class _Roc:
     def of(cls, id_scores: ScoreLike, ood_scores: ScoreLike) -> Self:
         id_array = as_score_array(id_scores, "id_scores")
         ood_array = as_score_array(ood_scores, "ood_scores")
-        # numpy's vectorised sort has no argsort of its speed; two sorted runs need none, as the stable sort
-        # merges them in linear time. Mixed types meet in float64, which holds both exactly.
+        # numpy's vectorized sort is faster than its argsort. Two sorted runs are merged in linear time by the
+        # stable argsort. Mixed types are promoted to float64, which represents both exactly.
         runs = np.concatenate([np.sort(id_array), np.sort(ood_array)])
         order = np.argsort(runs, kind="stable")[::-1]
         ranked = runs[order]
@@ -305,7 +307,7 @@ class _Roc:
         return cls(tp=np.append(0, tp), fp=np.append(0, ends + 1 - tp))
 
     def flipped(self) -> Self:
-        """Exchange the classes, and with them the order of the scores."""
+        """Exchange the classes, which reverses the order of the scores."""
         return type(self)(tp=self.fp[-1] - self.fp[::-1], fp=self.tp[-1] - self.tp[::-1])
 
     def area(self) -> float:

@@ -1,9 +1,8 @@
 """Norms of the last hidden layer (paper sec. 5 and A.2.1): pure functions on tensors.
 
-Every function takes activations after the non-linearity, ``a`` of shape (n, d), and returns one value an
-input, of shape (n,), in the dtype of ``a`` or float32 where that is narrower. Nothing is checked for NaN
-here: a NaN unit makes ``l1_norm``, ``lp_norm`` and ``negative_aware_norm`` NaN; the detectors refuse it by
-name.
+Every function takes activations ``a`` (n, d) after the non-linearity and returns one value per input, (n,), in the
+dtype of ``a`` but at least float32. NaN is not checked here: a NaN unit makes ``l1_norm``, ``lp_norm`` and
+``negative_aware_norm`` NaN; the detectors raise an error.
 """
 
 import math
@@ -12,18 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import check_type, real
+from featnorm._utils.checks import Interval, check_type
 
-# A core's share of a block is this many elements: they, and what is made of them, stay in its cache between the
-# map that fills it and the sum that reads it; the whole array's worth would be written to memory and read back. On
-# a GPU every operation on a block has a cost of its own, so blocks there only bound the memory.
+# Number of elements per CPU core in a block. At this size, the result of the elementwise map is still in the cache
+# when it is summed; for the whole array, it would be written to memory and read back. On a GPU, every operation on
+# a block has a fixed cost, so blocks only limit the memory.
 _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_ELEMENTS = 1 << 26
-_POWER = real(0, math.inf, closed="right")
+_POWER = Interval(0, math.inf, closed="right")
 
 
 def l1_norm(a: Tensor) -> Tensor:
-    """Sum of magnitudes, ``sum_i |a_i|``: the hidden classifier's confidence (paper Thm. 3).
+    """Sum of magnitudes, ``sum_i |a_i|``, the confidence of the hidden classifier (paper Thm. 3).
 
     Parameters
     ----------
@@ -31,7 +30,7 @@ def l1_norm(a: Tensor) -> Tensor:
 
     Returns
     -------
-    (n,) norms. A negative unit (GELU, leaky ReLU) counts with its magnitude.
+    (n,) norms. Negative units (GELU, leaky ReLU) count with their magnitude.
 
     Raises
     ------
@@ -47,7 +46,7 @@ def l1_norm(a: Tensor) -> Tensor:
 def l0_norm(a: Tensor) -> Tensor:
     """Number of active units, ``d - #{i : a_i <= 0}`` (paper eq. 9).
 
-    A negative unit is *deactivated*, so this is not the count of non-zeros.
+    Negative units are *deactivated*, so this is not the number of non-zeros.
 
     Parameters
     ----------
@@ -95,7 +94,7 @@ def lp_norm(a: Tensor, p: float) -> Tensor:
     largest = torch.linalg.vector_norm(a, math.inf, dim=1, dtype=_wide(a))
     if p == math.inf:
         return largest
-    # Relative to the largest unit no power over- or underflows, whatever the scale of the layer.
+    # Dividing by the largest unit prevents overflow and underflow of the powers.
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     return scale * torch.linalg.vector_norm(a / scale[:, None], p, dim=1)
 
@@ -103,8 +102,8 @@ def lp_norm(a: Tensor, p: float) -> Tensor:
 def negative_aware_norm(a: Tensor) -> Tensor:
     """The negative-aware norm, ``||a||_1 / ||a||_0`` (paper eq. 10).
 
-    ``||a||_0`` counts the units above zero (eq. 9). Where no unit is, the paper leaves 0/0 open; here the
-    count is taken as 1, so an all-zero vector scores 0.
+    ``||a||_0`` is the number of units above zero (eq. 9). The paper does not define 0/0; here the count is at
+    least 1, so that an all-zero vector scores 0.
 
     Parameters
     ----------
@@ -127,16 +126,16 @@ def negative_aware_norm(a: Tensor) -> Tensor:
 
 
 def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """Return for each map the sums (n,) over the units of what it makes of them, in one pass over memory."""
+    """Return the sums (n,) over the units of each elementwise map of ``a``, in one pass over memory."""
     elements = torch.get_num_threads() * _BLOCK_ELEMENTS if a.device.type == "cpu" else _DEVICE_ELEMENTS
     rows = max(1, elements // max(a.shape[1], 1))
     a = a.detach()
     made = a.new_empty((min(rows, len(a)), a.shape[1]), dtype=_wide(a))
     if len(a) <= rows:
-        # At one input the views of a block would cost more than its sums.
+        # For one input, creating views of a block would cost more than its sums.
         return [torch.sum(fill(a, made), 1) for fill in maps]
     sums = [a.new_empty(len(a), dtype=_wide(a)) for _ in maps]
-    # All views at once: made one by one, they cost as much as a block's sum.
+    # All views are created at once: one by one, they would cost as much as the sums.
     for block, *totals in zip(a.split(rows), *(total.split(rows) for total in sums), strict=True):
         made = made[: len(block)]
         for fill, total in zip(maps, totals, strict=True):

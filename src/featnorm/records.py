@@ -1,5 +1,7 @@
 """Verdicts on disk: a journal that a killed process leaves usable, the table that it becomes, its scores again."""
 
+from __future__ import annotations
+
 import csv
 import hashlib
 import json
@@ -8,15 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from filelock import Timeout
 
-from featnorm._utils.files import acquire_lock, append, refuse_folder, replacing, write_text
+from featnorm._utils.errors import first_line
+from featnorm._utils.extras import vision_module
+from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
-from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs import ImageSource
-from featnorm.inputs.images import first_line, vision_module
+
+# `featnorm monitor` reads scores, and does not wait for torch.
+if TYPE_CHECKING:
+    from featnorm.image_scorer import ImageVerdict
+    from featnorm.inputs import ImageSource
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -65,7 +71,7 @@ class Journal:
         self.restarted = False
         self.damaged: int | None = None
         self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
-        refuse_folder(self.path)
+        require_no_folder(self.path)
         try:
             self._lock = acquire_lock(out.with_name(f".{out.name}.lock"))
         except Timeout:
@@ -156,6 +162,8 @@ def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
 
 
 def _verdict(row: Any) -> ImageVerdict:
+    from featnorm.image_scorer import ImageVerdict
+
     match row:
         case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
             return ImageVerdict(*row)

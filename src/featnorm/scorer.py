@@ -12,6 +12,7 @@ from featnorm._utils.checks import check_share
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, parse_detector
 from featnorm.detectors.base import check_detector
+from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.features import Features
 from featnorm.tap import FeatureTap
 from featnorm.tap.tap import check_loader
@@ -185,7 +186,7 @@ class Scorer(nn.Module):
         if self.calibration is not None:
             tensors[archive.CALIBRATION] = self.calibration.scores
         header = {
-            "detector": repr(self.detector),
+            "detector": _expression(self.detector),
             "tpr": None if self.calibration is None else self.calibration.tpr,
             "tap": self.tap.state(),
             "model": archive.fingerprint(self.tap.model),
@@ -232,6 +233,26 @@ class Scorer(nn.Module):
                 scorer.calibration = calibration.to(scorer.tap.device)
         except archive.ArchiveError:
             raise
+        except UnknownDetectorError as error:
+            raise archive.ArchiveError(
+                f"{path} needs the detector class {error.name}, which is not defined here: import the module that "
+                "defines it, then load the file again"
+            ) from None
         except archive.MALFORMED as error:
             raise archive.damaged(path, error) from None
         return scorer
+
+
+def _expression(detector: Detector) -> str:
+    """Return the expression of a detector; a ValueError if the detector cannot be made from it again."""
+    expression = repr(detector)
+    try:
+        rebuilt = repr(parse_detector(expression)) == expression
+    except ValueError:
+        rebuilt = False
+    if not rebuilt:
+        raise ValueError(
+            f"{expression} cannot be saved: this expression does not make it again. A class of your own must keep "
+            "its settings as attributes: numbers, strings, bools, None, or tuples of these"
+        )
+    return expression

@@ -1,4 +1,4 @@
-"""Files that survive: a power cut at any moment, a full disk, a place that cannot be written to."""
+"""Writing of files: a power cut at any moment, a full disk, a path that cannot be written."""
 
 import ast
 import errno
@@ -7,6 +7,7 @@ import stat
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,32 +15,32 @@ from torch import nn
 import featnorm as fn
 from featnorm import archive
 from featnorm._utils import files
-from featnorm._utils.files import WriteError, replacing, try_place, write_text
+from featnorm._utils.files import WriteError, check_writable, replacing, write_text
 from featnorm._utils.sealed import write_sealed
-from featnorm.cli.show import prepare_folder, require_file_place
+from featnorm.cli.console import prepare_folder, require_file_place
 from featnorm.drift import DriftMonitor
 from featnorm.image_scorer import ImageVerdict
 from featnorm.records import FORMATS, Journal
-from featnorm.report.drift import Course, write_drift_page
+from featnorm.report.drift import StreamHistory, write_drift_page
 from featnorm.training.runs import log, write_checkpoint
 
 VERDICT = ImageVerdict("a.png", 1.0, 0.5, True, None, None)
-posix = pytest.mark.skipif(os.name == "nt", reason="of POSIX file systems")
+posix = pytest.mark.skipif(os.name == "nt", reason="tests POSIX file systems")
 
 
 class Disk:
-    """A folder on a file system that keeps no more than it must.
+    """A folder on a file system that keeps only what it guarantees to keep.
 
-    Of a file it keeps what was in it when it was last flushed, and nothing where it never was. Of a folder it
-    keeps the names of when that was last flushed; but it may also have got to the newer ones by itself, as a
-    journal of names alone does, which makes a name appear before the content.
+    A file has its content as of its last flush, and is empty if it was never flushed. A folder has its names as of
+    its last flush, or the newer ones: a file system with a journal of names alone may write a name before the
+    content.
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.contents: dict[int, bytes] = {}
         self.names: dict[str, int] = {}
-        # As long as a file is open, no other one gets its number.
+        # While a file is open, no other file gets its inode number.
         self.held: list[int] = []
         self.outcomes: list[dict[str, bytes]] = []
         self._fsync, self._replace = os.fsync, os.replace
@@ -73,12 +74,12 @@ class Disk:
         self.cut()
 
     def cut(self) -> None:
-        """Note what there may be after a power cut now."""
+        """Record what there may be after a power cut now."""
         for names in (self.names, self._current()):
             self.outcomes.append({name: self.contents.get(number, b"") for name, number in names.items()})
 
     def survivors(self) -> dict[str, bytes]:
-        """Return what there is for certain after a power cut now."""
+        """Return what there is in any case after a power cut now."""
         return {name: self.contents.get(number, b"") for name, number in self.names.items()}
 
 
@@ -94,7 +95,7 @@ def forgetful(folder: Path):
 
 
 def journal(out):
-    """Write the table of a run; its own journal is there before."""
+    """Write the table of a run, whose journal exists before."""
     with Journal(out, {}, 1) as kept:
         kept.add(0, [VERDICT])
         kept.write(out)
@@ -108,10 +109,10 @@ def scorer():
 
 def page(out):
     monitor = DriftMonitor([1.0, 2.0])
-    course = Course()
-    evidence = monitor.update([1.5]).numpy()
-    course.add(evidence, evidence, evidence)
-    write_drift_page(out, monitor, course, fn.Calibration(torch.arange(40.0)), summary="", facts={})
+    history = StreamHistory()
+    evidence = monitor.update([1.5])
+    history.add(evidence, evidence, evidence)
+    write_drift_page(out, monitor, history, archive.StoredCalibration(np.arange(40.0), 0.95), summary="", facts={})
 
 
 WRITERS = {
@@ -133,7 +134,7 @@ def test_a_power_cut_leaves_the_earlier_file_or_the_whole_new_one(tmp_path, name
     out = tmp_path / name
     old = None
     if before:
-        # As a log that may go on.
+        # A log that may be continued.
         log(out, {"epoch": 0})
         old = out.read_bytes()
     with forgetful(tmp_path) as disk:
@@ -161,8 +162,8 @@ def test_a_power_cut_leaves_every_batch_that_was_added(tmp_path):
 
 @posix
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_the_forgetful_disk_forgets(tmp_path):
-    """It sees what the library did before: a file that is renamed and never flushed, and one written in place."""
+def test_the_simulated_disk_loses_data(tmp_path):
+    """The check detects a file that is renamed but never flushed, and a file written in place."""
 
     def renamed(out):
         (tmp_path / "new").write_text("new")
@@ -178,7 +179,7 @@ def test_the_forgetful_disk_forgets(tmp_path):
 
 
 @posix
-def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_flushed_is_not_an_error(tmp_path, monkeypatch):
     def fsync(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -190,7 +191,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
 
 @posix
 def test_a_folder_that_cannot_be_read_is_not_flushed(tmp_path, monkeypatch):
-    """As one with the permissions -wx, which whoever is root can read all the same."""
+    """Simulate the permissions -wx, which do not keep root from reading."""
     really = os.open
 
     def refuse(path, flags, *rest, **options):
@@ -205,7 +206,7 @@ def test_a_folder_that_cannot_be_read_is_not_flushed(tmp_path, monkeypatch):
 
 @contextmanager
 def room_for(size):
-    """Files may grow to a size and no more, as on a disk that is full."""
+    """Limit the size of files, as a full disk does."""
     resource = pytest.importorskip("resource")
     signal = pytest.importorskip("signal")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -220,7 +221,7 @@ def room_for(size):
 
 @posix
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(tmp_path, name):
+def test_a_full_disk_is_reported_and_keeps_the_earlier_file(tmp_path, name):
     out = tmp_path / name
     log(out, {"epoch": 0})
     before = out.read_bytes()
@@ -229,7 +230,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(tmp_path, name):
     words = str(caught.value)
     assert words.startswith(f"cannot write {tmp_path / ''}/".replace("//", "/"))
     assert name in words.split(":")[0]
-    assert "MB are free): free some space, or choose another place" in words
+    assert "MB are free): free some space, or choose another path" in words
     assert "\n" not in words
     assert caught.value.errno == errno.EFBIG
     assert out.read_bytes() == before
@@ -237,7 +238,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(tmp_path, name):
 
 
 @posix
-def test_a_journal_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
+def test_a_journal_on_a_full_disk_resumes_when_there_is_room(tmp_path):
     with Journal(tmp_path / "t.csv", {}, 1) as kept:
         kept.add(0, [VERDICT])
         room = kept.path.stat().st_size + 20
@@ -247,13 +248,13 @@ def test_a_journal_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
         assert (kept.missing(2), kept.damaged) == ([1], None)
 
 
-def test_what_the_system_says_is_kept(tmp_path):
+def test_the_systems_error_is_kept(tmp_path):
     for number in (errno.ENOSPC, errno.EIO, errno.EROFS):
         with pytest.raises(WriteError, match=os.strerror(number)) as caught, replacing(tmp_path / "t"):
             raise OSError(number, os.strerror(number))
         assert caught.value.errno == number
         assert ("MB are free" in str(caught.value)) == (number == errno.ENOSPC)
-    # What befalls in the block and has nothing to do with the file stays what it is.
+    # Other errors in the block are raised unchanged.
     with pytest.raises(FileNotFoundError, match="other"), replacing(tmp_path / "t"):
         (tmp_path / "other").read_text()
     with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "t"):
@@ -262,19 +263,19 @@ def test_what_the_system_says_is_kept(tmp_path):
 
 
 @posix
-def test_names_as_long_as_names_can_be(tmp_path):
+def test_names_of_the_maximum_length(tmp_path):
     name = 250 * "n" + ".csv"
     write_text(tmp_path / name, "whole")
-    try_place(tmp_path / name)
+    check_writable(tmp_path / name)
     assert (tmp_path / name).read_text() == "whole"
     with pytest.raises(ValueError, match="cannot be written: File name too long"):
-        try_place(tmp_path / (300 * "n"))
+        check_writable(tmp_path / (300 * "n"))
     with pytest.raises(OSError, match=r"cannot write .*: File name too long"):
         write_text(tmp_path / (300 * "n"), "whole")
 
 
 def refused_in(folder, monkeypatch, error):
-    """Let no file be made in a folder, as on a file system that is read-only; root may write anywhere else."""
+    """Simulate a read-only file system for one folder, also for root."""
     really = os.open
 
     def refuse(path, flags, *rest, **options):
@@ -286,54 +287,54 @@ def refused_in(folder, monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT])
-def test_a_place_that_cannot_be_written_to_is_found_before_the_work(tmp_path, monkeypatch, error):
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(tmp_path, monkeypatch, error):
     refused_in(tmp_path, monkeypatch, error)
     for check in (
-        lambda: try_place(tmp_path / "t.csv"),
+        lambda: check_writable(tmp_path / "t.csv"),
         lambda: require_file_place(tmp_path / "t.csv", []),
     ):
         with pytest.raises(ValueError, match=rf"t\.csv cannot be written: {os.strerror(error)}"):
             check()
-    with pytest.raises(ValueError, match=rf"is no folder that can be written to: {os.strerror(error)}"):
+    with pytest.raises(ValueError, match=rf"cannot write to the folder --out .*: {os.strerror(error)}"):
         prepare_folder(tmp_path, [])
 
 
-def test_a_place_that_is_taken_is_found_before_the_work(tmp_path, monkeypatch):
+def test_a_path_that_is_not_a_file_is_reported_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="folder is a folder: name a file"):
-        try_place(tmp_path / "folder")
+        check_writable(tmp_path / "folder")
     (tmp_path / "index.html").mkdir()
     with pytest.raises(ValueError, match=r"index\.html is a folder"):
         prepare_folder(tmp_path, [tmp_path / "index.html"])
-    with pytest.raises(ValueError, match=r"there is no folder .*none to write t to"):
-        try_place(tmp_path / "none" / "t")
+    with pytest.raises(ValueError, match=r"cannot write t: there is no folder .*none"):
+        check_writable(tmp_path / "none" / "t")
     (tmp_path / "file").write_text("file")
-    with pytest.raises(ValueError, match=r"there is no folder .*file to write t to"):
-        try_place(tmp_path / "file" / "t")
-    try_place(tmp_path / "file")
-    try_place(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"cannot write t: there is no folder .*file"):
+        check_writable(tmp_path / "file" / "t")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new")
     assert (tmp_path / "file").read_text() == "file"
     assert not (tmp_path / "new").exists()
 
 
 @posix
-def test_a_file_that_cannot_be_replaced_is_found_before_the_work(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_replaced_is_reported_before_the_work(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is no regular file"):
-        try_place(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        check_writable(tmp_path / "pipe")
     file = tmp_path / "file"
     file.write_text("file")
     file.chmod(0o400)
-    try_place(file)  # which a rename replaces
+    check_writable(file)  # it can be replaced by a rename
     with monkeypatch.context() as patch:
-        # In a folder where everybody writes, the file of another user.
+        # The file of another user, in a folder that everybody may write to.
         patch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1)
-        try_place(file)
+        check_writable(file)
         tmp_path.chmod(0o1777)
-        with pytest.raises(ValueError, match="file is there already and cannot be replaced"):
-            try_place(file)
+        with pytest.raises(ValueError, match="file already exists and cannot be replaced"):
+            check_writable(file)
     with monkeypatch.context() as patch:
-        # Immutable, by chattr +i.
+        # Immutable, as after chattr +i.
         really = Path.open
 
         def refuse(path, mode="r", *rest, **options):
@@ -342,22 +343,22 @@ def test_a_file_that_cannot_be_replaced_is_found_before_the_work(tmp_path, monke
             return really(path, mode, *rest, **options)
 
         patch.setattr(Path, "open", refuse)
-        with pytest.raises(ValueError, match="file is there already and cannot be replaced"):
-            try_place(file)
+        with pytest.raises(ValueError, match="file already exists and cannot be replaced"):
+            check_writable(file)
 
 
 def test_an_archive_of_a_model_on_a_full_disk(tmp_path, monkeypatch):
-    """safetensors has errors of its own, which are no OSError."""
+    """safetensors raises errors of its own, which are not OSErrors."""
 
     def fail(*_):
         raise archive.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(archive, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(WriteError, match=r"cannot write .*d\.featnorm: No space left on device \("):
         scorer().save(tmp_path / "d.featnorm")
 
 
-# Who else writes: of which files, and why that is sound.
+# Functions that write files otherwise, and why that is safe.
 OTHERS = {
     ("_utils/files.py", "append"): "flushes what it appends",
     ("_utils/files.py", "acquire_lock"): "writes nothing",
@@ -371,7 +372,7 @@ OTHERS = {
 
 
 def writers(source: str):
-    """Yield the functions of a module that write files in any other way than by `replacing`."""
+    """Yield the functions of a module that write files other than by `replacing`."""
 
     def writes(call: ast.Call) -> bool:
         modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]

@@ -1,4 +1,4 @@
-"""The layout in which convolutions run: channels last, but where the gradient would corrupt the heap."""
+"""The layout in which convolutions run: channels last, except where the gradient would corrupt the heap."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +20,7 @@ RECIPE = Recipe(epochs=1, batch_size=4, optimizer="sgd", lr=0.01)
 
 
 class Convolutions(TorchDispatchMode):
-    """Writes down every convolution as the processor gets it, forward and back, on whatever processor that is."""
+    """Records the arguments of every convolution, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Convolutions(TorchDispatchMode):
 
     @property
     def faulty(self):
-        """The passes back that would write past their buffer on an AVX2 processor."""
+        """The backward passes that would write past their buffer on a CPU with AVX2."""
         return [
             found
             for found in self.backward
@@ -62,12 +62,12 @@ def signature(images, weight, stride, padding, groups):
 
 
 def strictly_last(values):
-    """Whether torch takes a tensor, or every so many pixels of one, for channels last."""
+    """Whether torch treats a tensor, or a strided part of it, as channels last."""
     return values.stride(1) == 1 and values.stride(3) >= values.shape[1] > 1
 
 
 class Functional(nn.Conv2d):
-    """A convolution that calls a function itself, as many libraries' do."""
+    """A convolution that calls the function itself, as in many libraries."""
 
     def forward(self, images):
         return nn.functional.conv2d(images, self.weight / 2, self.bias, stride=self.stride, groups=self.groups)
@@ -84,7 +84,7 @@ class Operator(nn.Conv2d):
 
 
 class Checkpointed(nn.Conv2d):
-    """A convolution that is run once more on the way back."""
+    """A convolution that is recomputed in the backward pass."""
 
     reentrant = False
 
@@ -97,7 +97,7 @@ class Reentrant(Checkpointed):
 
 
 def narrow(channels, shortcut):
-    """A network with a narrow strided 1x1 convolution some way in."""
+    """A network with a narrow strided 1x1 convolution after other layers."""
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, padding=1),
         nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Sequential(shortcut)),
@@ -138,7 +138,7 @@ def test_training_never_runs_the_convolution_that_corrupts_the_heap(kind, channe
     assert [found["input_last"] for found in run.backward] == 2 * [False, True], "all others on the way back too"
 
 
-def test_the_trace_sees_the_fault_where_nothing_is_done_about_it():
+def test_the_trace_detects_the_bug_without_the_workaround():
     model = narrow(4, nn.Conv2d(4, 16, 1, stride=2)).to(memory_format=torch.channels_last)
     with Convolutions() as run, torch.device("meta"):
         model.to("meta")(fast_layout(torch.empty(4, 3, 8, 8))).sum().backward()
@@ -187,8 +187,8 @@ def test_the_gradients_are_those_of_the_convolution(kind, layout):
     ],
     ids=repr,
 )
-def test_other_convolutions_run_as_they_are(convolution):
-    # Beside one that does not, so that something is looked at.
+def test_other_convolutions_are_not_changed(convolution):
+    # With one that does not, so that the check has something to find.
     model = nn.ModuleList([fast_layout(convolution), nn.Conv2d(4, 16, 1, stride=2)])
     inputs = fast_layout(torch.randn(2, convolution.in_channels, 8, 8))
     with Convolutions() as run, safe_gradients(model):
@@ -230,13 +230,13 @@ def test_one_class_systems_train_in_the_fast_layout():
     assert all(found["input_last"] for found in run.forward)
 
 
-def test_frameworks_that_ask_twice_are_safe():
+def test_recomputed_convolutions_are_safe():
     recipe = replace(PRESETS["MoCo-v2"], epochs=1, batch_size=4, queue=8)
     with Convolutions() as run:
         train(cifar_network(2, None, hidden=8, embedding=4), images(), None, recipe)
     assert run.faulty == []
 
 
-def test_what_is_no_image_stays():
+def test_tensors_that_are_not_images_are_not_changed():
     features = torch.randn(3, 5)
     assert fast_layout(features) is features

@@ -1,4 +1,4 @@
-"""JSON that tells whether it is what was written."""
+"""JSON files and lines with a digest, which detects damage."""
 
 import json
 import math
@@ -18,7 +18,7 @@ ENTRY = {
 
 
 def flips(content: bytes):
-    """Every byte of a content with one of its bits flipped, in turn."""
+    """Yield the content with one bit of each byte flipped in turn."""
     for place in range(len(content)):
         yield content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
 
@@ -39,10 +39,10 @@ def test_a_line_is_json_and_comes_back():
     assert math.isnan(unseal(seal({"loss": math.nan}).encode())["loss"])
 
 
-def test_a_damaged_line_is_told():
+def test_a_damaged_line_is_detected():
     line = seal(ENTRY).encode()
     for damaged in (*flips(line), *(line[:n] for n in range(len(line))), b"null", json.dumps(ENTRY).encode()):
-        with pytest.raises(ValueError, match="not what was written"):
+        with pytest.raises(ValueError, match="the content does not match its digest"):
             unseal(damaged)
 
 
@@ -53,14 +53,14 @@ def test_a_file_is_json_and_comes_back(tmp_path):
     assert list(shown) == [*ENTRY, "sha256"]
 
 
-def test_a_damaged_file_is_told(tmp_path):
+def test_a_damaged_file_is_detected(tmp_path):
     file = tmp_path / "r.json"
     write_sealed(file, ENTRY)
     good = file.read_bytes()
-    told = 0
+    detected = 0
     for damaged in flips(good):
         file.write_bytes(damaged)
-        # White space between the values, and the "e" of a power of ten, carry nothing.
+        # Some flips do not change the values: white space between them, or the "e" of a power of ten.
         if parsed(damaged) == parsed(good):
             assert read_sealed(file) == ENTRY
             continue
@@ -68,8 +68,8 @@ def test_a_damaged_file_is_told(tmp_path):
             ValueError, match=r"r\.json is damaged, or of an earlier version: delete it, and rerun"
         ):
             read_sealed(file)
-        told += 1
-    assert told > len(good) / 2
+        detected += 1
+    assert detected > len(good) / 2
     for damaged in (b"", b"null", b"[]", b"5", good[:-9], 100_000 * b"[", json.dumps(ENTRY).encode(), b"\xff"):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"r\.json is damaged"):

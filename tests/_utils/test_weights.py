@@ -1,4 +1,4 @@
-"""What is saved under one default type of torch is loaded under another; and into memory that is shared."""
+"""Loading of what was saved under another default dtype of torch, and into memory that is shared."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from torch import nn
 import featnorm as fn
 from featnorm._utils.weights import load_weights, single_precision
 from featnorm.augmentation import Distortion, augment
-from featnorm.detectors.expression import _DETECTORS
+from references import OWN
 
 CLASSES = 4
 SINGLE, DOUBLE = torch.float32, torch.float64
-# Of those that take another detector, one of each kind; the rest are made without settings.
+# One of each kind of detector that takes another detector; the others are made with default settings.
 SETTINGS = {
     "ReAct": ["ReAct(NAN())", "ReAct(KNN(k=3) / NAN())"],
     "Views": ["Views(KNN(k=3))"],
@@ -19,11 +19,13 @@ SETTINGS = {
     "SSD": ["SSD()", "SSD(clusters=2)", "SSD() / L1Norm()"],
     "CSI": ["CSI(augmentations=1)"],
 }
-EVERY = [expression for name in _DETECTORS for expression in SETTINGS.get(name, [f"{name}()"])]
+EVERY = [
+    expression for name, kind in OWN.items() for expression in SETTINGS.get(name, kind.standard or [f"{name}()"])
+]
 
 
 class Net(nn.Module):
-    """Convolutions and heads of every kind, for images between 0 and 1; float32 whatever the default type is."""
+    """Convolutions and heads of every kind, for images between 0 and 1; float32 whatever the default dtype is."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +45,7 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def default_type():
-    """Give the default type back."""
+    """Restore the default dtype."""
     with single_precision():
         yield
 
@@ -105,7 +107,7 @@ def test_a_packaged_network_is_single_precision_under_any_default_type():
 
 
 class Shared(nn.Module):
-    """Buffers and parameters that share memory in every way, or lie in it out of order."""
+    """Buffers and parameters that share memory, or are not contiguous."""
 
     def __init__(self, fill):
         super().__init__()
@@ -122,7 +124,7 @@ class Shared(nn.Module):
         nn.init.constant_(self.one.weight, fill)
 
 
-def test_weights_go_into_memory_of_any_kind():
+def test_weights_are_loaded_into_any_kind_of_memory():
     saved, module = Shared(2.0).state_dict(), Shared(0.0)
     with pytest.raises(RuntimeError, match="single memory location"):
         module.load_state_dict(saved)

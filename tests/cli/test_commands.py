@@ -1,9 +1,10 @@
-"""The command line as a user types it: what it prints, writes and refuses."""
+"""The command line as a user types it: what it prints and writes, and its errors."""
 
-import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from typer.utils import get_params_from_function
 
+import featnorm as library
+from apart import run_apart
 from featnorm import demo
+from featnorm.__main__ import COMMANDS
 
 MODEL = "timm:test_resnet"
 
@@ -50,7 +55,7 @@ def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=3))
     status, printed, _ = featnorm("demo", "--out", "here")
     assert status == 0
-    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "refuses", "left out"):
+    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "flags", "left out"):
         assert word in printed
     assert "<html" in (tmp_path / "here" / "index.html").read_text()
 
@@ -110,7 +115,7 @@ def test_evaluate_without_a_fit_names_who_is_left_out(featnorm, weights, tmp_pat
         "evaluate", "--model", MODEL, "--weights", weights, "--id", known, "--ood", other
     )
     assert status == 0
-    assert "left out KNN(): it learns from in-distribution inputs, and none were given to fit on" in printed
+    assert "left out KNN(): it needs a fit, and no in-distribution inputs were given to fit on" in printed
 
 
 def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp_path):
@@ -140,7 +145,7 @@ def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
     options = ["--model", MODEL, "--weights", weights, "--id", known, "--ood", other, "--ood", third]
     status, printed, _ = featnorm("evaluate", *options, "--detector", "KNN(k=1)", "--detector", "NAN")
     assert status == 0
-    assert "none were given to fit on" in printed
+    assert "no in-distribution inputs were given to fit on" in printed
     document = (tmp_path / "featnorm-evaluation" / "results.md").read_text()
     assert "fit: nothing" in document
     assert "other:test AUROC" in document
@@ -202,7 +207,7 @@ class TestErrors:
 
     def test_results_that_cannot_be_written(self, featnorm, good, tmp_path):
         (tmp_path / "taken").write_text("a file")
-        assert_one_line(self.evaluate(featnorm, good, out="taken"), "--out taken", "no folder")
+        assert_one_line(self.evaluate(featnorm, good, out="taken"), "cannot write to the folder --out taken")
 
     def test_a_precision_that_would_convert_the_weights(self, featnorm, good):
         assert_one_line(self.evaluate(featnorm, good, precision="64-true"), "64-true", "bf16-mixed")
@@ -223,7 +228,7 @@ def test_inspect_says_what_was_found(featnorm, weights, tmp_path):
     status, printed, _ = featnorm("inspect", "--model", MODEL, "--weights", weights, "--data", known)
     assert status == 0
     assert "pool of rectified maps" in printed
-    assert "On the 8 inputs seen" in printed
+    assert "off for the 8 inputs" in printed
 
 
 def test_imagenet_benchmark_runs_on_the_real_data(featnorm, shared_data):
@@ -241,26 +246,66 @@ def test_imagenet_benchmark_runs_on_the_real_data(featnorm, shared_data):
     assert "MSP()" in printed
 
 
-def test_help_and_module_run_without_heavy_imports(tmp_path):
-    code = (
-        "import sys; sys.argv = ['featnorm', '--help']\n"
-        "from featnorm.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'torchvision', 'timm', 'sklearn', 'faiss', 'matplotlib', 'pyarrow'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        # Those that draw nothing, or only where they are told to.
-        "from featnorm.cli import fit, score, serve\n"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    environment = {**os.environ, "COLUMNS": "200"}
+def test_help_is_printed_without_heavy_imports(tmp_path):
+    printed = run_apart(tmp_path, "--help")
+    for command in COMMANDS:
+        assert command in printed
+    assert run_apart(tmp_path) == printed
+    for command in COMMANDS:
+        assert "--help" in run_apart(tmp_path, command, "--help")
+
+
+def test_help_lists_the_choices(featnorm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    printed = featnorm("fit", "--help")[1]
+    for choices in ("<auto|cpu|cuda|mps>", "<32-true|bf16-mixed|16-mixed>", "<labels|clusters|auto>"):
+        assert choices in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_its_options_as_the_others_do(command):
+    """One name for one option, and a fitted file is the argument SCORER."""
+    module, _, function = COMMANDS[command].partition(":")
+    declared = get_params_from_function(getattr(import_module(module), function))
+    for name, parameter in declared.items():
+        metavar, flags = parameter.default.metavar, parameter.default.param_decls or ()
+        assert metavar != "SCORER" or (name, flags) == ("scorer_file", ())
+        assert name != "out" or set(flags) == {"--out", "-o"}
+        wanted = {"model": "SPEC", "weights": "FILE", "detector": "EXPR", "data_root": "FOLDER"}
+        assert name not in wanted or metavar == wanted[name] or command == "reproduce"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("featnorm ", set(COMMANDS)),
+        ("featnorm mon", {"monitor"}),
+        ("featnorm fit photos --device ", {"auto", "cpu", "cuda", "mps"}),
+        ("featnorm fit photos --precision bf", {"bf16-mixed"}),
+        ("featnorm fit photos --targets ", {"auto", "labels", "clusters"}),
+        ("featnorm score d.featnorm x --out", {"--out"}),
+    ],
+)
+def test_the_shell_completes_commands_options_and_choices(tmp_path, typed, completed):
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    printed = run_apart(tmp_path, _FEATNORM_COMPLETE="complete_bash", **words)
+    assert set(printed.split()) == completed
+
+
+def test_the_shells_completion_is_shown_and_installed(tmp_path):
+    settings = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    assert "_FEATNORM_COMPLETE=complete_bash" in run_apart(tmp_path, "--show-completion", "bash", **settings)
+    assert "installed" in run_apart(tmp_path, "--install-completion", "bash", **settings)
+    assert "_FEATNORM_COMPLETE" in (tmp_path / ".bash_completions" / "featnorm.sh").read_text()
+
+
+def test_the_module_runs_as_the_command_does(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, "-m", "featnorm", "--version"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    for command in ("demo", "evaluate", "inspect"):
-        assert command in done.stdout
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"featnorm {library.__version__}\n", "")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"featnorm": "featnorm.__main__:main"}
 
 
 def test_compiling_without_a_compiler(featnorm, monkeypatch):
@@ -271,6 +316,4 @@ def test_compiling_without_a_compiler(featnorm, monkeypatch):
 
 
 def test_version(featnorm):
-    import featnorm as library
-
     assert featnorm("--version") == (0, f"featnorm {library.__version__}\n", "")

@@ -1,8 +1,9 @@
-"""What becomes of an error: whose it is, where and on which input, with which exit status."""
+"""How errors are reported: whose code raised them, where, on which input, and the exit status."""
 
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import featnorm as library
-from featnorm.cli import main
+from featnorm.__main__ import main
 from featnorm.image_scorer import ImageScorer
 from featnorm.inputs.loading import TransformError
 from featnorm.models import ModelError, create_model
@@ -124,7 +125,7 @@ def demo(featnorm, monkeypatch):
 
     def run(work, *arguments):
         module = types.ModuleType("featnorm.cli.demo")
-        module.run = lambda out, seed: work()
+        module.demo = lambda: work()
         monkeypatch.setitem(sys.modules, "featnorm.cli.demo", module)
         return featnorm("demo", *arguments)
 
@@ -379,7 +380,7 @@ class TestStatus:
     def test_what_follows_two_dashes_is_no_option(self, monkeypatch, featnorm, demo):
         """A file may be called --debug."""
         given = []
-        monkeypatch.setattr("featnorm.cli.app.run", given.extend)
+        monkeypatch.setattr("featnorm.cli.app.run_command", lambda arguments, commands: given.extend(arguments))
         monkeypatch.setattr(
             sys, "argv", ["featnorm", "score", "d", "--debug", "--", "a.jpg", "--debug", "--", "b"]
         )
@@ -390,7 +391,7 @@ class TestStatus:
 
     @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["inspect", "--model", "mine:make"]])
     def test_an_output_that_nobody_reads_any_more(self, mine, arguments):
-        code = f"import sys\nsys.argv = ['featnorm', *{arguments}]\nfrom featnorm.cli import main\nmain()"
+        code = f"import sys\nsys.argv = ['featnorm', *{arguments}]\nfrom featnorm.__main__ import main\nmain()"
         read, write = os.pipe()
         os.close(read)
         with open(write, "wb") as unread:
@@ -402,13 +403,13 @@ class TestStatus:
         for wrong in (["demo", "--no-such-option"], ["no-such-command"], ["fit"], *seeds):
             status, _, said = featnorm(*wrong)
             assert status == 2
-            assert "Traceback" not in said
+            assert re.fullmatch(r"featnorm: .+[.?] See featnorm( demo| fit)? --help\n", said)
 
     def test_help_states_the_statuses(self, featnorm, monkeypatch):
         monkeypatch.setenv("COLUMNS", "400")
         status, printed, _ = featnorm("--help")
         assert status == 0
-        assert "Exit status: 0 done, 1 an internal error of featnorm" in printed
+        assert "Exit status: 0 success, 1 internal error of featnorm" in printed
         assert "--debug" in printed
 
     def test_an_error_of_another_process(self, mine):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from featnorm.__main__ import RESUMING
 from featnorm.cli.interrupt import Interruption
 
 # Raises SIGINT when a module is looked for, as Ctrl-C in that moment would.
@@ -32,15 +33,15 @@ def hang():
         time.sleep(0.01)
     print("not interrupted")
 
-def work(out, seed):
+def work():
 {work}
 
 sys.modules["featnorm.cli.demo"] = types.ModuleType("demo")
-sys.modules["featnorm.cli.demo"].run = work
+sys.modules["featnorm.cli.demo"].demo = work
 """
 MAIN = """
 sys.argv = ["featnorm", *{arguments!r}]
-from featnorm.cli import main
+from featnorm.__main__ import main
 main()
 """
 
@@ -156,7 +157,7 @@ def test_a_forked_worker_leaves_it_to_the_command(tmp_path):
     ],
 )
 def test_what_resumes(arguments, resumes, capfd):
-    interruption = Interruption(arguments)
+    interruption = Interruption(arguments, RESUMING)
     interruption.say()
     interruption.say()
     line = "featnorm: interrupted; rerun the same command to resume\n" if resumes else "featnorm: interrupted\n"

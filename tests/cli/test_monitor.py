@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from apart import run_apart
 from featnorm import Calibration, archive
 from featnorm.image_scorer import ImageVerdict
 from featnorm.records import COLUMNS, FORMATS, Journal
-from featnorm.report.drift import Course
+from featnorm.report.drift import StreamHistory
 from pages import Page, check
 
 CALIBRATION = Calibration(np.random.default_rng(0).normal(2, 1, 600).astype(np.float32))
@@ -60,8 +61,9 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
     assert status == 3
     assert error == ""
     assert f"3,000 scores of t{ending} (2 without a score left out), against 600 calibration scores" in printed
-    for words in ("Drift. At image 2,", "reached the 100 to 1 of the alarm", "a chance of 1 % at most",
-                  "fit again with images of now"):  # fmt: skip
+    for words in ("Drift. At image 2,", "the evidence reached the alarm level of 100 to 1.", "It was at most ",
+                  "the chance of ever raising this alarm is at most 1 %,",
+                  "fit again on current images"):  # fmt: skip
         assert words in printed
     image, row = (int(printed.split(word)[1].split(end)[0].replace(",", ""))
                   for word, end in (("At image ", ", day"), ("(row ", ")")))  # fmt: skip
@@ -71,12 +73,52 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
     assert sorted(place.name for place in tmp_path.iterdir()) == ["d.featnorm", f"t{ending}"]
 
 
+def test_neither_a_table_nor_a_page_takes_torch(detector, tmp_path):
+    for ending in FORMATS:
+        scores = table(tmp_path / f"t{ending}", scored())
+        assert "No drift" in run_apart(tmp_path, "monitor", detector, scores, without="torch")
+    assert "Wrote p.html" in run_apart(tmp_path, "monitor", detector, "t.csv", "--html", "p.html", without="torch")
+
+
+def test_the_stored_calibration_agrees_with_the_modules(tmp_path):
+    rng = np.random.default_rng(0)
+    for n, tpr in ((19, 0.95), (20, 0.95), (600, 0.9), (7, 0.5)):
+        calibration = Calibration(rng.integers(0, 9, n).astype(float), tpr)
+        path = tmp_path / "c.featnorm"
+        archive.write(path, {"calibration.scores": calibration.scores}, {"tpr": tpr, "model": {}})
+        stored = archive.read_calibration(path)
+        assert stored.scores.dtype == np.float64
+        np.testing.assert_array_equal(stored.scores, calibration.scores)
+        assert (stored.threshold, stored.tpr) == (float(calibration.threshold), tpr)
+        scores = np.array([-np.inf, -1, 0, 0.5, 4, 8, 9, np.inf])
+        np.testing.assert_array_equal(stored.p_value(scores), calibration.p_value(torch.from_numpy(scores)))
+
+
+def test_every_type_of_tensor_is_checked_without_torch(tmp_path):
+    """A file is read as a whole, though only its calibration is wanted."""
+    kinds = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+             torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.uint16, torch.uint32,
+             torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2]  # fmt: skip
+    tensors = {str(kind): torch.ones(2, 3).to(kind) for kind in kinds}
+    tensors |= {"none": torch.ones(0), "one": torch.tensor(1.0), "calibration.scores": CALIBRATION.scores}
+    path = tmp_path / "c.featnorm"
+    archive.write(path, tensors, {"tpr": 0.95, "model": {}})
+    np.testing.assert_array_equal(archive.read_calibration(path).scores, CALIBRATION.scores)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    for read in (archive.read, archive.read_calibration):
+        with pytest.raises(archive.ArchiveError, match="its content is not what was written"):
+            read(path)
+
+
 @pytest.mark.parametrize("ending", FORMATS)
 def test_no_drift_is_told(featnorm, detector, tmp_path, ending):
     scores = table(tmp_path / f"t{ending}", scored())
     status, printed, _ = featnorm("monitor", detector, scores, "--false-alarm", "0.001")
     assert status == 0
-    for words in ("No drift. The evidence never reached the 1,000 to 1", "chance of 0.1 % at most", "no proof"):
+    for words in ("No drift. The evidence never reached the alarm level of 1,000 to 1. It was at most ",
+                  "the chance of ever raising this alarm is at most 0.1 %,", "does not prove"):  # fmt: skip
         assert words in printed
 
 
@@ -97,9 +139,9 @@ def test_the_page_shows_the_stream(featnorm, detector, tmp_path):
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     check(page)
     assert page.source.startswith("<!doctype html>")
-    for words in ("Drift", "t <b>.csv", "600 calibration scores", "the latest 1,000 scores", "alarm, at 100 to 1",
-                  "log₁₀ of the evidence", "mean p-value", "image, in order of time", "the alarm, at image 2,",
-                  "day/0"):  # fmt: skip
+    for words in ("Drift", "t <b>.csv", "600 calibration scores", "the latest 1,000 scores",
+                  "alarm level, 100 to 1", "log₁₀ of the evidence", "mean p-value",
+                  "image, in order of time", "alarm at image 2,", "day/0"):  # fmt: skip
         assert words in page.text
     assert len(page.source) < 200_000
 
@@ -121,17 +163,17 @@ def test_a_page_of_one_score(featnorm, detector, tmp_path):
 def test_a_course_keeps_the_highest_evidence_in_few_points(n):
     rng = np.random.default_rng(n)
     evidence, p_values = rng.normal(size=n), rng.random(n)
-    course = Course()
+    history = StreamHistory()
     for part in np.array_split(np.arange(n), 7):
-        course.add(p_values[part], evidence[part], p_values[part])
-    images, kept = course.evidence()
+        history.add(p_values[part], evidence[part], p_values[part])
+    images, kept = history.evidence()
     assert len(images) == len(kept) <= 2001
     assert images[0] == kept[0] == 0
-    assert images[-1] == course.count == n
+    assert images[-1] == history.count == n
     assert (np.diff(images) > 0).all()
     for start, end, highest in zip(images[:-1].astype(int), images[1:].astype(int), kept[1:], strict=True):
         assert highest == evidence[start:end].max()
-    edges, means = course.mean_p_values()
+    edges, means = history.mean_p_values()
     assert len(means) <= 50
     assert edges[0] == 0
     assert edges[-1] == n
@@ -139,7 +181,7 @@ def test_a_course_keeps_the_highest_evidence_in_few_points(n):
     assert len(stretches) == 1 or stretches[-1] >= stretches[0] / 2
     expected = [p_values[a:b].mean() for a, b in zip(edges[:-1].astype(int), edges[1:].astype(int), strict=True)]
     np.testing.assert_allclose(means, expected)
-    assert list(course.latest) == p_values[-1000:].tolist()
+    assert list(history.latest) == p_values[-1000:].tolist()
 
 
 def joined(tmp_path) -> tuple[str, list[list[str]]]:
@@ -320,7 +362,7 @@ def test_what_is_refused(featnorm, detector, tmp_path):
         ("bare.featnorm", scores): "bare.featnorm holds no calibration scores",
         (detector, scores, "--false-alarm", "0"): "false_alarm must be in (0, 1)",
         (detector, scores, "--html", scores): "--html t.csv must end in .html",
-        (detector, scores, "--html", "d.html"): "d.html would lie over or in what is read",
+        (detector, scores, "--html", "d.html"): "d.html would overwrite the input ",
         (detector, scores, "--html", "none/page.html"): "there is no folder none",
         (detector, scores, "--html", "folder.html"): "folder.html is a folder",
     }.items():

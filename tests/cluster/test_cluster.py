@@ -11,7 +11,7 @@ import torch
 
 import featnorm as fn
 from featnorm.image_scorer import ImageScorer
-from featnorm.inputs import DataError, ImageSource, SlicedImages, open_images
+from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 
 ray = pytest.importorskip("ray")
 
@@ -31,7 +31,8 @@ def workers():
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     # Workers do not import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield Cluster("cpu")
+    with Cluster("cpu") as cluster:
+        yield cluster
     ray.shutdown()
 
 
@@ -60,7 +61,7 @@ def assert_same(found, expected):
 
 def fit(folder, loaded, cache, **options):
     settings = {"cache": cache, "progress": False, "workers": 0, "batch_size": BATCH}
-    return fn.fit_images(open_images(str(folder)), loaded, **settings, **options)
+    return fn.fit_images(open_source(str(folder)), loaded, **settings, **options)
 
 
 @pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
@@ -68,7 +69,7 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
     targets = "clusters" if detector == "SSD()" else "labels"
     # Several parts to merge.
     monkeypatch.setattr(fn.fitting, "_ROWS", 50)
-    source = SlicedImages(open_images(str(folder)), range(30), "thirty")
+    source = SlicedSource(open_source(str(folder)), range(30), "thirty")
     alone = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
     asked = cache if detector != "KLUniform()" else tmp_path / "asked by the workers"
     merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), ray=workers, targets=targets)
@@ -87,11 +88,29 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
 def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
     scorer = fit(folder, tiny, cache).scorer
-    source = SlicedImages(open_images(str(folder)), range(27), "some")
+    source = SlicedSource(open_source(str(folder)), range(27), "some")
     expected = local(scorer, source)
     wanted = [0, 2, 3, 6]  # the last of three images
     assert_same(remote(workers, scorer, source, wanted), [expected[i] for i in wanted])
     assert list(workers.score(scorer, source, [], batch_size=BATCH)) == []
+
+
+def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tiny, cache, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 1)
+    loaded = replace(tiny, transform=lambda image: torch.zeros(3, 8, 8))
+    source = SlicedSource(open_source(str(folder)), range(1, 41), "forty")
+    taken, numbers = [], []
+    answers = workers._answers
+
+    def counting(method, calls, ordered):
+        return answers(method, (taken.append(1) or call for call in calls), ordered)
+
+    monkeypatch.setattr(workers, "_answers", counting)
+    for part in workers.extract(loaded, tiny.model, batch_size=2)(source):
+        numbers.append(part.rows[0])
+        assert len(taken) <= len(numbers) + cluster._CALLS * workers.actors.count
+    assert numbers == list(range(0, 40, 2))
+    assert len(taken) == 20
 
 
 class Deadly(ImageSource):
@@ -109,9 +128,6 @@ class Deadly(ImageSource):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.source.read(i)
 
-    def _image(self, i):
-        return self._read(i)[0]
-
     def _name(self, i):
         return self.source.name(i)
 
@@ -125,7 +141,7 @@ class Deadly(ImageSource):
 def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
     scorer = fit(folder, tiny, cache).scorer
-    source = SlicedImages(open_images(str(folder)), range(1, 49), "some")
+    source = SlicedSource(open_source(str(folder)), range(1, 49), "some")
     deadly = Deadly(source, 29, tmp_path)
     assert_same(remote(workers, scorer, deadly), local(scorer, source))
     assert (tmp_path / "died").exists()
@@ -140,7 +156,7 @@ def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cach
 @pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))"])
 def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
     scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector)).scorer
-    source = SlicedImages(open_images(str(folder)), range(1, 21), "some")
+    source = SlicedSource(open_source(str(folder)), range(1, 21), "some")
     expected = local(scorer, source)
     assert workers._in_parts(scorer) is scorer
     monkeypatch.setattr(cluster, "_BANK_SHARE", 0.0)
@@ -170,7 +186,7 @@ def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
 
 def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
     scorer = fit(folder, tiny, cache).scorer
-    source = SlicedImages(open_images(str(folder)), range(1, 9), "some")
+    source = SlicedSource(open_source(str(folder)), range(1, 9), "some")
 
     def fails(image):
         raise RuntimeError("no such colour")
@@ -193,7 +209,21 @@ def test_devices_that_there_are(workers):
     assert cluster._actors("cpu", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(32, "cpu", 1, 0)
 
 
+def test_actors_stay_for_the_next_work_until_the_cluster_is_closed(workers, folder, tiny, cache):
+    scorer = fit(folder, tiny, cache).scorer
+    source = SlicedSource(open_source(str(folder)), range(4), "some")
+    remote(workers, scorer, source)
+    stayed = set(workers._ready) | set(workers._starting.values())
+    remote(workers, scorer, SlicedSource(open_source(str(folder)), range(4, 8), "others"))
+    assert stayed == set(workers._ready) | set(workers._starting.values())
+    workers.close()
+    assert not workers._ready
+    assert not workers._starting
+
+
 def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypatch):
+    # They hold all processors, which the commands' own need.
+    workers.close()
     # One shard, and so one actor, for each command: another takes seconds to begin.
     size = 16
     backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", size)
@@ -239,7 +269,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
 
 def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, monkeypatch):
     scorer = fit(folder, tiny, cache).scorer
-    source = SlicedImages(open_images(str(folder)), range(14), "some")
+    source = SlicedSource(open_source(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
     judge, sizes = ImageScorer._judge, []
 

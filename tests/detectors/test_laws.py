@@ -1,4 +1,4 @@
-"""What holds for every detector: sign, fits that stream and merge, refusals, precision, and no side effects."""
+"""Laws of every detector: sign, fits that stream and merge, errors, precision, and no side effects."""
 
 import copy
 import itertools
@@ -11,20 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fabricate import (
-    EVERY,
-    LEARNERS,
-    NEED_LABELS,
-    UNFITTED,
-    assert_close,
-    assert_same_state,
-    fitted,
-    id_features,
-    of_activation,
-    ood_features,
-    state,
-    wide_as,
-)
+from fabricate import assert_close, assert_same_state, fitted, id_features, of_activation, state, wide_as
 from featnorm.detectors import (
     KNN,
     MSP,
@@ -51,8 +38,8 @@ from featnorm.detectors import (
 from featnorm.detectors.statistics import unit_rows
 from featnorm.features import PER_INPUT, Features
 from featnorm.metrics import auroc
+from references import EVERY, LEARNERS, NEED_LABELS, OOD, TEST, TRAIN, UNFITTED
 
-TRAIN, TEST, OOD = id_features(), id_features(40, seed=5), ood_features(40)
 every = pytest.mark.parametrize("expression", EVERY)
 learners = pytest.mark.parametrize("expression", LEARNERS)
 F64 = torch.float64
@@ -175,8 +162,8 @@ SAMPLED = [e for e in LEARNERS if "clusters=3" in e or "ViM" in e]
 @pytest.mark.parametrize(("expression", "sampled"), [(e, False) for e in LEARNERS] + [(e, True) for e in SAMPLED])
 def test_batches_and_halves_make_the_whole(expression, sampled, monkeypatch):
     if sampled:  # more inputs than SSD(clusters=3) and ViM keep
-        monkeypatch.setattr("featnorm.detectors.distance._CLUSTERED_ROWS", 60)
-        monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 50)
+        monkeypatch.setattr("featnorm.detectors.distance._MAX_CLUSTERED_ROWS", 60)
+        monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 50)
     whole = fitted(expression)
     again = fitted(expression).fit(TRAIN)
     streamed = parse_detector(expression)
@@ -351,7 +338,7 @@ def test_another_width_is_refused_and_changes_nothing(expression):
 def test_a_fit_refused_for_its_memory_changes_nothing(expression, monkeypatch):
     detector = fitted(expression, wide_as(TRAIN, 9))
     scores = detector.score(wide_as(TEST, 9))
-    monkeypatch.setattr(statistics, "_MOST_GRAM_BYTES", 1000)
+    monkeypatch.setattr(statistics, "_MAX_GRAM_BYTES", 1000)
     with pytest.raises(ValueError, match="GiB"):
         detector.fit(TRAIN)
     assert torch.equal(detector.score(wide_as(TEST, 9)), scores)
@@ -515,7 +502,7 @@ def test_merge_refuses_another_detector():
 def test_react_refuses_logits_that_are_no_map_of_the_clipped_layer():
     weight, _ = TRAIN.classifier
     cosine = TRAIN.replace(logits=torch.nn.functional.normalize(TRAIN.activation) @ weight.T)
-    with pytest.raises(ValueError, match="cannot make the logits anew"):
+    with pytest.raises(ValueError, match="cannot recompute the logits"):
         ReAct(Energy()).fit(cosine)
     assert ReAct(NAN()).fit(cosine).is_fitted
 
@@ -750,16 +737,16 @@ def test_alpha_of_a_sample_is_that_of_the_whole(monkeypatch, heavy):
         pooled = pooled * torch.rand(20_000, 1, generator=g).add(0.2) ** -0.5
     weight = torch.randn(4, 16, generator=g)
     features = Features(pooled=pooled, logits=pooled @ weight.T, classifier=(weight, None))
-    monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 10**6)
-    exact = ViM().fit(features)._learned()[1]
-    monkeypatch.setattr("featnorm.detectors.subspace._ALPHA_ROWS", 1000)
-    assert float(ViM().fit(features)._learned()[1]) == pytest.approx(float(exact), rel=2e-3)
+    monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 10**6)
+    exact = ViM().fit(features)._fitted_state()[1]
+    monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 1000)
+    assert float(ViM().fit(features)._fitted_state()[1]) == pytest.approx(float(exact), rel=2e-3)
 
 
 def test_clusters_of_a_sample_are_nearly_those_of_the_whole(monkeypatch):
     train = id_features(3000)
     whole = SSD(clusters=3).fit(train).score(TEST)
-    monkeypatch.setattr("featnorm.detectors.distance._CLUSTERED_ROWS", 1000)
+    monkeypatch.setattr("featnorm.detectors.distance._MAX_CLUSTERED_ROWS", 1000)
     sampled = SSD(clusters=3).fit(train)
     assert len(sampled.state_dict()["sample.rows"]) == 1000
     assert float(torch.corrcoef(torch.stack([whole, sampled.score(TEST)]))[0, 1]) > 0.95

@@ -16,7 +16,7 @@ K = 10
 
 @pytest.fixture(autouse=True)
 def _indexed(monkeypatch):
-    monkeypatch.setattr(neighbors, "_INDEXED_ROWS", 6_000)
+    monkeypatch.setattr(neighbors, "_MIN_INDEXED_ROWS", 6_000)
 
 
 def like_features(n, seed, width=48):
@@ -45,7 +45,7 @@ def unit(features):
 
 
 def is_indexed(detector):
-    return isinstance(detector._learned(), neighbors._Index)
+    return isinstance(detector._fitted_state(), neighbors._Index)
 
 
 @pytest.mark.parametrize("recall", [0.8, 0.99])
@@ -81,7 +81,7 @@ def test_queries_are_asked_in_blocks(bank, queries, monkeypatch):
 
 def test_a_query_whose_cells_hold_too_few_is_searched_exactly(bank, queries):
     index = KNN(K, recall=0.9).fit(bank)
-    index._learned().cells.nprobe = 1
+    index._fitted_state().cells.nprobe = 1
     many = 1_000  # a cell holds some 50
     torch.testing.assert_close(
         index.nearest(unit(queries)[:5], many), KNN(K).fit(bank).nearest(unit(queries)[:5], many)
@@ -147,9 +147,9 @@ def test_a_copy_has_no_index_until_it_is_asked(bank, queries, copied):
     index = KNN(K, recall=0.9).fit(bank)
     scores = index.score(queries)
     again = copied(index)
-    assert again._derived is None
+    assert again._finalized is None
     assert torch.equal(again.score(queries), scores)
-    assert np.shares_memory(index._learned().bank, index.bank.rows.numpy())
+    assert np.shares_memory(index._fitted_state().bank, index.bank.rows.numpy())
 
 
 @pytest.mark.parametrize("recall", [0, 1, 1.0, 0.0, -0.5, "0.9", True, float("nan")])

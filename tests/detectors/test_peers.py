@@ -58,7 +58,7 @@ def test_vim(dim):
     weight, bias = TRAIN.classifier
     theirs = peers.ViM(None, d=dim, w=weight, b=bias).fit_features(TRAIN.pooled, TRAIN.labels)
     ours = ViM(dim).fit(TRAIN)
-    assert theirs.alpha == pytest.approx(float(ours._learned()[1]), rel=1e-3)
+    assert theirs.alpha == pytest.approx(float(ours._fitted_state()[1]), rel=1e-3)
     torch.testing.assert_close(ours.score(BOTH), -theirs.predict_features(BOTH.pooled), rtol=1e-3, atol=1e-1)
 
 

@@ -1,4 +1,4 @@
-"""ODIN and Views: detectors that ask the model again."""
+"""ODIN and Views: detectors that run the model again."""
 
 import copy
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import featnorm as fn
+from references import odin, views
 
 C = 4
 
@@ -38,26 +39,13 @@ def images():
     return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def odin_reference(model, images, temperature, eps, std):
-    """Liang et al., in float64 and one input at a time."""
-    net = copy.deepcopy(model).eval().double()
-    scores = []
-    for image in images.double():
-        x = image[None].clone().requires_grad_()
-        logits = net(x) / temperature
-        loss = -torch.log_softmax(logits, 1)[0, logits.argmax()]
-        loss.backward()
-        step = eps * x.grad.sign() / torch.tensor(std).double()[None, :, None, None]
-        scores.append(torch.softmax(net(x.detach() - step) / temperature, 1).max().item())
-    return np.array(scores)
-
-
 @pytest.mark.parametrize("temperature", [1, 1000])
 @pytest.mark.parametrize("std", [None, (0.25, 0.5, 0.2)])
 def test_odin_is_its_definition(model, images, temperature, std):
     detector = fn.ODIN(temperature=temperature, eps=0.05, std=std)
     got = fn.Scorer(model, detector)(images).score
-    expected = odin_reference(model, images, temperature, 0.05, std or (1, 1, 1))
+    exact = copy.deepcopy(model).eval().double()
+    expected = odin(exact, images, temperature, 0.05, std or (1, 1, 1))
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
 
 
@@ -69,19 +57,16 @@ def test_odin_without_a_step_at_temperature_one_is_msp(model, images):
 def test_views_is_the_mean_over_nine_translations(model, images):
     scorer = fn.Scorer(model, fn.NAN())
     tall = torch.nn.functional.interpolate(images, (16, 8))
-    padded = np.pad(tall.numpy(), ((0, 0), (0, 0), (2, 2), (1, 1)), mode="reflect")
-    scores = [
-        scorer(torch.from_numpy(padded[:, :, y : y + 16, x : x + 8])).score for y in (0, 2, 4) for x in (0, 1, 2)
-    ]
     got = fn.Scorer(model, fn.Views(fn.NAN()))(tall).score
-    torch.testing.assert_close(got, torch.stack(scores).mean(0), rtol=1e-5, atol=1e-6)
+    expected = views(lambda view: scorer(view).score, tall, 2, 1)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_views_of_a_detector_that_learns(model, images):
     loader = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(2))]
-    views = fn.Scorer(model, fn.Views(fn.KNN(k=3) / fn.NAN())).fit(loader).calibrate(loader)
-    assert views(images).p_value.shape == (6,)
-    assert fn.parse_detector(repr(views.detector)).detector.distance.k == 3
+    scorer = fn.Scorer(model, fn.Views(fn.KNN(k=3) / fn.NAN())).fit(loader).calibrate(loader)
+    assert scorer(images).p_value.shape == (6,)
+    assert fn.parse_detector(repr(scorer.detector)).detector.distance.k == 3
 
 
 @pytest.mark.parametrize("detector", [fn.ODIN(std=(1, 2, 3)), fn.Views(fn.NAN()), fn.Views(fn.ODIN())])
@@ -114,7 +99,7 @@ def test_a_score_does_not_depend_on_its_batch(model, images, detector):
 def test_features_without_their_inputs_are_refused(model, images, detector):
     tap = fn.FeatureTap(model)
     for features in (tap.extract([images], progress=False), tap(images)[:3], tap(images).to("cpu")):
-        with pytest.raises(ValueError, match=r"came without their inputs: score it by a Scorer"):
+        with pytest.raises(ValueError, match=r"came without their inputs: use a Scorer"):
             detector.score(features)
 
 
@@ -133,14 +118,14 @@ def test_what_is_wrong_is_named(model, images):
         fn.ODIN(eps=-1)
     with pytest.raises(ValueError, match=r"std must be a sequence .* or None, got \(1, 0, 1\)"):
         fn.ODIN(std=(1, 0, 1))
-    with pytest.raises(ValueError, match="has 2 deviations, one a channel"):
+    with pytest.raises(ValueError, match="has 2 deviations, one per channel"):
         fn.Scorer(model, fn.ODIN(std=(1, 1)))(images)
     with pytest.raises(ValueError, match=r"shift must be a number in \(0, 1\), got 1"):
         fn.Views(fn.NAN(), shift=1)
     with pytest.raises(TypeError, match=r"Views takes a detector such as NAN\(\), got 3"):
         fn.Views(3)
     flat = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(ValueError, match=r"moves images .* the inputs are of shape \(6, 12\)"):
+    with pytest.raises(ValueError, match=r"moves images .* the inputs have shape \(6, 12\)"):
         fn.Scorer(flat, fn.Views(fn.NAN()))(torch.randn(6, 12))
     with pytest.raises(ValueError, match="cannot move images of 1 x 8"):
         fn.Scorer(model, fn.Views(fn.NAN()))(images[:, :, :1])

@@ -1,4 +1,4 @@
-"""What the constructors take, and what every detector does with what is no `Features`."""
+"""Which arguments constructors accept, and the errors for anything but `Features`."""
 
 import inspect
 import math
@@ -9,33 +9,13 @@ import pytest
 import torch
 
 import featnorm as fn
+from featnorm._utils.checks import Choice, Either, Integer, Interval, SequenceOf
 from featnorm.detectors import Detector
-from featnorm.detectors.expression import _DETECTORS
+from references import OWN
 
+NAMED = {name: kind for name, kind in OWN.items() if not kind.operator}
 INNER = "detector"  # the argument of a wrapper that is no setting
-#: For every setting: good values with what is kept of them, and bad ones beside those that no setting takes.
-GOOD = {
-    ("LpNorm", "p"): [(3, 3), (0.5, 0.5), (math.inf, math.inf), (np.float32(0.5), 0.5), (np.int64(3), 3)],
-    ("SSD", "clusters"): [(2, 2), (np.int64(2), 2), (torch.tensor(2), 2), ("labels", "labels")],
-    ("KNN", "k"): [(5, 5), (np.int64(5), 5), (np.uint8(5), 5), (torch.tensor(5), 5), (np.array(5), 5)],
-    ("KNN", "squared"): [(False, False), (np.False_, False), (torch.tensor(False), False)],
-    ("KNN", "recall"): [(0.75, 0.75), (np.float64(0.75), 0.75), (torch.tensor(0.75), 0.75), (None, None)],
-    ("OneClassSVM", "nu"): [(0.25, 0.25), (np.float32(0.25), 0.25)],
-    ("Residual", "dim"): [(3, 3), (np.int32(3), 3), (None, None)],
-    ("ViM", "dim"): [(3, 3), (np.int32(3), 3), (None, None)],
-    ("ReAct", "percentile"): [(80, 80), (np.float64(80.5), 80.5), (torch.tensor(80), 80)],
-    ("ODIN", "temperature"): [(10, 10), (np.float64(0.5), 0.5)],
-    ("ODIN", "eps"): [(0, 0), (np.float64(0.5), 0.5)],
-    ("ODIN", "std"): [
-        ([0.5, 1], (0.5, 1)),
-        (np.array([0.5, 1.0]), (0.5, 1.0)),
-        (torch.tensor([0.5, 1.0]), (0.5, 1.0)),
-        (None, None),
-    ],
-    ("Views", "shift"): [(0.25, 0.25), (np.float32(0.25), 0.25)],
-    ("CSI", "augmentations"): [(3, 3), (np.int64(3), 3)],
-    ("CSI", "scale"): [(1, 1), (np.float32(0.5), 0.5)],
-}
+SETTINGS = {(name, setting): rule for name, kind in NAMED.items() for setting, rule in kind.settings.items()}
 NEVER = [
     "2",
     "",
@@ -59,38 +39,58 @@ NEVER = [
     np.array([2, 0]),
     fn.NAN(),
 ]
-ALSO_BAD = {
-    ("LpNorm", "p"): [0, None, True, np.True_, 10**400, Fraction(10**400), torch.tensor([5])],
-    ("SSD", "clusters"): [0, 1.5, 2.0, None, True, np.True_, torch.tensor(True), math.inf, "classes"],
-    ("KNN", "k"): [
-        0,
-        torch.tensor([5]),
-        np.array([5]),
-        2.0,
-        np.float64(2),
-        None,
-        True,
-        np.True_,
-        torch.tensor(True),
-        math.inf,
-    ],
-    ("KNN", "squared"): [0, 1, None, np.int64(1), math.inf],
-    ("KNN", "recall"): [0, 1, 1.0, True, math.inf],
-    ("OneClassSVM", "nu"): [0, 1, None, True, math.inf],
-    ("Residual", "dim"): [0, 2.5, True, math.inf],
-    ("ViM", "dim"): [0, 2.5, True, math.inf],
-    ("ReAct", "percentile"): [0, 100, None, True, math.inf],
-    ("ODIN", "temperature"): [0, None, True, math.inf],
-    ("ODIN", "eps"): [None, True, math.inf],
-    ("ODIN", "std"): [0, 0.5, True, [0.5, True], [0.5, 0], [0.5, math.inf]],
-    ("Views", "shift"): [0, 1, None, True, math.inf],
-    ("CSI", "augmentations"): [0, 2.0, None, True, math.inf],
-    ("CSI", "scale"): [0, 1.5, None, True, math.inf],
-}
+
+
+def good(rule):
+    """Values that a constraint allows, with what is kept of each: its ends, and numbers of every library."""
+    match rule:
+        case Either(first, second):
+            return good(first) + good(second)
+        case Integer(least):
+            makers = int, np.int64, np.uint8, np.int32, torch.tensor, np.array
+            return [(make(least + i), least + i) for i, make in enumerate(makers)]
+        case Interval(low, high, closed):
+            inside = low + min(1, high - low) / 2
+            whole = [low + 1] if high - low > 1 else []
+            kept = [inside, *whole, *([low] if closed == "left" else []), *([high] if closed == "right" else [])]
+            libraries = [(make(inside), inside) for make in (np.float32, np.float64, torch.tensor)]
+            return [(value, value) for value in kept] + libraries + [(np.int64(n), n) for n in whole]
+        case Choice():
+            flags = [option for option in rule.options if isinstance(option, bool)]
+            return [(option, option) for option in rule.options] + [
+                (make(option), option) for option in flags for make in (np.bool_, torch.tensor)
+            ]
+        case SequenceOf(item):
+            some = [kept for _, kept in good(item)][:2]
+            return [(make(some), tuple(some)) for make in (list, tuple, np.array, lambda v: torch.tensor(v))] + [
+                ([value for value, _ in good(item)], tuple(kept for _, kept in good(item)))
+            ]
+
+
+def bad(rule):
+    """Values that a constraint does not allow, beside those that none does: past its ends, and of other kinds."""
+    match rule:
+        case Either(first, second):
+            options = [option for part in (first, second) if isinstance(part, Choice) for option in part.options]
+            wrong = [value for part in (first, second) if not isinstance(part, Choice) for value in bad(part)]
+            return [value for value in wrong if not any(value is option for option in options)]
+        case Integer(least):
+            flags = True, np.True_, torch.tensor(True)
+            floats = float(least + 1), np.float64(least + 1), least + 0.5, math.inf
+            return [least - 1, *floats, *flags, None, torch.tensor([5]), np.array([5]), "classes"]
+        case Interval(low, high, closed):
+            ends = [low] * (closed != "left") + [high] * (closed != "right") + [high + 1] * (high < math.inf)
+            huge = [10**400, Fraction(10**400)]
+            return [*ends, low - 1, *huge, None, True, np.True_, torch.tensor([5]), "classes"]
+        case Choice():
+            return [0, 1, np.int64(1), math.inf, "classes"]
+        case SequenceOf(item):
+            value = good(item)[0][0]
+            return [0, value, True, *([value, wrong] for wrong in bad(item))]
 
 
 def make(name, **settings):
-    kind = _DETECTORS[name]
+    kind = NAMED[name]
     inner = [fn.NAN()] if INNER in inspect.signature(kind).parameters else []
     return kind(*inner, **settings)
 
@@ -98,17 +98,16 @@ def make(name, **settings):
 def test_every_constructor_argument_is_a_row_of_a_table():
     found = {
         (name, parameter)
-        for name, kind in _DETECTORS.items()
+        for name, kind in NAMED.items()
         for parameter in inspect.signature(kind).parameters
         if parameter != INNER
     }
-    tables = {(name, setting) for name, kind in _DETECTORS.items() for setting in kind.settings}
-    assert found == tables == set(GOOD) == set(ALSO_BAD)
+    assert found == set(SETTINGS)
 
 
-@pytest.mark.parametrize(("name", "setting"), GOOD, ids=[".".join(key) for key in GOOD])
+@pytest.mark.parametrize(("name", "setting"), SETTINGS, ids=[".".join(key) for key in SETTINGS])
 def test_numbers_of_any_library_are_taken_and_kept_as_plain_ones(name, setting):
-    for given, kept in GOOD[name, setting]:
+    for given, kept in good(SETTINGS[name, setting]):
         detector = make(name, **{setting: given})
         value = getattr(detector, setting)
         assert value == kept
@@ -119,11 +118,11 @@ def test_numbers_of_any_library_are_taken_and_kept_as_plain_ones(name, setting):
         assert getattr(again, setting) == kept
 
 
-@pytest.mark.parametrize(("name", "setting"), GOOD, ids=[".".join(key) for key in GOOD])
+@pytest.mark.parametrize(("name", "setting"), SETTINGS, ids=[".".join(key) for key in SETTINGS])
 def test_bad_settings_are_refused_by_name(name, setting):
-    for bad in NEVER + ALSO_BAD[name, setting]:
+    for value in NEVER + bad(SETTINGS[name, setting]):
         with pytest.raises(ValueError, match=rf"^{name}: {setting} must be .*, got ") as refused:
-            make(name, **{setting: bad})
+            make(name, **{setting: value})
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 200
 
@@ -145,10 +144,10 @@ def test_a_fusion_takes_detectors_alone():
         fn.Fusion(fn.KNN(), fn.NAN)
 
 
-@pytest.mark.parametrize("name", [*_DETECTORS, "KNN / NAN", "Views(ReAct(SSD / NAN))"])
+@pytest.mark.parametrize("name", [*NAMED, "KNN / NAN", "Views(ReAct(SSD / NAN))"])
 @pytest.mark.parametrize("method", ["fit", "partial_fit", "score", "forward"])
 def test_what_is_no_features_is_refused_with_the_way_to_make_them(name, method):
-    detector = make(name) if name in _DETECTORS else fn.parse_detector(name)
+    detector = make(name) if name in NAMED else fn.parse_detector(name)
     assert isinstance(detector, Detector)
     for wrong in (torch.zeros(3, 4), [torch.zeros(3, 4)], {"logits": torch.zeros(3, 4)}, None, np.zeros((3, 4))):
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""What detectors learn: moments, samples, histograms and banks, against numpy, in parts and merged."""
+"""Fitted state: moments, samples, histograms and banks, compared with numpy, in parts and merged."""
 
 import copy
 
@@ -29,7 +29,7 @@ def rows_of(n=200, d=5, seed=0, dtype=F64):
 
 
 def split_fit(make, rows, sizes, *more):
-    """A statistic fitted to batches of these sizes, and the merge of one a batch."""
+    """A statistic fitted to batches of these sizes, and the merge of one per batch."""
     streamed, merged = make(), make()
     for i, batch in enumerate(rows.split(sizes)):
         extra = [m.split(sizes)[i] for m in more]
@@ -128,7 +128,7 @@ def test_moments_refuse_another_width_and_too_much_memory(monkeypatch):
     with pytest.raises(ValueError, match="width 4 after features of width 5"):
         moments.add(rows_of(d=4))
     assert all(torch.equal(before[k], v) for k, v in moments.state_dict().items())
-    monkeypatch.setattr(statistics, "_MOST_GRAM_BYTES", 1000)
+    monkeypatch.setattr(statistics, "_MAX_GRAM_BYTES", 1000)
     with pytest.raises(ValueError, match=r"1 covariance\(s\) of 12 x 12"):
         Moments().add(rows_of(d=12))
 

@@ -1,4 +1,4 @@
-"""A client of an ASGI application that sends its body bit by bit, and may go away."""
+"""A client of an ASGI application that can send its body in parts, and disconnect."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 
 class Asking:
-    """One request to an application, under way."""
+    """One pending request to an application."""
 
     def __init__(self, app, *, method="POST", path="/v1/score", **headers):
         headers = {"content-type": "image/png", "transfer-encoding": "chunked"} | {
@@ -44,7 +44,7 @@ class Asking:
         return self
 
     async def answer(self):
-        """Return status, headers and content, once the application is done."""
+        """Return status, headers and content once the application has finished."""
         await asyncio.wait_for(self.task, 30)
         start, *parts = self._sent
         headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
@@ -63,7 +63,7 @@ async def running(app):
 
 
 async def until(condition):
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end, "it never came to be"

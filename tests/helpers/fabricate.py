@@ -1,51 +1,9 @@
-"""Features made up so that every detector must tell in- from out-of-distribution, and the detectors to try."""
+"""Synthetic features on which every detector must separate ID from OOD inputs."""
 
 import torch
 
 from featnorm.detectors import parse_detector
 from featnorm.features import Features
-
-UNFITTED = [
-    "NAN()",
-    "L1Norm()",
-    "LpNorm()",
-    "LpNorm(p=0.5)",
-    "LpNorm(p=inf)",
-    "Sparsity()",
-    "EmbeddingMagnitude()",
-    "HiddenConfidence()",
-    "MSP()",
-    "MaxLogit()",
-    "Energy()",
-    "KLUniform()",
-]
-LEARNERS = [
-    "Mahalanobis()",
-    "SSD()",
-    "SSD(clusters=3)",
-    "SSD(clusters='labels')",
-    "KNN(k=5)",
-    "KNN(k=2, squared=False)",
-    "OneClassSVM()",
-    "OneClassSVM(nu=0.5)",
-    "Residual()",
-    "Residual(dim=4)",
-    "ViM()",
-    "ViM(dim=5)",
-    "ReAct(NAN())",
-    "ReAct(HiddenConfidence())",
-    "ReAct(Energy(), percentile=80)",
-    "ReAct(KNN(k=3), percentile=70)",
-    "ReAct(ViM(dim=4))",
-    "ReAct(KNN(k=3) / NAN())",
-    "KNN(k=5) / NAN()",
-    "SSD() / L1Norm()",
-    "Residual() / EmbeddingMagnitude()",
-    "ReAct(SSD()) / Sparsity()",
-    "Mahalanobis() / ReAct(NAN(), percentile=95)",
-]
-EVERY = UNFITTED + LEARNERS
-NEED_LABELS = [e for e in LEARNERS if "Mahalanobis" in e or "labels" in e]
 
 UNITS, CLASSES = 12, 3
 
@@ -59,7 +17,7 @@ def _classifier(dtype=torch.float32):
 
 
 def of_activation(a, labels=None, pooled=None):
-    """All that a small model without a head says, given its last hidden layer (which is its pooled feature)."""
+    """All features of a small model without a head, given its last hidden layer (which is its pooled feature)."""
     weight, bias = _classifier(a.dtype)
     g = torch.Generator().manual_seed(7)
     projection = torch.randn(UNITS, 5, generator=g).to(a.dtype)
@@ -74,7 +32,7 @@ def of_activation(a, labels=None, pooled=None):
 
 
 def id_features(n=150, seed=0, dtype=torch.float64):
-    """Each class fires its own third of the units, hard; the others are off, and leak."""
+    """Each class strongly activates its own third of the units; the others are inactive, and leak."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % CLASSES
     drive = torch.full((n, UNITS), -0.3)
@@ -87,18 +45,18 @@ def id_features(n=150, seed=0, dtype=torch.float64):
 
 
 def ood_features(n=60, seed=1, dtype=torch.float64):
-    """Every unit fires a little, each by itself: no class, low norm, far from training and its subspace."""
+    """Every unit is weakly active, independently: no class, a low norm, far from training and its subspace."""
     g = torch.Generator().manual_seed(seed)
     return of_activation(0.6 * torch.rand(n, UNITS, generator=g).to(dtype))
 
 
 def fitted(expression, features=None):
-    """The detector of an expression, fitted."""
+    """Return the fitted detector of an expression."""
     return parse_detector(expression).fit(id_features() if features is None else features)
 
 
 def wide_as(features, width):
-    """The same features with fewer units, classifier and logits to match."""
+    """Return the features with fewer units, and classifier and logits to match."""
     weight, bias = features.classifier
     a = features.activation[:, :width]
     return features.replace(
@@ -107,7 +65,7 @@ def wide_as(features, width):
 
 
 def state(detector):
-    """What a detector has learned, copied."""
+    """Return a copy of the fitted state of a detector."""
     return {name: value.clone() for name, value in detector.state_dict().items()}
 
 
@@ -118,7 +76,7 @@ def assert_same_state(before, after):
 
 
 def assert_close(got, expected, rtol=1e-5):
-    """Equal to a relative tolerance; of the largest score, for those that happen to be near 0."""
+    """Assert equality to a relative tolerance; for scores near 0, relative to the largest score."""
     expected = torch.as_tensor(expected).to(got.dtype)
     atol = rtol * float(expected[expected.isfinite()].abs().max()) if expected.numel() else 0
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)

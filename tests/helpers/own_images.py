@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,8 +8,9 @@ from torch import nn
 
 import featnorm as fn
 from featnorm import fitting
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.models import create_model
+from featnorm.training.runs import digest
 from painted import paint
 
 
@@ -36,7 +38,7 @@ def loaded():
 
 @pytest.fixture(scope="session")
 def fitted(folder, loaded, cache):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, progress=False, workers=0).scorer
 
 
@@ -54,6 +56,25 @@ def tiny(loaded):
         convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
         backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return dataclasses.replace(loaded, name="tests:tiny", model=backbone)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return {}
+
+
+@pytest.fixture
+def heads_trained_once(heads, monkeypatch):
+    """Train a head once per file: the same features and targets give the same one, as a test of its own says."""
+    fit_head = fitting.fit_head
+
+    def once(values, targets, **options):
+        key = digest(values, targets), options["seed"]
+        if key not in heads:
+            heads[key] = fit_head(values, targets, **options)
+        return copy.deepcopy(heads[key])
+
+    monkeypatch.setattr(fitting, "fit_head", once)
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Fabricated images, and the reproduction on them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from PIL import Image
-from typer.testing import CliRunner
 
-from featnorm.cli.app import Escaped, app
+from featnorm.__main__ import COMMANDS
+from featnorm.cli.app import run_command
 from featnorm.paper.study import Context
 
 
@@ -24,7 +26,9 @@ def context(fabric, *, root=None, weights=None, out=None):
 def reproduce(name, root, out, *options):
     """Run ``featnorm reproduce`` with errors as they are raised."""
     command = ["reproduce", name, "--data-root", str(root), "--out", str(out), "--device", "cpu"]
+    exit_code = 0
     try:
-        return CliRunner().invoke(app, [*command, *map(str, options)], catch_exceptions=False)
-    except Escaped as escaped:
-        raise escaped.error from None
+        run_command([*command, *map(str, options)], COMMANDS)
+    except SystemExit as end:
+        exit_code = end.code
+    return SimpleNamespace(exit_code=exit_code)

@@ -8,8 +8,10 @@ from torch import nn
 from featnorm.models import CifarResNet18, ProjectionHead, cifar_network, cifar_network_with
 from featnorm.paper.networks import MLP, CSIHead
 from featnorm.paper.recipe import PRESETS, PaperRecipe
+from featnorm.training import Recipe
 
-RECIPE = PaperRecipe(epochs=4, batch_size=16, optimizer="sgd", lr=0.05, augment=True)
+RECIPE = Recipe(epochs=4, batch_size=16, optimizer="sgd", lr=0.05, augment=True)
+PAPER_RECIPE = PaperRecipe(**RECIPE.settings())
 
 
 def data(n=96, classes=3, side=8, seed=0):

@@ -1,4 +1,4 @@
-"""The hidden classifier as functions of tensors: Theorem 3, equation 8, Corollary 4, against plain loops."""
+"""The hidden classifier as functions of tensors: Theorem 3, equation 8 and Corollary 4, compared with loops."""
 
 import math
 
@@ -24,7 +24,7 @@ def classifiers(draw, inputs=None):
 
 
 def rows(hidden):
-    """The coefficients of each input as (n, K, d) lists."""
+    """Return the coefficients of each input as (n, K, d) lists."""
     n = len(hidden)
     c = hidden.coefficients
     return (c if c.ndim == 3 else c.expand(n, *c.shape)).tolist()
@@ -113,5 +113,5 @@ def test_what_does_not_fit_is_named():
     hidden = HiddenClassifier(a, torch.rand(2, 3))
     with pytest.raises(ValueError, match="from 0 to 1"):
         hidden.agreement(torch.tensor([0, 1, 2, 0]))
-    with pytest.raises(ValueError, match="one class an input"):
+    with pytest.raises(ValueError, match="one class per input"):
         hidden.parts(torch.tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""Activation statistics against plain counting, in batches and in merged halves."""
+"""Activation statistics compared with counting, in batches and in merged halves."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_it_is_kept_in_buffers():
 
 def test_what_is_wrong_is_named_and_changes_nothing():
     stats = ActivationStatistics()
-    with pytest.raises(ValueError, match="statistics of nothing"):
+    with pytest.raises(ValueError, match="statistics are empty"):
         _ = stats.entropy
     stats.add(torch.rand(4, 3))
     before = {name: value.clone() for name, value in stats.named_buffers()}

@@ -20,7 +20,7 @@ from featnorm.inputs import (
     ImageSource,
     cache,
     extract_images,
-    open_images,
+    open_source,
 )
 
 BATCH = 4
@@ -31,7 +31,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class Backbone:
-    """Features of an image; notes which it was asked for, and dies before a batch."""
+    """Computes features, records its inputs, and raises before a given batch."""
 
     def __init__(self, die_at: int | None = None, width: int = 3) -> None:
         self.asked: list[list[int]] = []
@@ -72,8 +72,8 @@ def ask(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_content_is_asked_for_once(folder: Path, tmp_path: Path, workers: int) -> None:
-    source = open_images(str(folder))
+def test_features_are_computed_once_per_content(folder: Path, tmp_path: Path, workers: int) -> None:
+    source = open_source(str(folder))
     cache = FeatureCache(tmp_path / "cache", "key")
     backbone = Backbone()
     found = ask(cache, source, backbone, workers)
@@ -98,15 +98,17 @@ def test_every_content_is_asked_for_once(folder: Path, tmp_path: Path, workers: 
 
 @pytest.mark.parametrize("die_at", [0, 1, 2])
 @pytest.mark.parametrize("torn", ["nothing", "features", "index"])
-def test_a_killed_one_goes_on_with_the_same_batches(folder: Path, tmp_path: Path, die_at: int, torn: str) -> None:
-    source = open_images(str(folder))
+def test_a_killed_process_resumes_with_the_same_batches(
+    folder: Path, tmp_path: Path, die_at: int, torn: str
+) -> None:
+    source = open_source(str(folder))
     whole = Backbone()
     wanted = ask(FeatureCache(tmp_path / "whole", "key"), source, whole)
     cache = FeatureCache(tmp_path / "killed", "key")
     first, second = Backbone(die_at), Backbone()
     with pytest.raises(KeyboardInterrupt):
         ask(cache, source, first)
-    # What a process leaves that dies while it writes.
+    # As left by a process that was killed while writing.
     if torn != "nothing":
         with (cache.folder / "features.f32").open("ab") as file:
             file.write(b"\1" * (4 * 3 * 3 + 2))
@@ -121,31 +123,29 @@ def test_a_killed_one_goes_on_with_the_same_batches(folder: Path, tmp_path: Path
     assert (again.computed, again.damaged) == (0, 0)
 
 
-def test_a_changed_image_is_seen_and_a_moved_one_is_known(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_image_is_computed_again_but_a_moved_one_is_not(folder: Path, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", "key")
-    ask(cache, open_images(str(folder)), Backbone())
+    ask(cache, open_source(str(folder)), Backbone())
     before = (folder / "08.png").stat()
     paint(folder / "08.png", 200)
     os.utime(folder / "08.png", ns=(before.st_atime_ns, before.st_mtime_ns))
     (folder / "10.png").rename(folder / "99.png")
     paint(folder / "04.png", 77)  # was corrupt
     backbone = Backbone()
-    found = ask(cache, open_images(str(folder)), backbone)
+    found = ask(cache, open_source(str(folder)), backbone)
     assert backbone.asked == [[77, 200]]
     assert {round(7 * float(red)) for red in found.values[:, 0]} >= {77, 200, 10}
     assert 8 not in {round(7 * float(red)) for red in found.values[:, 0]}
 
 
-def test_what_could_not_be_read_is_tried_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_images_are_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from featnorm.inputs import images
 
     def busy(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
 
     cache = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     with monkeypatch.context() as patch:
         patch.setattr(images.Image, "open", busy)
         with pytest.raises(DataError, match="Too many open files"):
@@ -157,33 +157,36 @@ def test_what_could_not_be_read_is_tried_again(
 
 
 def test_parquet_and_slices(shared_data: Path, tmp_path: Path) -> None:
-    source = open_images("tiny_imagenet:val[:40]", root=shared_data)
+    source = open_source("tiny_imagenet:val[:40]", root=shared_data)
     cache = FeatureCache(tmp_path, "key")
     found = ask(cache, source, Backbone())
     assert found.computed == len(found.rows) == 40
-    assert found.digests[3] == open_images("tiny_imagenet:val", root=shared_data).digest(3)
-    assert ask(cache, open_images("tiny_imagenet:val[10:30]", root=shared_data), Backbone()).computed == 0
+    assert found.digests[3] == open_source("tiny_imagenet:val", root=shared_data).digest(3)
+    assert ask(cache, open_source("tiny_imagenet:val[10:30]", root=shared_data), Backbone()).computed == 0
 
 
-def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
-    source = open_images(str(folder))
+def test_errors(folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(folder))
     cache = FeatureCache(tmp_path / "cache", "key")
     with pytest.raises(DataError, match=r"returned \(2, 3, 4, 5\) for 2 images, not features"):
         ask(cache, source, lambda images: images)
     with pytest.raises(DataError, match=r"feature of .*00.png is not finite"):
         ask(cache, source, lambda x: x.mean((2, 3)).log() - torch.inf)
-    with FileLock(cache.folder / "lock"), pytest.raises(DataError, match="another process is at work"):
+    with (
+        FileLock(cache.folder / "lock"),
+        pytest.raises(DataError, match=r"another process uses the cache .*: wait"),
+    ):
         ask(cache, source, Backbone())
     ask(cache, source, Backbone())
     for file in folder.iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of the 20 images of images can be read; .*00.png: not an image"):
-        ask(FeatureCache(tmp_path / "none", "key"), open_images(str(folder)), Backbone())
+        ask(FeatureCache(tmp_path / "none", "key"), open_source(str(folder)), Backbone())
 
 
-def test_an_image_that_cannot_be_opened_is_named_and_tried_again(folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_opened_is_reported_and_tried_again(folder: Path, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     (folder / "08.png").rename(tmp_path / "away.png")
     found = ask(cache, source, Backbone())
     assert "No such file or directory" in dict(found.corrupt)[str(folder / "08.png")]
@@ -193,35 +196,35 @@ def test_an_image_that_cannot_be_opened_is_named_and_tried_again(folder: Path, t
     assert all(json.loads(line) for line in (cache.folder / "index.jsonl").read_text().splitlines())
 
 
-def test_features_of_one_pass_stay_in_the_file(folder: Path, tmp_path: Path) -> None:
-    source = open_images(str(folder))
+def test_features_of_one_pass_are_memory_mapped(folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(folder))
     known = ask(FeatureCache(tmp_path / "cache", "key"), source, Backbone())
-    # Image 15 is a copy of 9, so that the places are not one after the other.
-    assert not torch.equal(known.places, torch.arange(len(known.places)))
+    # Image 15 is a copy of 9, so that the rows are not consecutive.
+    assert not torch.equal(known.stored_rows, torch.arange(len(known.stored_rows)))
     parts = list(known.batches(5))
     assert [len(part) for part in parts] == [5, 5, 3]
     assert torch.equal(torch.cat(parts), known.values)
     (folder / "15.png").unlink()
-    known = ask(FeatureCache(tmp_path / "cache", "key"), open_images(str(folder)), Backbone())
+    known = ask(FeatureCache(tmp_path / "cache", "key"), open_source(str(folder)), Backbone())
     assert known.values.data_ptr() == known.stored.data_ptr()
     before = known.values.clone()
-    known.values.zero_()  # whoever changes them does not change the file
-    again = ask(FeatureCache(tmp_path / "cache", "key"), open_images(str(folder)), Backbone())
+    known.values.zero_()  # changes do not reach the file
+    again = ask(FeatureCache(tmp_path / "cache", "key"), open_source(str(folder)), Backbone())
     assert torch.equal(again.values, before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_that_are_replaced_meanwhile(folder: Path, tmp_path: Path, workers: int) -> None:
     known = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     before = {row: (folder / f"{row:02}.png").read_bytes() for row in range(20)}
 
     def extract(images: ImageSource) -> Iterator[Extracted]:
         paint(folder / "08.png", 200)
-        paint(folder / "09.png", 201)  # 15 was a copy of it, and is not any more
+        paint(folder / "09.png", 201)  # 15 is no longer a copy of it
         (folder / "10.png").write_bytes(b"half of an upload")
         (folder / "11.png").unlink(missing_ok=True)
-        paint(folder / "12.png", 13)  # another's content
+        paint(folder / "12.png", 13)  # the content of another image
         paint(folder / "04.png", 77)  # was corrupt
         return extract_images(images, to_tensor, Backbone(), batch_size=BATCH, workers=workers)
 
@@ -230,11 +233,11 @@ def test_files_that_are_replaced_meanwhile(folder: Path, tmp_path: Path, workers
     reds = [0, 1, 77, 200, 201, 13, 13, 14, 9, 16, 17, 18]
     assert found.rows.tolist() == rows
     assert [round(7 * float(red)) for red in found.values[:, 0]] == reds
-    # What is on the disk now is what was decoded: a digest is never that of other features.
+    # The cache has the features of the new content, under its digest.
     assert found.digests == [source.digest(row) for row in rows]
     assert {Path(name).stem for name, _ in found.corrupt} == {"02", "03", "05", "06", "07", "10", "11", "19"}
     assert found.changed == 5
-    # The content that was replaced was never seen by the backbone.
+    # The backbone never saw the content that was replaced.
     for row, content in before.items():
         (folder / f"{row:02}.png").write_bytes(content)
     again = Backbone()
@@ -328,17 +331,17 @@ def take_lines_of_another_backbone(folder: Path, other: Path) -> None:
         (take_lines_of_another_backbone, 4, [0, 1, 2, 3]),
     ],
 )
-def test_a_damaged_cache_is_as_good_as_a_whole_one(
+def test_a_damaged_cache_is_repaired(
     tmp_path: Path, damage: Callable[[Path, Path], None], damaged: int, asked: list[int]
 ) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(14):
         paint(folder / f"{i:02}.png", i)
-    # Batches of 4, of which the first has two that are corrupt.
+    # Batches of 4; two images of the first are corrupt.
     for i in (1, 3):
         (folder / f"{i:02}.png").write_bytes(f"broken {i}".encode())
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     known = FeatureCache(tmp_path / "cache", "key")
     backbone = Backbone()
     whole = ask(known, source, backbone)
@@ -348,30 +351,30 @@ def test_a_damaged_cache_is_as_good_as_a_whole_one(
     damage(known.folder, other.folder)
     again = Backbone()
     found = ask(FeatureCache(tmp_path / "cache", "key"), source, again)
-    # The batches that the images were in, and no others.
+    # Only the batches of these images.
     assert again.asked == [backbone.asked[i] for i in asked]
     assert found.damaged == damaged
     assert torch.equal(found.values, whole.values)
-    assert torch.equal(found.places, whole.places)
+    assert torch.equal(found.stored_rows, whole.stored_rows)
     assert (found.rows.tolist(), found.digests, found.corrupt) == (
         whole.rows.tolist(),
         whole.digests,
         whole.corrupt,
     )
     assert (known.folder / "features.f32").stat().st_size == size
-    # It is mended.
+    # The cache is repaired.
     again = Backbone()
     found = ask(known, source, again)
     assert (again.asked, found.damaged) == ([], 0)
     assert torch.equal(found.values, whole.values)
 
 
-def test_a_power_cut_loses_the_batch_at_work_at_most(
+def test_a_power_cut_loses_at_most_the_current_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = FeatureCache(tmp_path / "cache", "key")
-    source = open_images(str(folder))
-    # What is on the disk is what was there when it was last waited for.
+    source = open_source(str(folder))
+    # The disk has the content of the last flush.
     durable: dict[str, bytes] = {}
     folders: list[Path] = []
     flush_to_disk, sync_folder = cache.flush_to_disk, cache.sync_folder
@@ -379,7 +382,7 @@ def test_a_power_cut_loses_the_batch_at_work_at_most(
     def flushed(file) -> None:
         flush_to_disk(file)
         durable[Path(file.name).name] = Path(file.name).read_bytes()
-        # At any moment what is there is whole.
+        # The content is complete at any time.
         after_the_cut(len(durable["index.jsonl"].splitlines()) if "index.jsonl" in durable else 0)
 
     def after_the_cut(batches: int) -> None:
@@ -393,13 +396,13 @@ def test_a_power_cut_loses_the_batch_at_work_at_most(
             store = cache._Store(place, True)
         with store:
             assert store.damaged == 0
-            assert len({*store.places, *store.corrupt}) == sum(sizes[:batches])
+            assert len({*store.rows, *store.corrupt}) == sum(sizes[:batches])
 
     def synced(place: Path) -> None:
         sync_folder(place)
         folders.append(Path(place))
 
-    sizes = [4, 4, 4, 4, 3]  # contents of a batch; the last is short, as there is a copy
+    sizes = [4, 4, 4, 4, 3]  # images per batch; the last is short because of a copy
     monkeypatch.setattr(cache, "flush_to_disk", flushed)
     monkeypatch.setattr(cache, "sync_folder", synced)
     ask(known, source, Backbone())
@@ -408,13 +411,13 @@ def test_a_power_cut_loses_the_batch_at_work_at_most(
 
 
 @pytest.mark.parametrize("width", [3, 3000])
-def test_a_full_disk_is_told_and_loses_nothing(folder: Path, tmp_path: Path, width: int) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(folder: Path, tmp_path: Path, width: int) -> None:
     resource = pytest.importorskip("resource")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     whole = Backbone(width=width)
     wanted = ask(FeatureCache(tmp_path / "whole", "key"), source, whole)
     files = [(FeatureCache(tmp_path / "whole", "key").folder / name) for name in ("features.f32", "index.jsonl")]
-    # A limit that the third batch of the larger file does not keep.
+    # A limit that the third batch of the larger file exceeds.
     larger = max(files, key=lambda file: file.stat().st_size)
     limit = larger.stat().st_size // 2
     known = FeatureCache(tmp_path / "full", "key")
@@ -430,17 +433,17 @@ def test_a_full_disk_is_told_and_loses_nothing(folder: Path, tmp_path: Path, wid
     assert "\n" not in str(caught.value)
     found = ask(known, source, second)
     assert 0 < len(second.asked) < len(whole.asked)
-    # The batch that was not written whole is computed again, and no other.
+    # Only the incomplete batch is computed again.
     assert first.asked[:-1] + second.asked == whole.asked
     again = ask(known, source, Backbone())
     assert (found.damaged, again.damaged, again.computed) == (0, 0, 0)
     assert torch.equal(found.values, wanted.values)
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_work(
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_images(str(folder))
+    source = open_source(str(folder))
 
     def never(*_: object) -> bytes:
         raise AssertionError("the work has begun")
@@ -462,4 +465,4 @@ def test_a_cache_of_an_earlier_format_is_not_read(folder: Path, tmp_path: Path) 
     old = tmp_path / known.folder.name.removeprefix("2-")
     old.mkdir()
     (old / "index.jsonl").write_text('{"width": 3, "digests": [], "corrupt": []}\n')
-    assert ask(known, open_images(str(folder)), Backbone()).damaged == 0
+    assert ask(known, open_source(str(folder)), Backbone()).damaged == 0

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm.inputs import DataError, ImageBatch, extract_images, image_loader, loading, open_images
+from featnorm.inputs import DataError, ImageBatch, extract_images, image_loader, loading, open_source
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -54,8 +54,8 @@ def reds(batches: list[ImageBatch]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_in_order_without_the_corrupt(tmp_path: Path, workers: int) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 10, corrupt=(1, 3, 4, 5, 9))))
+def test_batches_are_in_order_without_corrupt_images(tmp_path: Path, workers: int) -> None:
+    source = open_source(str(write_folder(tmp_path / "f", 10, corrupt=(1, 3, 4, 5, 9))))
     corrupt: list[tuple[str, str]] = []
     loader = image_loader(
         source, to_tensor, batch_size=3, workers=workers, on_corrupt=lambda *pair: corrupt.append(pair)
@@ -74,8 +74,8 @@ def test_batches_in_order_without_the_corrupt(tmp_path: Path, workers: int) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_digests_are_of_what_was_decoded(tmp_path: Path, workers: int) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 6, corrupt=(1, 4))))
+def test_digests_are_those_of_the_decoded_content(tmp_path: Path, workers: int) -> None:
+    source = open_source(str(write_folder(tmp_path / "f", 6, corrupt=(1, 4))))
     (tmp_path / "f" / "05.png").unlink()
     parts = list(image_loader(source, to_tensor, batch_size=4, workers=workers).parts())
     found = {row: digest for part in parts for row, digest in part.digests.items()}
@@ -91,8 +91,8 @@ def test_parquet_in_threads(tmp_path: Path) -> None:
         images.append({"bytes": buffer.getvalue(), "path": None})
     table = pa.table({"image": images, "label": list(range(24))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
-    source = open_images(str(tmp_path / "a.parquet"))
-    source.image(13)  # what this thread has read must not disturb the others
+    source = open_source(str(tmp_path / "a.parquet"))
+    source.item(13)  # what this thread has read must not disturb the others
     # A copy begins without what was read.
     for loaded in (source, copy.deepcopy(source)):
         batches = list(image_loader(loaded, to_tensor, batch_size=4, workers=3, on_corrupt=never))
@@ -101,7 +101,7 @@ def test_parquet_in_threads(tmp_path: Path) -> None:
 
 
 def test_threads_leave_torch_as_it_is_and_end(tmp_path: Path) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 30)))
+    source = open_source(str(write_folder(tmp_path / "f", 30)))
     inside: set[int] = set()
 
     def transform(image: Image.Image) -> Tensor:
@@ -120,17 +120,17 @@ def test_threads_leave_torch_as_it_is_and_end(tmp_path: Path) -> None:
     try:
         loader = iter(image_loader(source, transform, batch_size=2, workers=2))
         next(loader)
-        # Threads of torch beside ours would be the square of the processors.
+        # With torch's threads in each of ours, there would be the square of the number of CPUs.
         assert inside == {1}
         assert (torch.get_num_threads(), of_a_new_thread()) == (3, 3)
-        loader.close()  # as if no more batches were wanted
+        loader.close()  # the caller needs no more batches
     finally:
         torch.set_num_threads(before)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("featnorm-images")]
 
 
-def test_a_loader_that_is_left_reads_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 60)))
+def test_an_abandoned_loader_stops_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(write_folder(tmp_path / "f", 60)))
     go_on = threading.Event()
     read: list[int] = []
 
@@ -147,23 +147,23 @@ def test_a_loader_that_is_left_reads_no_further(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(loading, "ThreadPoolExecutor", Pool)
     loader = iter(image_loader(source, transform, batch_size=20, workers=1))
     assert len(next(loader).images) == 20
-    # What an interruption does. The thread ends after the image that it is at, and not after its batch.
+    # As after an interrupt: the thread ends after its current image, not after its batch.
     with pytest.raises(KeyboardInterrupt):
         loader.throw(KeyboardInterrupt)
     assert len(read) <= 21
 
 
 def test_plugins_are_loaded_before_threads_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that opens an image while another loads the plugins would find its format unknown."""
+    """If a thread opens an image while another loads the plugins, its format would be unknown."""
     calls: list[threading.Thread] = []
     monkeypatch.setattr(Image, "init", lambda: calls.append(threading.current_thread()))
-    source = open_images(str(write_folder(tmp_path / "f", 8)))
+    source = open_source(str(write_folder(tmp_path / "f", 8)))
     assert len(list(image_loader(source, to_tensor, batch_size=2, workers=2))) == 4
     assert calls == [threading.current_thread()]
 
 
-def test_an_error_of_the_source_comes_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 8)))
+def test_an_error_of_the_source_is_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(write_folder(tmp_path / "f", 8)))
 
     def gone(i: int) -> None:
         raise DataError("cannot read row group 3")
@@ -176,7 +176,7 @@ def test_an_error_of_the_source_comes_in_its_own_words(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failing_transform_is_raised_and_names_the_image(tmp_path: Path, workers: int) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 10)))
+    source = open_source(str(write_folder(tmp_path / "f", 10)))
     loader = iter(image_loader(source, fails_on_seven, batch_size=4, workers=workers, on_corrupt=never))
     assert next(loader).indices.tolist() == [0, 1, 2, 3]
     with pytest.raises(DataError, match=r"the transform failed on .*07\.png \(KeyError: 'seven'\)") as caught:
@@ -188,7 +188,7 @@ def test_failing_transform_is_raised_and_names_the_image(tmp_path: Path, workers
 def test_different_shapes_in_a_batch(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "f", 4)
     Image.new("RGB", (9, 4)).save(folder / "02.png")
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     with pytest.raises(
         DataError, match=r"02\.png has shape \(3, 4, 9\) .* \(3, 4, 5\): use a transform that resizes"
     ):
@@ -197,15 +197,15 @@ def test_different_shapes_in_a_batch(tmp_path: Path) -> None:
 
 
 def test_transform_must_return_a_tensor(tmp_path: Path) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 1)))
+    source = open_source(str(write_folder(tmp_path / "f", 1)))
     with pytest.raises(DataError, match=r"returned Image for .*00\.png: it must return a Tensor"):
         list(image_loader(source, returns_the_image, on_corrupt=never))  # type: ignore[arg-type]
 
 
 def test_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_images(str(write_folder(tmp_path / "f", 3)))
+    source = open_source(str(write_folder(tmp_path / "f", 3)))
     assert image_loader(source, to_tensor, on_corrupt=never)._workers == 0
-    monkeypatch.setattr(loading, "_FEW", 3)
+    monkeypatch.setattr(loading, "_MIN_THREADED", 3)
     monkeypatch.setattr(loading, "_processors", lambda: 1)
     assert image_loader(source, to_tensor, on_corrupt=never)._workers == 1
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -213,22 +213,22 @@ def test_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_real_data_with_workers(shared_data: Path) -> None:
-    source = open_images("cifar10[900:2100]", root=shared_data)
+    source = open_source("cifar10[900:2100]", root=shared_data)
     batches = list(image_loader(source, to_tensor, batch_size=250, on_corrupt=never))
     assert [len(batch.images) for batch in batches] == [250, 250, 250, 250, 200]
     assert [int(i) for batch in batches for i in batch.labels] == [source.label(i) for i in range(1200)]
-    assert torch.equal(batches[4].images[199], to_tensor(source.image(1199)))
+    assert torch.equal(batches[4].images[199], to_tensor(source.item(1199)))
 
 
 def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
-    """A container has 64 MB of it by default, and a batch may need more."""
+    """A container has 64 MB of shared memory by default, and a batch may need more."""
     private = ["unshare", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*private, "true"], capture_output=True).returncode:
         pytest.skip("only root can mount a small /dev/shm here")
     folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
-    for i in range(loading._FEW):
+    for i in range(loading._MIN_THREADED):
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
     model = """
         import numpy as np
@@ -245,7 +245,7 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     own = ["--model", "tiny:make", "--device", "cpu"]
     script = f"""
         import sys
-        from featnorm.cli import main
+        from featnorm.__main__ import main
 
         for command in (
             ["fit", {str(folder)!r}, "--cache", "cache", "-o", "a.featnorm", *{own!r}],
@@ -261,14 +261,14 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._FEW
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._MIN_THREADED
 
 
-def test_first_frames_are_told_wherever_a_part_begins(tmp_path: Path) -> None:
+def test_first_frames_are_reported_wherever_a_part_begins(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "f", 5, corrupt=(1,))
     frames = [Image.new("RGB", (5, 4), (value, 0, 0)) for value in (3, 200)]
     frames[0].save(folder / "03.png", save_all=True, append_images=frames[1:])
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     parts = list(extract_images(source, to_tensor, lambda images: images.flatten(1), batch_size=2, workers=0))
     assert [part.several for part in parts] == [set(), {3}, set()]
     assert parts[1].moved(10).several == {11}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from featnorm.inputs import image_loader, open_images
+from featnorm.inputs import image_loader, open_source
 from featnorm.models import ModelError, create_model
 
 SMALL = "timm:test_resnet"  # 0.5 million parameters
@@ -55,7 +55,7 @@ def test_efficientnet_lite0_by_order(shared_data: Path) -> None:
         "timm:tf_efficientnet_lite0: matched by shape, in order"
     ]
     assert not loaded.model.training
-    source = open_images("imagenet1k_sample[:100]", root=shared_data)
+    source = open_source("imagenet1k_sample[:100]", root=shared_data)
     right = 0
     with torch.inference_mode():
         for batch in image_loader(source, loaded.transform, on_corrupt=lambda name, why: pytest.fail(name)):
@@ -121,7 +121,7 @@ def test_number_of_classes_comes_from_the_file(tmp_path: Path) -> None:
     file = saved(tmp_path, state)
     loaded = create_model(SMALL, weights=file)
     assert same(loaded.model, state)
-    assert loaded.notes == ["w.pth has 7 classes, and so has the model"]
+    assert loaded.notes == ["the model has 7 classes, as w.pth does"]
     assert create_model(SMALL, weights=file, num_classes=7).notes == []
     refused(SMALL, r"does not fit .* \(7,.*\(9,", weights=file, num_classes=9)
     refused(SMALL, "at least 1", weights=file, num_classes=0)
@@ -131,7 +131,7 @@ def test_wrong_weights(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     file = saved(tmp_path, torchvision.models.resnet18().state_dict())
     message = refused(SMALL, "w.pth does not fit timm:test_resnet: 102 tensors in the file", weights=file)
     assert "first mismatch conv1.weight (64, 3, 7, 7) in the file, conv1.0.weight" in message
-    assert "name the model they are of" in message
+    assert "name the model of these weights" in message
     headless = saved(tmp_path, {key: value for key, value in state.items() if not key.startswith("fc.")})
     assert "mismatch nothing in the file, fc.weight (" in refused(SMALL, "does not fit", weights=headless)
 
@@ -174,7 +174,7 @@ def test_unreadable_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> Non
 def test_names() -> None:
     both = create_model("resnet18", pretrained=False)
     assert both.name == "torchvision:resnet18"
-    assert both.notes[0] == "resnet18 is torchvision's: write timm:resnet18 for timm's"
+    assert both.notes[0] == "resnet18 is torchvision's model: write timm:resnet18 for timm's"
     assert "random weights" in both.notes[1]
     assert (
         create_model("test_resnet.r160_in1k", pretrained=False, num_classes=3).name == "timm:test_resnet.r160_in1k"
@@ -196,7 +196,7 @@ def test_public_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         "torchvision:resnet18",
         r"cannot get the public weights of torchvision:resnet18 \(no route to host\): pass weights=FILE",
     )
-    refused("torchvision:resnet18", "bring their own classes", num_classes=10)
+    refused("torchvision:resnet18", "determine the number of classes", num_classes=10)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "vit_h_14"])

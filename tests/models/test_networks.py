@@ -1,4 +1,4 @@
-"""The paper's networks, and that the tap finds their last hidden layer without help."""
+"""The paper's networks, in which `FeatureTap` finds the last hidden layer."""
 
 import pytest
 import timm
@@ -118,7 +118,7 @@ def test_attach_head_to_a_model_of_ones_own():
     backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = attach_head(backbone, 4, features=5, hidden=6)
     assert FeatureTap(model)(torch.randn(2, 3, 8, 8)).activation.shape == (2, 6)
-    with pytest.raises(ValueError, match="pass the width of what it then returns as features="):
+    with pytest.raises(ValueError, match="pass the width of its output as features="):
         attach_head(backbone, 4)
 
 

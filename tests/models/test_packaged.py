@@ -1,4 +1,4 @@
-"""The network that comes with the package is the one that its card describes."""
+"""The network that is included in the package matches its model card."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 import featnorm as fn
 from featnorm._utils.layout import fast_layout
-from featnorm.inputs import image_tensor, open_images
+from featnorm.inputs import image_tensor, open_source
 from featnorm.models import ModelError, create_model, packaged
 from featnorm.models.packaged import model_facts
 
@@ -50,7 +50,7 @@ def test_it_reaches_what_was_published(shared_data):
     detectors = {repr(d): d for d in (fn.NAN(), fn.L1Norm(), fn.Energy(), fn.MSP(), fn.HiddenConfidence())}
 
     def scored(spec):
-        source = open_images(spec, root=shared_data)
+        source = open_source(spec, root=shared_data)
         pixels = image_tensor(source, 32, progress=False)
         features = [tap(fast_layout(batch).float() / 255) for batch in pixels.split(500)]
         labels = torch.tensor([source.label(i) for i in range(len(source))]) if spec == "cifar10:test" else None
@@ -77,7 +77,7 @@ def test_the_command_line_takes_it_by_name():
 
 
 def test_its_hidden_classifier_explains(shared_data):
-    source = open_images("cifar10:test[:300]", root=shared_data)
+    source = open_source("cifar10:test[:300]", root=shared_data)
     pixels = image_tensor(source, 32, progress=False).float() / 255
     model = fn.load_model(NAME)
     explainer = fn.Explainer(model).fit(pixels.split(100), progress=False)
@@ -86,7 +86,7 @@ def test_its_hidden_classifier_explains(shared_data):
     hidden = fn.FeatureTap(model).hidden(pixels[:5])
     torch.testing.assert_close(hidden.output_logits, logits, rtol=1e-4, atol=1e-4)
     assert [e.predicted for e in explainer(pixels[:5])] == logits.argmax(1).tolist()
-    strange = image_tensor(open_images("ood32/mnist[:100]", root=shared_data), 32, progress=False).float() / 255
+    strange = image_tensor(open_source("ood32/mnist[:100]", root=shared_data), 32, progress=False).float() / 255
 
     def agreement(inputs):
         return sum(e.hidden_confidence / e.norm for e in explainer(inputs)) / len(inputs)

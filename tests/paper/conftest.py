@@ -11,7 +11,7 @@ def root(tmp_path_factory):
         for c in range(10):
             write_images(root / "cifar10" / split / f"{c}", count, 10 * seed + c, shift=15 * c)
             write_images(root / "mnist" / split / f"{c}", count, 10 * seed + c, size=28, shift=15 * c)
-    write_images(root / "ood32" / "noise", 30, 100)
-    write_images(root / "ood32" / "large", 30, 101, size=48, shift=100)
-    write_images(root / "svhn" / "test", 25, 102)
+    write_images(root / "ood32" / "noise", 12, 100)
+    write_images(root / "ood32" / "large", 11, 101, size=48, shift=100)
+    write_images(root / "svhn" / "test", 10, 102)
     return root

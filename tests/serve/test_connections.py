@@ -1,7 +1,9 @@
-"""What a client may do to a connection, by raw sockets."""
+"""Connections of clients, by raw sockets."""
 
 import asyncio
 import json
+import socket
+import struct
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,7 +11,7 @@ import uvicorn
 
 from asking import until
 from featnorm.serve import Limits
-from featnorm.serve.connections import connection_type
+from featnorm.serve.connections import Connection, connection_type
 from featnorm.serve.server import _Server, bind
 
 GET = b"GET /%s HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -18,7 +20,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 class Echo:
-    """An application that answers with what it was asked, and remembers it."""
+    """An application that echoes and records its requests."""
 
     def __init__(self):
         self.seen = []
@@ -55,7 +57,7 @@ class Echo:
 
 
 class Listening:
-    """An application behind a socket."""
+    """An application that is served on a socket."""
 
     def __init__(self, limits):
         self.app = Echo()
@@ -75,7 +77,7 @@ class Listening:
         return reader, writer
 
     async def ask(self, *said):
-        """Return all that is answered until the service closes the connection."""
+        """Return all data until the service closes the connection."""
         reader, writer = await self.connect(*said)
         try:
             return await asyncio.wait_for(reader.read(), 30)
@@ -83,7 +85,7 @@ class Listening:
             writer.close()
 
     async def answers(self, *said):
-        """Return the contents of the answers to some requests, the last of which closes the connection."""
+        """Return the contents of the responses to some requests, the last of which closes the connection."""
         return contents(await self.ask(*said))
 
 
@@ -101,7 +103,7 @@ def contents(answer):
 
 
 def serving(test, limits=None):
-    """Run a test, a coroutine, beside a service."""
+    """Run a test, which is a coroutine, with a service."""
 
     @asynccontextmanager
     async def service():
@@ -169,7 +171,7 @@ AMBIGUOUS = {
 }  # fmt: skip
 
 
-def test_what_two_servers_could_read_differently_is_refused_and_the_connection_closed():
+def test_ambiguous_requests_are_rejected_and_the_connection_closed():
     async def test(service):
         for name, request in AMBIGUOUS.items():
             answer = await service.ask(request, GET % b"second")
@@ -185,7 +187,7 @@ def test_what_two_servers_could_read_differently_is_refused_and_the_connection_c
     serving(test)
 
 
-def test_what_is_plain_is_answered():
+def test_regular_requests_are_answered():
     async def test(service):
         last = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         end = ["GET", "/last", ""]
@@ -195,7 +197,7 @@ def test_what_is_plain_is_answered():
             (CHUNKED + b"3\r\nabc\r\n0\r\nX-Trailer: b\r\n\r\n", ["POST", "/", "abc"]),
             (b"\r\n" + GET % b"a%20b?c", ["GET", "/a b", ""]),
             (POST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\nabc", ["POST", "/", "abc"]),
-            # Java's client asks for HTTP/2 with every first request.
+            # Java's client requests an upgrade to HTTP/2 with its first request.
             (
                 POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAM\r\n"
                 b"Content-Length: 3\r\n\r\nabc",
@@ -208,7 +210,7 @@ def test_what_is_plain_is_answered():
             ),
             (b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", ["GET", "/a", ""]),
         ):
-            # At once, and byte by byte.
+            # All at once, and byte by byte.
             assert await service.answers(request, last) == [answer, end]
             reader, writer = await service.connect()
             for byte in request:
@@ -226,7 +228,7 @@ def test_what_is_plain_is_answered():
     serving(test)
 
 
-def test_what_follows_the_chunks_is_no_header():
+def test_trailers_are_not_headers():
     async def test(service):
         reader, writer = await service.connect(CHUNKED + b"1\r\na\r\n0\r\nAuthorization: Bearer x\r\n\r\n")
         await asyncio.wait_for(reader.readuntil(b"]"), 30)
@@ -236,7 +238,7 @@ def test_what_follows_the_chunks_is_no_header():
     serving(test)
 
 
-def test_chunks_of_a_byte_are_refused_and_lines_are_not():
+def test_chunks_of_a_byte_are_rejected_but_lines_are_not():
     async def test(service):
         answer = await service.ask(CHUNKED, b"1\r\na\r\n" * 100_000)
         assert answer.startswith(b"HTTP/1.1 400 ")
@@ -263,7 +265,7 @@ def test_chunks_of_a_byte_are_refused_and_lines_are_not():
         (CHUNKED + b"0\r\n", b"A: b\r\n" * 100, 431),
     ],
 )
-def test_what_never_ends_is_cut_off(start, endless, status):
+def test_endless_requests_are_rejected(start, endless, status):
     async def test(service):
         reader, writer = await service.connect(start)
         answer = asyncio.create_task(reader.read())
@@ -277,7 +279,7 @@ def test_what_never_ends_is_cut_off(start, endless, status):
     serving(test)
 
 
-def test_many_pipelined_requests_are_not_all_taken():
+def test_the_number_of_pipelined_requests_is_limited():
     async def test(service):
         answers = await service.answers(GET % b"a" * 5000)
         assert answers == [["GET", "/a", ""]] * len(answers)
@@ -287,7 +289,7 @@ def test_many_pipelined_requests_are_not_all_taken():
     serving(test)
 
 
-def test_a_bad_request_costs_none_before_it_its_answer():
+def test_a_bad_request_does_not_affect_those_before_it():
     async def test(service):
         reader, writer = await service.connect(GET % b"hold", GET % b"next", b"GET / NONSENSE\r\n\r\n", GET % b"b")
         await until(lambda: service.app.seen == ["/hold"])
@@ -300,7 +302,7 @@ def test_a_bad_request_costs_none_before_it_its_answer():
     serving(test)
 
 
-def test_an_answer_before_the_end_of_the_body_arrives():
+def test_a_response_before_the_end_of_the_body_arrives():
     async def test(service):
         reader, writer = await service.connect(
             b"POST /early HTTP/1.1\r\nHost: a\r\nContent-Length: 16000000\r\n\r\n"
@@ -314,7 +316,29 @@ def test_an_answer_before_the_end_of_the_body_arrives():
     serving(test)
 
 
-def test_a_connection_that_asks_nothing_is_closed():
+def test_a_client_that_resets_at_an_early_answer_is_no_fault(monkeypatch, caplog):
+    linger, lingered = Connection._linger, []
+
+    async def test(listening):
+        client = socket.create_connection(listening.address)
+        # As a client does that closes and has not read all.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        def reset_first(connection):
+            client.close()
+            linger(connection)
+            lingered.append(connection)
+
+        monkeypatch.setattr(Connection, "_linger", reset_first)
+        client.sendall(b"POST /early HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12")
+        await until(lambda: listening.app.seen == ["/early"] and not listening.connections)
+
+    serving(test)
+    assert lingered
+    assert not caplog.records
+
+
+def test_an_idle_connection_is_closed():
     async def test(service):
         slow = await service.connect(GET % b"a", b"GET /b")
         silent = await service.connect()
@@ -327,9 +351,9 @@ def test_a_connection_that_asks_nothing_is_closed():
 
 
 @pytest.mark.parametrize("closing", [b"", b"Connection: close\r\n"])
-def test_a_client_that_does_not_read_is_not_waited_for(closing):
+def test_a_client_that_does_not_read_is_disconnected(closing):
     async def test(service):
-        # More than the buffers of both systems hold.
+        # More than fits into the buffers of both systems.
         _, writer = await service.connect(b"GET /big HTTP/1.1\r\nHost: a\r\n" + closing + b"\r\n")
         await until(lambda: service.app.seen)
         await until(lambda: not service.connections and not service.server.server_state.tasks)
@@ -338,27 +362,27 @@ def test_a_client_that_does_not_read_is_not_waited_for(closing):
     serving(test, Limits(seconds=0.5))
 
 
-def test_a_client_that_asks_and_never_reads_gets_few_answers():
+def test_a_client_that_never_reads_gets_few_responses():
     async def test(service):
         _, writer = await service.connect()
         while not writer.is_closing() and (service.connections or not service.app.seen):
             writer.write(GET % b"page")
             await asyncio.sleep(0.001)
-        # What the buffers of both systems hold, which is far less than what was asked for.
+        # The size of the buffers of both systems, which is much less than all responses.
         assert len(service.app.seen) < 200
         writer.close()
 
     serving(test, Limits(seconds=0.5))
 
 
-def test_the_oldest_unfinished_request_makes_room():
+def test_the_oldest_incomplete_request_is_evicted():
     async def test(service):
         clients = [await service.connect(GET % b"hold")]
         await until(lambda: service.app.seen == ["/hold"])
         clients.append(await service.connect(POST + b"Content-Length: 3\r\n\r\n"))
         clients.append(await service.connect(b"GET /"))
         await until(lambda: len(service.connections) == 3)
-        # The one that has not even finished its head, then the one that sends its body.
+        # First the one with an incomplete head, then the one with an incomplete body.
         for i in (2, 1):
             clients.append(await service.connect(GET % b"hold"))
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
@@ -368,7 +392,7 @@ def test_the_oldest_unfinished_request_makes_room():
         answer = await service.ask(GET % b"late")
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in answer
-        assert contents(answer)[0]["error"] == "3 connections are open already: try again later"
+        assert contents(answer)[0]["error"] == "3 connections are already open: try again later"
         service.app.go.set()
         for i in (0, 3, 4):
             assert (await asyncio.wait_for(clients[i][0].readuntil(b"]"), 30)).startswith(b"HTTP/1.1 200 ")
@@ -378,7 +402,7 @@ def test_the_oldest_unfinished_request_makes_room():
     serving(test, Limits(connections=3))
 
 
-def test_the_service_ends_whatever_its_clients_do():
+def test_the_service_shuts_down_whatever_its_clients_do():
     async def test(service):
         said = (b"", b"GET /", POST + b"Content-Length: 3\r\n\r\n", GET % b"big", GET % b"hold", GET % b"done")
         clients = [await service.connect(text) for text in said]

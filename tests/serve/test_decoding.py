@@ -12,7 +12,7 @@ LARGE = 49_000_000
 
 
 class Work:
-    """Work that begins, and ends when a test says so."""
+    """Work that records its beginning, and ends when the test lets it."""
 
     def __init__(self):
         self.begun = []
@@ -59,7 +59,7 @@ def test_a_thread_is_kept_for_small_images(work):
     decoding(test)
 
 
-def test_an_image_is_put_back_by_what_it_takes_itself(work):
+def test_an_image_is_delayed_by_its_own_decoding_time(work):
     async def test(decoders):
         running = [decoders.submit(work(i), 10) for i in range(2)]
         await until(lambda: len(work.begun) == 2)
@@ -69,7 +69,7 @@ def test_an_image_is_put_back_by_what_it_takes_itself(work):
         assert decoders.pixels == 20 + sum(sizes.values())
         work.ends.release()
         await asyncio.gather(*waiting)
-        # By size where they came at the same time; one thread was free.
+        # By size if they arrived at the same time; one thread was free.
         assert [name for name in work.begun[2:] if name not in ("small", "tiny")] == ["middle", "large"]
         assert {*work.begun[2:4]} == {"small", "tiny"}
         work.ends.release()
@@ -79,14 +79,14 @@ def test_an_image_is_put_back_by_what_it_takes_itself(work):
     decoding(test)
 
 
-def test_who_leaves_frees_its_pixels(work):
+def test_a_cancelled_request_frees_its_pixels(work):
     async def test(decoders):
         tasks = [decoders.submit(work(i), LARGE) for i in range(3)]
         await until(lambda: work.begun == [0])
         tasks[1].cancel()
         await asyncio.wait({tasks[1]})
         assert decoders.pixels == 2 * LARGE
-        # What has begun takes its thread until it is done.
+        # Work that has begun occupies its thread until it is done.
         tasks[0].cancel()
         await asyncio.wait({tasks[0]})
         assert decoders.pixels == 2 * LARGE

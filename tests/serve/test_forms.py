@@ -1,4 +1,4 @@
-"""Forms of files."""
+"""Forms with files."""
 
 import pytest
 
@@ -48,12 +48,12 @@ def test_names_of_files(given, name):
     "content",
     [b"", b"\r\n", b"\r\n\r\n", b"a--x--", b"\r\n-x", b"--\r\n--", b"\n--x\n", b"\r--x\r", bytes(range(256)) * 9],
 )
-def test_contents_are_kept_to_the_byte(content):
+def test_contents_are_exact(content):
     parts = [file(b"filename=a", content), file(b"filename=b"), file(b"filename=c", content)]
     assert [part.content for part in read_form(form(*parts), TYPE, 9)] == [content, b"a", content]
 
 
-def test_what_a_form_may_have():
+def test_valid_forms():
     assert read_form(b"", TYPE, 9) == read_form(b"--x--", TYPE, 9) == []
     assert read_form(b"preamble\r\n" + form(file(b"filename=a"), end=b"--x--epilogue"), TYPE, 9)[0].filename == "a"
     assert read_form(form(file(b"filename=a")).replace(b"--x\r\n", b"--x \t\r\n"), TYPE, 9)[0].filename == "a"
@@ -70,22 +70,22 @@ def test_what_a_form_may_have():
 @pytest.mark.parametrize(
     ("body", "header", "words"),
     [
-        (b"--x--", "multipart/form-data", "names no boundary"),
-        (b"--x--", 'multipart/form-data; boundary=""', "names no boundary"),
+        (b"--x--", "multipart/form-data", "the content type has no boundary"),
+        (b"--x--", 'multipart/form-data; boundary=""', "the content type has no boundary"),
         (b"--x--", "multipart/form-data; boundary=x" + ";a=b" * 500, "longer than 512"),
-        (b"--y--", TYPE, "its boundary is not in it"),
+        (b"--y--", TYPE, "does not contain its boundary"),
         (b"--x\r\n", TYPE, "ends before its last boundary"),
         (form(file(b"filename=a"), end=b""), TYPE, "ends before its last boundary"),
         (b"--x\r\n\r\na\n--x--", TYPE, "ends before its last boundary"),
-        (form(b"no end of its headers"), TYPE, "the headers of its part 1 do not end"),
-        (form(file(b"filename=a"), b"A: b"), TYPE, "the headers of its part 2 do not end"),
-        (form(b"A: " + b"b" * 5000 + b"\r\n\r\n"), TYPE, "the headers of its part 1 are longer than 4096 bytes"),
-        (b"--xy\r\n\r\na\r\n--x--", TYPE, "followed by something else"),
-        (b"--x", TYPE, "followed by something else"),
-        (b"--x\r\n--x\r\n--x\r\n--x--", TYPE, "the headers of its part 1 do not end"),
+        (form(b"no end of its headers"), TYPE, "the headers of part 1 do not end"),
+        (form(file(b"filename=a"), b"A: b"), TYPE, "the headers of part 2 do not end"),
+        (form(b"A: " + b"b" * 5000 + b"\r\n\r\n"), TYPE, "the headers of part 1 are longer than 4096 bytes"),
+        (b"--xy\r\n\r\na\r\n--x--", TYPE, "followed by other text"),
+        (b"--x", TYPE, "followed by other text"),
+        (b"--x\r\n--x\r\n--x\r\n--x--", TYPE, "the headers of part 1 do not end"),
     ],
 )
-def test_what_is_no_form(body, header, words):
+def test_invalid_forms(body, header, words):
     with pytest.raises(FormError, match=words):
         read_form(body, header, 9)
 

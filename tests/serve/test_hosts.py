@@ -1,4 +1,4 @@
-"""Which hosts and pages a service answers to."""
+"""Checks of the host and the origin of requests."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ ADDRESSES = "127.0.0.1", "10.1.2.3", "::1"
 
 
 def status(host, *, server="127.0.0.1", allowed=(), bound=None, origin=None, method="POST"):
-    """Return the status of the answer to a request."""
+    """Return the status of the response to a request."""
     headers = [("host", host), ("origin", origin), ("content-length", "5")]
     scope = {
         "type": "http",
@@ -48,7 +48,7 @@ def status(host, *, server="127.0.0.1", allowed=(), bound=None, origin=None, met
         ("[::1]:8000", "::1", (), 200),
         ("localhost", "::1", (), 200),
         ("127.0.0.1:9", "::ffff:127.0.0.1", (), 200),
-        (None, "127.0.0.1", (), 200),  # HTTP/1.0, which no browser speaks
+        (None, "127.0.0.1", (), 200),  # HTTP/1.0, which no browser uses
         ("evil.example", "127.0.0.1", (), 421),
         ("evil.example:8000", "127.0.0.1", (), 421),
         ("127.0.0.1.evil.example", "127.0.0.1", (), 421),
@@ -91,7 +91,7 @@ def test_hosts(host, server, allowed, answer, method):
         ("http://127.0.0.1.evil.example", "127.0.0.1", (), 403),
         ("null", "127.0.0.1", (), 403),
         ("", "127.0.0.1", (), 403),
-        # Behind a proxy that speaks TLS, with the name kept and not kept.
+        # Behind a proxy with TLS, which keeps or replaces the name.
         ("https://photos.example", "photos.example", ("photos.example",), 200),
         ("https://photos.example", "127.0.0.1:8000", ("photos.example",), 200),
         ("https://evil.example", "photos.example", ("photos.example",), 403),
@@ -117,20 +117,20 @@ def test_only_given_names_may_come_from_any_port(bound):
 
 @pytest.mark.parametrize("host", ["http://a.example", "a.example/", "a.example:80", "a b", "", "user@a"])
 def test_an_allowed_host_is_a_name(host):
-    with pytest.raises(ValueError, match="is no host name: give it without scheme, port and path"):
+    with pytest.raises(ValueError, match="is not a host name: omit scheme, port and path"):
         allowed_name(host)
 
 
-def test_an_application_answers_to_its_hosts(scorer):
+def test_an_application_checks_its_hosts(scorer):
     app = create_app(scorer, allowed_hosts=["photos.example"])
     with TestClient(app, "http://photos.example") as client:
         assert client.get("/healthz").status_code == 200
         foreign = client.get("/healthz", headers={"Host": "evil.example"})
         assert foreign.status_code == 421
-        assert "does not answer to the host 'evil.example'" in foreign.json()["error"]
+        assert "is not configured for the host 'evil.example'" in foreign.json()["error"]
         assert foreign.json()["request_id"] == foreign.headers["x-request-id"]
         posted = client.post("/v1/score", content=b"", headers={"Origin": "http://evil.example"})
         assert posted.status_code == 403
         assert "a page of another origin, 'http://evil.example'" in posted.json()["error"]
-    with pytest.raises(ValueError, match="is no host name"):
+    with pytest.raises(ValueError, match="is not a host name"):
         create_app(scorer, allowed_hosts=["http://photos.example"])

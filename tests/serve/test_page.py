@@ -1,4 +1,4 @@
-"""The service's page in a real browser."""
+"""The page of the service in a real browser."""
 
 import io
 import re
@@ -11,7 +11,7 @@ import uvicorn
 from PIL import Image
 
 import featnorm as fn
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.serve import Limits, create_app
 from featnorm.serve.server import _Server, bind
 
@@ -23,7 +23,7 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 
 @pytest.fixture(scope="module")
 def scorer(folder, loaded, cache):
-    source = open_images(str(folder))
+    source = open_source(str(folder))
     return fn.fit_images(source, loaded, detector=fn.KNN(k=3), cache=cache, progress=False, workers=0).scorer
 
 
@@ -37,7 +37,7 @@ def browser():
 
 @contextmanager
 def served(app):
-    """Serve an application on a free port, in a thread; yields its address."""
+    """Serve an application on a free port in a thread, and yield its URL."""
     bound = bind("127.0.0.1", 0)
     started = threading.Event()
     server = _Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"), started.set, 10.0)
@@ -58,23 +58,26 @@ def url(scorer):
 
 
 def catch_choosers(page):
-    """Have file choosers caught from the start: a key pressed at once opens one before a later wish is heard."""
+    """Intercept file choosers from the start, because a key that is pressed at once opens one immediately."""
     page.on("filechooser", lambda _: None)
 
 
 @pytest.fixture
 def page(browser):
-    """A page whose scripts must not fail, and whose policy must not be broken."""
+    """A page without errors in its scripts, or violations of its content security policy."""
     page = browser.new_page(viewport={"width": 1100, "height": 900})
     page.set_default_timeout(20_000)
-    wrong = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "console",
+        lambda message: errors.append(message.text) if "Content Security Policy" in message.text else None,
+    )
+    page.on("dialog", lambda dialog: errors.append(dialog.message))
     catch_choosers(page)
     yield page
     page.close()
-    assert not wrong
+    assert not errors
 
 
 def picture(name, color, size=(32, 32)):
@@ -96,32 +99,34 @@ def tally(page, words):
     playwright.expect(page.locator("#tally")).to_have_text(words)
 
 
-def test_chosen_images_are_judged(page, url, folder):
+def test_chosen_images_are_scored(page, url, folder):
     page.goto(url)
     broken = {"name": EVIL, "mimeType": "image/png", "buffer": b"no"}
     page.set_input_files("#files", [image_of(folder), picture("white.png", "white", (300, 200)), broken])
-    tally(page, "2 images judged, 1 does not belong, 1 cannot be judged.")
-    known = card(page, "005.png")
-    playwright.expect(known.locator(".verdict")).to_have_text("Belongs")
-    playwright.expect(known).to_contain_text("Taken for b")
-    assert re.search(r"p-value 0\.\d+, score −\d", known.inner_text())
-    assert known.get_by_role("img", name=re.compile("Belongs: score .* threshold .* p-value")).is_visible()
-    assert known.locator("circle.here").count() == 1
-    foreign = card(page, "white.png")
-    playwright.expect(foreign.locator(".verdict")).to_have_text("Does not belong")
-    assert foreign.locator("path.here").count() == 1  # beyond the end of the histogram
-    assert foreign.locator(".thumb img").evaluate("image => image.naturalWidth") == 300
-    foreign.get_by_text("Why").click()
-    assert foreign.get_by_role("rowheader", name="the network predicts").is_visible()
-    refused = card(page, EVIL)
-    playwright.expect(refused).to_contain_text("not an image in a format that featnorm reads")
-    assert refused.locator("img").count() == 0
+    tally(page, "2 images scored, 1 flagged as OOD, 1 not scored.")
+    in_distribution = card(page, "005.png")
+    playwright.expect(in_distribution.locator(".verdict")).to_have_text("In-distribution")
+    playwright.expect(in_distribution).to_contain_text("Predicted class: b")
+    assert re.search(r"p-value 0\.\d+, score −\d", in_distribution.inner_text())
+    assert in_distribution.get_by_role(
+        "img", name=re.compile("In-distribution: score .* threshold .* p-value")
+    ).is_visible()
+    assert in_distribution.locator("circle.here").count() == 1
+    ood = card(page, "white.png")
+    playwright.expect(ood.locator(".verdict")).to_have_text("Out-of-distribution")
+    assert ood.locator("path.here").count() == 1  # outside the histogram
+    assert ood.locator(".thumb img").evaluate("image => image.naturalWidth") == 300
+    ood.get_by_text("Why").click()
+    assert ood.get_by_role("rowheader", name="the network predicts").is_visible()
+    unreadable = card(page, EVIL)
+    playwright.expect(unreadable).to_contain_text("not an image in a format that featnorm reads")
+    assert unreadable.locator("img").count() == 0
     assert "KNN(k=3)" in page.locator("#about").inner_text()
     page.get_by_role("button", name="Clear").click()
     assert page.locator(".card").count() == 0
 
 
-def test_dropped_images_are_judged(page, url, folder):
+def test_dropped_images_are_scored(page, url, folder):
     page.goto(url)
     data = page.evaluate_handle(
         """(bytes) => {
@@ -135,18 +140,18 @@ def test_dropped_images_are_judged(page, url, folder):
     playwright.expect(page.locator("body")).to_have_class("over")
     page.dispatch_event(".drop", "drop", {"dataTransfer": data})
     playwright.expect(page.locator("body")).not_to_have_class("over")
-    tally(page, "2 images judged, 0 do not belong.")
+    tally(page, "2 images scored, 0 flagged as OOD.")
 
 
 def test_without_a_mouse(page, url, folder):
     page.goto(url)
-    for _ in range(2):  # past the theme's button
+    for _ in range(2):  # skip the button of the theme
         page.keyboard.press("Tab")
     assert page.locator("#files").evaluate("input => input === document.activeElement")
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files([image_of(folder)])
-    tally(page, "1 image judged, 0 do not belong.")
+    tally(page, "1 image scored, 0 flagged as OOD.")
     page.locator("summary").focus()
     page.keyboard.press("Enter")
     assert page.get_by_role("rowheader", name="the network predicts").is_visible()
@@ -159,58 +164,58 @@ def test_on_a_phone(browser, url, folder):
     with page.expect_file_chooser() as chooser:
         page.locator(".drop").tap()
     chooser.value.set_files([image_of(folder), picture("a" * 90 + ".png", "white")])
-    tally(page, "2 images judged, 1 does not belong.")
+    tally(page, "2 images scored, 1 flagged as OOD.")
     page.locator("summary").first.tap()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
     page.close()
 
 
-def test_many_images_go_a_few_at_a_time(page, url, folder):
+def test_many_images_are_sent_a_few_at_a_time(page, url, folder):
     requests = []
     page.on("request", lambda request: requests.append(request) if "/v1/score" in request.url else None)
     page.goto(url)
     page.set_input_files("#files", [image_of(folder) | {"name": f"{i}.png"} for i in range(20)])
-    tally(page, "20 images judged, 0 do not belong.")
+    tally(page, "20 images scored, 0 flagged as OOD.")
     assert len(requests) == 3
     assert [card.inner_text() for card in page.locator(".card h3").all()] == [f"{i}.png" for i in range(20)]
 
 
-def test_a_token_is_asked_for_and_kept(page, scorer, folder):
+def test_a_token_is_required_and_kept(page, scorer, folder):
     with served(create_app(scorer, token="s3cret")) as url:
         page.goto(url)
-        secret = page.get_by_label("This service wants a token")
+        secret = page.get_by_label("This service requires a token")
         playwright.expect(secret).to_be_focused()
         assert not page.locator("#about").is_visible()
         page.set_input_files("#files", [image_of(folder)])
-        tally(page, "0 images judged, 1 to come.")
+        tally(page, "0 images scored, 1 waiting.")
         secret.fill("other")
-        page.get_by_role("button", name="Use it").click()
-        playwright.expect(page.locator("#wrong")).to_have_text("The service does not know this token.")
+        page.get_by_role("button", name="Use this token").click()
+        playwright.expect(page.locator("#wrong")).to_have_text("This token is wrong.")
         secret.fill("s3cret")
         secret.press("Enter")
-        tally(page, "1 image judged, 0 do not belong.")
+        tally(page, "1 image scored, 0 flagged as OOD.")
         assert not secret.is_visible()
         page.reload()
         playwright.expect(page.locator("#about")).to_be_visible()
         assert not secret.is_visible()
 
 
-def test_trouble_is_told_in_words(page, scorer, folder):
+def test_errors_are_shown(page, scorer, folder):
     with served(create_app(scorer, Limits(body_bytes=200_000))) as url:
         page.goto(url)
         playwright.expect(page.locator("#bounds")).to_contain_text("up to 195 kB each")
         large = {"name": "large.png", "mimeType": "image/png", "buffer": b"x" * 190_000}
         page.set_input_files("#files", [large])
-        playwright.expect(card(page, "large.png")).to_contain_text("It is 186 kB large; the service takes 131 kB")
+        playwright.expect(card(page, "large.png")).to_contain_text("The file has 186 kB; the maximum is 131 kB")
         page.get_by_role("button", name="Clear").click()
 
         page.context.set_offline(True)
         page.set_input_files("#files", [image_of(folder)])
         playwright.expect(page.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
-        playwright.expect(card(page, "005.png")).to_contain_text("Not judged yet")
+        playwright.expect(card(page, "005.png")).to_contain_text("Not scored yet")
         page.context.set_offline(False)
         page.get_by_role("button", name="Try again").click()
-        tally(page, "1 image judged, 0 do not belong.")
+        tally(page, "1 image scored, 0 flagged as OOD.")
         assert not page.locator("#trouble").is_visible()
 
         times = []
@@ -225,14 +230,14 @@ def test_trouble_is_told_in_words(page, scorer, folder):
 
         page.route("**/v1/score*", busy)
         page.set_input_files("#files", [image_of(folder, "006.png")])
-        tally(page, "2 images judged, 0 do not belong.")
+        tally(page, "2 images scored, 0 flagged as OOD.")
         assert len(times) == 3
         page.unroute("**/v1/score*")
         too_much = {"error": "the body is longer than 9 bytes"}
         page.route("**/v1/score*", lambda route: route.fulfill(status=413, json=too_much))
         page.set_input_files("#files", [image_of(folder, "007.png")])
-        playwright.expect(page.locator("#said")).to_have_text(
-            "That was more than the service takes at once: the body is longer than 9 bytes."
+        playwright.expect(page.locator("#message")).to_have_text(
+            "The request is too large: the body is longer than 9 bytes."
         )
 
 

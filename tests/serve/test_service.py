@@ -34,9 +34,9 @@ from prometheus_client.parser import text_string_to_metric_families
 import featnorm as fn
 from asking import Asking, running, until
 from featnorm.cli import serve
-from featnorm.inputs import SlicedImages, open_images
+from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
-from featnorm.serve import Limits, bodies, create_app
+from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
 from featnorm.serve.app import histogram
 from featnorm.serve.metrics import score_buckets
@@ -66,9 +66,9 @@ def client_of(app):
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory):
-    """Nine pictures and a broken one.
+    """Nine images and a broken one.
 
-    None was calibrated on: a score that is one of the calibration's may fall on its other side by rounding.
+    None is in the calibration set: an image's score may differ by rounding from its own calibration score.
     """
     folder = tmp_path_factory.mktemp("new")
     random = np.random.default_rng(7)
@@ -98,7 +98,7 @@ def samples(metrics):
 
 
 class Held:
-    """Lets a scorer's model begin when a test says so, and writes down what it judged."""
+    """Makes a scorer's model wait for the test, and records its batches."""
 
     def __init__(self, scorer):
         self.began = threading.Semaphore(0)
@@ -121,7 +121,7 @@ class Held:
 
 
 def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
-    source = SlicedImages(open_images(str(new)), range(5, 10), "five")
+    source = SlicedSource(open_source(str(new)), range(5, 10), "five")
     rows = [row for batch in fitted.stream(source, workers=0) for row in batch]
     files = [(new / row.name).read_bytes() for row in rows]
     whole = client.post("/v1/score", json={"images": [text(data) for data in files]})
@@ -151,13 +151,13 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
         assert other["score"] == (result["score"] and pytest.approx(result["score"], rel=1e-5))
 
 
-def test_an_unreadable_image_costs_no_other_its_verdict(client):
+def test_an_unreadable_image_does_not_affect_the_others(client):
     images = [{"name": "\ud800", "data": "!"}, text(png()), text(b"no"), {"name": "", "data": text(huge_png())}]
     body = json.dumps({"images": images})
     answer = client.post("/v1/score", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 200
     errors = [(result["name"], result["error"], result["score"] is None) for result in answer.json()["results"]]
-    assert errors[0] == ("?", "its data is not base64", True)
+    assert errors[0] == ("?", "the data is not base64", True)
     assert errors[1] == ("image 2", None, False)
     assert errors[2] == ("image 3", "not an image in a format that featnorm reads", True)
     assert errors[3][0] == "image 4"
@@ -175,7 +175,7 @@ def test_a_thousand_hostile_files(client):
         answer = client.post("/v1/score", files=[("images", file) for file in some])
         assert answer.status_code == 200
         results = answer.json()["results"]
-        # A client writes the quotes of a name as escapes.
+        # A client escapes the quotes in a name.
         assert [result["name"] for result in results] == [name.replace('"', "%22") for name, _ in some]
         refused += sum(result["error"] is not None and result["verdict"] is None for result in results[:50])
         scored += sum(result["verdict"] is not None for result in results[50:])
@@ -191,22 +191,22 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
     [
         (b"x", {}, 415, "the content type is not given"),
         (b"x", {"content-type": "text/plain"}, 415, "the content type is text/plain"),
-        (b"{", JSON, 400, "not JSON"),
-        (b"\xff\xfe", JSON, 400, "not JSON"),
-        (b"[" * 5000, JSON, 400, "not JSON"),
+        (b"{", JSON, 400, "not valid JSON"),
+        (b"\xff\xfe", JSON, 400, "not valid JSON"),
+        (b"[" * 5000, JSON, 400, "not valid JSON"),
         (b"[" * 10**6, JSON, 400, "more than 7,400 values"),
-        (b'{"images": ' + b"9" * 10**5 + b"}", JSON, 400, "not JSON"),
-        (b"[]", JSON, 400, "no list of images"),
-        (b'{"images": "AAAA"}', JSON, 400, "no list of images"),
-        (b'{"images": []}', JSON, 400, "holds no image"),
+        (b'{"images": ' + b"9" * 10**5 + b"}", JSON, 400, "not valid JSON"),
+        (b"[]", JSON, 400, "contains no list of images"),
+        (b'{"images": "AAAA"}', JSON, 400, "contains no list of images"),
+        (b'{"images": []}', JSON, 400, "contains no image"),
         (b'{"images": ["", 5]}', JSON, 400, "image 2 must be a base64 string"),
         (b'{"images": [{"name": 5, "data": ""}]}', JSON, 400, "image 1 must be a base64 string"),
         (b'{"images": [' + b'"",' * 64 + b'""]}', JSON, 413, "more than 64 images"),
-        (b"", FORM, 400, "holds no image"),
+        (b"", FORM, 400, "contains no image"),
         (b"x", {"content-type": "multipart/form-data"}, 400, "boundary"),
         (b"--x\r\n\r\n", FORM, 400, "the form cannot be read"),
-        (b"--x--\r\n", FORM, 400, "holds no image"),
-        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n', FORM, 400, "'a', is no file"),
+        (b"--x--\r\n", FORM, 400, "contains no image"),
+        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n', FORM, 400, "'a', is not a"),
         (
             b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nb\r\n' * 65 + b"--x--\r\n",
             FORM,
@@ -217,14 +217,14 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
         (b"x" * (16 * 2**20 + 1), {"content-type": "image/png"}, 413, "longer than 16,777,216 bytes"),
     ],
 )  # fmt: skip
-def test_a_body_that_is_refused(client, body, headers, status, words):
+def test_invalid_bodies(client, body, headers, status, words):
     answer = client.post("/v1/score", content=body, headers=headers)
     assert answer.status_code == status
     assert words in answer.json()["error"]
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def test_other_refusals(client):
+def test_other_invalid_requests(client):
     for method, path, status, words in (
         ("GET", "/v1/score", 405, "Method Not Allowed"),
         ("GET", "/nothing", 404, "Not Found"),
@@ -236,7 +236,7 @@ def test_other_refusals(client):
         assert words in answer.json()["error"]
 
 
-def test_bounds_of_an_image_and_of_limits(scorer):
+def test_limits_of_an_image_and_invalid_limits(scorer):
     with client_of(create_app(scorer, Limits(pixels=1000))) as client:
         results = client.post("/v1/score", json={"images": [text(png(size=32)), text(png(size=31))]}).json()[
             "results"
@@ -247,7 +247,7 @@ def test_bounds_of_an_image_and_of_limits(scorer):
         ({"images": 300}, "the queue only 256"),
         ({"seconds": math.nan}, "seconds is nan"),
         ({"queue": 0}, "queue is 0"),
-        ({"pixels": 10**9}, "Pillow itself refuses"),
+        ({"pixels": 10**9}, "Pillow itself rejects"),
         ({"queue_pixels": 10**6}, "the queue only 1000000"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -257,7 +257,7 @@ def test_bounds_of_an_image_and_of_limits(scorer):
 
 
 def test_images_are_read_as_in_a_folder(client):
-    """Every format that files are read in, and a picture that was stored turned as it is seen."""
+    """Images of every format are read, and a rotated one is scored upright."""
     picture = Image.effect_noise((40, 30), 60).convert("RGB")
     exif = Image.Exif()
     exif[274] = 6
@@ -273,10 +273,10 @@ def test_images_are_read_as_in_a_folder(client):
     assert scores["turned"] == scores["PNG"] == scores["BMP"]
 
 
-def test_formats_that_start_programs_are_not_read(client):
+def test_formats_that_run_programs_are_not_read(client):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     answer = client.post("/v1/score", content=eps, headers={"content-type": "image/png"})
-    assert answer.json()["results"][0]["error"] == "PostScript is a program, and not run here: save it as PNG"
+    assert answer.json()["results"][0]["error"] == "PostScript is a program, and is not run: save it as PNG"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_formats_that_start_programs_are_not_read(client):
     ids=["plain", "newline", "lines", "unpadded", "url-safe", "url-safe, unpadded", "data URL", "bare data URL"],
 )
 def test_every_form_of_base64_is_read(client, written):
-    # With both characters in which the alphabets differ, and padding.
+    # With both characters that differ between the alphabets, and padding.
     data = next(data for data in map(text, map(png, range(256))) if {"+", "/", "="} <= {*data})
     answer = client.post("/v1/score", json={"images": [written(data)]})
     assert answer.status_code == 200
@@ -309,18 +309,18 @@ def test_every_form_of_base64_is_read(client, written):
         ("AAAA====", "not base64"),
         ("AA AA!", "not base64"),
         ("\u00e4AAA", "not base64"),
-        ("data:image/png,AAAA", "its data: URL is not base64-encoded"),
-        ("data:image/png;base64;AAAA", "its data: URL is not base64-encoded"),
+        ("data:image/png,AAAA", "the data: URL is not base64-encoded"),
+        ("data:image/png;base64;AAAA", "the data: URL is not base64-encoded"),
         ("data:image/png;base64,!", "not base64"),
     ],
 )
-def test_what_is_no_base64(client, written, words):
+def test_invalid_base64(client, written, words):
     answer = client.post("/v1/score", json={"images": [written]})
     assert answer.status_code == 422
     assert words in answer.json()["results"][0]["error"]
 
 
-def test_a_compressed_body_is_named(client):
+def test_a_compressed_body_is_rejected(client):
     for coding in ("gzip", "br", "identity, gzip"):
         headers = {"content-type": "image/png", "content-encoding": coding}
         answer = client.post("/v1/score", content=gzip.compress(png()), headers=headers)
@@ -366,11 +366,13 @@ def test_a_header_of_a_million_parts_is_not_read(client):
     ]
     files = [("images", ("a", data)) for data in [*floods, jpeg]]
     results = client.post("/v1/score", files=files).json()["results"]
-    assert [result["error"] for result in results] == ["its header has too many parts"] * len(floods) + [None]
+    assert [result["error"] for result in results] == ["the header of the image has too many parts"] * len(
+        floods
+    ) + [None]
 
 
 def bomb(side=7000):
-    """A picture of many pixels in few bytes."""
+    """An image of many pixels in few bytes."""
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     pixels = zlib.compress(bytes((side // 8 + 1) * side), 9)
     end = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
@@ -378,7 +380,7 @@ def bomb(side=7000):
 
 
 class HeldDecoding:
-    """Lets the transform of large pictures begin when a test says so."""
+    """Makes the transform of large images wait for the test."""
 
     def __init__(self, scorer):
         self.begun = 0
@@ -386,7 +388,7 @@ class HeldDecoding:
         inner = scorer.transform
 
         def transform(image):
-            if image.width > 256:  # which the service tries itself on
+            if image.width > 256:  # not the image of the warm-up
                 self.begun += 1
                 assert self.go.acquire(timeout=30)
                 image = image.resize((32, 32))
@@ -403,10 +405,10 @@ def test_a_small_image_does_not_wait_for_bombs(scorer):
             bombs = [Asking(app).say(large) for _ in range(60)]
             await until(lambda: held.begun == 1 and sum(asking.task.done() for asking in bombs) == 44)
             assert (await Asking(app).say(png()).answer())[0] == 200
-            # One is decoded, 15 wait, and the rest is told to come again.
+            # One is decoded, 15 are pending, and the rest is rejected.
             answers = [await asking.answer() for asking in bombs if asking.task.done()]
             assert {(status, headers["retry-after"]) for status, headers, _ in answers} == {(503, "1")}
-            assert answers[0][2]["error"] == "784,000,000 pixels wait already: try again later"
+            assert answers[0][2]["error"] == "784,000,000 pixels are already in the queue: try again later"
             assert held.begun == 1
             for asking in bombs:
                 asking.leave()
@@ -419,21 +421,21 @@ def test_a_small_image_does_not_wait_for_bombs(scorer):
 
 
 class HeldHeaders:
-    """Lets a service read the header of an image when a test says so, and writes down in what order it did."""
+    """Makes the reading of headers wait for the test, and records its order."""
 
     def __init__(self, monkeypatch):
         self.read = []
         self.go = threading.Semaphore(0)
 
-        def measure(data, measure=bodies.measure):
+        def measured(data, decoding_cost=uploads.decoding_cost):
             self.read.append(data)
             assert self.go.acquire(timeout=30)
-            return measure(data)
+            return decoding_cost(data)
 
-        monkeypatch.setattr(bodies, "measure", measure)
+        monkeypatch.setattr(uploads, "decoding_cost", measured)
 
 
-def test_a_request_whose_client_left_is_not_parsed(scorer, monkeypatch):
+def test_a_request_whose_client_disconnected_is_not_parsed(scorer, monkeypatch):
     first, second, third = png(1), png(2), png(3)
 
     async def main():
@@ -446,7 +448,7 @@ def test_a_request_whose_client_left_is_not_parsed(scorer, monkeypatch):
             await asyncio.sleep(0.01)
             for asking in (gone, never):
                 asking.leave()
-                await asking.task  # though the thread is not done
+                await asking.task  # although the thread is not done
                 assert not asking._sent
             held.go.release(2)
             assert (await Asking(app).say(third).answer())[0] == 200
@@ -461,7 +463,7 @@ def test_parsing_counts_for_the_time_limit(scorer, monkeypatch):
             held = HeldHeaders(monkeypatch)
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert "no verdict within 0.3 seconds" in content["error"]
+            assert "the images were not scored within 0.3 seconds" in content["error"]
             held.go.release()
 
     asyncio.run(main())
@@ -488,7 +490,7 @@ def test_a_small_request_overtakes_the_headers_of_a_large_one(scorer, monkeypatc
 def test_a_small_image_does_not_wait_for_all_images_of_a_large_request(scorer, batchers):
     async def main():
         held = HeldDecoding(scorer)
-        many = json.dumps({"images": [text(bomb(3000))] * 6}).encode()  # each 0.9 s, as it is reckoned
+        many = json.dumps({"images": [text(bomb(3000))] * 6}).encode()  # each estimated at 0.9 s
         async with running(create_app(scorer)) as app:
             large = Asking(app, content_type="application/json").say(many)
             await until(lambda: held.begun == 2)
@@ -527,7 +529,7 @@ def test_a_body_without_the_token_is_not_read(scorer):
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/nothing"])
-def test_an_answer_does_not_wait_for_a_body_that_nobody_reads(scorer, path):
+def test_a_response_does_not_wait_for_a_body_that_is_not_read(scorer, path):
     async def main():
         async with running(create_app(scorer, Limits(seconds=1000))) as app:
             asking = Asking(app, method="GET", path=path).say(b"x", more=True)
@@ -537,27 +539,27 @@ def test_an_answer_does_not_wait_for_a_body_that_nobody_reads(scorer, path):
     asyncio.run(main())
 
 
-def test_a_body_is_bounded_while_it_comes(scorer):
+def test_a_body_is_limited_while_it_is_received(scorer):
     async def main():
         async with running(create_app(scorer, Limits(body_bytes=100, seconds=5))) as app:
-            # Neither a length nor a true one.
+            # No length, or a wrong one.
             for headers in ({}, {"content_length": "5"}, {"content_length": "-1"}, {"content_length": "\u0663"}):
                 asking = Asking(app, **headers).say(b"x" * 60, more=True).say(b"x" * 41, more=True).say(b"")
                 status, headers, content = await asking.answer()
                 assert (status, content["error"]) == (413, "the body is longer than 100 bytes")
                 assert "connection" not in headers  # the rest of it was read
             asking = Asking(app, content_length="101", expect="100-continue")
-            status, headers, _ = await asking.answer()  # before anything is sent
+            status, headers, _ = await asking.answer()  # before the body is sent
             assert (status, headers["connection"]) == (413, "close")
             asking = Asking(app)
             for _ in range(50):
                 asking.say(b"x" * 100, more=True)
-            status, headers, _ = await asking.answer()  # one that never ends
+            status, headers, _ = await asking.answer()  # an endless body
             assert (status, headers["connection"]) == (413, "close")
 
             many = [Asking(app).say(b"x" * 100, more=True) for _ in range(16)]
             await asyncio.sleep(0)
-            # The request that has been sending for longest makes room for others.
+            # The request that has been incomplete for longest is rejected.
             for asking in many[:2]:
                 assert (await Asking(app).say(b"x" * 99).answer())[0] == 422
                 status, headers, content = await asking.answer()
@@ -573,7 +575,7 @@ def test_a_body_is_bounded_while_it_comes(scorer):
     asyncio.run(main())
 
 
-def test_a_slow_sender_is_cut_off(scorer):
+def test_a_slow_sender_times_out(scorer):
     async def main():
         async with running(create_app(scorer, Limits(seconds=0.1))) as app:
             status, headers, content = await Asking(app).say(b"x", more=True).answer()
@@ -583,14 +585,14 @@ def test_a_slow_sender_is_cut_off(scorer):
     asyncio.run(main())
 
 
-def test_a_slow_model_is_not_waited_for(scorer):
+def test_a_slow_model_times_out(scorer):
     async def main():
         held = Held(scorer)
         async with running(create_app(scorer, Limits(seconds=0.3, batch_size=1))) as app:
             held.held = True
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert "no verdict within 0.3 seconds" in content["error"]
+            assert "the images were not scored within 0.3 seconds" in content["error"]
             held.held = False
             held.go.release()
             assert (await Asking(app).say(png()).answer())[0] == 200
@@ -599,7 +601,7 @@ def test_a_slow_model_is_not_waited_for(scorer):
 
 
 def waiting(app):
-    """How many images wait, as the metrics tell."""
+    """The number of pending images, from the metrics."""
 
     async def ask():
         asking = Asking(app, method="GET", path="/metrics").say(b"")
@@ -628,7 +630,7 @@ def batchers(monkeypatch):
     return made
 
 
-def test_requests_are_joined_and_judged_as_if_alone(scorer, new, batchers):
+def test_batched_requests_get_the_same_results_as_single_ones(scorer, new, batchers):
     images = [(new / f"{i}.png").read_bytes() for i in range(9)]
 
     async def main():
@@ -654,7 +656,7 @@ def test_requests_are_joined_and_judged_as_if_alone(scorer, new, batchers):
     asyncio.run(main())
 
 
-def test_a_full_queue_asks_to_come_again(scorer):
+def test_a_full_queue_rejects_requests(scorer):
     async def main():
         held = Held(scorer)
         two = json.dumps({"images": [text(png()), text(png())]}).encode()
@@ -666,7 +668,7 @@ def test_a_full_queue_asks_to_come_again(scorer):
             await until_waiting(app, 4)
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert content["error"] == "4 images wait already: try again later"
+            assert content["error"] == "4 images are already in the queue: try again later"
             held.go.release(5)
             for asking in (first, *others):
                 assert (await asking.answer())[0] == 200
@@ -674,7 +676,7 @@ def test_a_full_queue_asks_to_come_again(scorer):
     asyncio.run(main())
 
 
-def test_a_client_that_leaves_costs_nothing(scorer, caplog):
+def test_the_work_of_a_disconnected_client_is_dropped(scorer, caplog):
     caplog.set_level(logging.INFO, "featnorm.serve")
 
     async def main():
@@ -700,7 +702,7 @@ def test_a_client_that_leaves_costs_nothing(scorer, caplog):
     assert [line["status"] for line in lines(caplog) if line.get("request_id") == "gone"] == [499]
 
 
-def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, batchers, caplog):
+def test_an_image_that_the_model_fails_on_does_not_affect_the_others(scorer, batchers, caplog):
     async def main():
         held = Held(scorer)
         inner = scorer.judge
@@ -734,7 +736,7 @@ def test_an_image_that_the_model_fails_on_is_the_only_one(scorer, batchers, capl
             status, headers, content = await failing.answer()
             assert (status, headers["x-request-id"]) == (500, "me")
             assert content == {
-                "error": "the service failed; its log says why, by the request id",
+                "error": "internal error: see the log of the service at this request id",
                 "request_id": "me",
             }
             assert (await Asking(app).say(png()).answer())[0] == 200
@@ -756,7 +758,7 @@ def test_a_transform_that_fails(scorer):
     scorer.transform = transform
     with client_of(create_app(scorer)) as client:
         results = client.post("/v1/score", json={"images": [text(png(size=1)), text(png())]}).json()["results"]
-    assert [result["error"] for result in results] == ["the transform failed on it", None]
+    assert [result["error"] for result in results] == ["the transform failed on this image", None]
 
 
 def lines(caplog):
@@ -764,7 +766,7 @@ def lines(caplog):
     return [json.loads(formatter.format(record)) for record in caplog.records if record.name == "featnorm.serve"]
 
 
-def test_the_log_is_a_line_a_request(client, caplog):
+def test_the_log_has_one_line_per_request(client, caplog):
     caplog.set_level(logging.INFO, "featnorm.serve")
     given = {"x-request-id": "abc-1"}
     answer = client.post("/v1/score", json={"images": [text(png()), "!"]}, headers=given)
@@ -783,7 +785,7 @@ def test_the_log_is_a_line_a_request(client, caplog):
     assert {line["route"] for line in lines(caplog)} == {"none"}
 
 
-def test_a_token_is_asked_for(scorer, caplog):
+def test_a_token_is_required(scorer, caplog):
     caplog.set_level(logging.DEBUG)
     with TestClient(create_app(scorer, token=TOKEN)) as client:
         for method, path in (("POST", "/v1/score"), ("GET", "/v1/detector"), ("GET", "/metrics")):
@@ -829,7 +831,7 @@ def test_metrics_count(scorer):
         for name, value in found.items():
             if name[0] == "featnorm_score_bucket":
                 assert value == sum(score <= float(dict(name[1:])["le"]) for score in scores)
-        # The image that the service tries itself on is judged, and is nobody's.
+        # The image of the warm-up counts as a batch, but for no request.
         assert found[("featnorm_batch_images_sum",)] == 4
         assert samples(other.get("/metrics").text)[("featnorm_images_total", ("verdict", "ID"))] == 0
 
@@ -898,7 +900,7 @@ def test_readiness(scorer):
     asyncio.run(main())
 
 
-def test_what_judges(client, scorer):
+def test_detector_route(client, scorer):
     detector = client.get("/v1/detector").json()
     calibration = scorer.scorer.calibration
     assert detector["detector"] == "NAN()"
@@ -911,7 +913,7 @@ def test_what_judges(client, scorer):
     assert detector["explains"] is True
 
 
-def test_why(client, scorer):
+def test_explanations(client, scorer):
     plain = client.post("/v1/score", json={"images": [text(png())]}).json()["results"][0]
     answer = client.post("/v1/score?explain=true", json={"images": [text(png()), "!"]}).json()["results"]
     assert "why" not in plain
@@ -925,7 +927,7 @@ def test_why(client, scorer):
         assert "fit it again" in answer.json()["error"]
 
 
-def test_openapi_tells_all(client):
+def test_openapi_describes_the_results(client):
     schema = client.get("/openapi.json").json()
     assert set(schema["paths"]) == {"/v1/score", "/v1/detector", "/metrics", "/healthz", "/readyz"}
     post = schema["paths"]["/v1/score"]["post"]
@@ -937,7 +939,7 @@ def test_openapi_tells_all(client):
     assert set(result["properties"]) == {"name", "score", "p_value", "verdict", "predicted", "error", "why"}
 
 
-def test_the_page_lets_nothing_foreign_in(client):
+def test_the_page_loads_nothing_from_other_origins(client):
     page = client.get("/")
     policy = page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
@@ -975,7 +977,7 @@ def test_it_works_mounted_in_another_application(scorer):
         assert client.get("/a/").text.startswith("<!doctype html>")
         mine = {*threads()} - before
         assert mine
-    # Its threads end with the other's event loop, which is all that it learns of the end.
+    # Its threads end with the event loop of the other application, which is its only signal.
     for thread in mine:
         thread.join(30)
         assert not thread.is_alive()
@@ -995,7 +997,7 @@ def test_an_application_may_be_started_again(scorer):
             assert answer.status_code == 200
 
 
-def test_it_judges_nothing_once_it_is_shut_down(scorer):
+def test_it_scores_nothing_after_the_shutdown(scorer):
     async def main():
         async with running(create_app(scorer)) as app:
             pass
@@ -1005,7 +1007,7 @@ def test_it_judges_nothing_once_it_is_shut_down(scorer):
     asyncio.run(main())
 
 
-def test_an_uncalibrated_scorer_is_refused(scorer):
+def test_an_uncalibrated_scorer_is_an_error(scorer):
     scorer.scorer = fn.Scorer(scorer.scorer.model, fn.NAN())
     with pytest.raises(ValueError, match="not calibrated"):
         create_app(scorer)
@@ -1018,14 +1020,13 @@ def detector(fitted, tmp_path_factory):
     return file
 
 
-def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
+def test_the_command_serves_until_a_signal(detector, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    code = "from featnorm.cli import main; main()"
     process = subprocess.Popen(
         [
             sys.executable,
-            "-c",
-            code,
+            "-m",
+            "featnorm",
             "serve",
             str(detector),
             "--port",
@@ -1061,7 +1062,7 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
         )
         assert under_way.recv(100).startswith(b"HTTP/1.1 100")
         process.send_signal(signal.SIGTERM)
-        while True:  # until nobody is let in any more
+        while True:  # until connections are rejected
             try:
                 socket.create_connection((host, int(port)), timeout=30).close()
             except OSError:
@@ -1079,12 +1080,12 @@ def test_the_command_serves_until_it_is_told_to_end(detector, tmp_path):
 
 
 def test_the_command_ends_in_time_whatever_its_threads_do(detector):
-    # A model that never ends once its file is open. The image that the service tries itself on is enough.
+    # A model that never returns. The warm-up image is enough.
     code = """
 import signal, time
-from featnorm.cli import main
+from featnorm.__main__ import main
 from featnorm.image_scorer import ImageScorer
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background of a shell
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def load(*arguments, load=ImageScorer.load, **options):
     scorer = load(*arguments, **options)
@@ -1136,7 +1137,7 @@ def test_all_of_the_log_is_json(capsys, monkeypatch):
     assert lines[2]["status"] == 200
 
 
-def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
+def test_invalid_options_of_the_command(featnorm, detector, tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     taken = bind("127.0.0.1", 0)
     taken.listen()
@@ -1153,10 +1154,15 @@ def test_the_command_refuses(featnorm, detector, tmp_path, monkeypatch):
                 "--token-file",
                 "empty",
             ): "empty is empty: put a token in it, or omit --token-file",
-            ("serve", detector, "--token-file", detector): "is no text: name the file that holds the token",
+            (
+                "serve",
+                detector,
+                "--token-file",
+                detector,
+            ): "is not a text file: pass the file that holds the",
             ("serve", detector, "--max-queue", 5): "the queue only 5",
             ("serve", detector, "--max-seconds", 0): "seconds is 0",
-            ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is no host name",
+            ("serve", detector, "--port", 0, "--allowed-host", "http://a"): "'http://a' is not a host name",
         }.items():
             status, _, error = featnorm(*arguments)
             assert status == 2

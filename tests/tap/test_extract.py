@@ -204,7 +204,7 @@ def test_features_are_on_the_cpu_and_carry_no_graph(model: Counting, x: Tensor) 
 
 
 def test_a_batch_moves_to_the_device_of_the_model() -> None:
-    # The meta device holds no numbers: enough to see where things go, without a GPU.
+    # The meta device holds no values, which is enough to test devices without a GPU.
     tap = FeatureTap(Counting().eval()).trace(torch.randn(2, IN))
     tap.model.to("meta")
     (features,) = tap.stream([(torch.randn(4, IN), torch.zeros(4, dtype=torch.long))])
@@ -220,7 +220,7 @@ def test_the_labels_are_where_the_features_are() -> None:
 
 
 def test_every_batch_reusing_one_block_of_memory(x: Tensor) -> None:
-    # As loaders with pinned memory do; here the pooled feature is the input itself.
+    # As in loaders with pinned memory; here the pooled feature is the input itself.
     model = nn.Linear(IN, C).eval()
     block = torch.empty(2, IN)
 
@@ -238,7 +238,7 @@ def test_the_progress_bar(progress: bool | None, model: Counting, x: Tensor, cap
         run([x[rows] for rows in batches(x)], progress=progress)
         out, err = capfd.readouterr()
         assert out == ""
-        # None: a bar on a terminal, which standard error is not here.
+        # None shows a bar on a terminal, which standard error is not here.
         assert ("3/3" in err or "batch" in err) == (progress is True), err
 
 

@@ -1,4 +1,4 @@
-"""What `FeatureTap` finds in small nets, against the tensors computed by hand in each test."""
+"""The features that `FeatureTap` finds in small networks, compared with tensors computed in each test."""
 
 import re
 import time
@@ -38,7 +38,7 @@ def images() -> Tensor:
 
 
 class Net(nn.Module):
-    """Modules by name and a forward pass as a function of the net and its input."""
+    """A network of named modules, whose forward pass is a function of the network and its input."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: nn.Module | Tensor) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def same(actual: Tensor | None, expected: Tensor) -> None:
 
 
 def assert_reproduces(features: Features, name: str, logits: Tensor | None = None) -> None:
-    """W f + b are the logits, f the field."""
+    """Check that W f + b are the logits, where f is the field."""
     weight, bias = features.linear()
     expected = features.tensor("logits") if logits is None else logits.detach()
     out = features.tensor(name) @ weight.T + (0 if bias is None else bias)
@@ -192,7 +192,7 @@ def test_a_module_non_linearity(name: str, x: Tensor) -> None:
 def test_without_a_rectifier_nan_does_not_apply_and_the_tap_says_so(
     act: Callable[[Tensor], Tensor], x: Tensor
 ) -> None:
-    # The ReLU further up is not the last hidden layer.
+    # The earlier ReLU is not the last hidden layer.
     net = Net(
         lambda m, x: m.fc(act(m.second(F.relu(m.first(x))))),
         first=nn.Linear(IN, D), second=nn.Linear(D, D), fc=nn.Linear(D, C),
@@ -217,7 +217,7 @@ def test_one_relu_module_used_twice(x: Tensor) -> None:
 
 
 def test_one_relu_module_used_twice_the_second_time_after_the_hidden_layer(x: Tensor) -> None:
-    # ... whose second call is on a branch that the logits never see.
+    # Its second call is on a branch that does not lead to the logits.
     net = Net(
         lambda m, x: (lambda h: {"logits": m.fc(h), "aux": m.relu(m.aux(h))})(m.relu(m.first(x))),
         relu=nn.ReLU(inplace=True), first=nn.Linear(IN, D), aux=nn.Linear(D, D), fc=nn.Linear(D, C),
@@ -476,7 +476,7 @@ def test_a_functional_last_layer(name: str, x: Tensor) -> None:
 
 
 def test_equal_weights_are_told_apart_by_which_of_them_ran(x: Tensor) -> None:
-    # A copy kept beside the weights, as for a moving average, has the same values when the net is traced.
+    # A copy of the weights, as for a moving average, has the same values when the network is traced.
     w = torch.randn(C, D)
     net = Net(
         lambda m, x: F.relu(x @ m.V + m.a) @ m.live.T + m.b,
@@ -512,7 +512,7 @@ def test_the_classifier_is_read_anew_after_training(x: Tensor) -> None:
     with torch.no_grad():
         net[2].weight.add_(1.0)
     assert_reproduces(tap(x), "activation", net(x))
-    # ... and what was extracted before belongs together still.
+    # Features extracted before are still consistent.
     torch.testing.assert_close(before.classifier[0], old)
     assert_reproduces(before, "activation")
 
@@ -637,7 +637,7 @@ def test_a_norm_between_pool_and_classifier(norm: nn.Module, images: Tensor) -> 
     same(f.pooled, net.norm(F.relu(net.conv(images)).mean((2, 3))))
     if isinstance(norm, nn.LayerNorm):
         assert_absent(f, "activation")
-        assert "normalisation" in FeatureTap(net).trace(images).describe()
+        assert "normalization" in FeatureTap(net).trace(images).describe()
 
 
 def test_a_residual_sum_that_is_rectified_before_the_pool(images: Tensor) -> None:
@@ -756,7 +756,7 @@ def test_a_hidden_convolution_after_the_pool(images: Tensor) -> None:
 
 
 def test_a_convolution_as_classifier_before_the_pool(images: Tensor) -> None:
-    # SqueezeNet, NiN: the mean of the class maps. What the model returns are logits and not features.
+    # SqueezeNet, NiN: the model returns the mean of class maps, which are logits and not features.
     net = Net(lambda m, x: m.fc(F.relu(m.conv(x))).mean((2, 3)), conv=nn.Conv2d(3, D, 3), fc=nn.Conv2d(D, C, 1))
     f = tapped(net, images)
     same(f.logits, net(images))
@@ -768,7 +768,7 @@ def test_a_convolution_as_classifier_before_the_pool(images: Tensor) -> None:
 
 
 def mlp(run: Callable[[Any, Tensor, Tensor], Any], **more: Any) -> Net:
-    """Net whose `run` gets the hidden layer and the logits."""
+    """A network whose `run` gets the hidden layer and the logits."""
 
     def forward(m: Any, x: Tensor) -> Any:
         h = F.relu(m.first(x))
@@ -948,7 +948,7 @@ def test_a_buffer_that_every_batch_writes_anew(x: Tensor) -> None:
 
 
 class Loop(nn.Module):
-    """Refines until a number of steps that depends on the data: how often `act` runs is not fixed."""
+    """A network that runs `act` a number of times that depends on the data."""
 
     def __init__(self, functional: bool) -> None:
         super().__init__()
@@ -982,7 +982,7 @@ def test_call_counts_that_depend_on_the_data(functional: bool, first: float, the
 def test_where_the_pass_cannot_be_followed_the_tap_refuses_and_never_errs(
     first: float, then: float, x: Tensor
 ) -> None:
-    # Nothing but operations: no module is called on the way.
+    # The forward pass consists of operations only, without modules.
     def run(m: Any, x: Tensor) -> Tensor:
         h = x
         for _ in range(int(x[0, 0].abs())):
@@ -1087,7 +1087,7 @@ def test_a_transformer(pool: str, norm: bool) -> None:
     assert_reproduces(f, "pooled", net(tokens))
     words = FeatureTap(net).trace(tokens).describe()
     assert "do not apply" in words
-    assert ("normalisation" in words) == norm
+    assert ("normalization" in words) == norm
 
 
 @pytest.mark.parametrize("functional", [True, False])
@@ -1217,7 +1217,7 @@ def test_a_width_of_one(x: Tensor) -> None:
     assert_reproduces(f, "activation", net(x))
 
 
-def test_grey_images_of_one_pixel_row() -> None:
+def test_gray_images_of_one_pixel_row() -> None:
     images = torch.randn(1, 1, 1, 9)
     net = nn.Sequential(nn.Conv2d(1, D, (1, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, C))
     f = tapped(net, images)
@@ -1471,11 +1471,11 @@ def test_an_embedding_beside_logits_of_another_head(images):
     torch.testing.assert_close(features.embedding, head(pooled))
     torch.testing.assert_close(features.logits, model[1].rotation(pooled))
     assert "hidden layer of an MLP head" in tap.describe()
-    with pytest.raises(ValueError, match="the logits are of another head"):
+    with pytest.raises(ValueError, match="the logits come from another head"):
         features.linear()
 
 
-def test_an_embedding_that_the_logits_are_made_from_is_found_as_ever(x):
+def test_an_embedding_from_which_the_logits_are_made_is_found(x):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()

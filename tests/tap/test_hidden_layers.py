@@ -1,4 +1,4 @@
-"""`FeatureTap.hidden`: C(x) a + Gamma(x) is the network, with C and Gamma found by another way (Prop. 1 and 6)."""
+"""`FeatureTap.hidden`: C(x) a + Gamma(x) is the network, with C and Gamma also computed otherwise (Prop. 1, 6)."""
 
 import copy
 from itertools import pairwise
@@ -66,7 +66,7 @@ def test_the_mlp_is_the_product_of_its_matrices(name, widths, classes, seed):
 
 
 class Net(nn.Module):
-    """Residual, convolutional, batch-normed; its factors can be held fixed, for a reference by evaluation."""
+    """A residual convolutional network with batch normalization, whose gates can be held fixed as a reference."""
 
     def __init__(self, activation):
         super().__init__()
@@ -91,7 +91,7 @@ class Net(nn.Module):
         return self.norm(self.stem(x))
 
     def rest(self, a, factors=None):
-        """From the first rectifier's output on."""
+        """Run the network from the output of the first rectifier on."""
         a = F.max_pool2d(a, 2) if factors is None else a.gather(2, factors["pool"])
         if factors is not None:
             a = a.reshape(*a.shape[:2], *factors["shape"])
@@ -157,7 +157,7 @@ class Functional(nn.Module):
 
 
 def test_a_functional_rectifier_before_a_cosine_classifier():
-    """The length of the embedding is a factor as well, so that cosine logits are exact too (A.2.4)."""
+    """The length of the embedding is a constant factor too, so cosine logits are exact (A.2.4)."""
     torch.manual_seed(3)
     model = Functional().double().eval()
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_a_layer_that_is_no_rectifier_has_no_pre_activation():
 
 
 class After(nn.Module):
-    """A layer, and something behind it."""
+    """A layer, and a function after it."""
 
     def __init__(self, behind):
         super().__init__()
@@ -257,18 +257,18 @@ def mixing(m, h):
 @pytest.mark.parametrize(
     ("behind", "message"),
     [
-        (detached, "its gradients do not tell"),
-        (without_gradients, "its gradients do not tell"),
-        (mixing, "its gradients do not tell"),
-        (lambda m, h: m.b(m.norm(h * 1e5)), "passes layer_norm"),
+        (detached, "gradients of the model after the layer do not predict"),
+        (without_gradients, "gradients of the model after the layer do not predict"),
+        (mixing, "gradients of the model after the layer do not predict"),
+        (lambda m, h: m.b(m.norm(h * 1e5)), "contains layer_norm"),
         (lambda m, h: m.b(h) * m.c(h).sigmoid(), "product of two.* and sigmoid"),
-        (lambda m, h: m.b(torch.maximum(h, m.c(h).mean(1, keepdim=True))), "passes maximum"),
+        (lambda m, h: m.b(torch.maximum(h, m.c(h).mean(1, keepdim=True))), "contains maximum"),
         (lambda m, h: m.b(h) / (1 + h.sum(1, keepdim=True)), "product of two"),
-        (lambda m, h: m.b(h.sign()), "passes sign"),
+        (lambda m, h: m.b(h.sign()), "contains sign"),
         (lambda m, h: m.b(torch.zeros_like(h)), "do not depend on"),
     ],
 )
-def test_what_would_be_silently_wrong_is_refused(behind, message):
+def test_models_that_are_not_linear_after_the_layer_raise_errors(behind, message):
     with pytest.raises(ValueError, match=message):
         fn.FeatureTap(After(behind).eval(), "first.1").hidden(torch.randn(3, 4, generator=torch.Generator()))
 

@@ -113,7 +113,7 @@ def build(case: Case) -> nn.Module:
                 module.running_mean.normal_(0, 0.1, generator=generator)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
             elif isinstance(module, nn.Linear) and module.out_features == CLASSES:
-                # Some begin at zero, and zero logits would show nothing.
+                # Some are initialized to zero, and zero logits would hide errors.
                 module.weight.normal_(0, 0.1, generator=generator)
                 module.bias.normal_(generator=generator)
     return model
@@ -126,10 +126,10 @@ def case(request: pytest.FixtureRequest) -> tuple[Case, nn.Module, FeatureTap, T
     return request.param, model, FeatureTap(model.train()).trace(x), x
 
 
-Listened = tuple[Case, nn.Module, FeatureTap, Tensor]
+Tapped = tuple[Case, nn.Module, FeatureTap, Tensor]
 
 
-def test_what_is_found_is_what_a_manual_pass_gives(case: Listened) -> None:
+def test_what_is_found_is_what_a_manual_pass_gives(case: Tapped) -> None:
     expected, model, tap, x = case
     features = tap(x)
     assert all(m.training for m in model.modules())
@@ -146,13 +146,13 @@ def test_what_is_found_is_what_a_manual_pass_gives(case: Listened) -> None:
     assert features.embedding is None
     if expected.width is None:
         assert features.activation is None
-        assert "normalisation" in features.absent["activation"]
+        assert "normalization" in features.absent["activation"]
     else:
         assert features.activation.shape == (3, expected.width)
         torch.testing.assert_close(features.activation, activation.flatten(1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_classifier_makes_the_logits(case: Listened) -> None:
+def test_the_classifier_makes_the_logits(case: Tapped) -> None:
     expected, model, tap, x = case
     features = tap(x)
     weight, bias = features.linear()
@@ -164,7 +164,7 @@ def test_the_classifier_makes_the_logits(case: Listened) -> None:
     assert features.classifier_reads("pooled" if expected.width is None else "activation")
 
 
-def test_what_a_plain_hook_on_the_last_linear_layer_sees(case: Listened) -> None:
+def test_what_a_plain_hook_on_the_last_linear_layer_sees(case: Tapped) -> None:
     expected, model, tap, x = case
     features = tap(x)
     seen: list[Tensor] = []
@@ -180,7 +180,7 @@ def test_what_a_plain_hook_on_the_last_linear_layer_sees(case: Listened) -> None
     assert torch.equal(read, seen[0].flatten(1))
 
 
-def test_the_words_say_what_it_means_for_nan(case: Listened) -> None:
+def test_the_words_say_what_it_means_for_nan(case: Tapped) -> None:
     expected, _, tap, _ = case
     words = tap.describe()
     assert [kind for kind in (MLP_HEAD, POOL, NONE) if kind in words] == [expected.kind]
@@ -191,14 +191,14 @@ def test_the_words_say_what_it_means_for_nan(case: Listened) -> None:
         assert "%" in words
 
 
-def test_a_score_does_not_depend_on_the_batch(case: Listened) -> None:
+def test_a_score_does_not_depend_on_the_batch(case: Tapped) -> None:
     _, _, tap, x = case
     whole, one = tap(x), tap(x[1:2])
     for name, value in one.fields():
         torch.testing.assert_close(value, getattr(whole, name)[1:2], rtol=1e-3, atol=1e-4)
 
 
-def test_no_hook_is_left(case: Listened) -> None:
+def test_no_hook_is_left(case: Tapped) -> None:
     _, model, _, _ = case
     for name, module in model.named_modules():
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
@@ -219,7 +219,7 @@ def test_a_wrapped_resnet_is_listened_to_inside_its_wrapper() -> None:
 def test_describe_without_inputs_takes_noise_of_the_size_of_the_model() -> None:
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1).eval()
     assert NONE in FeatureTap(model).describe()
-    # One whose configuration does not tell its size.
+    # The configuration of this one does not give the input size.
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1, img_size=32).eval()
     with pytest.raises(ValueError, match="trace"):
         FeatureTap(model).describe()

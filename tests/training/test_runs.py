@@ -1,4 +1,4 @@
-"""What a run keeps: a damaged checkpoint or log is told in one line, and nothing is trained from it."""
+"""The state of a run: a damaged checkpoint or log raises a one-line error, and is not resumed."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def checkpoint(tmp_path):
 def test_a_checkpoint_comes_back_as_it_was(checkpoint):
     saved = read_checkpoint(checkpoint, RUN, CPU)
     assert saved["epoch"] == 2
-    # The layout as well: the next step rounds otherwise in another.
+    # The memory layout too, because the next step rounds differently in another one.
     assert saved["model"]["w"].is_contiguous(memory_format=torch.channels_last)
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
 
@@ -71,7 +71,7 @@ def test_training_never_resumes_from_a_damaged_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         train(untrained, *data(), replace(RECIPE, epochs=1), folder=tmp_path)
     assert torch.equal(untrained.weight, model().weight)
-    # What the message says to do does it.
+    # The advice in the message works.
     (tmp_path / CHECKPOINT).unlink()
     again = train(model(), *data(), RECIPE, folder=tmp_path)
     assert torch.equal(again.weight, train(model(), *data(), RECIPE).weight)
@@ -111,7 +111,7 @@ def test_a_damaged_log_is_named_with_its_line(tmp_path):
 
 
 def fit_small(folder):
-    """Train for one more epoch than there is; return the epochs that were trained."""
+    """Train for one more epoch than the checkpoint has, and return the epochs that were trained."""
     trained = []
     train(model(), *data(), RECIPE, folder=folder, on_epoch=lambda entry, _: trained.append(entry["epoch"]))
     return trained
@@ -153,9 +153,9 @@ def test_a_log_that_does_not_fit_the_checkpoint_costs_no_epoch(tmp_path, monkeyp
     elif what != "missing":
         first = good.splitlines(keepends=True)[0]
         file.write_bytes({"damaged": good.replace(b"0", b"1", 1), "empty": b"", "cut": first}[what])
-    said = {"damaged": "line 1 of .* is damaged", "a folder": "is a folder where a file is expected"}.get(
+    said = {"damaged": "line 1 of .* is damaged", "a folder": "is a folder, but must be a file"}.get(
         what,
-        f"has no line of epoch {2 if what == 'cut' else 1}, and checkpoint.pt beside it is of epoch 2: restore",
+        f"has no line for epoch {2 if what == 'cut' else 1}, but checkpoint.pt next to it is of epoch 2: restore",
     )
     with pytest.raises(ValueError, match=said):
         fit(tmp_path)
@@ -175,7 +175,7 @@ def test_a_damaged_log_without_a_checkpoint_costs_no_epoch(tmp_path):
 
 def test_a_folder_in_the_place_of_a_checkpoint_is_named(tmp_path):
     (tmp_path / CHECKPOINT).mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is a folder where a file is expected"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is a folder, but must be a file"):
         fit_small(tmp_path)
 
 

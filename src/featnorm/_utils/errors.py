@@ -1,4 +1,4 @@
-"""Errors of code that is not featnorm's: whose it is, where it raised, and what it said."""
+"""Errors of the user's code: where they were raised, and their messages."""
 
 import os
 import sysconfig
@@ -12,63 +12,68 @@ _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "pl
 
 
 RAISED_BY_USERS = (Exception, SystemExit)
-"""What the user's own code may raise. A ``sys.exit`` in it is meant for a program of its own, not for featnorm."""
+"""Exceptions that the user's code may raise. A ``sys.exit`` in it must not end featnorm."""
 
 
 class RefusalError(Exception):
-    """Base of the errors by which featnorm refuses a call, where they are no ValueError and no TypeError."""
+    """Base of the errors for a call that featnorm does not support, if they are not a ValueError or TypeError."""
 
 
 class UserCodeError(ValueError):
-    """The user's own code, a model, a transform or a function, raised an error; it is the cause of this one."""
+    """An error raised by the user's code: a model, a transform or a function. The original is its cause."""
 
     def on(self, inputs: str) -> Self:
-        """Return the same error with the inputs named on which the code raised."""
+        """Return the same error with the inputs on which it was raised added to its message."""
         return type(self)(f"{self}, on {inputs}")
 
 
-def said(error: BaseException) -> str:
-    """Return the type of an error and the first line of what it says."""
+def error_text(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
     name = type(error).__name__
     return next((f"{name}: {line.strip()}" for line in str(error).splitlines() if line.strip()), name)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the message of an error, cut to one line; its type if it has no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def is_featnorms(file: str) -> bool:
-    """Whether a source file is featnorm's own."""
+    """Whether a source file is part of featnorm."""
     return file.startswith(_PACKAGE)
 
 
 def is_library(file: str) -> bool:
-    """Whether a source file is of Python or of an installed library, featnorm left out."""
+    """Whether a source file is part of Python or of an installed library other than featnorm."""
     return (file.startswith(("<", *_LIBRARIES))) and not is_featnorms(file)
 
 
 def frames_of(error: BaseException) -> list[tuple[FrameType, int]]:
-    """Return the frames that an error passed through and the line in each, the one that raised it last."""
+    """Return the frames of an error's traceback and the line in each; the frame that raised it is the last."""
     return list(traceback.walk_tb(error.__traceback__))
 
 
-def at(error: BaseException) -> str:
-    """Return where code that is not featnorm's raised an error, as ``, at module:function (file:line)``.
+def error_site(error: BaseException) -> str:
+    """Return where code outside featnorm raised an error, as ``, at module:function (file:line)``.
 
-    That is the innermost call in code that is no installed library's; where there is none, the innermost forward
-    pass of a module, or else the innermost call. Empty where the call by featnorm itself failed, or where the
-    error is of another process.
+    The site is the innermost call outside installed libraries; if there is none, the innermost forward pass of a
+    module, or else the innermost call. It is empty if featnorm's own call failed, or if the error comes from
+    another process.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f", at {_short(error.filename)}:{error.lineno}"
     frames = [part for part in frames_of(error) if not is_featnorms(part[0].f_code.co_filename)]
     if not frames:
         return ""
-    theirs = [part for part in frames if not is_library(part[0].f_code.co_filename)]
+    users = [part for part in frames if not is_library(part[0].f_code.co_filename)]
     forward = [part for part in frames if part[0].f_code.co_name == "forward"]
-    frame, line = (theirs or forward or frames)[-1]
+    frame, line = (users or forward or frames)[-1]
     code = frame.f_code
     return f", at {frame.f_globals.get('__name__', '?')}:{code.co_qualname} ({_short(code.co_filename)}:{line})"
 
 
 def _short(file: str) -> str:
-    """Return a path relative to the working directory, or to the folder of the libraries, where it lies in one."""
+    """Return a path relative to the working directory or to a folder of libraries, if it is in one."""
     for folder in (os.path.join(os.getcwd(), ""), *sorted(_LIBRARIES, key=len, reverse=True)):
         if file.startswith(folder):
             return file.removeprefix(folder)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also after a power cut and on a full disk."""
+"""Files that are written completely or not at all, also after a power cut or on a full disk."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OF_THE_DISK = (*_FULL, errno.EIO, errno.EROFS)
-# A temporary file's name has to be valid wherever the final one is.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_ERRORS = (*_DISK_FULL, errno.EIO, errno.EROFS)
+# Part of the final name in that of the temporary file, which must be valid wherever the final name is.
 _PREFIX_CHARACTERS = 32
 
 
@@ -24,15 +24,17 @@ class WriteError(OSError):
 
     Parameters
     ----------
-    path : the file that was to be written.
-    cause : what the system said.
+    path : Path
+        The file that was to be written.
+    cause : OSError
+        The error of the operating system.
     """
 
     def __init__(self, path: Path, cause: OSError) -> None:
         text = f"cannot write {path}: {cause.strerror or cause}"
-        if cause.errno in _FULL:
+        if cause.errno in _DISK_FULL:
             free = shutil.disk_usage(path.parent).free
-            text += f" ({free / 1e6:,.1f} MB are free): free some space, or choose another place"
+            text += f" ({free / 1e6:,.1f} MB are free): free some space, or choose another path"
         super().__init__(cause.errno, text)
 
     def __str__(self) -> str:
@@ -40,23 +42,23 @@ class WriteError(OSError):
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """Write what an open file still buffers, and wait until it is on the disk."""
+    """Flush the buffer of an open file, and wait until the content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(path: str | Path) -> None:
-    """Wait until the entries of a folder are on the disk: a power cut may otherwise undo a rename."""
+    """Wait until the entries of a folder are on the disk. Otherwise a power cut may undo a rename."""
     if os.name == "nt":
-        return  # Windows cannot flush a folder; NTFS keeps a journal of renames.
+        return  # Windows cannot flush a folder; NTFS has a journal of renames.
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
-        return  # Files can be written to it, but it cannot be read, which a flush needs.
+        return  # The folder is writable but not readable, and a flush needs to open it for reading.
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems cannot flush a folder either.
+        # Some network file systems cannot flush a folder.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -65,16 +67,16 @@ def sync_folder(path: str | Path) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a file to write; it takes its place at the end, and an earlier one stays there until then.
+    """Yield the path of a temporary file to write, which replaces the file at `path` when the block ends.
 
-    When the block has ended, the file is on the disk.
+    If the block raises, an existing file at `path` stays as it is. After the block, the new file is on the disk.
 
     Raises
     ------
     FileNotFoundError
-        There is no such folder to write to.
+        If the folder of `path` does not exist.
     WriteError
-        The file cannot be written, because the disk is full, for example.
+        If the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     _require_folder(path)
@@ -88,7 +90,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             flush_to_disk(file)
-        # The umask decides who may read it, as for any file; mkstemp had made it private.
+        # The permissions of any new file, by the umask: mkstemp makes files private.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -101,18 +103,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str, *, errors: str | None = None) -> None:
-    """Write a text file in UTF-8 with Unix line ends, see `replacing`."""
+    """Write a text file in UTF-8 with Unix line endings; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors, newline="\n")
 
 
 def append(path: Path, content: bytes) -> None:
-    """Append to a file, which is made where there is none. When this returns, the content is on the disk.
+    """Append to a file, and create it if it does not exist. When this returns, the content is on the disk.
 
     Raises
     ------
     WriteError
-        The file cannot be written, or not whole; then it may end in a part of the content.
+        If the content cannot be written. The file may then end in a part of it.
     """
     try:
         new = not path.exists()
@@ -125,57 +127,64 @@ def append(path: Path, content: bytes) -> None:
         raise WriteError(path, error) from None
 
 
-def try_folder(path: Path) -> None:
-    """Raise an OSError where no file can be made in a folder."""
-    # By a name, which not every system and disk that has room for a nameless file has room for.
+def check_folder_writable(path: Path) -> None:
+    """Raise an OSError if no file can be created in a folder."""
+    # A file with a name: some systems and full disks have room for a nameless file only.
     with tempfile.NamedTemporaryFile(dir=path, prefix="."):
         pass
 
 
-def try_place(path: Path) -> None:
-    """Find out whether a file can be written or replaced, without changing what is there.
+def check_writable(path: Path) -> None:
+    """Check that a file can be written or replaced, without changing it.
 
     Raises
     ------
     ValueError
-        It cannot, and why.
+        If it cannot; the message says why.
     """
     try:
         _require_folder(path)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from None
-    there = None
+    existing = None
     try:
-        try_folder(path.parent)
+        check_folder_writable(path.parent)
         with suppress(FileNotFoundError):
-            there = path.stat()
+            existing = path.stat()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    if there is None:
+    if existing is None:
         return
-    if stat.S_ISDIR(there.st_mode):
+    if stat.S_ISDIR(existing.st_mode):
         raise ValueError(f"{path} is a folder: name a file")
-    if not stat.S_ISREG(there.st_mode):
-        raise ValueError(f"{path} is no regular file: name another one")
+    if not stat.S_ISREG(existing.st_mode):
+        raise ValueError(f"{path} is not a regular file: choose another path")
     if not _is_replaceable(path):
-        raise ValueError(f"{path} is there already and cannot be replaced: choose another place, or remove it")
+        raise ValueError(f"{path} already exists and cannot be replaced: choose another path, or remove it")
 
 
 def acquire_lock(path: Path, timeout: float = 0) -> FileLock:
-    """Return a lock file that this process holds now.
+    """Acquire a lock file for this process.
+
+    Parameters
+    ----------
+    path : Path
+        The lock file.
+    timeout : float
+        Seconds to wait while another process holds the lock.
 
     Raises
     ------
     Timeout
-        Another process holds it.
+        If another process holds the lock.
     WriteError
-        The lock file cannot be written.
+        If the lock file cannot be written.
     """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
-        # Some systems refuse the file in a way that looks like a lock that is held.
+        # On some systems, a lock file that cannot be written looks like a lock that is held.
         try:
             with path.open("ab"):
                 pass
@@ -187,39 +196,39 @@ def acquire_lock(path: Path, timeout: float = 0) -> FileLock:
     return lock
 
 
-def refuse_folder(path: Path) -> None:
-    """Raise a ValueError where there is a folder in the place of a file that is to be read or written."""
+def require_no_folder(path: Path) -> None:
+    """Raise a ValueError if the path of a file to read or write is a folder."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder where a file is expected: move it away, or remove it")
+        raise ValueError(f"{path} is a folder, but must be a file: move or remove the folder")
 
 
 def _require_folder(path: Path) -> None:
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Tell whether the system would let a file be replaced that is there, in a folder that can be written to."""
+    """Whether the system lets an existing file in a writable folder be replaced."""
     try:
         with path.open("rb+"):
             pass
     except OSError as error:
-        # A file that may not be written to can be replaced all the same, but for one that is immutable or, on
-        # Windows, read-only or in use.
+        # A file without write permission can be replaced, unless it is immutable or, on Windows, read-only or in
+        # use.
         if os.name == "nt" or error.errno != errno.EACCES:
             return False
     if os.name == "nt":
         return True
     folder, user = path.parent.stat(), os.geteuid()
-    # In a folder such as /tmp everybody may write, and replace files of their own.
+    # In a folder such as /tmp every user may write, but replace only their own files.
     return not folder.st_mode & stat.S_ISVTX or user in (0, folder.st_uid, path.lstat().st_uid)
 
 
 def _cause(error: BaseException, temporary: Path) -> OSError | None:
-    """Return what the system said where that is why a file could not be written."""
+    """Return the system's error, if that is why a file could not be written."""
     if isinstance(error, OSError):
-        return error if error.errno in _OF_THE_DISK or error.filename == str(temporary) else None
-    # The errors of safetensors are of no type of Python's, and say the system's number in words.
+        return error if error.errno in _DISK_ERRORS or error.filename == str(temporary) else None
+    # safetensors raises its own type of error, with the number of the system's error in the message.
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
     return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 

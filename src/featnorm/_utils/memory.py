@@ -1,4 +1,4 @@
-"""Memory: kept where the system would take it back, and batches that are larger than it."""
+"""Memory: keeping freed memory in the process, and splitting batches that do not fit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _Result = TypeVar("_Result")
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors, for this process.
+    """Let the C library keep the memory of freed tensors, for the rest of this process.
 
-    Without this glibc gives every large tensor back to the system and asks for it anew, page by page: more than
-    half the time of a convolutional network on a CPU goes there (benchmarks/test_process.py).
+    By default, glibc returns the memory of every large tensor to the system and requests it again, page by page.
+    That takes more than half the time of a convolutional network on a CPU (benchmarks/test_process.py).
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -27,26 +27,33 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def in_parts(ask: Callable[[Tensor], _Result], inputs: Tensor) -> list[_Result]:
-    """Return what is said of inputs at once or, where the device has no memory for that, of halves of them.
+def in_parts(function: Callable[[Tensor], _Result], inputs: Tensor) -> list[_Result]:
+    """Apply a function to a batch, or to halves of it if the device runs out of memory.
 
     Parameters
     ----------
-    ask : what says it, of inputs (n, ...); what it says of one does not depend on the others.
-    inputs : (n, ...).
+    function : callable
+        A function of inputs (n, ...), whose result for one input does not depend on the others.
+    inputs : Tensor
+        The batch, (n, ...).
+
+    Returns
+    -------
+    list
+        The results of the parts, in order; one if the batch fits.
 
     Raises
     ------
     torch.OutOfMemoryError
-        There is none for a single one.
+        If a single input does not fit.
     """
-    import torch  # not above: the command line keeps memory before it imports anything large
+    import torch  # not above: the command line calls keep_freed_memory before it imports anything large
 
     try:
-        return [ask(inputs)]
+        return [function(inputs)]
     except torch.OutOfMemoryError:
         if len(inputs) < 2:
             raise
-    # Not within the handler, whose traceback holds the tensors that did not fit.
+    # Outside the handler, whose traceback holds the tensors that did not fit.
     half = len(inputs) // 2
-    return in_parts(ask, inputs[:half]) + in_parts(ask, inputs[half:])
+    return in_parts(function, inputs[:half]) + in_parts(function, inputs[half:])

@@ -1,4 +1,4 @@
-"""Weights loaded as they were saved, whatever the module's memory and torch's default type are."""
+"""Loading of weights, independent of the memory of the module and of torch's default dtype."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def single_precision() -> Iterator[None]:
-    """Make modules and tensors of float32, whatever the caller has set torch's default type to."""
+    """Set torch's default dtype to float32, and restore it at the end."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -20,16 +20,17 @@ def single_precision() -> Iterator[None]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Load a state dict, also into an expanded tensor, whose elements share one place in memory.
+    """Load a state dict, also into expanded tensors, whose elements share memory.
 
     Parameters
     ----------
-    module, weights, strict : see `torch.nn.Module.load_state_dict`.
+    module, weights, strict
+        See `torch.nn.Module.load_state_dict`.
 
     Raises
     ------
     RuntimeError
-        The weights do not fit the module.
+        If the weights do not fit the module.
     """
     for tensor in module.state_dict(keep_vars=True).values():
         if isinstance(tensor, Tensor) and any(

@@ -1,5 +1,9 @@
-"""The command line: ``featnorm``."""
+"""The command line: one module per command, and what they share.
 
-from featnorm.cli.entry import main
+A command is a function of the command's name, in a module of that name. Its signature declares its options, and
+its docstring is its help text. Options that several commands share are types in `featnorm.cli.options`. A line in
+`featnorm.__main__` adds the command.
 
-__all__ = ["main"]
+``featnorm --help`` and shell completion import the modules of all commands. At its top such a module therefore
+imports only what is imported quickly; torch, and whatever imports torch, is imported in its functions.
+"""

@@ -1,34 +1,45 @@
-"""``featnorm demo``: the main job on data that scikit-learn ships."""
+"""``featnorm demo``: detectors compared and calibrated on data that come with scikit-learn."""
+
+from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from torch import Tensor
+from featnorm.cli.console import console, environment, prepare_folder, print_table
+from featnorm.cli.options import OutFolder, Seed
 
-from featnorm import demo
-from featnorm.cli.show import console, environment, prepare_folder, print_table
-from featnorm.detectors import NAN
-from featnorm.evaluation import compare, standard_detectors
-from featnorm.features import Features
-from featnorm.report.comparison import write_page
-from featnorm.scorer import Scorer
-from featnorm.tap import FeatureTap
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+    from torch import Tensor
+
+    from featnorm.features import Features
+    from featnorm.tap import FeatureTap
 
 _BATCH = 256
 _TPR = 0.95
 
 
-def run(out: Path, seed: int) -> None:
-    """Train, compare, calibrate; print a table and write a page."""
+def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
+    """Train a small network on handwritten digits, and compare detectors on inputs that it does not know.
+
+    Takes under a minute and downloads nothing: the data come with scikit-learn.
+    """
+    from featnorm import demo as digits
+    from featnorm.detectors import NAN
+    from featnorm.evaluation import compare, standard_detectors
+    from featnorm.report.comparison import write_page
+    from featnorm.scorer import Scorer
+    from featnorm.tap import FeatureTap
+
     started = time.perf_counter()
     page = out / "index.html"
     prepare_folder(out, [page])
-    data = demo.load(seed)
+    data = digits.load(seed)
     console.print(f"Training a small network on {len(data.train[0])} handwritten digits, 0 to 6 ...", style="dim")
-    model = demo.train(data.train, seed)
+    model = digits.train(data.train, seed)
     trained = time.perf_counter()
 
     tap = FeatureTap(model).trace(data.test[0])
@@ -41,10 +52,10 @@ def run(out: Path, seed: int) -> None:
         ood_sets={name: _stream(tap, images) for name, images in data.ood.items()},
     )
     evaluation.facts = {
-        "model": f"three convolutions and a head, {demo.RECIPE.epochs} epochs in {trained - started:.0f} s",
+        "model": f"three convolutions and a head, {digits.RECIPE.epochs} epochs in {trained - started:.0f} s",
         "in-distribution": f"{len(data.test[0])} digits 0 to 6 that the network was not trained on",
         **{name: f"{len(images)} inputs" for name, images in data.ood.items()},
-        "fit": f"the {len(data.train[0])} training digits, for the detectors that learn",
+        "fit": f"the {len(data.train[0])} training digits, for the detectors that are fitted",
         "seed": str(seed),
         **environment(),
     }
@@ -52,14 +63,15 @@ def run(out: Path, seed: int) -> None:
 
     inputs = {evaluation.id_name: data.test[0], **data.ood}
     scorer = Scorer(model, NAN()).calibrate(data.calibrate[0].split(_BATCH), tpr=_TPR, progress=False)
-    refused = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
-    verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in refused.items())
-    # Of the share refused, from the draws of the calibration and of the test demo.
-    chance = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
+    flagged = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
+    verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in flagged.items())
+    # Standard error of the first share, due to the random choice of calibration and test digits.
+    deviation = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
     console.print()
     console.print(
-        f"NAN, calibrated on {len(data.calibrate[0])} other digits to refuse {1 - _TPR:.0%} of what the model "
-        f"knows, refuses {verdicts} (for the first, a standard error of {chance:.1%} is chance).",
+        f"NAN, calibrated on {len(data.calibrate[0])} other digits to flag {1 - _TPR:.0%} of "
+        f"in-distribution inputs as OOD, flags {verdicts} (the standard error of the first is "
+        f"{deviation:.1%}).",
         soft_wrap=True,
     )
     write_page(
@@ -81,4 +93,6 @@ def _stream(tap: FeatureTap, images: Tensor, labels: Tensor | None = None) -> It
 
 
 def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image[0].mul(255).round().to(torch.uint8).numpy())
+    from PIL import Image
+
+    return Image.fromarray(image[0].mul(255).round().byte().numpy())

@@ -1,17 +1,16 @@
-"""``featnorm evaluate``: detectors side by side on the user's model and images."""
+"""``featnorm evaluate``: a comparison of detectors on the user's model and images."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from PIL import Image
-from tqdm import tqdm
+import typer
 
 from featnorm._utils.files import write_text
-from featnorm._utils.layout import fast_layout
-from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import (
+from featnorm._utils.progress import progress_bar
+from featnorm.cli.console import (
     console,
     environment,
     prepare_folder,
@@ -20,118 +19,91 @@ from featnorm.cli.show import (
     print_skipped,
     print_table,
 )
-from featnorm.detectors import parse_detector
-from featnorm.evaluation import compare, standard_detectors
-from featnorm.features import Features
-from featnorm.inputs import DataError, ImageSource, image_loader, open_images
-from featnorm.inputs.formats import PassedOver
-from featnorm.inputs.loading import named
-from featnorm.models import create_model
-from featnorm.models.loading import users_forward
-from featnorm.report import markdown_page
-from featnorm.report.comparison import write_page
-from featnorm.tap import FeatureTap
+from featnorm.cli.options import (
+    DATA,
+    BatchSize,
+    DataRoot,
+    Detectors,
+    Device,
+    LabelColumn,
+    Layer,
+    Model,
+    OutFolder,
+    Precision,
+    Weights,
+    Workers,
+)
 
-# What the images to fit on are called where sets are named; a set of that name goes by its specification.
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+
+    from featnorm.features import Features
+    from featnorm.inputs import ImageSource
+    from featnorm.tap import FeatureTap
+
+# Name of the set to fit on. Another set of that name is called by its specification.
 _FIT = "fit"
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
+def evaluate(
+    model: Model,
+    id_data: Annotated[str, typer.Option("--id", metavar="DATA", help=f"In-distribution inputs: {DATA}.")],
+    ood: Annotated[
+        list[str],
+        typer.Option(metavar="DATA", help="Out-of-distribution inputs, as for --id. Repeat for several."),
+    ],
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="In-distribution inputs for the detectors that have to be fitted."),
+    ] = None,
+    weights: Weights = None,
+    detector: Detectors = None,
+    layer: Layer = None,
+    label_column: LabelColumn = None,
+    out: OutFolder = Path("featnorm-evaluation"),
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+) -> None:
+    """Compare detectors on your model and data, in a table and on a page."""
+    page, document = out / "index.html", out / "results.md"
+    prepare_folder(out, [page, document])
+    from featnorm._utils.layout import fast_layout
+    from featnorm.cli.runtime import fabric_of
+    from featnorm.detectors import parse_detector
+    from featnorm.evaluation import compare, standard_detectors
+    from featnorm.inputs import open_source
+    from featnorm.inputs.formats import PassedOver
+    from featnorm.models import create_model
+    from featnorm.report.comparison import write_page
+    from featnorm.report.tables import markdown_page
+    from featnorm.tap import FeatureTap
 
-    model: str
-    weights: Path | None
-    id_data: str
-    ood: list[str]
-    fit: str | None
-    detectors: list[str] | None
-    layer: str | None
-    label_column: str | None
-    out: Path
-    data_root: Path | None
-    device: str
-    precision: str
-    batch_size: int
-    workers: int | None
-
-
-class _Reader:
-    """The features of a set of images, batch by batch, and which images they are."""
-
-    def __init__(self, tap: FeatureTap, transform: Any, fabric: Any, options: Options) -> None:
-        self.tap = tap
-        self.transform = transform
-        self.fabric = fabric
-        self.options = options
-        self.skipped: dict[str, list[tuple[str, str]]] = {}
-        self.rows: dict[str, list[int]] = {}
-        self.several = 0
-
-    def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
-        """Yield the features of a source, skipping what cannot be read."""
-        loader = image_loader(
-            source,
-            self.transform,
-            batch_size=self.options.batch_size,
-            workers=self.options.workers,
-            on_corrupt=lambda file, why: self.skipped.setdefault(name, []).append((file, why)),
-        )
-        rows = self.rows.setdefault(name, [])
-        classes = source.class_names
-        why = None
-        if classes is None and source.label(0) is None:
-            why = "the images have no classes (SSD and KNN need none)"
-        elif classes is not None and len(classes) == 1:
-            why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
-        for part in tqdm(loader.parts(), total=len(loader), desc=name, unit="batch", disable=None, leave=False):
-            batch = part.batch
-            if batch is None:
-                continue
-            self.several += len(part.several)
-            rows.extend(batch.indices.tolist())
-            images = fast_layout(batch.images)
-            where = users_forward(self.options.model, self.tap.model, named(source, batch.indices.tolist()))
-            with where, self.fabric.autocast():
-                features = self.tap(images)
-            # Labels of other classes than the model's own say nothing of its accuracy.
-            foreign = name != _FIT and classes is not None and _classes_of(features) != len(classes)
-            if why is None and not foreign:
-                yield features.replace(labels=batch.labels.to(self.tap.device))
-            else:
-                yield features.replace(absent={**features.absent, "labels": why or "its classes are others"})
-
-
-def run(options: Options) -> None:
-    """Compare detectors; write a page and a Markdown document, print a table."""
-    page, document = options.out / "index.html", options.out / "results.md"
-    prepare_folder(options.out, [page, document])
-    detectors = (
-        [parse_detector(expression) for expression in options.detectors]
-        if options.detectors
-        else standard_detectors()
-    )
-    _refuse_twice(options)
+    detectors = [parse_detector(expression) for expression in detector] if detector else standard_detectors()
+    _refuse_twice([*([] if fit is None else [fit]), id_data, *ood])
 
     def labeled(spec: str) -> ImageSource:
-        return open_images(spec, root=options.data_root, label_column=options.label_column)
+        return open_source(spec, root=data_root, label_column=label_column)
 
-    fit = None if options.fit is None else labeled(options.fit)
-    opened = [(options.id_data, labeled(options.id_data))]
-    opened += [(spec, open_images(spec, root=options.data_root, labels=False)) for spec in options.ood]
+    fit_source = None if fit is None else labeled(fit)
+    opened = [(id_data, labeled(id_data))]
+    opened += [(spec, open_source(spec, root=data_root, labels=False)) for spec in ood]
     sources = _named(opened)
     id_name, *ood_names = sources
-    for source in [sources[id_name], *([] if fit is None else [fit])]:
+    for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
-    loaded = create_model(options.model, weights=options.weights)
-    fabric = fabric_of(options.device, options.precision)
-    model = fast_layout(fabric.to_device(loaded.model))
-    tap = FeatureTap(model, options.layer)
-    reader = _Reader(tap, loaded.transform, fabric, options)
+    loaded = create_model(model, weights=weights)
+    fabric = fabric_of(device, precision)
+    tap = FeatureTap(fast_layout(fabric.to_device(loaded.model)), layer)
+    reader = _Reader(model, tap, loaded.transform, fabric, batch_size, workers)
 
     evaluation = compare(
         detectors,
-        fit=None if fit is None else reader.stream(_FIT, fit),
+        fit=None if fit_source is None else reader.stream(_FIT, fit_source),
         id_set=(id_name, reader.stream(id_name, sources[id_name])),
         ood_sets={name: reader.stream(name, sources[name]) for name in ood_names},
     )
@@ -139,21 +111,21 @@ def run(options: Options) -> None:
     evaluation.facts = {
         "model": loaded.name + "".join(f"; {note}" for note in loaded.notes),
         "last hidden layer": tap.describe().splitlines()[0].removeprefix("Last hidden layer: "),
-        "in-distribution": f"{options.id_data}, {len(reader.rows[id_name])} inputs",
+        "in-distribution": f"{id_data}, {len(reader.rows[id_name])} inputs",
         **{
             f"OOD, {name}": f"{spec}, {len(reader.rows[name])} inputs"
-            for name, spec in zip(ood_names, options.ood, strict=True)
+            for name, spec in zip(ood_names, ood, strict=True)
         },
-        "fit": "nothing" if fit is None else f"{options.fit}, {len(reader.rows[_FIT])} inputs",
-        "device": f"{tap.device}, {options.precision}",
+        "fit": "nothing" if fit is None else f"{fit}, {len(reader.rows[_FIT])} inputs",
+        "device": f"{tap.device}, {precision}",
         **environment(),
     }
 
     def image(name: str, index: int) -> Image.Image:
-        return sources[name].image(reader.rows[name][index])
+        return sources[name].item(reader.rows[name][index])
 
-    title = f"What does {options.model} know?"
-    summary = f"Which detectors tell {', '.join(ood_names)} from {id_name}?"
+    title = f"What does {model} know?"
+    summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
     write_text(document, markdown_page(evaluation, title=title, summary=summary), errors="backslashreplace")
 
@@ -162,7 +134,7 @@ def run(options: Options) -> None:
         console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
     for name, files in evaluation.skipped.items():
         print_skipped(name, files)
-    every = opened if options.fit is None or fit is None else [(options.fit, fit), *opened]
+    every = opened if fit is None or fit_source is None else [(fit, fit_source), *opened]
     # Sets may be slices of one folder.
     beside = {spec.partition("[")[0]: source.passed_over for spec, source in every}
     print_reading(
@@ -174,12 +146,67 @@ def run(options: Options) -> None:
     console.print(f"Wrote {page} and {document}.", soft_wrap=True)
 
 
+@dataclass
+class _Reader:
+    """Computes the features of sets of images, and keeps the rows of the images that could be read."""
+
+    model: str
+    tap: FeatureTap
+    transform: Any
+    fabric: Any
+    batch_size: int
+    workers: int | None
+    skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    several: int = 0
+
+    def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
+        """Yield the features of a source in batches; images that cannot be read are skipped."""
+        from featnorm._utils.layout import fast_layout
+        from featnorm.inputs import image_loader
+        from featnorm.inputs.loading import named
+        from featnorm.models.loading import users_forward
+
+        loader = image_loader(
+            source,
+            self.transform,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            on_corrupt=lambda file, why: self.skipped.setdefault(name, []).append((file, why)),
+        )
+        rows = self.rows.setdefault(name, [])
+        classes = source.class_names
+        why = None
+        if classes is None and source.label(0) is None:
+            why = "the images have no classes (SSD and KNN need none)"
+        elif classes is not None and len(classes) == 1:
+            why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
+        for part in progress_bar(loader.parts(), total=len(loader), desc=name, unit="batch"):
+            batch = part.batch
+            if batch is None:
+                continue
+            self.several += len(part.several)
+            rows.extend(batch.indices.tolist())
+            images = fast_layout(batch.images)
+            where = users_forward(self.model, self.tap.model, named(source, batch.indices.tolist()))
+            with where, self.fabric.autocast():
+                features = self.tap(images)
+            # The accuracy of the model is defined only for labels of its own classes.
+            others = name != _FIT and classes is not None and _classes_of(features) != len(classes)
+            if why is None and not others:
+                yield features.replace(labels=batch.labels.to(self.tap.device))
+            else:
+                yield features.replace(
+                    absent={**features.absent, "labels": why or "its classes are not the model's"}
+                )
+
+
 def _classes_of(features: Features) -> int | None:
     return None if features.logits is None else features.logits.shape[1]
 
 
 def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
-    """Return each set by a short name or, where two would share it, by what the user called it."""
+    """Return the sets by their short names or, where two share one, by their specifications."""
     titles = [source.title for _, source in opened]
     return {
         source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source
@@ -187,9 +214,11 @@ def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
     }
 
 
-def _refuse_twice(options: Options) -> None:
+def _refuse_twice(specs: list[str]) -> None:
+    from featnorm.inputs import DataError
+
     seen: dict[object, str] = {}
-    for spec in filter(None, (options.fit, options.id_data, *options.ood)):
+    for spec in specs:
         base, bracket, rows = spec.partition("[")
         path = Path(base)
         key = (path.resolve() if path.exists() else base, bracket + rows)

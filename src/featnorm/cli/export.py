@@ -2,18 +2,22 @@
 
 from pathlib import Path
 
-from featnorm.cli.show import console, require_file_place
-from featnorm.export import OUTPUTS, export_onnx
-from featnorm.image_scorer import ImageScorer
+from featnorm.cli.console import console, require_file_place
+from featnorm.cli.options import OutFile, OwnModel, ScorerFile
 
 
-def run(detector: Path, out: Path, model: str | None) -> None:
-    """Write the graph, and say what goes in and comes out."""
-    require_file_place(out, [detector])
-    scorer = ImageScorer.load(detector, model=model)
+def export(scorer_file: ScorerFile, out: OutFile = Path("detector.onnx"), model: OwnModel = None) -> None:
+    """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
+    require_file_place(out, [scorer_file])
+    from featnorm.export import OUTPUTS, export_onnx
+    from featnorm.image_scorer import ImageScorer
+
+    scorer = ImageScorer.load(scorer_file, model=model)
     difference = export_onnx(scorer, out)
     shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
-    console.print(f"  in:  images (n, {shape}) float32, as the transform of {scorer.backbone} makes them")
+    console.print(f"  in:  images (n, {shape}) float32, as returned by the transform of {scorer.backbone}")
     console.print(f"  out: {', '.join(OUTPUTS)}")
-    console.print(f"Under onnxruntime scores differ from PyTorch's by {difference:.1e} of their size at most.")
+    console.print(
+        f"The scores of onnxruntime and PyTorch differ by at most {difference:.1e} relative to their size."
+    )

@@ -1,27 +1,30 @@
-"""What becomes of an error: one line or a traceback on standard error, and the exit status."""
+"""How errors are reported: one line or a traceback on standard error, and the exit status."""
 
 import dis
 import platform
 import sys
 import traceback
+from typing import Any
+
+from typer.exceptions import TyperException
 
 from featnorm import __version__
 from featnorm._utils.errors import RefusalError, UserCodeError, is_library
 
 INTERNAL = 1
-REFUSED = 2
+INVALID = 2
 STATUSES = {
-    0: "done",
-    INTERNAL: "an internal error of featnorm, with a traceback to report",
-    REFUSED: "a wrong call or input, named in one line",
-    3: "`monitor` found drift",
+    0: "success",
+    INTERNAL: "internal error of featnorm (please report the traceback)",
+    INVALID: "invalid call or input (named in one line)",
+    3: "drift (`monitor`)",
     130: "interrupted by Ctrl-C",
 }
-"""The exit statuses and their meaning."""
+"""Exit statuses and their meaning."""
 
 _HINT = " (rerun with --debug for the traceback)"
 _LESS_MEMORY = "lower --batch-size, or free memory"
-# In the message of torch's allocator, which raises no MemoryError.
+# Part of the message of torch's allocator, which does not raise a MemoryError.
 _NO_MEMORY = "can't allocate memory"
 
 
@@ -30,13 +33,13 @@ def report(error: BaseException, *, debug: bool) -> int:
 
     Parameters
     ----------
-    error : what a command raised.
-    debug : print the traceback of a refusal too.
+    error : error that a command raised.
+    debug : whether to print the traceback of every error, and not of internal ones alone.
     """
-    refusal = _refusal(error)
-    if refusal is None or debug:
+    message = _message(error)
+    if message is None or debug:
         traceback.print_exception(error)
-    if refusal is None:
+    if message is None:
         torch = sys.modules.get("torch")
         versions = [f"featnorm {__version__}", f"Python {platform.python_version()}", platform.platform()]
         versions += [f"torch {torch.__version__}"] if torch is not None else []
@@ -47,15 +50,17 @@ def report(error: BaseException, *, debug: bool) -> int:
         )
         return INTERNAL
     hint = _HINT if isinstance(error, UserCodeError) and not debug else ""
-    print(f"featnorm: {' '.join(refusal.split())}{hint}", file=sys.stderr)
-    return REFUSED
+    print(f"featnorm: {' '.join(message.split())}{hint}", file=sys.stderr)
+    return INVALID
 
 
-def _refusal(error: BaseException) -> str | None:
-    """Return what to say of an error that the call, the input or the machine is to blame for; else None."""
+def _message(error: BaseException) -> str | None:
+    """Return the message of an error that the call, the input or the machine caused; None for any other error."""
     ray = sys.modules.get("ray")
     if ray is not None and isinstance(error, ray.exceptions.RayTaskError):
         error = error.cause
+    if isinstance(error, TyperException):
+        return _wrong_call(error)
     said = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({said}): {_LESS_MEMORY}"
@@ -68,12 +73,20 @@ def _refusal(error: BaseException) -> str | None:
     return said if isinstance(error, (ValueError, TypeError)) and _is_deliberate(error) else None
 
 
+def _wrong_call(error: Any) -> str:
+    """Return the message of an error that typer raised, with the command that prints the options."""
+    said = error.format_message().replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    command = "featnorm" if context is None else context.command_path
+    return f"{said[:1].lower()}{said[1:]}{'' if said.endswith(('.', '?')) else '.'} See {command} --help"
+
+
 def _is_deliberate(error: BaseException) -> bool:
-    """Whether a ``raise`` outside the libraries made it, and not a slip such as an unpacking that fails."""
+    """Whether a ``raise`` statement outside the libraries raised it, and not a bug such as a failed unpacking."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    # Where another process raised it, the traceback is there.
+    # Another process raised it, where the traceback stayed.
     if last is None:
         return True
     code = last.tb_frame.f_code

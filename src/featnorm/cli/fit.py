@@ -1,13 +1,15 @@
-"""``featnorm fit``: a detector of the user's own images, in one file."""
+"""``featnorm fit``: fits a detector to the user's own images, and saves it to a file."""
+
+from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from featnorm.cli.machine import cluster_of, fabric_of
-from featnorm.cli.show import (
+import typer
+
+from featnorm.cli.console import (
     console,
     counted,
     print_label_columns,
@@ -16,69 +18,102 @@ from featnorm.cli.show import (
     printable,
     require_file_place,
 )
-from featnorm.detectors import parse_detector
-from featnorm.fitting import Targets, fit_images
-from featnorm.inputs import ImageSource, open_images
-from featnorm.models import create_model
-from featnorm.models.loading import is_users
+from featnorm.cli.options import (
+    DATA,
+    BatchSize,
+    DataRoot,
+    Detector,
+    Device,
+    LabelColumn,
+    OutFile,
+    Precision,
+    Ray,
+    Seed,
+    Weights,
+    Workers,
+)
 
-_CLUSTERS = "clusters of the features are used in place of classes"
+if TYPE_CHECKING:
+    from featnorm.inputs import ImageSource
 
-
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
-
-    data: str
-    out: Path
-    model: str
-    weights: Path | None
-    detector: str
-    targets: str
-    tpr: float
-    cache: Path | None
-    label_column: str | None
-    data_root: Path | None
-    device: str
-    precision: str
-    batch_size: int
-    workers: int | None
-    ray: bool
-    seed: int
+_CLUSTERS = "clusters of the features are used instead of classes"
 
 
-def run(options: Options) -> None:
-    """Fit, write the file, say what was learned and what comes next."""
-    if options.targets not in get_args(Targets):
-        raise ValueError(f"--targets is one of {', '.join(get_args(Targets))}, got {options.targets}")
-    require_file_place(options.out, [Path(options.data)])
+def fit(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images: {DATA}.")],
+    out: OutFile = Path("detector.featnorm"),
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="Backbone: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, or `MODULE:FUNCTION`, a "
+            "function of yours that returns a model and its transform. The model without "
+            "its classifier computes the features.",
+        ),
+    ] = "featnorm:efficientnet-lite0",
+    weights: Weights = None,
+    detector: Detector = "KLUniform",
+    targets: Annotated[
+        Literal["labels", "clusters", "auto"],
+        typer.Option(
+            help="Targets of the head: `labels`, `clusters` of the features, or `auto`: labels where there are "
+            "any, else clusters."
+        ),
+    ] = "auto",
+    label_column: LabelColumn = None,
+    tpr: Annotated[float, typer.Option(help="Share of in-distribution images to accept.")] = 0.95,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for cached features. Default: `~/.cache/featnorm/features`."),
+    ] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    ray: Ray = False,
+    seed: Seed = 0,
+) -> None:
+    """Fit a detector to your images and save it to a file.
+
+    Labels are used if there are any. The features of the frozen backbone are cached on disk: after an
+    interruption, rerun the same command to resume.
+    """
+    require_file_place(out, [Path(data)])
+    from featnorm.cli.runtime import cluster_of, fabric_of
+    from featnorm.detectors import parse_detector
+    from featnorm.fitting import fit_images
+    from featnorm.inputs import open_source
+    from featnorm.models import create_model
+    from featnorm.models.loading import is_users
+
     began = time.perf_counter()
-    detector = parse_detector(options.detector)
-    source = open_images(
-        options.data,
-        root=options.data_root,
-        labels=options.targets != "clusters" or options.label_column is not None,
-        label_column=options.label_column,
+    parsed = parse_detector(detector)
+    source = open_source(
+        data,
+        root=data_root,
+        labels=targets != "clusters" or label_column is not None,
+        label_column=label_column,
     )
-    loaded = create_model(options.model, weights=options.weights)
-    cluster = cluster_of(options.device, options.ray)
+    loaded = create_model(model, weights=weights)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
-    _print_missing_labels(source, options.targets)
-    fitted = fit_images(
-        source,
-        loaded,
-        detector=detector,
-        targets=cast(Targets, options.targets),
-        tpr=options.tpr,
-        cache=options.cache,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        fabric=fabric_of(options.device, options.precision),
-        ray=cluster,
-        seed=options.seed,
-    )
+    _print_missing_labels(source, targets)
+    with cluster_of(device, ray) as cluster:
+        fitted = fit_images(
+            source,
+            loaded,
+            detector=parsed,
+            targets=targets,
+            tpr=tpr,
+            cache=cache,
+            batch_size=batch_size,
+            workers=workers,
+            fabric=fabric_of(device, precision),
+            ray=cluster,
+            seed=seed,
+        )
     try:
-        fitted.scorer.save(options.out)
+        fitted.scorer.save(out)
     except OSError as error:
         raise OSError(f"{error}. The features are kept: rerun the same command to resume from them") from None
     print_skipped(source.title, fitted.corrupt)
@@ -109,21 +144,19 @@ def run(options: Options) -> None:
     assert calibration is not None
     low, high = calibration.false_alarm_range()
     console.print(
-        f"{detector!r} is calibrated on {fitted.held_out} held-out images. On average over such calibration sets "
-        f"it flags at most {100 * (1 - options.tpr):.1f} % of images like these; for this one, between "
+        f"{parsed!r} is calibrated on {fitted.held_out} held-out images. On average over such calibration sets "
+        f"it flags at most {100 * (1 - tpr):.1f} % of images like these; for this one, between "
         f"{100 * low:.1f} % and {100 * high:.1f} % (90 % confidence).",
         soft_wrap=True,
     )
-    size = options.out.stat().st_size / 1e6
-    console.print(
-        f"Wrote {options.out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True
-    )
-    again = f" --model {options.model}" if is_users(options.model) else ""
-    console.print(f"  featnorm score {shlex.quote(str(options.out))} IMAGES{again}", soft_wrap=True)
+    size = out.stat().st_size / 1e6
+    console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
+    again = f" --model {model}" if is_users(model) else ""
+    console.print(f"  featnorm score {shlex.quote(str(out))} IMAGES{again}", soft_wrap=True)
 
 
 def _print_missing_labels(source: ImageSource, targets: str) -> None:
-    """Say why labels are not used where there are some, or could be."""
+    """Print why labels are not used, if there are some or could be."""
     if targets != "auto":
         return
     print_label_columns(source, _CLUSTERS)

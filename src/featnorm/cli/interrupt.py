@@ -1,6 +1,6 @@
-"""Ctrl-C, from the first moment of a command to its last.
+"""Ctrl-C, from the first moment of a command to the last.
 
-As little as possible is imported here: until the handler stands, Ctrl-C ends in Python's own traceback.
+This module imports as little as possible: until the handler is installed, Ctrl-C ends in a traceback.
 """
 
 from __future__ import annotations
@@ -9,43 +9,41 @@ import os
 import signal
 import sys
 
-TYPE_CHECKING = False  # which type checkers take for true; `typing` itself is not imported
+TYPE_CHECKING = False  # true for type checkers; importing `typing` takes too long
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import FrameType
     from typing import Any
 
 INTERRUPTED = 130
-"""The exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+"""Exit status after Ctrl-C, as in shells: 128 plus the number of SIGINT."""
 
-# Commands that keep their work on disk; `score` does where it writes a file.
-_RESUMED = ("fit", "reproduce")
-_RESUMED_WITH_A_FILE = "score"
 _IMPORTING = "<frozen importlib._bootstrap>"
-# Seconds after which Ctrl-C is delivered again where a callback has swallowed it.
+# Seconds after which Ctrl-C is delivered again if a callback has swallowed it.
 _AGAIN = 0.05
 
 
 class EndAtOnce(SystemExit):
-    """Ends the process with a status, without waiting for its threads."""
+    """Exits with a status without waiting for threads."""
 
 
 class Interruption:
-    """What a command does about Ctrl-C: it ends with one line and `INTERRUPTED`.
+    """Handles Ctrl-C: a command ends with one line on standard error and the status `INTERRUPTED`.
 
-    While the command works, Ctrl-C is a KeyboardInterrupt, so that files, workers and locks are cleaned up on the
-    way out. Where an exception would be lost, the process ends at once: before and after the work, where a module
-    is being imported (whose code may catch it, or turn it into an ImportError), and when Ctrl-C is pressed again.
-    Whatever a command leaves behind then is what it would after a kill, which all of them survive.
+    While the command works, Ctrl-C raises a KeyboardInterrupt, so that files, workers and locks are cleaned up.
+    Where an exception would be lost, the process exits at once: before and after the work, while a module is being
+    imported (its code may catch the exception, or turn it into an ImportError), and when Ctrl-C is pressed again.
+    A command then leaves behind what it would leave after a kill, from which all commands recover.
 
     Parameters
     ----------
-    arguments : those of the command line, which say whether the same command resumes.
+    arguments : arguments of the command line, which determine whether the same command resumes.
+    resuming : commands that resume when they are run again; where options are listed, one of them must be given.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], resuming: Mapping[str, Sequence[str]]) -> None:
         self.caught = False
-        resume = "; rerun the same command to resume" if _resumes(arguments) else ""
+        resume = "; rerun the same command to resume" if _resumes(arguments, resuming) else ""
         self._line = f"featnorm: interrupted{resume}\n"
         self._process = os.getpid()
         self._working = False
@@ -54,17 +52,17 @@ class Interruption:
 
     def watch(self) -> None:
         """Handle Ctrl-C from now on, until the process ends."""
-        # As a shell has it for what runs in the background: Ctrl-C is meant for something else.
+        # A shell ignores SIGINT for commands in the background: Ctrl-C is meant for another command.
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             return
         try:
             signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # only the main thread is interrupted
+        except ValueError:  # only the main thread can handle signals
             return
         sys.unraisablehook = self._on_unraisable
 
     def __enter__(self) -> None:
-        """Let Ctrl-C be a KeyboardInterrupt in the block, which is the command's work."""
+        """Begin the work of the command, during which Ctrl-C raises a KeyboardInterrupt."""
         self._working = True
 
     def __exit__(self, *_: object) -> None:
@@ -75,15 +73,15 @@ class Interruption:
         if self._said:
             return
         self._said = True
-        # Not by sys.stderr, which the handler may have interrupted in the middle of a write. On a terminal the
-        # line begins below a progress bar, or below the ^C.
+        # sys.stderr may have been interrupted in the middle of a write. On a terminal the line begins below a
+        # progress bar, or below the ^C.
         try:
             os.write(2, ("\n" * os.isatty(2) + self._line).encode())
-        except OSError:  # nobody is there to read it
+        except OSError:  # nobody reads it
             return
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A worker that was forked off: the process that started it ends it.
+        # A forked worker is ended by the process that started it.
         if os.getpid() != self._process:
             return
         self.caught = True
@@ -94,7 +92,7 @@ class Interruption:
         raise KeyboardInterrupt
 
     def _on_unraisable(self, ignored: Any) -> None:
-        """Deliver Ctrl-C again where a destructor or a callback, which cannot raise, has swallowed it."""
+        """Deliver Ctrl-C again after a destructor or a callback, which cannot raise, has swallowed it."""
         if not issubclass(ignored.exc_type, KeyboardInterrupt) or not self._raised:
             sys.__unraisablehook__(ignored)
             return
@@ -110,7 +108,7 @@ def _interrupt_main() -> None:
     import threading
 
     if hasattr(signal, "pthread_kill"):
-        # Unlike a flag that is looked at between two instructions, it wakes a thread that waits.
+        # This wakes a waiting thread; a flag would only be checked between two instructions.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     else:
         signal.raise_signal(signal.SIGINT)
@@ -124,11 +122,15 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _resumes(arguments: Sequence[str]) -> bool:
-    """Whether the same command, typed again, goes on from what this one has done."""
+def _resumes(arguments: Sequence[str], resuming: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the same command, run again, resumes where this run ended."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    to_a_file = any(
-        argument.startswith(("--out", "--html")) or (argument.startswith("-o") and not argument.startswith("--"))
-        for argument in arguments
-    )
-    return command in _RESUMED or (command == _RESUMED_WITH_A_FILE and to_a_file)
+    if command not in resuming:
+        return False
+    options = resuming[command]
+    return not options or any(_is_option(argument, option) for argument in arguments for option in options)
+
+
+def _is_option(argument: str, option: str) -> bool:
+    """Whether an argument is an option, perhaps with its value: ``--out=FILE``, ``-oFILE``."""
+    return argument.startswith(option) and (option.startswith("--") or not argument.startswith("--"))

@@ -1,20 +1,26 @@
-"""``featnorm monitor``: whether a stream of images has drifted, from their scores."""
+"""``featnorm monitor``: whether a stream of images has drifted, from their scores. It does not import torch."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+import typer
 
-from featnorm import archive
-from featnorm.calibration import Calibration
-from featnorm.cli.show import console, environment, require_file_place
-from featnorm.drift import DriftMonitor
-from featnorm.records import ScoredImage, read_scores
-from featnorm.report.drift import Course, odds, write_drift_page
+from featnorm._utils.progress import progress_bar
+from featnorm.cli.console import console, environment, require_file_place
+from featnorm.cli.options import ScorerFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from featnorm.archive import StoredCalibration
+    from featnorm.records import ScoredImage
 
 DRIFT = 3
 """The exit status where there is drift."""
@@ -24,33 +30,87 @@ _ROWS = 10_000
 _P_VALUE_ERROR = 1e-6
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
+def monitor(
+    scorer_file: ScorerFile,
+    scores: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SCORES",
+            help="Table (.csv, .jsonl or .parquet) written by `featnorm score --out`, its rows in order of time.",
+        ),
+    ],
+    false_alarm: Annotated[
+        float, typer.Option(help="Probability that a stream without drift ever raises the alarm.")
+    ] = 0.01,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Page to write (.html), with plots.")] = None,
+) -> None:
+    """Detect drift in a stream of scores, even if no single image looks unusual.
 
-    detector: Path
-    scores: Path
-    false_alarm: float
-    html: Path | None
+    The images must be in no particular order: consecutive frames of a video raise alarms without drift. The exit
+    status is 0 without drift and 3 with drift.
+    """
+    from featnorm.records import read_scores
+    from featnorm.report.drift import format_evidence, write_drift_page
+
+    if html is not None:
+        if html.suffix != ".html":
+            raise ValueError(f"--html {html} must end in .html")
+        require_file_place(html, [scorer_file, scores])
+    calibration = _read_calibration(scorer_file)
+    stream = _Stream(scorer_file, scores, calibration, false_alarm)
+    with progress_bar(unit=" rows") as bar:
+        for images in _batches(read_scores(scores)):
+            stream.add(images)
+            bar.update(len(images))
+    drift = stream.monitor
+    if drift.count == 0:
+        raise ValueError(f"there is no score in {scores}: score images first, by featnorm score --out")
+    left_out = f" ({stream.left_out:,} without a score left out)" if stream.left_out else ""
+    console.print(
+        f"{drift.count:,} scores of {scores}{left_out}, against {len(calibration.scores):,} calibration "
+        f"scores of {scorer_file}.",
+        soft_wrap=True,
+    )
+    finding = _finding(stream)
+    for sentence in (f"{'No drift' if stream.alarm is None else 'Drift'}. {finding}", *_meaning(stream)):
+        console.print(sentence, soft_wrap=True)
+    if html is not None:
+        facts = {
+            "Scores": f"{drift.count:,}{left_out}",
+            "Calibration scores": f"{len(calibration.scores):,}",
+            "Chance of a false alarm": f"{drift.false_alarm:.4g}",
+            "Highest evidence": format_evidence(drift.highest),
+            "File": str(scores),
+            "Detector": str(scorer_file),
+            **environment(),
+        }
+        write_drift_page(html, drift, stream.history, calibration, summary=finding, facts=facts)
+        console.print(f"Wrote {html}.", soft_wrap=True)
+    if stream.alarm is not None:
+        raise typer.Exit(DRIFT)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the file, counted from 1."""
+    """A row of the table, counted from 1."""
 
     number: int
     path: str
 
 
 class _Stream:
-    """What the scores of a file amount to, in order."""
+    """The scores of a table as a stream, and what the drift monitor found in it."""
 
-    def __init__(self, options: Options, calibration: Calibration) -> None:
-        self.monitor = DriftMonitor(calibration.scores, options.false_alarm)
-        self.course = Course()
+    def __init__(self, scorer_file: Path, table: Path, calibration: StoredCalibration, false_alarm: float) -> None:
+        from featnorm.drift import DriftMonitor
+        from featnorm.report.drift import StreamHistory
+
+        self.monitor = DriftMonitor(calibration.scores, false_alarm)
+        self.history = StreamHistory()
         self.left_out = 0
         self.alarm: _Row | None = None
-        self._options = options
+        self._scorer_file = scorer_file
+        self._table = table
         self._calibration = calibration
         self._rows = 0
 
@@ -60,87 +120,41 @@ class _Stream:
         self._rows += len(rows)
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if image.score is not None]
         self.left_out += len(rows) - len(scored)
-        scores, errors = (
-            torch.tensor([getattr(image, name) for _, image in scored], dtype=torch.float64)
-            for name in ("score", "score_error")
-        )
-        self._require_same_detector(scored, scores, errors)
-        p_values = self._calibration.p_value(scores)
+        self._require_same_detector(scored)
+        scores = _column(scored, "score")
         before, was_alarmed = self.monitor.count, self.monitor.alarmed_at is not None
         evidence = self.monitor.update(scores)
-        self.course.add(scores.numpy(), evidence.numpy(), p_values.numpy())
+        self.history.add(scores, evidence, self._calibration.p_value(scores))
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
-    def _require_same_detector(
-        self, scored: list[tuple[_Row, ScoredImage]], scores: Tensor, errors: Tensor
-    ) -> None:
+    def _require_same_detector(self, scored: list[tuple[_Row, ScoredImage]]) -> None:
         """Refuse scores of another detector, which would look like drift."""
-        stated, digits = (
-            torch.tensor([getattr(image, name) for _, image in scored], dtype=torch.float64)
-            for name in ("p_value", "p_value_error")
-        )
-        # What is written may be rounded: the p-value is one of those that the score has before it was.
+        scores, errors = _column(scored, "score"), _column(scored, "score_error")
+        stated, digits = _column(scored, "p_value"), _column(scored, "p_value_error")
+        # A score may have been rounded when it was written: its p-value lies between those of the bounds.
         lowest, highest = self._calibration.p_value(scores - errors), self._calibration.p_value(scores + errors)
-        digits = digits.clamp(min=_P_VALUE_ERROR)
+        digits = digits.clip(min=_P_VALUE_ERROR)
         # Not the other way round, where a NaN would pass.
         other = ~((stated >= lowest - digits) & (stated <= highest + digits))
         if other.any():
-            first = int(other.nonzero()[0])
+            first = int(other.argmax())
             row, image = scored[first]
             low, high = float(lowest[first]), float(highest[first])
             wanted = f"{low:.9g}" if low == high else f"{low:.9g} to {high:.9g}"
             raise ValueError(
-                f"row {row.number} of {self._options.scores} is of another detector: its score {image.score:.9g} "
-                f"has the p-value {image.p_value:.9g} there and {wanted} by {self._options.detector}; name the "
+                f"row {row.number} of {self._table} is of another detector: its score {image.score:.9g} "
+                f"has the p-value {image.p_value:.9g} there and {wanted} by {self._scorer_file}; name the "
                 "detector that wrote the scores"
             )
 
 
-def run(options: Options) -> bool:
-    """Follow the scores, say what became of them, and return whether there is drift."""
-    if options.html is not None:
-        if options.html.suffix != ".html":
-            raise ValueError(f"--html {options.html} must end in .html")
-        require_file_place(options.html, [options.detector, options.scores])
-    calibration = _calibration(options.detector)
-    stream = _Stream(options, calibration)
-    with tqdm(unit="image", disable=None, leave=False) as bar:
-        for images in _batches(read_scores(options.scores)):
-            stream.add(images)
-            bar.update(len(images))
-    monitor = stream.monitor
-    if monitor.count == 0:
-        raise ValueError(f"there is no score in {options.scores}: score images first, by featnorm score --out")
-    left_out = f" ({stream.left_out:,} without a score left out)" if stream.left_out else ""
-    console.print(
-        f"{monitor.count:,} scores of {options.scores}{left_out}, against {len(calibration.scores):,} calibration "
-        f"scores of {options.detector}.",
-        soft_wrap=True,
-    )
-    finding = _finding(stream)
-    for sentence in (f"{'No drift' if stream.alarm is None else 'Drift'}. {finding}", *_meaning(stream)):
-        console.print(sentence, soft_wrap=True)
-    if options.html is not None:
-        facts = {
-            "Scores": f"{monitor.count:,}{left_out}",
-            "Calibration scores": f"{len(calibration.scores):,}",
-            "Chance of a false alarm": f"{monitor.false_alarm:.4g}",
-            "Highest evidence": odds(monitor.highest),
-            "File": str(options.scores),
-            "Detector": str(options.detector),
-            **environment(),
-        }
-        write_drift_page(options.html, monitor, stream.course, calibration, summary=finding, facts=facts)
-        console.print(f"Wrote {options.html}.", soft_wrap=True)
-    return monitor.alarmed_at is not None
+def _read_calibration(scorer_file: Path) -> StoredCalibration:
+    from featnorm.archive import ArchiveError, read_calibration
 
-
-def _calibration(detector: Path) -> Calibration:
-    """Return the calibration of a detector file; the model in it is not built."""
-    calibration = archive.calibration(*archive.read(detector), detector)
+    calibration = read_calibration(scorer_file)
     if calibration is None:
-        raise archive.ArchiveError(f"{detector} holds no calibration scores: fit again, by featnorm fit")
+        raise ArchiveError(f"{scorer_file} holds no calibration scores: fit again, by featnorm fit")
     return calibration
 
 
@@ -149,34 +163,42 @@ def _batches(rows: Iterator[ScoredImage]) -> Iterator[list[ScoredImage]]:
         yield batch
 
 
+def _column(scored: list[tuple[_Row, ScoredImage]], name: str) -> npt.NDArray[np.float64]:
+    import numpy as np
+
+    return np.array([getattr(image, name) for _, image in scored], np.float64)
+
+
 def _finding(stream: _Stream) -> str:
+    from featnorm.report.drift import format_evidence
+
     monitor = stream.monitor
-    level, most = odds(monitor.alarm_level), odds(monitor.highest)
+    level, highest = format_evidence(monitor.alarm_level), format_evidence(monitor.highest)
     if stream.alarm is None or monitor.alarmed_at is None:
-        return f"The evidence never reached the {level} of the alarm. The most was {most}."
+        return f"The evidence never reached the alarm level of {level}. It was at most {highest}."
     return (
         f"At image {monitor.alarmed_at + 1:,}, {stream.alarm.path} (row {stream.alarm.number:,}), the "
-        f"evidence reached the {level} of the alarm. The most was {most}."
+        f"evidence reached the alarm level of {level}. It was at most {highest}."
     )
 
 
 def _meaning(stream: _Stream) -> Iterator[str]:
-    monitor = stream.monitor
+    chance = f"{100 * stream.monitor.false_alarm:g} %"
     yield (
-        f"A stream of images like the calibration images, in no order, ever raises this alarm with a chance of "
-        f"{100 * monitor.false_alarm:g} % at most."
+        f"If nothing drifts, the chance of ever raising this alarm is at most {chance}, however long the "
+        "stream, provided the images are in no particular order."
     )
     if stream.alarm is None:
         yield (
-            "That is no proof that nothing changed. Go on with all rows since the first, and the new ones after "
-            "them: the chance is of one stream, however long."
+            "This does not prove that nothing changed. To continue the stream, append the new rows to these and "
+            "run the command on all of them: the chance holds for one stream, not for several."
         )
         return
     yield (
-        "So the images as a whole have changed, some time before the alarm, though each may pass for itself; or "
-        "neighbors in the file resemble each other, as frames of a video do."
+        "Either the images as a whole changed some time before the alarm, even if each one passes by itself, or "
+        "neighbors in the table resemble each other, as consecutive frames of a video do."
     )
     yield (
-        "Look at images before and after the alarm: what is new, the subject, the light, the camera? If they "
-        "belong, fit again with images of now."
+        "Compare images from before and after the alarm: did the subject, the light or the camera change? If the "
+        "new images are in-distribution, fit again on current images."
     )

@@ -1,74 +1,111 @@
-"""``featnorm serve``: a detector over HTTP."""
+"""``featnorm serve``: a detector as an HTTP service."""
 
 import logging
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated
 
+import typer
+
+from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import console
-from featnorm.image_scorer import ImageScorer
-from featnorm.serve import Limits, create_app
-from featnorm.serve.requests import JsonLines
-from featnorm.serve.server import bind, run_server
+from featnorm.cli.options import BatchSize, Device, OwnModel, Precision, ScorerFile
 
 _TOKEN = "FEATNORM_TOKEN"
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
+def serve(
+    scorer_file: ScorerFile,
+    model: OwnModel = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 8000,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name under which clients reach the service, in addition to --host; `*` for any. Repeat for "
+            "several. With --host 0.0.0.0 or ::, any IP address and `localhost` are allowed too."
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the token that clients must send as `Authorization: Bearer TOKEN`. Default: the "
+            "variable FEATNORM_TOKEN; without either, no token is required.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 32,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 50_000_000,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Maximum images waiting for the model; beyond this, clients get status 503.")
+    ] = 256,
+    max_queue_pixels: Annotated[
+        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; beyond this, clients get status 503.")
+    ] = 800_000_000,
+    max_seconds: Annotated[
+        float,
+        typer.Option(
+            help="Request timeout in seconds, including upload. Clients get the same time to read the response."
+        ),
+    ] = 30.0,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Maximum open connections; beyond this, the longest idle one is closed.")
+    ] = 512,
+    grace_seconds: Annotated[float, typer.Option(help="Maximum seconds from SIGTERM or Ctrl+C to exit.")] = 10.0,
+) -> None:
+    """Serve a detector over HTTP, with a page to drop images on.
 
-    detector: Path
-    model: str | None
-    host: str
-    port: int
-    allowed_hosts: list[str]
-    token_file: Path | None
-    device: str
-    precision: str
-    limits: Limits
-
-
-def run(options: Options) -> NoReturn:
-    """Serve until the process is told to end.
-
-    Raises
-    ------
-    EndAtOnce
-        Then: threads may still decode or judge, for nobody, and cannot be stopped.
+    `POST /v1/score` takes one image, or several as a form or as base64 in JSON; `/openapi.json` describes the API.
+    One line of JSON per request is logged to standard error. `/metrics` has counters for Prometheus.
     """
-    token = _token(options.token_file)
-    bound = bind(options.host, options.port)
-    fabric = fabric_of(options.device, options.precision)
-    scorer = ImageScorer.load(options.detector, model=options.model)
+    from featnorm.cli.runtime import fabric_of
+    from featnorm.image_scorer import ImageScorer
+    from featnorm.serve import Limits, create_app
+    from featnorm.serve.server import bind, run_server
+
+    limits = Limits(
+        body_bytes=max_body_bytes,
+        images=max_images,
+        pixels=max_pixels,
+        queue=max_queue,
+        queue_pixels=max_queue_pixels,
+        seconds=max_seconds,
+        batch_size=batch_size,
+        connections=max_connections,
+        grace=grace_seconds,
+    )
+    token = _token(token_file)
+    bound = bind(host, port)
+    fabric = fabric_of(device, precision)
+    scorer = ImageScorer.load(scorer_file, model=model)
     scorer.scorer = fabric.to_device(scorer.scorer)
     app = create_app(
         scorer,
-        options.limits,
+        limits,
         token,
-        allowed_hosts=options.allowed_hosts,
-        bound_host=options.host,
+        allowed_hosts=allowed_host or [],
+        bound_host=host,
         fabric=fabric,
     )
-    if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         console.print(
-            f"Whoever can reach {options.host} can use this service: name a --token-file, or let it listen on "
-            "127.0.0.1.",
+            f"Anyone who can reach {host} can use this service: set a --token-file, or listen on 127.0.0.1.",
             soft_wrap=True,
         )
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{bound.getsockname()[1]}/"
     _log_lines()
     try:
         run_server(
             app,
             bound,
-            options.limits,
-            lambda: console.print(f"Serving {options.detector} at {url} (Ctrl+C ends it).", soft_wrap=True),
+            limits,
+            lambda: console.print(f"Serving {scorer_file} at {url} (Ctrl+C ends it).", soft_wrap=True),
         )
         status = 0
     except KeyboardInterrupt:
@@ -79,13 +116,13 @@ def run(options: Options) -> NoReturn:
 
 
 def _token(file: Path | None) -> str | None:
-    """Return the token that clients must send. It is no option: whoever lists processes would see it."""
+    """Return the token that clients must send. As an option, it would show in the list of processes."""
     if file is not None:
         try:
             token, where = file.read_text(encoding="utf-8").strip(), str(file)
             instead = "omit --token-file"
         except UnicodeDecodeError:
-            raise ValueError(f"{file} is no text: name the file that holds the token") from None
+            raise ValueError(f"{file} is not a text file: pass the file that holds the token") from None
     elif _TOKEN in os.environ:
         token, where = os.environ[_TOKEN].strip(), _TOKEN
         instead = "unset it"
@@ -97,7 +134,9 @@ def _token(file: Path | None) -> str | None:
 
 
 def _log_lines() -> None:
-    """Write the service's log as lines of JSON, and what libraries warn of too."""
+    """Log requests, and the warnings of libraries, as lines of JSON."""
+    from featnorm.serve.requests import JsonLines
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

@@ -1,12 +1,12 @@
 """`Cluster`: batches of images over the actors of a Ray cluster, and fits over its processes."""
 
 import copy
-import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from featnorm.cluster.work import Extracting, Judging, Work
 from featnorm.detectors import KNN, Detector
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import Extracted, ImageSource, SlicedImages
+from featnorm.inputs import Extracted, ImageSource, SlicedSource
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 
-#: Batches a shard: what the death of a worker costs at most. More where there would be too many shards to plan.
+#: Batches per shard: what the death of a worker costs at most.
 _SHARD = 16
-_MOST_SHARDS = 10_000
+#: Calls per actor that are under way, done but not yet taken, or about to begin.
+_CALLS = 2
 #: Of the memory that Ray grants all actors, what their copies of KNN's bank may take.
 _BANK_SHARE = 0.5
 
@@ -57,6 +58,9 @@ class Cluster:
     On CPUs an actor has one processor and reads its images itself; on GPUs it has one and as many processors as
     there are for each. Actors that die are started anew, with the shard that they were at.
 
+    The actors start with the first work and stay for the next, with the processors and GPUs that they hold, until
+    `close` or the end of a ``with`` block.
+
     Parameters
     ----------
     device : "auto" takes GPUs where the cluster has any; "cpu", "cuda" or "gpu".
@@ -72,15 +76,29 @@ class Cluster:
     def __init__(self, device: str = "auto") -> None:
         try:
             import ray
-            import ray.data
         except ImportError as error:
             raise ImportError(f"many machines need Ray ({error}): pip install '.[ray]' in a checkout") from None
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         self.actors = _actors(device, _resources())
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self._ready: list[Any] = []
+        # By what is there once the actor is: it may wait for processors for as long as others hold them.
+        self._starting: dict[Any, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the actors, and with them what they are at; the next work starts others."""
+        import ray
+
+        for actor in (*self._ready, *self._starting.values()):
+            ray.kill(actor)
+        self._ready.clear()
+        self._starting.clear()
 
     def score(
         self,
@@ -149,28 +167,66 @@ class Cluster:
         ordered : whether results come in the order of ``batches``; a slow one then holds up the others.
         """
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
 
         if not batches:
             return
-        size = max(_SHARD, -(-len(batches) // _MOST_SHARDS))
-        shards = [{"batches": json.dumps(list(batches[i : i + size]))} for i in range(0, len(batches), size)]
-        count = min(self.actors.count, len(shards))
+        shards = (batches[i : i + _SHARD] for i in range(0, len(batches), _SHARD))
         # Held here, as actors that are started anew read them again.
         kept = [ray.put(work), ray.put(source)]
-        DataContext.get_current().execution_options.preserve_order = ordered
-        results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
-            _Actor,
-            fn_constructor_args=(kept, batch_size, self.actors),
-            batch_size=None,
-            compute=ActorPoolStrategy(min_size=1, max_size=count),
-            num_cpus=self.actors.cpus,
-            num_gpus=self.actors.gpus,
-        )
-        for row in results.iter_rows():
-            if isinstance(row["result"], Exception):
-                raise row["result"]
-            yield int(row["number"]), row["result"]
+        for results, error in self._answers("work", ((kept, batch_size, shard) for shard in shards), ordered):
+            yield from results
+            if error is not None:
+                raise error
+
+    def _answers(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
+        """Call a method of the actors, each of which answers one call at a time; yield what it returns.
+
+        Parameters
+        ----------
+        method : of `_Actor`.
+        calls : the arguments of each call, taken as actors become free.
+        ordered : see `_over_batches`.
+        """
+        import ray
+
+        most = self.actors.count
+        calls, waiting = iter(calls), deque[tuple[Any, ...]]()
+        busy: dict[Any, Any] = {}
+        unread: list[Any] = []
+        while True:
+            waiting.extend(islice(calls, _CALLS * most - len(unread) - len(waiting)))
+            at_work = set(busy.values())
+            idle = [actor for actor in self._ready if actor not in at_work]
+            while waiting and idle:
+                actor = idle.pop()
+                answer = getattr(actor, method).remote(*waiting.popleft())
+                busy[answer] = actor
+                unread.append(answer)
+            while len(self._starting) < min(len(waiting), most - len(self._ready)):
+                actor = self._actor()
+                self._starting[actor.__ray_ready__.remote()] = actor
+            if not unread and not waiting:
+                return
+            for found in ray.wait([*busy, *self._starting])[0]:
+                if found in busy:
+                    del busy[found]
+                else:
+                    ray.get(found)
+                    self._ready.append(self._starting.pop(found))
+            if ordered:
+                held = next((i for i, answer in enumerate(unread) if answer in busy), len(unread))
+                there, unread = unread[:held], unread[held:]
+            else:
+                there, unread = [answer for answer in unread if answer not in busy], list(busy)
+            for answer in there:
+                yield ray.get(answer)
+
+    def _actor(self) -> Any:
+        import ray
+
+        actors = self.actors
+        kind = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
+        return kind.remote(actors.device, actors.workers)
 
     def fit(
         self, parts: Iterable[tuple[Tensor, Tensor | None]], head: ProjectionHead, detector: Detector
@@ -189,20 +245,13 @@ class Cluster:
         """
         import ray
 
-        # No more run at once than there may be actors. They claim no processor: actors that are on their way out,
-        # or came too late, still hold theirs for a while.
-        fit_part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_fit_part)
         # As it is before it learns: what it knows need not travel.
         with detector.refit():
             kept = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
             statistics = ActivationStatistics()
-            running: list[Any] = []
-            for values, labels in parts:
-                if len(running) == self.actors.count:
-                    _merge(ray.get(running.pop(0)), detector, statistics)
-                running.append(fit_part.remote(kept, values, labels))
-            for result in running:
-                _merge(ray.get(result), detector, statistics)
+            for learned, seen in self._answers("fit", ((kept, *part) for part in parts), ordered=True):
+                detector.merge(learned)
+                statistics.merge(seen)
         return statistics
 
     def _in_parts(self, scorer: ImageScorer) -> ImageScorer:
@@ -223,55 +272,51 @@ class Cluster:
 
 
 class _Actor:
-    """What does the work; a result is data, and so is an error, which would come back without its own message."""
+    """What does the work. An error is a result too: as Ray's it would come back without its own message."""
 
-    def __init__(self, kept: list[Any], batch_size: int, actors: Actors) -> None:
-        self.kept, self.batch_size, self.actors = kept, batch_size, actors
+    def __init__(self, device: str, workers: int) -> None:
+        keep_freed_memory()
+        self._device, self._workers = torch.device(device), workers
+        self._begun: tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]] | None = None
+        self._kept: list[str] = []
 
-    @cached_property
-    def _begun(self) -> tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]]:
-        # Not when it is made: an actor that came too late to do anything would wait for ever for what is not kept
-        # any more, and hold its processor.
+    def work(
+        self, kept: list[Any], batch_size: int, numbers: Sequence[int]
+    ) -> tuple[list[tuple[int, Any]], Exception | None]:
+        """Return number and result of each batch, up to the one that failed, and why it did."""
+        source, ask = self._start(kept)
+        rows = [row for number in numbers for row in rows_of(number, batch_size, len(source))]
+        results: list[tuple[int, Any]] = []
+        try:
+            # One by one, so that those before an error stay.
+            results.extend(zip(numbers, ask(SlicedSource(source, rows, source.title)), strict=True))
+        except (ValueError, OSError) as error:
+            return results, error
+        return results, None
+
+    def _start(self, kept: list[Any]) -> tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]]:
+        """Return the images, and what works on them: once for all shards of the same."""
         import ray
 
-        keep_freed_memory()
-        work, source = ray.get(self.kept)
-        return source, work.start(torch.device(self.actors.device), self.actors.workers)
+        names = [reference.hex() for reference in kept]
+        if self._begun is None or names != self._kept:
+            # The last work's network makes room for this one's.
+            self._begun = None
+            work, source = ray.get(kept)
+            self._begun = source, work.start(self._device, self._workers)
+            self._kept = names
+        return self._begun
 
-    def __call__(self, shards: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        source, ask = self._begun
-        numbers = [number for shard in shards["batches"] for number in json.loads(shard)]
-        rows = [row for number in numbers for row in rows_of(number, self.batch_size, len(source))]
-        images = SlicedImages(source, rows, source.title)
-        try:
-            for number, result in zip(numbers, ask(images), strict=True):
-                yield _row(number, result)
-        except (ValueError, OSError) as error:
-            yield _row(-1, error)
+    def fit(
+        self, kept: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
+    ) -> tuple[Detector, ActivationStatistics]:
+        """Return what one part of the images taught."""
+        from featnorm.fitting import learn
 
-
-def _row(number: int, result: Any) -> dict[str, np.ndarray]:
-    column = np.empty(1, object)
-    column[0] = result
-    return {"number": np.array([number]), "result": column}
-
-
-def _fit_part(
-    kept: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
-) -> tuple[Detector, ActivationStatistics]:
-    from featnorm.fitting import learn
-
-    head, detector = copy.deepcopy(kept)
-    statistics = ActivationStatistics()
-    learn(head, detector, statistics, values, labels)
-    return detector, statistics
-
-
-def _merge(
-    found: tuple[Detector, ActivationStatistics], detector: Detector, statistics: ActivationStatistics
-) -> None:
-    detector.merge(found[0])
-    statistics.merge(found[1])
+        head, detector = copy.deepcopy(kept)
+        statistics = ActivationStatistics()
+        learn(head, detector, statistics, values, labels)
+        return detector, statistics
 
 
 def _resources() -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What an actor does with images: judge them, or ask a backbone about them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ class Extracting:
 
         @torch.no_grad()
         def ask(images: Tensor) -> Tensor:
-            with fabric.autocast():
+            with nullcontext() if fabric is None else fabric.autocast():
                 return backbone(fast_layout(images.to(device)))
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
@@ -85,6 +86,9 @@ class Extracting:
 
 
 def _fabric(device: torch.device, precision: str) -> Any:
+    """Return Fabric where the precision needs it: its import takes as long as torch's, in every actor."""
+    if precision == "32-true":
+        return None
     from lightning_fabric import Fabric
 
     return Fabric(accelerator=device.type, devices=1, precision=precision)  # type: ignore[arg-type]

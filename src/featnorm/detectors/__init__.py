@@ -1,42 +1,31 @@
-"""The detectors, one file a family, and the expressions that name them."""
+"""The detectors, one file per family, and the expressions that name them.
 
-from featnorm.detectors.base import Detector, NotFittedError
-from featnorm.detectors.boundary import OneClassSVM
-from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
-from featnorm.detectors.distance import SSD, Mahalanobis
-from featnorm.detectors.expression import parse_detector
-from featnorm.detectors.fusion import Fusion
-from featnorm.detectors.neighbors import KNN
-from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
-from featnorm.detectors.perturbation import ODIN, Views
-from featnorm.detectors.rotation import CSI, RotNet
-from featnorm.detectors.shaping import ReAct
-from featnorm.detectors.subspace import Residual, ViM
+Importing a detector here registers it and makes it public, in `featnorm` too.
+"""
 
-__all__ = [
-    "CSI",
-    "KNN",
-    "MSP",
-    "NAN",
-    "ODIN",
-    "SSD",
-    "Detector",
-    "EmbeddingMagnitude",
-    "Energy",
-    "Fusion",
-    "HiddenConfidence",
-    "KLUniform",
-    "L1Norm",
-    "LpNorm",
-    "Mahalanobis",
-    "MaxLogit",
-    "NotFittedError",
-    "OneClassSVM",
-    "ReAct",
-    "Residual",
-    "RotNet",
-    "Sparsity",
-    "ViM",
-    "Views",
-    "parse_detector",
-]
+from featnorm.detectors.base import Detector as Detector
+from featnorm.detectors.base import NotFittedError as NotFittedError
+from featnorm.detectors.base import registered_detectors as registered_detectors
+from featnorm.detectors.boundary import OneClassSVM as OneClassSVM
+from featnorm.detectors.confidence import MSP as MSP
+from featnorm.detectors.confidence import Energy as Energy
+from featnorm.detectors.confidence import KLUniform as KLUniform
+from featnorm.detectors.confidence import MaxLogit as MaxLogit
+from featnorm.detectors.distance import SSD as SSD
+from featnorm.detectors.distance import Mahalanobis as Mahalanobis
+from featnorm.detectors.expression import parse_detector as parse_detector
+from featnorm.detectors.fusion import Fusion as Fusion
+from featnorm.detectors.neighbors import KNN as KNN
+from featnorm.detectors.norm import NAN as NAN
+from featnorm.detectors.norm import EmbeddingMagnitude as EmbeddingMagnitude
+from featnorm.detectors.norm import HiddenConfidence as HiddenConfidence
+from featnorm.detectors.norm import L1Norm as L1Norm
+from featnorm.detectors.norm import LpNorm as LpNorm
+from featnorm.detectors.norm import Sparsity as Sparsity
+from featnorm.detectors.perturbation import ODIN as ODIN
+from featnorm.detectors.perturbation import Views as Views
+from featnorm.detectors.rotation import CSI as CSI
+from featnorm.detectors.rotation import RotNet as RotNet
+from featnorm.detectors.shaping import ReAct as ReAct
+from featnorm.detectors.subspace import Residual as Residual
+from featnorm.detectors.subspace import ViM as ViM

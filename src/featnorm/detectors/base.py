@@ -1,59 +1,119 @@
-"""What every detector is: a module that learns from `Features` and scores `Features`."""
+"""`Detector`, the base class of every detector, and the registry of detector classes."""
 
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from featnorm._utils.checks import Setting, shown, table
+from featnorm._utils.checks import Constraint, shown, table
 from featnorm._utils.errors import RefusalError
 from featnorm.detectors.statistics import Statistic
-from featnorm.features import Features
+from featnorm.features import FIELDS, Features
 
 Role = Literal["norm", "distance", "confidence"]
 
+_REGISTRY: dict[str, type["Detector"]] = {}
+
+
+def _is_abstract(cls: type) -> bool:
+    """Return whether a class has abstract methods; `inspect.isabstract` cannot tell before the class is made."""
+    names = {name for name, value in vars(cls).items() if getattr(value, "__isabstractmethod__", False)}
+    names = names.union(*(getattr(base, "__abstractmethods__", ()) for base in cls.__bases__))
+    return any(getattr(getattr(cls, name), "__isabstractmethod__", False) for name in names)
+
 
 class NotFittedError(RefusalError, RuntimeError):
-    """A detector that learns was asked for a score before it has seen anything."""
+    """A detector was asked for a score before it was fitted."""
 
 
 class Detector(nn.Module, ABC):
     """A score of how in-distribution an input is: **higher is more in-distribution**, for every detector.
 
-    What it learned is held in buffers, as sums that add up: `partial_fit` streams, `merge` joins two fits
-    into the fit of the whole, and `state_dict` and `to` do what they do for any module. Settings are
-    constructor arguments; ``repr`` is the expression that makes the detector again.
+    Fitted state is held in buffers, as sums that add up: `partial_fit` streams, `merge` joins two fits into the
+    fit of the whole, and `state_dict` and `to` work as for any module. Settings are constructor arguments;
+    ``repr`` is the expression from which `parse_detector` makes the detector again.
+
+    A subclass that defines `_score` is registered under its name when the class statement is executed. From then
+    on it works in expressions, and files that hold it can be loaded. Its constructor arguments must be attributes
+    of the same names, and its fitted state must be held in `Statistic` modules.
+
+    Raises
+    ------
+    TypeError
+        When a subclass is defined: `reads` or `learns` is not a tuple of field names, or another class has its
+        name.
+
+    Examples
+    --------
+    >>> class Spread(Detector):
+    ...     reads = ("logits",)
+    ...
+    ...     def _score(self, features):
+    ...         return features.tensor("logits").std(1)
+    >>> parse_detector("ReAct(Spread(), percentile=85)")
+    ReAct(Spread(), percentile=85)
     """
 
-    #: The fields of `Features` that the score reads.
+    #: Fields of `Features` that the score reads.
     reads: tuple[str, ...] = ()
-    #: The fields that fitting reads; empty where there is nothing to learn.
+    #: Fields of `Features` that fitting reads; empty for a detector that needs no fit.
     learns: tuple[str, ...] = ()
-    #: A distance may be divided by a norm (`Fusion`).
+    #: Kind of score. `Fusion` divides a distance by a norm.
     role: Role = "confidence"
-    #: What each constructor argument must be, but for detectors inside, which `check_detector` looks at.
-    settings: ClassVar[Mapping[str, Setting]] = table()
-    # Whether the score asks the model again, about inputs that it changes.
-    _asks_again = False
+    #: Whether scoring runs the model again, on inputs that the detector changes.
+    needs_model: bool = False
+    #: Constraint on each constructor argument, except inner detectors, which `check_detector` checks.
+    settings: ClassVar[Mapping[str, Constraint]] = table()
+    #: Where the score is defined: authors, venue, year and, where known, the equation or section.
+    source: ClassVar[str] = ""
+    #: Cost of scoring one input, in addition to the forward pass that makes the features. d, D and e are the
+    #: widths of the last hidden layer, the pooled feature and the embedding; C is the number of classes, n the
+    #: number of training inputs.
+    cost: ClassVar[str] = ""
+    #: Expressions by which the class takes part in the standard comparison; empty if it does not.
+    standard: ClassVar[tuple[str, ...]] = ()
+    #: Special kind of model that the detector needs, such as "trained to predict rotations"; empty if any will do.
+    network: ClassVar[str] = ""
+    #: Operator by which expressions combine two detectors into this one; empty for a class that is called by name.
+    operator: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("reads", "learns"):
+            fields = getattr(cls, name)
+            if not isinstance(fields, tuple) or not set(fields) <= set(FIELDS):
+                allowed = ", ".join(FIELDS)
+                raise TypeError(f"{cls.__name__}.{name} must be a tuple of fields ({allowed}), got {fields!r}")
+        if _is_abstract(cls):
+            return
+        other = _REGISTRY.get(cls.__name__, cls)
+        # The same qualified name is the same class, defined again by a notebook cell or `importlib.reload`.
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"there is a detector {cls.__name__} already, {other.__module__}.{other.__qualname__}: give "
+                f"{cls.__module__}.{cls.__qualname__} another name"
+            )
+        _REGISTRY[cls.__name__] = cls
 
     def __init__(self) -> None:
         super().__init__()
-        self._derived: Any = None
+        self._finalized: Any = None
 
     def fit(self, features: Features) -> Self:
-        """Learn from the features of in-distribution inputs, forgetting what was learned before.
+        """Fit to the features of in-distribution inputs, discarding any earlier fit.
 
         Raises
         ------
         ValueError
-            A field is missing or not finite; what was learned before is then still there.
+            A field is missing or not finite; the earlier fit is kept.
         TypeError
-            What was passed is no `Features`.
+            ``features`` is not a `Features`.
         """
         with self.refit():
             self.partial_fit(features)
@@ -61,7 +121,7 @@ class Detector(nn.Module, ABC):
 
     @contextmanager
     def refit(self) -> Iterator[None]:
-        """Forget what was learned, for a fit in batches; if the block raises, what was learned is back."""
+        """Discard the fit, for a new one in batches within the block; restore it if the block raises."""
         statistics = list(self._statistics())
         before = [dict(statistic.named_buffers()) for statistic in statistics]
         try:
@@ -75,34 +135,34 @@ class Detector(nn.Module, ABC):
                     setattr(statistic, name, value)
             raise
         finally:
-            self._forget_derived()
+            self._drop_fitted_state()
 
     def partial_fit(self, features: Features) -> Self:
-        """Learn from one more batch of in-distribution inputs.
+        """Add one more batch of in-distribution inputs to the fit.
 
         Raises
         ------
         ValueError
-            A field is missing, not finite or of another width than before; nothing is then learned from it.
+            A field is missing, not finite or of another width than before; the batch then changes nothing.
         TypeError
-            What was passed is no `Features`.
+            ``features`` is not a `Features`.
         """
         self._check_fit(features)
         # Sums made under inference mode could never be added to again.
         with torch.inference_mode(False), torch.no_grad():
             self._learn(features)
-        self._forget_derived()
+        self._drop_fitted_state()
         return self
 
     def merge(self, other: Self) -> Self:
-        """Take in what another detector of the same settings learned; the result is the fit of both halves.
+        """Add the fit of another detector of the same settings; the result is the fit to the data of both.
 
         Raises
         ------
         ValueError
             The other is another detector, has other settings or was fitted to features of other widths.
         TypeError
-            The other is no detector.
+            The other is not a detector.
         """
         check_detector(other, f"{self!r}.merge")
         if repr(self) != repr(other):
@@ -115,7 +175,7 @@ class Detector(nn.Module, ABC):
                 raise ValueError(f"cannot merge {other!r} of width {theirs.width} into one of width {mine.width}")
         for mine, theirs in pairs:
             mine.merge(theirs)
-        self._forget_derived()
+        self._drop_fitted_state()
         return self
 
     def score(self, features: Features) -> Tensor:
@@ -128,11 +188,11 @@ class Detector(nn.Module, ABC):
         Raises
         ------
         NotFittedError
-            The detector learns and has not.
+            The detector needs a fit and has none.
         ValueError
-            A field is missing, not finite (the row is named) or not of the width that was fitted.
+            A field is missing, not finite (the row is named) or of another width than in the fit.
         TypeError
-            What was passed is no `Features`.
+            ``features`` is not a `Features`.
         """
         self._require(features, self.reads)
         self.require_fitted()
@@ -150,26 +210,21 @@ class Detector(nn.Module, ABC):
 
     @property
     def needs_fit(self) -> bool:
-        """Whether it learns at all."""
+        """Whether the detector has anything to fit."""
         return any(True for _ in self._statistics())
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether it, or a part of it, asks the model again about changed inputs."""
-        return any(module._asks_again for module in self.modules() if isinstance(module, Detector))
-
-    @property
     def is_fitted(self) -> bool:
-        """Whether it has learned what its score needs (always, where there is nothing to learn)."""
+        """Whether the detector is ready to score; always true for one that needs no fit."""
         return not any(statistic.is_empty for statistic in self._statistics())
 
     def require_fitted(self) -> None:
-        """Raise a NotFittedError if the score needs something that was not learned yet."""
+        """Raise a NotFittedError if the detector needs a fit and has none."""
         if not torch.compiler.is_compiling() and not self.is_fitted:
-            raise NotFittedError(f"{self!r} has learned nothing yet: call fit on in-distribution features")
+            raise NotFittedError(f"{self!r} is not fitted: call fit on in-distribution features")
 
     def validate(self) -> None:
-        """Refuse what was loaded from a file, by a ValueError, where no fit could have left it."""
+        """Raise a ValueError if the state, loaded from a file, is none that a fit could have left."""
         self.require_fitted()
         for statistic in self._statistics():
             statistic.validate()
@@ -194,55 +249,58 @@ class Detector(nn.Module, ABC):
             value = getattr(self, name)
             if parameter.default is parameter.empty:
                 given.append(repr(value))
-            elif value != parameter.default:
+            elif not _equal(value, parameter.default):
                 given.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(given)})"
 
-    # What a kind of detector fills in.
+    # What a subclass defines.
 
     def _learn(self, features: Features) -> None:
-        """Add one batch, checked, to the statistics."""
+        """Add one checked batch to the statistics."""
 
     @abstractmethod
     def _score(self, features: Features) -> Tensor:
-        """Score checked features."""
+        """Return the scores (n,) of checked features."""
 
     def _validate(self) -> None:
-        """Refuse, by a ValueError, settings that do not fit what was learned."""
+        """Raise a ValueError if the settings do not fit the fitted state."""
 
-    def _derive(self) -> Any:
-        """Work out from the statistics what the score uses; called once a fit."""
+    def _finalize(self) -> Any:
+        """Compute from the statistics what the score uses; called once per fit."""
 
-    # What they share.
+    # What all of them share.
 
     def _set(self, **given: Any) -> None:
-        """Check settings by the table, and keep them as attributes of their names."""
+        """Check settings against their constraints, and keep them as attributes of the same names."""
         for name, value in given.items():
             setattr(self, name, self.settings[name].check(value, name, type(self).__name__))
 
-    def _learned(self) -> Any:
-        if self._derived is None:
+    def _fitted_state(self) -> Any:
+        """Return what `_finalize` computed."""
+        if self._finalized is None:
             with torch.no_grad():
-                self._derived = self._derive()
-        return self._derived
+                self._finalized = self._finalize()
+        return self._finalized
 
     def _check_fit(self, features: Features) -> None:
+        """Raise unless one more batch can be added to the fit."""
         self._require(features, self.learns)
 
     def _statistics(self) -> Iterator[Statistic]:
         return (module for module in self.modules() if isinstance(module, Statistic))
 
-    def _forget_derived(self) -> None:
+    def _drop_fitted_state(self) -> None:
         for module in self.modules():
             if isinstance(module, Detector):
-                module._derived = None
+                module._finalized = None
 
     def _require(self, features: Features, names: tuple[str, ...]) -> None:
-        # A graph that is being traced has no values to look at.
+        """Raise unless the features have these fields, all of them finite."""
+        # A graph that is being traced has no values to check.
         if torch.compiler.is_compiling():
             return
         if not isinstance(features, Features):
-            field = (*names, *self.reads)[0]
+            field = (*names, *self.reads, *FIELDS)[0]
             raise TypeError(
                 f"{self!r} takes Features, got {type(features).__name__}: wrap tensors in "
                 f"Features({field}=...), or let FeatureTap(model) make them from inputs"
@@ -266,25 +324,64 @@ class Detector(nn.Module, ABC):
             raise ValueError(f"{self!r} was fitted to `{name}` of width {fitted}, got width {got.shape[1]}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy works it out again: it may be as large as what was learned, or an index that cannot be copied.
-        return {**self.__dict__, "_derived": None}
+        # A copy computes it again: it may be as large as the statistics, or an index that cannot be copied.
+        return {**self.__dict__, "_finalized": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._derived = None
+        self._finalized = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._derived = None
+        self._finalized = None
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class Wrapper(Detector):
+    """Base of the detectors that are made of other detectors: it fits them, and reads what they read."""
+
+    def _wrap(self, **detectors: Detector) -> None:
+        """Check the detectors inside, and keep them as attributes of the same names."""
+        for name, detector in detectors.items():
+            check_detector(detector, type(self).__name__)
+            setattr(self, name, detector)
+        self.reads = joined(*(detector.reads for detector in detectors.values()))
+        self.learns = joined(*(detector.learns for detector in detectors.values()))
+        self.needs_model = self.needs_model or any(detector.needs_model for detector in detectors.values())
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the detector and those inside are ready to score."""
+        return super().is_fitted and all(detector.is_fitted for detector in self._inner())
+
+    def _check_fit(self, features: Features) -> None:
+        for detector in self._inner():
+            detector._check_fit(features)
+
+    def _learn(self, features: Features) -> None:
+        for detector in self._inner():
+            detector._learn(features)
+
+    def _inner(self) -> list[Detector]:
+        return [module for module in self.children() if isinstance(module, Detector)]
+
+
+def registered_detectors() -> Mapping[str, type[Detector]]:
+    """Return every detector class that has been defined so far, by name: featnorm's and the user's own."""
+    return MappingProxyType(_REGISTRY)
+
+
+def joined(*names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of all tuples in order, each once."""
+    return tuple(dict.fromkeys(name for part in names for name in part))
+
+
 def check_detector(value: object, owner: str) -> None:
-    """Refuse, by a TypeError, what is no detector.
+    """Raise a TypeError unless a value is a detector.
 
     Parameters
     ----------
-    value : what was passed as a detector.
-    owner : what takes it, for the error message.
+    value : the value to check.
+    owner : name of the class or function that takes it, for the error message.
     """
     if isinstance(value, type) and issubclass(value, Detector):
         raise TypeError(f"{owner} takes a detector, got the class {value.__name__}: write {value.__name__}()")
@@ -292,10 +389,17 @@ def check_detector(value: object, owner: str) -> None:
         raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}")
 
 
+def _equal(value: object, default: object) -> bool:
+    try:
+        return bool(value == default)
+    except (RuntimeError, ValueError):  # of several numbers, as a tensor or an array, in a class of the user's own
+        return False
+
+
 def _require_finite(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         return
-    # The sum tells in one read without a temporary; only when it is not finite is the culprit looked for.
+    # The sum needs one read and no temporary; only if it is not finite are the rows searched.
     if math.isfinite(value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).item()):
         return
     bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)

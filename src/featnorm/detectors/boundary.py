@@ -1,18 +1,18 @@
-"""Detectors that learn a boundary around the training features."""
+"""Detectors that fit a boundary around the training features."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import real, table
+from featnorm._utils.checks import Interval, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import RowSample
 from featnorm.features import Features
 
-# libsvm's time grows with the square of the rows: above this many it learns from a sample of them.
-_MOST_ROWS = 1 << 14
-# Far below libsvm's own 1e-3, so that the order of the rows does not show in the scores.
+# The time of libsvm grows with the square of the number of rows: above this number it is fitted to a sample.
+_MAX_ROWS = 1 << 14
+# Far below libsvm's default of 1e-3, so that the order of the rows does not affect the scores.
 _TOLERANCE = 1e-6
 _CACHE = 1000  # MB of kernel columns
 _QUERIES = 4096
@@ -21,7 +21,7 @@ _QUERIES = 4096
 class _Support(NamedTuple):
     """``sum_i weights_i exp(-gamma ||x - vectors_i||^2) - offset``."""
 
-    origin: Tensor  # (D,) taken from vectors and queries, which keeps distances of far clouds exact
+    origin: Tensor  # (D,) subtracted from vectors and queries, which keeps distances far from 0 exact
     vectors: Tensor  # (s, D)
     weights: Tensor  # (s,)
     gamma: float
@@ -29,16 +29,16 @@ class _Support(NamedTuple):
 
 
 class OneClassSVM(Detector):
-    """How far inside the boundary of a one-class support vector machine (Schölkopf et al., NeurIPS 1999).
+    """The decision function of a one-class support vector machine (Schölkopf et al., NeurIPS 1999).
 
-    Reads the pooled feature. Gaussian kernel ``exp(-gamma ||x - x'||^2)`` with scikit-learn's gamma "scale", one
-    over the number of dimensions times the variance over all numbers. Solved by scikit-learn, from a sample of
-    16,384 inputs that does not depend on their order where there are more. The score is the decision function: it
-    is 0 on the boundary, and far away the same for all inputs, since the kernel ends there.
+    It reads the pooled feature. The kernel is Gaussian, ``exp(-gamma ||x - x'||^2)``, with scikit-learn's gamma
+    "scale": one over the product of the number of dimensions and the variance of all numbers. Above 16,384 inputs
+    it is fitted to a sample of that size, which does not depend on their order. The score is 0 on the boundary,
+    and the same for all inputs far away from it, where the kernel vanishes. The solver is scikit-learn's.
 
     Parameters
     ----------
-    nu : between 0 and 1; of training inputs at most this share is outside, at least this share support vectors.
+    nu : maximum share of training inputs outside the boundary and minimum share of support vectors, in (0, 1).
 
     Raises
     ------
@@ -48,27 +48,30 @@ class OneClassSVM(Detector):
 
     reads = ("pooled",)
     learns = ("pooled",)
-    settings = table(nu=real(0, 1))
+    source = "Schölkopf et al., NeurIPS 1999"
+    cost = "O(s D) for s support vectors"
+    standard = ("OneClassSVM()",)
+    settings = table(nu=Interval(0, 1))
     nu: float
 
     def __init__(self, nu: float = 0.1) -> None:
         super().__init__()
         self._set(nu=nu)
-        self.sample = RowSample(_MOST_ROWS)
+        self.sample = RowSample(_MAX_ROWS)
 
     def _learn(self, features: Features) -> None:
         self.sample.add(features.tensor("pooled"))
 
-    def _derive(self) -> _Support:
+    def _finalize(self) -> _Support:
         from sklearn.svm import OneClassSVM as Solver
 
         rows = self.sample.rows.double()
         origin = rows.mean(0)
         rows = rows - origin
-        # The variance of "scale" is about the mean of all numbers, not of each dimension.
+        # The variance of "scale" is about the mean of all numbers, not about that of each dimension.
         variance = float((rows + (origin - origin.mean())).square().mean())
         if not float(rows.abs().max()) > 0:
-            raise ValueError(f"{self!r} found no variation among its {len(rows)} inputs: it needs different ones")
+            raise ValueError(f"{self!r} found no variation among its {len(rows)} inputs: fit different ones")
         gamma = 1 / (rows.shape[1] * variance)
         solver = Solver(nu=self.nu, gamma=gamma, tol=_TOLERANCE, cache_size=_CACHE).fit(rows.cpu().numpy())
         return _Support(
@@ -82,7 +85,7 @@ class OneClassSVM(Detector):
     def _score(self, features: Features) -> Tensor:
         pooled = features.tensor("pooled")
         self._same_width("pooled", pooled, self.sample.width)
-        support: _Support = self._learned()
+        support: _Support = self._fitted_state()
         inside = [self._inside(part, support) for part in pooled.split(_QUERIES)]
         return torch.cat(inside) - support.offset
 
@@ -90,5 +93,5 @@ class OneClassSVM(Detector):
         queries = pooled.double() - support.origin
         squared = torch.addmm(support.vectors.square().sum(1), queries, support.vectors.T, alpha=-2)
         squared = (squared + queries.square().sum(1, keepdim=True)).clamp_min(0)
-        # Not a product with the weights, which rounds equal rows differently.
+        # A matrix product with the weights would round equal rows differently.
         return squared.mul_(-support.gamma).exp_().mul_(support.weights).sum(1)

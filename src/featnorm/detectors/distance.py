@@ -1,34 +1,34 @@
-"""Detectors that measure a distance to Gaussians of the training features."""
+"""Distances to Gaussians that are fitted to the training features."""
 
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, table, whole
+from featnorm._utils.checks import Choice, Integer, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_blocks, unit_rows, whitening
 from featnorm.features import Features
 
-# Above this many rows k-means and its covariances are learned from a sample of them.
-_CLUSTERED_ROWS = 1 << 16
+# Above this number of rows k-means and its covariances are fitted to a sample.
+_MAX_CLUSTERED_ROWS = 1 << 16
 
 
 class _Gaussians(NamedTuple):
-    """Whitened Gaussians: ``|| (z - origin) L - centre ||^2`` is a squared Mahalanobis distance."""
+    """Whitened Gaussians: ``|| (z - origin) L - center ||^2`` is a squared Mahalanobis distance."""
 
     origin: Tensor  # (D,)
-    scale: Tensor | None  # (D,) the standard deviations by which features are divided; None for by none
+    scale: Tensor | None  # (D,) standard deviations by which features are divided, if they are
     factors: list[Tensor]  # each (D, r)
-    centres: list[Tensor]  # each (C, r), the means that share the factor
-    lengths: list[Tensor]  # each (C,), the squared lengths of the centres
+    centers: list[Tensor]  # each (C, r), means that share the factor
+    lengths: list[Tensor]  # each (C,), squared lengths of the centers
 
     @classmethod
     def about(
-        cls, origin: Tensor, scale: Tensor | None, factors: list[Tensor], centres: list[Tensor]
+        cls, origin: Tensor, scale: Tensor | None, factors: list[Tensor], centers: list[Tensor]
     ) -> "_Gaussians":
-        """Make it of the means; their lengths, which each batch needs, are taken once."""
-        return cls(origin, scale, factors, centres, [means.square().sum(1) for means in centres])
+        """Make it from the means, whose lengths are computed once for all batches."""
+        return cls(origin, scale, factors, centers, [means.square().sum(1) for means in centers])
 
     def nearest(self, z: Tensor) -> Tensor:
         """Return the squared distance of each row to the nearest mean, (n,) float64."""
@@ -36,10 +36,10 @@ class _Gaussians(NamedTuple):
         if self.scale is not None:
             z = z / self.scale
         nearest = z.new_full((z.shape[0],), torch.inf)
-        for factor, centres, lengths in zip(self.factors, self.centres, self.lengths, strict=True):
+        for factor, centers, lengths in zip(self.factors, self.centers, self.lengths, strict=True):
             white = z @ factor
             # ||w - c||^2 expanded, so that no (n, C, r) tensor is made.
-            offsets = torch.addmm(lengths, white, centres.T, alpha=-2).amin(1)
+            offsets = torch.addmm(lengths, white, centers.T, alpha=-2).amin(1)
             nearest = torch.minimum(nearest, white.square().sum(1) + offsets)
         return nearest.clamp_min(0)
 
@@ -47,8 +47,8 @@ class _Gaussians(NamedTuple):
 class Mahalanobis(Detector):
     """Squared Mahalanobis distance to the nearest class mean, negated (Lee et al., NeurIPS 2018).
 
-    Reads the pooled feature. Class means and one class-centred covariance, pooled over the classes and
-    divided by N, in float64; directions without variance are left out (pseudo-inverse).
+    It reads the pooled feature. Class means and one class-centered covariance, pooled over the classes and divided
+    by N, are computed in float64; directions without variance are dropped (pseudo-inverse).
 
     Raises
     ------
@@ -59,6 +59,9 @@ class Mahalanobis(Detector):
     reads = ("pooled",)
     learns = ("pooled", "labels")
     role = "distance"
+    source = "Lee et al., NeurIPS 2018"
+    cost = "O(D^2 + C D)"
+    standard = ("Mahalanobis()",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,55 +74,61 @@ class Mahalanobis(Detector):
     def _learn(self, features: Features) -> None:
         self.moments.add(features.tensor("pooled"), features.labels)
 
-    def _derive(self) -> _Gaussians:
+    def _finalize(self) -> _Gaussians:
         factor = whitening(self.moments.within_covariance(), self.moments.rounding().max())
         if factor.shape[1] == 0:
             raise ValueError(
                 f"{self!r} found no variation within the {len(self.moments.groups)} classes "
-                f"of its {int(self.moments.total)} inputs: it needs several different inputs of a class "
+                f"of its {int(self.moments.total)} inputs: it needs several different inputs per class "
                 "(SSD and KNN need no labels)"
             )
         origin = self.moments.mean()
-        centres = (self.moments.means() - origin) @ factor
-        return _Gaussians.about(origin, None, [factor], [centres])
+        centers = (self.moments.means() - origin) @ factor
+        return _Gaussians.about(origin, None, [factor], [centers])
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        gaussians: _Gaussians = self._learned()
+        gaussians: _Gaussians = self._fitted_state()
         return -gaussians.nearest(features.tensor("pooled"))
 
 
 class SSD(Detector):
     """Squared Mahalanobis distance in unit-length features, negated (Sehwag et al., ICLR 2021).
 
-    The pooled feature is normalised to unit length and standardised by the training mean and population
-    deviation; then ``(z - mu)' pinv(cov) (z - mu)``, the least over the clusters, each with its own mean and
+    The pooled feature is normalized to unit length and standardized by the training mean and population deviation.
+    The distance is ``(z - mu)' pinv(cov) (z - mu)``, the minimum over the clusters, each with its own mean and
     biased covariance.
 
     Parameters
     ----------
     clusters
-        1 for a single one; a number for k-means (scikit-learn; learned from a sample of 65,536 inputs that
-        does not depend on their order, where there are more); ``"labels"`` for one cluster a class.
+        Number of clusters, found by scikit-learn's k-means if it is not 1, or ``"labels"`` for one cluster per
+        class. Above 65,536 inputs k-means is fitted to a sample of that size, which does not depend on their
+        order.
 
     Raises
     ------
     ValueError
-        ``clusters`` is neither a positive whole number nor ``"labels"``; a cluster has a single input; labels
-        were asked for and an input has none.
+        ``clusters`` is neither a positive integer nor ``"labels"``; a cluster has a single input; an input has no
+        label with ``clusters="labels"``.
     """
 
     reads = ("pooled",)
+    learns: tuple[str, ...] = ("pooled",)
     role = "distance"
-    settings = table(clusters=whole(1) | choice("labels"))
+    source = "Sehwag et al., ICLR 2021"
+    cost = "O(D^2) per cluster"
+    standard = ("SSD()",)
+    settings = table(clusters=Integer(1) | Choice("labels"))
     clusters: int | Literal["labels"]
 
     def __init__(self, clusters: int | Literal["labels"] = 1) -> None:
         super().__init__()
         self._set(clusters=clusters)
-        self.learns = ("pooled", "labels") if self.clusters == "labels" else ("pooled",)
+        if self.clusters == "labels":
+            self.learns = ("pooled", "labels")
         self.moments = Moments(gram_per_group=self.clusters == "labels")
-        self.sample = RowSample(_CLUSTERED_ROWS) if self.clusters not in (1, "labels") else None
+        self.sample = RowSample(_MAX_CLUSTERED_ROWS) if self.clusters not in (1, "labels") else None
 
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
@@ -135,36 +144,35 @@ class SSD(Detector):
         if self.sample is not None:
             self.sample.add(single_unit_rows(pooled))
 
-    def _derive(self) -> _Gaussians:
+    def _finalize(self) -> _Gaussians:
         covariance, rounding = self.moments.covariance(), self.moments.rounding()
         variance = covariance.diagonal()
         alive = variance > rounding
         if not alive.any():
             raise ValueError(
                 f"{self!r} found no variation among its {int(self.moments.total)} inputs: "
-                "it needs several different ones"
+                "fit several different ones"
             )
         origin = self.moments.mean()
-        # A unit that never moved in training has no deviation to divide by, and the pseudo-inverse drops it.
+        # A unit that is constant in training has no deviation to divide by; the pseudo-inverse drops it.
         scale = torch.where(alive, variance, torch.ones_like(variance)).sqrt()
         if self.clusters == 1:
             standard = covariance / torch.outer(scale, scale)
             factor = whitening(standard, (rounding / scale.square())[alive].max())
             return _Gaussians.about(origin, scale, [factor], [torch.zeros_like(factor[:1])])
-        factors, centres = [], []
+        factors, centers = [], []
         for mean, own, noise in self._clusters(origin, scale):
             factor = whitening(own, noise[alive].max())
             if factor.shape[1] == 0:
                 raise ValueError(
-                    f"{self!r} has a cluster whose inputs are all alike, which has no covariance: "
-                    "use fewer clusters"
+                    f"{self!r} has a cluster of identical inputs, which has no covariance: use fewer clusters"
                 )
             factors.append(factor)
-            centres.append((mean @ factor)[None])
-        return _Gaussians.about(origin, scale, factors, centres)
+            centers.append((mean @ factor)[None])
+        return _Gaussians.about(origin, scale, factors, centers)
 
     def _clusters(self, origin: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the mean, covariance and rounding error of each cluster, standardised."""
+        """Return the mean, covariance and rounding error of each cluster, standardized."""
         if self.sample is None:
             moments = self.moments
             sizes = moments.counts
@@ -195,7 +203,7 @@ class SSD(Detector):
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        gaussians: _Gaussians = self._learned()
+        gaussians: _Gaussians = self._fitted_state()
         return -gaussians.nearest(unit_rows(features.tensor("pooled")))
 
 
@@ -203,6 +211,6 @@ def _require_labels(detector: Detector, labels: Tensor) -> None:
     without = (labels < 0).nonzero()
     if len(without):
         raise ValueError(
-            f"{detector!r} learns from labels, and {len(without)} of {len(labels)} inputs have none, "
+            f"{detector!r} is fitted with labels, and {len(without)} of {len(labels)} inputs have none, "
             f"the first at row {int(without[0])} (SSD and KNN need no labels)"
         )

@@ -5,63 +5,45 @@ import difflib
 from typing import Any
 
 from featnorm._utils.checks import check_type
-from featnorm.detectors.base import Detector
-from featnorm.detectors.boundary import OneClassSVM
-from featnorm.detectors.confidence import MSP, Energy, KLUniform, MaxLogit
-from featnorm.detectors.distance import SSD, Mahalanobis
+from featnorm.detectors.base import Detector, registered_detectors
 from featnorm.detectors.fusion import Fusion
-from featnorm.detectors.neighbors import KNN
-from featnorm.detectors.norm import NAN, EmbeddingMagnitude, HiddenConfidence, L1Norm, LpNorm, Sparsity
-from featnorm.detectors.perturbation import ODIN, Views
-from featnorm.detectors.rotation import CSI, RotNet
-from featnorm.detectors.shaping import ReAct
-from featnorm.detectors.subspace import Residual, ViM
 
-_DETECTORS: dict[str, type[Detector]] = {
-    detector.__name__: detector
-    for detector in (
-        NAN,
-        L1Norm,
-        LpNorm,
-        Sparsity,
-        HiddenConfidence,
-        EmbeddingMagnitude,
-        MSP,
-        MaxLogit,
-        Energy,
-        KLUniform,
-        Mahalanobis,
-        SSD,
-        KNN,
-        OneClassSVM,
-        Residual,
-        ViM,
-        ReAct,
-        ODIN,
-        Views,
-        RotNet,
-        CSI,
-    )
-}
-_MOST_CHARACTERS = 500
+_MAX_CHARACTERS = 500
+
+
+class UnknownDetectorError(ValueError):
+    """An expression names a detector that is not registered.
+
+    Attributes
+    ----------
+    name : str
+        The name.
+    """
+
+    def __init__(self, name: str) -> None:
+        known = sorted(other for other, kind in registered_detectors().items() if not kind.operator)
+        near = difflib.get_close_matches(name.lower(), [other.lower() for other in known], 1, 0.5)
+        meant = next((f"; did you mean {other}?" for other in known if other.lower() in near), "")
+        super().__init__(f"there is no detector {name!r}{meant} (known: {', '.join(known)})")
+        self.name = name
 
 
 def parse_detector(expression: str) -> Detector:
     """Make the detector that an expression names; the inverse of ``repr``.
 
-    Only detectors, literal settings and ``/`` are understood (``NAN`` stands for ``NAN()``), and nothing is
-    ever evaluated, so an expression may come from anywhere.
+    An expression consists of registered detectors (``NAN`` stands for ``NAN()``), literal settings and ``/``. It
+    is never run as code, so it may come from an untrusted source.
 
     Raises
     ------
     ValueError
-        The expression is not understood, names an unknown detector, or its settings are wrong.
+        The expression is malformed, names an unknown detector, or its settings are wrong.
     TypeError
-        The expression is no string.
+        The expression is not a string.
     """
     check_type(expression, str, "the expression", 'a string such as "KNN(k=10) / NAN"')
-    if len(expression) > _MOST_CHARACTERS:
-        raise ValueError(f"a detector expression has at most {_MOST_CHARACTERS} characters")
+    if len(expression) > _MAX_CHARACTERS:
+        raise ValueError(f"a detector expression has at most {_MAX_CHARACTERS} characters")
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
         value = _build(tree, expression)
@@ -79,6 +61,10 @@ def _build(node: ast.expr, expression: str) -> Any:
             return Fusion(_build(left, expression), _build(right, expression))
         case ast.Name(id="inf"):
             return float("inf")
+        case ast.UnaryOp(
+            op=ast.USub(), operand=ast.Constant(value=int() | float()) | ast.Name(id="inf") as number
+        ):
+            return -_build(number, expression)
         case ast.Name(id=name):
             return _named(name)()
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
@@ -92,8 +78,7 @@ def _build(node: ast.expr, expression: str) -> Any:
 
 
 def _named(name: str) -> type[Detector]:
-    if name not in _DETECTORS:
-        near = difflib.get_close_matches(name.lower(), [known.lower() for known in _DETECTORS], 1, 0.5)
-        meant = next((f"; did you mean {known}?" for known in _DETECTORS if known.lower() in near), "")
-        raise ValueError(f"there is no detector {name!r}{meant} (known: {', '.join(_DETECTORS)})")
-    return _DETECTORS[name]
+    kind = registered_detectors().get(name)
+    if kind is None or kind.operator:
+        raise UnknownDetectorError(name)
+    return kind

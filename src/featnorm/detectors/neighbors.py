@@ -1,4 +1,4 @@
-"""Detectors that measure a distance to single training inputs."""
+"""Distances to single training inputs."""
 
 import math
 from typing import Self
@@ -7,46 +7,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, real, shown, table, whole
+from featnorm._utils.checks import Choice, Integer, Interval, shown, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Bank, unit_rows, write_unit_rows
 from featnorm.features import Features
 
-# Rows of a bank that are looked at at a time.
+# Rows of a bank that are processed at a time.
 _CHECKED_ROWS = 1 << 14
-# A bank with fewer rows is searched whole: an index would save little.
-_INDEXED_ROWS = 1 << 17
+# A bank with fewer rows is searched exactly: an index would save little.
+_MIN_INDEXED_ROWS = 1 << 17
 
 
 class KNN(Detector):
     """Distance to the k-th nearest training input, negated (Sun et al., ICML 2022).
 
-    Reads the pooled feature, normalised to unit length: ``z / (||z|| + 1e-10)``. The search is faiss's.
+    It reads the pooled feature, normalized to unit length: ``z / (||z|| + 1e-10)``. faiss searches the neighbors.
 
     Parameters
     ----------
-    k : which neighbor; 50 for CIFAR-10 and 1000 for ImageNet-1k in the source, each with the whole bank.
+    k : rank of the neighbor; 50 for CIFAR-10 and 1000 for ImageNet-1k in the source, each with the whole bank.
     squared
-        Score the squared distance, as the source does. It ranks alike alone, but not in a `Fusion`.
+        Whether to score the squared distance, as the source does. This does not change the ranking, except in a
+        `Fusion`.
     recall
-        None for an exact search; or the share of the k nearest that an index has to find, such as 0.99, for a bank
-        of 131,072 inputs or more. The index is built where a score is first asked for (a minute or two for a
-        million) and takes about a twentieth of the bank's memory beside it; how far it looks is settled on inputs
-        of the bank, against the exact search, and where it would have to look at a quarter of the bank the search
-        is exact. What it misses makes a distance larger and never smaller: an input that is unlike the bank may
-        look a little more so.
+        Share of the k nearest neighbors that an approximate index must find, such as 0.99, for a bank of at least
+        131,072 inputs. The index is built for the first score (a minute or two for a million inputs), and needs
+        about a twentieth of the bank's memory in addition. The share of the bank that it searches is chosen by
+        comparison with the exact search on inputs of the bank; if it would be a quarter or more, the search is
+        exact. A missed neighbor makes a distance larger, never smaller. Default: None, an exact search.
 
     Raises
     ------
     ValueError
-        ``k`` is not a positive whole number, or is more than the inputs in the bank; ``recall`` is not between 0
-        and 1.
+        ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``recall`` is not between
+        0 and 1.
     """
 
     reads = ("pooled",)
     learns = ("pooled",)
     role = "distance"
-    settings = table(k=whole(1), squared=choice(True, False), recall=real(0, 1) | choice(None))
+    source = "Sun et al., ICML 2022"
+    cost = "O(n D)"
+    standard = ("KNN()",)
+    settings = table(k=Integer(1), squared=Choice(True, False), recall=Interval(0, 1) | Choice(None))
     k: int
     squared: bool
     recall: float | None
@@ -57,7 +60,7 @@ class KNN(Detector):
         self.bank = Bank()
 
     def use_bank(self, rows: Tensor) -> Self:
-        """Take a bank as it is, in place of what was learned, without a copy: it may be mapped from a file.
+        """Replace the fit by a bank, which is used without a copy and may be mapped from a file.
 
         Parameters
         ----------
@@ -66,9 +69,9 @@ class KNN(Detector):
         Raises
         ------
         ValueError
-            The rows are of another shape or type, or one is neither of unit length nor zero.
+            The rows have another shape or type, or one is neither of unit length nor zero.
         TypeError
-            The rows are no tensor.
+            The rows are not a tensor.
         """
         if not isinstance(rows, Tensor):
             raise TypeError(f"{self!r} takes a bank (n, D) as a tensor of float32, got {shown(rows)}")
@@ -84,7 +87,7 @@ class KNN(Detector):
                     "divide each row by its length"
                 )
         self.bank.rows = rows
-        self._forget_derived()
+        self._drop_fitted_state()
         return self
 
     def _learn(self, features: Features) -> None:
@@ -95,33 +98,33 @@ class KNN(Detector):
         if rows < self.k:
             raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
 
-    def _derive(self) -> "_Search":
+    def _finalize(self) -> "_Search":
         bank = self.bank.rows.cpu().numpy()
-        if self.recall is None or len(bank) < _INDEXED_ROWS:
+        if self.recall is None or len(bank) < _MIN_INDEXED_ROWS:
             return _Search(bank)
         return _Index.reaching(self.recall, bank, self.k) or _Search(bank)
 
     @property
     def bank_shape(self) -> tuple[int, int]:
-        """Rows and width of the bank."""
+        """Number of rows and width of the bank."""
         return len(self.bank.rows), self.bank.width
 
     def nearest(self, queries: Tensor, k: int) -> Tensor:
-        """Return the squared distances to the nearest of the bank.
+        """Return the squared distances to the nearest rows of the bank.
 
         Parameters
         ----------
         queries : features of unit length, as `unit_rows` makes them, (m, D) float32.
-        k : how many neighbors; all where the bank has fewer.
+        k : number of neighbors; at most those in the bank.
 
         Returns
         -------
-        (m, k) on the CPU, the nearest first.
+        (m, k) on the CPU, in ascending order.
         """
         k = min(k, self.bank_shape[0])
         if len(queries) == 0:
             return queries.new_empty(0, k)
-        search: _Search = self._learned()
+        search: _Search = self._fitted_state()
         return torch.from_numpy(search.nearest(queries.cpu().contiguous().numpy(), k))
 
     def _score(self, features: Features) -> Tensor:
@@ -129,7 +132,7 @@ class KNN(Detector):
         self._same_width("pooled", pooled, self.bank_shape[1])
         self._validate()
         queries = unit_rows(pooled.detach()).float()
-        # faiss has no place in a graph that is traced: there the search is exact.
+        # A graph that is being traced cannot call faiss: there the search is exact.
         tracing = torch.compiler.is_compiling()
         squared = self._traced(queries) if tracing else self.nearest(queries, self.k)[:, -1].clone()
         # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
@@ -143,7 +146,7 @@ class KNN(Detector):
 
 
 class _Search:
-    """The exact search.
+    """An exact search.
 
     Parameters
     ----------
@@ -154,7 +157,7 @@ class _Search:
         self.bank = bank
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Return the squared distances (m, k) of queries (m, D) to the nearest of the bank, the nearest first."""
+        """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows of the bank."""
         return self._neighbors(queries, k)[0]
 
     def _neighbors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,17 +167,17 @@ class _Search:
 
 
 class _Index(_Search):
-    """A search that looks at some cells of the bank (Jegou et al., TPAMI 2011), and there at a bit a dimension.
+    """A search of some cells of the bank (Jegou et al., TPAMI 2011), in which a row is one bit per dimension.
 
-    The bits (RaBitQ: Gao and Long, SIGMOD 2024) say which rows are candidates, whose distances are then exact.
+    The bits (RaBitQ: Gao and Long, SIGMOD 2024) select candidates, whose exact distances are then computed.
     """
 
-    # The rows that cells are learned from, for each cell; and the rows of the bank that stand for queries.
-    _LEARNED, _TRIED = 64, 512
-    # Candidates for each neighbor: few are enough for the features of a ResNet-18; where there are few units, and
-    # so few bits, more of them save looking into more cells.
+    # Training rows per cell, and rows of the bank that serve as queries to measure the recall.
+    _ROWS_PER_CELL, _QUERIES = 64, 512
+    # Candidates per neighbor: 4 are enough for the features of a ResNet-18; with fewer units, and so fewer bits,
+    # more candidates save the search of more cells.
     _CANDIDATES = (4, 16)
-    # Candidates of all queries at a time.
+    # Candidates of all queries that are processed at a time.
     _BLOCK = 1 << 22
 
     def __init__(self, bank: np.ndarray) -> None:
@@ -183,21 +186,21 @@ class _Index(_Search):
         super().__init__(np.ascontiguousarray(bank))
         rows, width = bank.shape
         cells = round(2 * math.sqrt(rows))
-        # The rotation spreads what few units say over all, of each of which a bit is kept.
+        # The rotation spreads the information of few units over all, since one bit is kept per unit.
         self._index = faiss.index_factory(width, f"RR,IVF{cells},RaBitQfs")
         self.cells = faiss.extract_index_ivf(self._index)
         self.cells.cp.niter = 10
         self.candidates = self._CANDIDATES[0]
-        self._index.train(_spaced(bank, self._LEARNED * cells))
+        self._index.train(_spaced(bank, self._ROWS_PER_CELL * cells))
         for start in range(0, rows, _CHECKED_ROWS):
             self._index.add(bank[start : start + _CHECKED_ROWS])
 
     @classmethod
     def reaching(cls, recall: float, bank: np.ndarray, k: int) -> Self | None:
-        """Return an index that finds this share of the k nearest, or None where it would have to look too far."""
+        """Return an index that finds this share of the k nearest, or None if it would search too many cells."""
         index = cls(bank)
-        queries = _spaced(bank, cls._TRIED)
-        # The nearest of a row of the bank is itself.
+        queries = _spaced(bank, cls._QUERIES)
+        # The nearest neighbor of a row of the bank is the row itself.
         k = min(k + 1, len(bank))
         _, nearest = index._neighbors(queries, k)
         true = np.sort(index._distances(queries, nearest), 1)
@@ -205,14 +208,14 @@ class _Index(_Search):
         while index.cells.nprobe <= index.cells.nlist // 4:
             for index.candidates in cls._CANDIDATES:
                 found = index.nearest(queries, k)
-                # By their distances: equal ones may stand for each other.
+                # Distances are compared, not rows: rows at equal distances are interchangeable.
                 if (found[:, 1:] <= true[:, -1:]).mean() >= recall:
                     return index
             index.cells.nprobe *= 2
         return None
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """See `_Search.nearest`; a neighbor may be missed, and a farther one stand in its place."""
+        """As `_Search.nearest`, but a neighbor may be missed, and a farther one returned in its place."""
         candidates = min(self.candidates * k, len(self.bank))
         found = np.empty((len(queries), k), np.float32)
         block = max(1, self._BLOCK // candidates)
@@ -220,14 +223,14 @@ class _Index(_Search):
             some = queries[start : start + block]
             distances = self._distances(some, self._index.search(some, candidates)[1])
             found[start : start + block] = np.sort(np.partition(distances, k - 1, 1)[:, :k], 1)
-        # Where the cells that were looked at hold fewer than k rows.
+        # The cells that were searched may hold fewer than k rows.
         short = np.isinf(found[:, -1])
         if short.any():
             found[short] = super().nearest(queries[short], k)
         return found
 
     def _distances(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the squared distances (m, c) of queries to rows of the bank; infinite where the number is -1."""
+        """Return the squared distances (m, c) of queries to rows of the bank; infinity for the row -1."""
         import faiss
 
         distances = np.empty(rows.shape, np.float32)
@@ -237,7 +240,7 @@ class _Index(_Search):
 
 
 def _spaced(rows: np.ndarray, count: int) -> np.ndarray:
-    """Return so many rows, or all where there are fewer, evenly spaced."""
+    """Return ``count`` evenly spaced rows, or all if there are fewer."""
     if len(rows) <= count:
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]

@@ -1,11 +1,11 @@
-"""Detectors that read a vector's size: the paper's negative-aware norm and what it is compared with."""
+"""Norms of a layer: the paper's negative-aware norm, and those it is compared with."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import real, table
+from featnorm._utils.checks import Interval, table
 from featnorm.detectors.base import Detector
 from featnorm.features import Features
 from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
@@ -14,13 +14,17 @@ from featnorm.norms import l0_norm, l1_norm, lp_norm, negative_aware_norm
 class _Norm(Detector):
     reads = ("activation",)
     role = "norm"
+    cost = "O(d)"
 
 
 class NAN(_Norm):
     """The negative-aware norm of the last hidden layer, ``||a||_1 / ||a||_0`` (paper eq. 10).
 
-    No hyperparameter, no labels, no bank; nothing to fit. An input that switches every unit off scores 0.
+    It has no hyperparameter and needs no fit. An input that activates no unit scores 0.
     """
+
+    source = "Park et al., ICCV 2023, eq. 10"
+    standard = ("NAN()",)
 
     def _score(self, features: Features) -> Tensor:
         return negative_aware_norm(features.tensor("activation"))
@@ -28,6 +32,9 @@ class NAN(_Norm):
 
 class L1Norm(_Norm):
     """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4)."""
+
+    source = "Park et al., ICCV 2023, Theorem 3 and eq. 4"
+    standard = ("L1Norm()",)
 
     def _score(self, features: Features) -> Tensor:
         return l1_norm(features.tensor("activation"))
@@ -38,7 +45,7 @@ class LpNorm(_Norm):
 
     Parameters
     ----------
-    p : the exponent, positive; infinity for the largest unit. For the number of active units see `Sparsity`.
+    p : exponent in (0, inf]; infinity gives the largest unit. For the number of active units see `Sparsity`.
 
     Raises
     ------
@@ -46,7 +53,9 @@ class LpNorm(_Norm):
         ``p`` is not positive.
     """
 
-    settings = table(p=real(0, math.inf, closed="right"))
+    source = "Park et al., ICCV 2023, A.2.1"
+    standard = ("LpNorm()",)
+    settings = table(p=Interval(0, math.inf, closed="right"))
     p: float
 
     def __init__(self, p: float = 2) -> None:
@@ -60,18 +69,24 @@ class LpNorm(_Norm):
 class Sparsity(_Norm):
     """The sparsity term ``1 / ||a||_0`` (paper eq. 9, Table 12), so that NAN = L1Norm x Sparsity.
 
-    Where no unit is active the count is taken as 1, as in NAN.
+    If no unit is active, the count is taken as 1, as in NAN.
     """
+
+    source = "Park et al., ICCV 2023, eq. 9"
+    standard = ("Sparsity()",)
 
     def _score(self, features: Features) -> Tensor:
         return l0_norm(features.tensor("activation")).clamp_min(1).reciprocal()
 
 
 class EmbeddingMagnitude(Detector):
-    """``||g||_2`` of the embedding before it is normalised (paper Table 8; Dhamija et al., NeurIPS 2018)."""
+    """``||g||_2`` of the embedding before normalization (paper Table 8; Dhamija et al., NeurIPS 2018)."""
 
     reads = ("embedding",)
     role = "norm"
+    source = "Park et al., ICCV 2023, Table 8; Dhamija et al., NeurIPS 2018"
+    cost = "O(e)"
+    standard = ("EmbeddingMagnitude()",)
 
     def _score(self, features: Features) -> Tensor:
         return lp_norm(features.tensor("embedding"), 2)
@@ -81,7 +96,7 @@ class HiddenConfidence(Detector):
     """The hidden classifier's confidence, ``max_k sum_i sign(C_ki) a_i`` (paper eq. 3, Table 10).
 
     C is the linear map from the last hidden layer to the logits: the classifier's weights, times those of the
-    embedding where there is one (A.1). ``sign(0) = -1``. It never exceeds ``||a||_1`` (Thm. 3).
+    embedding if there is one (A.1). ``sign(0) = -1``. The score never exceeds ``||a||_1`` (Thm. 3).
 
     Raises
     ------
@@ -90,6 +105,9 @@ class HiddenConfidence(Detector):
     """
 
     reads = ("activation", "classifier")
+    source = "Park et al., ICCV 2023, eq. 3 and Table 10"
+    cost = "O(C d)"
+    standard = ("HiddenConfidence()",)
 
     def _score(self, features: Features) -> Tensor:
         weight, _ = features.linear()

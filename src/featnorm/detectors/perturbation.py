@@ -1,4 +1,4 @@
-"""Detectors that ask the model again about a changed input."""
+"""Detectors that run the model again on changed inputs."""
 
 import math
 from collections.abc import Sequence
@@ -6,117 +6,110 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, real, several, table
-from featnorm.detectors.base import Detector, check_detector
+from featnorm._utils.checks import Choice, Interval, SequenceOf, table
+from featnorm.detectors.base import Detector, Wrapper
 from featnorm.features import Features
 
 
 class ODIN(Detector):
     """Maximum softmax probability at a high temperature, after a step that raises it (Liang et al., ICLR 2018).
 
-    ``x' = x - (eps / std) sign(grad_x CE(f(x) / T, argmax f(x)))``, then ``max softmax(f(x') / T)``. It reads the
-    inputs themselves, through the model that the features came from (`FeatureTap`, `Scorer`): one pass forward and
-    back, and one more forward.
+    ``x' = x - (eps / std) sign(grad_x CE(f(x) / T, argmax f(x)))``, then ``max softmax(f(x') / T)``. It needs the
+    inputs and the model that made the features, as `FeatureTap` and `Scorer` keep them: one forward and backward
+    pass, and one more forward pass.
 
     Parameters
     ----------
     temperature : T; 1000 in the source.
-    eps : the step, in units of a pixel between 0 and 1; 0.0014 in the source.
-    std
-        Deviation of each channel by which the model's inputs were divided; None for inputs that were not.
+    eps : size of the step, in units of a pixel between 0 and 1; 0.0014 in the source.
+    std : standard deviation of each channel by which the model's inputs were divided. Default: None, undivided.
 
     Raises
     ------
     ValueError
         ``temperature`` or a deviation is not positive, ``eps`` is negative, the features came without their
-        inputs, or the deviations are not one a channel.
+        inputs, or there is not one deviation per channel.
     """
 
     reads = ("logits",)
+    needs_model = True
+    source = "Liang et al., ICLR 2018"
+    cost = "2 forward passes and 1 backward pass"
+    standard = ("ODIN()",)
     settings = table(
-        temperature=real(0, math.inf),
-        eps=real(0, math.inf, closed="left"),
-        std=several(real(0, math.inf)) | choice(None),
+        temperature=Interval(0, math.inf),
+        eps=Interval(0, math.inf, closed="left"),
+        std=SequenceOf(Interval(0, math.inf)) | Choice(None),
     )
     temperature: float
     eps: float
     std: tuple[float, ...] | None
-    _asks_again = True
 
     def __init__(self, temperature: float = 1000, eps: float = 0.0014, std: Sequence[float] | None = None) -> None:
         super().__init__()
         self._set(temperature=temperature, eps=eps, std=std)
 
     def _score(self, features: Features) -> Tensor:
-        source = features.source_of(self)
-        inputs = source.inputs
+        call = features.require_call(self)
+        inputs = call.inputs
 
         def loss(again: Features) -> Tensor:
             logits = again.tensor("logits").float() / self.temperature
             return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
-        step = self.eps * source.gradient(loss).sign()
+        step = self.eps * call.gradient(loss).sign()
         if self.std is not None:
             if inputs.ndim < 3 or inputs.shape[1] != len(self.std):
                 raise ValueError(
-                    f"{self!r} has {len(self.std)} deviations, one a channel, and the inputs are of shape "
+                    f"{self!r} has {len(self.std)} deviations, one per channel, and the inputs have shape "
                     f"{tuple(inputs.shape)}"
                 )
             shape = (1, -1, *(1 for _ in inputs.shape[2:]))
             step = step / torch.tensor(self.std, device=step.device, dtype=step.dtype).reshape(shape)
-        logits = source.features(inputs - step).tensor("logits").double()
-        # Near 1 / C the probabilities differ by less than float32 tells apart at this temperature.
+        logits = call.features(inputs - step).tensor("logits").double()
+        # At high temperatures the probabilities are so near 1 / C that float32 cannot tell them apart.
         return (logits / self.temperature).softmax(1).amax(1)
 
 
-class Views(Detector):
+class Views(Wrapper):
     """The score of a detector averaged over an input and its eight translations (paper C.1, after CSI).
 
-    The paper aggregates NAN over nine views for models trained without labels. It does not give the distance:
-    here it is an eighth of the image, 4 pixels of 32, along each axis and both; what moves in is mirrored.
+    The paper aggregates NAN over nine views for models that are trained without labels. It does not state the
+    distance: here it is an eighth of the image, 4 pixels of 32, along each axis and along both; the border is
+    filled by reflection.
 
     Parameters
     ----------
-    detector : any detector; what it learns, it learns from inputs as they are.
-    shift : the distance as a share of the image's height and width, between 0 and 1.
+    detector : any detector; it is fitted to untranslated inputs.
+    shift : distance as a share of the image's height and width, between 0 and 1.
 
     Raises
     ------
     ValueError
-        ``shift`` is out of range, the features came without their inputs, or these are not images
+        ``shift`` is out of range, the features came without their inputs, or the inputs are not images
         (n, channels, height, width).
     """
 
-    settings = table(shift=real(0, 1))
+    needs_model = True
+    source = "Park et al., ICCV 2023, C.1"
+    cost = "8 forward passes and 9 times that of the detector"
+    standard = ("Views(NAN())",)
+    settings = table(shift=Interval(0, 1))
+    detector: Detector
     shift: float
-    _asks_again = True
 
     def __init__(self, detector: Detector, shift: float = 0.125) -> None:
-        check_detector(detector, "Views")
         super().__init__()
+        self._wrap(detector=detector)
         self._set(shift=shift)
-        self.detector = detector
         self.role = detector.role
-        self.reads = detector.reads
-        self.learns = detector.learns
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the inner detector is fitted."""
-        return self.detector.is_fitted
-
-    def _check_fit(self, features: Features) -> None:
-        self.detector._check_fit(features)
-
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
 
     def _score(self, features: Features) -> Tensor:
-        source = features.source_of(self)
-        images = source.inputs
+        call = features.require_call(self)
+        images = call.inputs
         if images.ndim != 4:
             raise ValueError(
-                f"{self!r} moves images (n, c, h, w), and the inputs are of shape {tuple(images.shape)}"
+                f"{self!r} moves images (n, c, h, w), and the inputs have shape {tuple(images.shape)}"
             )
         height, width = images.shape[2:]
         dy, dx = max(1, round(self.shift * height)), max(1, round(self.shift * width))
@@ -128,5 +121,5 @@ class Views(Detector):
             for left in (0, dx, 2 * dx):
                 if (top, left) != (dy, dx):
                     view = padded[:, :, top : top + height, left : left + width]
-                    total = total + self.detector.score(source.features(view))
+                    total = total + self.detector.score(call.features(view))
         return total / 9

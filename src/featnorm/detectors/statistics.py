@@ -1,7 +1,7 @@
-"""What detectors learn: sums and samples that stream, merge and live in buffers.
+"""Fitted state of detectors: sums and samples that stream, merge, and are held in buffers.
 
-A fit is any number of `add` calls; two fits `merge` into the fit of the whole. Memory never grows with the
-number of inputs, except for `Bank`, which is the inputs.
+A fit is any number of `add` calls; `merge` joins two fits into the fit of the whole. Memory does not grow with the
+number of inputs, except that of `Bank`, which holds the inputs.
 """
 
 import math
@@ -12,24 +12,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-# Rows are taken to float64 a block at a time: the double of a whole data set would be its own memory again. At
-# this size a product with the block is still at full speed, and the block smaller than a wide Gram matrix.
+# Rows that are converted to float64 at a time: a whole data set in float64 would need its own memory again. At
+# this size a product with the block still runs at full speed, and the block is smaller than a wide Gram matrix.
 _BLOCK_ROWS = 512
-# Rows that a sample takes at a time: each time it is written anew.
+# Rows that are added to a sample at a time: each addition rewrites the sample.
 _SAMPLED_ROWS = 4096
-# Columns of a sample that are put in a new order at a time, which is all the memory that it takes.
+# Columns of a sample that are reordered at a time, which bounds the memory that reordering needs.
 _SAMPLED_COLUMNS = 256
-# Columns of a Gram matrix that are summed at a time: wide enough for a product at full speed.
+# Columns of a Gram matrix that are summed at a time: enough for a product at full speed.
 _PANEL_COLUMNS = 512
-# Of numbers and what is made of them, so many stay in a core's cache.
+# Elements that, with intermediate results, fit into the cache of a core.
 _CACHED_ELEMENTS = 1 << 17
-# Several detectors may hold one each, so a single one is held well below a machine's memory.
-_MOST_GRAM_BYTES = 1 << 30
-_MOST_GRAMS_BYTES = 8 << 30
+# Several detectors may hold one Gram matrix each, so the limit of one is well below a machine's memory.
+_MAX_GRAM_BYTES = 1 << 30
+_MAX_GRAMS_BYTES = 8 << 30
 
 
 class Statistic(nn.Module, ABC):
-    """Buffers that sum up what was seen; empty until the first `add`."""
+    """Buffers that summarize the inputs of a fit; empty until the first `add`."""
 
     def __init__(self, **empty: Tensor) -> None:
         super().__init__()
@@ -40,41 +40,41 @@ class Statistic(nn.Module, ABC):
     @property
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing has been added yet."""
 
     @property
     def width(self) -> int:
-        """The number of dimensions of a row; 0 before the first, and where rows are single numbers."""
+        """Width of a row; 0 before the first row, and if rows are single numbers."""
         return 0
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Take in what another statistic of the same settings has seen."""
+        """Add the inputs of another statistic with the same settings."""
 
     def require_width(self, rows: Tensor) -> None:
-        """Refuse rows of another width than those before."""
+        """Raise a ValueError if rows have another width than earlier rows."""
         if not self.is_empty and rows.shape[1] != self.width:
             raise ValueError(f"features of width {rows.shape[1]} after features of width {self.width}")
 
     def validate(self) -> None:
-        """Refuse, by a ValueError, buffers that no fit could have left."""
+        """Raise a ValueError if no fit could have left these buffers."""
         for name, value in self.named_buffers():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"{name} is not finite")
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all inputs."""
         for name, value in self._empty.items():
             setattr(self, name, value.to(getattr(self, name).device))
 
     def copy_from(self, other: Self) -> None:
-        """Become a copy of another statistic of the same settings, on this one's device."""
+        """Copy the buffers of another statistic with the same settings to the device of this one."""
         for name in self._empty:
             mine = getattr(self, name)
             setattr(self, name, getattr(other, name).detach().to(mine.device, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Device moves are followed, dtype changes are not: sums in half precision would overflow.
+        # Buffers follow a change of device but not one of dtype: sums in half precision would overflow.
         for name in self._empty:
             value = getattr(self, name)
             moved = fn(value)
@@ -91,7 +91,7 @@ class Statistic(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # The shapes come with the data, so the empty buffers of a new detector take the incoming ones' place.
+        # Shapes depend on the data, so the loaded buffers replace the empty ones of a new detector.
         for name in self._empty:
             value = state_dict.get(prefix + name)
             mine = getattr(self, name)
@@ -109,19 +109,19 @@ class Statistic(nn.Module, ABC):
 class Moments(Statistic):
     """Count, sum and Gram matrix of rows about a fixed point, by group.
 
-    Sums are taken about ``shift``, the first block's mean unless given, so that the covariance does not drown
-    in the square of a large mean. A Gram matrix is summed from the diagonal down, in panels of columns, which for
-    wide rows is little more than half of the products; its upper part is filled in where it is read.
+    Sums are taken about ``shift``, by default the mean of the first block, so that the covariance does not drown
+    in the square of a large mean. A Gram matrix is summed from the diagonal down, in panels of columns, which
+    saves nearly half of the products of wide rows; its upper part is filled in when it is read.
 
     Parameters
     ----------
-    gram_per_group : keep a Gram matrix for each group and not one for all.
+    gram_per_group : whether to keep one Gram matrix per group instead of one for all.
     """
 
-    groups: Tensor  # (G,) the sorted labels seen
+    groups: Tensor  # (G,) sorted labels
     counts: Tensor  # (G,)
     sums: Tensor  # (G, d) about shift
-    gram: Tensor  # (1, d, d) or (G, d, d) about shift, right from the diagonal down
+    gram: Tensor  # (1, d, d) or (G, d, d) about shift, valid from the diagonal down
     shift: Tensor  # (d,)
 
     def __init__(self, *, gram_per_group: bool = False) -> None:
@@ -137,16 +137,16 @@ class Moments(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing has been added yet."""
         return len(self.counts) == 0
 
     @property
     def width(self) -> int:
-        """The number of dimensions of a row."""
+        """Width of a row."""
         return self.sums.shape[1]
 
     def validate(self) -> None:
-        """Refuse, by a ValueError, buffers that no fit could have left."""
+        """Raise a ValueError if no fit could have left these buffers."""
         super().validate()
         groups, width = len(self.groups), self.width
         grams = groups if self.gram_per_group else min(groups, 1)
@@ -154,15 +154,15 @@ class Moments(Statistic):
         if not self.is_empty and (
             shapes != [(groups,), (groups, width), (grams, width, width), (width,)] or not (self.counts > 0).all()
         ):
-            raise ValueError(f"counts, sums, gram and shift of {groups} groups are of shapes {shapes}")
+            raise ValueError(f"counts, sums, gram and shift of {groups} groups have the shapes {shapes}")
 
     @property
     def total(self) -> Tensor:
-        """The number of rows seen."""
+        """Number of rows."""
         return self.counts.sum()
 
     def add(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
-        """Add rows (n, d), in groups by labels (n,); without labels they are one group."""
+        """Add rows (n, d) in groups by labels (n,). Default: one group."""
         self.require_width(rows)
         if len(rows) == 0:
             return
@@ -178,19 +178,19 @@ class Moments(Statistic):
             self._open(present, self.shift)
         position = torch.searchsorted(self.groups, present)[group]
         self.counts.index_add_(0, position, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
-        # One buffer for all blocks: freed and made anew, several would lie in the heap at once.
+        # All blocks share one buffer: if each were allocated and freed, several would occupy the heap at once.
         buffer = self.gram.new_empty(min(len(rows), _BLOCK_ROWS), rows.shape[1])
         for block, where in zip(rows.split(_BLOCK_ROWS), position.split(_BLOCK_ROWS), strict=True):
-            centred = buffer[: len(block)].copy_(block).sub_(self.shift)
-            self.sums.index_add_(0, where, centred)
+            centered = buffer[: len(block)].copy_(block).sub_(self.shift)
+            self.sums.index_add_(0, where, centered)
             if not self.gram_per_group:
-                _add_products(self.gram[0], centred)
+                _add_products(self.gram[0], centered)
                 continue
             for g in where.unique().tolist():
-                _add_products(self.gram[g], centred[where == g])
+                _add_products(self.gram[g], centered[where == g])
 
     def merge(self, other: Self) -> None:
-        """Take in the rows that another has seen."""
+        """Add the rows of another."""
         if other.is_empty:
             return
         if self.is_empty:
@@ -236,30 +236,30 @@ class Moments(Statistic):
         return (self._whole_gram() - scaled.T @ scaled) / self.total
 
     def group_covariances(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each group's own biased covariance, (d, d), and its rounding error, (d,); see `rounding`."""
+        """Yield the biased covariance of each group, (d, d), and its rounding error, (d,); see `rounding`."""
         for gram, total, count in zip(self.gram, self.sums, self.counts, strict=True):
             moment = _fill_in(gram / count)
             yield moment - torch.outer(total / count, total / count), _rounding(moment)
 
     def rounding(self) -> Tensor:
-        """Return the variance of each unit that rounding of the sums alone may make, (d,)."""
+        """Return the variance of each unit, (d,), that may result from rounding of the sums alone."""
         return _rounding(self.second_moment())
 
     def _whole_gram(self) -> Tensor:
         return _fill_in(self.gram.sum(0))
 
     def _open(self, labels: Tensor, shift: Tensor) -> None:
-        """Make room for the groups of these labels."""
+        """Allocate the groups of these labels."""
         if not self.is_empty and torch.isin(labels, self.groups).all():
             return
         width = len(shift)
         groups = torch.cat([self.groups, labels]).unique()
         grams = len(groups) if self.gram_per_group else 1
         need = width**2 * 8
-        if need > _MOST_GRAM_BYTES or grams * need > _MOST_GRAMS_BYTES:
+        if need > _MAX_GRAM_BYTES or grams * need > _MAX_GRAMS_BYTES:
             raise ValueError(
                 f"{grams} covariance(s) of {width} x {width} need {grams * need / 2**30:.1f} GiB; "
-                "use features of fewer dimensions, or a detector without a covariance (KNN, NAN)"
+                "use narrower features, or a detector without a covariance (KNN, NAN)"
             )
         device = self.gram.device
         position = torch.searchsorted(groups, self.groups)
@@ -288,7 +288,7 @@ class Total(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing has been added yet."""
         return bool(self.count == 0)
 
     def add(self, values: Tensor) -> None:
@@ -297,7 +297,7 @@ class Total(Statistic):
         self.sum = self.sum + values.double().sum().to(self.sum.device)
 
     def merge(self, other: Self) -> None:
-        """Take in the numbers that another has seen."""
+        """Add the numbers of another."""
         self.count = self.count + other.count.to(self.count.device)
         self.sum = self.sum + other.sum.to(self.sum.device)
 
@@ -309,9 +309,9 @@ class Total(Statistic):
 class RowSample(Statistic):
     """A uniform sample of at most ``size`` rows that does not depend on their order.
 
-    Every row has a pseudo-random key made from its own bits, and the rows of the lowest keys stay (a
-    bottom-k sketch). So the sample of a whole is the merged sample of its parts, exactly; below ``size`` rows
-    it is all of them.
+    Every row has a pseudo-random key, computed from its bits, and the rows with the lowest keys are kept (a
+    bottom-k sketch). So the sample of a whole is exactly the merged sample of its parts; up to ``size`` rows it is
+    all of them.
     """
 
     rows: Tensor  # (k, d) float32, by ascending key
@@ -328,23 +328,23 @@ class RowSample(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing has been added yet."""
         return len(self.keys) == 0
 
     @property
     def width(self) -> int:
-        """The number of dimensions of a row."""
+        """Width of a row."""
         return self.rows.shape[1]
 
     def validate(self) -> None:
-        """Refuse, by a ValueError, buffers that no fit could have left."""
+        """Raise a ValueError if no fit could have left these buffers."""
         super().validate()
         if not len(self.keys) == len(self.rows) <= min(self.size, int(self.seen)):
-            raise ValueError(f"{len(self.keys)} keys for {len(self.rows)} rows of {int(self.seen)}")
+            raise ValueError(f"a sample has {len(self.keys)} keys for {len(self.rows)} rows of {int(self.seen)}")
 
     @property
     def is_complete(self) -> bool:
-        """Whether the sample is all rows that were seen."""
+        """Whether the sample holds all rows."""
         return int(self.seen) == len(self.keys)
 
     def add(self, rows: Tensor) -> None:
@@ -355,7 +355,7 @@ class RowSample(Statistic):
             self._keep(block, _row_keys(block), len(block))
 
     def merge(self, other: Self) -> None:
-        """Take in the rows that another has seen."""
+        """Add the rows of another."""
         device = self.rows.device
         self._keep(other.rows.to(device), other.keys.to(device), int(other.seen))
 
@@ -368,21 +368,21 @@ class RowSample(Statistic):
         if len(theirs) == 0:
             return
         keys, order = torch.cat([self.keys, keys[theirs]]).sort(stable=True)
-        places = torch.cat([torch.arange(mine, device=keys.device), theirs + mine])[order[: self.size]]
+        indices = torch.cat([torch.arange(mine, device=keys.device), theirs + mine])[order[: self.size]]
         self.keys = keys[: self.size]
-        if len(places) > mine:
-            self.rows = _joined_rows(self.rows, rows, places)
+        if len(indices) > mine:
+            self.rows = _joined_rows(self.rows, rows, indices)
             return
         parts = (table.split(_SAMPLED_COLUMNS, 1) for table in (self.rows, rows))
         for columns, others in zip(*parts, strict=True):
-            columns.copy_(_joined_rows(columns, others, places))
+            columns.copy_(_joined_rows(columns, others, indices))
 
 
 class FloatHistogram(Statistic):
     """Quantiles of numbers to one part in 2^11, whatever their scale and order.
 
-    A bin is a float32 without its last 12 bits: 2048 bins between two powers of two. Only bins that are hit
-    are kept.
+    A bin is a float32 without its last 12 bits: there are 2048 bins between two powers of two. Only bins with a
+    positive count are stored.
     """
 
     bins: Tensor  # (m,) ascending
@@ -396,7 +396,7 @@ class FloatHistogram(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing has been added yet."""
         return len(self.bins) == 0
 
     def add(self, values: Tensor) -> None:
@@ -404,18 +404,18 @@ class FloatHistogram(Statistic):
         flat = values.detach().to(self.bins.device, torch.float32).reshape(-1)
         for part in flat.split(1 << 24):
             bits = part.contiguous().view(torch.int32)
-            # Negative floats order by falling magnitude; with those bits flipped integers order as floats do.
+            # The bits of negative floats sort by descending magnitude; flipped, they sort as the floats do.
             ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) >> self._DROPPED_BITS
             counts = torch.bincount(ordered + self._BINS // 2, minlength=self._BINS)
             hit = counts.nonzero().squeeze(1)
             self._combine(hit - self._BINS // 2, counts[hit])
 
     def merge(self, other: Self) -> None:
-        """Take in the numbers that another has seen."""
+        """Add the numbers of another."""
         self._combine(other.bins.to(self.bins.device), other.counts.to(self.bins.device))
 
     def validate(self) -> None:
-        """Refuse, by a ValueError, buffers that no fit could have left."""
+        """Raise a ValueError if no fit could have left these buffers."""
         super().validate()
         if (
             len(self.bins) != len(self.counts)
@@ -426,14 +426,14 @@ class FloatHistogram(Statistic):
             raise ValueError("bins must ascend, each with a positive count")
 
     def percentile(self, p: float) -> float:
-        """Return the p-th percentile, linear between order statistics as numpy's."""
+        """Return the p-th percentile, interpolated linearly between order statistics as in numpy."""
         rank = p / 100 * (int(self.counts.sum()) - 1)
         low = math.floor(rank)
         below, above = self._order_statistic(low), self._order_statistic(math.ceil(rank))
         return below + (rank - low) * (above - below)
 
     def _order_statistic(self, rank: int) -> float:
-        """Return the number with so many below it, as if those of a bin were spread evenly over it."""
+        """Return the number of a given rank, as if the numbers of a bin were evenly spaced in it."""
         ends = self.counts.cumsum(0)
         i = int(torch.searchsorted(ends, rank, right=True))
         low, high = self._edge(int(self.bins[i])), self._edge(int(self.bins[i]) + 1)
@@ -453,31 +453,31 @@ class FloatHistogram(Statistic):
 
 
 class Bank(Statistic):
-    """All rows, in the order in which they came, as float32."""
+    """All rows, in the order in which they were added, as float32."""
 
     rows: Tensor  # (n, d)
 
     def __init__(self) -> None:
         super().__init__(rows=torch.empty(0, 0, dtype=torch.float32))
-        self._room = self.rows  # what `rows` is the beginning of, so that adding seldom copies
+        self._room = self.rows  # `rows` is its beginning; the rest is spare, so that adding seldom copies
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether nothing has been added yet."""
         return len(self.rows) == 0
 
     @property
     def width(self) -> int:
-        """The number of dimensions of a row."""
+        """Width of a row."""
         return self.rows.shape[1]
 
     def add(self, rows: Tensor, write: Callable[[Tensor, Tensor], object] | None = None) -> None:
-        """Add rows, (n, d), or what ``write(rows, out)`` makes of them in the bank's own memory."""
+        """Add rows (n, d), or the rows that ``write(rows, out)`` writes to the bank's memory."""
         self.require_width(rows)
         if len(rows) == 0:
             return
         start, end = len(self.rows), len(self.rows) + len(rows)
-        # After a move or a load the buffer is another one, and the room belongs to the old.
+        # After a move or a load the buffer is a new one, and the spare memory is that of the old one.
         if self._room.data_ptr() != self.rows.data_ptr() or len(self._room) < end:
             room = self.rows.new_empty(max(end, start * 3 // 2), rows.shape[1])
             if start:
@@ -496,27 +496,27 @@ class Bank(Statistic):
 
 
 def _joined_rows(first: Tensor, second: Tensor, order: Tensor) -> Tensor:
-    """Return the rows of two, one under the other, in an order, without a copy of both."""
+    """Return the rows of two tensors, concatenated, in a given order, without a copy of both."""
     if len(first) == 0:
         return second[order]
     made = second.new_empty(len(order), second.shape[1])
-    for places, part in zip(made.split(_BLOCK_ROWS), order.split(_BLOCK_ROWS), strict=True):
+    for indices, part in zip(made.split(_BLOCK_ROWS), order.split(_BLOCK_ROWS), strict=True):
         mine = part < len(first)
-        places[mine] = first[part[mine]]
-        places[~mine] = second[part[~mine] - len(first)]
+        indices[mine] = first[part[mine]]
+        indices[~mine] = second[part[~mine] - len(first)]
     return made
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Return each row over its length, in float64; ``z / (||z|| + 1e-10)``, so a zero vector stays zero."""
+    """Return each row divided by its length, ``z / (||z|| + 1e-10)``, in float64; a zero vector stays zero."""
     z = z.double()
     return z / _lengths(z)
 
 
 def unit_blocks(z: Tensor, rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
-    """Yield `unit_rows` a block at a time, without a gradient: those of all rows would be twice as large as z.
+    """Yield `unit_rows` block by block, without a gradient: all of them would need twice the memory of z.
 
-    Each is overwritten by the next.
+    Each block is overwritten by the next.
     """
     buffer = z.new_empty((min(rows, len(z)), z.shape[1]), dtype=torch.float64)
     for block in z.detach().split(rows):
@@ -536,8 +536,8 @@ def single_unit_rows(z: Tensor) -> Tensor:
 
 
 def write_unit_rows(z: Tensor, out: Tensor) -> None:
-    """Write `unit_rows` to memory of their shape, in its type."""
-    # Doubles that stay in the caches of the cores; a GPU wants few operations and not small ones.
+    """Write `unit_rows` to a tensor of their shape, in its dtype."""
+    # On a CPU a block fits into the caches of the cores; on a GPU few large operations are faster.
     cached = max(1, torch.get_num_threads() * _CACHED_ELEMENTS // max(z.shape[1], 1))
     rows = cached if z.device.type == "cpu" else _BLOCK_ROWS
     for unit, made in zip(unit_blocks(z, rows), out.split(rows), strict=True):
@@ -547,8 +547,8 @@ def write_unit_rows(z: Tensor, out: Tensor) -> None:
 def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
     """Return L of shape (d, r) with ``L L' = pinv(covariance)``.
 
-    Directions whose variance is within ``rounding`` (0-d) carry no information and are left out, as the
-    pseudo-inverse does.
+    Directions whose variance is within ``rounding`` (0-d) carry no information and are dropped, as in the
+    pseudo-inverse.
     """
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > torch.maximum(rounding, len(values) * torch.finfo(values.dtype).eps * values[-1])
@@ -556,14 +556,14 @@ def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
 
 
 def _add_products(gram: Tensor, rows: Tensor) -> None:
-    """Add ``rows' rows`` to a Gram matrix, in its panels from the diagonal down."""
+    """Add ``rows' rows`` to a Gram matrix, in panels of columns from the diagonal down."""
     for start in range(0, len(gram), _PANEL_COLUMNS):
         end = start + _PANEL_COLUMNS
         gram[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
 
 
 def _fill_in(gram: Tensor) -> Tensor:
-    """Write above the diagonal what `_add_products` leaves out, in place; return the matrix."""
+    """Fill in the upper part, which `_add_products` omits, in place; return the matrix."""
     for start in range(0, len(gram), _PANEL_COLUMNS):
         end = start + _PANEL_COLUMNS
         gram[start:end, end:] = gram[end:, start:end].T
@@ -578,13 +578,13 @@ def _row_keys(rows: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0x5EED)
     weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
     weights = weights.to(rows.device)
-    few = max(1, _CACHED_ELEMENTS // max(rows.shape[1], 1))
+    rows_per_part = max(1, _CACHED_ELEMENTS // max(rows.shape[1], 1))
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    # One buffer for all parts: freed and made anew, all of them would lie in the heap at once.
-    buffer = keys.new_empty(min(few, len(rows)), rows.shape[1])
-    for part, sums in zip(rows.view(torch.int32).split(few), keys.split(few), strict=True):
+    # All parts share one buffer: if each were allocated and freed, all would occupy the heap at once.
+    buffer = keys.new_empty(min(rows_per_part, len(rows)), rows.shape[1])
+    for part, sums in zip(rows.view(torch.int32).split(rows_per_part), keys.split(rows_per_part), strict=True):
         torch.sum(buffer[: len(part)].copy_(part).mul_(weights), 1, out=sums)
-    # A multiplicative mix, so that the high bits, by which keys are ordered, depend on every bit of the row.
+    # Multiplicative mixing, so that the high bits, which sort the keys, depend on every bit of the row.
     for multiplier in (-0x61C8864680B583EB, -0x3B314601E57A13AD):
         keys = (keys ^ (keys >> 32)) * multiplier
     return keys ^ (keys >> 29)

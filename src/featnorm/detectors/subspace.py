@@ -1,22 +1,22 @@
-"""Detectors that measure how far a feature lies from the subspace that training fills."""
+"""Distances to the principal subspace of the training features."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import choice, table, whole
+from featnorm._utils.checks import Choice, Integer, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, Total
 from featnorm.features import Features
 
-# Rows whose residual norms are averaged for ViM's alpha. With the control variate the error of the mean is
-# well under a thousandth, and 4096 rows weigh no more than one float64 Gram matrix of the same width.
-_ALPHA_ROWS = 4096
+# Rows whose residual norms are averaged for ViM's alpha. With the control variate the relative error of the mean
+# is well under a thousandth, and 4096 rows need no more memory than one float64 Gram matrix of the same width.
+_MAX_ALPHA_ROWS = 4096
 
 
 def principal_dimension(width: int) -> int:
-    """Return ViM's default: 1000 from 2048 dimensions on, 512 from 768 on, otherwise half of them."""
+    """Return ViM's default: 1000 for widths of at least 2048, 512 for at least 768, otherwise half the width."""
     if width >= 2048:
         return 1000
     return 512 if width >= 768 else width // 2
@@ -25,7 +25,7 @@ def principal_dimension(width: int) -> int:
 class _Subspace(NamedTuple):
     origin: Tensor  # (D,)
     complement: Tensor  # (D, D - dim)
-    variance: Tensor  # 0-d, the mean squared residual norm of the training rows
+    variance: Tensor  # 0-d, mean squared residual norm of the training rows
 
     def residual(self, z: Tensor) -> Tensor:
         """Return ``||R'(z - u)||`` of each row, (n,) float64."""
@@ -35,7 +35,7 @@ class _Subspace(NamedTuple):
 class _SubspaceDetector(Detector):
     """The principal subspace of the pooled features about the classifier's origin."""
 
-    settings = table(dim=whole(1) | choice(None))
+    settings = table(dim=Integer(1) | Choice(None))
     dim: int | None
 
     def __init__(self, dim: int | None = None) -> None:
@@ -65,11 +65,11 @@ class _SubspaceDetector(Detector):
         dim = principal_dimension(width) if self.dim is None else self.dim
         values, vectors = torch.linalg.eigh(self.moments.second_moment())
         kept = width - dim
-        # eigh orders ascending: the first columns are the directions that training fills least.
+        # eigh sorts in ascending order: the first columns are the directions of least variance.
         complement = vectors[:, :kept].contiguous()
         variance = values[:kept].clamp_min(0).sum()
         if variance <= kept * self.moments.rounding().max():
-            # Which of the directions without variance count as principal would be up to rounding.
+            # Rounding would decide which of the directions without variance count as principal.
             raise ValueError(
                 f"{self!r}: the {int(self.moments.total)} training inputs lie in the principal subspace of "
                 f"{dim} dimensions; fit on more inputs than that, or use a smaller dim"
@@ -80,45 +80,48 @@ class _SubspaceDetector(Detector):
 class Residual(_SubspaceDetector):
     """Distance to the principal subspace, ``||R'(z - u)||``, negated (ViM: Wang et al., CVPR 2022).
 
-    One of the norms of the paper's Table 12. Reads the pooled feature z. The origin ``u = -pinv(W) b`` is
-    where the classifier's logits are free of bias; 0 where the classifier has none, is a cosine classifier,
-    or reads a head and not z itself. R are the eigenvectors of ``(Z - u)'(Z - u) / N`` that are not
-    principal.
+    It is one of the norms of the paper's Table 12. It reads the pooled feature z. The origin ``u = -pinv(W) b`` is
+    the point at which the classifier's logits have no bias; it is 0 if the classifier has no bias, is a cosine
+    classifier, or does not read z itself but a head. R are the eigenvectors of ``(Z - u)'(Z - u) / N`` that are
+    not principal.
 
     Parameters
     ----------
-    dim : the principal dimension; None for 1000 if D >= 2048, 512 if D >= 768, otherwise D // 2.
+    dim : principal dimension. Default: 1000 if D >= 2048, 512 if D >= 768, otherwise D // 2.
 
     Raises
     ------
     ValueError
-        ``dim`` is not a positive whole number, or leaves no residual: D <= dim, or as few inputs.
+        ``dim`` is not a positive integer, or leaves no residual: it is at least D, or at least the number of
+        inputs.
     """
 
     reads = ("pooled",)
     learns = ("pooled", "classifier")
     role = "distance"
+    source = "Wang et al., CVPR 2022; Park et al., ICCV 2023, Table 12"
+    cost = "O(D^2)"
+    standard = ("Residual()",)
 
-    def _derive(self) -> _Subspace:
+    def _finalize(self) -> _Subspace:
         return self._subspace()
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        subspace: _Subspace = self._learned()
+        subspace: _Subspace = self._fitted_state()
         return -subspace.residual(features.tensor("pooled"))
 
 
 class ViM(_SubspaceDetector):
     """Virtual-logit matching, ``logsumexp(l) - alpha ||R'(z - u)||`` (Wang et al., CVPR 2022).
 
-    The residual (see `Residual`) enters as one more logit, at the scale of the others:
-    ``alpha = mean max-logit / mean ||R'(z - u)||`` over the training inputs. The second mean is exact up to
-    4096 inputs; beyond, it is that of a sample which does not depend on their order, corrected by the mean
-    square, which is known exactly.
+    The residual (see `Residual`) is an additional logit, scaled to the others: ``alpha = mean max-logit / mean
+    ||R'(z - u)||`` over the training inputs. The second mean is exact for up to 4096 inputs. Above, it is the mean
+    of a sample of that size, which does not depend on their order, corrected by the mean square of all inputs.
 
     Parameters
     ----------
-    dim : the principal dimension, as for `Residual`.
+    dim : principal dimension, as for `Residual`.
 
     Raises
     ------
@@ -128,23 +131,26 @@ class ViM(_SubspaceDetector):
 
     reads = ("pooled", "logits")
     learns = ("pooled", "logits", "classifier")
+    source = "Wang et al., CVPR 2022"
+    cost = "O(D^2 + C)"
+    standard = ("ViM()",)
 
     def __init__(self, dim: int | None = None) -> None:
         super().__init__(dim)
         self.max_logit = Total()
-        self.sample = RowSample(_ALPHA_ROWS)
+        self.sample = RowSample(_MAX_ALPHA_ROWS)
 
     def _learn(self, features: Features) -> None:
         super()._learn(features)
         self.sample.add(features.tensor("pooled"))
         self.max_logit.add(features.tensor("logits").amax(1))
 
-    def _derive(self) -> tuple[_Subspace, Tensor]:
+    def _finalize(self) -> tuple[_Subspace, Tensor]:
         subspace = self._subspace()
         norms = subspace.residual(self.sample.rows)
         mean = norms.mean()
         if not self.sample.is_complete:
-            # Norms and their squares vary together, and the squares' true mean is the sum of the eigenvalues.
+            # A control variate: the true mean of the squared norms is the sum of the eigenvalues.
             squares = norms.square()
             slope = torch.cov(torch.stack([norms, squares]))
             mean = mean + slope[0, 1] / slope[1, 1].clamp_min(1e-300) * (subspace.variance - squares.mean())
@@ -152,22 +158,22 @@ class ViM(_SubspaceDetector):
 
     def _score(self, features: Features) -> Tensor:
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        subspace, alpha = self._learned()
+        subspace, alpha = self._fitted_state()
         return features.tensor("logits").double().logsumexp(1) - alpha * subspace.residual(
             features.tensor("pooled")
         )
 
 
 def _origin(features: Features) -> Tensor:
-    """Return ``-pinv(W) b``, or 0 where the classifier is not an affine map of the pooled feature."""
+    """Return ``-pinv(W) b``, or 0 if the classifier is not an affine map of the pooled feature."""
     assert features.pooled is not None
     assert features.classifier is not None
     weight, bias = features.linear()
     zero = features.tensor("pooled").new_zeros(features.tensor("pooled").shape[1], dtype=torch.float64)
     if bias is None or not features.classifier_reads("pooled"):
         return zero
-    # The shortest solution of least squares is the pseudo-inverse's, for a third of its time and memory; of its
-    # drivers the one that takes any rank runs on a CPU alone.
+    # The minimum-norm least-squares solution is that of the pseudo-inverse, in a third of its time and memory. The
+    # driver for matrices of any rank runs on a CPU only.
     weight, bias = weight.cpu().double(), bias.cpu().double()
     found: Tensor = torch.linalg.lstsq(weight, -bias[:, None], driver="gelsd").solution
     return found[:, 0].to(zero.device)

@@ -1,4 +1,4 @@
-"""The last hidden layer: its hidden classifier, statistics of its units, and explanations of single inputs."""
+"""The last hidden layer: its hidden classifier, statistics of its units, and explanations of inputs."""
 
 from featnorm.hidden.classifier import HiddenClassifier, margin
 from featnorm.hidden.explanation import Explanation, explain

@@ -1,7 +1,7 @@
-"""The hidden classifier (paper sec. 3, A.1): what the binarised weights between a layer and the logits say.
+"""The hidden classifier (paper sec. 3, A.1), which applies binarized weights to the activation of a layer.
 
-Everything here is a function of two tensors, the layer's activation and its coefficients; `FeatureTap.hidden`
-reads both off a model.
+Everything here is a function of two tensors, the activation and the coefficients of a layer. `FeatureTap.hidden`
+extracts both from a model.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class HiddenClassifier:
 
     Parameters
     ----------
-    activation : a (n, d), the layer's output; or its pre-activation z (Prop. 6).
-    coefficients : C (n, K, d), or (K, d) where they are the same for every input: ``logits = C a + offset``.
-    offset : Gamma (n, K), what the biases after the layer add (eq. 40); None for none.
+    activation : output a (n, d) of the layer, or its pre-activation z (Prop. 6).
+    coefficients : C (n, K, d), or (K, d) if they are the same for every input: ``logits = C a + offset``.
+    offset : Gamma (n, K), the contribution of the biases after the layer (eq. 40). Default: zero.
 
     Raises
     ------
     ValueError
-        The shapes do not fit each other.
+        The shapes do not match.
     """
 
     activation: Tensor
@@ -48,33 +48,33 @@ class HiddenClassifier:
 
     @cached_property
     def binary(self) -> Tensor:
-        """The binarised coefficients B, of the shape of C: 1 where C > 0 and -1 elsewhere (eq. 3)."""
+        """Binarized coefficients B, with the shape of C: 1 where C > 0 and -1 elsewhere (eq. 3)."""
         return _sign(self.coefficients)
 
     @cached_property
     def logits(self) -> Tensor:
-        """The hidden classifier's logits ``psi = B a`` (n, K) (eq. 3)."""
+        """Logits of the hidden classifier, ``psi = B a`` (n, K) (eq. 3)."""
         return _apply(self.binary, self.activation)
 
     @property
     def output_logits(self) -> Tensor:
-        """The network's own logits (n, K), as the coefficients give them: ``C a + Gamma`` (Prop. 1, eq. 40)."""
+        """Logits of the network (n, K), computed from the coefficients: ``C a + Gamma`` (Prop. 1, eq. 40)."""
         logits = _apply(self.coefficients, self.activation)
         return logits if self.offset is None else logits + self.offset
 
     @property
     def prediction(self) -> Tensor:
-        """The predicted class of each input (n,)."""
+        """Class (n,) that the hidden classifier predicts."""
         return self.logits.argmax(1)
 
     @property
     def confidence(self) -> Tensor:
-        """The largest logit ``max_k psi_k`` (n,), which the l1-norm converges to (Thm. 3)."""
+        """Largest logit ``max_k psi_k`` (n,), to which the l1-norm converges (Thm. 3)."""
         return self.logits.amax(1)
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of the softmax of the logits (n,), in nats: 0 for a certain prediction (Figure 2b)."""
+        """Entropy of the softmax of the logits (n,), in nats; 0 if the prediction is certain (Figure 2b)."""
         log = self.logits.log_softmax(1)
         return -(log.exp() * log).sum(1)
 
@@ -85,9 +85,9 @@ class HiddenClassifier:
 
     @cached_property
     def sign_difference(self) -> Tensor:
-        """``||sign(a) - b_k||_1`` (n, K) for every class: twice the number of units whose signs differ (eq. 5)."""
+        """``||sign(a) - b_k||_1`` (n, K) per class, twice the number of units whose signs differ (eq. 5)."""
         d = self.activation.shape[1]
-        # Both are +-1, so a product of them is 1 where they agree and -1 where they do not.
+        # Both are +-1, so their product is 1 where they agree and -1 where they differ.
         return d - _apply(self.binary, _sign(self.activation))
 
     @property
@@ -97,39 +97,40 @@ class HiddenClassifier:
 
     @property
     def bound(self) -> Tensor:
-        """``||a||_inf ||sign(a) - b_k||_1`` (n, K), which the gap never exceeds (eq. 5)."""
+        """``||a||_inf ||sign(a) - b_k||_1`` (n, K), the upper bound of the gap (eq. 5)."""
         return self.activation.abs().amax(1)[:, None] * self.sign_difference
 
     def agreement(self, classes: Tensor) -> Tensor:
-        """The share of units (n,) whose sign is that of the binary weight of the given class of each input."""
+        """Return the share of units (n,) whose sign equals that of the binary weight of each input's class."""
         return 1 - _pick(self.sign_difference, classes) / (2 * self.activation.shape[1])
 
     def approximation_error(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """The gap as a share of the norm (paper A.3, Figure 8).
+        """Return the gap as a share of the norm (paper A.3, Figure 8).
 
         Parameters
         ----------
-        classes : (n,) the target class of each input.
+        classes : target class of each input, (n,).
 
         Returns
         -------
-        Of the target (n,), and on average over the other classes (n,); NaN where the norm is 0, and for the others
-        where there is one class alone.
+        The error of the target class (n,), and the mean error of the other classes (n,). Both are NaN where the
+        norm is 0; the second is NaN if there is only one class.
         """
         error = self.gap / self.norm[:, None]
         target = _pick(error, classes)
         return target, (error.sum(1) - target) / (error.shape[1] - 1)
 
     def parts(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Activation and deactivation part of a class's logit (eq. 8).
+        """Return the activation and deactivation part of a class's logit (eq. 8).
 
         Parameters
         ----------
-        classes : (n,) the class of each input.
+        classes : class of each input, (n,).
 
         Returns
         -------
-        A (n,), the sum of the units whose binary weight is 1, and D (n,), of the others: ``psi_k = A - D``.
+        A (n,), the sum of the units whose binary weight is 1, and D (n,), the sum of the others: ``psi_k = A -
+        D``.
         """
         total = self.activation.sum(1)
         logit = _pick(self.logits, classes)
@@ -137,28 +138,28 @@ class HiddenClassifier:
 
     @property
     def slack(self) -> Tensor:
-        """The slack delta (n,) of Corollary 4: the bound at the predicted class (eq. 29)."""
+        """Slack delta (n,) of Corollary 4: the bound for the predicted class (eq. 29)."""
         return _pick(self.bound, self.prediction)
 
 
 def margin(ood: HiddenClassifier, ind: HiddenClassifier) -> Tensor:
-    """How far each OOD input is below the premise of Corollary 4 (eq. 28).
+    """Return the margin by which each OOD input satisfies the premise of Corollary 4 (eq. 28).
 
     Returns
     -------
-    (m,) ``min_ind max_k psi_k(ind) - max_k psi_k(ood) - delta(ood)``. Where it is positive, the OOD input's
-    l1-norm is below that of every ID input (eq. 30).
+    (m,) ``min_ind max_k psi_k(ind) - max_k psi_k(ood) - delta(ood)``. If it is positive, the l1-norm of the OOD
+    input is below that of every ID input (eq. 30).
     """
     return ind.confidence.min() - ood.confidence - ood.slack
 
 
 def _sign(x: Tensor) -> Tensor:
-    """1 where x > 0 and -1 elsewhere (eq. 3), in x's type."""
+    """Return 1 where x > 0 and -1 elsewhere (eq. 3), in the type of x."""
     return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
 
 def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Matrix (n, K, d) or (K, d) times vectors (n, d): (n, K)."""
+    """Multiply a matrix (n, K, d) or (K, d) with vectors (n, d); return (n, K)."""
     if matrix.ndim == 2:
         return vectors @ matrix.T
     return torch.linalg.vecdot(matrix, vectors[:, None])
@@ -166,7 +167,7 @@ def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 def _pick(values: Tensor, classes: Tensor) -> Tensor:
     if classes.shape != values.shape[:1] or classes.is_floating_point():
-        raise ValueError(f"one class an input is wanted, {len(values)} integers, got {tuple(classes.shape)}")
+        raise ValueError(f"expected one class per input, {len(values)} integers, got shape {tuple(classes.shape)}")
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < values.shape[1]:
         raise ValueError(f"the classes must be from 0 to {values.shape[1] - 1}")
     return values.gather(1, classes.long()[:, None]).squeeze(1)

@@ -1,4 +1,4 @@
-"""Why an input scores as it does: which units carry its norm, which are missing, what is predicted in them."""
+"""Explanations of scores: which units make up the norm of an input, and which are unexpectedly off or on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,33 +10,33 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
 
-# A unit belongs to a class where it is on for at least this share of the class's inputs.
-_OWN = 0.5
+# A unit is usually on for a class if it is on for at least this share of the class's inputs.
+_USUALLY = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What there is to say of one input.
+    """The explanation of one input.
 
     Attributes
     ----------
-    predicted, called : the class that the network predicts, and its name.
-    seen : how many in-distribution inputs were taken for that class.
-    hidden_prediction, hidden_called, hidden_confidence
-        Of the classifier that is hidden in the last hidden layer (paper eq. 3).
-    hidden_logits : psi (K,).
-    norm, active, nan : ``||a||_1``, the number of units on, and the negative-aware norm.
-    activation : a (d,).
+    predicted, predicted_name : class that the network predicts, and its name.
+    seen : number of in-distribution inputs for which the network predicts that class.
+    hidden_prediction, hidden_predicted_name, hidden_confidence
+        Class that the hidden classifier predicts, its name, and the confidence (paper eq. 3).
+    hidden_logits : logits psi (K,) of the hidden classifier.
+    norm, active, nan : l1-norm ``||a||_1``, number of units that are on, and negative-aware norm.
+    activation : activation a (d,) of the last hidden layer.
     on_rate
-        (d,) how often each unit is on for in-distribution inputs that are taken for the class too; for all
-        in-distribution inputs where there is none.
+        Share of in-distribution inputs of the predicted class for which each unit is on (d,); of all
+        in-distribution inputs if ``seen`` is 0.
     """
 
     predicted: int
-    called: str
+    predicted_name: str
     seen: int
     hidden_prediction: int
-    hidden_called: str
+    hidden_predicted_name: str
     hidden_confidence: float
     hidden_logits: Tensor
     norm: float
@@ -46,79 +46,81 @@ class Explanation:
     on_rate: Tensor
 
     @property
-    def carriers(self) -> Tensor:
-        """The units that are not 0, by their share of the norm, largest first."""
+    def top_units(self) -> Tensor:
+        """Indices of the units that are not 0, by their share of the norm, largest first."""
         size = self.activation.abs()
         return size.argsort(descending=True, stable=True)[: int((size > 0).sum())]
 
     @property
-    def missing(self) -> Tensor:
-        """The units that are off here and on for most inputs of the class, the most usual first."""
-        usual = torch.where((self.activation <= 0) & (self.on_rate >= _OWN), self.on_rate, -1.0)
+    def inactive_units(self) -> Tensor:
+        """Indices of the units that are off but usually on for the class, by on rate, highest first."""
+        usual = torch.where((self.activation <= 0) & (self.on_rate >= _USUALLY), self.on_rate, -1.0)
         return usual.argsort(descending=True, stable=True)[: int((usual >= 0).sum())]
 
     @property
-    def strange(self) -> Tensor:
-        """The units that are on here and off for most inputs of the class, the largest first."""
-        odd = torch.where((self.activation > 0) & (self.on_rate < _OWN), self.activation, -1.0)
+    def unexpected_units(self) -> Tensor:
+        """Indices of the units that are on but usually off for the class, by activation, largest first."""
+        odd = torch.where((self.activation > 0) & (self.on_rate < _USUALLY), self.activation, -1.0)
         return odd.argsort(descending=True, stable=True)[: int((odd >= 0).sum())]
 
     @property
     def sentence(self) -> str:
-        """What is unlike in-distribution inputs of the class, in words."""
-        usual = self.on_rate >= _OWN
+        """How the input differs from in-distribution inputs of the class, in words."""
+        usual = self.on_rate >= _USUALLY
         off, on = float((1 - self.on_rate)[usual].sum()), float(self.on_rate[~usual].sum())
         return (
-            f"Taken for {self.called}. Of the {int(usual.sum())} units that are on for most of {self._peers}, "
-            f"{len(self.missing)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
-            f"{len(self.strange)} are on ({on:.0f} expected)."
+            f"Predicted: {self.predicted_name}. "
+            f"Of the {int(usual.sum())} units that are usually on for {self._peers}, "
+            f"{len(self.inactive_units)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
+            f"{len(self.unexpected_units)} are on ({on:.0f} expected)."
         )
 
     @property
     def _peers(self) -> str:
-        return self.called if self.seen else "the in-distribution inputs"
+        return self.predicted_name if self.seen else "the in-distribution inputs"
 
-    def rows(self, most: int = 8) -> list[tuple[str, str]]:
-        """The explanation as a table of two columns: what, and how it is.
+    def rows(self, max_units: int = 8) -> list[tuple[str, str]]:
+        """Return the explanation as a table of two columns, label and value.
 
         Parameters
         ----------
-        most : units that are named a row.
+        max_units : maximum number of units listed per row.
         """
-        expected = int((self.on_rate >= _OWN).sum())
-        carried = self.activation.abs()[self.carriers[:most]].sum() / max(self.norm, 1e-30)
+        expected = int((self.on_rate >= _USUALLY).sum())
+        top = self.activation.abs()[self.top_units[:max_units]].sum() / max(self.norm, 1e-30)
         return [
             (
                 "the network predicts",
-                self.called + ("" if self.seen else ", which it predicts for no in-distribution input"),
+                self.predicted_name + ("" if self.seen else ", which it predicts for no in-distribution input"),
             ),
             (
                 "the hidden classifier predicts",
-                f"{self.hidden_called}, with a confidence of {self.hidden_confidence:.4g} "
+                f"{self.hidden_predicted_name}, with a confidence of {self.hidden_confidence:.4g} "
                 f"({self.hidden_confidence / max(self.norm, 1e-30):.0%} of the norm)",
             ),
             (
                 "l1-norm; units on; NAN",
                 f"{self.norm:.4g}; {self.active} of {len(self.activation)}; {self.nan:.4g}",
             ),
-            ("units that carry the norm", f"{_units(self.carriers, most)} ({float(carried):.0%} of it)"),
+            ("largest units", f"{_units(self.top_units, max_units)} ({float(top):.0%} of the norm)"),
             (
-                f"on for most of {self._peers}, off here",
-                f"{len(self.missing)} of {expected}" + _named(self.missing, most),
+                f"usually on for {self._peers}, off here",
+                f"{len(self.inactive_units)} of {expected}" + _named(self.inactive_units, max_units),
             ),
             (
-                f"off for most of {self._peers}, on here",
-                f"{len(self.strange)} of {len(self.activation) - expected}" + _named(self.strange, most),
+                f"usually off for {self._peers}, on here",
+                f"{len(self.unexpected_units)} of {len(self.activation) - expected}"
+                + _named(self.unexpected_units, max_units),
             ),
         ]
 
     def __str__(self) -> str:
         rows = self.rows()
-        width = max(len(what) for what, _ in rows)
-        return "\n".join(f"{what:<{width}}  {how}" for what, how in rows)
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
     def svg(self) -> str:
-        """The explanation as a picture, SVG text: the units beside those of the class, and the hidden logits."""
+        """Return the explanation as SVG text: the units beside those of the class, and the hidden logits."""
         from featnorm.hidden.figure import explanation_figure
 
         return explanation_figure(
@@ -138,22 +140,22 @@ def explain(
 
     Parameters
     ----------
-    hidden : of the inputs.
-    statistics : of in-distribution inputs in the same layer, by the class that the network predicts for them.
-    names : of the classes.
+    hidden : hidden classifier of the n inputs.
+    statistics : statistics of the same layer for in-distribution inputs, by the class that the network predicts.
+    names : class names, one per logit. Default: class indices.
 
     Raises
     ------
     ValueError
-        The statistics are of nothing, or of another number of units, or the names of another number of classes.
+        The statistics are empty or of another number of units, or the number of names is not that of the classes.
     """
     if names is not None and len(names) != hidden.logits.shape[1]:
         raise ValueError(f"there are {len(names)} names for {hidden.logits.shape[1]} classes")
     a = hidden.activation.cpu()
     if a.shape[1] != statistics.width:
         raise ValueError(
-            f"statistics of {statistics.width} units cannot explain inputs in {a.shape[1]}: an explanation names "
-            "single units, of a layer of vectors"
+            f"statistics of {statistics.width} units cannot explain activations of {a.shape[1]} units: use the "
+            "same layer, which must return one vector per input"
         )
     predicted = hidden.output_logits.argmax(1).tolist()
     overall, seen = statistics.on_rate, statistics.class_inputs.tolist()
@@ -165,32 +167,32 @@ def explain(
 
     explanations = []
     for i, k in enumerate(predicted):
-        known = seen[k] if k < len(seen) else 0
+        count = seen[k] if k < len(seen) else 0
         hidden_prediction = int(psi[i].argmax())
         explanations.append(
             Explanation(
                 predicted=k,
-                called=name(k),
-                seen=known,
+                predicted_name=name(k),
+                seen=count,
                 hidden_prediction=hidden_prediction,
-                hidden_called=name(hidden_prediction),
+                hidden_predicted_name=name(hidden_prediction),
                 hidden_confidence=confidence[i],
                 hidden_logits=psi[i],
                 norm=norms[i],
                 active=int(counts[i]),
                 nan=nans[i],
                 activation=a[i],
-                on_rate=statistics.class_on[k].double() / known if known else overall,
+                on_rate=statistics.class_on[k].double() / count if count else overall,
             )
         )
     return explanations
 
 
-def _units(units: Tensor, most: int) -> str:
-    return ", ".join(str(unit) for unit in units[:most].tolist())
+def _units(units: Tensor, limit: int) -> str:
+    return ", ".join(str(unit) for unit in units[:limit].tolist())
 
 
-def _named(units: Tensor, most: int) -> str:
+def _named(units: Tensor, limit: int) -> str:
     if not len(units):
         return ""
-    return f": {_units(units, most)}" + (", ..." if len(units) > most else "")
+    return f": {_units(units, limit)}" + (", ..." if len(units) > limit else "")

@@ -19,20 +19,24 @@ def explanation_figure(
 
     Parameters
     ----------
-    activation, on_rate : (d,) of the input, and how often each unit is on for its class.
-    logits, norm : (K,) of the hidden classifier, and the l1-norm, which none of them exceeds.
-    predicted, peers : the class, and what to call those inputs.
+    activation, on_rate : activation (d,) of the input, and share of inputs of its class for which each unit is on.
+    logits, norm : logits (K,) of the hidden classifier, and the l1-norm, which is their upper bound.
+    predicted, peers : the predicted class, and the name of the inputs to compare with.
     """
     order = sorted(range(len(activation)), key=lambda i: -on_rate[i])
     rank = range(len(order))
     with svg_figure(9, 3.4) as (figure, text):
         units, classes = figure.subplots(1, 2, width_ratios=[2.2, 1])
         units.fill_between(
-            rank, [on_rate[i] for i in order], color="#b9c6d6", lw=0, label=f"share of {peers} that it is on for"
+            rank,
+            [on_rate[i] for i in order],
+            color="#b9c6d6",
+            lw=0,
+            label=f"share of {peers} for which the unit is on",
         )
         units.set_ylim(0, 1.02)
         units.set_ylabel("share of inputs")
-        units.set_xlabel("units, the most usual first")
+        units.set_xlabel("units, by this share")
         values = units.twinx()
         values.vlines(
             rank, 0, [activation[i] for i in order], color="#c2571a", lw=0.8, label="this input's activation"

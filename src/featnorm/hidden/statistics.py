@@ -1,4 +1,4 @@
-"""Activation statistics (paper sec. 4.2): which units are on, how often, for which class, and how many at once."""
+"""Activation statistics (paper sec. 4.2): how often units are on, for which class, and how many at once."""
 
 from typing import Self
 
@@ -10,17 +10,17 @@ from featnorm.detectors.statistics import Statistic
 
 
 class ActivationStatistics(Statistic):
-    """Counts of the on and off states of d units, which stream and merge.
+    """Counts of the on and off states of d units, which can be updated by batches and merged.
 
-    A unit is on where its activation is positive (eq. 7 and 9). Counts are integers, so batches in any order, and
-    fits that are merged, give the same statistics.
+    A unit is on if its activation is positive (eq. 7 and 9). Counts are integers, so the result does not depend on
+    the order of batches, and merging is exact.
     """
 
-    inputs: Tensor  # () how many were seen
-    on: Tensor  # (d,) for how many each unit was on
-    active: Tensor  # (d + 1,) how many inputs had that many units on
-    class_inputs: Tensor  # (K,) how many were seen of each class
-    class_on: Tensor  # (K, d)
+    inputs: Tensor  # () number of inputs
+    on: Tensor  # (d,) number of inputs for which each unit was on
+    active: Tensor  # (d + 1,) number of inputs with 0, 1, ..., d units on
+    class_inputs: Tensor  # (K,) number of inputs of each class
+    class_on: Tensor  # (K, d) `on`, by class
 
     def __init__(self) -> None:
         i64 = torch.int64
@@ -34,21 +34,21 @@ class ActivationStatistics(Statistic):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether no inputs were added yet."""
         return int(self.inputs) == 0
 
     @property
     def width(self) -> int:
-        """The number of units d."""
+        """Number of units d."""
         return len(self.on)
 
     def add(self, activation: Tensor, labels: Tensor | None = None) -> Self:
-        """Add activations (n, d), after the non-linearity, and perhaps the classes (n,), negative where unknown.
+        """Add activations (n, d), after the non-linearity, and optionally classes (n,), negative if unknown.
 
         Raises
         ------
         ValueError
-            The activation is no floating-point matrix, has a NaN, or is of another width than those before; or the
+            The activation is not a floating-point matrix, contains NaN, or has another width than before; or the
             labels are not n integers.
         """
         check_type(activation, Tensor, "activations", "a tensor")
@@ -74,8 +74,8 @@ class ActivationStatistics(Statistic):
         self.on = self.on + on.sum(0)
         self.active = self.active + torch.bincount(on.sum(1), minlength=width + 1)
         if labels is not None:
-            known = labels.to(device) >= 0
-            classes, on = labels.to(device).long()[known], on[known]
+            labeled = labels.to(device) >= 0
+            classes, on = labels.to(device).long()[labeled], on[labeled]
             if len(classes):
                 self._open(width, int(classes.max()) + 1)
                 self.class_inputs = self.class_inputs.index_add(0, classes, torch.ones_like(classes))
@@ -83,7 +83,7 @@ class ActivationStatistics(Statistic):
         return self
 
     def merge(self, other: Self) -> None:
-        """Take in what another has seen."""
+        """Add the counts of other statistics."""
         if other.is_empty:
             return
         if self.is_empty:
@@ -102,69 +102,71 @@ class ActivationStatistics(Statistic):
         self.class_on = self.class_on + nn.functional.pad(their_on, (0, 0, 0, more))
 
     def validate(self) -> None:
-        """Refuse, by a ValueError, buffers that no counting could have left."""
+        """Raise a ValueError if the buffers cannot be the result of counting."""
         super().validate()
         d, classes = len(self.on), len(self.class_inputs)
         shapes = [tuple(self.active.shape), tuple(self.class_on.shape)]
         if not self.is_empty and shapes not in ([(d + 1,), (classes, d)], [(d + 1,), (0, 0)]):
             raise ValueError(f"active and class_on of {d} units and {classes} classes are of shapes {shapes}")
         if not self.is_empty and int(self.active.sum()) != int(self.inputs):
-            raise ValueError(f"the counts of {int(self.active.sum())} inputs do not fit {int(self.inputs)} inputs")
+            raise ValueError(
+                f"the counts are of {int(self.active.sum())} inputs, but there are {int(self.inputs)}"
+            )
 
     @property
     def on_rate(self) -> Tensor:
-        """The share of inputs (d,) for which each unit is on."""
+        """Share of inputs for which each unit is on (d,)."""
         self._require()
         return self.on.double() / self.inputs
 
     @property
     def class_on_rate(self) -> Tensor:
-        """The same by class (K, d); NaN for a class of which no input was seen."""
+        """Share of inputs of each class for which each unit is on (K, d); NaN for a class without inputs."""
         self._require()
         return self.class_on.double() / self.class_inputs[:, None]
 
     @property
     def entropy(self) -> Tensor:
-        """The entropy of activation of each unit (d,), in nats: at most log 2 (eq. 7)."""
+        """Entropy of activation of each unit (d,), in nats; at most log 2 (eq. 7)."""
         p = self.on_rate
         return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
 
     @property
     def mean_entropy(self) -> float:
-        """The entropy of activation averaged over the units (paper Figures 3b, 5, 6b)."""
+        """Mean entropy of activation over the units (paper Figures 3b, 5, 6b)."""
         return float(self.entropy.mean())
 
     @property
     def dead(self) -> Tensor:
-        """Which units (d,) were never on."""
+        """Mask (d,) of the units that were never on."""
         self._require()
         return self.on == 0
 
     @property
     def always_on(self) -> Tensor:
-        """Which units (d,) were on for every input."""
+        """Mask (d,) of the units that were on for every input."""
         self._require()
         return self.on == self.inputs
 
     @property
     def mean_active(self) -> float:
-        """How many units are on, averaged over the inputs: the mean of ``||a||_0``."""
+        """Mean number of units that are on, the mean of ``||a||_0`` over the inputs."""
         self._require()
         return float(self.on.sum()) / float(self.inputs)
 
     @property
     def mean_sparsity(self) -> float:
-        """``1 / max(||a||_0, 1)`` averaged over the inputs (paper Figure 6a)."""
+        """Mean of ``1 / max(||a||_0, 1)`` over the inputs (paper Figure 6a)."""
         self._require()
         counts = torch.arange(len(self.active), device=self.active.device).clamp_min(1)
         return float((self.active / counts.double()).sum() / self.inputs)
 
     def _require(self) -> None:
         if self.is_empty:
-            raise ValueError("no activation was added yet: there are no statistics of nothing")
+            raise ValueError("the activation statistics are empty: add activations first")
 
     def _open(self, width: int, classes: int) -> None:
-        """Make room for so many units and classes."""
+        """Enlarge the buffers to a number of units and classes."""
         device = self.on.device
         if self.is_empty and not len(self.on):
             self.on = torch.zeros(width, dtype=torch.int64, device=device)

@@ -1,9 +1,10 @@
-"""Images: where they come from, and how they reach a model in batches."""
+"""The user's data: opening it by path, address or name, decoding it, and loading it in batches."""
 
+from featnorm.inputs import images, parquet, torchvision_sets  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache
-from featnorm.inputs.images import DataError, ImageError, ImageSource, SlicedImages
 from featnorm.inputs.loading import Extracted, ImageBatch, ImageLoader, extract_images, image_loader, image_tensor
-from featnorm.inputs.sources import open_images, open_to_score
+from featnorm.inputs.openers import Opener, open_source
+from featnorm.inputs.source import DataError, ImageSource, ItemError, JoinedSource, SlicedSource, Source
 
 __all__ = [
     "CachedFeatures",
@@ -11,13 +12,15 @@ __all__ = [
     "Extracted",
     "FeatureCache",
     "ImageBatch",
-    "ImageError",
     "ImageLoader",
     "ImageSource",
-    "SlicedImages",
+    "ItemError",
+    "JoinedSource",
+    "Opener",
+    "SlicedSource",
+    "Source",
     "extract_images",
     "image_loader",
     "image_tensor",
-    "open_images",
-    "open_to_score",
+    "open_source",
 ]

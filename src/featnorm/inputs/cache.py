@@ -1,4 +1,4 @@
-"""Features on disk: what a frozen backbone says of an image is asked once, whatever it is asked for later."""
+"""A cache of features on disk, so that a frozen backbone runs once per image."""
 
 import hashlib
 import json
@@ -15,47 +15,47 @@ import numpy as np
 import torch
 from filelock import Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from featnorm._utils.files import WriteError, acquire_lock, flush_to_disk, replacing, sync_folder
-from featnorm.inputs.images import DataError, ImageError, ImageSource, SlicedImages
+from featnorm._utils.progress import progress_bar
 from featnorm.inputs.loading import Extracted
+from featnorm.inputs.source import DataError, ImageSource, ItemError, SlicedSource
 
-# Caches of other formats lie in other folders, and are not read.
+# Caches of other formats are in other folders, and are not read.
 _FORMAT = 2
-_ROW_UNIT = 4  # bytes of a float32
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """What a backbone says of the images of a source that could be read.
+    """The features of those images of a source that could be read.
 
     Attributes
     ----------
     stored : Tensor
-        (N, D) float32, all that the cache holds, mapped from its file and not read until it is asked for.
-    places : Tensor
-        (n,) int64, where in it the features of each image are, in the order of the source.
+        All features in the cache, (N, D) float32, memory-mapped from its file.
+    stored_rows : Tensor
+        Row of each image in `stored`, (n,) int64, in the order of the source.
     rows : Tensor
-        (n,) int64, which images of the source they are of.
+        Index of each image in the source, (n,) int64.
     digests : list of bytes
-        (n,) what tells the content of each image from any other.
+        `Source.digest` of each image, n of them.
     corrupt : list of tuple of str
         Name and reason of each image that could not be read.
     computed : int
-        For how many images the backbone was asked; the others were known.
+        Number of images whose features were computed; those of the others were in the cache.
     changed : int
-        Number of images whose content changed while the source was read. Features and digest are those of the
-        later content.
+        Number of images whose content changed while the source was read. Their features and digests are those of
+        the later content.
     damaged : int
-        Number of batches that were found damaged on disk and dropped. Features that were in them and are needed
-        here have been computed again.
+        Number of batches that were damaged on disk and dropped. Their features were computed again if they were
+        needed.
     several : int
         Number of images that are the first of several frames or pages of their file.
     """
 
     stored: Tensor
-    places: Tensor
+    stored_rows: Tensor
     rows: Tensor
     digests: list[bytes]
     corrupt: list[tuple[str, str]]
@@ -66,31 +66,33 @@ class CachedFeatures:
 
     @cached_property
     def values(self) -> Tensor:
-        """The features (n, D); still mapped where they lie one after the other, as those of one pass do."""
-        first, n = int(self.places[0]), len(self.places)
-        if torch.equal(self.places, torch.arange(first, first + n)):
+        """The features (n, D); memory-mapped if their rows are consecutive, as after a single pass."""
+        first, n = int(self.stored_rows[0]), len(self.stored_rows)
+        if torch.equal(self.stored_rows, torch.arange(first, first + n)):
             return self.stored[first : first + n]
-        return self.stored[self.places]
+        return self.stored[self.stored_rows]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the features in order, at most ``size`` at a time, each time read anew."""
-        for places in self.places.split(size):
-            yield self.stored[places]
+        """Yield the features in order, at most ``size`` at a time, read from disk each time."""
+        for rows in self.stored_rows.split(size):
+            yield self.stored[rows]
 
 
 class FeatureCache:
-    """The features of one backbone under one transform, by the content of the images.
+    """The features of one backbone with one transform, by the content of the images.
 
-    Every batch is on disk before the next one is asked for, so that a process that is killed loses one at most,
-    and the same call goes on with the batches that an unbroken one would have had. An image is known by a digest
-    of the content that it was decoded from: a changed one is computed again, one that was moved or copied is not.
-    Every batch has a checksum, which is compared each time the cache is opened; a batch that differs is dropped
-    and computed again. One process at a time may use it.
+    Every batch is on disk before the next one is computed, so that a process that is killed loses at most one
+    batch, and the same call resumes with the batches that an uninterrupted one would have had. An image is
+    identified by a digest of the content that it was decoded from: a changed image is computed again, a moved or
+    copied one is not. Every batch has a checksum, which is verified each time the cache is opened; a batch that
+    differs is dropped and computed again. Only one process at a time may use the cache.
 
     Parameters
     ----------
-    folder : where the caches of all backbones lie.
-    key : whatever the features depend on besides the images; the cache's own folder is named by its digest.
+    folder : str or Path
+        Folder of the caches of all backbones.
+    key : str
+        What the features depend on besides the images. The cache's own folder is named by its digest.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
@@ -103,34 +105,36 @@ class FeatureCache:
         *,
         progress: bool | None = None,
     ) -> CachedFeatures:
-        """Return the features of a source; the backbone is asked for those that are not known yet.
+        """Return the features of a source, and compute those that are not in the cache.
 
         Parameters
         ----------
-        source : the images.
-        extract : asks the backbone about images, see `extract_images`.
-        progress : show a progress bar; None for where there is a terminal.
+        source : ImageSource
+            The images.
+        extract : callable
+            Computes the features of images; see `extract_images`.
+        progress : bool, optional
+            Whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
         DataError
-            No image could be read, another process is at work in this cache, the backbone returns something else
-            than (n, D), a feature is not finite, or a file of the cache cannot be read.
+            If no image can be read, another process uses the cache, the backbone does not return (n, D), a
+            feature is not finite, or a file of the cache cannot be read.
         WriteError
-            A file of the cache cannot be written. The batches that were written before stay usable.
+            If a file of the cache cannot be written. The batches that were written before stay usable.
         """
-        hide = None if progress is None else not progress
-        with self._locked(), _Store(self.folder, hide) as store:
-            digests, unread = _digests(source, hide)
+        with self._locked(), _Store(self.folder, progress) as store:
+            digests, unread = _digests(source, progress)
             tried: set[int] = set()
             changed: set[int] = set()
-            known = len(store.places)
-            # A second round is needed only where an image has changed and its copies, which were to share its
-            # features, have not.
+            cached = len(store.rows)
+            # A second round is needed only if an image has changed, but not its copies, which were to share its
+            # features.
             while missing := _missing(store, digests, tried):
                 tried.update(missing)
-                images = SlicedImages(source, missing, source.title)
-                with tqdm(total=len(missing), unit="image", desc="features", disable=hide, leave=False) as bar:
+                images = SlicedSource(source, missing, source.title)
+                with progress_bar(total=len(missing), unit="image", desc="features", progress=progress) as bar:
                     for part in extract(images):
                         values = None if part.values is None else _checked(part.values, part.indices, images)
                         good: list[bytes] = []
@@ -138,7 +142,7 @@ class FeatureCache:
                         several: set[bytes] = set()
                         for i in part.rows:
                             row, digest = missing[i], part.digests.get(i)
-                            if digest is None:  # it could be read a moment ago
+                            if digest is None:  # it could be read for its digest, but not again
                                 unread[row] = part.unread[i]
                                 del digests[row]
                                 continue
@@ -153,7 +157,7 @@ class FeatureCache:
                                 several.add(digest)
                         store.add(values, good, corrupt, several)
                         bar.update(len(part.rows))
-            return _gather(store, source, digests, unread, len(store.places) - known, len(changed))
+            return _gather(store, source, digests, unread, len(store.rows) - cached, len(changed))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -161,7 +165,7 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = acquire_lock(self.folder / "lock", timeout=1)
         except Timeout:
-            raise DataError(f"another process is at work in {self.folder}: wait for it") from None
+            raise DataError(f"another process uses the cache {self.folder}: wait until it has finished") from None
         except WriteError:
             raise
         except OSError as error:
@@ -178,12 +182,18 @@ class _Batch:
 
     Parameters
     ----------
-    start : the first of its rows in the file of features.
-    width : numbers in a row.
-    sha256 : of the bytes of its rows.
-    digests : of the images of its rows.
-    corrupt : digests and reasons of those that could not be read.
-    several : digests of those that are the first of several frames or pages.
+    start : int
+        Its first row in the file of features.
+    width : int
+        Number of features per row.
+    sha256 : str
+        Checksum of the bytes of its rows.
+    digests : list of bytes
+        Digest of the image of each row.
+    corrupt : list of tuple
+        Digest and reason of each image that could not be read.
+    several : list of bytes
+        Digests of the images that are the first of several frames or pages.
     """
 
     start: int
@@ -198,7 +208,7 @@ class _Batch:
         return self.start + len(self.digests)
 
     def line(self, seed: bytes) -> bytes:
-        """Return it as a line of JSON, which ends with the line's own checksum."""
+        """Return the batch as a line of JSON, which ends with its own checksum."""
         entry = {
             "start": self.start,
             "width": self.width,
@@ -211,8 +221,8 @@ class _Batch:
         return text + _line_end(seed, text)
 
     @classmethod
-    def of_line(cls, seed: bytes, line: bytes) -> Self | None:
-        """Return what a line says; None where it is damaged."""
+    def from_line(cls, seed: bytes, line: bytes) -> Self | None:
+        """Return the batch of a line; None if the line is damaged."""
         text, comma, _ = line.rpartition(b", ")
         if not comma or line != text + _line_end(seed, text):
             return None
@@ -226,32 +236,34 @@ class _Batch:
 class _Store(AbstractContextManager["_Store"]):
     """The files of a cache, of which only one may be open at a time.
 
-    ``features.f32`` holds rows of float32. ``index.jsonl`` has one line per batch: where its rows are, which
-    images they are of, and their checksum. Rows that no line names are free. A line is written when its rows are
-    on the disk, so that no line is ever ahead of them.
+    ``features.f32`` holds rows of float32. ``index.jsonl`` has one line per batch, with its rows, the digests of
+    their images, and their checksum. Rows that no line names are free. A line is written after its rows are on the
+    disk.
 
     Parameters
     ----------
-    folder : of the cache.
-    hide : no progress bar, see tqdm.
+    folder : Path
+        Folder of the cache.
+    progress : bool, optional
+        Whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
     Raises
     ------
     WriteError
-        A file cannot be opened for writing.
+        If a file cannot be opened for writing.
     DataError
-        A file cannot be read.
+        If a file cannot be read.
     """
 
-    def __init__(self, folder: Path, hide: bool | None) -> None:
+    def __init__(self, folder: Path, progress: bool | None) -> None:
         self.width = 0
-        self.places: dict[bytes, int] = {}
+        self.rows: dict[bytes, int] = {}
         self.corrupt: dict[bytes, str] = {}
         self.several: set[bytes] = set()
         self.damaged = 0
         self.features = folder / "features.f32"
         self._index_path = folder / "index.jsonl"
-        # A line of another cache is none of this one.
+        # Part of the checksum of each line, so that a line of another cache is not valid.
         self._seed = folder.name.encode()
         self._free: list[tuple[int, float]] = []
         new = not self._index_path.exists()
@@ -262,7 +274,7 @@ class _Store(AbstractContextManager["_Store"]):
                 if new:
                     sync_folder(folder)
                     sync_folder(folder.parent)
-                self._read(hide)
+                self._read(progress)
             except BaseException:
                 self._index.close()
                 raise
@@ -274,8 +286,8 @@ class _Store(AbstractContextManager["_Store"]):
         self._index.close()
         self._file.close()
 
-    def knows(self, digest: bytes) -> bool:
-        return digest in self.places or digest in self.corrupt
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self.rows or digest in self.corrupt
 
     def add(
         self,
@@ -284,17 +296,17 @@ class _Store(AbstractContextManager["_Store"]):
         corrupt: Iterable[tuple[bytes, str]],
         several: Set[bytes],
     ) -> None:
-        """Write the features (n, D) of images by their digests, and why others could not be read.
+        """Write the features (n, D) of images by their digests, and why other images could not be read.
 
-        Those of the digests that are in ``several`` are of first frames.
+        ``several`` are the digests of images that are the first of several frames or pages.
         """
-        # An image that has changed may be one that is known by now.
-        rows = {digest: i for i, digest in reversed(list(enumerate(digests))) if digest not in self.places}
+        # The new content of a changed image may be in the cache already.
+        rows = {digest: i for i, digest in reversed(list(enumerate(digests))) if digest not in self.rows}
         new = sorted(rows, key=rows.__getitem__)
         corrupt = [
             (digest, why)
             for digest, why in corrupt
-            if digest not in self.places and digest not in rows and self.corrupt.get(digest) != why
+            if digest not in self.rows and digest not in rows and self.corrupt.get(digest) != why
         ]
         if not new and not corrupt:
             return
@@ -306,26 +318,26 @@ class _Store(AbstractContextManager["_Store"]):
                 )
             self.width = values.shape[1]
             content = values[[rows[digest] for digest in new]].numpy().tobytes()
-            start = self._room(len(new))
+            start = self._allocate(len(new))
             self._write(self._file, start * self._row_bytes, content)
         frames = [digest for digest in new if digest in several]
         batch = _Batch(start, self.width, hashlib.sha256(content).hexdigest(), new, corrupt, frames)
         self._write(self._index, self._index.seek(0, os.SEEK_END), batch.line(self._seed))
-        self._take(batch)
+        self._index_batch(batch)
 
     @property
     def _row_bytes(self) -> int:
-        return _ROW_UNIT * self.width
+        return _FLOAT_BYTES * self.width
 
-    def _take(self, batch: _Batch) -> None:
+    def _index_batch(self, batch: _Batch) -> None:
         for row, digest in enumerate(batch.digests, batch.start):
-            self.places[digest] = row
+            self.rows[digest] = row
             self.corrupt.pop(digest, None)
         self.corrupt.update(batch.corrupt)
         self.several.update(batch.several)
 
-    def _room(self, rows: int) -> int:
-        """Take so many free rows that lie one after the other; return the first."""
+    def _allocate(self, rows: int) -> int:
+        """Allocate consecutive free rows, and return the first."""
         number = next(i for i, (start, end) in enumerate(self._free) if end - start >= rows)
         start, end = self._free[number]
         self._free[number] = (start + rows, end)
@@ -341,20 +353,20 @@ class _Store(AbstractContextManager["_Store"]):
         except OSError as error:
             raise WriteError(Path(str(file.name)), error) from None
 
-    def _read(self, hide: bool | None) -> None:
-        """Read the index, leave out what is damaged, and remove it from the index."""
+    def _read(self, progress: bool | None) -> None:
+        """Read the index, and remove damaged batches from it."""
         batches: list[_Batch | None] = []
         try:
             end = 0
             with self._index_path.open("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):
-                        # A process was killed, or the disk was full, while it wrote the line.
+                        # The process was killed, or the disk was full, while the line was written.
                         self._index.truncate(end)
                         break
                     end += len(line)
-                    batches.append(_Batch.of_line(self._seed, line))
-            self._verify(batches, hide)
+                    batches.append(_Batch.from_line(self._seed, line))
+            self._verify(batches, progress)
         except OSError as error:
             raise DataError(f"cannot read the cache {self._index_path.parent}: {error.strerror}") from None
         self.damaged = batches.count(None)
@@ -362,7 +374,7 @@ class _Store(AbstractContextManager["_Store"]):
             self._rewrite(batches)
         good = [batch for batch in batches if batch is not None]
         for batch in good:
-            self._take(batch)
+            self._index_batch(batch)
         end = 0
         for batch in sorted(good, key=lambda batch: batch.start):
             if batch.digests:
@@ -370,16 +382,16 @@ class _Store(AbstractContextManager["_Store"]):
                 end = max(end, batch.end)
         self._free.append((end, np.inf))
 
-    def _verify(self, batches: list[_Batch | None], hide: bool | None) -> None:
-        """Compare the features with their checksums in one pass; put None in the place of batches that differ."""
+    def _verify(self, batches: list[_Batch | None], progress: bool | None) -> None:
+        """Compare the features with their checksums in one pass; replace batches that differ by None."""
         order = sorted((batch.start, i) for i, batch in enumerate(batches) if batch is not None and batch.digests)
         rows = sum(len(batch.digests) for batch in batches if batch is not None)
-        with tqdm(total=rows, unit="image", desc="checking the cache", disable=hide, leave=False) as bar:
+        with progress_bar(total=rows, unit="image", desc="checking the cache", progress=progress) as bar:
             for _, i in order:
                 batch = batches[i]
                 assert batch is not None
-                self._file.seek(_ROW_UNIT * batch.width * batch.start)
-                content = self._file.read(_ROW_UNIT * batch.width * len(batch.digests))
+                self._file.seek(_FLOAT_BYTES * batch.width * batch.start)
+                content = self._file.read(_FLOAT_BYTES * batch.width * len(batch.digests))
                 if hashlib.sha256(content).hexdigest() != batch.sha256:
                     batches[i] = None
                 else:
@@ -387,7 +399,7 @@ class _Store(AbstractContextManager["_Store"]):
                 bar.update(len(batch.digests))
 
     def _rewrite(self, batches: Sequence[_Batch | None]) -> None:
-        """Replace the index by one of the lines that are not damaged."""
+        """Rewrite the index without the damaged lines."""
         self._index.close()
         try:
             with (
@@ -405,7 +417,7 @@ def _line_end(seed: bytes, text: bytes) -> bytes:
 
 
 def _opened(path: Path) -> FileIO:
-    """Open a file to read and to write anywhere, which is made where there is none."""
+    """Open a file for reading and writing, and create it if it does not exist."""
     try:
         return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
     except OSError as error:
@@ -413,44 +425,49 @@ def _opened(path: Path) -> FileIO:
 
 
 def _missing(store: _Store, digests: dict[int, bytes], tried: set[int]) -> list[int]:
-    """Return the images that the backbone is to be asked for, by their rows."""
+    """Return the rows of the images whose features must be computed."""
     first: dict[bytes, int] = {}
     for row, digest in digests.items():
         first.setdefault(digest, row)
-    # Once each, in order: what a killed process has left begins at a whole batch.
+    # One row per content, in order: after a killed process, the rest begins at a whole batch.
     wanted = [(row, digest) for digest, row in first.items() if row not in tried]
-    missing = [row for row, digest in wanted if not store.knows(digest)]
-    # Last, those that could not be read before: what ailed them may have been the disk.
+    missing = [row for row, digest in wanted if digest not in store]
+    # Last, the images that could not be read before: the cause may have been the disk.
     return missing + [row for row, digest in wanted if digest in store.corrupt]
 
 
 def _gather(
-    store: _Store, source: ImageSource, digests: dict[int, bytes], unread: dict[int, str], asked: int, changed: int
+    store: _Store,
+    source: ImageSource,
+    digests: dict[int, bytes],
+    unread: dict[int, str],
+    computed: int,
+    changed: int,
 ) -> CachedFeatures:
     reasons = unread | {row: why for row, d in digests.items() if (why := store.corrupt.get(d)) is not None}
     corrupt = [(source.name(row), reasons[row]) for row in sorted(reasons)]
-    rows = [row for row, digest in digests.items() if digest in store.places]
+    rows = [row for row, digest in digests.items() if digest in store.rows]
     if not rows:
         name, why = corrupt[0]
         raise DataError(f"none of the {len(corrupt)} images of {source.title} can be read; {name}: {why}")
-    # Copied on writing, so that whoever changes the features does not change the file.
-    shape = max(store.places.values()) + 1, store.width
+    # Copy-on-write, so that changes to the features do not change the file.
+    shape = max(store.rows.values()) + 1, store.width
     stored = torch.from_numpy(np.memmap(store.features, np.float32, "c", shape=shape))
     kept = [digests[row] for row in rows]
-    places = torch.tensor([store.places[digest] for digest in kept])
+    stored_rows = torch.tensor([store.rows[digest] for digest in kept])
     several = sum(digest in store.several for digest in kept)
     return CachedFeatures(
-        stored, places, torch.tensor(rows), kept, corrupt, asked, changed, store.damaged, several
+        stored, stored_rows, torch.tensor(rows), kept, corrupt, computed, changed, store.damaged, several
     )
 
 
-def _digests(source: ImageSource, hide: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
-    """Return the digest of every image by its row, and of those that cannot be read the reason."""
+def _digests(source: ImageSource, progress: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
+    """Return the digest of each image by its row, and the reason for each image that cannot be read."""
     digests, unread = {}, {}
-    for row in tqdm(range(len(source)), unit="image", desc="looking for changes", disable=hide, leave=False):
+    for row in progress_bar(range(len(source)), unit="image", desc="looking for changes", progress=progress):
         try:
             digests[row] = source.digest(row)
-        except ImageError as error:
+        except ItemError as error:
             unread[row] = error.reason
     return digests, unread
 

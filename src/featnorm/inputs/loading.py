@@ -1,4 +1,4 @@
-"""Images in batches: decoded and transformed by threads, corrupt ones left out and reported."""
+"""Loading of images in batches: decoded and transformed by threads; corrupt images are skipped and reported."""
 
 import math
 import os
@@ -14,37 +14,39 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, said
+from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, error_site, error_text
 from featnorm._utils.memory import in_parts
-from featnorm.inputs.images import DataError, ImageError, ImageSource, is_first_of_several
+from featnorm._utils.progress import progress_bar
+from featnorm.inputs.decoding import is_first_of_several
+from featnorm.inputs.source import DataError, ImageSource, ItemError
 
-_FEW = 256  # images; below, there is nothing to gain from threads
+# Number of images from which threads are faster than the calling thread.
+_MIN_THREADED = 256
 _MAX_WORKERS = 8
-# Batches per thread that are read ahead of the one that is asked for.
+# Batches per thread that are read ahead.
 _AHEAD = 2
-# On Windows a wait without an end cannot be interrupted.
+# On Windows, a wait without a timeout cannot be interrupted.
 _POLL_SECONDS = 0.5
 
 _T = TypeVar("_T")
 
 
 class TransformError(DataError, UserCodeError):
-    """A transform that raised an error; its traceback, which may be of another process, is a note of this one."""
+    """An error raised by the user's transform; its traceback is a note, since it may come from another process."""
 
 
 class ImageBatch(NamedTuple):
-    """Some images, ready for a model.
+    """A batch of images for a model.
 
     Attributes
     ----------
     images : Tensor
         Transformed images, (n, 3, H, W).
     labels : Tensor
-        Classes, (n,), int64; -1 where there is none.
+        Classes, (n,), int64; -1 for an image without a label.
     indices : Tensor
-        Where in the source the images stand, (n,), int64.
+        Indices of the images in the source, (n,), int64.
     """
 
     images: Tensor
@@ -54,21 +56,20 @@ class ImageBatch(NamedTuple):
 
 @dataclass
 class ImagePart:
-    """What became of consecutive images of a source.
+    """The result of reading consecutive images of a source. Images are named by their indices in the source.
 
     Attributes
     ----------
     rows : range
-        Where in the source they stand.
+        The images.
     batch : ImageBatch or None
-        Those that could be read; None where there is none.
+        The images that could be read; None if there are none.
     unread : dict of int to str
-        Why the others could not, by where in the source they stand.
+        Why each of the others could not be read.
     digests : dict of int to bytes
-        `ImageSource.digest` of the content that was decoded, by where in the source it stands; of an unread image
-        as well if its content could be read.
+        `Source.digest` of the content that was decoded, also of an unread image if its content could be read.
     several : set of int
-        Where in the source those stand that are the first of several frames or pages of their file.
+        The images that are the first of several frames or pages of their file.
     """
 
     rows: range
@@ -80,19 +81,13 @@ class ImagePart:
 
 @dataclass
 class Extracted:
-    """What a backbone says of consecutive images of a source.
+    """The features of consecutive images of a source.
 
     Attributes
     ----------
-    rows : range
-        Where in the source they stand.
     values : Tensor or None
-        What the backbone returned for those that could be read; None where there is none.
-    unread : dict of int to str
-        Why the others could not, by where in the source they stand.
-    digests : dict of int to bytes
-        See `ImagePart`.
-    several : set of int
+        Output of the backbone for the images that could be read, (n, D); None if there are none.
+    rows, unread, digests, several
         See `ImagePart`.
     """
 
@@ -104,11 +99,11 @@ class Extracted:
 
     @property
     def indices(self) -> list[int]:
-        """Where in the source those stand that could be read."""
+        """Indices of the images that could be read."""
         return [row for row in self.rows if row not in self.unread]
 
     def moved(self, start: int) -> "Extracted":
-        """Return the same of a source in which these images begin elsewhere."""
+        """Return the same features with the indices of a source in which these images begin at `start`."""
         by = start - self.rows.start
         unread = {row + by: why for row, why in self.unread.items()}
         digests = {row + by: digest for row, digest in self.digests.items()}
@@ -117,11 +112,11 @@ class Extracted:
 
 
 class _Stopped(Exception):
-    """Nobody waits for the batch any more."""
+    """The batch is not needed any more."""
 
 
 class _Batches:
-    """Whole batches of a source, by their number."""
+    """Batches of a source, by their number."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor], batch_size: int) -> None:
         self.source = source
@@ -140,7 +135,7 @@ class _Batches:
                 raise _Stopped
             try:
                 image, part.digests[i] = self.source.read(i)
-            except ImageError as error:
+            except ItemError as error:
                 part.unread[i] = error.reason
                 if error.digest is not None:
                     part.digests[i] = error.digest
@@ -151,12 +146,12 @@ class _Batches:
                 transformed = self.transform(image)
             except RAISED_BY_USERS as error:
                 name = self.source.name(i)
-                failure = TransformError(f"the transform failed on {name} ({said(error)}){at(error)}")
+                failure = TransformError(
+                    f"the transform failed on {name} ({error_text(error)}){error_site(error)}"
+                )
                 failure.add_note(traceback.format_exc())
                 raise failure from None
-            refusal = self._refusal(i, transformed, images)
-            if refusal is not None:
-                raise DataError(refusal)
+            self._check(i, transformed, images)
             images.append(transformed)
             indices.append(i)
         if images:
@@ -164,23 +159,23 @@ class _Batches:
             part.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
         return part
 
-    def _refusal(self, i: int, transformed: object, before: list[Tensor]) -> str | None:
+    def _check(self, i: int, transformed: object, before: list[Tensor]) -> None:
         name = self.source.name(i)
         if not isinstance(transformed, Tensor):
-            return f"the transform returned {type(transformed).__name__} for {name}: it must return a Tensor"
+            kind = type(transformed).__name__
+            raise DataError(f"the transform returned {kind} for {name}: it must return a Tensor")
         if before and transformed.shape != before[0].shape:
-            return (
+            raise DataError(
                 f"{name} has shape {tuple(transformed.shape)} after the transform, the ones before it in the "
                 f"batch {tuple(before[0].shape)}: use a transform that resizes all images to one size"
             )
-        return None
 
 
 class ImageLoader:
-    """An iterable of `ImageBatch`, in the order of the source; made by `image_loader`.
+    """An iterable of `ImageBatch`, in the order of the source; `image_loader` creates it.
 
-    It can be iterated any number of times, and reports corrupt images each time. ``len`` is the number of
-    batches if in none all images are corrupt.
+    It can be iterated any number of times, and reports corrupt images each time. Its length counts all batches,
+    although one in which all images are corrupt is skipped.
     """
 
     def __init__(self, batches: _Batches, workers: int, on_corrupt: Callable[[str, str], None] | None) -> None:
@@ -197,7 +192,7 @@ class ImageLoader:
                 yield part.batch
 
     def parts(self) -> Iterator[ImagePart]:
-        """Yield what became of each batch in order, of those with no image that can be read as well."""
+        """Yield the result of each batch in order, also of batches in which no image can be read."""
         for part in self._read():
             if self._on_corrupt is not None:
                 for row, reason in part.unread.items():
@@ -221,25 +216,25 @@ class ImageLoader:
             while ahead:
                 yield _result(ahead.popleft())
         finally:
-            # Also if the caller leaves or is interrupted: each thread ends after the image that it is at.
+            # Also if the caller stops or is interrupted: each thread ends after its current image.
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def _started(workers: int) -> ThreadPoolExecutor:
-    """Return threads that compute by themselves, without those of torch's operators.
+    """Start a pool of threads in each of which torch's operators use one thread.
 
-    torch keeps the number of its threads for each thread that calls it, and the latest number that was set for
-    threads to come, which is put back here.
+    torch has a number of threads for each calling thread, and uses the number that was set last for new calling
+    threads; the latter is restored here.
     """
-    # Threads that load Pillow's plugins at the same time may each find a format unknown.
+    # If several threads load Pillow's plugins at the same time, a format may be unknown to one of them.
     Image.init()
     own = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "featnorm-images")
     gate = threading.Barrier(workers)
 
     def start() -> None:
-        torch.get_num_threads()  # sets this thread's number, if only by being asked
+        torch.get_num_threads()  # initializes the number of this thread
         torch.set_num_threads(1)
         gate.wait()
 
@@ -262,14 +257,14 @@ def _result(future: Future[_T]) -> _T:
 
 
 def named(source: ImageSource, rows: Sequence[int]) -> str:
-    """Return what to call some images of a source in an error: the one, or the first and the last."""
+    """Return a name of some images of a source for errors: of the only one, or of the first and the last."""
     if len(rows) == 1:
         return source.name(rows[0])
     return f"a batch of {len(rows)} images, {source.name(rows[0])} to {source.name(rows[-1])}"
 
 
 def rows_of(number: int, batch_size: int, total: int) -> range:
-    """Return the rows of a batch by its number, of so many in all."""
+    """Return the rows of batch `number`, out of `total` rows."""
     return range(number * batch_size, min((number + 1) * batch_size, total))
 
 
@@ -281,14 +276,16 @@ def extract_images(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Iterator[Extracted]:
-    """Yield what a backbone says of images, batch by batch in their order.
+    """Yield the features of images, batch by batch in the order of the source.
 
-    Where the device has not the memory for a batch, the backbone is asked for parts of it.
+    If the device runs out of memory, a batch is processed in parts.
 
     Parameters
     ----------
-    source, transform, batch_size, workers : see `image_loader`.
-    backbone : from a batch of transformed images (n, 3, H, W) to features (n, D).
+    source, transform, batch_size, workers
+        See `image_loader`.
+    backbone : callable
+        From a batch of transformed images (n, 3, H, W) to features (n, D).
 
     Raises
     ------
@@ -315,7 +312,7 @@ def image_loader(
     workers: int | None = None,
     on_corrupt: Callable[[str, str], None] | None = None,
 ) -> ImageLoader:
-    """Read a source in order, in batches, leaving out the images that cannot be read.
+    """Read a source in order, in batches, and skip the images that cannot be read.
 
     Parameters
     ----------
@@ -325,20 +322,22 @@ def image_loader(
         From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch. It must be safe to
         call from several threads at the same time, unless `workers` is 0 or 1.
     batch_size : int
-        Images read a batch. One with corrupt images yields fewer, and one with nothing else is left out.
+        Number of images read per batch. A batch with corrupt images is smaller, and one without readable images
+        is skipped.
     workers : int, optional
-        Threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256 images,
-        else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that threads are as
-        fast as processes, and need no shared memory; a transform that is mostly Python code gains little from
-        more of them.
+        Number of threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256
+        images, else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that
+        threads are as fast as processes, and need no shared memory. A transform that is mostly Python code gains
+        little from more threads.
     on_corrupt : callable, optional
-        Called in this process with the name of each unreadable image and the reason, before its batch comes.
+        Called in this process with the name of each unreadable image and the reason, before its batch is yielded.
 
     Returns
     -------
     ImageLoader
-        An iterable of `ImageBatch`. Iterating raises DataError if the transform returns no tensor, or different
-        shapes within a batch, and its subclass `TransformError` if it raises an error (whose traceback is a note).
+        An iterable of `ImageBatch`. Iterating raises DataError if the transform does not return a tensor, or
+        returns different shapes within a batch, and its subclass `TransformError` if the transform raises an
+        error (whose traceback is a note).
 
     Raises
     ------
@@ -348,12 +347,12 @@ def image_loader(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if workers is None:
-        workers = 0 if len(source) < _FEW else min(_processors(), _MAX_WORKERS)
+        workers = 0 if len(source) < _MIN_THREADED else min(_processors(), _MAX_WORKERS)
     return ImageLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
 
 
 def _processors() -> int:
-    # The ones this process may use: in a container they are fewer than the machine has.
+    # The CPUs that this process may use: in a container, fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -362,23 +361,26 @@ def image_tensor(source: ImageSource, size: int, *, progress: bool | None = None
 
     Parameters
     ----------
-    source : the images.
-    size : of the sides; images of other sizes are resized to it, antialiased, whatever their shape.
-    progress : show a progress bar; None for where there is a terminal.
+    source : ImageSource
+        The images.
+    size : int
+        Height and width. Images of other sizes are resized to it, antialiased, whatever their aspect ratio.
+    progress : bool, optional
+        Whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
     Returns
     -------
-    (n, 3, size, size), uint8.
+    Tensor
+        The images, (n, 3, size, size), uint8.
 
     Raises
     ------
-    ImageError
-        An image cannot be read: of a benchmark none may be left out.
+    ItemError
+        If an image cannot be read: no image of a benchmark may be skipped.
     """
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
-    hidden = None if progress is None else not progress
-    for i in tqdm(range(len(source)), desc=source.title, unit="image", disable=hidden, leave=False):
-        image = source.image(i)
+    for i in progress_bar(range(len(source)), desc=source.title, unit="image", progress=progress):
+        image = source.item(i)
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -3,117 +3,102 @@
 import json
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 from weakref import WeakValueDictionary
 
-from PIL import Image
-
-from featnorm.inputs.images import (
-    DataError,
-    ImageError,
-    ImageSource,
-    content_digest,
-    decode,
-    decode_with_digest,
-    file_identity,
-    first_line,
-    vision_module,
-)
-from featnorm.inputs.stores import StoredFile
+from featnorm._utils.errors import first_line
+from featnorm._utils.extras import vision_module
+from featnorm.inputs.decoding import reason_of
+from featnorm.inputs.files import Folder, LocalFolder
+from featnorm.inputs.formats import PassedOver
+from featnorm.inputs.images import EncodedImages
+from featnorm.inputs.openers import Location, Opener, Options
+from featnorm.inputs.source import DataError, ItemError
 
 
-class ParquetImages(ImageSource):
+class ParquetImages(EncodedImages):
     """Images in parquet files, read one row group at a time.
 
     The row group that a thread has read last stays in memory, encoded as in the file, so that reading in order
-    touches each row group once; threads that are at the same one share it. No file is kept open between reads: a
+    reads each row group once; threads that are at the same one share it. No file is kept open between reads: a
     copy in another process never shares a file's position.
 
     Parameters
     ----------
-    files : sequence of Path or StoredFile
+    folder : Folder
+        The folder of the files.
+    files : sequence of str
         One file, or the shards of one data set, in order.
     title : str
         Name for tables.
     labels : bool
-        Read the labels.
+        Whether to read the labels.
     label_column : str, optional
-        The column that holds them: integers, of which negative ones mean none; strings or booleans, whose sorted
-        values are the classes; any of them dictionary-encoded. A null is an image without a label. Default:
-        ``label``, if there is one.
+        The column that holds them: integers, of which negative ones mean no label; strings or booleans, whose
+        sorted values are the classes; any of them dictionary-encoded. A null means no label. Default: ``label``,
+        if there is one.
 
     Raises
     ------
     DataError
-        If a file cannot be read, has no usable ``image`` column, has labels of another type or of another than the
-        first file, or there is not one row in all of them.
+        If a file cannot be read, has no usable ``image`` column, has labels of an unsupported type or of another
+        type than the first file, or if there is no row in any of them.
     ImportError
         If pyarrow is not installed.
     """
 
     def __init__(
         self,
-        files: Sequence[Path | StoredFile],
+        folder: Folder,
+        files: Sequence[str],
         title: str,
         *,
         labels: bool = True,
         label_column: str | None = None,
     ) -> None:
-        indices = [_Index(path, (label_column or "label") if labels else None) for path in files]
+        indices = [_Index(folder, file, (label_column or "label") if labels else None) for file in files]
         if not sum(index.rows for index in indices):
-            raise DataError(f"no rows in {', '.join(map(str, files))}")
+            raise DataError(f"no rows in {', '.join(map(folder.name, files))}")
         super().__init__(title, *_labels(indices, label_column))
         if labels and all(index.labels is None for index in indices):
             self.label_columns = indices[0].candidates
+        self._folder = folder
         self._files = list(files)
         self._paths = [path for index in indices for path in index.paths]
         self._first_rows = [0, *accumulate(index.rows for index in indices)]
-        # Of every row group: its file and its number there, and the rows of all files up to its end.
+        # For each row group: its file and its number there, and the number of rows up to its end in all files.
         self._groups = [(f, g) for f, index in enumerate(indices) for g in range(len(index.group_sizes))]
         self._ends = list(accumulate(size for index in indices for size in index.group_sizes))
-        self._held = _RowGroups()
+        self._row_groups = _RowGroups()
 
-    def _image(self, i: int) -> Image.Image:
-        return decode(self._encoded(i), self._name(i))
-
-    def _digest(self, i: int) -> bytes:
-        return content_digest(self._encoded(i), self._name(i))
-
-    def _read(self, i: int) -> tuple[Image.Image, bytes]:
-        return decode_with_digest(self._encoded(i), self._name(i))
-
-    def _identity(self, i: int) -> str:
-        file, _ = self._groups[bisect_right(self._ends, i)]
-        of_file = self._files[file]
-        return f"{of_file.identity if isinstance(of_file, StoredFile) else file_identity(of_file.resolve())} {i}"
-
-    def _encoded(self, i: int) -> bytes | Path:
-        """Return an image as the row holds it, or the file that it names."""
+    def _content(self, i: int) -> bytes:
+        """Return an image as its row holds it, or the content of the file that the row names."""
         group = bisect_right(self._ends, i)
-        images = self._held.find(group, lambda: self._row_group(*self._groups[group]))
+        images = self._row_groups.find(group, lambda: self._row_group(*self._groups[group]))
         entry = images[i - (self._ends[group - 1] if group else 0)].as_py() or {}
         if entry.get("bytes") is not None:
             return bytes(entry["bytes"])
-        if entry.get("path"):
-            of_group = self._files[self._groups[group][0]]
-            if isinstance(of_group, StoredFile):
-                return of_group.beside(entry["path"]).read()
-            return of_group.parent / entry["path"]
-        raise ImageError(self._name(i), "no image in this row")
+        if not entry.get("path"):
+            raise ItemError(self._name(i), "no image in this row")
+        try:
+            return self._folder.read(self._folder.beside(self._files[self._groups[group][0]], entry["path"]))
+        except OSError as error:
+            raise ItemError(self._name(i), reason_of(error)) from error
 
     def _row_group(self, file: int, group: int) -> Any:
         pa = vision_module("pyarrow")
         try:
             # Without pyarrow's own threads: images are read by several threads already.
-            with _opened(self._files[file]) as opened:
+            with _opened(self._folder, self._files[file]) as opened:
                 return opened.read_row_group(group, columns=["image"], use_threads=False)["image"]
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"cannot read row group {group} of {self._files[file]}: {first_line(error)}"
+                f"cannot read row group {group} of {self._folder.name(self._files[file])}: {first_line(error)}"
             ) from error
 
     def _name(self, i: int) -> str:
@@ -121,11 +106,42 @@ class ParquetImages(ImageSource):
             return path
         file = bisect_right(self._first_rows, i) - 1
         row = f"row {i - self._first_rows[file]}"
-        return row if len(self._files) == 1 else f"{self._files[file].name} {row}"
+        return row if len(self._files) == 1 else f"{PurePath(self._files[file]).name} {row}"
+
+    def _identity(self, i: int) -> str:
+        file, _ = self._groups[bisect_right(self._ends, i)]
+        return f"{self._folder.absolute().identity(self._files[file])} {i}"
+
+
+class ParquetOpener(Opener):
+    """A parquet file, or a folder that holds some and no images: the shards of one data set."""
+
+    endings = (".parquet",)
+
+    def accepts(self, location: Location) -> bool:
+        """See `Opener`."""
+        if isinstance(location, Folder):
+            return bool(location.top_level(self.endings)[1]) and not location.images[0]
+        return super().accepts(location)
+
+    def open(self, location: Any, title: str, options: Options) -> ParquetImages:
+        """See `Opener`; the other files of the folder are passed over."""
+        if not isinstance(location, Folder):
+            return self._open(location.folder, location.paths, title, options)
+        _, shards = location.top_level(self.endings)
+        images = self._open(location, shards, title, options)
+        _, beside = location.images
+        kinds = Counter(beside.kinds)
+        kinds[".parquet"] -= len(shards)
+        images.passed_over = PassedOver(+kinds, beside.hidden, beside.closed)
+        return images
+
+    def _open(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> ParquetImages:
+        return ParquetImages(folder, files, title, labels=options.labels, label_column=options.label_column)
 
 
 class _RowGroups:
-    """The row groups that threads have read last, by their numbers; a copy holds none."""
+    """The row groups that threads have read last, by their numbers. A pickled copy holds none."""
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -135,7 +151,7 @@ class _RowGroups:
         return _RowGroups, ()
 
     def find(self, group: int, read: Callable[[], Any]) -> Any:
-        """Return a row group, which is read only if no thread holds it."""
+        """Return a row group; it is read only if no thread holds it."""
         if getattr(self._own, "group", None) != group:
             self._own.group = self._own.images = None  # lets the old row group go before the new one comes
             self._own.images = self._all.get(group)
@@ -146,44 +162,43 @@ class _RowGroups:
 
 
 class _Index:
-    """What a parquet file says without its images being read.
+    """Everything in a parquet file but the images.
 
     Parameters
     ----------
-    path : Path or StoredFile
-        The file.
+    folder, file : Folder, str
+        The file, in its folder.
     label_column : str or None
-        The column of the labels; None if they are not wanted.
+        The column of the labels; None if they are not needed.
     """
 
-    def __init__(self, path: Path | StoredFile, label_column: str | None) -> None:
+    def __init__(self, folder: Folder, file: str, label_column: str | None) -> None:
         pa = vision_module("pyarrow")
-        self.path = path
+        self.path = folder.name(file)
         self.labels: list[Any] | None = None
         self.label_kind = "missing"
         self.class_names: list[str] | None = None
         try:
-            with _opened(path) as file:
-                schema = file.schema_arrow
-                _check_image_column(schema, path)
+            with _opened(folder, file) as opened:
+                schema = opened.schema_arrow
+                _check_image_column(schema, self.path)
                 self.columns = list(schema.names)
                 self.candidates = tuple(field.name for field in schema if _kind_of_labels(field.type))
-                self.rows = file.metadata.num_rows
-                self.group_sizes = [
-                    file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)
-                ]
+                metadata = opened.metadata
+                self.rows = metadata.num_rows
+                self.group_sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
                 if label_column is not None and label_column in schema.names:
-                    self._read_labels(file, label_column)
+                    self._read_labels(opened, label_column)
                 self.paths: list[str | None] = [None] * self.rows
                 if schema.field("image").type.get_field_index("path") >= 0:
-                    images = file.read(columns=["image.path"])["image"].to_pylist()
+                    images = opened.read(columns=["image.path"])["image"].to_pylist()
                     self.paths = [None if image is None else image["path"] for image in images]
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"cannot read {path} as parquet: {first_line(error)}") from error
+            raise DataError(f"cannot read {self.path} as parquet: {first_line(error)}") from error
 
-    def _read_labels(self, file: Any, column: str) -> None:
-        type_ = file.schema_arrow.field(column).type
-        # Without a single label, whoever wrote the file could not know what they are.
+    def _read_labels(self, opened: Any, column: str) -> None:
+        type_ = opened.schema_arrow.field(column).type
+        # A column without a single label has no type of its own.
         kind = "integers" if vision_module("pyarrow").types.is_null(type_) else _kind_of_labels(type_)
         if kind is None:
             raise DataError(
@@ -191,9 +206,9 @@ class _Index:
                 + (f"; {', '.join(self.candidates)} could be" if self.candidates else "")
             )
         self.label_kind = kind
-        self.labels = file.read(columns=[column])[column].to_pylist()
+        self.labels = opened.read(columns=[column])[column].to_pylist()
         if kind == "integers":
-            self.class_names = _class_names(file.schema_arrow.metadata or {}, column)
+            self.class_names = _class_names(opened.schema_arrow.metadata or {}, column)
 
 
 def _labels(indices: Sequence[_Index], column: str | None) -> tuple[list[int | None], list[str] | None]:
@@ -202,7 +217,7 @@ def _labels(indices: Sequence[_Index], column: str | None) -> tuple[list[int | N
     Raises
     ------
     DataError
-        The files do not agree, or do not have the column.
+        If the files do not agree, or do not have the column.
     """
     without = next((index for index in indices if index.labels is None), None)
     if without is not None and column is not None:
@@ -229,7 +244,7 @@ def _labels(indices: Sequence[_Index], column: str | None) -> tuple[list[int | N
 
 
 def _kind_of_labels(type_: Any) -> str | None:
-    """Return what labels of an Arrow type are; None where it cannot hold labels."""
+    """Return what the labels of an Arrow type are; None if it cannot hold labels."""
     types = vision_module("pyarrow").types
     if types.is_dictionary(type_):
         return _kind_of_labels(type_.value_type)
@@ -241,18 +256,15 @@ def _kind_of_labels(type_: Any) -> str | None:
 
 
 @contextmanager
-def _opened(file: Path | StoredFile) -> Iterator[Any]:
-    pq = vision_module("pyarrow.parquet")
-    if isinstance(file, Path):
-        with pq.ParquetFile(file, pre_buffer=False) as opened:
-            yield opened
-        return
-    # Of a store the bytes of a row group are fetched at once, and not column by column.
-    with file.open() as stream, pq.ParquetFile(stream, pre_buffer=True) as opened:
+def _opened(folder: Folder, file: str) -> Iterator[Any]:
+    # In a store, the bytes of a row group are fetched at once, and not column by column.
+    pre_buffer = not isinstance(folder, LocalFolder)
+    parquet = vision_module("pyarrow.parquet")
+    with folder.open(file) as stream, parquet.ParquetFile(stream, pre_buffer=pre_buffer) as opened:
         yield opened
 
 
-def _check_image_column(schema: Any, path: Path | StoredFile) -> None:
+def _check_image_column(schema: Any, path: str) -> None:
     if "image" not in schema.names:
         raise DataError(f"no column 'image' in {path}: it has {', '.join(schema.names) or 'none'}")
     kind = schema.field("image").type

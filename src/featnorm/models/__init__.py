@@ -1,4 +1,4 @@
-"""Models: by name with their transform, with the package's own weights, and the heads that go on them."""
+"""Models by name, with their transforms and weights; the packaged network; and heads."""
 
 from featnorm.models.cifar import CifarResNet18, Normalize, cifar_network, cifar_network_with
 from featnorm.models.heads import CosineClassifier, ProjectionHead, attach_head, cut_classifier

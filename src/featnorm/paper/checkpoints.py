@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.extras import vision_module
 from featnorm.features import Features
-from featnorm.inputs.images import vision_module
 from featnorm.models import ModelError, cut_classifier
 from featnorm.models.loading import read_weights
 

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from featnorm.cli.options import DataRoot, Device, Precision
+
 # What is large is imported when the command runs: `featnorm --help` reads the options alone.
 
 
@@ -32,10 +34,7 @@ def reproduce(
         Literal["laptop", "paper"],
         typer.Option(help="`paper`: the paper's protocol. `laptop`: what two CPU cores can do."),
     ] = "laptop",
-    data_root: Annotated[
-        Path | None,
-        typer.Option(envvar="FEATNORM_DATA", help="Folder where data sets by name are found, and downloaded to."),
-    ] = None,
+    data_root: DataRoot = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Folder of the authors' checkpoints, for the ImageNet-1k tables at scale `paper`."),
@@ -46,10 +45,8 @@ def reproduce(
             "--out", "-o", help="Folder of the networks and tables; an interrupted run is resumed there."
         ),
     ] = Path("featnorm-reproduction"),
-    device: Annotated[str, typer.Option(help="Device of the models: `auto`, `cpu`, `cuda` or `mps`.")] = "auto",
-    precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed"], typer.Option(help="Precision, by Lightning Fabric's names.")
-    ] = "32-true",
+    device: Device = "auto",
+    precision: Precision = "32-true",
     compiled: Annotated[
         bool,
         typer.Option(

@@ -75,7 +75,7 @@ def fit_and_score(
     recipe, seed : settings of the training.
     detectors : the detectors.
     hidden, activation, temperature : see `featnorm.models.ProjectionHead`.
-    progress : whether to show a progress bar. None: only in a terminal.
+    progress : whether to show a progress bar. Default: yes.
 
     Returns
     -------
@@ -110,6 +110,6 @@ def fit_and_score(
         "train_seconds": seconds,
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
-        "left_out": evaluation.left_out,
+        "left_out": evaluation.excluded,
         "inactive": {name: inactive([values]) for name, values in {"cifar10": test, **ood}.items()},
     }

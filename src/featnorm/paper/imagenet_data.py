@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm.inputs import DataError, ImageSource, SlicedImages, open_images
-from featnorm.inputs.images import vision_module
+from featnorm._utils.extras import vision_module
+from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 from featnorm.paper.checkpoints import CLASSES
 
 _WISC = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
@@ -23,7 +23,7 @@ class ImageSet:
 
     Parameters
     ----------
-    specs : specifications under the data root, see `featnorm.inputs.open_images`; messages name the first.
+    specs : specifications under the data root, see `featnorm.inputs.open_source`; messages name the first.
     get : how to get it, for messages.
     count : required number of images. Default: any.
     classes : required number of classes. Default: labels are not needed.
@@ -49,7 +49,7 @@ class ImageSet:
         if spec is None:
             raise DataError(f"{where}: no such folder, nor {where}.parquet. {self.get}")
         try:
-            source = open_images(spec, root=root)
+            source = open_source(spec, root=root)
         except DataError as error:
             raise DataError(f"{error}. {self.get}") from error
         if self.count is not None and len(source) != self.count:
@@ -159,7 +159,7 @@ def _sample(find: "_Finder") -> Data | None:
     if sample is None or textures is None:
         return None
     halves = [
-        SlicedImages(sample, range(first, len(sample), 2), f"{sample.title}[{first}::2]") for first in range(2)
+        SlicedSource(sample, range(first, len(sample), 2), f"{sample.title}[{first}::2]") for first in range(2)
     ]
     return Data(halves[0], halves[1], {"textures": textures}, torch.arange(CLASSES))
 
@@ -177,8 +177,8 @@ def _tiny(find: "_Finder") -> Data | None:
         )
     tiny = [numbers[synset] for synset in train.class_names]
     rows = [i for i in range(len(sample)) if sample.label(i) not in tiny]
-    others = SlicedImages(sample, rows[::2], f"{sample.title}, every second class that is not in Tiny ImageNet")
-    some = SlicedImages(textures, range(0, len(textures), 2), f"{textures.title}[::2]")
+    others = SlicedSource(sample, rows[::2], f"{sample.title}, every second class that is not in Tiny ImageNet")
+    some = SlicedSource(textures, range(0, len(textures), 2), f"{textures.title}[::2]")
     ood = {"other classes": others, "textures": some}
     return Data(_first(train, TINY_TRAIN), _first(test, TINY_TEST), ood, torch.tensor(tiny), TINY_SIDE)
 
@@ -220,7 +220,7 @@ def open_data(name: str, root: Path | None) -> tuple[Data | None, list[str]]:
 def _first(source: ImageSource, count: int) -> ImageSource:
     if len(source) <= count:
         return source
-    return SlicedImages(source, range(count), f"{source.title}[:{count}]")
+    return SlicedSource(source, range(count), f"{source.title}[:{count}]")
 
 
 def _present(found: Mapping[str, ImageSource | None]) -> dict[str, ImageSource]:

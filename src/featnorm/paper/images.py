@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featnorm.inputs import DataError, ImageSource, image_tensor, open_images
+from featnorm.inputs import DataError, ImageSource, image_tensor, open_source
 from featnorm.paper.study import Context
 
 SIDE = 32
@@ -65,7 +65,7 @@ def load_images(
     DataError
         CIFAR-10, or every OOD set, is missing; or an image cannot be read.
     """
-    train, test = (open_images(f"cifar10:{split}", root=root) for split in ("train", "test"))
+    train, test = (open_source(f"cifar10:{split}", root=root) for split in ("train", "test"))
     sets, missing = _ood_sources(root, paper_sets)
     if not sets:
         raise DataError(
@@ -95,7 +95,7 @@ def labeled(
     source : images with labels.
     side : side of the squares that the images are resized to, in pixels.
     classes : number of classes; labels are below it.
-    progress : whether to show a progress bar. None: only in a terminal.
+    progress : whether to show a progress bar. Default: yes.
 
     Returns
     -------
@@ -138,7 +138,7 @@ def _ood_sources(
             missing[name] = f"not in the data root, whose folder {OWN_FOLDER} replaces it"
             continue
         try:
-            sets[name] = open_images(spec, root=root)
+            sets[name] = open_source(spec, root=root)
         except DataError as error:
             missing[name] = str(error)
     return sets, missing

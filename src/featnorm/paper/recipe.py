@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from featnorm._utils.extras import vision_module
 from featnorm.augmentation import SCALE
-from featnorm.inputs.images import vision_module
 from featnorm.paper.objectives import CIDER, CSI, MoCo, RotNet, SimCLR, SupCon
 from featnorm.training import Recipe
 from featnorm.training.objectives import CrossEntropy, Objective

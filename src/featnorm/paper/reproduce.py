@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table as Grid
 
 from featnorm._utils.files import write_text
-from featnorm.cli.machine import fabric_of
-from featnorm.cli.show import console, environment, prepare_folder
+from featnorm.cli.console import console, environment, prepare_folder
+from featnorm.cli.runtime import fabric_of
 from featnorm.inputs import DataError
 from featnorm.paper.page import Section, write_results_page
 from featnorm.paper.study import Context, MissingError, Study, studies
@@ -48,7 +48,7 @@ def run(
     scale : name of a scale.
     data_root, weights : the data root and the folder of checkpoints, or None.
     out : folder of the results; each scale has a folder there.
-    device, precision, compiled : see `featnorm.cli.machine.fabric_of`.
+    device, precision, compiled : see `featnorm.cli.runtime.fabric_of`.
 
     Raises
     ------

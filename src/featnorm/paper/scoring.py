@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.layout import fast_layout
-from featnorm.detectors import NAN, Detector, L1Norm, Sparsity
+from featnorm.detectors import NAN, Detector, L1Norm, Sparsity, parse_detector
 from featnorm.evaluation import Evaluation, compare
 from featnorm.features import Features
 from featnorm.inputs import CachedFeatures, ImageSource
@@ -130,7 +130,7 @@ def score(
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
         "pooled": percentages(pooled),
-        "left_out": evaluation.left_out,
+        "left_out": evaluation.excluded,
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
@@ -163,6 +163,15 @@ def inactive(batches: Iterable[Features]) -> float:
     return float(torch.cat(off).mean())
 
 
+def compared_detectors() -> list[Detector]:
+    """Return the detectors that all tables of small images have, each with the settings of its source."""
+    expressions = (
+        "NAN L1Norm LpNorm Sparsity HiddenConfidence EmbeddingMagnitude MSP MaxLogit Energy KLUniform "
+        "Mahalanobis SSD KNN Residual ViM ReAct(NAN) ReAct(Energy) KNN/NAN SSD/NAN"
+    )
+    return [parse_detector(expression) for expression in expressions.split()]
+
+
 def cached_labels(source: ImageSource, cached: CachedFeatures) -> Tensor:
     """Return the labels (n,) of the images whose features are cached; -1 for no label."""
     return torch.tensor([-1 if (label := source.label(row)) is None else label for row in cached.rows.tolist()])
@@ -172,7 +181,7 @@ def percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
     """Return AUROC and FPR95 in percent, by detector and OOD set."""
     return {
         outcome.detector: {
-            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.measures.items()
+            name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.metrics.items()
         }
-        for outcome in evaluation.outcomes
+        for outcome in evaluation.results
     }

@@ -54,7 +54,7 @@ class Context:
     out : folder of the runs, one folder for each.
     fabric : a launched `lightning_fabric.Fabric` of one process.
     environment : versions, machine and date, kept with each result.
-    progress : whether to show progress bars. None: only in a terminal.
+    progress : whether to show progress bars. Default: yes.
     note : called with a line for the user about what runs now or what was left out.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featnorm.inputs import open_images
+from featnorm.inputs import open_source
 from featnorm.models import Normalize, cifar_network
 from featnorm.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from featnorm.models.heads import Activation
@@ -97,7 +97,7 @@ def _digits(data: Data, context: Context) -> Images:
     side = 28 if data == "mnist" else 32
     splits = []
     for split in ("train", "test"):
-        source = open_images(f"{data}:{split}", root=context.root)
+        source = open_source(f"{data}:{split}", root=context.root)
         pixels, labels = labeled(source, side, progress=context.progress)
         splits.append((pixels[:, :1].contiguous() if data == "mnist" else pixels, labels))
     facts = {"training images": f"{data}:train, {len(splits[0][0])}", "in-distribution": f"{data}:test"}

@@ -1,8 +1,4 @@
-"""What featnorm found, as pages that need no network, and as tables for a terminal or a document.
+"""Reports: HTML pages that work offline, and tables for a terminal or a document.
 
-The modules that draw, `comparison` and others, are imported by those who draw: matplotlib takes half a second.
+The modules are not imported here: importing matplotlib takes half a second, and not all of them need torch.
 """
-
-from featnorm.report.tables import markdown_page, table_rows
-
-__all__ = ["markdown_page", "table_rows"]

@@ -1,4 +1,4 @@
-"""One HTML file that shows a comparison of detectors: it needs no network, no server and no script to be read."""
+"""The page that compares detectors: one HTML file that needs no network, no server and no script."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from featnorm._utils.checks import count_for_share
-from featnorm.evaluation import Evaluation, Outcome
+from featnorm.evaluation import Evaluation, Result
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, data_uri, number, percent, render, thumbnail, write
 from featnorm.report.tables import columns, ranked, table_rows
@@ -21,14 +21,14 @@ __all__ = ["write_page"]
 ImageOf = Callable[[str, int], Image.Image]
 
 _TPR = 0.95
-_MOST_SHOWN = 12
-# What pictures of activation patterns are scaled up to, by whole factors.
+_MAX_MISTAKES = 12
+# Size in pixels that pictures of activation patterns are enlarged to, by integer factors.
 _PATTERN_HEIGHT = 512
 _PATTERN_WIDTH = 200
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _Mistake:
     """An input that a detector gets wrong."""
 
     index: int
@@ -38,13 +38,13 @@ class _Shown:
 
 @dataclass(frozen=True)
 class _Mistakes:
-    """The inputs of one set that a detector gets wrong, the worst of them with their scores."""
+    """The inputs of one set that a detector gets wrong, and the worst of them with their scores."""
 
     key: Key
     is_id: bool
     wrong: int
     total: int
-    shown: list[_Shown]
+    shown: list[_Mistake]
 
     @property
     def share(self) -> str:
@@ -53,7 +53,7 @@ class _Mistakes:
 
 @dataclass(frozen=True)
 class _Panel:
-    """What the page says of one detector."""
+    """The content of the page on one detector."""
 
     name: str
     summary: str
@@ -81,19 +81,19 @@ class _Pattern:
 
 @dataclass
 class _Pictures:
-    """The images of a page: each is read and embedded once, however many detectors get it wrong."""
+    """The images of a page; each is read and embedded once, however many detectors get it wrong."""
 
     image: ImageOf | None
     seen: dict[tuple[str, int], Picture | None] = field(default_factory=dict)
 
     def get(self, set_name: str, index: int) -> Picture | None:
-        """A thumbnail; None where there are none, or where this one can no longer be read."""
+        """Return a thumbnail, or None if there are no images or this one can no longer be read."""
         if self.image is None:
             return None
         if (set_name, index) not in self.seen:
             try:
                 picture = thumbnail(self.image(set_name, index), f"t{len(self.seen)}")
-            except (OSError, ValueError):  # a moved or broken file costs its thumbnail, not the report
+            except (OSError, ValueError):  # a moved or broken file only loses its thumbnail
                 picture = None
             self.seen[set_name, index] = picture
         return self.seen[set_name, index]
@@ -103,24 +103,25 @@ class _Pictures:
 
 
 def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, image: ImageOf | None) -> None:
-    """Write a comparison of detectors as one HTML file, which opens offline.
+    """Write a comparison of detectors as one HTML file that works offline.
 
     Parameters
     ----------
-    evaluation : what `featnorm.evaluation.compare` found.
-    path : the file to write, in a directory that exists; a file that is there is replaced.
+    evaluation : result of `featnorm.evaluation.compare`.
+    path : file to write, in an existing directory; an existing file is replaced.
     title, summary : heading of the page, and a sentence under it.
-    image : the input of a set at an index in its scores, for the thumbnails of what a detector gets wrong; it
-        may raise an `OSError` or `ValueError` for one it cannot read. None for no thumbnails.
+    image
+        Function that maps the name of a set and an index into its scores to the image, for thumbnails of mistakes.
+        It may raise `OSError` or `ValueError` if the image cannot be read. None for no thumbnails.
     """
     keys = [
         Key(name, *plots.series(index)) for index, name in enumerate([evaluation.id_name, *evaluation.ood_names])
     ]
     pictures = _Pictures(image)
-    panels = [_panel(outcome, keys, pictures, f"d{i}") for i, outcome in enumerate(ranked(evaluation))]
+    panels = [_panel(result, keys, pictures, f"d{i}") for i, result in enumerate(ranked(evaluation))]
     table = columns(evaluation)
-    known = evaluation.accuracy
-    accuracy = {} if known is None else {f"Accuracy on {evaluation.id_name}": percent(known)}
+    share = evaluation.accuracy
+    accuracy = {} if share is None else {f"Accuracy on {evaluation.id_name}": percent(share)}
     html = render(
         "comparison.html",
         title=title,
@@ -140,15 +141,15 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     write(path, html)
 
 
-def _panel(outcome: Outcome, sets: Sequence[Key], pictures: _Pictures, prefix: str) -> _Panel:
+def _panel(result: Result, sets: Sequence[Key], pictures: _Pictures, prefix: str) -> _Panel:
     id_key, *ood_keys = sets
-    id_scores = np.asarray(outcome.id_scores, np.float64)
-    ood_scores = [np.asarray(outcome.ood_scores[key.name], np.float64) for key in ood_keys]
+    id_scores = np.asarray(result.id_scores, np.float64)
+    ood_scores = [np.asarray(result.ood_scores[key.name], np.float64) for key in ood_keys]
     samples = [id_scores, *ood_scores]
-    # The largest score that accepts the share of ID: the threshold FPR95 is measured at.
+    # The largest score that accepts this share of ID: the threshold at which FPR95 is measured.
     threshold = float(np.sort(id_scores)[::-1][count_for_share(_TPR, len(id_scores)) - 1])
     tpr = float(np.mean(id_scores >= threshold))
-    aurocs = [percent(outcome.measures[key.name].auroc) for key in ood_keys]
+    aurocs = [percent(result.metrics[key.name].auroc) for key in ood_keys]
 
     picture, outside = plots.histogram(
         samples,
@@ -172,11 +173,11 @@ def _panel(outcome: Outcome, sets: Sequence[Key], pictures: _Pictures, prefix: s
         for key, scores in zip(ood_keys, ood_scores, strict=True)
     ]
     return _Panel(
-        name=outcome.detector,
-        summary=f"{'Mean ' if len(ood_keys) > 1 else ''}AUROC {percent(outcome.mean.auroc)}, "
-        f"FPR95 {percent(outcome.mean.fpr95)}",
+        name=result.detector,
+        summary=f"{'Mean ' if len(ood_keys) > 1 else ''}AUROC {percent(result.mean.auroc)}, "
+        f"FPR95 {percent(result.mean.fpr95)}",
         threshold=number(threshold),
-        threshold_note="" if low <= threshold <= high else "outside the picture",
+        threshold_note="" if low <= threshold <= high else "outside the plot",
         histogram=picture,
         roc=curves,
         keys=[id_key, *(Key(k.name, k.color, k.dash, a) for k, a in zip(ood_keys, aurocs, strict=True))],
@@ -189,8 +190,8 @@ def _mistakes(
     key: Key, scores: npt.NDArray[np.float64], wrong: npt.NDArray[np.bool_], pictures: _Pictures, *, is_id: bool
 ) -> _Mistakes:
     indices = np.flatnonzero(wrong)
-    worst = indices[np.argsort(scores[indices] if is_id else -scores[indices], kind="stable")][:_MOST_SHOWN]
-    shown = [_Shown(int(i), number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
+    worst = indices[np.argsort(scores[indices] if is_id else -scores[indices], kind="stable")][:_MAX_MISTAKES]
+    shown = [_Mistake(int(i), number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
     return _Mistakes(key, is_id, len(indices), len(scores), shown)
 
 
@@ -207,14 +208,14 @@ def _beyond(key: Key, out: plots.Outside) -> str:
 
 
 def _patterns(evaluation: Evaluation, keys: Sequence[Key]) -> list[_Pattern]:
-    """Pictures of activation patterns: a column an input, a row a unit, one pixel each."""
-    known = [(key, evaluation.patterns[key.name]) for key in keys if key.name in evaluation.patterns]
-    if not known:
+    """Draw activation patterns: one column per input, one row per unit, one pixel each."""
+    present = [(key, evaluation.patterns[key.name]) for key in keys if key.name in evaluation.patterns]
+    if not present:
         return []
-    # All sets share the order of the ID set, so that a row is the same unit everywhere.
-    order = np.argsort(-known[0][1].mean(0), kind="stable")
+    # All sets use the order of the ID set, so that a row is the same unit in every picture.
+    order = np.argsort(-present[0][1].mean(0), kind="stable")
     result = []
-    for key, pattern in known:
+    for key, pattern in present:
         inputs, units = pattern.shape
         image = Image.fromarray(np.where(pattern[:, order].T, np.uint8(1), np.uint8(0)), "P")
         image.putpalette([0, 0, 0, 70, 138, 200])
@@ -233,5 +234,5 @@ def _patterns(evaluation: Evaluation, keys: Sequence[Key]) -> list[_Pattern]:
 
 
 def _median(scores: npt.NDArray[np.float64]) -> float:
-    # The upper one of two: halfway between two infinities is nowhere.
+    # The upper of the two middle scores, as the mean of two infinities may be undefined.
     return float(np.sort(scores)[len(scores) // 2])

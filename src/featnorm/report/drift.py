@@ -1,4 +1,4 @@
-"""A page on the drift of a stream of scores, as `featnorm.DriftMonitor` found it."""
+"""The page that shows drift in a stream of scores, as found by `featnorm.DriftMonitor`."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -7,40 +7,38 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from featnorm.calibration import Calibration
+from featnorm.archive import StoredCalibration
 from featnorm.drift import DriftMonitor
-from featnorm.report import plots
-from featnorm.report.html import Key, number, percent, render, write
 
-_MOST_POINTS = 2000
-_LATEST = 1000
-# Stretches of a stream that a mean p-value is shown of, and the fewest images that make one.
-_MOST_STRETCHES = 50
-_LEAST_IMAGES = 20
+_MAX_POINTS = 2000
+_MAX_LATEST = 1000
+# Maximum number of bins in the plot of mean p-values, and minimum number of images in a bin.
+_MAX_BINS = 50
+_MIN_IMAGES = 20
 
 Array = npt.NDArray[np.float64]
 
 
-class Course:
-    """The course of a stream in a bounded number of points, and its latest scores.
+class StreamHistory:
+    """The history of a stream in a bounded number of points, and its latest scores.
 
-    A point stands for as many images as any other but the last; when there are too many, neighbors become one.
+    Every point but the last covers the same number of images. If there are too many points, neighbors are merged.
 
     Attributes
     ----------
-    count : images so far.
-    latest : the last scores, 1000 at most.
+    count : number of images so far.
+    latest : the last scores, at most 1000.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.latest: deque[float] = deque(maxlen=_LATEST)
+        self.latest: deque[float] = deque(maxlen=_MAX_LATEST)
         self._step = 1
         self._highest: list[float] = []
         self._p_sums: list[float] = []
 
     def add(self, scores: Array, evidence: Array, p_values: Array) -> None:
-        """Take the next images: scores, evidence after each, p-values among the calibration scores."""
+        """Add (n,) scores, the evidence after each, and their p-values among the calibration scores."""
         self.latest.extend(scores.tolist())
         for log10, p in zip(evidence.tolist(), p_values.tolist(), strict=True):
             if self.count % self._step:
@@ -53,22 +51,22 @@ class Course:
             self.count += 1
 
     def _make_room(self) -> None:
-        if len(self._highest) == _MOST_POINTS:
+        if len(self._highest) == _MAX_POINTS:
             self._highest = list(map(max, self._highest[::2], self._highest[1::2]))
             self._p_sums = list(map(sum, zip(self._p_sums[::2], self._p_sums[1::2], strict=True)))
             self._step *= 2
 
     def evidence(self) -> tuple[Array, Array]:
-        """Numbers of images, ascending from 0, and the highest evidence from one to the next."""
+        """Return increasing image counts, from 0, and the highest evidence between each and the one before."""
         ends = [min((i + 1) * self._step, self.count) for i in range(len(self._highest))]
         return np.array([0.0, *ends]), np.array([0.0, *self._highest])
 
     def mean_p_values(self) -> tuple[Array, Array]:
-        """Numbers of images between which stretches lie, and the mean p-value of each."""
-        points = max(-(-_LEAST_IMAGES // self._step), -(-len(self._p_sums) // _MOST_STRETCHES))
+        """Return the edges of bins, as image counts (n + 1,), and the mean p-value in each bin (n,)."""
+        points = max(-(-_MIN_IMAGES // self._step), -(-len(self._p_sums) // _MAX_BINS))
         starts = np.arange(0, len(self._p_sums), points)
         if len(starts) > 1 and self.count - starts[-1] * self._step < points * self._step / 2:
-            # Too few for a stretch of their own: its mean would say nothing.
+            # The last bin has too few images for a meaningful mean: merge it into the one before.
             starts = starts[:-1]
         edges = np.array([*(starts * self._step), self.count], np.float64)
         return edges, np.add.reduceat(np.array(self._p_sums), starts) / np.diff(edges)
@@ -77,29 +75,33 @@ class Course:
 def write_drift_page(
     path: Path,
     monitor: DriftMonitor,
-    course: Course,
-    calibration: Calibration,
+    history: StreamHistory,
+    calibration: StoredCalibration,
     *,
     summary: str,
     facts: Mapping[str, str],
 ) -> None:
-    """Write what became of a stream as one HTML file, which opens offline.
+    """Write the page on a stream of scores as one HTML file that works offline.
 
     Parameters
     ----------
-    path : the file to write, in a directory that exists; a file that is there is replaced.
-    monitor, course : what took the stream, of at least one score.
-    calibration : what the scores are of.
-    summary, facts : sentences under the heading, and what a reader should know, by short names.
+    path : file to write, in an existing directory; an existing file is replaced.
+    monitor, history : the monitor and the history of the same stream, which has at least one score.
+    calibration : calibration of the detector that computed the scores.
+    summary, facts : sentences under the heading, and provenance, as label -> text.
     """
+    # Drawing takes half a second to import, which `featnorm monitor` without a page does not need.
+    from featnorm.report import plots
+    from featnorm.report.html import Key, number, percent, render, write
+
     alarmed_at = None if monitor.alarmed_at is None else monitor.alarmed_at + 1
-    edges, means = course.mean_p_values()
-    known, latest = calibration.scores.numpy(), np.array(course.latest)
-    # Of means of uniform p-values, whose variance is 1/12; the calibration scores vary as those of a stretch do.
-    usual = 1.96 * np.sqrt((1 / np.diff(edges) + 1 / len(known)) / 12)
-    threshold = float(calibration.threshold)
+    edges, means = history.mean_p_values()
+    calibrated, latest = calibration.scores, np.array(history.latest)
+    # Half-width for means of uniform p-values, whose variance is 1/12; the calibration scores are a sample too.
+    usual = 1.96 * np.sqrt((1 / np.diff(edges) + 1 / len(calibrated)) / 12)
+    threshold = calibration.threshold
     histogram, outside = plots.histogram(
-        [known, latest],
+        [calibrated, latest],
         threshold,
         prefix="h",
         label=f"Histograms of the calibration scores and of the latest {len(latest)} scores.",
@@ -110,13 +112,13 @@ def write_drift_page(
         summary=summary,
         facts=facts,
         alarmed_at=alarmed_at,
-        alarm_odds=odds(monitor.alarm_level),
+        alarm_evidence=format_evidence(monitor.alarm_level),
         evidence=plots.evidence(
-            *course.evidence(),
+            *history.evidence(),
             monitor.alarm_level,
             alarmed_at,
             prefix="e",
-            label=f"Evidence for drift over {course.count} images; the most is {odds(monitor.highest)}.",
+            label=f"Evidence for drift over {history.count} images, at most {format_evidence(monitor.highest)}.",
         ),
         p_values=plots.mean_p_values(
             edges,
@@ -124,23 +126,23 @@ def write_drift_page(
             usual,
             alarmed_at,
             prefix="p",
-            label=f"Mean p-values, from {means[0]:.2f} at first to {means[-1]:.2f} at last.",
+            label=f"Mean p-values, from {means[0]:.2f} at the start to {means[-1]:.2f} at the end.",
         ),
         histogram=histogram,
         keys=[
-            Key(f"{len(known):,} calibration scores", *plots.series(0)),
+            Key(f"{len(calibrated):,} calibration scores", *plots.series(0)),
             Key(f"the latest {len(latest):,} scores of the stream", *plots.series(1)),
         ],
         threshold=number(threshold),
-        refused=percent(float(np.mean(latest < threshold))),
+        flagged=percent(float(np.mean(latest < threshold))),
         promised=percent(1 - calibration.tpr),
         has_outside=any(out.below or out.above for out in outside),
     )
     write(path, html)
 
 
-def odds(log10: float) -> str:
-    """Return evidence, given by its logarithm, for people."""
+def format_evidence(log10: float) -> str:
+    """Format evidence, given as its base-10 logarithm, as odds."""
     if log10 >= 6:
         return f"10^{log10:.0f} to 1"
     return f"{10**log10:,.0f} to 1" if log10 >= 1 else f"{10**log10:.1f} to 1"

@@ -1,4 +1,4 @@
-"""What the pages share: their template's base, colours, thumbnails, and how numbers are written."""
+"""What the pages share: rendering of templates, colors, thumbnails, and the format of numbers."""
 
 import base64
 import io
@@ -12,10 +12,10 @@ from PIL import Image
 from featnorm._utils.files import write_text
 
 _THUMBNAIL = 96
-# Below this a photograph is a handful of pixels, which are shown as they are.
+# Images with fewer pixels than this on each side are enlarged without smoothing.
 _TINY = 64
 
-# Text of either theme has a contrast of at least 4.5 to its background, a line of a plot at least 3.
+# In both themes, text has a contrast of at least 4.5 to its background, and a line in a plot at least 3.
 THEMES = {
     "light": {
         "ground": "#fbfbf9",
@@ -52,12 +52,12 @@ THEMES = {
         "s8": "#ab9dff",
     },
 }
-"""The custom properties of the page; ``s0`` is ID, ``s1`` and on are the OOD sets."""
+"""CSS custom properties of the page; ``s0`` is the color of the ID set, ``s1`` and up those of the OOD sets."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A set as the legend of a plot names it."""
+    """The legend entry of one set of scores."""
 
     name: str
     color: str
@@ -67,7 +67,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file as text, embedded once and referred to by its id."""
+    """An image as a data URI, embedded once in a page and referenced by its id."""
 
     id: str
     uri: str
@@ -77,7 +77,7 @@ class Picture:
 
 
 def render(template: str, package: str = "featnorm.report", **values: Any) -> str:
-    """Return a page made of a package's template, which may extend those of this package, and what it takes."""
+    """Render a template of a package, which may extend the templates of this package, with the given values."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("featnorm.report", ".")]),
         autoescape=True,
@@ -89,13 +89,13 @@ def render(template: str, package: str = "featnorm.report", **values: Any) -> st
 
 
 def write(path: Path, html: str) -> None:
-    """Write a page; a file that is there is replaced."""
-    # A file name may hold bytes that are no text in any encoding: they are shown as escapes.
+    """Write a page, replacing an existing file."""
+    # File names may contain bytes that cannot be decoded; they are shown as escapes.
     write_text(path, html, errors="backslashreplace")
 
 
 def thumbnail(image: Image.Image, id_: str) -> Picture:
-    """Return an image as a page embeds it, small."""
+    """Return the thumbnail of an image, ready to be embedded."""
     tiny = max(image.size) < _TINY
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -103,28 +103,28 @@ def thumbnail(image: Image.Image, id_: str) -> Picture:
     if image.mode != "L":
         image = image.convert("RGB")
     if not tiny:
-        image = image.copy()  # `thumbnail` works in place, on what may be the caller's
+        image = image.copy()  # `thumbnail` works in place, and the image may be the caller's
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     uri = data_uri(image, "PNG", optimize=True) if tiny else data_uri(image, "JPEG", quality=75, optimize=True)
     return Picture(id_, uri, *image.size, tiny)
 
 
 def data_uri(image: Image.Image, format_: str, **options: bool | int) -> str:
-    """Return an image as text that a page embeds."""
+    """Encode an image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, format_, **options)
     return f"data:image/{format_.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def percent(share: float) -> str:
-    """Return a share in percent, for people."""
+    """Format a share as a percentage."""
     if 0 < share < 0.0005:
         return "<0.1\N{NO-BREAK SPACE}%"
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float) -> str:
-    """Return a score, for people."""
-    # Distances run to millions, where powers of ten would hide the digits that tell scores apart.
+    """Format a score."""
+    # Distances reach millions, where scientific notation would hide the digits in which scores differ.
     text = f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
     return text.replace("inf", "∞").replace("-", "−")

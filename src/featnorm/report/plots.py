@@ -1,8 +1,8 @@
-"""Plots as SVG to be put inline into a page, whose style sheet gives them their colours.
+"""Plots as inline SVG, whose colors come from the style sheet of the page.
 
-Matplotlib draws in colours that stand for roles; the finished SVG refers to the custom properties of the page
-(``--ink``, ``--s0``, ...), so that one plot serves a light and a dark theme. No text of the user's goes into
-a plot: the page puts names beside it, where they wrap and can be read aloud.
+Matplotlib draws with placeholder colors; the finished SVG refers to the custom properties of the page (``--ink``,
+``--s0``, ...), so that one plot works in a light and a dark theme. Plots contain no text from the user: the page
+puts names beside them, where they wrap and screen readers can read them.
 """
 
 import io
@@ -26,17 +26,17 @@ __all__ = ["DASHES", "SERIES", "Outside", "evidence", "histogram", "mean_p_value
 Array = npt.NDArray[np.float64]
 
 SERIES = 9
-"""Colours there are: one for ID, the others for OOD sets, which share them when there are more."""
+"""Number of colors: one for ID, the others for OOD sets, which reuse them if there are more sets."""
 
 DASHES = ("", "7 2.5", "2.5 2", "8 2.5 2 2.5")
-"""Dash patterns of lines, so that colour is never the only difference between OOD sets."""
+"""Dash patterns of lines, so that color is never the only difference between OOD sets."""
 
 _ROLES = {role: f"#0101{index:02x}" for index, role in enumerate(["ink", "muted", "rule"])} | {
     f"s{index}": f"#0102{index:02x}" for index in range(SERIES)
 }
 _FONT_SIZE = 13.0
 _CURVE_POINTS = 200
-# Sizes in SVG units; the page shows the two beside each other at the ratio of their widths.
+# Sizes in SVG units; the page shows the first two side by side, at the ratio of their widths.
 _HISTOGRAM = (430, 310)
 _ROC = (310, 310)
 _STREAM = (760, 300)
@@ -44,7 +44,7 @@ _STREAM = (760, 300)
 
 @dataclass(frozen=True)
 class Outside:
-    """Shares of a set whose scores lie outside the range a histogram shows."""
+    """Shares of the scores of a set that lie outside the range of a histogram."""
 
     below: float
     above: float
@@ -53,23 +53,22 @@ class Outside:
 
 
 def series(index: int) -> tuple[str, str]:
-    """Custom property and dash pattern of a set: 0 is ID, the OOD sets count from 1."""
+    """Return the custom property and dash pattern of a set: index 0 is ID, OOD sets start at 1."""
     if index == 0:
         return "s0", DASHES[0]
     return f"s{1 + (index - 1) % (SERIES - 1)}", DASHES[(index - 1) % len(DASHES)]
 
 
 def span(samples: Sequence[Array]) -> tuple[float, float]:
-    """Range for histograms of samples: their joint 0.5 to 99.5 percentile, infinities left aside.
+    """Return the range of histograms of samples: their joint 0.5 to 99.5 percentile, ignoring infinities.
 
-    The ends are scores; they are moved apart where they are as good as equal, and stand in for scores where
-    none is finite.
+    The ends are scores, moved apart if they are nearly equal. If no score is finite, the range is (0, 1).
     """
     pooled = np.concatenate(samples)
     pooled = pooled[np.isfinite(pooled)]
     if len(pooled) == 0:
         return 0.0, 1.0
-    # The difference of two scores can exceed float64, and matplotlib takes a few such differences.
+    # The difference of two scores can overflow float64, and matplotlib computes a few such differences.
     pooled = np.clip(pooled, -1e300, 1e300)
     low = float(np.quantile(pooled, 0.005, method="lower"))
     high = float(np.quantile(pooled, 0.995, method="higher"))
@@ -83,22 +82,22 @@ def span(samples: Sequence[Array]) -> tuple[float, float]:
 def histogram(
     samples: Sequence[Array], threshold: float, *, prefix: str, label: str
 ) -> tuple[Markup, list[Outside]]:
-    """Histograms of several sets of scores over the same bins, each bin as a share of its set.
+    """Draw histograms of several sets of scores over the same bins, each bin as a share of its set.
 
-    Scores beyond the range of `span` are counted into one more bar at either end, apart from the others. Such
-    a bar is cut where it would flatten the rest.
+    Scores outside the range of `span` are counted in an extra, separate bar at either end. Such a bar is truncated
+    if it would flatten the rest.
 
     Parameters
     ----------
-    samples : the ID scores, then those of each OOD set, each (n,).
-    threshold : where to draw the line between accepted and rejected, if it lies in the range.
-    prefix : what the ids in this SVG start with, unique in its page.
-    label : what the picture shows, for those who do not see it.
+    samples : the ID scores, then the scores of each OOD set, each (n,).
+    threshold : score at which to draw the line between accepted and flagged, if it is in the range.
+    prefix : prefix of the ids in this SVG, unique in its page.
+    label : description of the picture, for screen readers.
 
     Returns
     -------
     svg, outside
-        The picture, and for each of the samples the shares beyond its ends.
+        The picture, and the shares outside the range for each of the samples.
     """
     low, high = span(samples)
     bins = int(np.clip(np.sqrt(min(map(len, samples))), 12, 60))
@@ -111,10 +110,10 @@ def histogram(
     peak = max(float(shares.max()) for shares in inside)
     beyond = max(max(o.below, o.above) for o in outside)
     top = max(peak, min(beyond, 1.25 * peak)) if peak else beyond
-    # The bars at the ends stand off by a bin and a half, to be seen as something else.
+    # The extra bars are set off by one and a half bins, to show that they are different.
     ends = [(low - 2.5 * width, low - 1.5 * width), (high + 1.5 * width, high + 2.5 * width)]
 
-    with _axes(_HISTOGRAM, "score (higher: more in-distribution)", "share of the set in a bin") as (figure, ax):
+    with _axes(_HISTOGRAM, "score (higher: more in-distribution)", "share of the set per bin") as (figure, ax):
 
         def bars(index: int, shares: npt.ArrayLike, edges: npt.ArrayLike) -> None:
             filled = index == 0 or len(samples) <= 3
@@ -167,12 +166,12 @@ def roc(
     prefix: str,
     label: str,
 ) -> Markup:
-    """ROC curves as SVG, one an OOD set, with ID as the positive class.
+    """Draw ROC curves as SVG, one per OOD set, with ID as the positive class.
 
     Parameters
     ----------
-    id_scores, ood_scores : (n,) scores, and those of each OOD set.
-    operating_points : FPR and TPR to mark on each curve.
+    id_scores, ood_scores : (n,) scores of the ID set, and of each OOD set.
+    operating_points : FPR and TPR of the point to mark on each curve.
     prefix, label : see `histogram`.
     """
     with _axes(_ROC, "FPR: OOD accepted", "TPR: ID accepted") as (figure, ax):
@@ -192,12 +191,12 @@ def roc(
 def evidence(
     images: Array, log10: Array, alarm_level: float, alarmed_at: int | None, *, prefix: str, label: str
 ) -> Markup:
-    """The evidence for drift over a stream, as SVG.
+    """Draw the evidence for drift over a stream, as SVG.
 
     Parameters
     ----------
-    images, log10 : (n,) numbers of images, and the logarithm of the evidence there.
-    alarm_level, alarmed_at : what the logarithm must reach, and the number of the image at which it did.
+    images, log10 : (n,) image counts, and the base-10 logarithm of the evidence there.
+    alarm_level, alarmed_at : logarithm at which the alarm is raised, and the image count at which it was, if any.
     prefix, label : see `histogram`.
     """
     with _stream("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO} of the evidence", images[-1], alarmed_at) as (figure, ax):
@@ -211,12 +210,12 @@ def evidence(
 def mean_p_values(
     edges: Array, means: Array, usual: Array, alarmed_at: int | None, *, prefix: str, label: str
 ) -> Markup:
-    """The mean p-value of a stream, stretch by stretch, as SVG.
+    """Draw the mean p-value of a stream in bins, as SVG.
 
     Parameters
     ----------
-    edges, means : (n + 1,) numbers of images between which the stretches lie, and (n,) their mean p-values.
-    usual : (n,) how far from 1/2 a mean lies without drift in 95 % of stretches.
+    edges, means : (n + 1,) edges of the bins as image counts, and (n,) mean p-value in each.
+    usual : (n,) half-width of the interval around 1/2 that holds 95 % of the means without drift.
     alarmed_at, prefix, label : see `evidence`.
     """
     with _stream("mean p-value", edges[-1], alarmed_at) as (figure, ax):
@@ -230,7 +229,7 @@ def mean_p_values(
 
 @contextmanager
 def _stream(ylabel: str, images: float, alarmed_at: int | None) -> Iterator[tuple[Figure, Axes]]:
-    """Axes over the images of a stream, up to their number, with a line where the alarm was raised."""
+    """Yield axes over the images of a stream, with a line where the alarm was raised."""
     with _axes(_STREAM, "image, in order of time", ylabel) as (figure, ax):
         ax.set_xlim(0, images)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -241,10 +240,10 @@ def _stream(ylabel: str, images: float, alarmed_at: int | None) -> Iterator[tupl
 
 
 def _thinned(fpr: Array, tpr: Array) -> tuple[Array, Array]:
-    """At most 200 of a curve's points, evenly spaced along it, its ends among them.
+    """Return at most 200 points of a curve, evenly spaced along it and including its ends.
 
-    Both shares only grow, so their sum measures the way along the curve, and between two points that are kept
-    the curve strays from the straight line by less than a hundredth.
+    Both shares only increase, so their sum measures the distance along the curve. Between two of the points, the
+    curve differs from the straight line by less than a hundredth.
     """
     if len(fpr) <= _CURVE_POINTS:
         return fpr, tpr
@@ -263,7 +262,7 @@ def _dash(index: int) -> str | tuple[float, tuple[float, ...]]:
 
 @contextmanager
 def _axes(size: tuple[int, int], xlabel: str, ylabel: str) -> Iterator[tuple[Figure, Axes]]:
-    """A figure and its axes; it is drawn and saved inside the context, free of the user's own settings."""
+    """Yield a figure and its axes, independent of the user's settings; draw and save it inside the context."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
@@ -283,7 +282,7 @@ def _axes(size: tuple[int, int], xlabel: str, ylabel: str) -> Iterator[tuple[Fig
                 "ytick.labelcolor": _ROLES["muted"],
             }
         )
-        # At 72 dots an inch a point is a dot, and so a unit of the SVG.
+        # At 72 dots per inch, one point is one dot and so one SVG unit.
         figure = Figure((size[0] / 72, size[1] / 72), dpi=72)
         figure.patch.set_visible(False)
         left, bottom, right, top = 62, 50, 12, 12
@@ -305,7 +304,7 @@ def _axes(size: tuple[int, int], xlabel: str, ylabel: str) -> Iterator[tuple[Fig
 
 
 def _svg(figure: Figure, size: tuple[int, int], prefix: str, label: str) -> Markup:
-    """A figure as an element that can stand in a page beside others of its kind."""
+    """Return a figure as an SVG element whose ids are unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

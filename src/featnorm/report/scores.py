@@ -1,4 +1,4 @@
-"""One HTML file that shows scored images: the most foreign first, where each lies among what is known, and why."""
+"""The page of scored images: lowest scores first, each beside the calibration scores and with an explanation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from featnorm.report.html import Key, Picture, number, percent, render, thumbnai
 
 Array = npt.NDArray[np.float64]
 
-# The small histogram beside an image, in units of its own.
+# Size of the small histogram beside an image, in SVG units, and its number of bins.
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image that the page shows; without its picture where that cannot be had."""
+class ScoredImage:
+    """An image on the page, and its verdict; the image is None if it can no longer be read."""
 
     verdict: ImageVerdict
     image: Image.Image | None
@@ -31,7 +31,7 @@ class Shown:
 class _Card:
     name: str
     word: str
-    foreign: bool
+    flagged: bool
     predicted: str | None
     score: str
     p_value: str
@@ -48,27 +48,27 @@ def write_scores_page(
     title: str,
     summary: str,
     facts: Mapping[str, str],
-    known: Array,
+    calibration_scores: Array,
     scores: Array,
     threshold: float,
-    shown: Iterable[Shown],
+    shown: Iterable[ScoredImage],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
 ) -> None:
-    """Write the page of scored images as one HTML file, which opens offline.
+    """Write the page of scored images as one HTML file that works offline.
 
     Parameters
     ----------
-    path : the file to write, in a folder that exists; a file that is there is replaced.
-    title, summary, facts : heading of the page, a sentence under it, and what else is to be known.
-    known : scores of the calibration images (n,).
-    scores : of the images that were judged (m,); there may be none.
-    threshold : which a score reaches or not.
-    shown : some of those images, in the order to show them in; read one at a time.
-    unread, unread_count : names and reasons of images that could not be read, and how many there are in all.
+    path : file to write, in an existing folder; an existing file is replaced.
+    title, summary, facts : heading of the page, a sentence under it, and provenance, as label -> text.
+    calibration_scores : scores of the calibration images (n,).
+    scores : scores of the images (m,); may be empty.
+    threshold : score at or above which an image is ID.
+    shown : the images to show, in order; consumed one at a time.
+    unread, unread_count : names and reasons of the first unreadable images, and the number of all of them.
     """
-    known = np.sort(known)
-    samples = [known, scores] if len(scores) else [known]
+    calibration_scores = np.sort(calibration_scores)
+    samples = [calibration_scores, scores] if len(scores) else [calibration_scores]
     names = ["calibration images", "these images"][: len(samples)]
     low, high = plots.span(samples)
     histogram, outside = plots.histogram(
@@ -78,7 +78,7 @@ def write_scores_page(
         label="Score histograms. Median scores: "
         + "; ".join(f"{name} {number(float(np.median(x)))}" for name, x in zip(names, samples, strict=True)),
     )
-    cards = [_card(i, one, known, low, high) for i, one in enumerate(shown)]
+    cards = [_card(i, one, calibration_scores, low, high) for i, one in enumerate(shown)]
     html = render(
         "scores.html",
         title=title,
@@ -93,9 +93,9 @@ def write_scores_page(
         ],
         threshold=number(threshold),
         cards=cards,
-        judged=len(scores),
+        scored=len(scores),
         pictures=[card.picture for card in cards if card.picture is not None],
-        strip=_strip(known, low, high),
+        strip=_strip(calibration_scores, low, high),
         width=_WIDTH,
         height=_HEIGHT,
         limit=_place(threshold, low, high),
@@ -105,14 +105,14 @@ def write_scores_page(
     write(path, html)
 
 
-def _card(i: int, one: Shown, known: Array, low: float, high: float) -> _Card:
+def _card(i: int, one: ScoredImage, calibration_scores: Array, low: float, high: float) -> _Card:
     verdict = one.verdict
     assert verdict.score is not None
-    above = float(np.mean(known > verdict.score))
+    above = float(np.mean(calibration_scores > verdict.score))
     return _Card(
         name=verdict.name,
-        word={True: "belongs", False: "does not belong", None: ""}[verdict.is_id],
-        foreign=verdict.is_id is False,
+        word={True: "ID", False: "OOD", None: ""}[verdict.is_id],
+        flagged=verdict.is_id is False,
         predicted=verdict.predicted,
         score=number(verdict.score),
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
@@ -125,13 +125,13 @@ def _card(i: int, one: Shown, known: Array, low: float, high: float) -> _Card:
 
 
 def _place(score: float, low: float, high: float) -> str:
-    """Return where a score is marked in the small histogram; at its end where it lies beyond."""
+    """Return the position of a score in the small histogram, clipped to its ends."""
     return f"{_WIDTH * float(np.clip((score - low) / (high - low), 0, 1)):.1f}"
 
 
-def _strip(known: Array, low: float, high: float) -> Markup:
-    """Return the outline of the calibration scores' histogram, as the data of a path."""
-    counts = np.histogram(known, np.linspace(low, high, _BINS + 1))[0]
+def _strip(calibration_scores: Array, low: float, high: float) -> Markup:
+    """Return the outline of the calibration scores' histogram as SVG path data."""
+    counts = np.histogram(calibration_scores, np.linspace(low, high, _BINS + 1))[0]
     tops = _HEIGHT * (1 - counts / max(1, counts.max()))
     step = _WIDTH / _BINS
     steps = " ".join(f"V{top:.1f}H{(i + 1) * step:.0f}" for i, top in enumerate(tops))

@@ -1,25 +1,25 @@
-"""The table of detectors and OOD sets, the same in a terminal, a document and the page."""
+"""The table of detectors and OOD sets, for the terminal, a document and the page."""
 
 import re
 from dataclasses import dataclass
 
-from featnorm.evaluation import Evaluation, Outcome
+from featnorm.evaluation import Evaluation, Result
 
 __all__ = ["Column", "columns", "escape", "markdown_page", "markdown_table", "ranked", "table_rows"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers: one a detector, in the order of `ranked`."""
+    """A column of numbers, one per detector, in the order of `ranked`."""
 
-    group: str  # the OOD set, "Mean" or nothing
+    group: str  # the OOD set, "Mean" or empty
     measure: str
     higher_is_better: bool
     values: list[float]
 
     @property
     def header(self) -> str:
-        """The group and the measure, and an arrow that points to where better is."""
+        """The group and the measure, with an arrow that shows whether higher or lower is better."""
         return f"{self.group} {self.measure} {'↑' if self.higher_is_better else '↓'}".lstrip()
 
     @property
@@ -29,48 +29,48 @@ class Column:
 
     @property
     def best(self) -> list[bool]:
-        """Which cells read the same as the best one: a difference nobody can see is a tie."""
+        """Whether each cell, as printed, equals the best one; values that round to the same text are ties."""
         cells = self.cells
         best = cells[self.values.index((max if self.higher_is_better else min)(self.values))]
         return [cell == best for cell in cells]
 
 
-def ranked(evaluation: Evaluation) -> list[Outcome]:
-    """The outcomes by mean AUROC, best first; equal ones stay in the order they came in."""
-    return sorted(evaluation.outcomes, key=lambda outcome: -outcome.mean.auroc)
+def ranked(evaluation: Evaluation) -> list[Result]:
+    """Return the results by mean AUROC, best first; ties keep their order."""
+    return sorted(evaluation.results, key=lambda result: -result.mean.auroc)
 
 
 def columns(evaluation: Evaluation) -> list[Column]:
-    """AUROC and FPR95 in percent, averaged (where there is more than one OOD set) and by OOD set; the time."""
-    outcomes = ranked(evaluation)
-    groups = [(name, [outcome.measures[name] for outcome in outcomes]) for name in evaluation.ood_names]
+    """Return AUROC and FPR95 in percent for each OOD set, after their means if there are several, and the time."""
+    results = ranked(evaluation)
+    groups = [(name, [result.metrics[name] for result in results]) for name in evaluation.ood_names]
     if len(groups) > 1:
-        groups.insert(0, ("Mean", [outcome.mean for outcome in outcomes]))
+        groups.insert(0, ("Mean", [result.mean for result in results]))
     table = []
     for group, measures in groups:
         table.append(Column(group, "AUROC %", True, [100 * m.auroc for m in measures]))
         table.append(Column(group, "FPR95 %", False, [100 * m.fpr95 for m in measures]))
-    table.append(Column("", "µs / input", False, [outcome.microseconds for outcome in outcomes]))
+    table.append(Column("", "µs / input", False, [result.microseconds for result in results]))
     return table
 
 
 def table_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """The table as text.
+    """Return the table as text.
 
     Returns
     -------
     headers, rows
-        A header a column, with an arrow that points to where better is; a row a detector, best mean AUROC
-        first, each as long as the headers.
+        One header per column, with an arrow that shows whether higher or lower is better; and one row per
+        detector, best mean AUROC first, each as long as the headers.
     """
     table = columns(evaluation)
-    names = [outcome.detector for outcome in ranked(evaluation)]
+    names = [result.detector for result in ranked(evaluation)]
     headers = ["Detector", *(column.header for column in table)]
     return headers, [list(row) for row in zip(names, *(column.cells for column in table), strict=True)]
 
 
 def markdown_table(evaluation: Evaluation) -> str:
-    """The table in Markdown, the best of each column in bold; it ends in a newline."""
+    """Return the table in Markdown, with the best of each column in bold and a trailing newline."""
     headers, rows = table_rows(evaluation)
     best = zip(*(column.best for column in columns(evaluation)), strict=True)
     marked = [
@@ -86,7 +86,7 @@ def markdown_table(evaluation: Evaluation) -> str:
 
 
 def markdown_page(evaluation: Evaluation, *, title: str, summary: str) -> str:
-    """The table with what it was made with and who was left out, as a page for the documentation."""
+    """Return the table as a page for the documentation, with its provenance and the skipped detectors."""
     lines = [f"# {escape(title)}", "", escape(summary), ""]
     lines += [f"- {escape(name)}: {_code(name, value)}" for name, value in evaluation.facts.items()]
     if evaluation.accuracy is not None:
@@ -94,12 +94,12 @@ def markdown_page(evaluation: Evaluation, *, title: str, summary: str) -> str:
     lines += ["", markdown_table(evaluation)]
     lines.append(
         "AUROC is the probability that an in-distribution input scores above an OOD input; FPR95 is the share of "
-        "OOD inputs accepted when 95 % of the in-distribution inputs are. The time is of scoring, without the "
-        "model's forward pass."
+        "OOD inputs accepted when 95 % of the in-distribution inputs are accepted. The time is that of scoring, "
+        "without the model's forward pass."
     )
-    if evaluation.left_out:
-        lines += ["", "Left out:", ""]
-        lines += [f"- {escape(name)}: {escape(reason)}" for name, reason in evaluation.left_out.items()]
+    if evaluation.excluded:
+        lines += ["", "Skipped detectors:", ""]
+        lines += [f"- {escape(name)}: {escape(reason)}" for name, reason in evaluation.excluded.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -111,5 +111,5 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]<>|])")
 
 
 def escape(text: str) -> str:
-    """Return text for a line of Markdown, where it reads as it is."""
+    """Escape text for one line of Markdown."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""A detector as an HTTP service: `create_app`, and the bounds that it holds a client to."""
+"""A detector as an HTTP service: `create_app`, and the `Limits` on what a client may send."""
 
 try:
     import fastapi  # noqa: F401

@@ -1,4 +1,4 @@
-"""The images of all waiting requests, joined into batches for one model."""
+"""Batching of the images of all pending requests for one model."""
 
 import asyncio
 import logging
@@ -13,22 +13,24 @@ import torch
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from featnorm._utils.errors import first_line
 from featnorm.image_scorer import ImageVerdict
-from featnorm.inputs.images import ImageError, decode, first_line
-from featnorm.serve.bodies import Upload
+from featnorm.inputs.decoding import decode
+from featnorm.inputs.source import ItemError
 from featnorm.serve.decoding import Decoders
 from featnorm.serve.limits import RETRY, Limits
+from featnorm.serve.uploads import Upload
 
 log = logging.getLogger("featnorm.serve")
 
-# What an encoded byte counts at least: a photograph has more pixels than that for each, and a file that is made to
-# be slow has fewer.
-_PIXELS_PER_BYTE = 4
+# Minimum number of pixels that an encoded byte counts as. A photograph has more pixels per byte; a file made to be
+# slow to decode has fewer.
+_MIN_PIXELS_PER_BYTE = 4
 
 
 @dataclass(eq=False)
-class Waiting:
-    """An image that waits for the model, and who waits for its verdict."""
+class Pending:
+    """An image that waits for the model, and the future of its verdict."""
 
     upload: Upload
     explain: bool
@@ -37,51 +39,57 @@ class Waiting:
 
 
 class Batcher:
-    """Judges the images of any number of requests, as many at once as wait when the model becomes free.
+    """Scores the images of any number of requests. Whenever the model is free, all pending images are one batch.
 
-    Images are decoded in two threads, and judged in one. `run` has to run meanwhile.
+    Images are decoded in two threads, and scored in another. `run` must be running.
 
     Parameters
     ----------
-    prepare : from an image in RGB to a tensor; the transform.
-    judge : from one or more waiting images with tensors to the verdict on each.
-    limits : the bounds.
-    on_batch : told the size of each batch.
+    transform : callable
+        From an image in RGB to a tensor.
+    predict : callable
+        From a batch of pending images with tensors to the verdict on each.
+    limits : Limits
+        Limits on batches and on the queue.
+    on_batch : callable
+        Called with the size of each batch.
     """
 
     def __init__(
         self,
-        prepare: Callable[..., Tensor],
-        judge: Callable[[Sequence[Waiting]], list[ImageVerdict]],
+        transform: Callable[..., Tensor],
+        predict: Callable[[Sequence[Pending]], list[ImageVerdict]],
         limits: Limits,
         on_batch: Callable[[int], None],
     ) -> None:
-        self._prepare = prepare
-        self._judge = judge
+        self._transform = transform
+        self._predict = predict
         self._limits = limits
         self._on_batch = on_batch
-        self._waiting: set[Waiting] = set()
-        self._ready: deque[Waiting] = deque()
-        self._some = asyncio.Event()
+        self._pending: set[Pending] = set()
+        self._ready: deque[Pending] = deque()
+        self._any_ready = asyncio.Event()
         self._decoders = Decoders()
         self._model = ThreadPoolExecutor(1, "featnorm-model")
 
     @property
-    def waiting(self) -> int:
-        """The images that were let in and are not with the model yet."""
-        return len(self._waiting)
+    def pending(self) -> int:
+        """Number of images that were accepted but have not reached the model."""
+        return len(self._pending)
 
     async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[ImageVerdict]:
-        """Judge the images of one request, in their order. When it is cancelled, those that wait are dropped.
+        """Score the images of one request, in their order. If it is cancelled, pending images are dropped.
 
         Raises
         ------
         HTTPException
-            Too many images or pixels wait already, or the request has too many pixels by itself.
+            If too many images or pixels are pending, or the request alone has too many pixels.
         """
         limits = self._limits
-        if len(self._waiting) + len(uploads) > limits.queue:
-            raise HTTPException(503, f"{len(self._waiting)} images wait already: try again later", RETRY)
+        if len(self._pending) + len(uploads) > limits.queue:
+            raise HTTPException(
+                503, f"{len(self._pending)} images are already in the queue: try again later", RETRY
+            )
         costs = [self._cost(upload) for upload in uploads]
         pixels = sum(costs)
         if pixels > limits.queue_pixels:
@@ -90,99 +98,101 @@ class Batcher:
                 f"the images count as {pixels:,} pixels, more than {limits.queue_pixels:,}: send them one by one",
             )
         if self._decoders.pixels + pixels > limits.queue_pixels:
-            raise HTTPException(503, f"{self._decoders.pixels:,} pixels wait already: try again later", RETRY)
+            raise HTTPException(
+                503, f"{self._decoders.pixels:,} pixels are already in the queue: try again later", RETRY
+            )
         loop = asyncio.get_running_loop()
-        images = [Waiting(upload, explain, loop.create_future()) for upload in uploads]
-        self._waiting.update(images)
-        # All at once, so that the next request finds them counted.
-        made = [
+        images = [Pending(upload, explain, loop.create_future()) for upload in uploads]
+        self._pending.update(images)
+        # All are submitted at once, so that they count for the next request.
+        tensors = [
             self._decoders.submit(partial(self._read, upload), cost, before)
             for upload, cost, before in zip(uploads, costs, accumulate(costs, initial=0), strict=False)
         ]
         try:
-            return await asyncio.gather(*map(self._follow, images, made))
+            return await asyncio.gather(*map(self._follow, images, tensors))
         finally:
-            self._waiting.difference_update(images)
-            for decoded, image in zip(made, images, strict=True):
+            self._pending.difference_update(images)
+            for decoded, image in zip(tensors, images, strict=True):
                 decoded.cancel()
                 image.future.cancel()
 
     async def run(self) -> None:
-        """Judge what comes, for ever."""
+        """Score pending images until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._some.wait()
-            batch = self._take()
+            await self._any_ready.wait()
+            batch = self._next_batch()
             if not batch:
-                self._some.clear()
+                self._any_ready.clear()
                 continue
             self._on_batch(len(batch))
-            outcomes = await loop.run_in_executor(self._model, self._outcomes, batch)
-            for image, outcome in zip(batch, outcomes, strict=True):
-                if image.future.done():  # nobody waits for it any more
+            results = await loop.run_in_executor(self._model, self._results, batch)
+            for image, result in zip(batch, results, strict=True):
+                if image.future.done():  # cancelled
                     continue
-                if isinstance(outcome, Exception):
-                    image.future.set_exception(outcome)
+                if isinstance(result, Exception):
+                    image.future.set_exception(result)
                 else:
-                    image.future.set_result(outcome)
+                    image.future.set_result(result)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Stop the threads."""
         self._decoders.close()
         self._model.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Waiting, decoded: asyncio.Future[Tensor | str]) -> ImageVerdict:
-        made = await decoded
-        if isinstance(made, str):
-            self._waiting.discard(image)
-            return unreadable(image.upload.name, made)
-        image.tensor = made
+    async def _follow(self, image: Pending, decoded: asyncio.Future[Tensor | str]) -> ImageVerdict:
+        tensor = await decoded
+        if isinstance(tensor, str):
+            self._pending.discard(image)
+            return unreadable(image.upload.name, tensor)
+        image.tensor = tensor
         self._ready.append(image)
-        self._some.set()
+        self._any_ready.set()
         return await image.future
 
     def _cost(self, upload: Upload) -> int:
-        """Return the pixels that an image counts as while it waits."""
-        # One that has too many is refused by its header, and not decoded.
-        pixels, decoding, opening = upload.measure
+        """Return the number of pixels that an image counts as in the queue."""
+        # An image with too many pixels is rejected by its header, and not decoded.
+        pixels, decoding, opening = upload.cost
         cost = opening + (decoding if pixels <= self._limits.pixels else 0)
-        return min(max(cost, _PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
+        return min(max(cost, _MIN_PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
 
     def _read(self, upload: Upload) -> Tensor | str:
-        """Return what the transform makes of an image, or why it cannot be judged."""
+        """Return the transformed image, or why it cannot be scored."""
         if upload.error is not None:
             return upload.error
         try:
-            image = decode(upload.data, upload.name, most_pixels=self._limits.pixels)
-        except ImageError as error:
+            image = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
+        except ItemError as error:
             return error.reason
         try:
-            return self._prepare(image)
+            return self._transform(image)
         except Exception:
             log.exception("the transform failed on an image of %d x %d pixels", *image.size)
-            return "the transform failed on it"
+            return "the transform failed on this image"
 
-    def _take(self) -> list[Waiting]:
-        batch: list[Waiting] = []
+    def _next_batch(self) -> list[Pending]:
+        batch: list[Pending] = []
         while self._ready and len(batch) < self._limits.batch_size:
             image = self._ready.popleft()
             if not image.future.done():
-                self._waiting.discard(image)
+                self._pending.discard(image)
                 batch.append(image)
         return batch
 
-    def _outcomes(self, batch: Sequence[Waiting]) -> list[ImageVerdict | Exception]:
-        """Judge a batch; where that fails, its images one by one, so that only the culprit's request is told."""
+    def _results(self, batch: Sequence[Pending]) -> list[ImageVerdict | Exception]:
+        """Score a batch; if that fails, its images one by one, so that only the requests at fault fail."""
         try:
-            return [*self._judge(batch)]
+            return [*self._predict(batch)]
         except Exception as error:
             if len(batch) > 1:
-                return [outcome for image in batch for outcome in self._outcomes([image])]
-            if isinstance(error, ValueError):  # what a detector refuses, in its own words
+                return [result for image in batch for result in self._results([image])]
+            if isinstance(error, ValueError):  # an input that the detector rejects
                 return [unreadable(batch[0].upload.name, first_line(error))]
             return [error]
 
 
 def unreadable(name: str, why: str) -> ImageVerdict:
-    """Return what is said of an image that has no score."""
+    """Return the verdict on an image that has no score."""
     return ImageVerdict(name, None, None, None, None, why)

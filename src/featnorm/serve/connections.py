@@ -1,10 +1,11 @@
-"""One client's connection, held to bounds that an application cannot see: `connection_type`."""
+"""Client connections with limits that an application cannot enforce: `connection_type`."""
 
 import asyncio
 import json
 import logging
 import socket
 import uuid
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -15,38 +16,34 @@ from featnorm.serve.limits import Limits
 
 log = logging.getLogger("featnorm.serve")
 
-# Bytes of a request line with its headers.
-_MAX_HEAD = 2**16
-# The most that asyncio reads at once. Which of these bytes belong to which request is known to the parser alone.
+# Maximum number of bytes of a request line with its headers.
+_MAX_HEAD_BYTES = 2**16
+# Maximum number of bytes that asyncio reads at once. Only the parser knows to which request each of them belongs.
 _READ = 2**18
-# A chunk costs the parser as much as hundreds of bytes. So many may be of any size; more have to hold this many
-# bytes on average, which lines of base64 do.
+# A chunk takes as long to parse as hundreds of bytes. This many chunks may have any size; if there are more, they
+# must have a minimum number of bytes on average, as lines of base64 have.
 _FREE_CHUNKS = 4096
-_MIN_CHUNK = 64
-# Bytes around the content of a chunk: its size, perhaps an extension, and line ends.
+_MIN_CHUNK_BYTES = 64
+# Number of bytes around the content of a chunk: its size, perhaps an extension, and line endings.
 _CHUNK_FRAME = 64
-# Bytes of answers that the system keeps for a client to read; an answer is shorter than that.
+# Size of the system's send buffer in bytes; a response is shorter.
 _SEND_BUFFER = 2**18
-# Requests that a client may send before the first of them is answered.
+# Maximum number of requests that a client may send before the first response.
 _MAX_PIPELINED = 32
-# Seconds for which what a refused client still sends is read and thrown away. If the connection were closed at
-# once, the client's system would drop our answer before the client reads it.
+# Seconds for which data of a rejected client is read and discarded. If the connection were closed at once, the
+# client's system would drop the response before the client reads it.
 _LINGER = 1.0
-# Seconds in which a client has to read what is left of its answer when the service shuts down.
+# Seconds in which a client must read the rest of its response when the service shuts down.
 _FLUSH = 0.5
 
 
 def connection_type(limits: Limits) -> type[asyncio.Protocol]:
-    """Return the class of connections, as uvicorn takes it, that hold clients to some limits."""
-
-    class BoundConnection(Connection):
-        bounds = limits
-
-    return BoundConnection
+    """Return a class of connections with some limits, for uvicorn's ``http`` setting."""
+    return type("LimitedConnection", (Connection,), {"limits": limits})
 
 
-class _Refused(Exception):
-    """Raised in a callback of the parser to stop it."""
+class _Rejected(Exception):
+    """Raised in a callback of the parser to reject the request."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -54,8 +51,8 @@ class _Refused(Exception):
         self.reason = reason
 
 
-class _Outlet:
-    """A transport for an answer. Closing it leaves the client time to read the answer."""
+class _ResponseTransport:
+    """A transport for a response. Closing it gives the client time to read the response."""
 
     def __init__(self, connection: "Connection") -> None:
         self._connection = connection
@@ -71,43 +68,43 @@ class _Outlet:
 
 
 class Connection(HttpToolsProtocol):
-    """HTTP/1.1 by uvicorn and httptools, with bounds on what uvicorn lets a client do for ever.
+    """HTTP/1.1 by uvicorn and httptools, with limits that uvicorn does not have.
 
-    - The head of a request must arrive within ``bounds.seconds``, and be at most 64 KiB long.
-    - A body must not come in chunks of a few bytes.
-    - An answer must be read within ``bounds.seconds``.
+    - The head of a request must arrive within ``limits.seconds``, and be at most 64 KiB long.
+    - A body must not be sent in chunks of a few bytes.
+    - A response must be read within ``limits.seconds``.
     - At most 32 requests may be pipelined.
-    - Beyond ``bounds.connections``, the connection that has waited longest for its client to finish a request is
-      closed; if all requests are complete, the new connection gets 503.
-    - A request that two servers could read differently gets 400, and the connection is closed: differing lengths,
-      a length beside chunks, folded headers, bare line feeds, more or less than one ``Host``.
+    - If there are more than ``limits.connections``, the one that has waited longest for its client to finish a
+      request is closed; if all requests are complete, the new connection gets 503.
+    - A request that two servers could parse differently gets 400, and the connection is closed: differing lengths,
+      both a length and chunks, folded headers, bare line feeds, more or fewer than one ``Host``.
     """
 
-    bounds: Limits
+    limits: Limits
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._since = self.loop.time()
+        self._idle_since = self.loop.time()
         self._answering: RequestResponseCycle | None = None
-        self._deaf = False
+        self._discarding = False
         self._discarded = 0
-        self._refusal: _Refused | None = None
+        self._rejection: _Rejected | None = None
         self._head_timer: asyncio.TimerHandle | None = None
-        self._unread_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._end_timer: asyncio.TimerHandle | None = None
-        # Of the message that is being parsed.
+        # State of the message that is being parsed.
         self._in_body = False
         self._head_size = 0
         self._frame_size = 0
         self._body_size = 0
         self._chunks = 0
-        # How the body of a request is delimited that asks for an upgrade, as a header; httptools does not read it.
-        self._left_out: bytes | None = None
-        self._repeating = False
+        # The header that delimits the body of a request for an upgrade, since httptools does not read that body.
+        self._upgrade_framing: bytes | None = None
+        self._replaying = False
 
     @property
     def busy(self) -> bool:
-        """Whether a request is being received or answered, its head at least being complete."""
+        """Whether a request is being answered; its head is complete, its body need not be."""
         return bool(self.pipeline) or (self._answering is not None and not self._answering.response_complete)
 
     @property
@@ -116,136 +113,137 @@ class Connection(HttpToolsProtocol):
         return self._answering is not None and self._answering.more_body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Bound the connection."""
+        """Start the limits of the connection."""
         super().connection_made(transport)
-        # The system would keep megabytes for a client that asks and does not read.
+        # The system would buffer megabytes for a client that sends requests but does not read.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        # To be told whenever anything is left that does not fit there.
+        # So that `pause_writing` is called as soon as data does not fit into the system's buffer.
         transport.set_write_buffer_limits(high=0)
         self._await_head()
-        if len(self.connections) > self.bounds.connections:
-            self._make_room()
+        if len(self.connections) > self.limits.connections:
+            self._evict()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the application, and let no timer outlive the connection."""
-        for timer in (self._head_timer, self._unread_timer, self._end_timer):
+        """Notify the application, and cancel the timers."""
+        for timer in (self._head_timer, self._write_timer, self._end_timer):
             if timer is not None:
                 timer.cancel()
         self._unset_keepalive_if_required()
         if self._answering is not None and not self._answering.response_complete:
-            # With requests in a pipeline, this is not the one that uvicorn itself tells.
-            self._drop(self._answering)
+            # With pipelined requests, uvicorn notifies another request than this one.
+            self._disconnect(self._answering)
         self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and refuse what is malformed or too much."""
-        if self._deaf:
+        """Parse data, and reject a request that is malformed or exceeds a limit."""
+        if self._discarding:
             self._discarded += len(data)
-            if self._discarded > self.bounds.body_bytes:
+            if self._discarded > self.limits.body_bytes:
                 self.transport.abort()
             return
         self._unset_keepalive_if_required()
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
-            refusal = self._refusal or _Refused(400, f"the request cannot be read: {error}")
-            self._refuse(refusal.status, refusal.reason)
+            rejection = self._rejection or _Rejected(400, f"the request cannot be parsed: {error}")
+            self._reject(rejection.status, rejection.reason)
 
     def on_message_begin(self) -> None:
-        """Begin a request, unless too many wait."""
-        if self._repeating:
+        """Begin a request, unless too many are pending."""
+        if self._replaying:
             return
         if len(self.pipeline) >= _MAX_PIPELINED:
-            raise self._stop(429, f"more than {_MAX_PIPELINED} requests wait on this connection")
+            raise self._stop(429, f"more than {_MAX_PIPELINED} requests are pending on this connection")
         self._in_body = False
         self._head_size = self._frame_size = self._body_size = self._chunks = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the target."""
-        if not self._repeating:
+        """Receive a part of the target."""
+        if not self._replaying:
             self._count_head(len(url))
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
-        if self._repeating:
+        """Receive a header."""
+        if self._replaying:
             return
         self._count_head(len(name) + len(value) + 4)
-        # What follows a chunked body is no header, and must not be taken for one.
+        # Fields after a chunked body are trailers, and must not count as headers.
         if not self._in_body:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start to answer a request, unless its head is ambiguous."""
-        if self._repeating:
+        """Begin to answer a request, unless its head is ambiguous."""
+        if self._replaying:
             return
         self._in_body = True
         self._check_head()
         super().on_headers_complete()
-        self.cycle.transport = _Outlet(self)  # type: ignore[assignment]
+        self.cycle.transport = _ResponseTransport(self)  # type: ignore[assignment]
         if self.parser.should_upgrade():
             framing = [field for field in self.headers if field[0] in (b"content-length", b"transfer-encoding")]
-            self._left_out = b": ".join(framing[0]) if framing else None
+            self._upgrade_framing = b": ".join(framing[0]) if framing else None
 
     def on_chunk_header(self) -> None:
         """Count a chunk."""
         self._chunks += 1
-        if self._chunks > _FREE_CHUNKS and self._body_size < _MIN_CHUNK * self._chunks:
+        if self._chunks > _FREE_CHUNKS and self._body_size < _MIN_CHUNK_BYTES * self._chunks:
             raise self._stop(
-                400, f"the body comes in chunks of less than {_MIN_CHUNK} bytes: send larger ones, or its length"
+                400,
+                f"the body is sent in chunks of less than {_MIN_CHUNK_BYTES} bytes: send larger ones, or a length",
             )
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of a body."""
+        """Receive a part of a body."""
         self._body_size += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End a request."""
-        if self._left_out is None:
+        if self._upgrade_framing is None:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or close."""
         self._await_head()
         super().on_response_complete()
-        if (self._deaf or self.receiving) and not self.busy:
+        if (self._discarding or self.receiving) and not self.busy:
             self._linger()
 
     def pause_writing(self) -> None:
-        """Bound the time in which the client reads what is left of its answer."""
+        """Limit the time in which the client reads the rest of its response."""
         super().pause_writing()
-        self._unread_timer = self.loop.call_later(self.bounds.seconds, self._unread)
+        self._write_timer = self.loop.call_later(self.limits.seconds, self._write_timeout)
 
     def resume_writing(self) -> None:
-        """Note that the client has read it all."""
-        if self._unread_timer is not None:
-            self._unread_timer.cancel()
+        """Stop the timer, because the client has read everything."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Close the connection, or let it end with the answer to the last request that has come."""
+        """Close the connection, after the response to the last complete request."""
         if self.busy:
             self.cycle.keep_alive = False
-        elif self._deaf:
+        elif self._discarding:
             self.transport.abort()
         else:
             self._end()
 
     def cut_off(self) -> None:
-        """End the connection; a request that is not answered yet gets 503."""
+        """Close the connection; a request without a response gets 503."""
         self.pipeline.clear()
         cycle = self._answering
         if cycle is not None and not cycle.response_complete:
-            self._drop(cycle)
+            self._disconnect(cycle)
             if not cycle.response_started:
                 self._write(503, "the service is shutting down: try again later")
         self._end()
 
     def close(self) -> None:
-        """Close the connection once the client has had time to read the answer."""
+        """Close the connection once the client has had time to read the response."""
         if self.receiving:
             self._linger()
         else:
@@ -263,24 +261,24 @@ class Connection(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 break
             except httptools.HttpParserUpgrade as upgrade:
-                # The service upgrades nothing. What follows the head is its body, and then the next request.
+                # The service does not upgrade. The head is followed by the body, and then by the next request.
                 data = data[upgrade.args[0] :]
-                if self._left_out is not None:
-                    self._read_left_out(self._left_out)
+                if self._upgrade_framing is not None:
+                    self._read_left_out(self._upgrade_framing)
         self._frame_size += size - max(0, self._body_size - before)
-        if self._frame_size > _MAX_HEAD + _READ + _CHUNK_FRAME * self._chunks:
-            self._refuse(
+        if self._frame_size > _MAX_HEAD_BYTES + _READ + _CHUNK_FRAME * self._chunks:
+            self._reject(
                 *_TOO_LONG if not self._in_body else (400, "the chunked body has more framing than content")
             )
 
     def _read_left_out(self, framing: bytes) -> None:
-        """Continue with a parser that expects the body of the request that the last one left."""
-        self._repeating = True
+        """Continue with a new parser that expects the body that the last parser did not read."""
+        self._replaying = True
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
-        self._repeating = False
-        self._left_out = None
+        self._replaying = False
+        self._upgrade_framing = None
 
     def _check_head(self) -> None:
         version = self.parser.get_http_version()
@@ -291,39 +289,39 @@ class Connection(HttpToolsProtocol):
             values.setdefault(name, []).append(value)
         hosts = len(values.get(b"host", ()))
         if hosts > 1 or (hosts == 0 and version == "1.1"):
-            raise self._stop(400, f"the request has {hosts} Host headers: send one")
+            raise self._stop(400, f"the request has {hosts} Host headers: send exactly one")
         codings = values.get(b"transfer-encoding")
         if codings and (version == "1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
-            raise self._stop(400, "the transfer encoding is not read: send the body chunked, or its length")
+            raise self._stop(400, "the transfer encoding is not supported: send the body chunked, or its length")
         if not self.url.startswith(b"/"):
-            raise self._stop(400, "the request is not for a path: send GET /path")
+            raise self._stop(400, "the request target is not a path: send GET /path")
 
     def _count_head(self, size: int) -> None:
         self._head_size += size
-        if self._head_size > _MAX_HEAD:
+        if self._head_size > _MAX_HEAD_BYTES:
             raise self._stop(*_TOO_LONG)
 
-    def _stop(self, status: int, reason: str) -> _Refused:
-        self._refusal = _Refused(status, reason)
-        return self._refusal
+    def _stop(self, status: int, reason: str) -> _Rejected:
+        self._rejection = _Rejected(status, reason)
+        return self._rejection
 
-    def _refuse(self, status: int, reason: str) -> None:
-        """Answer what is complete, then refuse what came last, and listen to nothing more."""
-        if self._deaf:
+    def _reject(self, status: int, reason: str) -> None:
+        """Answer complete requests, then reject the last one, and discard all further data."""
+        if self._discarding:
             return
-        self._deaf = True
+        self._discarding = True
         last = self.cycle
         broken = last is not None and last.more_body and not last.response_complete
         if broken and last is not self._answering:
             self.pipeline = type(self.pipeline)(entry for entry in self.pipeline if entry[0] is not last)
         if self.busy and not (broken and last is self._answering):
-            # An answer now would be taken for that to an earlier request.
+            # A response now would be read as the response to an earlier request.
             final = self.pipeline[0][0] if self.pipeline else self._answering
             assert final is not None
             final.keep_alive = False
             return
         if broken:
-            self._drop(last)
+            self._disconnect(last)
             if last.response_started:
                 self.transport.abort()
                 return
@@ -333,7 +331,7 @@ class Connection(HttpToolsProtocol):
     def _write(self, status: int, reason: str) -> None:
         request_id = uuid.uuid4().hex
         log.info(
-            "refused a connection",
+            "rejected a connection",
             extra={"fields": {"status": status, "reason": reason, "request_id": request_id}},
         )
         body = json.dumps({"error": reason, "request_id": request_id}).encode()
@@ -344,17 +342,19 @@ class Connection(HttpToolsProtocol):
         lines += ["content-type: application/json", f"content-length: {len(body)}", "connection: close"]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
 
-    def _drop(self, cycle: RequestResponseCycle) -> None:
-        """Tell the application that its client is gone."""
+    def _disconnect(self, cycle: RequestResponseCycle) -> None:
+        """Notify the application that its client has disconnected."""
         cycle.disconnected = True
         cycle.message_event.set()
 
     def _linger(self) -> None:
-        self._deaf = True
+        self._discarding = True
         if self.transport.is_closing() or self._end_timer is not None:
             return
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            # A client that has reset the connection meanwhile is no fault of the request's.
+            with suppress(OSError):
+                self.transport.write_eof()
         self.flow.resume_reading()
         self._end_timer = self.loop.call_later(_LINGER, self.transport.abort)
 
@@ -366,29 +366,29 @@ class Connection(HttpToolsProtocol):
     def _await_head(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self._since = self.loop.time()
-        self._head_timer = self.loop.call_later(self.bounds.seconds, self._late)
+        self._idle_since = self.loop.time()
+        self._head_timer = self.loop.call_later(self.limits.seconds, self._head_timeout)
 
-    def _late(self) -> None:
+    def _head_timeout(self) -> None:
         if not self.busy:
             self.transport.close()
 
-    def _unread(self) -> None:
-        log.info("closed a connection", extra={"fields": {"reason": "the client does not read its answer"}})
+    def _write_timeout(self) -> None:
+        log.info("closed a connection", extra={"fields": {"reason": "the client does not read its response"}})
         self.transport.abort()
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         others = [
             other
             for other in self.connections
             if isinstance(other, Connection) and other is not self and (other.receiving or not other.busy)
         ]
         if not others:
-            self._refuse(503, f"{self.bounds.connections} connections are open already: try again later")
+            self._reject(503, f"{self.limits.connections} connections are already open: try again later")
             return
-        oldest = min(others, key=lambda other: (other.busy, other._since))
+        oldest = min(others, key=lambda other: (other.busy, other._idle_since))
         self.connections.discard(oldest)
         oldest.transport.abort()
 
 
-_TOO_LONG = 431, f"the head of the request is longer than {_MAX_HEAD:,} bytes"
+_TOO_LONG = 431, f"the head of the request is longer than {_MAX_HEAD_BYTES:,} bytes"

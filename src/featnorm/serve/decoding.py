@@ -1,4 +1,4 @@
-"""Images decoded in two threads, so that small ones do not wait for large ones: `Decoders`."""
+"""Decoding of images in two threads, so that small ones do not wait for large ones: `Decoders`."""
 
 import asyncio
 import heapq
@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _THREADS = 2
-# Pixels beyond which an image is large. At most one such is decoded at a time: the other thread stays open to
-# small ones, and an image of the most pixels takes a gigabyte and a half while it is made ready.
+# Number of pixels above which an image is large. At most one large image is decoded at a time: the other thread is
+# for small ones, and the largest image that is accepted needs 1.5 GB of memory while it is decoded.
 _LARGE = 16_000_000
-# Pixels that a thread decodes in a second, about. An image lets those overtake it that come within the time that
-# it will take itself.
-_PER_SECOND = 10_000_000
+# Approximate number of pixels that a thread decodes per second. An image can be overtaken by those that arrive
+# within the time that its own decoding takes.
+_PIXELS_PER_SECOND = 10_000_000
 
 
 @dataclass(eq=False)
@@ -36,11 +36,12 @@ class _Job:
 
 
 class Decoders:
-    """Two threads that decode images in the order in which they came, each put back by what it will take itself.
+    """Two threads that decode images in the order of their arrival, each delayed by the time that it takes itself.
 
     Attributes
     ----------
-    pixels : of all images that wait to be decoded, or are being decoded.
+    pixels : int
+        Number of pixels of all images that are waiting to be decoded, or being decoded.
     """
 
     def __init__(self) -> None:
@@ -51,14 +52,22 @@ class Decoders:
         self._running: list[_Job] = []
 
     def submit(self, work: Callable[[], T], pixels: int, before: int = 0) -> asyncio.Future[T]:
-        """Return the future result of some work that decodes an image of so many pixels.
+        """Schedule work that decodes an image, and return the future of its result.
 
-        It is put back by the pixels before it in its request, too: many images are as slow as a large one.
+        If the future is cancelled, work that has not begun is dropped.
 
-        If it is cancelled, work that has not begun is dropped.
+        Parameters
+        ----------
+        work : callable
+            Decodes the image.
+        pixels : int
+            Number of pixels that the image counts as.
+        before : int
+            Number of pixels of the images before it in its request. They delay it as well, because many images
+            are as slow as a large one.
         """
         loop = asyncio.get_running_loop()
-        due = loop.time() + (before + pixels) / _PER_SECOND
+        due = loop.time() + (before + pixels) / _PIXELS_PER_SECOND
         job = _Job(due, next(self._numbers), work, pixels, loop.create_future())
         job.result.add_done_callback(lambda _: self._drop(job))
         heapq.heappush(self._waiting[job.large], job)
@@ -67,7 +76,7 @@ class Decoders:
         return job.result
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Stop the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _drop(self, job: _Job) -> None:
@@ -80,8 +89,8 @@ class Decoders:
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
         while len(self._running) < _THREADS:
-            open_to = (False,) if any(job.large for job in self._running) else (False, True)
-            heaps = [self._waiting[large] for large in open_to if self._waiting[large]]
+            sizes = (False,) if any(job.large for job in self._running) else (False, True)
+            heaps = [self._waiting[large] for large in sizes if self._waiting[large]]
             if not heaps:
                 return
             job = heapq.heappop(min(heaps, key=lambda heap: heap[0]))
@@ -100,5 +109,5 @@ class Decoders:
                 job.result.set_result(done.result())
             else:
                 job.result.set_exception(error)
-        if not done.cancelled():  # it is when the threads are to end
+        if not done.cancelled():  # it is cancelled when the threads are stopped
             self._start()

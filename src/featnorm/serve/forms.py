@@ -1,22 +1,22 @@
-"""A form of files, ``multipart/form-data``, that is in memory as a whole: `read_form`."""
+"""Parsing of ``multipart/form-data`` that is in memory as a whole: `read_form`."""
 
 import re
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
-# Bytes of the headers of a part.
+# Maximum number of bytes of the headers of a part.
 _MAX_HEAD = 4096
-# Characters of the header that names the boundary, which has 70 at most.
+# Maximum number of characters of the header with the boundary, which itself has at most 70.
 _MAX_CONTENT_TYPE = 512
 _PARAMETER = re.compile(r';[ \t]*([^\s=;"]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
 _ESCAPED = re.compile(r'\\(["\\])')
 _FOLD = re.compile(r"\r\n[ \t]+")
-# RFC 5987 has no others.
+# The only ones in RFC 5987.
 _CHARSETS = {"utf-8", "iso-8859-1"}
 
 
 class Part(NamedTuple):
-    """One part of a form: the names of field and file, empty or None where it has none, and the content."""
+    """One part of a form: the name of its field ("" for none), of its file (None for none), and its content."""
 
     field: str
     filename: str | None
@@ -27,25 +27,28 @@ class FormError(ValueError):
     """A form that cannot be read."""
 
 
-def read_form(body: bytes, content_type: str, most: int) -> list[Part]:
-    """Return the parts of a form. Of one with more than `most`, at least ``most + 1`` are returned.
+def read_form(body: bytes, content_type: str, max_parts: int) -> list[Part]:
+    """Return the parts of a form; of a form with more than `max_parts`, the first ``max_parts + 1``.
 
     Parameters
     ----------
-    body : the form.
-    content_type : the header of the request, which names the boundary.
-    most : parts that are wanted at most.
+    body : bytes
+        The form.
+    content_type : str
+        The header of the request, which contains the boundary.
+    max_parts : int
+        Maximum number of parts.
 
     Raises
     ------
     FormError
-        The form is malformed or ends early.
+        If the form is malformed or ends early.
     """
     if len(content_type) > _MAX_CONTENT_TYPE:
-        raise FormError(f"its content type is longer than {_MAX_CONTENT_TYPE} characters")
+        raise FormError(f"the content type is longer than {_MAX_CONTENT_TYPE} characters")
     boundary = parameters(content_type).get("boundary", "").encode("latin-1", "replace")
     if not boundary:
-        raise FormError("its content type names no boundary")
+        raise FormError("the content type has no boundary")
     if not body:
         return []
     mark = b"\r\n--" + boundary
@@ -56,21 +59,23 @@ def read_form(body: bytes, content_type: str, most: int) -> list[Part]:
     while at >= 0:
         if begin is not None:
             parts.append(_part(body[begin:at], len(parts) + 1))
-            if len(parts) > most:
+            if len(parts) > max_parts:
                 return parts
         after = at + len(mark)
         if body.startswith(b"--", after):
             return parts
         begin = body.find(b"\r\n", after) + 2
         if begin == 1 or body[after : begin - 2].strip(b" \t"):
-            raise FormError("its boundary is followed by something else on the same line")
-        # The line break of the boundary may be that of the next one, where a part has nothing at all.
+            raise FormError("the boundary is followed by other text on the same line")
+        # The line break after the boundary may be that before the next one, if a part is empty.
         at = body.find(mark, begin - 2)
-    raise FormError("it ends before its last boundary" if begin is not None else "its boundary is not in it")
+    raise FormError(
+        "it ends before its last boundary" if begin is not None else "it does not contain its boundary"
+    )
 
 
 def parameters(header: str) -> dict[str, str]:
-    """Return the parameters of a header; of ``name*`` (RFC 5987) the decoded value, as ``name``."""
+    """Return the parameters of a header. A parameter ``name*`` (RFC 5987) is decoded and returned as ``name``."""
     plain: dict[str, str] = {}
     extended: dict[str, str] = {}
     for name, quoted, token in _PARAMETER.findall(header):
@@ -90,9 +95,9 @@ def _part(raw: bytes, number: int) -> Part:
     # A part without headers begins with the empty line that ends them.
     head, end, content = (b"", b"\r\n", raw[2:]) if raw.startswith(b"\r\n") else raw.partition(b"\r\n\r\n")
     if not end:
-        raise FormError(f"the headers of its part {number} do not end")
+        raise FormError(f"the headers of part {number} do not end")
     if len(head) > _MAX_HEAD:
-        raise FormError(f"the headers of its part {number} are longer than {_MAX_HEAD} bytes")
+        raise FormError(f"the headers of part {number} are longer than {_MAX_HEAD} bytes")
     for line in _FOLD.sub(" ", head.decode("utf-8", "replace")).split("\r\n"):
         name, _, value = line.partition(":")
         if name.strip().lower() == "content-disposition":

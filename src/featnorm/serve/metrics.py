@@ -1,4 +1,4 @@
-"""What a service tells Prometheus about itself."""
+"""Metrics of a service for Prometheus."""
 
 import math
 from collections import deque
@@ -11,19 +11,21 @@ from torch import Tensor
 
 from featnorm.image_scorer import ImageVerdict
 
-# Images that the share of flagged ones is of.
+# Number of most recent images in the share of flagged ones.
 _RECENT = 1000
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 class Metrics:
-    """The counters of one service, in a registry of its own.
+    """The metrics of one service, in a registry of its own.
 
     Parameters
     ----------
-    calibration : the scores of the calibration, (n,); the buckets of the scores end at their quantiles.
-    batch_size : images a batch, at most.
+    calibration : Tensor
+        Scores of the calibration set, (n,). The buckets of the scores end at their quantiles.
+    batch_size : int
+        Maximum number of images per batch.
     """
 
     def __init__(self, calibration: Tensor, batch_size: int) -> None:
@@ -32,35 +34,35 @@ class Metrics:
         self._bounds = score_buckets(calibration)
         self._seconds = Histogram(
             "featnorm_request_seconds",
-            "Time from a request to its answer.",
+            "Seconds from a request to its response.",
             ["route", "status"],
             buckets=_LATENCIES,
             registry=registry,
         )
-        self._images = Counter(
-            "featnorm_images", "Images that were answered about.", ["verdict"], registry=registry
-        )
+        self._images = Counter("featnorm_images", "Images by their verdict.", ["verdict"], registry=registry)
         for verdict in ("ID", "OOD", "unreadable"):
-            self._images.labels(verdict)  # from the start, so that a rate of them can be had
+            self._images.labels(verdict)  # from the start, so that their rates can be computed
         self._scores = Histogram(
             "featnorm_score",
-            "Scores; the buckets end at quantiles of the calibration's.",
+            "Scores of images; the buckets end at quantiles of the calibration set.",
             buckets=self._bounds,
             registry=registry,
         )
         sizes = [2**i for i in range(math.ceil(math.log2(batch_size)))] + [batch_size]
         self._batches = Histogram(
-            "featnorm_batch_images", "Images that the model judged at once.", buckets=sizes, registry=registry
+            "featnorm_batch_images", "Images per batch of the model.", buckets=sizes, registry=registry
         )
-        self._queue = Gauge("featnorm_queue_images", "Images that wait for the model.", registry=registry)
+        self._queue = Gauge("featnorm_queue_images", "Images in the queue of the model.", registry=registry)
         share = Gauge(
-            "featnorm_flagged_share", f"Share of OOD in the last {_RECENT} images with a score.", registry=registry
+            "featnorm_flagged_share",
+            f"Share of the last {_RECENT} scored images that were flagged as OOD.",
+            registry=registry,
         )
         share.set_function(lambda: sum(self._recent) / len(self._recent) if self._recent else math.nan)
 
-    def watch_queue(self, waiting: Callable[[], int]) -> None:
-        """Ask a function how many images wait, whenever that is wanted."""
-        self._queue.set_function(waiting)
+    def set_queue(self, pending: Callable[[], int]) -> None:
+        """Set the function that returns the number of images in the queue."""
+        self._queue.set_function(pending)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -71,7 +73,7 @@ class Metrics:
         self._batches.observe(size)
 
     def image(self, verdict: ImageVerdict) -> None:
-        """Count an image that is answered about."""
+        """Count an image with its verdict."""
         if verdict.score is None:
             self._images.labels("unreadable").inc()
             return
@@ -79,17 +81,17 @@ class Metrics:
         self._images.labels("OOD" if flagged else "ID").inc()
         self._recent.append(flagged)
         score = verdict.score
-        if math.isinf(score):  # counted into the same bucket, and the sum stays a number
+        if math.isinf(score):  # the same bucket, and a finite sum
             score = math.nextafter(self._bounds[-1], math.inf) if score > 0 else self._bounds[0]
         self._scores.observe(score)
 
     def text(self) -> bytes:
-        """Return everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 def score_buckets(calibration: Tensor) -> list[float]:
-    """Return where the buckets of the scores end: quantiles of scores (n,), finite and strictly increasing."""
+    """Return the upper ends of the buckets: quantiles of scores (n,), finite and strictly increasing."""
     finite = calibration[torch.isfinite(calibration)].cpu().numpy()
     if not len(finite):
         return [0.0]

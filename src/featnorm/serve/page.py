@@ -1,4 +1,4 @@
-"""The page at `/`: `render_page`."""
+"""The web page of a service, at ``/``: `render_page`."""
 
 import base64
 import hashlib
@@ -11,14 +11,14 @@ _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def render_page() -> tuple[str, str]:
-    """Return the page, and the policy under which nothing runs in it but its own script."""
+    """Return the page, and the content security policy that permits only its own script and style."""
 
     def page(policy: str) -> str:
         return render(
             "page.html",
             "featnorm.serve",
             title="Does the model know this image?",
-            summary="Drop an image and see whether it is like those that the detector was fitted on.",
+            summary="Drop an image to see whether it is in-distribution for the detector.",
             facts={},
             formats=", ".join(FORMATS),
             policy=policy,
@@ -39,5 +39,5 @@ def render_page() -> tuple[str, str]:
             "form-action 'none'",
         ]
     )
-    # Which pages may show this one in a frame is told by a header alone.
+    # frame-ancestors has an effect in the header only.
     return page(policy), f"{policy}; frame-ancestors 'none'"

@@ -1,4 +1,4 @@
-"""What is done for every request: an id, a line in the log, its time, and an answer where the code fails."""
+"""Logging of requests: an id, a line in the log, a latency, and a response if the code fails."""
 
 import json
 import logging
@@ -19,13 +19,13 @@ from featnorm.serve.metrics import Metrics
 log = logging.getLogger("featnorm.serve")
 
 _ID = re.compile(r"[!-~]{1,64}")
-# As web servers name it: no answer was sent, since nobody was there to read it.
-_GONE = 499
+# nginx's status for a client that disconnected before the response.
+_CLIENT_CLOSED = 499
 
 
 @dataclass
-class Tally:
-    """What became of the images of a request."""
+class ImageCounts:
+    """Number of images of a request, of those that were flagged as OOD, and of those that were unreadable."""
 
     images: int = 0
     flagged: int = 0
@@ -33,12 +33,14 @@ class Tally:
 
 
 class RequestLog:
-    """Names, times, counts and logs each request.
+    """Middleware that gives each request an id, and logs and counts it.
 
     Parameters
     ----------
-    app : what answers.
-    metrics : where requests are counted.
+    app : ASGIApp
+        The application.
+    metrics : Metrics
+        The metrics of the service.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -46,18 +48,18 @@ class RequestLog:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; its state gets ``request_id`` and ``tally``."""
+        """Pass a request to the application, with ``request_id`` and ``image_counts`` in its state."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        tally = Tally()
-        scope.setdefault("state", {}).update(request_id=request_id, tally=tally)
-        status = _GONE
+        counts = ImageCounts()
+        scope.setdefault("state", {}).update(request_id=request_id, image_counts=counts)
+        status = _CLIENT_CLOSED
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -68,18 +70,18 @@ class RequestLog:
             await send(message)
 
         try:
-            await self.app(scope, receive, named)
+            await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
         except Exception:
             log.exception("a request failed", extra={"fields": {"request_id": request_id}})
-            if status == _GONE:
-                await problem(500, "the service failed; its log says why, by the request id", request_id)(
-                    scope, receive, named
+            if status == _CLIENT_CLOSED:
+                await problem(500, "internal error: see the log of the service at this request id", request_id)(
+                    scope, receive, send_with_id
                 )
         finally:
             seconds = time.perf_counter() - began
-            # What a client types must not become a label or a line of its own.
+            # Not the path, which a client could use to create any number of labels, or lines in the log.
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.request(route, status, seconds)
             line = {
@@ -87,19 +89,19 @@ class RequestLog:
                 "route": route,
                 "status": status,
                 "milliseconds": round(1000 * seconds, 1),
-                **vars(tally),
+                **vars(counts),
                 "request_id": request_id,
             }
             log.info("request", extra={"fields": line})
 
 
 def problem(status: int, error: str, request_id: str, headers: Any = None) -> JSONResponse:
-    """Return the answer to a request that is refused as a whole."""
+    """Return the response to a request that is rejected as a whole."""
     return JSONResponse({"error": error, "request_id": request_id}, status, headers)
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON a record: time, level, message, and the fields that it carries."""
+    """One line of JSON per record: time, level, message, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""

@@ -1,4 +1,4 @@
-"""An application behind a socket, with uvicorn: `run_server`."""
+"""Serving of an application on a socket, with uvicorn: `run_server`."""
 
 import asyncio
 import math
@@ -12,26 +12,26 @@ from fastapi import FastAPI
 from featnorm.serve.connections import Connection, connection_type
 from featnorm.serve.limits import Limits
 
-# Connections that the system may have accepted for us at once. Together with those of `Limits` they have to stay
-# below the usual bound of 1,024 open files.
+# Maximum number of connections that the system accepts in advance. With those of `Limits`, they must stay below
+# the usual limit of 1,024 open files.
 _BACKLOG = 128
-# The share of the grace period in which requests are still answered. The rest is for connections to end.
-_ANSWERED = 0.7
+# Share of the grace period in which requests are still answered. The rest is for closing connections.
+_ANSWER_SHARE = 0.7
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address, which nobody can connect to yet.
+    """Return a socket that is bound to an address, but not listening yet.
 
     Raises
     ------
     OSError
-        It is taken, or not of this machine, by name.
+        If the address is in use, or not an address of this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         try:
-            # Not to wait until the system has forgotten the connections of an earlier run.
+            # So that the port can be reused at once after an earlier run.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
         except OSError:
@@ -45,14 +45,18 @@ def bind(host: str, port: int) -> socket.socket:
 def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Requests that are under way then have 70 % of the grace period to be answered; the others get 503.
+    Pending requests that are not answered within 70 % of the grace period get 503.
 
     Parameters
     ----------
-    app : what `create_app` returned.
-    bound : what `bind` returned.
-    limits : the application's.
-    on_start : called once it can be connected to.
+    app : FastAPI
+        The application, from `create_app`.
+    bound : socket.socket
+        The socket, from `bind`.
+    limits : Limits
+        The limits of the application.
+    on_start : callable
+        Called once clients can connect.
     """
     config = uvicorn.Config(
         app,
@@ -66,7 +70,7 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
         backlog=_BACKLOG,
         timeout_graceful_shutdown=math.ceil(limits.grace),
     )
-    # uvicorn ends by raising the signal once more, which would make an orderly end look like a kill.
+    # At its end, uvicorn raises the signal again, which would make a regular exit look like a kill.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         _Server(config, on_start, limits.grace).run(sockets=[bound])
@@ -75,13 +79,16 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it can be connected to, and that ends in time.
+    """A server with a callback for its start, and with a limited time for its end.
 
     Parameters
     ----------
-    config : its settings; where ``http`` is not of `connection_type`, requests are awaited as uvicorn does.
-    on_start : called once it can be connected to.
-    grace : seconds from the signal to the end.
+    config : uvicorn.Config
+        Settings. If ``http`` is not from `connection_type`, pending requests are awaited as by uvicorn.
+    on_start : callable
+        Called once clients can connect.
+    grace : float
+        Seconds from the signal to the end.
     """
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None], grace: float) -> None:
@@ -94,7 +101,7 @@ class _Server(uvicorn.Server):
         self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(_ANSWERED * self._grace, self._cut_off)
+        asyncio.get_running_loop().call_later(_ANSWER_SHARE * self._grace, self._cut_off)
         await super().shutdown(sockets)
 
     def _cut_off(self) -> None:

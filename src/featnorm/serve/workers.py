@@ -8,23 +8,27 @@ from io import BytesIO
 from PIL import Image
 
 from featnorm.serve.batching import Batcher
-from featnorm.serve.bodies import Upload
+from featnorm.serve.uploads import Upload
 
 log = logging.getLogger("featnorm.serve")
 
 
 class Workers:
-    """A batcher that runs, from here on until `stop` or the end of the event loop.
+    """Runs a batcher until `stop` or the end of the event loop.
 
     Parameters
     ----------
-    batcher : judges images; not running yet.
+    batcher : Batcher
+        A batcher that is not running yet.
 
     Attributes
     ----------
-    parser : one thread to parse bodies in.
-    ready : whether a first image has been judged.
-    stopped : whether `stop` was called.
+    parser : Executor
+        Single thread for parsing bodies.
+    ready : bool
+        Whether a first image has been scored.
+    stopped : bool
+        Whether `stop` was called.
     """
 
     def __init__(self, batcher: Batcher) -> None:
@@ -35,7 +39,7 @@ class Workers:
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._warm_up())]
 
     def stop(self) -> None:
-        """Drop what waits, and let the threads end."""
+        """Drop pending images, and stop the threads."""
         self.ready = False
         self.stopped = True
         for task in self._tasks:

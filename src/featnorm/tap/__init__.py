@@ -1,4 +1,4 @@
-"""Where in a model to listen: `FeatureTap` finds the last hidden layer, `LayerTap` listens to all of them."""
+"""Features of a model: `FeatureTap` captures its last hidden layer, `LayerTap` all of its rectified layers."""
 
 from featnorm.tap.layers import LayerTap
 from featnorm.tap.tap import AutocastTap, FeatureTap

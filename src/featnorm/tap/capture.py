@@ -1,4 +1,4 @@
-"""Run the user's model and catch a few values, leaving nothing behind."""
+"""Run the user's model and capture values inside it, without leaving anything behind."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,49 +13,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
 from featnorm.tap.find import same_vector
-from featnorm.tap.trace import Node, Record, Slot, is_on_top, on_top, tensors_in
+from featnorm.tap.trace import Node, Slot, Trace, is_on_top, on_top, tensors_in
 
 
 class PathError(RefusalError, RuntimeError):
-    """A model that took another path than when it was traced."""
+    """The model took a different path than when it was traced."""
 
 
-TRACE_AGAIN = "make a new FeatureTap for it"
-"""What to do about a `PathError` where the model was traced in this process."""
+TRACE_AGAIN = "create a new FeatureTap"
+"""Advice in a `PathError` if the model was traced in this process."""
 
 
 _MODES_LOCK = threading.RLock()
-_MODES: dict[nn.Module, list[int]] = {}  # how many listen to a module now, and the mode it had before the first
+_MODES: dict[nn.Module, list[int]] = {}  # number of listeners of a module, and its mode before the first one
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a value can be caught.
+class HookPoint:
+    """A point in a forward pass at which a value can be captured.
 
-    ``side`` is "in" or "out" of a module's ``call``-th call (``slot`` finds it in the arguments or the
-    result), or "op": the ``call``-th ATen operation of a forward pass that is called ``module``, where no
-    module ever receives or returns the value.
+    ``side`` is "in" or "out" for an argument or a result of the ``call``-th call of a module, at keys ``slot``. It
+    is "op" for a value that no module receives or returns: the result of the ``call``-th ATen operation named
+    ``module``.
     """
 
     side: str
     module: str
     call: int
     slot: Slot
-    total: int  # how many calls a pass makes in all; a pass with another number cannot be followed
-    copy: bool  # its memory is the model's or the caller's, or is overwritten later
+    total: int  # number of such operations in a pass; a pass with another number is rejected
+    copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for a file."""
+        """Return the point as plain data, for a file."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Point":
-        """Make it again from plain data.
+    def from_json(cls, data: Mapping[str, Any]) -> "HookPoint":
+        """Create a point from the plain data that `to_json` returned.
 
         Raises
         ------
         KeyError, TypeError, ValueError
-            The data are none that `to_json` gave.
+            The data are invalid.
         """
         point = cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
         counts = (point.call, point.total)
@@ -67,59 +67,59 @@ class Point:
             or (point.side == "op" and point.call >= point.total)
             or not isinstance(point.copy, bool)
         ):
-            raise ValueError(f"{dict(data)} is no place to listen at")
+            raise ValueError(f"{dict(data)} is not a hook point")
         return point
 
 
-def locate(record: Record, node: Node) -> Point:
-    """Choose where to catch a value: preferably at a module that runs once, as late as possible."""
-    seen = [sight for sight in record.sights if sight.node is node or same_vector(sight.node) is node]
+def locate(trace: Trace, node: Node) -> HookPoint:
+    """Choose the point at which to capture a value: preferably at a module that runs once, as late as possible."""
+    seen = [io for io in trace.module_io if io.node is node or same_vector(io.node) is node]
     if not seen:
-        copy = record.is_borrowed(node) or record.written_after(node, node.time + 1)
-        total = max(other.call for other in record.nodes if other.op == node.op) + 1
-        return Point("op", node.op, node.call, (), total, copy)
-    calls = {sight.module: sight.call for sight in record.sights}
-    sight = max(seen, key=lambda s: (calls[s.module] == 0, s.side == "in", s.time))
-    copy = record.is_borrowed(sight.node) or record.written_after(sight.node, sight.time)
-    return Point(sight.side, sight.module, sight.call, sight.slot, 0, copy)
+        copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
+        total = max(other.call for other in trace.nodes if other.op == node.op) + 1
+        return HookPoint("op", node.op, node.call, (), total, copy)
+    calls = {io.module: io.call for io in trace.module_io}
+    io = max(seen, key=lambda io: (calls[io.module] == 0, io.side == "in", io.time))
+    copy = trace.is_borrowed(io.node) or trace.written_after(io.node, io.time)
+    return HookPoint(io.side, io.module, io.call, io.slot, 0, copy)
 
 
-def made(node: Node) -> Point:
-    """Return the operation that makes a value: before it nothing has read it."""
-    return Point("op", node.op, node.call, (), 0, False)
+def made(node: Node) -> HookPoint:
+    """Return the point of the operation that makes a value, before anything has read it."""
+    return HookPoint("op", node.op, node.call, (), 0, False)
 
 
 def capture(
     model: nn.Module,
-    points: Mapping[str, Point],
+    points: Mapping[str, HookPoint],
     inputs: Tensor,
     *,
-    fresh: list[Point] | None = None,
+    fresh: list[HookPoint] | None = None,
     advice: str = TRACE_AGAIN,
 ) -> dict[str, Tensor]:
-    """Run the model on a batch and return the value at each point.
+    """Run the model on a batch and return the value at each hook point.
 
     Parameters
     ----------
-    model, points, inputs : what to run, where to listen, and on what.
+    model, points, inputs : the model, the points by name, and the batch.
     fresh
-        Takes the point of each operation that has just run, for who sees the function that asked for it, and may
-        ask for more operations than when the model was traced.
-    advice : what to do where a point is not reached, for the error message.
+        List to which the point of each captured operation is appended when it has run, so that a function mode can
+        replace its result. The number of operations is then not compared with that of the trace.
+    advice : advice for the error message if a point is not reached.
 
     Raises
     ------
     PathError
-        A point was not reached: the model took another path than when it was traced.
+        A point was not reached, because the model took a different path than when it was traced.
     """
-    caught: dict[Point, Tensor] = {}
+    caught: dict[HookPoint, Tensor] = {}
     wanted = set(points.values())
-    inputs = inputs.clone()  # a model may begin by writing to it
+    inputs = inputs.clone()  # the model may write to its input
     operations = [point for point in wanted if point.side == "op"]
     me = object()
     with on_top(me), _hooks(model, [point for point in wanted if point.side != "op"], caught, me):
         if operations:
-            # Hooks on every module, as when traced: some of torch's take another path where there is none.
+            # Hooks on every module, as in the trace: some modules of torch take another path if they have none.
             with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
                 model(inputs)
             for point in operations if fresh is None else ():
@@ -130,17 +130,17 @@ def capture(
     missed = [point for point in wanted if point not in caught]
     if missed:
         raise PathError(
-            f"the model did not pass through {missed[0].module or 'its output'!r} as it did when it was "
-            f"traced; {advice}"
+            f"the model took a different path than when it was traced ({missed[0].module or 'its output'!r} was "
+            f"not reached); {advice}"
         )
     return {name: caught[point] for name, point in points.items()}
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back at the end, whatever happens.
+def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Run a block in evaluation mode, and restore the mode of every module afterwards, also after an error.
 
-    With gradients, they are safe for every convolution, see `safe_gradients`.
+    Gradients are disabled by default. If they are enabled, `safe_gradients` applies to the model.
     """
     entered: list[nn.Module] = []
     compiled = False
@@ -148,13 +148,13 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         with _MODES_LOCK:
             for module in _modules(model):
                 compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
-                # A module that is in evaluation mode of itself, and not because another thread listens to it, is
-                # left alone: most models are, and then nothing is done for each module.
+                # A module that is in evaluation mode already, and not because another thread set it, is left
+                # alone. For most models, nothing remains to be done.
                 if module.training or module in _MODES:
                     _MODES.setdefault(module, [0, module.training])[0] += 1
                     entered.append(module)
                     module.training = False
-        # Compiled code was traced without the hooks that listen.
+        # Code was compiled without our hooks.
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with torch.set_grad_enabled(gradients), eager, safe_gradients(model) if gradients else nullcontext():
             yield
@@ -163,7 +163,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
             for module in entered:
                 entry = _MODES[module]
                 entry[0] -= 1
-                if not entry[0]:  # the last listener, of whatever thread, turns the mode back
+                if not entry[0]:  # the last listener of all threads restores the mode
                     module.training = bool(entry[1])
                     del _MODES[module]
 
@@ -171,7 +171,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield every module once.
 
-    `torch.nn.Module.modules` makes names on its way and drops them, for which a batch of one input would wait.
+    `torch.nn.Module.modules` also builds names, which takes noticeable time for a batch of one input.
     """
     waiting, seen = [model], {id(model)}
     while waiting:
@@ -194,15 +194,17 @@ def _idle_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def _idle(*_: Any) -> None:
-    """See a module run, and do nothing."""
+    """Do nothing."""
 
 
 @contextmanager
-def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor], me: object) -> Iterator[None]:
-    # The same model may serve other threads, or another tap inside this pass: their values are not ours.
+def _hooks(
+    model: nn.Module, points: list[HookPoint], caught: dict[HookPoint, Tensor], me: object
+) -> Iterator[None]:
+    # Other threads, or another tap inside this pass, may run the same model; their values are ignored.
     handles = []
 
-    def catcher(point: Point) -> Callable[..., None]:
+    def catcher(point: HookPoint) -> Callable[..., None]:
         calls = 0
 
         def catch(_: nn.Module, args: Any, rest: Any) -> None:
@@ -232,10 +234,14 @@ def _hooks(model: nn.Module, points: list[Point], caught: dict[Point, Tensor], m
 
 
 class _Operations(TorchDispatchMode):
-    """Catches the results of given operations; slower than hooks, for values that no module sees."""
+    """Captures results of operations, for values that no module receives or returns; slower than hooks."""
 
     def __init__(
-        self, points: list[Point], caught: dict[Point, Tensor], owner: object, fresh: list[Point] | None
+        self,
+        points: list[HookPoint],
+        caught: dict[HookPoint, Tensor],
+        owner: object,
+        fresh: list[HookPoint] | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner

@@ -1,7 +1,7 @@
-"""Where in a traced forward pass the last hidden layer, pooled feature, embedding and logits are.
+"""Finds the last hidden layer, pooled feature, embedding and logits in the trace of a forward pass.
 
-Everything is found by walking back from the logits along what they were computed from, so neither the names
-nor the order in which modules were registered matter, and a functional call counts as much as a module.
+The search walks back from the logits through the values they were computed from. Names and the order of
+registration of modules do not matter, and function calls are found like modules.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from featnorm.tap.trace import Node, Record
+from featnorm.tap.trace import Node, Trace
 
 Kind = Literal["hidden", "pooled", "none", "chosen"]
 
@@ -42,21 +42,21 @@ _GATES = {"sigmoid", "hardsigmoid", "hardtanh"}
 
 @dataclass(frozen=True)
 class WeightRef:
-    """Where in the model the weights of a linear layer live, so that they are read anew and never stale."""
+    """Path to the weights of a linear layer in the model, from which the current weights are read."""
 
     weight: str  # dotted path of a parameter, buffer or attribute
     transposed: bool
-    unit_rows: bool  # each class vector is normalised to unit length (cosine classifier)
+    unit_rows: bool  # whether each class vector is normalized to unit length (cosine classifier)
     bias: str | None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "WeightRef":
-        """Make it again from its attributes.
+        """Create a reference from its attributes.
 
         Raises
         ------
         TypeError, ValueError
-            The data are none of a reference.
+            The data are invalid.
         """
         ref = cls(**data)
         if not (
@@ -65,41 +65,41 @@ class WeightRef:
             and isinstance(ref.unit_rows, bool)
             and (ref.bias is None or isinstance(ref.bias, str))
         ):
-            raise ValueError(f"{dict(data)} names no weights")
+            raise ValueError(f"{dict(data)} does not refer to weights")
         return ref
 
 
 @dataclass
 class Anatomy:
-    """What was found."""
+    """The layers found in a trace."""
 
     kind: Kind
     activation: Node | None
     pooled: Node | None
     embedding: Node | None
     logits: Node | None
-    classifier: list[WeightRef] = field(default_factory=list)  # from the logits back
+    classifier: list[WeightRef] = field(default_factory=list)  # ordered from the logits back
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def find(record: Record, model: nn.Module, layer: str | None = None) -> Anatomy:
-    """Find the layers of a traced model; ``layer`` names the module that puts out the last hidden layer."""
-    walk = _Walk(record)
-    output = _choose_output(record)
-    beside = _embedding_beside(record, output)
+def find(trace: Trace, model: nn.Module, layer: str | None = None) -> Anatomy:
+    """Find the layers in a model's trace; ``layer`` names the module whose output is the last hidden layer."""
+    walk = _Walk()
+    output = _choose_output(trace)
+    beside = _embedding_beside(trace, output)
     walk.back(beside or output)
     anatomy = _anatomy(walk, beside or output, model)
     if beside is not None:
         anatomy.embedding, anatomy.logits, anatomy.classifier = beside, output, []
         anatomy.absent.pop("embedding", None)
-        anatomy.absent["classifier"] = "the logits are of another head than the embedding's, and its hidden layer"
+        anatomy.absent["classifier"] = "the logits come from another head than the embedding and its hidden layer"
     if layer is not None:
-        _choose_layer(anatomy, record, layer, walk.read_by_first)
+        _choose_layer(anatomy, trace, layer, walk.read_by_first)
     return anatomy
 
 
 def same_vector(node: Node) -> Node:
-    """Return the first value that holds the same numbers per input in another shape."""
+    """Return the earliest value with the same numbers per input, in whatever shape."""
     while base_op(node) in _RESHAPES and node.data:
         parent = node.data[0]
         if (
@@ -113,12 +113,12 @@ def same_vector(node: Node) -> Node:
 
 
 def base_op(node: Node) -> str:
-    """Return the operation's name, in place or not."""
+    """Return the name of the operation, without the suffix of in-place operations."""
     return node.op.removesuffix("_")
 
 
 def is_rectifier(node: Node) -> bool:
-    """Whether a value is the output of a rectifying non-linearity."""
+    """Return whether a value is the output of a rectifier."""
     op = base_op(node)
     if op == "clamp":
         return len(node.args) > 1 and node.args[1] == 0
@@ -139,7 +139,7 @@ def is_rectifier(node: Node) -> bool:
 
 
 def _is_gate(gate: Node, x: Node) -> bool:
-    """Whether a factor is a sigmoid of x, or relu6(x + 3) / 6."""
+    """Return whether a factor is a sigmoid of x, or relu6(x + 3) / 6."""
     while base_op(gate) in ("div", "mul") and len(gate.data) == 1:
         gate = gate.data[0]
     if base_op(gate) not in _GATES or not gate.data:
@@ -149,13 +149,13 @@ def _is_gate(gate: Node, x: Node) -> bool:
 
 
 def is_rectified(node: Node) -> bool:
-    """Whether every unit of a value comes from a rectifier, through nothing but pooling and joining."""
-    known: dict[int, bool] = {}
+    """Return whether every unit of a value comes from a rectifier through pooling and concatenation alone."""
+    results: dict[int, bool] = {}
 
     def of(node: Node) -> bool:
-        if id(node) not in known:
-            known[id(node)] = rectified(node)
-        return known[id(node)]
+        if id(node) not in results:
+            results[id(node)] = rectified(node)
+        return results[id(node)]
 
     def rectified(node: Node) -> bool:
         op = base_op(node)
@@ -183,23 +183,22 @@ def _is_positive(gate: Node) -> bool:
 
 
 class _Walk:
-    """The way back from the logits to the trunk."""
+    """The walk back from the logits to the trunk."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.linears: list[tuple[Node, Node | None]] = []  # with the bias added after it, if any
-        self.read_by_first: Node | None = None  # what the linear layer next to the trunk reads
-        self.normalised: Node | None = None  # what is divided by its own length
-        self.normalised_output = False
-        self.arithmetic = False  # on the logits, after the last linear layer
-        self.broken = ""  # an operation among the linear layers that their product leaves out
-        self.interrupted = ""  # one between the trunk and what the linear layers read
+    def __init__(self) -> None:
+        self.linears: list[tuple[Node, Node | None]] = []  # with the bias that is added after it, if any
+        self.read_by_first: Node | None = None  # input of the linear layer next to the trunk
+        self.normalized: Node | None = None  # vector that is divided by its length
+        self.normalized_output = False
+        self.arithmetic = False  # whether the logits are changed after the last linear layer
+        self.broken = ""  # operation between linear layers that their product does not contain
+        self.interrupted = ""  # such an operation between the trunk and the linear layers
         self.hidden: Node | None = None
-        self.boundary: Node | None = None  # the vector where the trunk ends
+        self.boundary: Node | None = None  # vector at which the trunk ends
         self.layer_norm: Node | None = None
 
     def back(self, node: Node) -> None:
-        """Walk from the output to the first rectified vector, or to where vectors end."""
+        """Walk from the output to the first rectified vector, or to the end of the vectors."""
         bias: Node | None = None
         while True:
             node = same_vector(node)
@@ -217,12 +216,12 @@ class _Walk:
                 self.broken = self.broken or self.interrupted
                 self.read_by_first, bias, self.interrupted = source, None, ""
                 following = source
-            elif (source := _normalised_source(node)) is not None:
+            elif (source := _normalized_source(node)) is not None:
                 if self.linears:
-                    self.normalised = self.normalised or source
+                    self.normalized = self.normalized or source
                 else:
-                    self.normalised_output, self.normalised = True, source
-                self.interrupted = ""  # a factor of the unit vector is a temperature
+                    self.normalized_output, self.normalized = True, source
+                self.interrupted = ""  # a factor on the unit vector is a temperature
                 following = source
             elif op in ("add", "sub", "rsub", "div", "mul", "neg") and len(node.data) == 1:
                 constants = [parent for parent in node.parents if not parent.from_input]
@@ -231,17 +230,17 @@ class _Walk:
                 elif not self.linears:
                     self.arithmetic = True
                 elif is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
-                    self.boundary = node  # a scaled pool of rectified maps is what the classifier reads
+                    self.boundary = node  # the classifier reads a scaled pool of rectified maps
                     return
                 else:
                     self.interrupted = "a scaling of its units"
                 following = node.data[0]
             elif op in _BATCH_NORMS and _is_vector(node.data[0]):
-                self.interrupted, following = "a batch normalisation", node.data[0]
+                self.interrupted, following = "a batch normalization", node.data[0]
             elif op in _LAYER_NORMS:
                 self.layer_norm = node
                 if _is_vector(node.data[0]):
-                    self.interrupted, following = "a layer normalisation", node.data[0]
+                    self.interrupted, following = "a layer normalization", node.data[0]
             if following is None or not _is_vector(following):
                 self.boundary = node
                 return
@@ -251,19 +250,19 @@ class _Walk:
 def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
     logits: Node | None = output
     absent: dict[str, str] = {}
-    if walk.normalised_output or not (walk.linears or _is_linear(output)):
+    if walk.normalized_output or not (walk.linears or _is_linear(output)):
         logits = None
-        why = "embeddings of unit length" if walk.normalised_output else "features without a classifier"
+        why = "embeddings of unit length" if walk.normalized_output else "features without a classifier"
         absent["logits"] = absent["classifier"] = f"the model returns {why}"
-    embedding = walk.normalised
+    embedding = walk.normalized
     if embedding is None and len(walk.linears) > 1:
         embedding = _linear_source(walk.linears[0][0])
     if embedding is None:
         absent["embedding"] = "the model has no embedding between its last hidden layer and its classifier"
     read = walk.read_by_first or walk.hidden or walk.boundary
     assert read is not None
-    if walk.normalised is not None and _normalised_source(read) is walk.normalised:
-        read = walk.normalised
+    if walk.normalized is not None and _normalized_source(read) is walk.normalized:
+        read = walk.normalized
     activation: Node | None = None
     if walk.hidden is not None:
         activation = same_vector(walk.hidden)
@@ -280,14 +279,14 @@ def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
     if logits is not None:
         arithmetic = "arithmetic on the logits (a temperature, a prior)" if walk.arithmetic else ""
         between = (
-            (arithmetic if walk.normalised is None else "")
+            (arithmetic if walk.normalized is None else "")
             or walk.broken
             or (walk.interrupted if activation is not None else "")
         )
         if between:
             absent["classifier"] = (
-                f"between the last hidden layer and the logits stands {between}, "
-                "so the classifier's weights are not those of the hidden layer"
+                f"there is {between} between the last hidden layer and the logits, "
+                "so the classifier's weights do not apply to the hidden layer"
             )
         else:
             refs = [_weight_ref(node, bias, model) for node, bias in walk.linears]
@@ -298,15 +297,15 @@ def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
     return Anatomy(kind, activation, pooled, embedding, logits, classifier, absent)
 
 
-def _choose_layer(anatomy: Anatomy, record: Record, layer: str, read: Node | None) -> None:
-    seen = [sight for sight in record.sights if sight.module == layer and sight.side == "out"]
+def _choose_layer(anatomy: Anatomy, trace: Trace, layer: str, read: Node | None) -> None:
+    seen = [io for io in trace.module_io if io.module == layer and io.side == "out"]
     if not seen:
         raise ValueError(f"layer {layer!r} did not run, or returned no tensor, in the model's forward pass")
     last = seen[-1].node
     shape = last.shape
-    if not (_is_vector(last) or (len(shape) == 4 and shape[0] == record.batch)):
+    if not (_is_vector(last) or (len(shape) == 4 and shape[0] == trace.batch)):
         raise ValueError(
-            f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector an "
+            f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector per "
             "input, (n, d), or maps (n, d, height, width), which are averaged over space"
         )
     anatomy.activation = same_vector(last) if _is_vector(last) else last
@@ -317,30 +316,30 @@ def _choose_layer(anatomy: Anatomy, record: Record, layer: str, read: Node | Non
         anatomy.absent["classifier"] = f"the classifier does not read {layer!r}, the layer that was chosen"
 
 
-def _choose_output(record: Record) -> Node:
-    """Return the logits among what the model returns."""
+def _choose_output(trace: Trace) -> Node:
+    """Return the logits among the outputs of the model."""
     vectors = [
         (slot, node)
-        for slot, node in record.outputs
-        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == record.batch
+        for slot, node in trace.outputs
+        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == trace.batch
     ]
     if not vectors:
-        shapes = [node.shape for _, node in record.outputs]
+        shapes = [node.shape for _, node in trace.outputs]
         raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")
     named = [node for slot, node in vectors if slot and slot[-1] == "logits"]
-    # Of features and the logits made from them, the logits.
+    # If the outputs hold features and the logits made from them, choose the logits.
     ancestors = {id(a) for _, node in vectors for a in _ancestors(node) if a is not node}
     last = [node for _, node in vectors if id(node) not in ancestors]
-    plain = [node for node in last if _normalised_source(node) is None and id(same_vector(node)) not in ancestors]
+    plain = [node for node in last if _normalized_source(node) is None and id(same_vector(node)) not in ancestors]
     node = (named or plain or last or [vectors[0][1]])[0]
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
     return node
 
 
-def _embedding_beside(record: Record, logits: Node) -> Node | None:
-    """Return the embedding of a model that returns it by name beside logits that are not made from it."""
-    for slot, node in record.outputs:
+def _embedding_beside(trace: Trace, logits: Node) -> Node | None:
+    """Return an output named "embedding" from which the logits are not made, if there is one."""
+    for slot, node in trace.outputs:
         if slot and slot[-1] == "embedding" and _is_vector(node):
             return None if any(node is other for other in _ancestors(logits)) else node
     return None
@@ -358,13 +357,13 @@ def _ancestors(node: Node) -> list[Node]:
 
 
 def _is_vector(node: Node) -> bool:
-    """Whether a value is one vector an input: (n, d), with any number of axes of length 1."""
+    """Return whether a value is one vector per input: (n, d), with any number of axes of length 1."""
     shape = node.shape
     return len(shape) >= 2 and max(shape[1:], default=0) * shape[0] == node.value.numel() and shape[1] > 0
 
 
 def _linear_source(node: Node) -> Node | None:
-    """Return what a linear layer on vectors reads, if the value is the output of one."""
+    """Return the input of the linear layer on vectors whose output the value is, or None."""
     op = base_op(node)
     if op not in _LINEARS or len(node.data) != 1 or not _is_vector(node):
         return None
@@ -379,21 +378,21 @@ def _linear_source(node: Node) -> Node | None:
     return data if reads_rows else None
 
 
-def _normalised_source(node: Node) -> Node | None:
-    """Return x where the value is x over its own length."""
+def _normalized_source(node: Node) -> Node | None:
+    """Return x if the value is x divided by its length."""
     if base_op(node) not in ("div", "mul") or len(node.data) != 2:
         return None
     for x, length in (node.data, node.data[::-1]) if base_op(node) == "mul" else (node.data,):
         while base_op(length) in _AROUND_A_LENGTH and length.data:
             length = length.data[0]
-        one_an_input = length.value.numel() == len(node.value)
-        if base_op(length) in _LENGTHS and one_an_input and x in _ancestors(length):
+        one_per_input = length.value.numel() == len(node.value)
+        if base_op(length) in _LENGTHS and one_per_input and x in _ancestors(length):
             return x
     return None
 
 
 def _is_linear(node: Node) -> bool:
-    """Whether a value comes from linear layers by nothing but arithmetic, pooling and rectifying of classes."""
+    """Return whether a value comes from linear layers through arithmetic and pooling alone."""
     if base_op(node) in _LINEARS | {"bmm"}:
         return True
     passing = _RESHAPES | _POOLS | {"add", "sub", "mul", "div", "neg"}
@@ -401,7 +400,7 @@ def _is_linear(node: Node) -> bool:
 
 
 def _head_input(hidden: Node) -> Node | None:
-    """Return what an MLP head reads, where its chain of vectors begins; None where that is the input."""
+    """Return the input of an MLP head, where its chain of vectors begins; None if that is the model's input."""
     first: Node | None = None
     node = hidden
     while True:
@@ -427,15 +426,14 @@ def _why_not_rectified(boundary: Node, layer_norm: Node | None) -> str:
         layer_norm = trunk
     if layer_norm is not None:
         where = f" (`{layer_norm.module}`)" if layer_norm.module else ""
-        cause = f"a layer normalisation{where} stands before the head, and it cancels the norm"
+        cause = f"a layer normalization{where} before the head cancels the norm"
     else:
         where = f" (from `{trunk.module}`)" if trunk.module else ""
-        cause = f"what the classifier reads{where} was not rectified"
+        cause = f"the input of the classifier{where} is not rectified"
     return (
         f"the model has no rectified hidden layer: {cause}. NAN and the other norms of the last hidden layer "
-        "do not apply. Train an MLP head with a ReLU on top of the model and tap that (paper D.4), choose a "
-        "rectified layer with layer=, or use a detector that reads the pooled feature or the logits "
-        "(KNN, SSD, Energy)"
+        "do not apply. Train an MLP head with a ReLU on top of the model (paper D.4), choose a rectified layer "
+        "with layer=, or use a detector that reads the pooled feature or the logits (KNN, SSD, Energy)"
     )
 
 
@@ -453,8 +451,8 @@ def _weight_ref(node: Node, bias: Node | None, model: nn.Module) -> WeightRef | 
     else:
         matrix = constants[0].value.T
     candidates = _tensors_of(model, node.module)
-    # The very tensor that was read comes before one of equal values.
-    root, normalised = _root(constants[-1] if op == "addmm" else constants[0])
+    # The tensor that was read itself takes precedence over others of equal values.
+    root, normalized = _root(constants[-1] if op == "addmm" else constants[0])
     held = {_pointer(root)} if root is not None else set()
     if bias is not None:
         bias_root, _ = _root(bias)
@@ -474,8 +472,8 @@ def _weight_ref(node: Node, bias: Node | None, model: nn.Module) -> WeightRef | 
             rows = tensor.T if transposed else tensor.flatten(1)
             if rows.shape != matrix.shape:
                 continue
-            for unit_rows in (True, False) if normalised else (False, True):
-                if _equal(_normalise(rows) if unit_rows else rows, matrix):
+            for unit_rows in (True, False) if normalized else (False, True):
+                if _equal(_normalize(rows) if unit_rows else rows, matrix):
                     return WeightRef(name, transposed, unit_rows, bias_path)
     return None
 
@@ -485,23 +483,23 @@ def _pointer(tensor: Tensor) -> int:
 
 
 def _root(constant: Node) -> tuple[Tensor | None, bool]:
-    """Return the tensor of the model that a weight is, reshaped or normalised, and whether it is normalised."""
-    node, normalised = constant, False
+    """Return the model's tensor that a weight was reshaped or normalized from, and whether it was normalized."""
+    node, normalized = constant, False
     while node.op != "constant":
         if base_op(node) in ("div", "mul"):
-            normalised = True
+            normalized = True
         elif base_op(node) not in _RESHAPES:
             return None, False
         node = node.parents[0]
-    return node.value, normalised
+    return node.value, normalized
 
 
 def _tensors_of(model: nn.Module, owner: str) -> dict[str, Tensor]:
-    """Return the model's parameters and buffers by path, those of the module that ran first."""
+    """Return the parameters and buffers of the model by path, starting with those of the module that ran."""
     found: dict[str, Tensor] = {}
     module = model.get_submodule(owner)
     for attribute in ("weight", "bias"):
-        # As an attribute: a parametrised weight (weight norm, spectral norm) is none of the parameters.
+        # Read as an attribute: a parametrized weight (weight norm, spectral norm) is not a parameter.
         value = getattr(module, attribute, None)
         if isinstance(value, Tensor):
             found[f"{owner}.{attribute}" if owner else attribute] = value.detach()
@@ -510,7 +508,7 @@ def _tensors_of(model: nn.Module, owner: str) -> dict[str, Tensor]:
     return found
 
 
-def _normalise(rows: Tensor) -> Tensor:
+def _normalize(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=1)
 
 

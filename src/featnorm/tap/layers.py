@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.checks import check_type
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import Point, capture, locate, made, undisturbed
+from featnorm.tap.capture import HookPoint, capture, eval_mode, locate, made
 from featnorm.tap.find import base_op, find, is_rectifier
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.tap import unwrap
@@ -17,23 +17,24 @@ _TRACED_ROWS = 2
 
 
 class LayerTap:
-    """Listens to several layers of a model at once, and leaves it as it was.
+    """Captures several layers of a model in one pass, and leaves the model unchanged.
 
     Parameters
     ----------
-    model : any module that maps a batch of inputs to something.
-    inputs : a batch to trace it on.
+    model : module that maps a batch of inputs to any output.
+    inputs : batch to trace the model on.
     layers
-        Names of modules whose outputs are wanted; None for every rectified layer, be it a module or a function,
-        in the order in which they run.
-    last : a name for the last hidden layer, as `FeatureTap` finds it, which then comes first; None for without.
+        Names of the modules whose outputs to capture. Default: every rectified layer, whether a module or a
+        function, in the order in which they run.
+    last : name for the last hidden layer, as found by `FeatureTap`, which then comes first. Default: not captured.
 
     Raises
     ------
     ValueError
-        A module is not in the model or did not run, nothing in it is rectified, or there is no last hidden layer.
+        A module is not in the model or did not run, the model has no rectified layer, or ``last`` is given and
+        there is no last hidden layer.
     TypeError
-        The model is no `torch.nn.Module`, or the inputs are no tensor.
+        The model is not a `torch.nn.Module`, or the inputs are not a tensor.
     """
 
     def __init__(
@@ -47,23 +48,23 @@ class LayerTap:
         check_type(model, nn.Module, "the model", "a torch.nn.Module")
         check_type(inputs, Tensor, "the inputs", "a tensor")
         self.model = unwrap(model)
-        with undisturbed(self.model):
-            record = trace(self.model, inputs[:_TRACED_ROWS])
+        with eval_mode(self.model):
+            traced = trace(self.model, inputs[:_TRACED_ROWS])
         if layers is None:
-            nodes = [node for node in record.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
-            # A gate written out is its own last step; what it is made of are no layers.
+            nodes = [node for node in traced.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
+            # Of a gate that is written out in several operations, only the last counts as a layer.
             found = {f"{i}: {node.module or base_op(node)}": node for i, node in enumerate(nodes)}
         else:
             found = {}
             for name in layers:
-                outputs = [s.node for s in record.sights if s.module == name and s.side == "out"]
+                outputs = [io.node for io in traced.module_io if io.module == name and io.side == "out"]
                 if not outputs:
-                    known = ", ".join([n for n, _ in self.model.named_modules() if n][-8:])
-                    raise ValueError(f"no module {name!r} ran; the model's last modules are {known}")
+                    last_names = ", ".join([n for n, _ in self.model.named_modules() if n][-8:])
+                    raise ValueError(f"no module {name!r} ran; the last modules of the model are {last_names}")
                 found[name] = outputs[-1]
-        self._logits: Point | None = None
+        self._logits: HookPoint | None = None
         try:
-            anatomy = find(record, self.model)
+            anatomy = find(traced, self.model)
         except ValueError as error:
             if last is not None:
                 raise
@@ -71,31 +72,31 @@ class LayerTap:
         else:
             self._no_logits = anatomy.absent.get("logits", "")
             if anatomy.logits is not None:
-                self._logits = locate(record, anatomy.logits)
+                self._logits = locate(traced, anatomy.logits)
             if last is not None:
                 if anatomy.activation is None:
                     raise ValueError(f"there is no last hidden layer: {anatomy.absent['activation']}")
                 found = {last: anatomy.activation, **found}
         if not found:
-            raise ValueError("nothing in this model is rectified: name the layers")
-        self.points: dict[str, Point] = {name: locate(record, node) for name, node in found.items()}
+            raise ValueError("nothing in this model is rectified: pass the names of layers")
+        self.points: dict[str, HookPoint] = {name: locate(traced, node) for name, node in found.items()}
         self._made = {name: made(node) for name, node in found.items()}
 
     @property
     def names(self) -> list[str]:
-        """What the layers are called, in order."""
+        """Names of the layers, in order."""
         return list(self.points)
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Return the output of every layer for a batch, (n, d) each, all its numbers in a row."""
-        with undisturbed(self.model), torch.no_grad():
+        """Return the flattened output of every layer for a batch, (n, d) each."""
+        with eval_mode(self.model), torch.no_grad():
             caught = capture(self.model, self.points, inputs)
         return {name: value.flatten(1) for name, value in caught.items()}
 
     def hidden(self, inputs: Tensor) -> dict[str, HiddenClassifier]:
-        """Return the classifier hidden in every layer, from one pass forward and one back a class for all of them.
+        """Return the classifier hidden in every layer, from one forward pass and one backward pass per class.
 
-        As `FeatureTap.hidden`, which says what they are and what is refused.
+        See `FeatureTap.hidden` for the result and the errors.
         """
         if self._logits is None:
             raise ValueError(f"there is no hidden classifier without logits: {self._no_logits}")

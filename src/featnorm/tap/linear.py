@@ -1,10 +1,9 @@
-"""A forward pass whose rectifiers are linear maps, so that its gradients are the paper's coefficients (Prop. 1).
+"""A linearized forward pass, whose gradients are the paper's coefficients (Prop. 1).
 
-Each elementwise non-linearity s is replaced by ``z * constant`` with the constant ``s(z) / z`` of this input. The
-values stay what they were, and the Jacobian of the logits in a layer becomes C(x) of eq. 2, for any architecture.
-What is behind the layer is read off the graph that torch keeps for its gradients: anything that is not known to
-be linear there is refused by name. A second pass, its factors held and the layer moved a little, must then say the
-same.
+Each elementwise non-linearity s is replaced by ``z * gate`` with the constant gate ``s(z) / z`` of this input. The
+values do not change, and the Jacobian of the logits with respect to a layer becomes C(x) of eq. 2, for any
+architecture. Operations after the layer are read from the autograd graph, and an error names those that are not
+known to be linear. A second pass, with the gates held fixed and the layer changed slightly, verifies the result.
 """
 
 import re
@@ -18,12 +17,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import Point, capture, undisturbed
+from featnorm.tap.capture import HookPoint, capture, eval_mode
 
 _LOGITS = "logits of the model"
 _CLASSES_AT_ONCE = 64
 
-# Elementwise functions with s(0) = 0, by name, whether called from torch, as a method, or in place.
+# Elementwise functions with s(0) = 0, by name, called as a function, as a method, or in place.
 _ELEMENTWISE = {
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "gelu", "silu", "mish", "hardswish", "elu", "celu", "selu",
     "hardtanh", "threshold", "tanh", "tanhshrink", "softsign", "hardshrink", "softshrink", "clamp", "clamp_min",
@@ -39,7 +38,7 @@ _MAX_POOLS: dict[str, Callable[..., Any]] = {
 }
 _LENGTHS = {"norm", "vector_norm", "linalg_vector_norm", "linalg_norm"}
 
-# Nodes of torch's graph, without "Backward0": maps that are linear, or pick values and so are linear nearby.
+# Autograd nodes, without "Backward0", of maps that are linear, or select values and so are locally linear.
 _LINEAR = {
     "Add", "Sub", "Rsub", "Neg", "Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Mul", "Div",
     "Convolution", "MkldnnConvolution", "ThnnConvDepthwise2D", "ConvDepthwise3D", "SlowConv2D",
@@ -56,33 +55,34 @@ _LINEAR = {
     "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleBilinear2D", "UpsampleBicubic2D", "Where", "MaskedFill",
     "Relu", "Identity",
 }  # fmt: skip
-# Products, and which of their factors may depend on the layer: one of these, and no other.
+# Products, and the positions of their factors: only one of these may depend on the layer.
 _FACTORS = {
     "Mul": (0, 1), "Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Addbmm": (1, 2),
     "Addmv": (1, 2), "Mv": (0, 1), "Dot": (0, 1), "Convolution": (0, 1),
 }  # fmt: skip
 
-# How far the layer is moved, as a share of its size, and what the second pass may be off.
+# Size of the change of the layer, relative to its values, and tolerance of the second pass.
 _STEP = 1e-3
 _TOLERANCE = 0.1
 
 
-class _Linearised(TorchFunctionMode):
-    """Runs what depends on a layer with every rectifier and every length as a constant factor.
+class _Linearized(TorchFunctionMode):
+    """Replaces every rectifier and every length that depends on a layer by a constant factor.
 
     Parameters
     ----------
-    held : the factors of an earlier pass, to be used again; None to work them out.
-    put : called with what an operation that was listened for has returned, for what shall stand in its place.
+    held : factors of an earlier pass, to be reused; None to compute them.
+    put : function that maps a hook point and the result of its operation to the tensor that replaces the result.
     fresh : points whose operations have just run, see `capture`.
-    start : the rectifier whose input is the layer, by its place, and what makes it so; None for no such one.
+    start : index of the rectifier whose input is the layer, and the function that makes it the layer; None if the
+        layer is no rectifier's input.
     """
 
     def __init__(
         self,
         held: Sequence[Tensor] | None,
-        put: Callable[[Point, Tensor], Tensor],
-        fresh: list[Point],
+        put: Callable[[HookPoint, Tensor], Tensor],
+        fresh: list[HookPoint],
         start: tuple[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         super().__init__()
@@ -92,14 +92,16 @@ class _Linearised(TorchFunctionMode):
         self.start = start
         self.factors: list[Tensor] = []
         self.rectified = 0
-        self.places: dict[Point, int] = {}  # of the layers that are a rectifier's output
+        self.rectifiers: dict[HookPoint, int] = {}  # index of the rectifier whose output is a layer
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.fresh:
-            raise ValueError("the layer is computed out of sight, in compiled code or a function of its own")
+            raise ValueError(
+                "the operation that makes the layer is hidden in compiled code or a custom autograd function"
+            )
         name = getattr(func, "__name__", "")
         base = name.strip("_")
         z = args[0] if args else kwargs.get("input")
@@ -119,11 +121,11 @@ class _Linearised(TorchFunctionMode):
             point = self.fresh.pop()
             self.fresh.clear()
             if not isinstance(result, Tensor):
-                raise ValueError(f"the layer is one of several results of {base}, and cannot be followed")
+                raise ValueError(f"the layer is one of several results of {base}, which is not supported")
             if base in _ELEMENTWISE:
-                self.places[point] = self.rectified - 1
+                self.rectifiers[point] = self.rectified - 1
             there = self.put(point, result)
-            # Who wrote in place goes on with the tensor that was written to.
+            # After an in-place operation, the model continues with the tensor that was written to.
             result = result.copy_(there) if _in_place(name, kwargs) else there
         return result
 
@@ -135,7 +137,7 @@ class _Linearised(TorchFunctionMode):
         if not z.requires_grad and start is None:
             return func(*args, **kwargs)
         in_place = _in_place(name, kwargs)
-        # In place the tensor is about to hold the output, and its gradient is then that of the output.
+        # An in-place rectifier overwrites its input, whose gradient would then be that of the output.
         source = z.clone() if in_place else z
         if start is not None:
             source = start[1](source)
@@ -145,18 +147,18 @@ class _Linearised(TorchFunctionMode):
 
         def factor() -> Tensor:
             if bool((output[source == 0] != 0).any()):
-                raise ValueError(f"{name} is not 0 at 0, so that it is no factor of its input (paper eq. 2)")
+                raise ValueError(f"{name} is not 0 at 0, so it is not a multiple of its input (paper eq. 2)")
             return torch.where(source == 0, 0.0, output / source).to(source.dtype)
 
         y = source * self._factor(factor)
         return (args[0] if args else kwargs["input"]).copy_(y) if in_place else y
 
     def _pool(self, z: Tensor, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        # A choice of values is linear once it is made.
+        # Selecting values is linear once the indices are fixed.
         rest = {key: value for key, value in kwargs.items() if key not in ("input", "return_indices")}
-        places = self._factor(lambda: _MAX_POOLS[base](z, *args[1:], **rest)[1])
-        spatial = places.ndim - 2
-        return z.flatten(-spatial).gather(-1, places.flatten(-spatial)).view(places.shape)
+        indices = self._factor(lambda: _MAX_POOLS[base](z, *args[1:], **rest)[1])
+        spatial = indices.ndim - 2
+        return z.flatten(-spatial).gather(-1, indices.flatten(-spatial)).view(indices.shape)
 
     def _factor(self, make: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -167,19 +169,19 @@ class _Linearised(TorchFunctionMode):
 
 def hidden_classifiers(
     model: nn.Module,
-    layers: Mapping[str, Point],
-    logits: Point,
+    layers: Mapping[str, HookPoint],
+    logits: HookPoint,
     inputs: Tensor,
     *,
     pre_activation: bool = False,
 ) -> dict[str, HiddenClassifier]:
-    """Return the classifiers hidden in some layers, from two linearised passes forward and one back a class.
+    """Return the classifiers hidden in layers, from two linearized forward passes and one backward pass per class.
 
     Parameters
     ----------
-    model, inputs : a batch as the model takes it, on its device; both stay as they are.
-    layers, logits : what makes the layers, see `made`, and where the logits are.
-    pre_activation : of what the layer's rectifier reads; there must be one layer then.
+    model, inputs : the model, and a batch on its device; both are left unchanged.
+    layers, logits : points of the operations that make the layers, see `made`, and the point of the logits.
+    pre_activation : whether to use the input of the layer's rectifier; requires a single layer.
 
     Raises
     ------
@@ -188,15 +190,15 @@ def hidden_classifiers(
     """
     if not len(inputs):
         raise ValueError("there is no input in the batch")
-    # Inference tensors take part in no gradient, whatever mode the caller is in.
-    with torch.inference_mode(False), undisturbed(model, gradients=True), _frozen(model):
+    # Inference tensors cannot be differentiated, so the caller's inference mode is turned off.
+    with torch.inference_mode(False), eval_mode(model, gradients=True), _frozen(model):
         inputs = inputs.detach().clone()
-        place = _place(model, layers, logits, inputs) if pre_activation else None
-        first = _Run(model, layers, logits, inputs, place)
+        rectifier = _rectifier(model, layers, logits, inputs) if pre_activation else None
+        first = _Run(model, layers, logits, inputs, rectifier)
         for name, value in first.layers.items():
             _require_linear(first.logits, value, name)
         matrices = first.coefficients()
-        _require_same(first, matrices, _Run(model, layers, logits, inputs, place, earlier=first))
+        _require_same(first, matrices, _Run(model, layers, logits, inputs, rectifier, earlier=first))
     found = {}
     for (name, value), matrix in zip(first.layers.items(), matrices, strict=True):
         bare = HiddenClassifier(value.detach().flatten(1), matrix)
@@ -205,15 +207,15 @@ def hidden_classifiers(
 
 
 class _Run:
-    """One linearised pass: the layers as leaves of the graph, or within it, and the logits."""
+    """One linearized pass: the layers, as leaves of the autograd graph or within it, and the logits."""
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, Point],
-        logits: Point,
+        layers: Mapping[str, HookPoint],
+        logits: HookPoint,
         inputs: Tensor,
-        place: int | None,
+        rectifier: int | None,
         earlier: "_Run | None" = None,
     ) -> None:
         self.layers: dict[str, Tensor] = {}
@@ -222,28 +224,26 @@ class _Run:
         names = {point: name for name, point in layers.items()}
         generator = torch.Generator().manual_seed(0)
 
-        def put(point: Point, value: Tensor) -> Tensor:
-            if place is not None:
+        def put(point: HookPoint, value: Tensor) -> Tensor:
+            if rectifier is not None:
                 return value
             return self._open(names[point], value, earlier, generator)
 
         start = None
-        if place is not None:
+        if rectifier is not None:
             (name,) = layers
-            start = (place, lambda value: self._open(name, value, earlier, generator))
-        fresh: list[Point] = []
-        self.mode: _Linearised = _Linearised(held, put, fresh, start)
+            start = (rectifier, lambda value: self._open(name, value, earlier, generator))
+        fresh: list[HookPoint] = []
+        self.mode: _Linearized = _Linearized(held, put, fresh, start)
         with self.mode:
             caught = capture(model, {**layers, _LOGITS: logits}, inputs, fresh=fresh)
         self.logits = caught[_LOGITS].flatten(1)
         self.layers = {name: self.layers[name] for name in layers}
         if not self.logits.requires_grad:
-            raise ValueError(
-                "the logits do not depend on the layer, or are computed without the gradients to follow them by"
-            )
+            raise ValueError("the logits do not depend on the layer, or are computed without gradients")
 
     def _open(self, name: str, value: Tensor, earlier: "_Run | None", generator: torch.Generator) -> Tensor:
-        """Make a value the layer; what follows may write to what it gets."""
+        """Make a value the layer, and return a copy that the model may write to."""
         if not value.requires_grad:
             value = value.detach()
             if earlier is not None:
@@ -256,10 +256,10 @@ class _Run:
         return value.clone()
 
     def coefficients(self) -> list[Tensor]:
-        """Return the Jacobian of the logits in each layer: (n, K, d), d all the layer's numbers."""
+        """Return the Jacobian (n, K, d) of the logits with respect to each layer, which has d values per input."""
         n, classes = self.logits.shape
         rows: list[list[Tensor]] = [[] for _ in self.layers]
-        # What is computed anew on the way back, by checkpoints, is to be linear too.
+        # Activation checkpoints recompute parts in the backward pass, which must be linearized too.
         with self.mode:
             for begin in range(0, classes, _CLASSES_AT_ONCE):
                 chosen = range(begin, min(begin + _CLASSES_AT_ONCE, classes))
@@ -274,17 +274,17 @@ class _Run:
         return [torch.cat(parts).transpose(0, 1).contiguous() for parts in rows]
 
 
-def _place(model: nn.Module, layers: Mapping[str, Point], logits: Point, inputs: Tensor) -> int:
-    """Return which rectifier's output the layer is, by its place among those that run."""
+def _rectifier(model: nn.Module, layers: Mapping[str, HookPoint], logits: HookPoint, inputs: Tensor) -> int:
+    """Return the index, among the rectifiers that run, of the one whose output is the layer."""
     ((_, point),) = layers.items()
-    place = _Run(model, layers, logits, inputs, None).mode.places.get(point)
-    if place is None:
+    index = _Run(model, layers, logits, inputs, None).mode.rectifiers.get(point)
+    if index is None:
         raise ValueError("this layer is not the output of a rectifier, so it has no pre-activation")
-    return place
+    return index
 
 
 def _require_linear(logits: Tensor, layer: Tensor, name: str) -> None:
-    """Refuse, by a ValueError, whatever stands between the two and is not known to be linear."""
+    """Raise a ValueError that names the operations between the two that are not known to be linear."""
     odd: list[str] = []
     reached = False
     seen = set()
@@ -309,13 +309,13 @@ def _require_linear(logits: Tensor, layer: Tensor, name: str) -> None:
         raise ValueError(f"the logits do not depend on {name}")
     if odd:
         raise ValueError(
-            f"what is behind {name} is not linear, whatever factors are fixed: it passes "
+            f"the model after {name} is not linear, even with its gates held fixed: it contains "
             + " and ".join(sorted(set(odd)))
         )
 
 
 def _require_same(first: _Run, matrices: Sequence[Tensor], second: _Run) -> None:
-    """Refuse a network that does something that gradients did not tell of: the layer was moved by a little."""
+    """Raise a ValueError if a small change of the layer does not change the logits as the gradients predict."""
     predicted = torch.zeros_like(first.logits)
     for name, matrix in zip(first.layers, matrices, strict=True):
         if name in second.steps:
@@ -325,8 +325,8 @@ def _require_same(first: _Run, matrices: Sequence[Tensor], second: _Run) -> None
     off = float((moved - predicted.detach()).abs().max())
     if not off <= _TOLERANCE * float(torch.maximum(moved.abs(), predicted.detach().abs()).max()) + noise:
         raise ValueError(
-            "what is behind the layer does something that its gradients do not tell, such as detaching a value, "
-            "mixing the inputs of a batch, or a non-linearity of its own: C(x) would not be exact"
+            "the gradients of the model after the layer do not predict its output, because it detaches a value, "
+            "mixes the inputs of a batch, or has a custom non-linearity: C(x) would not be exact"
         )
 
 
@@ -342,17 +342,17 @@ def _in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Gradients for the layer alone, and every parameter's own setting back at the end."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Turn off the gradients of all parameters in a block, and restore them afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def _reciprocal_length(z: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
-    """One over the length that `torch.nn.functional.normalize` divides by."""
+    """Return the reciprocal of the length by which `torch.nn.functional.normalize` divides."""
     return torch.linalg.vector_norm(z, p, dim=dim, keepdim=True).clamp_min(eps).reciprocal()

@@ -1,4 +1,4 @@
-"""`FeatureTap`: where in a model to listen."""
+"""`FeatureTap`, which finds and captures the features of a model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -6,44 +6,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.checks import check_text, check_type
+from featnorm._utils.progress import progress_bar
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import TRACE_AGAIN, Point, capture, locate, made, undisturbed
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, made
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.trace import Node, trace
+from featnorm.tap.trace import Node, Trace, trace
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
 _LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 _CLASS_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Rows of the forward pass that is traced, which keeps every tensor it makes.
+# Batch size of the traced forward pass, which keeps every tensor it makes.
 _TRACED_ROWS = 2
 
 
 class FeatureTap:
-    """Listens to a model: the last hidden layer, the pooled feature, the embedding and the logits.
+    """Captures the features of a model: its last hidden layer, pooled feature, embedding and logits.
 
-    On the first input it traces one forward pass and finds for itself where they are; see `describe`. The
-    model is left exactly as it was after every call: no hook, mode, gradient or parameter changes, also when
-    it raises. A model wrapped by `torch.nn.DataParallel` or `torch.compile` is listened to inside its
-    wrapper.
+    It finds them by tracing one forward pass on the first batch; `describe` reports the result. Every call leaves
+    the model exactly as it was: no hook, mode, gradient or parameter changes, even if it raises an error. If the
+    model is wrapped by `torch.nn.DataParallel` or `torch.compile`, the model inside the wrapper is used.
 
     Parameters
     ----------
-    model : any module that maps a batch of inputs to logits, to features, or to a tuple or dict of them.
+    model : module that maps a batch of inputs to logits, to features, or to a tuple or dict of them.
     layer
-        The module whose output is the last hidden layer, itself or its name, where the one that is found is
-        not the one that is wanted. Maps (n, d, height, width) are averaged over space.
+        Module whose output is the last hidden layer, or its name, if the one found automatically is not the right
+        one. Maps (n, d, height, width) are averaged over space.
 
     Raises
     ------
     ValueError
         ``layer`` is not in the model.
     TypeError
-        The model is no `torch.nn.Module`, or ``layer`` is neither a module nor a name.
+        The model is not a `torch.nn.Module`, or ``layer`` is neither a module nor a name.
     """
 
     def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
@@ -61,10 +60,9 @@ class FeatureTap:
         Raises
         ------
         ValueError
-            The model returns neither logits nor features of shape (n, width), or the chosen layer does not
-            run.
+            The model returns neither logits nor features of shape (n, width), or the chosen layer did not run.
         TypeError
-            The inputs are no tensor.
+            The inputs are not a tensor.
         """
         check_type(inputs, Tensor, "the inputs", "a tensor")
         self._trace(inputs)
@@ -73,12 +71,12 @@ class FeatureTap:
     def __call__(self, inputs: Tensor) -> Features:
         """Return the features of one batch, on the model's device, from one forward pass.
 
-        The tensors are the caller's to keep and change: none shares memory with the model or the inputs.
+        The caller may change the tensors: none shares memory with the model or the inputs.
         """
         return self.capture(inputs, classifier=True)
 
     def capture(self, inputs: Tensor, *, classifier: bool) -> Features:
-        """Return the features of one batch, with a copy of the classifier's weights or without."""
+        """Return the features of one batch, with or without a copy of the classifier's weights."""
         check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
         if self._plan is None:
@@ -87,31 +85,31 @@ class FeatureTap:
 
     def _trace(self, inputs: Tensor) -> Features:
         inputs = inputs.to(self.device)
-        with undisturbed(self.model):
-            record = trace(self.model, inputs[:_TRACED_ROWS])
-            plan = _Plan.of(find(record, self.model, self.layer), record)
+        with eval_mode(self.model):
+            traced = trace(self.model, inputs[:_TRACED_ROWS])
+            plan = _Plan.of(find(traced, self.model, self.layer), traced)
         features = self._capture(plan, inputs, classifier=True)
         self._plan = plan
         self._advice = TRACE_AGAIN
         activation = features.activation
         if activation is not None and activation.numel():
             share = float((activation <= 0).float().mean())
-            self._inactive = f"On the {len(inputs)} inputs seen, {share:.0%} of its units were off for an input."
+            self._inactive = f"On average, {share:.0%} of its units were off for the {len(inputs)} inputs."
         return features
 
     def _capture(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
-        with undisturbed(self.model):
+        with eval_mode(self.model):
             return self._caught(inputs, plan, classifier)
 
     def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
-        """Run the model in the mode and with the gradients that are set now."""
+        """Return the features of one batch, in the current mode and with the current gradient setting."""
         plan = plan or self._planned()
         caught = capture(self.model, plan.points, inputs, advice=self._advice)
-        # One tensor under two names (a pooled feature that is the last hidden layer) stays one tensor.
+        # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
         vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
         fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
         fields["classifier"] = plan.classifier(self.model) if classifier else None
-        return Features(**fields, absent=plan.absent, source=_Source(self, inputs))
+        return Features(**fields, absent=plan.absent, call=_ModelCall(self, inputs))
 
     def stream(self, loader: Iterable[Any], *, progress: bool | None = None) -> Iterator[Features]:
         """Yield the features of a loader batch by batch, on the model's device.
@@ -119,20 +117,20 @@ class FeatureTap:
         Parameters
         ----------
         loader
-            Yields inputs: a tensor; a tuple of inputs and, second, labels; or a dict with such keys as
-            ``image`` and ``label``. Labels that are not one integer an input are left out.
-        progress : show a progress bar on the terminal; None for where there is one.
+            Iterable of batches. A batch is a tensor of inputs; a tuple of inputs and, optionally, labels; or a
+            dict with keys such as ``image`` and ``label``. Labels that are not one integer per input are ignored.
+        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
         ValueError
-            A batch holds no tensor of inputs, or the loader none at all.
+            A batch holds no tensor of inputs, or the loader yields no batch.
         TypeError
-            The loader is no iterable of batches.
+            The loader is not an iterable of batches.
         """
         check_loader(loader)
         total = _length(loader)
-        bar = tqdm(loader, total=total, unit="batch", disable=_hide(progress), leave=False)
+        bar = progress_bar(loader, total=total, unit="batch", progress=progress)
         empty = True
         for i, batch in enumerate(bar):
             inputs, labels, why = _split(batch, i)
@@ -153,58 +151,59 @@ class FeatureTap:
             raise ValueError(f"the loader yielded no batch{used_up if iter(loader) is loader else ''}")
 
     def extract(self, loader: Iterable[Any], *, progress: bool | None = None) -> Features:
-        """Return the features of a whole loader, on the CPU; as `stream`, joined.
+        """Return the features of a whole loader, on the CPU: the batches of `stream`, concatenated.
 
-        For a fit that need not hold them all in memory give the batches of `stream` to `partial_fit`.
+        To fit a detector without holding all features in memory, pass the batches of `stream` to `partial_fit`.
         """
         return Features.cat([features.to("cpu") for features in self.stream(loader, progress=progress)])
 
     def hidden(self, inputs: Tensor, *, pre_activation: bool = False) -> HiddenClassifier:
         """Return the classifier hidden in the layer for a batch: ``logits = C a + Gamma`` (paper Prop. 1, A.2.3).
 
-        One pass forward, in which every rectifier is the factor ``s(z) / z`` of its input, and one back for each
-        class, batched; so the cost is that of 1 + 2 K forward passes from the layer on, and the memory n K d.
+        In one forward pass, every rectifier multiplies its input by the constant gate ``s(z) / z``; one backward
+        pass per class, batched, then gives C. The cost is that of 1 + 2 K forward passes from the layer on, and
+        the memory is n K d.
 
         Parameters
         ----------
-        inputs : as the model takes them.
-        pre_activation : of what the layer's rectifier reads instead of what it puts out (Prop. 6).
+        inputs : batch of n inputs, as the model takes them.
+        pre_activation : whether to use the input of the layer's rectifier instead of its output (Prop. 6).
 
         Returns
         -------
-        Of the last hidden layer or, where the tap was made with ``layer=``, of that; d counts all numbers of
-        a map.
+        The hidden classifier of the last hidden layer, or of ``layer`` if it was given to the tap. For maps, d is
+        the number of all their values.
 
         Raises
         ------
         ValueError
-            The model has no logits or no such layer, or something behind the layer is not a linear map once its
-            factors are fixed, such as attention or a LayerNorm; it is named.
+            The model has no logits or no such layer, or an operation after the layer, such as attention or a
+            LayerNorm, is not linear even with its gates held fixed. The message names the operation.
         TypeError
-            The inputs are no tensor.
+            The inputs are not a tensor.
         """
         check_type(inputs, Tensor, "the inputs", "a tensor")
         inputs = inputs.to(self.device)
-        with undisturbed(self.model):
-            record = trace(self.model, inputs[:_TRACED_ROWS])
-        anatomy = find(record, self.model, self.layer)
+        with eval_mode(self.model):
+            traced = trace(self.model, inputs[:_TRACED_ROWS])
+        anatomy = find(traced, self.model, self.layer)
         if anatomy.activation is None or anatomy.logits is None:
             missing = "activation" if anatomy.activation is None else "logits"
             raise ValueError(f"there is no hidden classifier without {missing}: {anatomy.absent.get(missing)}")
         name = self.layer or "the last hidden layer"
         layers = {name: made(anatomy.activation)}
-        logits = locate(record, anatomy.logits)
+        logits = locate(traced, anatomy.logits)
         return hidden_classifiers(self.model, layers, logits, inputs, pre_activation=pre_activation)[name]
 
     def describe(self) -> str:
-        """Say in words what was found, and what it means for the negative-aware norm.
+        """Describe the features that were found, and whether the negative-aware norm works on them.
 
-        Before the first input, the model is traced on noise of the size that it seems to take.
+        If no batch was traced yet, the model is traced on noise of the input size that its layers suggest.
 
         Raises
         ------
         ValueError
-            The size of the model's input cannot be told; give it a batch with `trace` first.
+            The input size of the model cannot be inferred; call `trace` with a batch first.
         """
         noise = self._plan is None
         if noise:
@@ -213,29 +212,29 @@ class FeatureTap:
                 self.trace(guess)
             except (RuntimeError, TypeError, AssertionError, IndexError) as error:
                 raise ValueError(
-                    f"the model does not take noise of shape {tuple(guess.shape)}, so the size of its "
-                    "input cannot be told: show it a batch with tap.trace(inputs)"
+                    f"the model does not accept noise of shape {tuple(guess.shape)}, so its input size cannot be "
+                    "inferred: call tap.trace with a batch first"
                 ) from error
         plan = self._planned()
         lines = [plan.verdict]
         if self._inactive:
-            lines.append(self._inactive + (" (The inputs were noise: trace real ones.)" if noise else ""))
+            lines.append(self._inactive + (" (They were noise: trace real inputs.)" if noise else ""))
         for name, words in plan.words.items():
             lines.append(f"{name}: {words}")
         return "\n".join(lines)
 
     def state(self) -> dict[str, Any]:
-        """Return what was found as plain data, for a file; see `from_state`."""
+        """Return the state of the tap as plain data, for a file; see `from_state`."""
         return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_json()}
 
     @classmethod
     def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
-        """Make a tap that listens where another did, without tracing the model again.
+        """Create a tap from the state of another one, without tracing the model again.
 
         Raises
         ------
         KeyError, TypeError, ValueError
-            The data are none that `state` gave, or do not fit the model.
+            The data are not a state, or do not fit the model.
         """
         tap = cls(model, state["layer"])
         tap._plan = _Plan.from_json(state["plan"])
@@ -245,40 +244,40 @@ class FeatureTap:
         return tap
 
     def require(self, names: Iterable[str]) -> None:
-        """Refuse, by a ValueError, a tap from a file that gives none of one of these fields of `Features`."""
+        """Raise a ValueError if the tap, read from a file, lacks one of these fields of `Features`."""
         plan = self._planned()
         for name in names:
             if name not in plan.points and not (name == "classifier" and plan.weights):
-                raise ValueError(f"the tap listens to no {name}")
+                raise ValueError(f"the tap captures no {name}")
 
     def _planned(self) -> "_Plan":
         if self._plan is None:
-            raise RuntimeError("the tap has seen no input yet: call trace with a batch")
+            raise RuntimeError("the tap has not traced the model yet: call trace with a batch")
         return self._plan
 
     def _name(self, layer: str | nn.Module | None) -> str | None:
         names = {name: module for name, module in self.model.named_modules() if name}
         if layer is None:
             return None
-        if isinstance(layer, str):  # a module under two names is called by the first
+        if isinstance(layer, str):  # if a module has two names, use the first
             layer = dict(self.model.named_modules(remove_duplicate=False)).get(layer, layer)
         for name, module in names.items():
             if module is layer:
                 return name
-        shown = ", ".join(list(names)[-8:])
-        wanted = layer if isinstance(layer, str) else type(layer).__name__
-        raise ValueError(f"layer {wanted!r} is not in the model; its last modules are {shown}")
+        last_names = ", ".join(list(names)[-8:])
+        given = layer if isinstance(layer, str) else type(layer).__name__
+        raise ValueError(f"layer {given!r} is not in the model; its last modules are {last_names}")
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its features will be."""
+        """Device of the model and of its features."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The inputs of a batch, and the tap that listened to them."""
+class _ModelCall:
+    """The inputs of a batch, and the tap that captured its features."""
 
     tap: FeatureTap
     inputs: Tensor
@@ -287,16 +286,16 @@ class _Source:
         return self.tap(inputs)
 
     def gradient(self, loss: Callable[[Features], Tensor]) -> Tensor:
-        # Inference tensors take part in no gradient, whatever mode the caller is in.
+        # Inference tensors cannot be differentiated, so the caller's inference mode is turned off.
         with torch.inference_mode(False):
             inputs = self.inputs.detach().clone().requires_grad_()
-            with undisturbed(self.tap.model, gradients=True):
+            with eval_mode(self.tap.model, gradients=True):
                 features = self.tap._caught(inputs)
                 return torch.autograd.grad(loss(features), inputs)[0]
 
 
 class AutocastTap(FeatureTap):
-    """A tap that runs the model in the precision of a Fabric, whoever asks: detectors that ask again too.
+    """A tap that runs the model in the precision of a Fabric, also for detectors that call the model again.
 
     Parameters
     ----------
@@ -315,11 +314,11 @@ class AutocastTap(FeatureTap):
 
 
 class _Plan:
-    """What a tap found, without the tensors that it was found by."""
+    """The result of tracing a model, without the tensors of the trace."""
 
     def __init__(
         self,
-        points: dict[str, Point],
+        points: dict[str, HookPoint],
         weights: list[WeightRef],
         absent: dict[str, str],
         verdict: str,
@@ -332,13 +331,13 @@ class _Plan:
         self.words = words
 
     @classmethod
-    def of(cls, anatomy: Anatomy, record: Any) -> "_Plan":
+    def of(cls, anatomy: Anatomy, traced: Trace) -> "_Plan":
         nodes = {
             name: node
             for name in ("activation", "pooled", "embedding", "logits")
             if (node := getattr(anatomy, name)) is not None
         }
-        points = {name: locate(record, node) for name, node in nodes.items()}
+        points = {name: locate(traced, node) for name, node in nodes.items()}
         words = {
             name: f"{_width(node)} wide, from {_place(node)}"
             for name, node in nodes.items()
@@ -347,7 +346,7 @@ class _Plan:
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
 
     def classifier(self, model: nn.Module) -> Classifier | None:
-        """Read the linear map from the hidden layer to the logits off the model as it is now."""
+        """Return the linear map from the hidden layer to the logits, from the model's current weights."""
         product: Tensor | None = None
         offset: Tensor | None = None
         for ref in self.weights:
@@ -363,21 +362,21 @@ class _Plan:
             product = product @ weight
         if product is None:
             return None
-        # The weights themselves are the user's: features must neither change with them nor change them.
+        # Copies: features must neither change with the user's weights nor change them.
         return product.clone(), None if offset is None else offset.clone()
 
     def check(self, model: nn.Module) -> None:
-        """Refuse, by a ValueError, a plan from a file that does not fit the model."""
+        """Raise a ValueError if a plan from a file does not fit the model."""
         for name, point in self.points.items():
-            known = point.side == "op" or (point.side in ("in", "out") and _has_module(model, point.module))
-            if name not in PER_INPUT or not known:
-                raise ValueError(f"the tap of {name!r} listens to {point.side!r} of {point.module!r}")
+            exists = point.side == "op" or (point.side in ("in", "out") and _has_module(model, point.module))
+            if name not in PER_INPUT or not exists:
+                raise ValueError(f"the hook point of {name!r} does not exist: {point.side!r} of {point.module!r}")
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for path in (path for ref in self.weights for path in (ref.weight, ref.bias) if path is not None):
             owner, _, attribute = path.rpartition(".")
-            # A parametrised weight is an attribute of its module, and among neither parameters nor buffers.
+            # A parametrized weight is an attribute of its module, but neither a parameter nor a buffer.
             if path not in tensors and not (attribute in ("weight", "bias") and _has_module(model, owner)):
-                raise ValueError(f"the classifier is read from {path!r}, which is no weight of the model")
+                raise ValueError(f"the classifier is read from {path!r}, which is not a weight of the model")
         self.classifier(model)
 
     def to_json(self) -> dict[str, Any]:
@@ -392,7 +391,7 @@ class _Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
-            {name: Point.from_json(point) for name, point in data["points"].items()},
+            {name: HookPoint.from_json(point) for name, point in data["points"].items()},
             [WeightRef.from_json(ref) for ref in data["weights"]],
             _texts(data["absent"]),
             check_text(data["verdict"]),
@@ -405,9 +404,9 @@ def _texts(values: Any) -> dict[str, str]:
 
 
 def check_loader(loader: object) -> None:
-    """Refuse, by a TypeError, what yields no batches."""
+    """Raise a TypeError if a loader is not an iterable of batches."""
     if isinstance(loader, Tensor):
-        raise TypeError("a tensor is no loader, as its rows would be taken for batches: pass [tensor]")
+        raise TypeError("a tensor is not a loader, as its rows would be taken for batches: pass [tensor]")
     if not (hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")):
         raise TypeError(
             f"the loader must be an iterable of batches such as a DataLoader, got {type(loader).__name__}"
@@ -438,16 +437,16 @@ def _verdict(anatomy: Anatomy) -> str:
         return found + "It is the hidden layer of an MLP head, which is what the paper recommends for NAN."
     if anatomy.kind == "pooled":
         return found + (
-            "It is a pool of rectified maps and not the hidden layer of an MLP head: NAN works there, but "
-            "weaker, since a pooled unit is seldom off (paper Table 6), and on some models worse than chance: "
+            "It is a pool of rectified maps, not the hidden layer of an MLP head. NAN is less accurate there, "
+            "because pooled units are rarely off (paper Table 6), and on some models worse than chance: "
             "measure it."
         )
-    return found + "It was chosen by name; NAN expects it to be the output of a rectifier."
+    return found + "It was chosen by name; NAN expects the output of a rectifier."
 
 
 def _width(node: Node) -> int:
     numbers = node.value.numel() // max(len(node.value), 1)
-    # Maps are pooled to their channels; a vector may have its numbers on any axis.
+    # Maps are pooled to one value per channel; a vector may lie along any axis.
     return numbers if numbers in node.shape[1:] else int(node.shape[1])
 
 
@@ -468,13 +467,8 @@ def _as_vectors(value: Tensor) -> Tensor:
     return value.flatten(1)
 
 
-def _hide(progress: bool | None) -> bool | None:
-    # tqdm's own None: no bar where standard error is not a terminal.
-    return None if progress is None else not progress
-
-
 def _length(loader: Iterable[Any]) -> int | None:
-    """Return the number of batches; a DataLoader has a length, but over an iterable data set it raises."""
+    """Return the number of batches, or None; the length of a DataLoader over an iterable data set raises."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:
@@ -482,7 +476,7 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 
 def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None, str]:
-    """Return the inputs, the labels, and without labels the reason."""
+    """Return the inputs, the labels or None, and the reason if there are no labels."""
     inputs: Any = batch
     labels: Any = None
     if isinstance(batch, Mapping):
@@ -504,14 +498,14 @@ def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None, str]:
     found = (
         f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
     )
-    return inputs, None, f"the loader's are {found}, and one integer an input is wanted"
+    return inputs, None, f"the loader's are {found}, and must be one integer per input"
 
 
 def _noise_for(model: nn.Module) -> Tensor:
-    """Return a batch of noise of the size that a model's first layer, or its configuration, asks for."""
+    """Return a batch of noise of the input size that the model's configuration or first layer suggests."""
     config = getattr(model, "default_cfg", None)
     if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in model.parameters()):
-        raise ValueError("the model's layers take their size from its first input: show it one with tap.trace")
+        raise ValueError("the input size of a lazy model cannot be inferred: call tap.trace with a batch first")
     generator = torch.Generator().manual_seed(0)
     shape: tuple[int, ...] | None = None
     if isinstance(config, Mapping) and "input_size" in config:
@@ -524,6 +518,6 @@ def _noise_for(model: nn.Module) -> Tensor:
         if shape is not None:
             break
     if shape is None:
-        raise ValueError("the size of the model's input cannot be told: show it a batch with tap.trace(inputs)")
+        raise ValueError("the input size of the model cannot be inferred: call tap.trace with a batch first")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(_TRACED_ROWS, *shape, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""One forward pass, written down: which operation made which tensor, and where a hook can see it."""
+"""The trace of one forward pass: which operation made which tensor, and where a hook can read it."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,24 +15,24 @@ Slot = tuple[str | int, ...]
 
 @dataclass(eq=False)
 class Node:
-    """A value: the result of one operation, an input of the model, or a constant such as a weight."""
+    """One value: the result of an operation, an input of the model, or a constant such as a weight."""
 
     time: int
     op: str  # the ATen operation without its overload, "input" or "constant"
-    call: int  # the how-manieth such operation, from 0
-    args: tuple[Any, ...]  # as called, tensors replaced by their nodes
-    module: str  # the innermost module that was running
+    call: int  # index among operations of this name, from 0
+    args: tuple[Any, ...]  # arguments of the operation, with tensors replaced by their nodes
+    module: str  # innermost module that was running
     value: Tensor
-    from_input: bool  # whether the value depends on the model's input
+    from_input: bool  # whether the value depends on the input of the model
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The value's shape."""
+        """Shape of the value."""
         return tuple(self.value.shape)
 
     @property
     def parents(self) -> list["Node"]:
-        """The values that it was made from, in the order of the arguments."""
+        """The nodes among the arguments, in order."""
         return list(_nodes(self.args))
 
     @property
@@ -42,33 +42,33 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A value that passed a module's boundary."""
+class ModuleIO:
+    """A value that a module received or returned."""
 
     module: str
     side: str  # "in" or "out"
-    call: int  # of the module, from 0
-    slot: Slot  # where in its arguments or its result
+    call: int  # index of the module's call, from 0
+    slot: Slot  # keys that lead to the value in the arguments or the result
     node: Node
     time: int
 
 
 @dataclass
-class Record:
-    """What one forward pass did."""
+class Trace:
+    """The record of one forward pass."""
 
     nodes: list[Node] = field(default_factory=list)
-    sights: list[Sight] = field(default_factory=list)
+    module_io: list[ModuleIO] = field(default_factory=list)
     outputs: list[tuple[Slot, Node]] = field(default_factory=list)
     batch: int = 0
 
     def is_borrowed(self, node: Node) -> bool:
-        """Say whether a value lives in the memory of the model's input, of a weight or of a buffer."""
+        """Return whether a value shares memory with the model's input, a weight or a buffer."""
         memory = _memory(node.value)
         return any(other.op in ("input", "constant") and _memory(other.value) == memory for other in self.nodes)
 
     def written_after(self, node: Node, time: int) -> bool:
-        """Say whether an in-place operation overwrote the value's memory after a time."""
+        """Return whether an in-place operation wrote to the memory of the value at or after ``time``."""
         storage = _memory(node.value)
         return any(
             later.op.endswith("_") and _memory(later.value) == storage
@@ -77,12 +77,12 @@ class Record:
         )
 
 
-def trace(model: nn.Module, inputs: Tensor) -> Record:
-    """Run the model once and write down what it does; mode and gradients are the caller's business."""
-    inputs = inputs.clone()  # the model may write to it, and it is run again
-    record = Record(batch=len(inputs))
+def trace(model: nn.Module, inputs: Tensor) -> Trace:
+    """Run the model once and record its trace. The caller sets the mode and gradients."""
+    inputs = inputs.clone()  # the model may write to its input, which is used again
+    traced = Trace(batch=len(inputs))
     me = object()
-    recorder = _Recorder(record, inputs, me)
+    recorder = _Recorder(traced, inputs, me)
     calls: dict[str, int] = {}
     running: list[tuple[str, int]] = []
 
@@ -94,9 +94,9 @@ def trace(model: nn.Module, inputs: Tensor) -> Record:
             running.append((name, call))
             recorder.module = name
             for slot, tensor in tensors_in(args):
-                recorder.see(name, "in", call, slot, tensor)
+                recorder.record_io(name, "in", call, slot, tensor)
             for slot, tensor in tensors_in(kwargs):
-                recorder.see(name, "in", call, slot, tensor)
+                recorder.record_io(name, "in", call, slot, tensor)
 
         return hook
 
@@ -105,7 +105,7 @@ def trace(model: nn.Module, inputs: Tensor) -> Record:
             return
         name, call = running.pop()
         for slot, tensor in tensors_in(output):
-            recorder.see(name, "out", call, slot, tensor)
+            recorder.record_io(name, "out", call, slot, tensor)
         recorder.module = running[-1][0] if running else ""
 
     handles = []
@@ -115,15 +115,15 @@ def trace(model: nn.Module, inputs: Tensor) -> Record:
             handles.append(module.register_forward_hook(leaving))
         with on_top(me), recorder:
             output = model(inputs)
-        record.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
+        traced.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
     finally:
         for handle in handles:
             handle.remove()
-    return record
+    return traced
 
 
 class _Listeners(threading.local):
-    """Who listens in this thread, the innermost last: a pass inside a pass is none of the outer's business."""
+    """The listeners in this thread, innermost last. Nested passes are ignored by the outer listener."""
 
     def __init__(self) -> None:
         self.stack: list[object] = []
@@ -134,7 +134,7 @@ _LISTENERS = _Listeners()
 
 @contextmanager
 def on_top(listener: object) -> Iterator[None]:
-    """Make a listener the one whose pass this is."""
+    """Make a listener the innermost one of this thread."""
     _LISTENERS.stack.append(listener)
     try:
         yield
@@ -143,17 +143,17 @@ def on_top(listener: object) -> Iterator[None]:
 
 
 def is_on_top(listener: object) -> bool:
-    """Whether what runs in this thread now is this listener's pass."""
+    """Return whether a listener is the innermost one of this thread."""
     return bool(_LISTENERS.stack) and _LISTENERS.stack[-1] is listener
 
 
 def _memory(tensor: Tensor) -> int:
-    # A sparse tensor has no storage of its own.
+    # Sparse tensors have no single storage.
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
-    """Yield the tensors of nested tuples, lists and mappings, each with the keys that lead to it."""
+    """Yield the tensors in nested tuples, lists and mappings, with the keys that lead to them."""
     if isinstance(value, Tensor):
         yield slot, value
     elif isinstance(value, Mapping):
@@ -165,15 +165,15 @@ def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every ATen operation, whether a module, a function or a method asked for it."""
+    """Records every ATen operation, whether a module, a function or a method calls it."""
 
-    def __init__(self, record: Record, inputs: Tensor, owner: object) -> None:
+    def __init__(self, traced: Trace, inputs: Tensor, owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
-        self.record = record
+        self.trace = traced
         self.module = ""
         self._calls: dict[str, int] = {}
-        # Nodes hold their tensors, so that no id and no memory is used again while the record is made.
+        # Nodes keep their tensors alive, so that no id and no memory is reused while tracing.
         self._made: dict[int, Node] = {}
         self._written: dict[int, Node] = {}
         self._add("input", (), inputs, from_input=True)
@@ -184,35 +184,35 @@ class _Recorder(TorchDispatchMode):
         if not is_on_top(self.owner):
             return func(*args, **(kwargs or {}))
         given = (*args, *(kwargs or {}).values())
-        known = self._with_nodes(given)
+        arguments = self._with_nodes(given)
         result = func(*args, **(kwargs or {}))
         op = func._schema.name.removeprefix("aten::")
-        depends = any(node.from_input for node in _nodes(known))
+        depends = any(node.from_input for node in _nodes(arguments))
         for _, tensor in tensors_in(result):
-            node = self._add(op, known, tensor, depends)
+            node = self._add(op, arguments, tensor, depends)
             if func._schema.is_mutable:
                 self._written[_memory(tensor)] = node
         self._calls[op] = self._calls.get(op, -1) + 1
         return result
 
     def node(self, tensor: Tensor) -> Node:
-        """Return the value that a tensor holds now."""
-        known = self._made.get(id(tensor))
+        """Return the node of the value that a tensor holds now."""
+        made = self._made.get(id(tensor))
         written = self._written.get(_memory(tensor))
-        if known is None:
-            # A weight, a buffer, or a Python-side alias of a known tensor's memory.
+        if made is None:
+            # A weight, a buffer, or a Python alias of the memory of a recorded tensor.
             return written or self._add("constant", (), tensor, from_input=False)
-        return written if written is not None and written.time > known.time else known
+        return written if written is not None and written.time > made.time else made
 
-    def see(self, module: str, side: str, call: int, slot: Slot, tensor: Tensor) -> None:
-        """Write down that a tensor passed a module's boundary."""
-        time = len(self.record.nodes)
-        self.record.sights.append(Sight(module, side, call, slot, self.node(tensor), time))
+    def record_io(self, module: str, side: str, call: int, slot: Slot, tensor: Tensor) -> None:
+        """Record that a module received or returned a tensor."""
+        time = len(self.trace.nodes)
+        self.trace.module_io.append(ModuleIO(module, side, call, slot, self.node(tensor), time))
 
     def _add(self, op: str, args: tuple[Any, ...], value: Tensor, from_input: bool) -> Node:
         call = self._calls.get(op, -1) + 1
-        node = Node(len(self.record.nodes), op, call, args, self.module, value, from_input)
-        self.record.nodes.append(node)
+        node = Node(len(self.trace.nodes), op, call, args, self.module, value, from_input)
+        self.trace.nodes.append(node)
         self._made[id(value)] = node
         return node
 

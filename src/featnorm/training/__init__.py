@@ -1,4 +1,4 @@
-"""The training loop for heads and networks: resumable at every epoch, in any precision, over processes."""
+"""The training loop for heads and networks, which resumes at any epoch and supports precisions and processes."""
 
 from featnorm.training.loop import train, train_head
 from featnorm.training.objectives import Objective

@@ -1,4 +1,4 @@
-"""The training loop: one tensor of images or features, augmented by the batch; resumable at every epoch."""
+"""The training loop, for a tensor of images or features; it augments by the batch and resumes at any epoch."""
 
 import math
 import time
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.layout import fast_layout, safe_gradients
+from featnorm._utils.progress import progress_bar
 from featnorm._utils.weights import load_weights
 from featnorm.training.objectives import Batch, Objective, Step
 from featnorm.training.recipe import Recipe
@@ -19,7 +19,6 @@ from featnorm.training.runs import (
     LOG,
     check_log,
     digest,
-    hide_bar,
     log,
     read_checkpoint,
     seeded,
@@ -41,38 +40,40 @@ def train(
     progress: bool | None = None,
     on_epoch: Callback | None = None,
 ) -> nn.Module:
-    """Train a model on images, or on features that were extracted from them.
+    """Train a model on images, or on extracted features.
 
-    The order of the inputs and their augmentation depend on the seed and the epoch alone, so a run that is
-    resumed gives the weights of an unbroken one.
+    The order of the inputs and their augmentation depend only on the seed and the epoch, so a resumed run gives
+    the same weights as an uninterrupted one.
 
     Parameters
     ----------
     model
-        Maps pixels (n, c, h, w) between 0 and 1 (let `Normalize` be its first layer), or features (n, D), to what
-        the recipe's objective reads: logits (n, classes), embeddings (n, e), or both.
-    inputs : images (n, c, h, w) uint8, or features (n, D) of floating point.
-    targets : (n,) classes, see `scheme_labels`; None for an objective that needs none.
-    recipe : the settings.
+        Module that maps pixels (n, c, h, w) in [0, 1] (use `Normalize` as its first layer) or features (n, D) to
+        the inputs of the recipe's objective: logits (n, classes), embeddings (n, e), or both.
+    inputs : images (n, c, h, w) uint8, or floating-point features (n, D).
+    targets : classes (n,), see `scheme_labels`; None for an objective that needs none.
+    recipe : settings of the run.
     folder
-        Where ``checkpoint.pt`` and ``log.jsonl`` are written at every epoch; a checkpoint that is there is resumed
-        if it is of the same recipe, seed and data. None for neither.
+        Folder in which ``checkpoint.pt`` and ``log.jsonl`` are written after every epoch. An existing checkpoint
+        is resumed if its recipe, seed and data are the same. Default: no checkpoint and no log.
     fabric
-        A launched `lightning_fabric.Fabric` for device, precision and processes; one CPU process without.
-    seed : of the order and the augmentation; the initial weights are the model's.
-    progress : show a progress bar; None for where there is a terminal.
+        A launched `lightning_fabric.Fabric`, which determines device, precision and processes. Default: one
+        process on the CPU.
+    seed : seed of the order and the augmentation; the initial weights are those of the model.
+    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
     on_epoch
-        Called after every epoch with its log entry and the model, before the checkpoint is written; see `Probe`.
+        Function called after every epoch with its log entry and the model, before the checkpoint is written; see
+        `Probe`.
 
     Returns
     -------
-    The model, trained in place, in evaluation mode.
+    The model, which is trained in place, in evaluation mode.
 
     Raises
     ------
     ValueError
-        Inputs and targets do not fit each other or the recipe, the checkpoint is of another run or damaged, its
-        log is damaged or lacks an epoch, or the loss is not finite; the last good checkpoint stays.
+        Inputs, targets and recipe do not match; the checkpoint is damaged or from another run; the log is damaged
+        or lacks an epoch; or the loss is not finite, in which case the last checkpoint stays.
     """
     objective = recipe.make_objective().train()
     targets = _check(inputs, targets, recipe, objective)
@@ -90,7 +91,7 @@ def train(
     start = 0
     if checkpoint is not None:
         run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": digest(inputs, targets)}
-    # What is kept over the steps is no inference tensor, whatever mode the caller is in.
+    # State that lasts over steps must not be inference tensors, so the caller's inference mode is turned off.
     with torch.inference_mode(False), torch.no_grad():
         fast_layout(model)
         objective.begin(model, inputs, targets, seed, fabric)
@@ -100,12 +101,11 @@ def train(
             check_log(checkpoint.with_name(LOG), start)
     gradients = safe_gradients(model)
     targets = targets.to(device)
-    bar = tqdm(
+    bar = progress_bar(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=start * steps * recipe.batch_size,
         unit="input",
-        disable=hide_bar(progress, rank),
-        leave=False,
+        progress=progress if rank == 0 else False,
     )
     with bar, torch.inference_mode(False), torch.enable_grad():
         for epoch in range(start, recipe.epochs):
@@ -114,7 +114,7 @@ def train(
             order = torch.randperm(len(inputs), generator=generator)[: steps * recipe.batch_size]
             meter = _Meter()
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
-            # What a network draws itself, as dropout does, depends on the seed and the epoch as well.
+            # Random numbers drawn by the network, for example by dropout, depend on the seed and the epoch too.
             with seeded(seed, epoch, rank, device):
                 for step, rows in enumerate(order.split(recipe.batch_size)):
                     mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
@@ -145,11 +145,11 @@ def train(
             if not (math.isfinite(entry["loss"]) and weights_are_finite):
                 what = "the weights are" if math.isfinite(entry["loss"]) else "the loss is"
                 raise ValueError(f"{what} not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}")
-            # Before the checkpoint: a run that is killed here calls it again, and none that goes on missed it.
+            # Before the checkpoint, so that a resumed run calls it again and never misses it.
             if on_epoch is not None:
                 on_epoch(entry, model)
             if rank == 0 and checkpoint is not None:
-                # The log first: a run that is killed between the two writes the line of this epoch again.
+                # The log first: if interrupted in between, the resumed run writes the line of this epoch again.
                 log(checkpoint.with_name(LOG), entry)
                 _save(checkpoint, run, epoch + 1, model, objective, optimizer, schedule)
     return model.eval()
@@ -165,36 +165,35 @@ def train_head(
     seed: int = 0,
     progress: bool | None = None,
 ) -> nn.Sequential:
-    """Train the head alone, on features that the frozen backbone is asked for once (paper D.4).
+    """Train the head alone, on features that the frozen backbone computes once (paper D.4).
 
     Parameters
     ----------
-    model : ``Sequential(backbone, head)``, as `attach_head` makes it.
+    model : ``Sequential(backbone, head)``, as returned by `attach_head`.
     loader
-        Yields inputs as the backbone takes them, and labels (n,); in the same order every time where a run is to
-        be resumed.
-    recipe : such as ``PRESETS["D.4"]``.
+        Iterable of inputs of the backbone and labels (n,). To resume a run, the order must be the same every time.
+    recipe : settings of the run, such as ``PRESETS["D.4"]``.
     folder, fabric, seed, progress : see `train`.
 
     Returns
     -------
-    The model; the backbone's weights are as they were.
+    The model, with the weights of the backbone unchanged.
 
     Raises
     ------
     ValueError
-        The model is not of two parts, the loader is empty, or as `train`.
+        The model does not have two parts, the loader is empty, or see `train`.
     """
     if len(model) != 2:
         raise ValueError(
-            f"the model must be a backbone and a head, as attach_head makes it, not {len(model)} parts"
+            f"the model must be a backbone and a head, as returned by attach_head, not {len(model)} parts"
         )
     backbone, head = model
     device = torch.device("cpu") if fabric is None else fabric.device
     backbone.to(device).eval()
     features, targets = [], []
     with torch.no_grad():
-        for inputs, labels in tqdm(loader, desc="features", disable=hide_bar(progress, 0), leave=False):
+        for inputs, labels in progress_bar(loader, desc="features", progress=progress):
             features.append(backbone(inputs.to(device)).float().cpu())
             targets.append(labels.cpu())
     if not features:
@@ -214,7 +213,7 @@ def train_head(
 
 
 class _Meter:
-    """The loss and accuracy of an epoch so far, and the time it takes."""
+    """The mean loss and accuracy of an epoch so far, and its duration."""
 
     def __init__(self) -> None:
         self.sums = [0.0, 0.0]
@@ -258,7 +257,7 @@ def _schedule(
 
 
 def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Objective) -> Tensor:
-    """Refuse what cannot be trained on, and return the targets as integers; zeros for none."""
+    """Raise a ValueError for invalid inputs, and return the targets as integers; zeros if there are none."""
     images = inputs.dtype == torch.uint8 and inputs.ndim == 4
     if not images and not (inputs.is_floating_point() and inputs.ndim == 2):
         raise ValueError(
@@ -269,7 +268,7 @@ def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Ob
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")
     if objective.rotates and not (images and inputs.shape[2] == inputs.shape[3]):
         raise ValueError(
-            f"{type(objective).__name__} rotates square images, and the inputs are of {tuple(inputs.shape)}"
+            f"{type(objective).__name__} rotates square images, but the inputs have shape {tuple(inputs.shape)}"
         )
     if targets is None and objective.needs_targets:
         raise ValueError(f"{type(objective).__name__} needs targets: pass classes")
@@ -282,7 +281,7 @@ def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Ob
             f"input {int((targets < 0).nonzero()[0])} has the target {int(targets.min())}: give it a class"
         )
     if len(inputs) < recipe.batch_size:
-        raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, and there are {len(inputs)}")
+        raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, but there are only {len(inputs)}")
     return targets.long()
 
 

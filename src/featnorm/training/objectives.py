@@ -1,4 +1,4 @@
-"""What a step of training lowers, and what it needs for that besides the model."""
+"""Training objectives: the loss of a step, and the state that it needs besides the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """What a step is of, of one process: n inputs, each in one view or several."""
+    """The batch of one process in one step: n inputs, each in one or more views."""
 
     views: Tensor  # (v n, ...), the first view of every input, then the second
     targets: Tensor  # (n,)
@@ -22,26 +22,26 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an objective found in a step."""
+    """The result of an objective in one step."""
 
     loss: Tensor  # 0-d
-    accuracy: Tensor | None = None  # 0-d, the share of right classes; None where nothing is classified
+    accuracy: Tensor | None = None  # 0-d, share of correct classes; None if nothing is classified
 
 
 class Objective(nn.Module):
-    """What a step of training lowers: it makes the views of the inputs, asks the model, and returns the loss.
+    """A training objective, which makes the views of the inputs, runs the model, and returns the loss.
 
-    What it learns besides the model, such as a queue or prototypes, are its buffers, and what no optimizer trains
-    may be its modules: they are checkpointed with the model, and the same in all processes.
+    State besides the model, such as a queue or prototypes, is stored in its buffers, and modules that no optimizer
+    trains may be its submodules. They are saved in checkpoints with the model, and are the same in all processes.
 
     Parameters
     ----------
-    recipe : the settings of the run.
+    recipe : settings of the run.
     """
 
-    #: How many views it takes of an input, where these are augmented.
+    #: Number of views per input, if inputs are augmented.
     views = 1
-    #: Whether it reads the targets.
+    #: Whether it uses the targets.
     needs_targets = True
     #: Whether the inputs must be square images.
     rotates = False
@@ -51,45 +51,45 @@ class Objective(nn.Module):
         self.recipe = recipe
 
     def begin(self, model: nn.Module, inputs: Tensor, targets: Tensor, seed: int, fabric: Any) -> None:
-        """Make what it learns besides the model, before the first step; resuming then overwrites it.
+        """Initialize the state besides the model, before the first step; a resumed run then overwrites it.
 
         Parameters
         ----------
-        model : on its device, without the wrapper for several processes.
-        inputs, targets, seed, fabric : as `featnorm.training.train` takes them.
+        model : model on its device, without the wrapper for several processes.
+        inputs, targets, seed, fabric : see `featnorm.training.train`.
         """
 
     def make_views(
         self, inputs: Tensor, mine: slice, generator: torch.Generator, crop: int | None, device: torch.device
     ) -> Tensor:
-        """Return the views of a process's part of a step's inputs, one after the other, on a device.
+        """Return the views of one process's inputs in a step, concatenated, on a device.
 
         Parameters
         ----------
-        inputs : (n, ...) of all processes, so that they draw the same random numbers.
-        mine : this process's rows.
-        generator : of the augmentation.
-        crop : the side of the views, in pixels; None for that of the inputs.
-        device : where to put them.
+        inputs : inputs (n, ...) of all processes, so that all draw the same random numbers.
+        mine : rows of this process.
+        generator : random generator of the augmentation.
+        crop : side of the views, in pixels; None for that of the inputs.
+        device : device of the views.
         """
         if not self.recipe.augment:
             return inputs[mine].to(device)
         return torch.cat([augment(inputs, generator, crop)[mine] for _ in range(self.views)]).to(device)
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
-        """Ask the model about a batch; what is learned besides it goes a step on.
+        """Run the model on a batch, update the state besides it, and return the loss.
 
         Parameters
         ----------
-        module : the model, in the wrapper for several processes where there are any.
-        batch : with the views that `make_views` returned, as the model takes them.
+        module : the model, in its wrapper if there are several processes.
+        batch : batch whose views are those of `make_views`, converted to the model's input type.
         fabric : a `lightning_fabric.Fabric`, or None.
         """
         raise NotImplementedError
 
 
 class CrossEntropy(Objective):
-    """The `cross_entropy` of the logits that the model returns."""
+    """The cross entropy of the model's logits."""
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
         """See `Objective`."""
@@ -98,10 +98,10 @@ class CrossEntropy(Objective):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross entropy of logits (n, classes); their temperature is in the model."""
+    """Return the mean cross entropy of logits (n, classes), whose temperature is part of the model."""
     return nn.functional.cross_entropy(logits.float(), targets)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of logits (n, classes) whose largest is the target's."""
+    """Return the share of rows of logits (n, classes) whose largest logit is that of the target."""
     return (logits.detach().argmax(1) == targets).float().mean()

@@ -12,25 +12,25 @@ from featnorm.training.objectives import CrossEntropy, Objective
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training run, which lowers the cross entropy of labels.
+    """The settings of a training run that minimizes the cross entropy of labels.
 
     Parameters
     ----------
-    epochs, batch_size : passes over the data, and inputs per step (over all processes).
-    optimizer : "sgd", with momentum, or "adamw".
-    lr : the highest learning rate; it falls to 0 along a cosine.
-    momentum, nesterov : of SGD.
-    weight_decay : of the optimizer. Default: none.
-    warmup : the share of the steps over which the learning rate rises linearly.
-    augment : random crops (padding of an eighth, mirrored) and horizontal flips.
+    epochs, batch_size : number of passes over the data, and inputs per step (over all processes).
+    optimizer : "sgd" (with momentum) or "adamw".
+    lr : maximum learning rate, which decreases to 0 along a cosine.
+    momentum, nesterov : momentum of SGD, and whether to use Nesterov momentum.
+    weight_decay : weight decay of the optimizer. Default: 0.
+    warmup : share of the steps over which the learning rate increases linearly.
+    augment : whether to use random crops (mirrored padding of an eighth) and horizontal flips.
     crop, crop_share
-        Train on crops of this side, in pixels, for this share of the steps at first, and on whole images after
-        it: convolutions cost by the area. None for whole images throughout.
+        Side of square crops, in pixels, and share of the steps, from the first on, in which to train on them; the
+        rest use whole images. Smaller crops reduce the cost of convolutions. Default: whole images.
 
     Raises
     ------
     ValueError
-        A number is out of its range, or the optimizer is unknown.
+        A number is out of range, or the optimizer is unknown.
     """
 
     epochs: int
@@ -45,7 +45,7 @@ class Recipe:
     crop: int | None = None
     crop_share: float = 0.7
 
-    #: The optimizers that there are.
+    #: Names of the optimizers.
     optimizers: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
 
     def __post_init__(self) -> None:
@@ -61,15 +61,15 @@ class Recipe:
             raise ValueError("crops are an augmentation: set augment=True, or crop=None")
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain data, by which runs are told apart."""
+        """Return the settings as plain data, which identify a run."""
         return asdict(self)
 
     def make_objective(self) -> Objective:
-        """Return what a step of the run lowers."""
+        """Return the objective of the run."""
         return CrossEntropy(self)
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimizer of these parameters."""
+        """Return an optimizer of the parameters."""
         if self.optimizer == "adamw":
             return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(

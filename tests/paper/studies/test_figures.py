@@ -77,7 +77,7 @@ def test_a_run_records_what_it_was(root, tiny, tmp_path):
     assert "test" not in run["records"][0]["layers"][LAST]["hidden"]
     assert len(gap(run, "nan")) == 2
     assert run["tensors"]["pattern:train"].shape == (50, 512)
-    assert run["tensors"]["norm:noise"].shape == (30,)
+    assert run["tensors"]["norm:noise"].shape == (12,)
     active = run["tensors"]["l0:test"].double().clamp_min(1)
     sparsity = run["records"][-1]["layers"][LAST]["sparsity"]["test"]
     assert sparsity == pytest.approx(float((1 / active).mean()), rel=1e-3)

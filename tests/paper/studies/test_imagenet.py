@@ -12,7 +12,7 @@ import torchvision.models
 from PIL import Image
 
 import featnorm as fn
-from featnorm.inputs import DataError, image_loader, open_images
+from featnorm.inputs import DataError, image_loader, open_source
 from featnorm.models import create_model
 from featnorm.paper import imagenet_data
 from featnorm.paper.checkpoints import ContrastiveNetwork, load_contrastive
@@ -140,7 +140,7 @@ def test_scores_are_those_of_the_network(large, weights, paper, tmp_path):
     network = load_contrastive(weights / "supcon.pth", "supcon", architecture="resnet18")
 
     def pooled(spec):
-        images = [batch.images for batch in image_loader(open_images(spec, root=large), to_small_tensor)]
+        images = [batch.images for batch in image_loader(open_source(spec, root=large), to_small_tensor)]
         with torch.no_grad():
             return network.backbone(torch.cat(images))
 
@@ -286,7 +286,7 @@ def test_banks_are_parts_of_each_other(large, paper, tmp_path):
     backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     loaded = create_model("torchvision:resnet18", pretrained=False)
     known = imagenet.backbone_features(
-        open_images("imagenet:train", root=large), loaded, backbone, cache=tmp_path, progress=False
+        open_source("imagenet:train", root=large), loaded, backbone, cache=tmp_path, progress=False
     )
     whole, part = (imagenet._bank(known, count, tmp_path / f"{count}") for count in (120, 12))
     assert torch.equal(whole, fn.detectors.statistics.unit_rows(known.values).float())

@@ -1,4 +1,4 @@
-"""Networks that come with the package, trained by it: `load_model`."""
+"""Networks that are included in the package and were trained with it: `load_model`."""
 
 import json
 from importlib.resources import as_file, files
@@ -14,16 +14,16 @@ _SUFFIX = ".safetensors"
 
 
 def model_names() -> list[str]:
-    """Return the names that `load_model` knows."""
+    """Return the names of the networks that `load_model` can load."""
     return sorted(place.name.removesuffix(_SUFFIX) for place in files(__name__).iterdir() if _SUFFIX in place.name)
 
 
 def load_model(name: str) -> nn.Sequential:
-    """Return a trained network by name, for pixels between 0 and 1, in evaluation mode.
+    """Return a trained network by name, for pixels in [0, 1], in evaluation mode.
 
-    ``"cifar10-resnet18"`` takes images (n, 3, 32, 32) to logits (n, 10) in the order of CIFAR-10's classes; it has
-    the paper's head, so that every detector works on it. How it was made, and what it reaches, is in its card,
-    ``featnorm/models/packaged/cifar10-resnet18.md``.
+    ``"cifar10-resnet18"`` maps images (n, 3, 32, 32) to logits (n, 10), in the order of CIFAR-10's classes. It has
+    the paper's head, so that every detector works on it. Its model card,
+    ``featnorm/models/packaged/cifar10-resnet18.md``, describes its training and accuracy.
 
     Parameters
     ----------
@@ -32,18 +32,18 @@ def load_model(name: str) -> nn.Sequential:
     Raises
     ------
     ValueError
-        There is no model of that name.
+        There is no network of that name.
     """
     return _read(name)[0]
 
 
 def model_facts(name: str) -> dict[str, Any]:
-    """Return what is known of a model: its ``network``, and the ``result`` that was published with it.
+    """Return the facts about a network: its settings, ``network``, and its published results, ``result``.
 
     Raises
     ------
     ValueError
-        There is no model of that name.
+        There is no network of that name.
     """
     return _read(name)[1]
 
@@ -56,7 +56,7 @@ def _read(name: str) -> tuple[nn.Sequential, dict[str, Any]]:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with single_precision():
         model = cifar_network(**facts["network"])
-    # The weights are kept in half precision, and computed with in single.
+    # Weights are stored in half precision, but used in single precision.
     model.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     )

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from featnorm.detectors import KNN, NAN, ODIN, SSD, Detector, ReAct, Views
-from featnorm.evaluation import standard_detectors
+from featnorm.detectors import Detector, parse_detector
 from featnorm.models import cifar_network
 from featnorm.models.heads import Activation
 from featnorm.paper.heads import FROZEN, NETWORK, fit_and_score, pooled_features
@@ -20,7 +19,7 @@ from featnorm.paper.images import CLASSES, Images, cifar10_images
 from featnorm.paper.numbers import numbers
 from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.recipe import PRESETS, PaperRecipe
-from featnorm.paper.scoring import train_and_score
+from featnorm.paper.scoring import compared_detectors, train_and_score
 from featnorm.paper.study import Context, Study
 from featnorm.paper.tables import MEASURES, Pair, Result, Table, cell, compared, facts, mean_pair, printed
 
@@ -115,11 +114,12 @@ def detectors(variant: Variant = MAIN) -> list[Detector]:
     """
     if variant != MAIN:
         return _quick_detectors()
-    return [*standard_detectors(), ODIN(), Views(NAN()), KNN() / ReAct(NAN()), SSD() / ReAct(NAN())]
+    others = ("ODIN", "Views(NAN)", "KNN / ReAct(NAN)", "SSD / ReAct(NAN)")
+    return [*compared_detectors(), *map(parse_detector, others)]
 
 
 def _quick_detectors() -> list[Detector]:
-    return [detector for detector in standard_detectors() if not detector.needs_fit]
+    return [detector for detector in compared_detectors() if not detector.needs_fit]
 
 
 _Make = Callable[["Cifar10Study", Sequence[Result]], Table]

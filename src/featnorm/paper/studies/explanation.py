@@ -54,21 +54,21 @@ class Explanation(SingleRun[Images]):
                 {
                     "set": name,
                     "input": chosen,
-                    "predicted": why.called,
-                    "hidden": why.hidden_called,
+                    "predicted": why.predicted_name,
+                    "hidden": why.hidden_predicted_name,
                     "confidence": why.hidden_confidence / max(why.norm, 1e-30),
                     "nan": why.nan,
                     "active": why.active,
                     "usual": int((why.on_rate >= 0.5).sum()),
-                    "inactive": len(why.missing),
-                    "unexpected": len(why.strange),
+                    "inactive": len(why.inactive_units),
+                    "unexpected": len(why.unexpected_units),
                     "picture": {
                         "activation": _short(why.activation),
                         "on_rate": _short(why.on_rate),
                         "logits": _short(why.hidden_logits),
                         "norm": why.norm,
                         "predicted": why.predicted,
-                        "peers": why.called,
+                        "peers": why.predicted_name,
                     },
                 }
             )

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.extras import vision_module
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import (
     KNN,
@@ -38,7 +39,6 @@ from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features
 from featnorm.inputs import CachedFeatures, ImageSource
-from featnorm.inputs.images import vision_module
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classifier
 from featnorm.paper.checkpoints import load_contrastive
 from featnorm.paper.imagenet_data import LINEAR, WEIGHTS, Data, Shrunk, missing_weights, open_data
@@ -150,11 +150,11 @@ class PooledReAct(Detector):
         self.detector._learn(features)
         self.numbers.add(features.tensor("pooled"))
 
-    def _derive(self) -> float:
+    def _finalize(self) -> float:
         return self.numbers.percentile(self.percentile)
 
     def _score(self, features: Features) -> Tensor:
-        return self.detector.score(self.read(features.tensor("pooled").clamp(max=self._learned())))
+        return self.detector.score(self.read(features.tensor("pooled").clamp(max=self._fitted_state())))
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _fitted(
                 left_out[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
                 fitting.remove(detector)
     for share, knn in banks.items():
-        count = max(1, round(share * len(train.places)))
+        count = max(1, round(share * len(train.stored_rows)))
         if count < knn.k:
             left_out[repr(knn)] = f"there are only {count} training images in its bank"
             continue
@@ -236,7 +236,7 @@ def _fitted(
 
 def _bank(train: CachedFeatures, count: int, file: Path) -> Tensor:
     """Write training features, at unit length, to a file, and map it; a smaller bank is part of a larger one."""
-    order = torch.randperm(len(train.places), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(train.stored_rows), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[order[:count]] = True
     with file.open("wb") as opened:
@@ -370,8 +370,8 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         return {
             "accuracy": evaluation.accuracy,
             "scores": percentages(evaluation),
-            "microseconds": {outcome.detector: outcome.microseconds for outcome in evaluation.outcomes},
-            "left_out": {**left_out, **evaluation.left_out},
+            "microseconds": {outcome.detector: outcome.microseconds for outcome in evaluation.results},
+            "left_out": {**left_out, **evaluation.excluded},
             "shares": shares,
             "unread": {name: len(cached.corrupt) for name, cached in sets.items() if cached.corrupt},
             "computed": sum(cached.computed for cached in sets.values()),

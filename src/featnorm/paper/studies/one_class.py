@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from featnorm.inputs import DataError, open_images
+from featnorm.inputs import DataError, open_source
 from featnorm.metrics import auroc
 from featnorm.paper.images import CLASSES, SIDE, labeled, note_missing, spaced
 from featnorm.paper.numbers import numbers
@@ -161,7 +161,7 @@ def load_images(root: Path | None, *, progress: bool | None = None) -> Images:
             )
             continue
         try:
-            sources = [open_images(f"{name}:{split}", root=root) for split in ("train", "test")]
+            sources = [open_source(f"{name}:{split}", root=root) for split in ("train", "test")]
         except DataError as error:
             if data == "CIFAR-10":
                 raise

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
-from featnorm.evaluation import compare, standard_detectors
+from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features, held_out
-from featnorm.inputs import ImageSource, SlicedImages, open_images
+from featnorm.inputs import ImageSource, SlicedSource, open_source
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
 from featnorm.paper.recipe import scheme_labels
-from featnorm.paper.scoring import cached_labels, percentages
+from featnorm.paper.scoring import cached_labels, compared_detectors, percentages
 from featnorm.paper.study import Context, SingleRun, Whole
 from featnorm.paper.tables import MEASURES, Table, cell, environment, mean_and_deviation
 
@@ -96,7 +96,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
     def load(self, scale: None, context: Context) -> dict[str, ImageSource]:
         """Open the data sets: ``tiny_imagenet``, ``ood224/textures`` and ``mnist`` of the data root."""
         specs = {"train": _TRAIN, "val": _VAL, **_FAR}
-        return {name: open_images(spec, root=context.root) for name, spec in specs.items()}
+        return {name: open_source(spec, root=context.root) for name, spec in specs.items()}
 
     def settings(self, job: Whole, scale: None, inputs: Mapping[str, ImageSource]) -> dict[str, Any]:
         return {
@@ -194,19 +194,19 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
 def _below(source: ImageSource, classes: int) -> ImageSource:
     """Return the images of the first classes."""
     rows = [i for i in range(len(source)) if (source.label(i) or 0) < classes]
-    return SlicedImages(source, rows, source.title)
+    return SlicedSource(source, rows, source.title)
 
 
 def _evaluate(
     features_of: Callable[..., Features], fit: _Part, test: _Part, ood: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     evaluation = compare(
-        standard_detectors(),
+        compared_detectors(),
         fit=[features_of(fit.values).replace(labels=fit.labels)],
         id_set=("in-distribution", [features_of(test.values).replace(labels=test.labels)]),
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
-    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.left_out}
+    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.excluded}
 
 
 def _flagged(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
@@ -225,7 +225,7 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
     rows = [
         i for i in range(len(source)) if (source.label(i) or 0) < TARGET_CLASSES and source.digest(i) in wanted
     ]
-    chosen = SlicedImages(source, rows, source.title)
+    chosen = SlicedSource(source, rows, source.title)
     views = torch.cat([fit.values, *(backbone.extract(chosen, view).values for view in _VIEWS)])
     kinds: dict[str, Any] = {"labels": lambda seed: (fit.values, fit.labels)}
     for size in CLUSTER_SIZES:

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.layout import safe_gradients
+from featnorm._utils.progress import progress_bar
 from featnorm.paper.systems.base import OneClassModel, TrainContext, as_pixels
 from featnorm.paper.systems.dcgan import (
     Convolutions,
@@ -18,7 +18,6 @@ from featnorm.paper.systems.dcgan import (
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.training.runs import hide_bar
 
 
 class GAN(nn.Module):
@@ -103,7 +102,7 @@ class AnoGAN(OneClassModel[GAN]):
     def _scores(self, model: GAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
         device = context.device
         found = []
-        with tqdm(total=len(images), desc="search", disable=hide_bar(context.progress), leave=False) as bar:
+        with progress_bar(total=len(images), desc="search", progress=context.progress) as bar:
             for batch in images.split(self.batch_size):
                 found.append(-self.search(model, centered(as_pixels(batch, device)), context)[1].cpu())
                 bar.update(len(batch))

@@ -69,7 +69,7 @@ class OneClassModel(ABC, Generic[Model]):
             uninterrupted one. Default: no checkpoints.
         fabric : a `lightning_fabric.Fabric` of one process, for device and precision. Default: the CPU.
         seed : seed of the initial weights, the order of the images, and all other random numbers.
-        progress : whether to show progress bars. None: only in a terminal.
+        progress : whether to show progress bars. Default: yes.
 
         Returns
         -------

@@ -111,10 +111,26 @@ def dirichlet(logs: Tensor) -> Tensor:
     concentration = shares * (shares.shape[-1] - 1) * euler / spread
     for _ in range(1000):
         before = concentration
-        concentration = _inverse_digamma(before.sum(-1, keepdim=True).digamma() + mean)
+        gradient = _gradient(before, mean)
+        # Newton's step; its Hessian is a diagonal plus a constant. Where it does not reduce the gradient, Minka's
+        # fixed point is taken, which always comes closer.
+        scale = torch.polygamma(1, before).reciprocal()
+        total = torch.polygamma(1, before.sum(-1, keepdim=True)).reciprocal()
+        shared = (gradient * scale).sum(-1, keepdim=True) / (total - scale.sum(-1, keepdim=True))
+        concentration = before + (gradient + shared) * scale
+        nearer = _gradient(concentration, mean).norm(dim=-1) < gradient.norm(dim=-1)
+        away = ~(nearer & (concentration > 0).all(-1))
+        if bool(away.any()):
+            fixed = _inverse_digamma(before[away].sum(-1, keepdim=True).digamma() + mean[away])
+            concentration[away] = fixed
         if float((concentration - before).norm(dim=-1).amax()) < 1e-9:
             break
     return concentration
+
+
+def _gradient(concentration: Tensor, mean: Tensor) -> Tensor:
+    """Return the gradient of the likelihood (..., k), from the means of the logarithms (..., k)."""
+    return concentration.sum(-1, keepdim=True).digamma() - concentration.digamma() + mean
 
 
 def _inverse_digamma(y: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featnorm._utils.layout import fast_layout, safe_gradients
+from featnorm._utils.progress import progress_bar
 from featnorm._utils.weights import load_weights
 from featnorm.paper.systems.base import TrainContext, as_pixels, check_images
 from featnorm.training.runs import (
@@ -23,7 +23,6 @@ from featnorm.training.runs import (
     LOG,
     check_log,
     digest,
-    hide_bar,
     log,
     read_checkpoint,
     seeded,
@@ -100,12 +99,11 @@ def train_steps(
                 optimizer.load_state_dict(saved["optimizers"][name])
         check_log(checkpoint.with_name(LOG), start)
     steps = len(images) // batch_size
-    bar = tqdm(
+    bar = progress_bar(
         total=epochs * steps * batch_size,
         initial=start * steps * batch_size,
         unit="input",
-        disable=hide_bar(context.progress),
-        leave=False,
+        progress=context.progress,
     )
     with bar, torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
         for epoch in range(start, epochs):

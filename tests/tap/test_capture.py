@@ -1,4 +1,4 @@
-"""The user's model is left exactly as it was, and nobody listening to it disturbs anybody else."""
+"""Capturing leaves the user's model exactly as it was, and concurrent captures do not affect each other."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def x() -> Tensor:
 
 
 class Model(nn.Module):
-    """Everything that a careless listener may disturb; `trouble` runs in the middle of the forward pass."""
+    """A model with everything that a capture might change; `trouble` runs in the middle of the forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 
 def functional_model() -> nn.Module:
-    """Nothing of it passes a module's boundary, so that operations must be caught."""
+    """Return a model in which no value passes a module's boundary, so that operations must be captured."""
 
     class Functional(Model):
         def forward(self, x: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def test_in_a_loop_over_the_stream_the_model_is_in_its_own_mode(x: Tensor) -> No
         assert_unchanged(before, model)
 
 
-def test_refusals_leave_the_model_as_it_was(x: Tensor) -> None:
+def test_errors_leave_the_model_as_it_was(x: Tensor) -> None:
     model = Model()
     train_a_little(model, x)
     model.spare = nn.Linear(2, 2)
@@ -245,7 +245,7 @@ def test_hooks_of_the_user_stay_in_place_and_in_effect(x: Tensor) -> None:
     assert set(seen) == {"act"}
 
 
-def test_training_goes_on_as_if_nobody_had_listened(x: Tensor) -> None:
+def test_capturing_does_not_change_training(x: Tensor) -> None:
     def train(listened: bool) -> list[Tensor]:
         torch.manual_seed(3)
         model = Model()
@@ -351,8 +351,8 @@ def test_two_taps_on_one_model(make: Callable[[], Any], x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_a_tap_inside_the_pass_that_another_one_listens_to(make: Callable[[], Any], x: Tensor) -> None:
-    # A hook or the model's own forward scores something else by the same model.
+def test_a_tap_inside_the_pass_of_another_one(make: Callable[[], Any], x: Tensor) -> None:
+    # A hook, or the forward pass itself, runs the same model on another input.
     model = make()
     train_a_little(model, x)
     outer, inner = FeatureTap(model), FeatureTap(model)
@@ -411,7 +411,7 @@ def test_taps_in_threads_get_each_their_own_values(traced: bool, make: Callable[
 
 
 class Meeting:
-    """Two threads in the middle of one model's pass: the first comes, waits for the second, and leaves first."""
+    """Puts two threads in the middle of one model's pass: the first waits for the second, and leaves first."""
 
     def __init__(self) -> None:
         self.arrived, self.second_is_in, self.first_is_done = (threading.Event() for _ in range(3))
@@ -549,12 +549,12 @@ def test_the_state_of_dicts_and_cosine_heads(x: Tensor) -> None:
     torch.testing.assert_close(tap(x).classifier[0], again(x).classifier[0])
 
 
-def test_the_state_of_a_tap_that_has_seen_nothing() -> None:
+def test_the_state_of_a_tap_without_a_trace() -> None:
     with pytest.raises(RuntimeError, match="trace"):
         FeatureTap(Model()).state()
 
 
-def test_the_state_of_another_model_is_refused_when_it_does_not_fit(x: Tensor) -> None:
+def test_the_state_of_another_model_raises_an_error(x: Tensor) -> None:
     state = FeatureTap(Model()).trace(x).state()
     other = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.Linear(D, C))
     with pytest.raises((ValueError, RuntimeError, AttributeError)):

@@ -1,6 +1,7 @@
-"""From the bytes of a file to the pixels that a model sees: upright, on white, the first of several."""
+"""Decoding of files to pixels: upright, on white, the first of several frames."""
 
 import io
+import pickle
 import struct
 import sys
 import types
@@ -13,10 +14,11 @@ import pytest
 import torchvision.datasets
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
-from featnorm.inputs import ImageError, open_images
-from featnorm.inputs.images import decode, is_first_of_several
+from featnorm.inputs import ItemError, open_source
+from featnorm.inputs.decoding import decode, is_first_of_several
+from image_files import write_images
 
-# By orientation: what was done to the upright picture before it was stored.
+# For each orientation, the transformation of the upright image before it was saved.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +42,7 @@ def saved(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def turned(orientation: int, form: str, **options: Any) -> bytes:
-    """Return the picture as a file that is stored turned, and says so."""
+    """Return the image as a rotated file with its orientation."""
     stored = picture()
     if (turn := STORED[orientation]) is not None:
         stored = stored.transpose(turn)
@@ -66,13 +68,13 @@ def pixels(data: bytes) -> list[Any]:
         ("TIFF", {"compression": "tiff_lzw"}),
     ],
 )
-def test_a_picture_stored_turned_is_the_upright_one(orientation: int, form: str, options: dict[str, Any]) -> None:
+def test_a_rotated_file_is_decoded_upright(orientation: int, form: str, options: dict[str, Any]) -> None:
     assert pixels(turned(orientation, form, **options)) == np.asarray(picture()).tolist()
 
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("form", ["JPEG", "AVIF"])
-def test_lossy_files_are_turned_after_decoding(orientation: int, form: str) -> None:
+def test_lossy_files_are_rotated_after_decoding(orientation: int, form: str) -> None:
     data = turned(orientation, form)
     image = decode(data, "it")
     assert image.size == picture().size
@@ -80,8 +82,8 @@ def test_lossy_files_are_turned_after_decoding(orientation: int, form: str) -> N
         assert np.array_equal(image, ImageOps.exif_transpose(stored).convert("RGB"))
 
 
-def test_what_was_turned_says_so_no_longer() -> None:
-    """A transform of the user's own that applies the orientation must not turn it a second time."""
+def test_a_rotated_image_has_no_orientation() -> None:
+    """A user's transform that applies the orientation must not rotate the image again."""
     for form in ("PNG", "JPEG", "TIFF"):
         image = decode(turned(6, form), "it")
         assert image == ImageOps.exif_transpose(image)
@@ -103,12 +105,12 @@ def test_what_was_turned_says_so_no_longer() -> None:
 )
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_broken_metadata_costs_no_image(exif: bytes, form: str) -> None:
+def test_broken_metadata_is_ignored(exif: bytes, form: str) -> None:
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
     assert pixels(saved(picture(), form, exif=exif, **options)) == pixels(saved(picture(), form, **options))
 
 
-def test_torchvision_pictures_are_turned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_images_are_rotated_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Photographs:
         def __init__(self, root: Path, **options: Any) -> None:
             self.labels = [0]
@@ -117,7 +119,7 @@ def test_torchvision_pictures_are_turned_too(tmp_path: Path, monkeypatch: pytest
             return Image.open(io.BytesIO(turned(8, "PNG"))).convert("RGB"), 0
 
     monkeypatch.setattr(torchvision.datasets, "SVHN", Photographs)
-    assert open_images("svhn", root=tmp_path).image(0) == picture()
+    assert open_source("svhn", root=tmp_path).item(0) == picture()
 
 
 # transparency
@@ -212,7 +214,7 @@ def test_a_color_that_stands_for_transparency_is_white() -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_the_first_frame_is_taken_and_said_to_be_one_of_several(form: str) -> None:
+def test_the_first_frame_is_used_and_marked(form: str) -> None:
     first, second = Image.new("RGB", (32, 32), (200, 0, 0)), Image.new("RGB", (32, 32), (0, 0, 200))
     one, two = (decode(saved(first, form, save_all=True, append_images=more), form) for more in ([], [second]))
     assert (is_first_of_several(one), is_first_of_several(two)) == (False, True)
@@ -222,8 +224,8 @@ def test_the_first_frame_is_taken_and_said_to_be_one_of_several(form: str) -> No
         assert blue < 10
 
 
-def test_previews_are_no_frames() -> None:
-    """A camera's MPO holds a preview, a TIFF may hold a smaller copy: there is one photograph in it."""
+def test_previews_do_not_count_as_frames() -> None:
+    """A camera's MPO has a preview, and a TIFF may have a smaller copy: both contain one photograph."""
     small = picture(1, (3, 2))
     assert not is_first_of_several(decode(saved(picture(), "MPO", save_all=True, append_images=[small]), "it"))
     data = bytearray(saved(picture(), "TIFF", save_all=True, append_images=[picture(1)]))
@@ -237,13 +239,13 @@ def test_previews_are_no_frames() -> None:
 
 
 @pytest.mark.parametrize("tags", [{254: 1}, {50706: b"\1\4\0\0"}])
-def test_a_raw_file_is_no_photograph_yet(tags: dict[int, Any]) -> None:
+def test_a_raw_file_is_an_error(tags: dict[int, Any]) -> None:
     info = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in tags.items():
         info[tag] = value
         if isinstance(value, bytes):
             info.tagtype[tag] = 1
-    with pytest.raises(ImageError, match="a camera's raw file, or a TIFF that begins with a thumbnail"):
+    with pytest.raises(ItemError, match="a camera's raw file, or a TIFF that begins with a thumbnail"):
         decode(saved(picture(), "TIFF", tiffinfo=info), "it")
 
 
@@ -257,12 +259,12 @@ def test_heic_names_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     (tmp_path / "a.HEIC").write_bytes(HEIC)
-    for data in (HEIC, tmp_path / "a.HEIC"):
-        with pytest.raises(ImageError, match=r"HEIC or HEIF .*: pip install pillow-heif$"):
-            decode(data, "it")
+    for read in (lambda: decode(HEIC, "it"), lambda: open_source(str(tmp_path)).item(0)):
+        with pytest.raises(ItemError, match=r"HEIC or HEIF .*: pip install pillow-heif$"):
+            read()
 
 
-def test_heic_is_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_is_read_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Heif(ImageFile.ImageFile):
         format = "HEIF"
 
@@ -285,11 +287,100 @@ def test_heic_is_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     monkeypatch.setitem(sys.modules, "pillow_heif", package)
     (tmp_path / "a.heic").write_bytes(HEIC)
-    for data in (HEIC, tmp_path / "a.heic"):
-        image = decode(data, "it")
+    for image in (decode(HEIC, "it"), open_source(str(tmp_path)).item(0)):
         assert np.array_equal(image, picture())
         assert is_first_of_several(image)
-    with pytest.raises(
-        ImageError, match="it: a HEIF file that is damaged, or of a kind that Pillow does not read"
-    ):
+    with pytest.raises(ItemError, match="it: a HEIF file that is damaged, or of a kind that Pillow cannot read"):
         decode(HEIC + b"damaged", "it")
+
+
+# whole files
+
+
+def test_every_mode_comes_out_as_rgb(tmp_path: Path) -> None:
+    gray = Image.new("L", (4, 4), 100)
+    palette = gray.convert("RGB").convert("P")
+    palette.save(tmp_path / "palette.png", transparency=b"\x00" * 256)
+    gray.save(tmp_path / "gray.png")
+    gray.convert("LA").save(tmp_path / "la.png")
+    gray.convert("1").save(tmp_path / "one.png")
+    Image.new("RGBA", (4, 4), (100, 100, 100, 255)).save(tmp_path / "rgba.png")
+    Image.new("CMYK", (4, 4), (10, 20, 30, 40)).save(tmp_path / "cmyk.jpg")
+    source = open_source(str(tmp_path))
+    images = {Path(source.name(i)).name: source.item(i) for i in range(len(source))}
+    assert {image.mode for image in images.values()} == {"RGB"}
+    for name in ("gray.png", "la.png", "rgba.png"):
+        assert images[name].getpixel((0, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+    pixels = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / f"deep.{suffix}", format="PPM" if suffix == "pgm" else None)
+    image = open_source(str(tmp_path)).item(0)
+    assert np.asarray(image)[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def test_pixels_without_a_range_are_an_error(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0.5]], dtype=np.float32)).save(tmp_path / "a.tif")
+    Image.fromarray(np.array([[70000]], dtype=np.int32)).save(tmp_path / "b.tif")
+    source = open_source(str(tmp_path))
+    for i, reason in enumerate(["floating-point", "32-bit integer"]):
+        with pytest.raises(ItemError, match=rf"\.tif: {reason}.* save it with 8 or 16 bits"):
+            source.item(i)
+
+
+def test_a_jpeg_of_too_many_scans_is_an_error(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    assert 5 < data.count(b"\xff\xda") < 20
+    bomb = data[:last] + data[last:-2] * 200 + data[-2:]
+    assert decode(data, "fine").size == (64, 64)
+    (tmp_path / "bomb.jpg").write_bytes(bomb)
+    for read in (lambda: decode(bomb, "bomb"), lambda: open_source(str(tmp_path / "bomb.jpg")).item(0)):
+        with pytest.raises(ItemError, match=r"a JPEG of 2\d\d scans, more than 100: save it again"):
+            read()
+
+
+def test_a_tiff_of_many_jpegs_is_read(tmp_path: Path) -> None:
+    noise = Image.effect_noise((64, 4096), 50).convert("RGB")
+    noise.save(tmp_path / "strips.tif", compression="jpeg", tiffinfo={278: 16})
+    assert (tmp_path / "strips.tif").read_bytes().count(b"\xff\xda") > 200
+    assert decode((tmp_path / "strips.tif").read_bytes(), "strips").size == (64, 4096)
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_args, **_options: pytest.fail("it was run"))
+    with pytest.raises(ItemError, match="PostScript is a program"):
+        decode((tmp_path / "a.jpg").read_bytes(), "a.jpg")
+
+
+def test_corrupt_images_raise_on_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for name in ("cut.png", "cut.jpg"):
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, "PNG" if name.endswith("png") else "JPEG")
+        (tmp_path / name).write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("I am not an image")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path))
+    assert len(source) == 5
+    reasons = {}
+    for i in range(5):
+        with pytest.raises(ItemError) as caught:
+            source.item(i)
+        assert caught.value.name == source.name(i)
+        assert str(caught.value) == f"{source.name(i)}: {caught.value.reason}"
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+        reasons[Path(caught.value.name).name] = caught.value.reason
+    assert reasons["text.jpg"] == "not an image in a format that featnorm reads"
+    assert reasons["empty.jpg"] == "an empty file"
+    assert reasons["lost.png"] == "No such file or directory"
+    assert "truncated" in reasons["cut.jpg"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ItemError, match="decompression bomb"):
+        open_source(str(write_images(tmp_path / "bomb", "a.png"))).item(0)

@@ -1,37 +1,34 @@
-"""Where a command runs: on a device of this machine, or on a cluster."""
+"""Where a command runs: a device of this machine, or a cluster."""
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-# Those under which the weights stay as they are; Fabric would convert them for the others.
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
-def cluster_of(device: str, ray: bool) -> Any:
-    """Return the Ray cluster where it is asked for, else None."""
+def cluster_of(device: str, ray: bool) -> AbstractContextManager[Any]:
+    """Return the context of a Ray cluster if ``ray``, else of None."""
     if not ray:
-        return None
+        return nullcontext()
     from featnorm.cluster import Cluster
 
     return Cluster(device)
 
 
 def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
-    """Return Fabric on one device; what it sets up for training is compiled where that is asked for.
+    """Return Lightning Fabric on one device; if ``compiled``, it compiles the models that it sets up for training.
 
     Raises
     ------
     ValueError
-        There is no such device, precision or compiler here.
+        The device or the compiler is not available.
     ImportError
-        Fabric is not installed.
+        Lightning Fabric is not installed.
     """
-    if precision not in _PRECISIONS:
-        raise ValueError(f"--precision is one of {', '.join(_PRECISIONS)}, got {precision}")
     if compiled and not any(map(shutil.which, _COMPILERS)):
         raise ValueError("--compile needs a C++ compiler, and there is no g++ or clang++ here: leave it out")
     try:
@@ -41,7 +38,7 @@ def fabric_of(device: str, precision: str, *, compiled: bool = False) -> Any:
 
     class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
         def setup(self, module: Any, *optimizers: Any, **options: Any) -> Any:
-            # Crops come in two sizes: code for each is faster than code for any.
+            # Crops come in two sizes: code for one size is faster than code for any size.
             compiled_module: Any = torch.compile(module, dynamic=False)
             return super().setup(compiled_module, *optimizers, **options)
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from pyarrow import fs
 
-from featnorm.inputs import DataError, ImageError, image_loader, open_images, open_to_score
+from featnorm.inputs import DataError, ItemError, image_loader, open_source
 from featnorm.inputs.formats import PassedOver
 
 server = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
 
-# What the server is told is not checked, but has to be kept out of everything that is shown.
+# The server does not check them, but they must not appear in any output.
 KEY, SECRET = "AKIAKEY", "hush%2Fhush"
 
 
@@ -32,7 +32,7 @@ def settings():
 
 @pytest.fixture(scope="module", params=["s3", "file"])
 def put(request, settings):
-    """Put a folder into a store; what it returns gives the address of what lies in it."""
+    """Return a function that copies a folder to a store, and returns a function from paths to addresses."""
 
     def copy(folder: Path, bucket: str):
         if request.param == "file":
@@ -85,39 +85,37 @@ def at(put, folder):
 
 
 def contents(source):
-    return [(np.asarray(source.image(i)).tobytes(), source.label(i), source.digest(i)) for i in range(len(source))]
+    return [(np.asarray(source.item(i)).tobytes(), source.label(i), source.digest(i)) for i in range(len(source))]
 
 
 @pytest.mark.parametrize("name", ["flat", "spaced name", "tables", "tables/train-1.parquet", "splits/train"])
 def test_the_same_images_as_in_a_folder(at, folder, name):
-    stored, local = open_images(at(name)), open_images(str(folder / name))
+    stored, local = open_source(at(name)), open_source(str(folder / name))
     assert stored.title == local.title
     assert stored.class_names == local.class_names
     if not name.startswith("tables"):
         assert contents(stored) == contents(local)
         return
-    # Pictures beside the file, which its rows name, are read too.
+    # Image files that the rows name are read too.
     assert contents(stored) == contents(local)
     assert [stored.name(i) for i in range(len(stored))] == [local.name(i) for i in range(len(local))]
 
 
 def test_classes_and_corrupt_files(at, folder):
-    stored, local = open_images(at("photos")), open_images(str(folder / "photos"))
+    stored, local = open_source(at("photos")), open_source(str(folder / "photos"))
     assert stored.class_names == local.class_names == ["a", "b"]
     names = [stored.name(i).partition("photos/")[2] for i in range(len(stored))]
     assert names == [local.name(i).partition("photos/")[2] for i in range(len(local))]
     assert names == ["a/deep/x.png", "b/1.PNG", "b/2.png", "b/broken.png"]
     assert [stored.label(i) for i in range(4)] == [local.label(i) for i in range(4)] == [0, 1, 1, 1]
-    with pytest.raises(ImageError, match=r"photos/b/broken\.png: "):
-        stored.image(3)
-    scored = open_to_score([at("photos")])
-    assert [scored.name(i) for i in range(len(scored))] == [stored.name(i) for i in range(len(stored))]
+    with pytest.raises(ItemError, match=r"photos/b/broken\.png: "):
+        stored.item(3)
     assert str(stored.passed_over) == "passed over 1 file that is not an image (.txt 1) and 2 hidden"
-    assert stored.passed_over == scored.passed_over == local.passed_over
+    assert stored.passed_over == local.passed_over
 
 
-def test_images_are_known_by_their_content(put, tmp_path):
-    """Files whose names do not tell are looked at, by their first bytes alone."""
+def test_images_are_recognized_by_their_content(put, tmp_path):
+    """Files whose names do not tell their format are recognized by their first bytes."""
     folder = tmp_path / "f"
     (folder / "x").mkdir(parents=True)
     picture(1).save(folder / "x/a.png")
@@ -126,25 +124,27 @@ def test_images_are_known_by_their_content(put, tmp_path):
     (folder / "x/c.json").write_text("{}")
     (folder / "x/empty").touch()
     address = put(tmp_path, "content")("f")
-    for source in (open_images(address), open_to_score([address])):
-        assert [source.name(i).rpartition("/")[2] for i in range(len(source))] == ["a.png", "b.dat", "scan"]
-        assert [source.label(i) for i in range(3)] == [0, 0, 0]
-        assert source.passed_over == PassedOver({".json": 1, "no ending": 1})
+    source = open_source(address)
+    assert [source.name(i).rpartition("/")[2] for i in range(len(source))] == ["a.png", "b.dat", "scan"]
+    assert [source.label(i) for i in range(3)] == [0, 0, 0]
+    assert source.passed_over == PassedOver({".json": 1, "no ending": 1})
 
 
 def test_slices_and_single_files(at, folder):
-    assert contents(open_images(at("flat") + "[2:8:3]")) == contents(open_images(f"{folder}/flat[2:8:3]"))
-    assert contents(open_to_score([at("flat") + "[-1:]"])) == contents(open_images(f"{folder}/flat[11:]"))
-    joined = open_to_score([at("one.png"), str(folder / "one.png"), at("tables")])
+    assert contents(open_source(at("flat") + "[2:8:3]")) == contents(open_source(f"{folder}/flat[2:8:3]"))
+    assert contents(open_source(at("flat") + "[-1:]")) == contents(open_source(f"{folder}/flat[11:]"))
+    joined = open_source(at("one.png"), str(folder / "one.png"), at("tables"))
     assert len(joined) == 14
     assert joined.digest(0) == joined.digest(1)
     assert joined.identity(0) != joined.identity(1)
-    with pytest.raises(DataError, match=r"neither a folder nor a \.parquet file"):
-        open_images(at("one.png"))
+    assert contents(open_source(at("one.png"))) == contents(open_source(str(folder / "one.png")))
+    assert open_source(at("one.png")).title == "one.png"
+    with pytest.raises(ItemError, match=r"empty/readme\.txt: not an image in a format that featnorm reads"):
+        open_source(at("empty/readme.txt")).item(0)
 
 
 def test_keys_are_not_shown(at):
-    sources = [open_images(at(name)) for name in ("flat", "tables")]
+    sources = [open_source(at(name)) for name in ("flat", "tables")]
     shown = [
         text
         for source in sources
@@ -153,7 +153,7 @@ def test_keys_are_not_shown(at):
     ]
     for name in ("none", "empty", "splits"):
         with pytest.raises(DataError) as error:
-            open_images(at(name))
+            open_source(at(name))
         shown.append(str(error.value))
     assert not [text for text in shown if KEY in text or "hush" in text or "endpoint" in text]
     assert {source.identity(0) for source in sources}.isdisjoint({source.identity(1) for source in sources})
@@ -165,38 +165,38 @@ def test_keys_are_not_shown(at):
         ("none", "no file or folder .*none: check the address"),
         ("empty", "no images in .*empty"),
         ("splits", "several splits, which must not be mixed: name one of test, train"),
-        ("empty/readme.txt", "neither a folder nor"),
+        ("empty/no.txt", "no file or folder .*empty/no.txt: check the address"),
     ],
 )
-def test_what_is_not_there(at, name, message):
+def test_missing_data(at, name, message):
     with pytest.raises(DataError, match=message):
-        open_images(at(name))
+        open_source(at(name))
 
 
 @pytest.mark.parametrize(
     "address", ["nope://bucket/x", "s3://", "s3:///", "://x", "s3://k:s@b?no_such=1", "hf://x"]
 )
-def test_addresses_that_are_none(address):
+def test_invalid_addresses(address):
     with pytest.raises(DataError) as error:
-        open_images(address)
+        open_source(address)
     assert "\n" not in str(error.value)
     assert "k:s" not in str(error.value)
 
 
-def test_a_store_that_does_not_answer():
+def test_a_store_that_does_not_respond():
     with pytest.raises(DataError, match="cannot list s3://b/x"):
-        open_images("s3://k:s@b/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1&anonymous=true")
+        open_source("s3://k:s@b/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1&anonymous=true")
 
 
 def test_a_file_that_is_gone(put, tmp_path):
     (tmp_path / "f").mkdir()
     picture(1).save(tmp_path / "f/a.png")
     address = put(tmp_path, "gone")("f")
-    source = open_images(address)
+    source = open_source(address)
     system, path = fs.FileSystem.from_uri(address)
     system.delete_file(f"{path}/a.png")
-    with pytest.raises(ImageError, match=r"a\.png: "):
-        source.image(0)
+    with pytest.raises(ItemError, match=r"a\.png: "):
+        source.item(0)
 
 
 def to_tensor(image):
@@ -204,15 +204,15 @@ def to_tensor(image):
 
 
 def test_read_in_workers(at):
-    source = open_to_score([at("flat"), at("tables")])
-    source.image(1)  # what this process has opened must not disturb the workers
+    source = open_source(at("flat"), at("tables"))
+    source.item(1)  # what this process has opened must not disturb the workers
     loader = image_loader(source, to_tensor, batch_size=5, workers=2)
     assert [int(image[0, 0, 0]) for batch in loader for image in batch.images] == [*range(12), *range(12)]
 
 
-def test_it_can_be_sent(at):
-    source = open_images(at("tables"))
-    source.image(0)
+def test_sources_can_be_pickled(at):
+    source = open_source(at("tables"))
+    source.item(0)
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
-    flat = open_images(at("flat"))
+    flat = open_source(at("flat"))
     assert contents(pickle.loads(pickle.dumps(flat))) == contents(flat)

@@ -1,0 +1,93 @@
+"""Options and arguments that several commands share, each declared once, as the type of a parameter."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DATA = (
+    "an image folder, a parquet file, either in an object store (`s3://bucket/photos`), or a data set by name, "
+    "such as `cifar10:test`; a slice may follow, as in `DATA[:500]` or `DATA[1::2]`"
+)
+"""What a specification of images may be, for help texts."""
+
+ScorerFile = Annotated[Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEC", help="Model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`."
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="Required if the detector was fitted on your own model: the same `MODULE:FUNCTION` you gave "
+        "`featnorm fit`.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Weights file (.pth or .safetensors). Default: the library's pretrained weights."
+    ),
+]
+Detector = Annotated[
+    str, typer.Option(metavar="EXPR", help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`.")
+]
+Detectors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--detector",
+        metavar="EXPR",
+        help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Repeat for several. Default: the standard "
+        "set.",
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Module whose output is the last hidden layer. Detected automatically by default."
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of a parquet file that holds the labels: integers, strings or booleans. Default: `label`, if "
+        "there is one.",
+    ),
+]
+OutFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Output file.")]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        envvar="FEATNORM_DATA",
+        help="Folder in which data sets by name are looked for first, and to which they are downloaded.",
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"],
+    typer.Option(help="Device of the model; `auto` takes the accelerator of this machine, if there is one."),
+]
+# Those under which the weights stay as they are; Lightning Fabric would convert them for the others.
+Precision = Annotated[
+    Literal["32-true", "bf16-mixed", "16-mixed"],
+    typer.Option(help="Precision of the forward pass, as Lightning Fabric names it."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images per batch.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Number of threads that decode images. Default: one per CPU, at most 8.")
+]
+Ray = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="Run on the Ray cluster that RAY_ADDRESS names, or on a local one of all processors. Every machine "
+        "of the cluster must be able to read the images.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]

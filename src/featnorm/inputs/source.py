@@ -1,0 +1,232 @@
+"""What a source of items is: items by index, with names, labels and digests; and parts and unions of sources."""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Generic, TypeAlias, TypeVar
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from featnorm.inputs.formats import PassedOver
+
+T = TypeVar("T")
+
+
+class DataError(ValueError):
+    """A specification of data, or the data itself, that cannot be used. The message is one line."""
+
+
+class ItemError(DataError):
+    """One item that is corrupt or unreadable.
+
+    Parameters
+    ----------
+    name : str
+        Name of the item in its source: its file, or its row.
+    reason : str
+        What is wrong with it, in one line.
+
+    Attributes
+    ----------
+    digest : bytes or None
+        `Source.digest` of the content that cannot be decoded; None if no content was read.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+        self.digest: bytes | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
+    """Items with names and, perhaps, labels: a map-style data set without a transform.
+
+    ``source[i]`` is ``(source.item(i), source.label(i))``. Indices run from 0 to ``len(source) - 1``. Several
+    threads may read a source at the same time.
+
+    Parameters
+    ----------
+    title : str
+        A short name for tables, such as ``"textures"`` or ``"cifar10:train[:500]"``.
+    labels : sequence of int or None
+        Label of each item; None or a negative number, as Hugging Face and torchvision have it, for no label.
+    class_names : list of str or None
+        Name of every label, if the source knows them.
+
+    Attributes
+    ----------
+    names_are_paths : bool
+        Whether `name` is the path of a file, which also distinguishes the item from those of other sources.
+    passed_over : PassedOver
+        Files that were found beside the items but are not items.
+    label_columns : tuple of str
+        Columns of an unlabeled table that could hold its labels.
+    """
+
+    names_are_paths = False
+    passed_over = PassedOver()
+    label_columns: tuple[str, ...] = ()
+
+    def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
+        self.title = title
+        self.class_names = class_names
+        self._labels = [None if label is None or label < 0 else label for label in labels]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[T, int | None]:
+        return self.item(i), self.label(i)
+
+    def item(self, i: int) -> T:
+        """Return item `i`, fully decoded: an image in RGB and upright, see `featnorm.inputs.decoding.decode`.
+
+        Raises
+        ------
+        ItemError
+            If the item is corrupt, truncated or unreadable.
+        IndexError
+            If there is no item `i`.
+        """
+        return self.read(i)[0]
+
+    def label(self, i: int) -> int | None:
+        """Return the class of item `i`, or None if it has none."""
+        return self._labels[self._checked(i)]
+
+    def name(self, i: int) -> str:
+        """Return the name of item `i` for messages: its file, or its row."""
+        return self._name(self._checked(i))
+
+    def digest(self, i: int) -> bytes:
+        """Return a digest of 32 bytes of the content of item `i`: of its file, or of its pixels.
+
+        Raises
+        ------
+        ItemError
+            If it cannot be read.
+        IndexError
+            If there is no item `i`.
+        """
+        return self._digest(self._checked(i))
+
+    def read(self, i: int) -> tuple[T, bytes]:
+        """Return item `i` as `item` does, and the `digest` of the content that it was decoded from.
+
+        The content is read once, so that item and digest match even if the file is being replaced.
+
+        Raises
+        ------
+        ItemError
+            If the item is corrupt, truncated or unreadable; the error holds the digest of what was read.
+        IndexError
+            If there is no item `i`.
+        """
+        return self._read(self._checked(i))
+
+    def identity(self, i: int) -> str:
+        """Return what identifies item `i` without reading its content: name, size and modification time."""
+        return self._identity(self._checked(i))
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"no item {i} in {self.title}, whose length is {len(self)}")
+        return i
+
+    @abstractmethod
+    def _read(self, i: int) -> tuple[T, bytes]: ...
+
+    @abstractmethod
+    def _name(self, i: int) -> str: ...
+
+    def _digest(self, i: int) -> bytes:
+        return self._read(i)[1]
+
+    def _identity(self, i: int) -> str:
+        return self._name(i)
+
+
+#: A source of images, as PIL images in RGB.
+ImageSource: TypeAlias = Source[Image.Image]
+
+
+class SlicedSource(Source[T]):
+    """Some of the items of another source.
+
+    Parameters
+    ----------
+    source : Source
+        The other source.
+    rows : sequence of int
+        Indices of the items in it, in the order of this one.
+    title : str
+        Name for tables.
+    """
+
+    def __init__(self, source: Source[T], rows: Sequence[int], title: str) -> None:
+        super().__init__(title, [source.label(row) for row in rows], source.class_names)
+        self.names_are_paths = source.names_are_paths
+        self.passed_over = source.passed_over
+        self.label_columns = source.label_columns
+        self._source = source
+        self._rows = rows
+
+    def _read(self, i: int) -> tuple[T, bytes]:
+        return self._source.read(self._rows[i])
+
+    def _name(self, i: int) -> str:
+        return self._source.name(self._rows[i])
+
+    def _digest(self, i: int) -> bytes:
+        return self._source.digest(self._rows[i])
+
+    def _identity(self, i: int) -> str:
+        return self._source.identity(self._rows[i])
+
+
+class JoinedSource(Source[T]):
+    """The items of several sources, one source after the other; with labels if all have the same class names.
+
+    Parameters
+    ----------
+    sources : sequence of Source
+        The sources.
+    """
+
+    def __init__(self, sources: Sequence[Source[T]]) -> None:
+        self._ends = list(accumulate(len(source) for source in sources))
+        classes = sources[0].class_names
+        labels: list[int | None] = [None] * self._ends[-1]
+        if classes is not None and all(source.class_names == classes for source in sources):
+            labels = [source.label(row) for source in sources for row in range(len(source))]
+        else:
+            classes = None
+        super().__init__(" and ".join(source.title for source in sources), labels, classes)
+        self._sources = sources
+        self.passed_over = sum((source.passed_over for source in sources), PassedOver())
+
+    def _locate(self, i: int) -> tuple[Source[T], int]:
+        number = bisect_right(self._ends, i)
+        return self._sources[number], i - (self._ends[number - 1] if number else 0)
+
+    def _read(self, i: int) -> tuple[T, bytes]:
+        source, row = self._locate(i)
+        return source.read(row)
+
+    def _name(self, i: int) -> str:
+        source, row = self._locate(i)
+        return source.name(row) if source.names_are_paths else f"{source.title}: {source.name(row)}"
+
+    def _digest(self, i: int) -> bytes:
+        source, row = self._locate(i)
+        return source.digest(row)
+
+    def _identity(self, i: int) -> str:
+        source, row = self._locate(i)
+        return source.identity(row)

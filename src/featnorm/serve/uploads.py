@@ -1,0 +1,229 @@
+"""The images in the body of a request: `read_body` and `read_uploads`."""
+
+import asyncio
+import binascii
+import json
+import re
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from featnorm.serve.forms import FormError, read_form
+from featnorm.serve.headers import DecodingCost, LongHeaderError, decoding_cost
+from featnorm.serve.limits import Limits
+
+# Maximum number of JSON values, of which a request has a few per image. A million take seconds to parse.
+_BASE_VALUES, _VALUES_PER_IMAGE = 1000, 100
+
+DESCRIPTION: dict[str, Any] = {
+    "required": True,
+    "description": "One image file, or several images as base64 in JSON or as the files of a form.",
+    "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {
+                    "images": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "oneOf": [
+                                {"type": "string", "format": "byte"},
+                                {
+                                    "type": "object",
+                                    "required": ["data"],
+                                    "properties": {
+                                        "name": {"type": "string"},
+                                        "data": {"type": "string", "format": "byte"},
+                                    },
+                                },
+                            ]
+                        },
+                    }
+                },
+            }
+        },
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                },
+            }
+        },
+    },
+}
+"""OpenAPI description of the request body."""
+
+_TYPES = ("application/json", "multipart/form-data", "application/octet-stream")  # and images
+_SCHEMA = '{"images": ["BASE64", {"name": "NAME", "data": "BASE64"}, ...]}'
+
+
+class Upload(NamedTuple):
+    """One image of a request: its name and its bytes, or why there are no bytes."""
+
+    name: str
+    data: bytes
+    error: str | None = None
+    cost: DecodingCost = DecodingCost()
+
+
+class Body(NamedTuple):
+    """The body of a request, and its content type without and with parameters."""
+
+    media_type: str
+    content_type: str
+    content: bytes
+
+
+async def read_body(request: Request) -> Body:
+    """Read the body of a request, whose length `BodyLimit` limits.
+
+    Raises
+    ------
+    HTTPException
+        If its type is not supported, or it is compressed.
+    ClientDisconnect
+        If the client disconnected.
+    """
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise HTTPException(
+            415,
+            f"the content encoding is {coding}: send the body as it is, without compression",
+            {"Accept-Encoding": "identity"},
+        )
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in _TYPES and not media_type.startswith("image/"):
+        raise HTTPException(
+            415,
+            f"the content type is {media_type or 'not given'}: send image/*, application/octet-stream, "
+            "application/json or multipart/form-data",
+        )
+    return Body(media_type, content_type, await request.body())
+
+
+async def read_uploads(body: Body, limits: Limits, parser: Executor) -> list[Upload]:
+    """Return the images in a body, one or more. If it is cancelled, work that has not begun is dropped.
+
+    Parameters
+    ----------
+    body : Body
+        Body of the request.
+    limits : Limits
+        Limits on the images.
+    parser : Executor
+        Single thread in which bodies are parsed: a body of JSON can take twenty times its length in memory.
+
+    Raises
+    ------
+    HTTPException
+        If the body cannot be read, or contains no image or too many.
+    """
+    loop = asyncio.get_running_loop()
+    uploads = await loop.run_in_executor(parser, _parse, body, limits.images)
+    if not uploads:
+        raise HTTPException(400, "the request contains no image")
+    # One by one, so that other requests do not wait for all of them.
+    return [
+        upload if upload.error else await loop.run_in_executor(parser, _with_cost, upload) for upload in uploads
+    ]
+
+
+def _parse(body: Body, max_images: int) -> list[Upload]:
+    if body.media_type == "application/json":
+        return _from_json(body.content, max_images)
+    if body.media_type == "multipart/form-data":
+        return _from_form(body.content, body.content_type, max_images)
+    return [Upload("image 1", body.content)]
+
+
+def _from_json(body: bytes, max_images: int) -> list[Upload]:
+    max_values = _BASE_VALUES + _VALUES_PER_IMAGE * max_images
+    if sum(map(body.count, (b",", b":", b"[", b"{"))) > max_values:
+        raise HTTPException(400, f"the body contains more than {max_values:,} values: send {_SCHEMA}")
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise HTTPException(400, f"the body is not valid JSON: send {_SCHEMA}") from None
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise HTTPException(400, f"the body contains no list of images: send {_SCHEMA}")
+    if len(images) > max_images:
+        raise _too_many(max_images)
+    return [_from_entry(number, entry) for number, entry in enumerate(images, start=1)]
+
+
+def _from_entry(number: int, entry: Any) -> Upload:
+    name, data = (entry.get("name"), entry.get("data")) if isinstance(entry, dict) else (None, entry)
+    if not isinstance(data, str) or not isinstance(name, str | None):
+        raise HTTPException(
+            400, f"image {number} must be a base64 string or an object with `name` and `data`: send {_SCHEMA}"
+        )
+    name = _image_name(name, number)
+    try:
+        return Upload(name, decode_base64(data))
+    except ValueError as error:
+        return Upload(name, b"", str(error))
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 in either alphabet, with or without line breaks and padding, or a ``data:`` URL.
+
+    Raises
+    ------
+    ValueError
+        If the text is neither.
+    """
+    if _DATA_URL.match(text):
+        media_type, _, text = text.partition(",")
+        if not media_type.rstrip().lower().endswith(";base64"):
+            raise ValueError("the data: URL is not base64-encoded: send data:image/png;base64,...")
+    try:
+        encoded = text.encode("ascii").translate(_ALPHABET, b" \t\r\n")
+        bare = encoded.removesuffix(b"=").removesuffix(b"=")
+        if b"=" in bare:
+            raise ValueError("the data is not base64")
+        return binascii.a2b_base64(bare + b"=" * (-len(bare) % 4), strict_mode=True)
+    except (UnicodeEncodeError, binascii.Error):
+        raise ValueError("the data is not base64") from None
+
+
+_DATA_URL = re.compile(r"\s*data:", re.IGNORECASE)
+_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+
+def _from_form(body: bytes, content_type: str, max_images: int) -> list[Upload]:
+    try:
+        parts = read_form(body, content_type, max_images)
+    except FormError as error:
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
+    if len(parts) > max_images:
+        raise _too_many(max_images)
+    for number, part in enumerate(parts, start=1):
+        if part.filename is None:
+            raise HTTPException(400, f"part {number} of the form, {part.field!r}, is not a file")
+    return [Upload(_image_name(part.filename, number), part.content) for number, part in enumerate(parts, start=1)]
+
+
+def _with_cost(upload: Upload) -> Upload:
+    """Return an image with the cost of decoding it, or why its header is not read."""
+    try:
+        return upload._replace(cost=decoding_cost(upload.data))
+    except LongHeaderError:
+        return upload._replace(data=b"", error="the header of the image has too many parts")
+
+
+def _image_name(name: str | None, number: int) -> str:
+    # JSON can contain lone surrogates, which cannot be encoded.
+    return name.encode("utf-8", "replace").decode() if name else f"image {number}"
+
+
+def _too_many(max_images: int) -> HTTPException:
+    return HTTPException(413, f"the request contains more than {max_images} images")
