@@ -1,87 +1,28 @@
-"""Put the tables of `featnorm reproduce` on the page of results, between the marks that name them.
+"""Put the tables of `featnorm reproduce` on the pages of results, between the marks that name them.
 
     python tools/update_results.py [FOLDER]
 
-takes over the results in FOLDER, such as featnorm-reproduction/laptop or what `make bench` wrote, and then
-writes every table anew from the results that the documentation keeps.
+copies the results in FOLDER, such as featnorm-reproduction/laptop or what `make bench` wrote, and then writes
+every table and picture from the results that the documentation keeps. Each page keeps them in a folder of its
+name.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from featnorm.paper import explanations, heads, imagenet, label_free, moco_length, one_class, own_images
-from featnorm.paper.figures import Figure
-from featnorm.paper.imagenet_tables import make_tables
-from featnorm.paper.tables import Table, make_table, width_figure
-from featnorm.paper.theory import FIGURES
+from featnorm.paper.study import Study, studies
+from featnorm.paper.tables import Table
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-#: The results that each page shows; they lie in a folder of its name.
-PAGES = {
-    "cifar10": ("table3", "table6", "table7", "figure7", "head-study"),
-    "own-images": ("own-images", "shipped"),
-    "imagenet": ("table1",),
-    "theory": (*FIGURES, "explanation"),
-    "label-free": tuple(label_free.TABLES),
-    "one-class": (*one_class.TABLES, moco_length.NAME),
-    "speed": ("speed",),
-}
-#: How the pictures are drawn anew from the numbers that are kept.
-DRAWN: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(FIGURES, lambda content: Figure.from_dict(content).svg),
-    "figure7": width_figure,
-    moco_length.NAME: moco_length.picture,
-}
-#: Tables that are read off the networks of Table 3.
-READ_OFF = ("table3", "table5", "table8", "table10")
-
-
-def tables(file: Path) -> dict[str, Table]:
-    """Return the tables of a file of results, by the names that mark their places."""
-    content = json.loads(file.read_text("utf-8"))
-    if file.stem in FIGURES:
-        return {file.stem: Figure.from_dict(content).table}
-    match file.stem:
-        case "own-images":
-            return own_images.tables(content)
-        case "shipped":
-            return shipped(content)
-        case "speed":
-            return speed(content)
-        case "explanation":
-            return explanations.tables(content)
-        case "head-study":
-            return heads.tables(content)
-        case "table1":
-            return large_scale(content)
-        case "table4":
-            return one_class.tables(content)
-        case moco_length.NAME:
-            return moco_length.tables(content)
-        case "table3":
-            return {name: make_table(name, content) for name in READ_OFF}
-        case "table3-short":
-            # Kept from when these networks were smaller and trained for fewer epochs.
-            return {file.stem: make_table("table3", content)}
-    return {file.stem: make_table(file.stem, content)}
-
-
-def large_scale(content: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
-    """Return all tables of the ImageNet-1k benchmark, as Table 1 has the networks of the others too."""
-    found = {}
-    for name in imagenet.TABLES:
-        wanted = {job.block for job in imagenet.jobs(name, imagenet.SCALES[content[0]["scale"]])}
-        runs = [run for run in content if f"{run['network']}, {run['data']}" in wanted]
-        found.update(make_tables(name, runs))
-    return found
+STUDIES = studies()
 
 
 def shipped(content: Mapping[str, Any]) -> dict[str, Table]:
-    """Return what tools/measure_shipped.py found, as tables."""
+    """Return what tools/measure_shipped.py measured, as tables."""
     notes = [
         f"{content['detector']} on {content['images']}",
         "command: python tools/measure_shipped.py",
@@ -105,20 +46,20 @@ def shipped(content: Mapping[str, Any]) -> dict[str, Table]:
         ]
         for row in content["service"]
     ]
-    headers = ["Clients", "requests a second", "median, ms", "99th percentile, ms", "images a batch", "errors"]
+    headers = ["Clients", "requests per second", "median, ms", "99th percentile, ms", "images per batch", "errors"]
     return {
         "speed": Table(
-            "Images a second, single precision", ["What", "images a second", "ratio"], rows, [answers, *notes]
+            "Images per second, single precision", ["What", "images per second", "ratio"], rows, [answers, *notes]
         ),
-        "service": Table("The service, one image a request", headers, service, notes),
+        "service": Table("The service, one image per request", headers, service, notes),
     }
 
 
 def speed(content: Mapping[str, Any]) -> dict[str, Table]:
-    """Return what `make bench` measured, a table a theme."""
+    """Return what `make bench` measured, one table per theme."""
     facts = [f"{name}: {value}" for name, value in content["environment"].items()]
     if content["scale"] != "full":
-        facts.append("at sizes that only try the benchmarks")
+        facts.append("at sizes that only test the benchmarks")
     headers = ["Work", "against", "ours", "theirs", "ratio", "mark", "met", "rounds", "of what"]
     found = {}
     for theme in dict.fromkeys(row["theme"] for row in content["results"]):
@@ -148,41 +89,68 @@ def _quantity(value: float, unit: str) -> str:
     return f"{value / scale:.3g} {name}"
 
 
+#: Page -> results on it that are not a study's -> what makes their tables.
+OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
+    # From smaller networks that were trained for fewer epochs.
+    "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
+    "own-images": {"shipped": shipped},
+    "speed": {"speed": speed},
+}
+PAGES = sorted({study.page for study in STUDIES.values()} | set(OTHERS))
+
+
+def on_page(page: str) -> list[Study[Any, Any, Any]]:
+    """Return the studies that a page publishes."""
+    return [study for study in STUDIES.values() if study.page == page]
+
+
+def read(page: str, *names: str) -> Any:
+    """Return the first kept result of a page that is there, or None."""
+    files = [RESULTS / page / f"{name}.json" for name in names]
+    file = next((file for file in files if file.is_file()), None)
+    return None if file is None else json.loads(file.read_text("utf-8"))
+
+
+def tables(page: str) -> dict[str, Table]:
+    """Return the tables of a page, by the names that mark their places."""
+    found: dict[str, Table] = {}
+    for study in on_page(page):
+        if (content := read(page, study.name, study.shares)) is not None:
+            found |= study.tables(content)
+    for name, make in OTHERS.get(page, {}).items():
+        if (content := read(page, name)) is not None:
+            found |= make(content)
+    return found
+
+
 def render(page: str) -> str:
-    """Return a page's text with every table anew."""
+    """Return a page's text with every table replaced."""
     text = (RESULTS / f"{page}.md").read_text("utf-8")
-    for file in sorted((RESULTS / page).glob("*.json")):
-        for name, table in tables(file).items():
-            block = f"<!-- {name} -->\n\n{table.markdown()}\n<!-- end -->"
-            text, count = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)  # noqa: B023
-            if count != 1:
-                raise SystemExit(
-                    f"{page}.md has {count} places for {name}: mark one by <!-- {name} --> <!-- end -->"
-                )
+    for name, table in tables(page).items():
+        block = f"<!-- {name} -->\n\n{table.markdown()}\n<!-- end -->"
+        text, count = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _, new=block: new, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{page}.md has {count} places for {name}: mark one by <!-- {name} --> <!-- end -->")
     return text
 
 
 def main() -> None:
-    """Take over results, and write the tables."""
+    """Copy results, and write the tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?")
     folder = parser.parse_args().folder
-    for page, names in PAGES.items():
+    for page in PAGES:
         kept = RESULTS / page
         kept.mkdir(exist_ok=True)
-        for name in names if folder else ():
+        for name in (*(study.name for study in on_page(page)), *OTHERS.get(page, ())) if folder else ():
             if (folder / f"{name}.json").exists():
-                # Where it read and wrote are places on somebody's machine.
+                # Paths of somebody's machine are of no use to a reader.
                 text = re.sub(r" --(out|data-root) [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
                 (kept / f"{name}.json").write_text(text, "utf-8")
-        for file in kept.glob("*.json"):
-            if file.stem in DRAWN:
-                content = json.loads(file.read_text("utf-8"))
-                file.with_suffix(".svg").write_text(DRAWN[file.stem](content), encoding="utf-8")
-        if (kept / "explanation.json").exists():
-            content = json.loads((kept / "explanation.json").read_text("utf-8"))
-            for name, drawn in explanations.pictures(content).items():
-                (kept / f"explanation-{name}.svg").write_text(drawn, encoding="utf-8")
+        for study in on_page(page):
+            if (content := read(page, study.name)) is not None:
+                for name, picture in study.pictures(content).items():
+                    (kept / f"{name}.svg").write_text(picture, encoding="utf-8")
         (RESULTS / f"{page}.md").write_text(render(page), encoding="utf-8")
 
 

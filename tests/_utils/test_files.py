@@ -366,7 +366,7 @@ OTHERS = {
     ("records.py", "_write_csv"): "the temporary file of Journal.write",
     ("records.py", "_write_jsonl"): "the temporary file of Journal.write",
     ("training/runs.py", "write_checkpoint"): "the temporary file, and memory",
-    ("paper/imagenet.py", "_bank"): "is made again by every run",
+    ("paper/studies/imagenet.py", "_bank"): "is made again by every run",
     ("inputs/cache.py", "_append"): "has checksums of its own",
 }
 

@@ -1,4 +1,4 @@
-"""Fabricated images, and the command on them."""
+"""Fabricated images, and the reproduction on them."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,8 @@ from PIL import Image
 
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
+from featnorm.paper.study import Context
+from featnorm.runtime import Runtime
 
 
 def write_images(folder, count, seed, size=32, shift=0):
@@ -15,6 +17,12 @@ def write_images(folder, count, seed, size=32, shift=0):
     for i in range(count):
         pixels = rng.integers(0, 100, (size, size, 3)) + shift
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+
+
+def context(precision="32-true", *, root=None, weights=None, out=None):
+    """Where studies run, without progress bars."""
+    runtime = Runtime(precision=precision, progress=False)
+    return Context("laptop", root, weights, out, runtime, {"date": "today"})
 
 
 def reproduce(name, root, out, *options):

@@ -1,4 +1,4 @@
-"""Small images with classes, networks for them, and what is asked of trained ones."""
+"""Small images with classes, and networks for them."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ CASES = {
 
 
 def plain(recipe):
-    """A network without batch normalisation, which two processes compute as one does."""
+    """A network without batch normalization, so that two processes compute the same as one."""
     torch.manual_seed(0)
     if recipe.objective == "csi":
         return nn.Sequential(nn.Flatten(), CSIHead(192, hidden=16, embedding=8))

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named(network, tmp_path):
     message = refused(saved(tmp_path, {"model": lacking}))
     assert "layout of supcon: it lacks head.0.weight, head.0.bias, head.2.weight and 1 more" in message
     message = refused(saved(tmp_path, {"model": {**whole, "module.encoder.layer9.weight": torch.zeros(1)}}))
-    assert message.endswith("it has encoder.layer9.weight, of which nothing is known")
+    assert message.endswith("it has encoder.layer9.weight, which are unknown")
     message = refused(saved(tmp_path, {"model": {**whole, "module.head.2.weight": torch.zeros(64, WIDTH)}}))
     assert message.endswith("head.2.weight is (64, 512) where (128, 512) is expected")
     plain = saved(tmp_path, torchvision.models.resnet18().state_dict())
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_named(network, tmp_path):
     assert "it lacks encoder_q.conv1.weight" in refused(plain, "moco")
 
 
-def test_other_layout_is_refused(network, tmp_path):
+def test_other_layout_raises(network, tmp_path):
     message = refused(saved(tmp_path, moco(network)), "supcon")
     assert "it has encoder_q.conv1.weight" in message
     assert "it lacks encoder_q.conv1.weight" in refused(saved(tmp_path, supcon(network)), "moco")

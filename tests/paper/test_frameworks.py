@@ -1,4 +1,4 @@
-"""What each framework is trained for: its scores tell digits from photographs, after seconds of training."""
+"""Each framework separates digits from photographs, after seconds of training."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ SIDE = 16
 
 
 def pictures(values):
-    """Grey images (n, 1, 8, 8) in [0, 1] as colour images of 16 x 16."""
+    """Gray images (n, 1, 8, 8) in [0, 1] as color images of 16 x 16."""
     large = nn.functional.interpolate(values.expand(-1, 3, -1, -1), (SIDE, SIDE), mode="bilinear")
     return (255 * large).round().to(torch.uint8)
 
@@ -71,5 +71,5 @@ def test_it_tells_far_inputs_apart(name, sets):
     loader = [part.float() / 255 for part in sets["train"].split(128)]
     for detector in detectors:
         scorer = fn.Scorer(model, detector).fit(loader)
-        known, foreign = (scorer(sets[part].float() / 255).score for part in ("test", "ood"))
-        assert fn.auroc(known, foreign) > 0.8, detector
+        id_scores, ood_scores = (scorer(sets[part].float() / 255).score for part in ("test", "ood"))
+        assert fn.auroc(id_scores, ood_scores) > 0.8, detector

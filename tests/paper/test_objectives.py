@@ -1,4 +1,4 @@
-"""The objectives of the training frameworks: their formulas, what they learn, and that they resume with it."""
+"""The objectives of the training frameworks: their formulas, and that they resume with their state."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from featnorm.models import cifar_network
-from featnorm.paper.lars import LARS
 from featnorm.paper.objectives import cider
 from featnorm.paper.recipe import OBJECTIVES, PRESETS, PaperRecipe
 from featnorm.training import train
@@ -87,8 +86,8 @@ def test_moco_is_its_formula_and_remembers_its_keys():
     torch.testing.assert_close(objective.queue, torch.cat([queue[4:], k.float()]))
 
 
-def test_moco_normalises_keys_in_shuffled_parts(monkeypatch):
-    monkeypatch.setattr("featnorm.paper.objectives._KEYS_A_PASS", 4)
+def test_moco_normalizes_keys_in_shuffled_parts(monkeypatch):
+    monkeypatch.setattr("featnorm.paper.objectives._KEYS_PER_PASS", 4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6), nn.BatchNorm1d(6))
     objective = OBJECTIVES["moco"](replace(SMALL["MoCo-v2"], batch_size=8, queue=8))
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
@@ -265,7 +264,8 @@ def test_lars_is_its_formula():
     torch.manual_seed(5)
     start, zero = torch.randn(4, 3, dtype=F64), torch.zeros(3, dtype=F64)
     a, b = nn.Parameter(start.clone()), nn.Parameter(zero.clone())
-    optimizer = LARS([a, b], lr=0.5, momentum=0.9, decay=0.01)
+    recipe = replace(PRESETS["SimCLR"], lr=0.5, momentum=0.9, weight_decay=0.01)
+    optimizer = recipe.make_optimizer([a, b])
     w, v, speed = start.clone(), zero.clone(), [torch.zeros_like(start), torch.zeros_like(zero)]
     for _ in range(3):
         gradients = torch.randn(4, 3, dtype=F64), torch.randn(3, dtype=F64)

@@ -1,4 +1,4 @@
-"""What a probe records is what its parts say of the model at that epoch."""
+"""A probe records what its parts compute for the model at each epoch."""
 
 import json
 from dataclasses import replace
@@ -33,14 +33,14 @@ def network():
 
 
 def test_every_number_is_what_its_part_says():
-    folds, ood = sets()
+    splits, ood = sets()
     model = network()
-    probe = Probe(folds, ood, layers=["0.stages.3"], pre_activation="1.hidden")
+    probe = Probe(splits, ood, layers=["0.stages.3"], pre_activation="1.hidden")
     found = probe.measure(model)
     with torch.no_grad():
-        z = {name: model[1].hidden(model[0](x.float() / 255)) for name, (x, _) in folds.items()}
+        z = {name: model[1].hidden(model[0](x.float() / 255)) for name, (x, _) in splits.items()}
         z |= {name: model[1].hidden(model[0](x.float() / 255)) for name, x in ood.items()}
-        maps = model[0].stages[:4](model[0].stem(folds["test"][0].float() / 255)).flatten(1)
+        maps = model[0].stages[:4](model[0].stem(splits["test"][0].float() / 255)).flatten(1)
     a = {name: torch.relu(value) for name, value in z.items()}
     last = found[LAST]
     for name, value in a.items():
@@ -56,14 +56,14 @@ def test_every_number_is_what_its_part_says():
     assert last["auroc"]["test"]["norm"] == pytest.approx(expected, abs=2e-3)
     weight = model[1].classifier.weight.detach() @ model[1].embedding.weight.detach()
     hidden = HiddenClassifier(a["test"], weight)
-    targets = folds["test"][1]
+    targets = splits["test"][1]
     record = last["hidden"]["test"]
     assert record["accuracy"] == pytest.approx(float((hidden.prediction == targets).float().mean()))
     assert record["sign_difference"] == pytest.approx(float(1 - hidden.agreement(targets).mean()), abs=1e-3)
     errors = hidden.approximation_error(targets)
     assert record["error"] == pytest.approx(float(errors[0].mean()), abs=1e-3)
     assert record["other_error"] == pytest.approx(float(errors[1].mean()), abs=1e-3)
-    before = fn.FeatureTap(model).hidden(folds["test"][0].float() / 255, pre_activation=True)
+    before = fn.FeatureTap(model).hidden(splits["test"][0].float() / 255, pre_activation=True)
     torch.testing.assert_close(before.activation, z["test"], rtol=1e-4, atol=1e-4)
     errors = before.approximation_error(targets)
     assert record["pre_error"] == pytest.approx(float(errors[0].mean()), abs=1e-3)
@@ -71,13 +71,13 @@ def test_every_number_is_what_its_part_says():
 
 
 def test_the_hidden_classifiers_of_inner_layers():
-    folds, _ = sets()
+    splits, _ = sets()
     torch.manual_seed(0)
     model = MLP(192, 3, layers=3, hidden=16, embedding=8).eval()
-    probe = Probe(folds, {}, layers=["body.2"], hidden=["body.2", LAST])
+    probe = Probe(splits, {}, layers=["body.2"], hidden=["body.2", LAST])
     found = probe.measure(model)
     assert found[LAST]["auroc"] == {}
-    images, targets = folds["train"]
+    images, targets = splits["train"]
     hidden = fn.FeatureTap(model, "body.2").hidden(images.float() / 255)
     assert found["body.2"]["hidden"]["train"]["sign_difference"] == pytest.approx(
         float(1 - hidden.agreement(targets).mean()), abs=1e-5
@@ -89,14 +89,14 @@ def test_the_hidden_classifiers_of_inner_layers():
 
 
 def test_it_follows_training_and_a_broken_run(tmp_path):
-    folds, ood = sets()
+    splits, ood = sets()
     recipe = replace(RECIPE, epochs=3)
 
     def probe():
-        return Probe(folds, ood, most=20, file=tmp_path / "probe.jsonl")
+        return Probe(splits, ood, max_inputs=20, file=tmp_path / "probe.jsonl")
 
-    unbroken = Probe(folds, ood, most=20)
-    train(network(), *folds["train"], recipe, on_epoch=unbroken)
+    unbroken = Probe(splits, ood, max_inputs=20)
+    train(network(), *splits["train"], recipe, on_epoch=unbroken)
     first = probe()
 
     def die(entry, model):
@@ -105,8 +105,8 @@ def test_it_follows_training_and_a_broken_run(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(network(), *folds["train"], recipe, folder=tmp_path, on_epoch=die)
-    train(network(), *folds["train"], recipe, folder=tmp_path, on_epoch=probe())
+        train(network(), *splits["train"], recipe, folder=tmp_path, on_epoch=die)
+    train(network(), *splits["train"], recipe, folder=tmp_path, on_epoch=probe())
     records = read_log(tmp_path / "probe.jsonl")
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert records == json.loads(json.dumps(unbroken.records))
@@ -114,19 +114,19 @@ def test_it_follows_training_and_a_broken_run(tmp_path):
 
 def test_more_inputs_than_wanted_are_thinned_evenly():
     images = torch.arange(100)[:, None].float()
-    probe = Probe({"train": (images, torch.zeros(100, dtype=torch.int64))}, {}, most=4)
-    assert probe.folds["train"][0].flatten().tolist() == [0, 33, 66, 99]
+    probe = Probe({"train": (images, torch.zeros(100, dtype=torch.int64))}, {}, max_inputs=4)
+    assert probe.splits["train"][0].flatten().tolist() == [0, 33, 66, 99]
 
 
 def test_what_cannot_be_probed_is_named():
-    folds, ood = sets()
+    splits, ood = sets()
     for options, message in (
-        (dict(layers=[LAST]), "always listened to"),
-        (dict(hidden=["1.hidden"]), "the layer is not among layers"),
+        (dict(layers=[LAST]), "always recorded"),
+        (dict(hidden=["1.hidden"]), "'1.hidden', which is not among layers"),
     ):
         with pytest.raises(ValueError, match=message):
-            Probe(folds, ood, **options)
-    with pytest.raises(ValueError, match="both called a"):
-        Probe({"a": folds["train"]}, ood)
-    with pytest.raises(ValueError, match="no ReLU of the output of"):
-        Probe(folds, ood, pre_activation="1.embedding").measure(network())
+            Probe(splits, ood, **options)
+    with pytest.raises(ValueError, match="both named a"):
+        Probe({"a": splits["train"]}, ood)
+    with pytest.raises(ValueError, match="not the ReLU of the output of"):
+        Probe(splits, ood, pre_activation="1.embedding").measure(network())

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from featnorm.paper.systems import steps
+from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.steps import train_steps
-from featnorm.paper.systems.system import Run
 from featnorm.training import Recipe, loop, train
 from featnorm.training.runs import CHECKPOINT, LOG, log, read_checkpoint, read_log, write_checkpoint
 
@@ -127,8 +127,8 @@ def fit_steps(folder):
         yield "one", parts["1"](parts["0"](pixels)).square().mean()
 
     optimizers = {"one": torch.optim.SGD(system.parameters(), lr=0.01)}
-    run = Run(folder=folder, seed=0)
-    train_steps(system, images, step, optimizers, epochs=3, batch_size=8, settings={}, run=run)
+    context = TrainContext(folder=folder, seed=0)
+    train_steps(system, images, step, optimizers, epochs=3, batch_size=8, settings={}, context=context)
     return trained
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of other authors, whose networks are a ResNet with a projection head, read into one layout."""
+"""Checkpoints of other authors, of ResNets with a projection head, read into one layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from featnorm.models.loading import read_weights
 
 CLASSES = 1000
 EMBEDDING = 128
-# Names that a message lists before it says how many more there are.
-_NAMED = 3
+# Names that a message lists; it counts the rest.
+_MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How authors name the tensors of a `ContrastiveNetwork`, once ``module.`` of a wrapper is taken out.
+    """How authors name the tensors of a `ContrastiveNetwork`, after ``module.`` of a wrapper is removed.
 
     Parameters
     ----------
-    renamed : how names begin in the file, and in the network instead; the first that fits holds.
-    ignored : how the names begin of what plays no part after training.
+    renamed : prefix of names in the file -> prefix in the network; the first match counts.
+    ignored : prefixes of tensors that are not used after training.
     """
 
     renamed: Mapping[str, str]
@@ -33,11 +33,11 @@ class Layout:
 
 
 LAYOUTS = {
-    # Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", and SupContrast, whose layout it is.
+    # Of Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", and SupContrast before them.
     "supcon": Layout(
         {"encoder.": "backbone.", "head.0.": "hidden.", "head.2.": "embedding.", "fc.": "classifier."}
     ),
-    # MoCo-v2: the encoder of the queries is the network; that of the keys and their queue served its training.
+    # Of MoCo-v2: the query encoder is the network; the key encoder and the queue are for training.
     "moco": Layout(
         {"encoder_q.fc.0.": "hidden.", "encoder_q.fc.2.": "embedding.", "encoder_q.": "backbone."},
         ignored=("encoder_k.", "queue"),
@@ -46,15 +46,15 @@ LAYOUTS = {
 
 
 class ContrastiveNetwork(nn.Module):
-    """A ResNet with the projection head of MoCo-v2 and SupCon, and perhaps a linear classifier beside it.
+    """A ResNet with the projection head of MoCo-v2 and SupCon, and optionally a linear classifier beside it.
 
     The head is a hidden layer as wide as the pooled feature, a ReLU and an embedding of 128. The classifier,
-    learned on the frozen backbone (paper 6.1), reads the pooled feature as the head does.
+    trained on the frozen backbone (paper 6.1), reads the pooled feature as the head does.
 
     Parameters
     ----------
     architecture : torchvision's name of the ResNet.
-    classifies : whether there is a classifier.
+    classifies : whether it has a classifier.
     """
 
     def __init__(self, architecture: str = "resnet50", *, classifies: bool = True) -> None:
@@ -67,28 +67,28 @@ class ContrastiveNetwork(nn.Module):
 
     @torch.no_grad()
     def features(self, pooled: Tensor) -> Features:
-        """Return what the network says of inputs whose pooled features (n, D) are known."""
+        """Return all features of inputs, from their pooled features (n, D)."""
         activation = self.hidden(pooled).relu()
-        said = Features(activation=activation, pooled=pooled, embedding=self.embedding(activation))
+        features = Features(activation=activation, pooled=pooled, embedding=self.embedding(activation))
         if self.classifier is None:
             why = "the network was trained without labels, or its file has no classifier"
-            return said.replace(absent={"logits": why, "classifier": why})
+            return features.replace(absent={"logits": why, "classifier": why})
         linear = self.classifier
-        return said.replace(logits=linear(pooled), classifier=(linear.weight.detach(), linear.bias.detach()))
+        return features.replace(logits=linear(pooled), classifier=(linear.weight.detach(), linear.bias.detach()))
 
 
 def load_contrastive(
     path: str | Path, layout: str, *, classifier: str | Path | None = None, architecture: str = "resnet50"
 ) -> ContrastiveNetwork:
-    """Read a checkpoint of the authors of SupCon, of KNN, or of MoCo-v2. No code in it is run.
+    """Read a checkpoint of the authors of SupCon, of KNN, or of MoCo-v2, without running code in it.
 
     Parameters
     ----------
-    path : the file.
+    path : file of the checkpoint.
     layout : "supcon" or "moco", see `LAYOUTS`.
     classifier
-        A file with ``fc.weight`` and ``fc.bias`` alone, as SupContrast's ``main_linear.py`` saves them, where the
-        checkpoint has no classifier; without it such a network has no logits.
+        File with ``fc.weight`` and ``fc.bias``, as SupContrast's ``main_linear.py`` saves them, for a checkpoint
+        that has no classifier. Default: such a network has no logits.
     architecture : torchvision's name of the ResNet.
 
     Returns
@@ -98,7 +98,7 @@ def load_contrastive(
     Raises
     ------
     ModelError
-        The file cannot be read, would run code, or does not fit; all that does not fit is named as the file does.
+        The file cannot be read, would run code, or does not fit; every mismatch is named as in the file.
     """
     path = Path(path)
     rules = LAYOUTS[layout]
@@ -119,19 +119,19 @@ def load_contrastive(
         if ours in found and state[found[ours]].shape != value.shape
     ]
     wrong = [f"it lacks {_some(lacking)}"] if lacking else []
-    wrong += [f"it has {_some(unknown)}, of which nothing is known"] if unknown else []
+    wrong += [f"it has {_some(unknown)}, which are unknown"] if unknown else []
     wrong += [_some(shapes)] if shapes else []
     if wrong:
         raise ModelError(
-            f"{path} is no {architecture} with a projection head in the layout of {layout}: {'; '.join(wrong)}"
+            f"{path} is not a {architecture} with a projection head in the layout of {layout}: {'; '.join(wrong)}"
         )
-    # Not strict, as the counters of batch normalisation are left out.
+    # Not strict, since the counters of batch normalization are left out.
     network.load_state_dict({ours: state[name] for ours, name in found.items()}, strict=False)
     return network.eval()
 
 
 def _plain(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, without what wrappers for several devices put into its names, wherever they stand."""
+    """Read a state dict, and remove ``module``, which wrappers for several devices add, from its names."""
     state = read_weights(path)
     return {".".join(part for part in name.split(".") if part != "module"): v for name, v in state.items()}
 
@@ -149,5 +149,5 @@ def _original(ours: str, theirs: Mapping[str, str]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,37 +1,48 @@
-"""``featnorm reproduce``."""
+"""``featnorm reproduce``: the tables and figures of the paper, with our numbers beside the paper's."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from featnorm.cli.options import DataRoot, Device, Precision
 
+# What is large is imported when the command runs: `featnorm --help` reads the options alone.
+
+
+def _complete(incomplete: str) -> list[str]:
+    from featnorm.paper.reproduce import ALL
+    from featnorm.paper.study import studies
+
+    return [name for name in (ALL, *studies()) if name.startswith(incomplete)]
+
 
 def reproduce(
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="Of the paper: `table1` to `table12`, `table3-label-free`, `table6-imagenet`, `figure1` to "
-            "`figure14`; "
-            "`own-images` and `head-study`, what its heads are worth elsewhere and what moves them; "
-            "`moco-length`, whether and when NAN comes to work without labels; "
-            "`explanation`, why inputs score as they do; and `all`, which makes what can be made here and one "
-            "page of it."
+            help="Name of a table, figure or study, such as `table3` (see `--list`), or `all`: everything that "
+            "your data allows, and one page of it.",
+            autocompletion=_complete,
         ),
-    ],
+    ] = None,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="List the names, with what each one is, its scales and how long it takes."),
+    ] = False,
     scale: Annotated[
-        str, typer.Option(help="`paper`: its protocol, to the letter. `laptop`: what two cores do.")
+        Literal["laptop", "paper"],
+        typer.Option(help="`paper`: the paper's protocol. `laptop`: what two CPU cores can do."),
     ] = "laptop",
     data_root: DataRoot = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="The folder of the authors' checkpoints, for ImageNet-1k's tables at scale `paper`."),
+        typer.Option(help="Folder of the authors' checkpoints, for the ImageNet-1k tables at scale `paper`."),
     ] = None,
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="The folder of the networks and tables; a run that was broken off goes on there."
+            "--out", "-o", help="Folder of the networks and tables; an interrupted run is resumed there."
         ),
     ] = Path("featnorm-reproduction"),
     device: Device = "auto",
@@ -40,12 +51,20 @@ def reproduce(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the networks that are trained: on a CPU a sixth faster, after half a minute for each "
+            help="Compile the networks that are trained: a sixth faster on a CPU, after half a minute for each "
             "network and size of crop. Needs a C++ compiler.",
         ),
     ] = False,
 ) -> None:
-    """Train what a table or figure of the paper needs, and print our numbers beside the paper's."""
-    from featnorm.paper.reproduce import run
+    """Reproduce a table or figure of the paper, with our numbers beside the paper's.
 
-    run(name, scale, data_root, weights, out, device, precision, compiled)
+    Trains the networks that it needs. Rerun the same command to resume an interrupted run.
+    """
+    from featnorm.paper.reproduce import print_list, run
+
+    if list_:
+        print_list()
+    elif name is None:
+        raise ValueError("NAME is missing: `featnorm reproduce --list` lists the names")
+    else:
+        run(name, scale, data_root, weights, out, device, precision, compiled)

@@ -1,6 +1,6 @@
-"""What the ImageNet-1k benchmark is made of: data sets and weights, where they are looked for, how to get them."""
+"""Data sets and weights of the ImageNet-1k benchmark: where they are looked for, and how to get them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +14,7 @@ from featnorm.paper.checkpoints import CLASSES
 
 _WISC = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 _OPENOOD = "OpenOOD (github.com/Jingkang50/OpenOOD, scripts/download/download.py"
-_ILSVRC = "ILSVRC 2012 from image-net.org, in a folder a class (WordNet number)"
-
-
-class MissingError(DataError):
-    """Data and weights that are not there.
-
-    Parameters
-    ----------
-    lines : a line for each: where it is looked for, and how to get it.
-    """
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("; ".join(lines))
-        self.lines = list(lines)
+_ILSVRC = "ILSVRC 2012 from image-net.org, in one folder per class (WordNet number)"
 
 
 @dataclass(frozen=True)
@@ -36,13 +23,13 @@ class ImageSet:
 
     Parameters
     ----------
-    places : where it may lie under the data root, as `featnorm.inputs.open_source` takes them; the first is named.
-    get : where it comes from.
-    count : how many images there must be; None for any number.
-    classes : how many classes there must be; None for those without labels.
+    specs : specifications under the data root, see `featnorm.inputs.open_source`; messages name the first.
+    get : how to get it, for messages.
+    count : required number of images. Default: any.
+    classes : required number of classes. Default: labels are not needed.
     """
 
-    places: tuple[str, ...]
+    specs: tuple[str, ...]
     get: str
     count: int | None = None
     classes: int | None = None
@@ -53,29 +40,29 @@ class ImageSet:
         Raises
         ------
         DataError
-            It is not there, or not whole; the message says where it is looked for and how to get it.
+            It is missing or incomplete; the message names where it is looked for, and how to get it.
         """
         if root is None:
-            raise DataError(f"{self.places[0]}: no data root is set (--data-root, FEATNORM_DATA). {self.get}")
-        where = root / self.places[0].replace(":", "/")
-        place = next((place for place in self.places if _there(root, place)), None)
-        if place is None:
+            raise DataError(f"{self.specs[0]}: no data root is set (--data-root, FEATNORM_DATA). {self.get}")
+        where = root / self.specs[0].replace(":", "/")
+        spec = next((spec for spec in self.specs if _exists(root, spec)), None)
+        if spec is None:
             raise DataError(f"{where}: no such folder, nor {where}.parquet. {self.get}")
         try:
-            source = open_source(place, root=root)
+            source = open_source(spec, root=root)
         except DataError as error:
             raise DataError(f"{error}. {self.get}") from error
         if self.count is not None and len(source) != self.count:
-            raise DataError(f"{where} has {len(source):,} images where {self.count:,} belong: {self.get}")
+            raise DataError(f"{where} has {len(source):,} images, not {self.count:,}: {self.get}")
         if self.classes is not None:
             found = len({source.label(i) for i in range(len(source))} - {None})
             if found != self.classes:
-                raise DataError(f"{where} has {found:,} classes where {self.classes:,} belong: {self.get}")
+                raise DataError(f"{where} has {found:,} classes, not {self.classes:,}: {self.get}")
         return source
 
 
-#: The OOD sets of the paper's Tables 1, 2, 6 and 9, as Huang and Li cut them (MOS, CVPR 2021): no class of
-#: ImageNet-1k is in them. Textures is the whole of DTD.
+#: The OOD sets of the paper's Tables 1, 2, 6 and 9, as selected by Huang and Li (MOS, CVPR 2021): they have no
+#: class of ImageNet-1k. Textures is all of DTD.
 OOD_SETS = {
     "iNaturalist": ImageSet(("iNaturalist",), f"Unpack {_WISC}/iNaturalist.tar.gz", 10_000),
     "SUN": ImageSet(("SUN",), f"Unpack {_WISC}/SUN.tar.gz", 10_000),
@@ -86,7 +73,7 @@ OOD_SETS = {
         5_640,
     ),
 }
-#: What Table 12 adds to them.
+#: The other OOD sets of Table 12.
 MORE_OOD_SETS = {
     "ImageNet-O": ImageSet(
         ("imagenet-o",), "Unpack https://people.eecs.berkeley.edu/~hendrycks/imagenet-o.tar", 2_000
@@ -99,43 +86,43 @@ MORE_OOD_SETS = {
 _TRAIN = ImageSet(("imagenet:train",), f"Unpack ILSVRC2012_img_train.tar of {_ILSVRC}", 1_281_167, CLASSES)
 _VAL = ImageSet(
     ("imagenet:val",),
-    f"Unpack ILSVRC2012_img_val.tar of {_ILSVRC}: its files come without folders, which valprep.sh of "
-    "github.com/soumith/imagenetloader.torch makes",
+    f"Unpack ILSVRC2012_img_val.tar of {_ILSVRC}: its files have no folders; valprep.sh of "
+    "github.com/soumith/imagenetloader.torch makes them",
     50_000,
     CLASSES,
 )
 _SAMPLE = ImageSet(
     ("imagenet1k_sample",),
     "Take one image of each class of ILSVRC 2012's validation set, in the order of the classes, with "
-    "labels: a parquet file, or a folder a class",
+    "labels: a parquet file, or one folder per class",
     CLASSES,
     CLASSES,
 )
 _TINY = {
     split: ImageSet(
         (f"tiny_imagenet:{split}",),
-        "Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip, in a folder a class",
+        "Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip, in one folder per class",
         classes=200,
     )
     for split in ("train", "val")
 }
 _SOME_TEXTURES = ImageSet(("ood224/textures",), "Take the folders of some or all categories of DTD's images/")
-#: So many of Tiny ImageNet's images two cores ask for in minutes; of the OOD sets beside it, every second one.
+#: Numbers of Tiny ImageNet's images that take minutes on two cores; of its OOD sets every second image is used.
 TINY_TRAIN, TINY_TEST = 4_000, 500
-#: Of the images of Tiny ImageNet; others are shrunk to it, or their sharpness alone would tell them apart.
+#: Side of Tiny ImageNet's images; others are shrunk to it, or their sharpness alone would give them away.
 TINY_SIDE = 64
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a benchmark, none of them read yet.
+    """The images of a benchmark, not decoded yet.
 
     Parameters
     ----------
-    train, test : in-distribution.
-    ood : by name.
-    classes : of each label of ``train``, its class of ImageNet-1k.
-    side : to shrink every image to before the network's own transform; None for images as they are.
+    train, test : in-distribution images.
+    ood : OOD sets by name.
+    classes : class of ImageNet-1k for each label of ``train``.
+    side : side in pixels that images are shrunk to before the network's own transform. Default: not shrunk.
     """
 
     train: ImageSource
@@ -146,7 +133,7 @@ class Data:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Where the images came from, and how many there are."""
+        """Where the images are from, and how many there are."""
         facts = {
             "training images": f"{self.train.title}, {len(self.train)}",
             "in-distribution": f"{self.test.title}, {len(self.test)}",
@@ -167,7 +154,7 @@ def _imagenet(ood: Mapping[str, ImageSet]) -> Callable[["_Finder"], Data | None]
 
 
 def _sample(find: "_Finder") -> Data | None:
-    """One image a class: those of even classes to fit on, the others to test."""
+    """One image per class: those of even classes to fit on, the others to test."""
     sample, textures = find(_SAMPLE), find(_SOME_TEXTURES)
     if sample is None or textures is None:
         return None
@@ -178,20 +165,22 @@ def _sample(find: "_Finder") -> Data | None:
 
 
 def _tiny(find: "_Finder") -> Data | None:
-    """The 200 classes of Tiny ImageNet; what ImageNet-1k has besides them, and textures, as small as they are."""
+    """The 200 classes of Tiny ImageNet; OOD are the other classes of ImageNet-1k, and textures, shrunk alike."""
     train, test = find(_TINY["train"]), find(_TINY["val"])
     sample, textures = find(_SAMPLE), find(_SOME_TEXTURES)
     if train is None or test is None or sample is None or textures is None:
         return None
     numbers = {synset: i for i, synset in enumerate(vision_module("timm.data").ImageNetInfo().label_names())}
     if train.class_names is None or not set(train.class_names) <= set(numbers):
-        raise DataError(f"the classes of {train.title} are not called by their WordNet numbers, as n01443537")
-    known = [numbers[synset] for synset in train.class_names]
-    rows = [i for i in range(len(sample)) if sample.label(i) not in known]
+        raise DataError(
+            f"the classes of {train.title} are not WordNet numbers such as n01443537: rename the folders"
+        )
+    tiny = [numbers[synset] for synset in train.class_names]
+    rows = [i for i in range(len(sample)) if sample.label(i) not in tiny]
     others = SlicedSource(sample, rows[::2], f"{sample.title}, every second class that is not in Tiny ImageNet")
     some = SlicedSource(textures, range(0, len(textures), 2), f"{textures.title}[::2]")
     ood = {"other classes": others, "textures": some}
-    return Data(_first(train, TINY_TRAIN), _first(test, TINY_TEST), ood, torch.tensor(known), TINY_SIDE)
+    return Data(_first(train, TINY_TRAIN), _first(test, TINY_TEST), ood, torch.tensor(tiny), TINY_SIDE)
 
 
 #: The data of each benchmark, by name.
@@ -204,7 +193,7 @@ DATA: dict[str, Callable[["_Finder"], Data | None]] = {
 
 
 class _Finder:
-    """Opens data sets; writes down what is missing of them, once each."""
+    """Opens each data set once, and collects what is missing."""
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
@@ -221,7 +210,7 @@ class _Finder:
 
 
 def open_data(name: str, root: Path | None) -> tuple[Data | None, list[str]]:
-    """Return the data of a benchmark, one of `DATA`, and all that is missing of it; either is empty."""
+    """Return the data of a benchmark, one of `DATA`, or None and a line for everything that is missing."""
     find = _Finder(root)
     data = DATA[name](find)
     problems = list(find.problems.values())
@@ -238,14 +227,14 @@ def _present(found: Mapping[str, ImageSource | None]) -> dict[str, ImageSource]:
     return {name: source for name, source in found.items() if source is not None}
 
 
-def _there(root: Path, place: str) -> bool:
-    path = root / place.replace(":", "/")
+def _exists(root: Path, spec: str) -> bool:
+    path = root / spec.replace(":", "/")
     return path.is_dir() or path.with_name(f"{path.name}.parquet").is_file()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint, and where it comes from."""
+    """A checkpoint, and how to get it."""
 
     file: str
     get: str
@@ -265,25 +254,25 @@ WEIGHTS = {
     ),
     "vit": Weights("vit_b_16-c867db91.pth", f"Download {_TORCH_HUB}/vit_b_16-c867db91.pth"),
 }
-#: SupCon's classifier, where its checkpoint has none.
+#: File of SupCon's classifier, if its checkpoint has none.
 LINEAR = "supcon_linear.pth"
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A transform of the middle square of an image, shrunk before.
+    """A transform that shrinks the central square of an image first.
 
     Parameters
     ----------
-    transform : of the shrunk image.
-    side : to shrink it to, in pixels.
+    transform : transform of the shrunk image.
+    side : side of the shrunk image, in pixels.
     """
 
     transform: Callable[[Image.Image], Tensor]
     side: int
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return what the transform makes of the shrunk image."""
+        """Return the transformed image."""
         if image.size != (self.side, self.side):
             short = min(image.size)
             left, top = ((length - short) // 2 for length in image.size)
@@ -293,7 +282,7 @@ class Shrunk:
 
 
 def missing_weights(name: str, folder: Path | None) -> list[str]:
-    """Say which checkpoint of a network is missing and how to get it; nothing where none is."""
+    """Return a line that names a network's missing checkpoint and how to get it, or nothing."""
     wanted = WEIGHTS.get(name)
     if wanted is None or (folder is not None and (folder / wanted.file).is_file()):
         return []

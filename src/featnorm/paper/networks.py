@@ -1,4 +1,4 @@
-"""Networks that the reproduction alone trains: the paper's MLP, and the heads of CSI."""
+"""Networks that only the reproduction trains: the paper's MLP, and the heads of CSI."""
 
 from torch import Tensor, nn
 
@@ -11,8 +11,8 @@ class CSIHead(nn.Module):
 
     Parameters
     ----------
-    inputs : width D of the pooled feature that both read.
-    hidden : width of the embedding's hidden layer; as wide as the input where None.
+    inputs : width D of the pooled feature that both heads read.
+    hidden : width of the embedding's hidden layer. Default: D.
     embedding : width of the embedding.
     """
 
@@ -31,12 +31,12 @@ class MLP(nn.Module):
 
     Parameters
     ----------
-    inputs : numbers an input, once flattened: 3072 for CIFAR-10, 784 for MNIST.
+    inputs : numbers per flattened input: 3072 for CIFAR-10, 784 for MNIST.
     classes : number of classes.
     layers, hidden : number and width of the hidden layers.
     embedding : width of the embedding.
-    activation : of the hidden layers.
-    temperature : of the cosine logits.
+    activation : activation of the hidden layers.
+    temperature : temperature of the cosine logits.
 
     Raises
     ------

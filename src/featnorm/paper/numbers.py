@@ -8,14 +8,14 @@ from typing import Any
 
 @cache
 def numbers(benchmark: str) -> dict[str, Any]:
-    """Return the paper's tables of a benchmark: AUROC and FPR95 in percent, by detector and OOD set.
+    """Return the paper's tables of a benchmark, by name.
 
-    Each holds ``where`` it stands in the paper and its ``rows``, those of "imagenet" by network; the paper is Park
-    et al., ICCV 2023.
+    A table has ``where``, its place in the paper (Park et al., ICCV 2023), and ``rows``: AUROC and FPR95 in
+    percent, by detector and OOD set; those of "imagenet" by network first.
 
     Parameters
     ----------
-    benchmark : "cifar10" or "imagenet".
+    benchmark : "cifar10", "imagenet" or "one-class".
     """
     tables: dict[str, Any] = json.loads(files("featnorm.paper").joinpath("numbers.json").read_text("utf-8"))
     return tables[benchmark]

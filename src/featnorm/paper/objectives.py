@@ -1,4 +1,4 @@
-"""The objectives that the paper compares NAN on, beside the cross entropy of labels."""
+"""The objectives of the networks that the paper compares NAN on, besides the cross entropy of labels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from featnorm.training.objectives import Batch, Objective, Step, accuracy, cross
 if TYPE_CHECKING:
     from featnorm.paper.recipe import PaperRecipe
 
-# Keys that MoCo's momentum encoder takes at once; the source has 512 on 8 devices.
-_KEYS_A_PASS = 64
-# Inputs of a class that CIDER's prototypes begin as the mean of.
-_FIRST = 100
+# Keys per pass of MoCo's momentum encoder; the source has 512 on 8 devices.
+_KEYS_PER_PASS = 64
+# Inputs of a class whose mean is the initial prototype of CIDER.
+_FIRST_INPUTS = 100
 
 
 class SupCon(Objective):
@@ -34,7 +34,7 @@ class SupCon(Objective):
 
 
 class _Contrastive(Objective):
-    """On the embeddings of two views of SimCLR of each input."""
+    """Base of the objectives that read embeddings of two SimCLR views of each input."""
 
     views = 2
     recipe: PaperRecipe
@@ -57,9 +57,9 @@ class _Contrastive(Objective):
 
 
 class SimCLR(_Contrastive):
-    """NT-Xent: the other view of an input against all views of all others (Chen et al., ICML 2020, eq. 1).
+    """NT-Xent: contrasts the two views of an input with all views of all others (Chen et al., ICML 2020, eq. 1).
 
-    It is the `supcon` loss where every input is its own class.
+    It is the `supcon` loss with a class of its own for each input.
     """
 
     needs_targets = False
@@ -72,9 +72,9 @@ class SimCLR(_Contrastive):
 class MoCo(_Contrastive):
     """InfoNCE of a query against its key and a queue of earlier keys (MoCo-v2; He et al., CVPR 2020, eq. 1).
 
-    The keys are those of a momentum encoder, a moving average of the model. It takes them in a random order and in
-    parts of 64, each normalised by its own statistics, so that these do not give away which key belongs to which
-    query: this is what shuffling between devices does in the source. One view is the query, as in MoCo-v2.
+    A momentum encoder, a moving average of the model, computes the keys, in random order and in parts of 64. Each
+    part is normalized by its own batch statistics, so that these do not reveal which key belongs to which query:
+    shuffling between devices has this effect in the source. One view is the query, as in MoCo-v2.
     """
 
     needs_targets = False
@@ -92,7 +92,7 @@ class MoCo(_Contrastive):
         """See `Objective`."""
         query_views, key_views = batch.views.chunk(2)
         with torch.no_grad():
-            # The wrapper for several processes holds the very parameters that are trained.
+            # The wrapper for several processes holds the same parameters that are trained.
             for mine, theirs in zip(self.encoder.parameters(), module.parameters(), strict=True):
                 mine.lerp_(theirs, 1 - self.recipe.ema)
             keys = self._keys(key_views, fabric)
@@ -100,22 +100,22 @@ class MoCo(_Contrastive):
         positive = (queries * keys).sum(1, keepdim=True)
         logits = torch.cat([positive, queries @ self.queue.T], 1) / self.recipe.temperature
         loss = nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=keys.device))
-        # A new tensor: the old one is needed for the way back.
+        # A new tensor, since the backward pass needs the old one.
         self.queue = torch.cat([self.queue, _of_all(keys, 1, fabric)])[-self.recipe.queue :]
         return Step(loss)
 
     def _keys(self, views: Tensor, fabric: Any) -> Tensor:
         order = torch.randperm(len(views)).to(views.device)
-        parts = views[order].tensor_split(max(1, len(views) // _KEYS_A_PASS))
+        parts = views[order].tensor_split(max(1, len(views) // _KEYS_PER_PASS))
         with _autocast(fabric):
             keys = torch.cat([self.encoder(part) for part in parts])
         return nn.functional.normalize(keys.float())[order.argsort()]
 
 
 class RotNet(Objective):
-    """Cross entropy of the four turns of every input (Gidaris et al., ICLR 2018, eq. 2 and 3).
+    """Cross entropy of the four rotations of every input (Gidaris et al., ICLR 2018, eq. 2 and 3).
 
-    The model returns four logits, of 0, 90, 180 and 270 degrees.
+    The model returns four logits, for 0, 90, 180 and 270 degrees.
     """
 
     needs_targets = False
@@ -126,18 +126,20 @@ class RotNet(Objective):
         rotated = torch.cat(rotations(batch.views))
         logits = module(rotated)
         if logits.shape[1] != 4:
-            raise ValueError(f"rotnet tells 4 rotations apart, and the model returns {logits.shape[1]} logits")
-        wanted = torch.arange(4, device=rotated.device).repeat_interleave(len(batch.views))
-        return Step(cross_entropy(logits, wanted), accuracy(logits, wanted))
+            raise ValueError(
+                f"rotnet needs 4 logits, one per rotation, and the model returns {logits.shape[1]} logits"
+            )
+        targets = torch.arange(4, device=rotated.device).repeat_interleave(len(batch.views))
+        return Step(cross_entropy(logits, targets), accuracy(logits, targets))
 
 
 class CIDER(_Contrastive):
-    """Embeddings near their class's prototype, prototypes far from each other (Ming et al., ICLR 2023).
+    """Embeddings close to the prototype of their class, prototypes far from each other (Ming et al., ICLR 2023).
 
-    ``weight L_comp + L_dis``. L_comp is the cross entropy of an embedding's similarities to the prototypes over
-    the temperature, L_dis the mean over the prototypes of the log of the mean exponential of their similarities to
-    the others. Prototypes are of unit length; they begin as the mean of up to 100 inputs of their class, and go on
-    as a moving average over the embeddings, one after the other.
+    ``weight L_comp + L_dis``. L_comp is the cross entropy of an embedding's similarities to the prototypes,
+    divided by the temperature; L_dis is the mean over the prototypes of the log of the mean exponential of their
+    similarities to the others. Prototypes have unit length; they start as the mean of up to 100 inputs of their
+    class, and are then moving averages over the embeddings, one after the other.
     """
 
     prototypes: Tensor
@@ -146,18 +148,20 @@ class CIDER(_Contrastive):
         """See `Objective`."""
         means = []
         for c in range(int(targets.max()) + 1):
-            rows = (targets == c).nonzero()[:_FIRST, 0].to(inputs.device)
+            rows = (targets == c).nonzero()[:_FIRST_INPUTS, 0].to(inputs.device)
             if not len(rows):
-                raise ValueError(f"cider has a prototype for every class, and no input has the target {c}")
+                raise ValueError(
+                    f"cider needs an input of every class for its prototype, and no input has the target {c}"
+                )
             means.append(_embeddings(model, inputs[rows], fabric).mean(0))
         if len(means) < 2:
-            raise ValueError("cider sets classes apart, and all targets are 0")
+            raise ValueError("cider needs at least two classes, and all targets are 0")
         self.register_buffer("prototypes", nn.functional.normalize(torch.stack(means)))
 
     def forward(self, module: Any, batch: Batch, fabric: Any) -> Step:
         """See `Objective`."""
         unit = nn.functional.normalize(module(batch.views).float())
-        # See supcon for the gradients; in the order of one process, which the moving average depends on.
+        # For the gradients see supcon. The moving average depends on the order, which is that of one process.
         unit = _of_all(unit, 2, fabric)
         targets = _of_all(batch.targets.repeat(2), 2, fabric)
         loss, self.prototypes = cider(unit, targets, self.prototypes, self.recipe)
@@ -167,8 +171,9 @@ class CIDER(_Contrastive):
 class CSI(_Contrastive):
     """SimCLR with an input's rotations as other inputs, and their cross entropy (Tack et al., NeurIPS 2020).
 
-    Every input is mirrored at random and then turned four ways, and each of these is seen in two views that are
-    not mirrored. The model returns a mapping with the embeddings and the logits of the rotations, see `CSIHead`.
+    Every input is randomly mirrored and then rotated by 0, 90, 180 and 270 degrees; each rotation has two views,
+    which are not mirrored. The model returns a mapping with the embeddings and the logits of the rotations, see
+    `CSIHead`.
     """
 
     needs_targets = False
@@ -177,7 +182,7 @@ class CSI(_Contrastive):
     def make_views(
         self, inputs: Tensor, mine: slice, generator: torch.Generator, crop: int | None, device: torch.device
     ) -> Tensor:
-        """See `Objective`; the first views of all rotations, then the second."""
+        """See `Objective`; the first views of all rotations come first, then the second views."""
         views = []
         for _ in range(self.views):
             pixels = _pixels(flipped(inputs, generator)[mine], device)
@@ -192,7 +197,7 @@ class CSI(_Contrastive):
         outputs = module(batch.views)
         rotation = torch.arange(4, device=batch.indices.device)[:, None]
         n = len(batch.indices)
-        # Every rotation of every input is its own class.
+        # Every rotation of every input is a class of its own.
         own = (4 * batch.indices + rotation).flatten().repeat(2)
         contrast = supcon(outputs["embedding"], own, self.recipe.temperature, fabric)
         rotated = cross_entropy(outputs["logits"], rotation.expand(4, n).flatten().repeat(2))
@@ -202,12 +207,12 @@ class CSI(_Contrastive):
 def supcon(outputs: Tensor, targets: Tensor, temperature: float, fabric: Any) -> Tensor:
     """Return the supervised contrastive loss of embeddings (n, e) (Khosla et al., NeurIPS 2020, eq. 2).
 
-    Averaged over the inputs that share their class with another one; the embeddings are normalised here. Over
-    several processes every input is contrasted with those of all of them.
+    It is averaged over the inputs that share their class with another one. The embeddings are normalized here.
+    With several processes, every input is contrasted with the inputs of all of them.
     """
     if fabric is not None and fabric.world_size > 1:
-        # With gradients: what each process then finds for its own inputs is summed over the processes by this,
-        # and averaged over them again by the data-parallel wrapper.
+        # With gradients: this sums the gradients of each process's own inputs over the processes, and the
+        # data-parallel wrapper averages them again.
         outputs = fabric.all_gather(outputs, sync_grads=True).flatten(0, 1)
         targets = fabric.all_gather(targets).flatten()
     unit = nn.functional.normalize(outputs.float())
@@ -220,17 +225,17 @@ def supcon(outputs: Tensor, targets: Tensor, temperature: float, fabric: Any) ->
 
 
 def cider(unit: Tensor, targets: Tensor, prototypes: Tensor, recipe: PaperRecipe) -> tuple[Tensor, Tensor]:
-    """Return the loss of `CIDER` and the prototypes as they are after these embeddings.
+    """Return the loss of `CIDER`, and the prototypes after their update by these embeddings.
 
     Parameters
     ----------
-    unit : (n, e) embeddings of unit length.
-    targets : (n,).
-    prototypes : (classes, e) of unit length.
-    recipe : with ``temperature``, ``ema`` and ``weight``.
+    unit : embeddings (n, e) of unit length.
+    targets : classes (n,).
+    prototypes : (classes, e), of unit length.
+    recipe : its ``temperature``, ``ema`` and ``weight`` are used.
     """
     counts = torch.bincount(targets, minlength=len(prototypes))
-    # The k-th embedding of each class moves its prototype at once with the others' k-th: classes do not mix.
+    # The k-th embeddings of all classes move their prototypes at the same time, since classes do not interact.
     order = targets.argsort(stable=True)
     starts = counts.cumsum(0) - counts
     moved = prototypes
@@ -241,7 +246,7 @@ def cider(unit: Tensor, targets: Tensor, prototypes: Tensor, recipe: PaperRecipe
     others = ~torch.eye(len(moved), dtype=torch.bool, device=moved.device)
     similar = (moved @ moved.T / recipe.temperature)[others].reshape(len(moved), -1)
     dispersion = (similar.logsumexp(1) - math.log(len(moved) - 1)).mean()
-    # The prototypes that embeddings are drawn to stand still, as in the source.
+    # No gradients through the prototypes here, as in the source.
     moved = moved.detach()
     compactness = nn.functional.cross_entropy(unit @ moved.T / recipe.temperature, targets)
     return recipe.weight * compactness + dispersion, moved
@@ -256,7 +261,7 @@ def _autocast(fabric: Any) -> AbstractContextManager[Any]:
 
 
 def _of_all(values: Tensor, views: int, fabric: Any) -> Tensor:
-    """Return the values (views n, ...) of all processes, in the order in which one process would have them."""
+    """Return the values (views n, ...) of all processes, in the order of one process."""
     if fabric is None or fabric.world_size == 1:
         return values
     gathered = fabric.all_gather(values, sync_grads=values.requires_grad)
@@ -265,7 +270,7 @@ def _of_all(values: Tensor, views: int, fabric: Any) -> Tensor:
 
 @torch.no_grad()
 def _embeddings(model: nn.Module, images: Tensor, fabric: Any) -> Tensor:
-    """Return unit embeddings (n, e) of images (n, 3, h, w) uint8, in evaluation mode; the model's mode stays."""
+    """Return unit embeddings (n, e) of images (n, 3, h, w) uint8, in evaluation mode; the mode is restored."""
     device = next(model.parameters()).device
     training = model.training
     with _autocast(fabric):

@@ -5,32 +5,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from featnorm.paper.tables import Table
 from featnorm.report.html import render, write
 
 
 @dataclass(frozen=True)
 class Section:
-    """A result as the page shows it.
+    """A result on the page.
 
     Parameters
     ----------
-    name : by which the page refers to it, such as "table3"; no two are the same.
-    title : its heading.
-    headers, rows : of its table; each row is as long as the headers, its first cell names it.
-    notes : what to know of it.
+    name : unique name, by which the page links to it, such as "table3".
+    table : its table; the first cell of a row names the row.
     pictures : its figures as SVG text.
     """
 
     name: str
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
+    table: Table
     pictures: Sequence[str] = ()
 
     @property
     def uris(self) -> list[str]:
-        """The figures as a page embeds them: as images, so that ids inside of one cannot meet those of another."""
+        """The figures as images that the page embeds, so that ids in one cannot clash with those in another."""
         return [f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" for svg in self.pictures]
 
 
@@ -43,24 +39,15 @@ def write_results_page(
     facts: Mapping[str, str],
     missing: Mapping[str, str],
 ) -> None:
-    """Write results as one HTML file, which opens offline.
+    """Write results as one HTML file that opens offline.
 
     Parameters
     ----------
-    path : the file to write, in a directory that exists; a file that is there is replaced.
+    path : file to write, in a folder that exists; an existing file is replaced.
     sections : the results, in the order of the page.
-    title, summary, facts : the heading, sentences under it, and what a reader should know, by short names.
-    missing : results that there are none of, and why.
+    title, summary : heading, and sentences under it.
+    facts : what the results were made with, as label -> text.
+    missing : results that are not on the page, and why.
     """
-    write(
-        path,
-        render(
-            "page.html",
-            "featnorm.paper",
-            title=title,
-            summary=summary,
-            facts=facts,
-            sections=sections,
-            missing=dict(missing),
-        ),
-    )
+    values = {"title": title, "summary": summary, "facts": facts, "sections": sections, "missing": dict(missing)}
+    write(path, render("page.html", "featnorm.paper", **values))

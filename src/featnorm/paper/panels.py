@@ -1,4 +1,4 @@
-"""Figures that stand alone, as SVG files for documents."""
+"""Figures as SVG text, made of panels of lines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from featnorm._utils.svg import plain_axes, svg_figure
 
-# Told apart without colour too, by dash, and by marker where points are few.
+# Lines differ in dash too, and in marker if they have few points, for readers who cannot see the colors.
 _STYLES = [
     ("#1f5fa8", "o", "-"),
     ("#c2571a", "s", "--"),
@@ -19,36 +19,35 @@ _STYLES = [
     ("#7a6a1f", "v", (0, (5, 1, 1, 1, 1, 1))),
     ("#5a5a5a", "P", (0, (1, 2))),
 ]
-_FEW = 16  # points of a line, which get markers
-_MOST_INSIDE = 4  # lines whose legend finds room among them
+_MAX_MARKERS = 16  # a line with more points has no markers
+_MAX_LEGEND = 4  # the legend of more lines stands beside the panel
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points by name; joined, or where ``histogram`` is set values to count."""
+    """A named line through points; values to count if ``histogram`` is set, points alone if ``scatter`` is."""
 
     name: str
     y: Sequence[float]
     x: Sequence[float] = ()
     style: int = 0
-    faint: bool = False
     histogram: bool = False
     scatter: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: its lines, or an image of booleans, a row a unit."""
+    """One pair of axes with lines, or an image of booleans with one row per unit."""
 
     title: str = ""
     xlabel: str = ""
     ylabel: str = ""
     lines: Sequence[Line] = ()
     image: npt.NDArray[np.bool_] | None = None
-    log2: bool = False  # whether the x axis is logarithmic, with ticks at the points
+    log2: bool = False  # whether the x-axis is logarithmic, with ticks at the points
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data, numbers to four digits, an image as a text of bits a row."""
+        """Return plain data for JSON: numbers to four digits, an image as one string of bits per row."""
         data = asdict(replace(self, image=None))
         for line in data["lines"]:
             line |= {axis: [float(f"{value:.4g}") for value in line[axis]] for axis in ("x", "y")}
@@ -58,7 +57,7 @@ class Panel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Panel":
-        """Make it again from plain data."""
+        """Return the panel that `to_dict` made plain data of."""
         image = data["image"]
         if image is not None:
             image = np.array([[bit == "1" for bit in row] for row in image])
@@ -66,7 +65,7 @@ class Panel:
 
 
 def panel_figure(rows: Sequence[Sequence[Panel]], *, width: float = 3.8, height: float = 3.0) -> str:
-    """Return panels in rows as SVG text; each panel is of that width and height in inches."""
+    """Return panels in rows as SVG text; width and height of a panel are in inches."""
     columns = max(map(len, rows))
     with svg_figure(width * columns, height * len(rows)) as (figure, text):
         grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -87,21 +86,20 @@ def _draw(ax: Axes, panel: Panel) -> None:
         return
     for line in panel.lines:
         color, marker, dash = _STYLES[line.style % len(_STYLES)]
-        alpha = 0.45 if line.faint else 1.0
         if line.histogram:
             ax.hist(line.y, bins=40, density=True, histtype="step", color=color, ls=dash, lw=1.5, label=line.name)
         elif line.scatter:
             ax.plot(line.x, line.y, color=color, marker=marker, ls="", ms=3.5, alpha=0.7, label=line.name)
         else:
-            shape = marker if len(line.y) <= _FEW else None
-            ax.plot(line.x, line.y, color=color, marker=shape, ms=4, ls=dash, lw=1.4, alpha=alpha, label=line.name)
+            shape = marker if len(line.y) <= _MAX_MARKERS else None
+            ax.plot(line.x, line.y, color=color, marker=shape, ms=4, ls=dash, lw=1.4, label=line.name)
     if panel.log2:
         ticks = panel.lines[0].x
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
         ax.minorticks_off()
     plain_axes(ax)
-    if len(panel.lines) > _MOST_INSIDE:
+    if len(panel.lines) > _MAX_LEGEND:
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
     elif len(panel.lines) > 1:
         ax.legend(frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""What the paper trains on and how: its label schemes, its objectives, and the settings of its appendices."""
+"""The paper's label schemes, objectives, and training settings."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from featnorm._utils.extras import vision_module
 from featnorm.augmentation import SCALE
-from featnorm.paper.lars import LARS
 from featnorm.paper.objectives import CIDER, CSI, MoCo, RotNet, SimCLR, SupCon
 from featnorm.training import Recipe
 from featnorm.training.objectives import CrossEntropy, Objective
@@ -25,7 +25,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "csi": CSI,
 }
 _COMPARE_VIEWS = ("supcon", "simclr", "moco", "cider", "csi")
-# The settings that some objectives alone read.
+# Settings that only some objectives read.
 _READ_BY = {
     "scale": ("simclr", "moco", "cider", "csi"),
     "queue": ("moco",),
@@ -40,28 +40,28 @@ class PaperRecipe(Recipe):
 
     Parameters
     ----------
-    optimizer : "sgd" or "lars", with their momentum, or "adamw".
+    optimizer : "sgd" or "lars", with momentum, or "adamw".
     augment
         As in `featnorm.training.Recipe`; for simclr, moco, cider and csi the views of SimCLR, see
         `featnorm.augmentation.Distortion`.
     objective
-        What is lowered. "cross_entropy" reads logits, and so does "rotnet", which needs four. "supcon", "simclr",
-        "moco" and "cider" read embeddings, of two augmented views of each input; "csi" reads a mapping with
-        "embedding" and "logits", see `CSIHead`. Each is described in `featnorm.paper.objectives`; those of simclr,
-        moco, rotnet and csi need no labels.
-    temperature : of the objectives that read embeddings; that of the logits is the model's.
-    scale : the least area of the random resized crops, as a share of the image's; of simclr, moco, cider and csi.
-    queue : how many keys moco contrasts with.
+        Name of the objective, see `featnorm.paper.objectives`. "cross_entropy" reads logits; "rotnet" reads four
+        logits; "supcon", "simclr", "moco" and "cider" read embeddings of two augmented views of each input; "csi"
+        reads a mapping with "embedding" and "logits", see `CSIHead`. "simclr", "moco", "rotnet" and "csi" need no
+        labels.
+    temperature : temperature of the objectives that read embeddings; that of the logits is in the model.
+    scale : minimum area of the random resized crops of simclr, moco, cider and csi, as a share of the image.
+    queue : number of keys that moco contrasts with.
     ema
-        How much of an old value a moving average keeps at each step: moco's momentum encoder, or at each input
-        cider's prototypes.
-    weight : of cider's compactness loss, or of csi's rotation loss; the other has 1.
+        Share of the old value in a moving average: of moco's momentum encoder, at each step, or of cider's
+        prototypes, at each input.
+    weight : weight of cider's compactness loss, or of csi's rotation loss; the other loss has weight 1.
 
     Raises
     ------
     ValueError
-        A number is out of its range, the optimizer or the objective is unknown, or one that compares views has no
-        augmentation.
+        A number is out of its range, the optimizer or the objective is unknown, or an objective that compares
+        views has no augmentation.
     """
 
     objective: str = "cross_entropy"
@@ -83,39 +83,48 @@ class PaperRecipe(Recipe):
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a share below 1, got {self.ema!r}")
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"no objective {self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+            raise ValueError(f"unknown objective {self.objective!r}: use one of {', '.join(OBJECTIVES)}")
         if self.objective in _COMPARE_VIEWS and not self.augment:
             raise ValueError(f"{self.objective} compares augmented views of each input: set augment=True")
         if self.objective == "moco" and self.queue < self.batch_size:
             raise ValueError(f"a queue of {self.queue} does not hold the keys of a batch of {self.batch_size}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain data, without those that only other objectives read."""
+        """Return the settings as plain data, without those that the objective does not read."""
         unread = {name for name, objectives in _READ_BY.items() if self.objective not in objectives}
         return {name: value for name, value in super().to_dict().items() if name not in unread}
 
     def make_objective(self) -> Objective:
-        """Return what a step of the run lowers."""
+        """Return the objective of the run."""
         return OBJECTIVES[self.objective](self)
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters."""
         if self.optimizer == "lars":
-            return LARS(parameters, self.lr, self.momentum, self.weight_decay)
+            # Trust ratios for every weight, decayed or not, as in You et al. (2017), algorithm 1.
+            return vision_module("timm.optim").Lars(
+                parameters,
+                lr=self.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                trust_coeff=1e-3,
+                eps=0.0,
+                always_adapt=True,
+            )
         return super().make_optimizer(parameters)
 
     def under(self, scheme: Scheme) -> "PaperRecipe":
-        """Return the recipe with the augmentation that a label scheme means: I, R and O none, Is always."""
+        """Return the recipe with the augmentation of a label scheme: none for I, R and O, always for Is."""
         augment = scheme == "Is" or (scheme == "S" and self.augment)
         return replace(self, augment=augment, crop=self.crop if augment else None)
 
 
 #: Settings by their source: sections of the paper ("Other setups follow the default setting in PyTorch": no weight
-#: decay for SGD, 0.01 for AdamW), and those of a framework's authors for CIFAR-10. Wherever these let the learning
-#: rate fall by steps, it falls by a cosine here.
+#: decay for SGD, 0.01 for AdamW), and those of a framework's authors for CIFAR-10. Where the authors lower the
+#: learning rate in steps, it falls along a cosine here.
 #:
-#: - MoCo-v2: the paper's C.1, and for what that leaves open the demo on CIFAR-10 that it names (He et al.).
-#: - SimCLR, CSI: CSI's own code (Tack et al., NeurIPS 2020), whose SimCLR is the same without rotations.
+#: - MoCo-v2: the paper's C.1, and otherwise the demo on CIFAR-10 that it cites (He et al.).
+#: - SimCLR, CSI: CSI's own code (Tack et al., NeurIPS 2020), whose SimCLR is CSI without rotations.
 #: - RotNet: Gidaris et al., ICLR 2018, section 3.1.
 #: - CIDER: its own code (Ming et al., ICLR 2023), for CIFAR-10.
 PRESETS = {
@@ -185,11 +194,25 @@ PRESETS = {
 }
 
 
+def short(name: str, epochs: int, batch_size: int, lr: float, crop: int, crop_share: float = 0.8) -> PaperRecipe:
+    """Return a preset shortened for small machines: few epochs, small views first, SGD with a warm-up."""
+    return replace(
+        PRESETS[name],
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer="sgd",
+        lr=lr,
+        warmup=0.1,
+        crop=crop,
+        crop_share=crop_share,
+    )
+
+
 def scheme_labels(scheme: Scheme, labels: Tensor, seed: int = 0) -> tuple[Tensor, int]:
     """Return the targets (n,) of a label scheme and their number of classes (paper B).
 
-    "S" takes the labels; "I" makes each image its own class; "Is" does too, for augmented images (see
-    `PaperRecipe.under`); "R" gives each image a random bit; "O" puts all into one class.
+    "S" uses the labels; "I" makes each image a class of its own; so does "Is", for augmented images (see
+    `PaperRecipe.under`); "R" gives each image a random bit; "O" puts all images into one class.
 
     Raises
     ------
@@ -201,7 +224,9 @@ def scheme_labels(scheme: Scheme, labels: Tensor, seed: int = 0) -> tuple[Tensor
         case "S":
             if (labels < 0).any():
                 first = int((labels < 0).nonzero()[0])
-                raise ValueError(f"scheme S trains on labels, and input {first} has none; Is needs none")
+                raise ValueError(
+                    f"scheme S trains on labels, and input {first} has none: use Is, which needs none"
+                )
             return labels.long(), int(labels.max()) + 1
         case "I" | "Is":
             return torch.arange(n), n
@@ -209,4 +234,4 @@ def scheme_labels(scheme: Scheme, labels: Tensor, seed: int = 0) -> tuple[Tensor
             return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)), 2
         case "O":
             return torch.zeros(n, dtype=torch.int64), 1
-    raise ValueError(f"there is no label scheme {scheme!r}: use S, I, Is, R or O (paper B)")
+    raise ValueError(f"unknown label scheme {scheme!r}: use S, I, Is, R or O (paper B)")

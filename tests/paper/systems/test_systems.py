@@ -1,4 +1,4 @@
-"""The systems of one-class classification: each learns, resumes, and scores by its formula."""
+"""The one-class models: each trains, resumes, and scores by its formula."""
 
 import json
 from dataclasses import replace
@@ -11,11 +11,11 @@ from torch import nn
 from featnorm.metrics import auroc
 from featnorm.paper.recipe import PRESETS, PaperRecipe
 from featnorm.paper.systems import CSI, GOAD, OCGAN, SVM, AnoGAN, DeepSVDD, Geom, MoCo
+from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.frameworks import moco_detectors
 from featnorm.paper.systems.geom import dirichlet
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
-from featnorm.paper.systems.goad import log_probability, triplet_centre_loss
-from featnorm.paper.systems.system import Run
+from featnorm.paper.systems.goad import log_probability, triplet_center_loss
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ SMALL = {
         width=16, autoencoder_epochs=6, autoencoder_drop=4, epochs=6, drop=4, batch_size=4, lr=1e-3
     ),
     "AnoGAN": AnoGAN(latent=8, width=8, epochs=20, batch_size=4, search_steps=20, search_lr=0.1, lr=2e-3),
-    "OCGAN": OCGAN(latent=16, width=8, judge_width=4, epochs=8, batch_size=4, lr=2e-3, mining=0.5),
+    "OCGAN": OCGAN(latent=16, width=8, discriminator_width=4, epochs=8, batch_size=4, lr=2e-3, mining=0.5),
     "Geom": Geom(width=1, recipe=PaperRecipe(epochs=2, batch_size=32, optimizer="adamw", lr=3e-3)),
     "GOAD": GOAD(width=1, epochs=2, batch_size=2, lr=3e-3),
     "CSI": CSI(4, replace(PRESETS["CSI"], epochs=12, batch_size=4, optimizer="sgd", lr=0.1)),
@@ -62,12 +62,12 @@ IN_MIXED_PRECISION = {
 }
 OF_THE_MAIN_LOOP = ("Geom", "CSI", "MoCo")
 #: Scores that so small a network has by chance. Its norm was right with some seeds and wrong with others, on
-#: pictures upside down (which are among its turned training images), noise and grey; the distances with all.
+#: pictures upside down (which are among its turned training images), noise and gray; the distances with all.
 BY_CHANCE = {"MoCo": {"NAN()", "Views(NAN())"}}
 
 
-def known(n=8, seed=0):
-    """Pictures with an up and a left: a dark sky over bright ground, and a sun in the left corner."""
+def id_images(n=8, seed=0):
+    """ID images with an up and a left: a dark sky over bright ground, and a sun in the left corner."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 40, (n, 3, 32, 32), generator=generator)
     images[:, :, 20:] += 150
@@ -75,16 +75,16 @@ def known(n=8, seed=0):
     return images.to(torch.uint8)
 
 
-def foreign(n=8, seed=1):
-    """Others of that kind, upside down."""
-    return known(n, seed).flip(2)
+def ood_images(n=8, seed=1):
+    """OOD images: others of that kind, upside down."""
+    return id_images(n, seed).flip(2)
 
 
 class Trained(dict):
-    """Systems that were trained on `known`, each when it is first asked for."""
+    """Models trained on `id_images`, each when it is first needed."""
 
     def __missing__(self, name):
-        self[name] = SMALL[name].train(known(), progress=False)
+        self[name] = SMALL[name].train(id_images(), progress=False)
         return self[name]
 
 
@@ -94,9 +94,9 @@ def trained():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_known_score_higher(trained, name):
-    inside = SMALL[name].scores(trained[name], known(6, seed=2), progress=False)
-    outside = SMALL[name].scores(trained[name], foreign(), progress=False)
+def test_id_images_score_higher(trained, name):
+    inside = SMALL[name].scores(trained[name], id_images(6, seed=2), progress=False)
+    outside = SMALL[name].scores(trained[name], ood_images(), progress=False)
     assert inside.keys() == outside.keys() == NAMES[name]
     for score, values in inside.items():
         assert values.shape == (6,)
@@ -106,7 +106,7 @@ def test_the_known_score_higher(trained, name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_score_depends_on_no_other_image(trained, name):
-    images = torch.cat([known(3, seed=2), foreign(2)])
+    images = torch.cat([id_images(3, seed=2), ood_images(2)])
     together = SMALL[name].scores(trained[name], images, progress=False)
     alone = SMALL[name].scores(trained[name], images[3:4], progress=False)
     for score, value in alone.items():
@@ -133,9 +133,9 @@ def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
         patch.setattr(module, "write_checkpoint", die)
         for _ in range(2 if name == "DeepSVDD" else 1):
             with pytest.raises(KeyboardInterrupt):
-                SMALL[name].train(known(), folder=tmp_path, progress=False)
+                SMALL[name].train(id_images(), folder=tmp_path, progress=False)
     torch.rand(3)
-    resumed = SMALL[name].train(known(), folder=tmp_path, progress=False).state_dict()
+    resumed = SMALL[name].train(id_images(), folder=tmp_path, progress=False).state_dict()
     unbroken = trained[name].state_dict()
     assert resumed.keys() == unbroken.keys()
     for key, value in unbroken.items():
@@ -145,7 +145,7 @@ def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_seed_decides_and_the_callers_random_state_stays(name):
     state = torch.random.get_rng_state()
-    first, other = (SHORT[name].train(known(4), seed=seed, progress=False) for seed in (0, 1))
+    first, other = (SHORT[name].train(id_images(4), seed=seed, progress=False) for seed in (0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     pairs = zip(first.parameters(), other.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
@@ -156,59 +156,59 @@ def test_under_fabric_in_mixed_precision(name):
     from lightning_fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    system, count = IN_MIXED_PRECISION.get(name, (SMALL[name], 8))
-    model = system.train(known(count), fabric=fabric, progress=False)
+    method, count = IN_MIXED_PRECISION.get(name, (SMALL[name], 8))
+    model = method.train(id_images(count), fabric=fabric, progress=False)
     assert all(value.dtype == torch.float32 for value in model.parameters())
-    inside = system.scores(model, known(min(count, 6), seed=2), fabric=fabric, progress=False)
-    outside = system.scores(model, foreign(count), fabric=fabric, progress=False)
+    inside = method.scores(model, id_images(min(count, 6), seed=2), fabric=fabric, progress=False)
+    outside = method.scores(model, ood_images(count), fabric=fabric, progress=False)
     for score, values in inside.items():
         assert score in BY_CHANCE.get(name, ()) or auroc(values, outside[score]) > 0.95, score
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_bad_input_is_refused(trained, name, tmp_path):
+def test_bad_input_raises(trained, name, tmp_path):
     with pytest.raises(ValueError, match=r"must be uint8 \(n, 3, 32, 32\), got torch.float32"):
-        SHORT[name].train(known(4).float())
+        SHORT[name].train(id_images(4).float())
     with pytest.raises(ValueError, match=r"got torch.uint8 of shape \(8, 3, 32, 16\)"):
-        SMALL[name].scores(trained[name], known()[..., :16])
-    SHORT[name].train(known(4), folder=tmp_path, progress=False)
+        SMALL[name].scores(trained[name], id_images()[..., :16])
+    SHORT[name].train(id_images(4), folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"another run \(different data\)"):
-        SHORT[name].train(known(4, seed=3), folder=tmp_path, progress=False)
+        SHORT[name].train(id_images(4, seed=3), folder=tmp_path, progress=False)
     if name not in OF_THE_MAIN_LOOP:
         with pytest.raises(ValueError, match=r"a batch of .* needs as many images, and there are 1"):
-            SHORT[name].train(known(1))
+            SHORT[name].train(id_images(1))
         with pytest.raises(ValueError, match="not finite in epoch 1: lower the learning rate"):
-            replace(SHORT[name], lr=float("inf")).train(known(4), progress=False)
+            replace(SHORT[name], lr=float("inf")).train(id_images(4), progress=False)
 
 
 def test_deep_svdd_is_the_formula(trained):
     sphere = trained["DeepSVDD"]
-    images = known(10, seed=2)
+    images = id_images(10, seed=2)
     pixels = images.double() / 255
-    centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
-    contrast = centred / centred.abs().mean((1, 2, 3), keepdim=True)
-    fitted = known().double() / 255
+    centered = pixels - pixels.mean((1, 2, 3), keepdim=True)
+    contrast = centered / centered.abs().mean((1, 2, 3), keepdim=True)
+    fitted = id_images().double() / 255
     fitted = fitted - fitted.mean((1, 2, 3), keepdim=True)
     fitted = fitted / fitted.abs().mean((1, 2, 3), keepdim=True)
     scaled = (contrast - fitted.min()) / (fitted.max() - fitted.min())
     with torch.no_grad():
         code = sphere.encoder.double()(scaled)
     sphere.encoder.float()
-    expected = -((code - sphere.centre.double()) ** 2).sum(1)
+    expected = -((code - sphere.center.double()) ** 2).sum(1)
     found = SMALL["DeepSVDD"].scores(sphere, images)["Deep-SVDD"]
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
-    assert float(sphere.centre.abs().min()) >= 0.1 - 1e-6
-    # Nothing that could map all to the centre.
+    assert float(sphere.center.abs().min()) >= 0.1 - 1e-6
+    # Nothing that could map all to the center.
     layers = [m for m in sphere.encoder.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert all(layer.bias is None for layer in layers)
     assert not any(m.affine for m in sphere.encoder.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_deep_svdd_draws_the_known_to_the_centre_that_its_pretraining_set(trained, tmp_path):
-    system = SMALL["DeepSVDD"]
-    before = replace(system, epochs=0).train(known(), progress=False)
-    after = system.train(known(), folder=tmp_path, progress=False)
-    assert torch.equal(before.centre, after.centre)
+def test_deep_svdd_maps_id_images_to_the_center_of_its_pretraining(trained, tmp_path):
+    method = SMALL["DeepSVDD"]
+    before = replace(method, epochs=0).train(id_images(), progress=False)
+    after = method.train(id_images(), folder=tmp_path, progress=False)
+    assert torch.equal(before.center, after.center)
     log = [json.loads(line) for line in (tmp_path / "sphere" / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6]
     losses = [entry["losses"]["encoder"] for entry in log]
@@ -216,10 +216,10 @@ def test_deep_svdd_draws_the_known_to_the_centre_that_its_pretraining_set(traine
 
 
 def test_anogan_is_the_formula(trained):
-    model, system = trained["AnoGAN"], SMALL["AnoGAN"]
-    images = known(6, seed=2)
+    model, method = trained["AnoGAN"], SMALL["AnoGAN"]
+    images = id_images(6, seed=2)
     x = 2 * images.double() / 255 - 1
-    z, losses = system.search(model, x.float(), Run())
+    z, losses = method.search(model, x.float(), TrainContext())
     with torch.no_grad():
         made = model.generator.double()(z.double())
         features = [model.features.double()(batch) for batch in (x, made)]
@@ -228,14 +228,14 @@ def test_anogan_is_the_formula(trained):
     discrimination = (features[0] - features[1]).abs().flatten(1).sum(1)
     expected = 0.9 * residual + 0.1 * discrimination
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(system.scores(model, images)["AnoGAN"].double(), -expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(method.scores(model, images)["AnoGAN"].double(), -expected, rtol=1e-4, atol=1e-3)
     # The search finds a better image than the one it starts from.
-    assert (replace(system, search_steps=0).search(model, x.float(), Run())[1] > losses).all()
+    assert (replace(method, search_steps=0).search(model, x.float(), TrainContext())[1] > losses).all()
 
 
 def test_ocgan_is_the_formula(trained):
     model = trained["OCGAN"]
-    images = known(6, seed=2)
+    images = id_images(6, seed=2)
     x = 2 * images.double() / 255 - 1
     with torch.no_grad():
         code = model.encoder.double()(x)
@@ -248,7 +248,7 @@ def test_ocgan_is_the_formula(trained):
     )
 
 
-def test_mining_finds_codes_that_the_classifier_takes_for_none_of_the_class(trained):
+def test_mining_finds_codes_that_the_classifier_rejects(trained):
     model = trained["OCGAN"]
     start = 2 * torch.rand(20, 16, generator=torch.Generator().manual_seed(0)) - 1
 
@@ -256,7 +256,7 @@ def test_mining_finds_codes_that_the_classifier_takes_for_none_of_the_class(trai
         with torch.no_grad():
             return model.classifier(model.decoder(codes))
 
-    mined = replace(SMALL["OCGAN"], mining_steps=5, mining_lr=0.5).mine(model, start, Run())
+    mined = replace(SMALL["OCGAN"], mining_steps=5, mining_lr=0.5).mine(model, start, TrainContext())
     assert float(mined.abs().max()) < 1
     assert logits(mined).mean() < logits(start.tanh()).mean()
 
@@ -276,16 +276,16 @@ def test_transformations_are_flips_moves_and_turns():
 
 
 def test_geom_is_the_formula(trained):
-    model, system = trained["Geom"], SMALL["Geom"]
-    images = known(5, seed=2)
+    model, method = trained["Geom"], SMALL["Geom"]
+    images = id_images(5, seed=2)
 
     def shares(batch):
         views = transform(batch.float() / 255).flatten(0, 1)
         with torch.no_grad():
             return model.network(views).double().softmax(1).reshape(len(batch), 72, 72)
 
-    found = system.scores(model, images)
-    y, alphas = shares(images), dirichlet(shares(known()).log())
+    found = method.scores(model, images)
+    y, alphas = shares(images), dirichlet(shares(id_images()).log())
     normality, agreement = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     for t in range(72):
         normality += ((alphas[t] - 1) * y[:, t].log()).sum(1) / 72
@@ -305,43 +305,43 @@ def test_dirichlet_is_the_likeliest():
     torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-7)
     both = dirichlet(torch.stack([logs, logs[:, [2, 0, 1]]], 1))
     torch.testing.assert_close(both, torch.stack([found, found[[2, 0, 1]]]))
-    # Of few images that are alike the likelihood is flat, and Minka's fixed point alone takes thousands of steps.
+    # The likelihood of few, similar images is flat, and Minka's fixed point alone takes thousands of steps.
     logs = (0.06 * torch.randn(4, 72) + 0.3 * torch.randn(72)).double().log_softmax(1)
     found = dirichlet(logs)
     gradient = found.sum().digamma() - found.digamma() + logs.mean(0)
     torch.testing.assert_close(gradient, torch.zeros(72, dtype=torch.float64), rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="answers to all 4 images are the same"):
+    with pytest.raises(ValueError, match="outputs for all 4 images are the same"):
         dirichlet(logs[:1].repeat(4, 1))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
 def test_goad_is_the_formula(trained, epsilon):
-    model, system = trained["GOAD"], replace(SMALL["GOAD"], epsilon=epsilon)
-    images = known(4, seed=2)
+    model, method = trained["GOAD"], replace(SMALL["GOAD"], epsilon=epsilon)
+    images = id_images(4, seed=2)
     views = 2 * transform(images.float() / 255).flatten(0, 1) - 1
     with torch.no_grad():
         f = model.features(views).double().reshape(4, 72, -1)
-    c = model.centres.double()
+    c = model.centers.double()
     expected = torch.zeros(4, dtype=torch.float64)
     for i in range(4):
         for m in range(72):
-            near = torch.stack([torch.exp(-((f[i, m] - centre) ** 2).sum()) for centre in c])
+            near = torch.stack([torch.exp(-((f[i, m] - center) ** 2).sum()) for center in c])
             expected[i] += torch.log((near[m] + epsilon) / (near.sum() + 72 * epsilon))
-    torch.testing.assert_close(system.scores(model, images)["GOAD"], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(method.scores(model, images)["GOAD"], expected, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
-        fitted = model.features(2 * transform(known().float() / 255).flatten(0, 1) - 1).reshape(8, 72, -1)
-    torch.testing.assert_close(model.centres, fitted.mean(0), rtol=1e-3, atol=1e-4)
+        fitted = model.features(2 * transform(id_images().float() / 255).flatten(0, 1) - 1).reshape(8, 72, -1)
+    torch.testing.assert_close(model.centers, fitted.mean(0), rtol=1e-3, atol=1e-4)
 
 
 def test_epsilon_keeps_from_being_sure_of_the_far():
-    centres = torch.tensor([[0.0], [3.0]])
+    centers = torch.tensor([[0.0], [3.0]])
     far = torch.tensor([[[-50.0], [-50.0]]])
-    sure = log_probability(far, centres, 0.0).exp()
+    sure = log_probability(far, centers, 0.0).exp()
     torch.testing.assert_close(sure, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
-    torch.testing.assert_close(log_probability(far, centres, 0.1).exp(), torch.full_like(sure, 0.5))
+    torch.testing.assert_close(log_probability(far, centers, 0.1).exp(), torch.full_like(sure, 0.5))
 
 
-def test_triplet_centre_loss_is_the_formula():
+def test_triplet_center_loss_is_the_formula():
     torch.manual_seed(0)
     z = torch.randn(3, 4, 5, dtype=torch.float64)
     total = 0.0
@@ -349,7 +349,7 @@ def test_triplet_centre_loss_is_the_formula():
         for m in range(4):
             distance = [float(((z[i, m] - z[:, k].mean(0)) ** 2).sum()) for k in range(4)]
             total += max(0.0, distance[m] + 1.5 - min(distance[:m] + distance[m + 1 :]))
-    assert float(triplet_centre_loss(z, 1.5)) == pytest.approx(total / 12)
+    assert float(triplet_center_loss(z, 1.5)) == pytest.approx(total / 12)
 
 
 def test_wide_residual_network_has_its_layers():
@@ -362,27 +362,27 @@ def test_wide_residual_network_has_its_layers():
         WideResNet(12, 1, 2)
 
 
-def test_widths_that_make_no_maps_are_refused():
-    with pytest.raises(ValueError, match="a multiple of 16, got 20"):
-        replace(SMALL["DeepSVDD"], width=20).train(known())
+def test_widths_that_make_no_maps_raise():
+    with pytest.raises(ValueError, match=r"width must be a multiple of 16, .* got 20"):
+        replace(SMALL["DeepSVDD"], width=20).train(id_images())
 
 
-def test_moco_sees_every_turn_and_its_scores_are_the_detectors_on_images_as_they_are(trained):
+def test_moco_trains_on_every_rotation_and_scores_images_as_they_are(trained):
     from featnorm.augmentation import rotations
     from featnorm.models import cifar_network
     from featnorm.tap import FeatureTap
     from featnorm.training import train
 
-    model, system = trained["MoCo"], SMALL["MoCo"]
-    turned = torch.cat(rotations(known()))
-    network = train(cifar_network(8, None, seed=0), turned, None, system.recipe, progress=False)
+    model, method = trained["MoCo"], SMALL["MoCo"]
+    turned = torch.cat(rotations(id_images()))
+    network = train(cifar_network(8, None, seed=0), turned, None, method.recipe, progress=False)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(model.network.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
     tap = FeatureTap(model.network)
-    images = known(5, seed=2)
-    found = system.scores(model, images)
+    images = id_images(5, seed=2)
+    found = method.scores(model, images)
     for detector in moco_detectors(3):
         if detector.needs_fit:
-            detector.fit(tap(known().float() / 255))
+            detector.fit(tap(id_images().float() / 255))
         expected = detector.score(tap(images.float() / 255))
         torch.testing.assert_close(found[repr(detector)], expected, rtol=1e-3, atol=1e-4)

@@ -7,25 +7,25 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import safe_gradients
 from featnorm._utils.progress import progress_bar
+from featnorm.paper.systems.base import OneClassModel, TrainContext, as_pixels
 from featnorm.paper.systems.dcgan import (
     Convolutions,
     Generator,
-    Verdict,
+    RealLogit,
     adversarial,
-    centred,
-    initialise,
+    centered,
+    initialize,
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, as_pixels
 
 
 class GAN(nn.Module):
-    """A generator and a discriminator in two parts, the first of which gives the features.
+    """A generator, and a discriminator in two parts, of which the first computes the features.
 
     Attributes
     ----------
-    start : (1, latent), where every search begins, so that a score depends on no other image.
+    start : (1, latent), start of every search, so that a score depends on no other image.
     """
 
     start: Tensor
@@ -34,26 +34,28 @@ class GAN(nn.Module):
         super().__init__()
         self.generator = Generator(latent, width)
         self.features = Convolutions(width)
-        self.verdict = Verdict(width)
-        initialise(self)
+        self.head = RealLogit(width)
+        initialize(self)
         self.register_buffer("start", uniform(1, latent, torch.device("cpu")))
 
 
 @dataclass(frozen=True)
-class AnoGAN(System[GAN]):
-    """Minus the loss of the most similar image that a GAN of the known images makes.
+class AnoGAN(OneClassModel[GAN]):
+    """Minus the loss of the most similar image that a GAN of the training images generates.
 
     ``-((1 - weight) sum|x - G(z)| + weight sum|f(x) - f(G(z))|)``, the residual and the discrimination loss by
-    feature matching: f is the discriminator's last hidden layer, and z is searched by gradient descent from a
-    random start, the same for all images. The GAN is a DCGAN, with the 256 latent dimensions that it has for
-    CIFAR-10 in Ruff et al. (ICML 2018), whose numbers are the published ones.
+    feature matching: f is the discriminator's last hidden layer, and z is found by gradient descent from one
+    random start for all images. The GAN is a DCGAN, with the 256 latent dimensions that it has for CIFAR-10 in
+    Ruff et al. (ICML 2018), whose numbers are the published ones.
 
     Parameters
     ----------
-    latent, width : dimensions of z, and channels of the widest maps over four.
-    epochs, batch_size, lr, beta1 : of the GAN's training, by Adam; the paper's 20 epochs are of a million patches.
-    search_steps, search_lr : of the search for z, by Adam; the paper does not print its rate.
-    weight : of the discrimination loss.
+    latent : dimensions of z.
+    width : a quarter of the channels of the widest maps.
+    epochs, batch_size, lr, beta1
+        Settings of the GAN's training, by Adam; an epoch of AnoGAN's 20 has a million patches.
+    search_steps, search_lr : settings of the search for z, by Adam; the paper of AnoGAN states no learning rate.
+    weight : weight of the discrimination loss.
     """
 
     latent: int = 256
@@ -66,19 +68,19 @@ class AnoGAN(System[GAN]):
     search_lr: float = 0.01
     weight: float = 0.1
 
-    def _train(self, images: Tensor, run: Run) -> GAN:
+    def _train(self, images: Tensor, context: TrainContext) -> GAN:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            torch.manual_seed(context.seed)
             model = GAN(self.latent, self.width)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
             def logits(images: Tensor) -> Tensor:
-                return parts["verdict"](parts["features"](images))
+                return parts["head"](parts["features"](images))
 
-            made = parts["generator"](uniform(len(pixels), self.latent, pixels.device))
-            real = adversarial(logits(centred(pixels)), True)
-            yield "discriminator", real + adversarial(logits(made.detach()), False)
-            yield "generator", adversarial(logits(made), True)
+            generated = parts["generator"](uniform(len(pixels), self.latent, pixels.device))
+            real = adversarial(logits(centered(pixels)), True)
+            yield "discriminator", real + adversarial(logits(generated.detach()), False)
+            yield "generator", adversarial(logits(generated), True)
 
         train_steps(
             model,
@@ -86,54 +88,54 @@ class AnoGAN(System[GAN]):
             step,
             {
                 "discriminator": adam(
-                    [*model.features.parameters(), *model.verdict.parameters()], self.lr, beta1=self.beta1
+                    [*model.features.parameters(), *model.head.parameters()], self.lr, beta1=self.beta1
                 ),
                 "generator": adam(model.generator.parameters(), self.lr, beta1=self.beta1),
             },
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=asdict(self),
-            run=run,
+            context=context,
         )
         return model
 
-    def _scores(self, model: GAN, images: Tensor, run: Run) -> dict[str, Tensor]:
-        device = run.device
+    def _scores(self, model: GAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        device = context.device
         found = []
-        with progress_bar(total=len(images), desc="search", progress=run.progress) as bar:
+        with progress_bar(total=len(images), desc="search", progress=context.progress) as bar:
             for batch in images.split(self.batch_size):
-                found.append(-self.search(model, centred(as_pixels(batch, device)), run)[1].cpu())
+                found.append(-self.search(model, centered(as_pixels(batch, device)), context)[1].cpu())
                 bar.update(len(batch))
         return {"AnoGAN": torch.cat(found)}
 
-    def search(self, model: GAN, images: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """Look for the latent vectors whose images are most similar.
+    def search(self, model: GAN, images: Tensor, context: TrainContext) -> tuple[Tensor, Tensor]:
+        """Find the latent vectors whose images are most similar.
 
         Parameters
         ----------
         model : what `train` returned.
-        images : (n, 3, 32, 32) between -1 and 1, on the run's device.
-        run : device and precision.
+        images : (n, 3, 32, 32) between -1 and 1, on the device of the context.
+        context : device and precision.
 
         Returns
         -------
-        The latent vectors (n, latent) after the last step, and their losses (n,), the anomaly scores.
+        The latent vectors (n, latent) after the last step, and their losses (n,), which are anomaly scores.
         """
         with torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
             z = model.start.repeat(len(images), 1).requires_grad_()
             optimizer = adam([z], self.search_lr)
-            with torch.no_grad(), run.autocast():
-                wanted = model.features(images)
+            with torch.no_grad(), context.autocast():
+                target = model.features(images)
             for _ in range(self.search_steps):
-                (z.grad,) = torch.autograd.grad(self._loss(model, images, wanted, z, run).sum(), z)
+                (z.grad,) = torch.autograd.grad(self._loss(model, images, target, z, context).sum(), z)
                 optimizer.step()
             with torch.no_grad():
-                return z.detach(), self._loss(model, images, wanted, z, run)
+                return z.detach(), self._loss(model, images, target, z, context)
 
-    def _loss(self, model: GAN, images: Tensor, wanted: Tensor, z: Tensor, run: Run) -> Tensor:
-        with run.autocast():
-            made = model.generator(z)
-            features = model.features(made)
-        residual = (images - made.float()).abs().sum((1, 2, 3))
-        discrimination = (wanted.float() - features.float()).abs().sum((1, 2, 3))
+    def _loss(self, model: GAN, images: Tensor, target: Tensor, z: Tensor, context: TrainContext) -> Tensor:
+        with context.autocast():
+            generated = model.generator(z)
+            features = model.features(generated)
+        residual = (images - generated.float()).abs().sum((1, 2, 3))
+        discrimination = (target.float() - features.float()).abs().sum((1, 2, 3))
         return (1 - self.weight) * residual + self.weight * discrimination

@@ -1,4 +1,4 @@
-"""The networks of DCGAN at 32 x 32 (Radford et al., ICLR 2016), which AnoGAN and OCGAN are made of."""
+"""The networks of DCGAN at 32 x 32 (Radford et al., ICLR 2016), the parts of AnoGAN and OCGAN."""
 
 import torch
 from torch import Tensor, nn
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 _KERNEL = 5
 
 
-def centred(pixels: Tensor) -> Tensor:
-    """Return pixels in [0, 1] as the networks take and make them, between -1 and 1."""
+def centered(pixels: Tensor) -> Tensor:
+    """Return pixels in [0, 1] scaled to [-1, 1], the range of the networks."""
     return 2 * pixels - 1
 
 
 class Generator(nn.Sequential):
-    """From latent vectors (n, latent) to images (n, 3, 32, 32) between -1 and 1; ``width`` channels at the end."""
+    """Latent vectors (n, latent) to images (n, 3, 32, 32) in [-1, 1]; the last maps have ``width`` channels."""
 
     def __init__(self, latent: int, width: int) -> None:
         layers: list[nn.Module] = [nn.Linear(latent, 64 * width, bias=False), nn.Unflatten(1, (4 * width, 4, 4))]
@@ -24,7 +24,7 @@ class Generator(nn.Sequential):
 
 
 class Convolutions(nn.Sequential):
-    """From images (n, 3, 32, 32) to features (n, 4 * width, 4, 4), the body of discriminators and encoders."""
+    """Images (n, 3, 32, 32) to features (n, 4 * width, 4, 4): the body of discriminators and encoders."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
@@ -39,8 +39,8 @@ class Convolutions(nn.Sequential):
         )
 
 
-class Verdict(nn.Sequential):
-    """From features (n, 4 * width, 4, 4) to one logit each (n, 1), positive for real."""
+class RealLogit(nn.Sequential):
+    """Features (n, 4 * width, 4, 4) to one logit each (n, 1), positive for real images."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(64 * width, 1))
@@ -56,8 +56,8 @@ def _double(inputs: int, outputs: int, *, bias: bool = True) -> nn.ConvTranspose
     )
 
 
-def initialise(model: nn.Module) -> None:
-    """Draw the weights as DCGAN does, from a normal distribution of deviation 0.02."""
+def initialize(model: nn.Module) -> None:
+    """Draw the weights as DCGAN does, from a normal distribution with standard deviation 0.02."""
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(layer.weight, 0.0, 0.02)
@@ -68,11 +68,11 @@ def initialise(model: nn.Module) -> None:
 
 
 def uniform(count: int, latent: int, device: torch.device) -> Tensor:
-    """Draw latent vectors (count, latent), uniform between -1 and 1."""
+    """Draw latent vectors (count, latent), uniform in [-1, 1]."""
     return 2 * torch.rand(count, latent, device=device) - 1
 
 
 def adversarial(logits: Tensor, real: bool) -> Tensor:
-    """Return the mean cross entropy of logits whose images are to be taken for real, or for made."""
-    wanted = torch.full_like(logits, float(real))
-    return nn.functional.binary_cross_entropy_with_logits(logits, wanted)
+    """Return the mean cross entropy of logits, whose target is real or generated."""
+    target = torch.full_like(logits, float(real))
+    return nn.functional.binary_cross_entropy_with_logits(logits, target)

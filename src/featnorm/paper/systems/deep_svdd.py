@@ -5,45 +5,45 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.lenet import train_autoencoder
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, answers
 
-# Below this size a coordinate of the centre could be met by weights of 0.
-_LEAST = 0.1
+# Weights of 0 could reach a coordinate of the center that is smaller than this.
+_MIN_COORDINATE = 0.1
 
 
 class Sphere(nn.Module):
-    """A network and the centre that it maps the known images to."""
+    """A network, and the center that it maps the training images to."""
 
-    centre: Tensor
+    center: Tensor
 
-    def __init__(self, normalize: nn.Module, encoder: nn.Module, centre: Tensor) -> None:
+    def __init__(self, normalize: nn.Module, encoder: nn.Module, center: Tensor) -> None:
         super().__init__()
         self.normalize = normalize
         self.encoder = encoder
-        self.register_buffer("centre", centre)
+        self.register_buffer("center", center)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the squared distances (n,) of images, pixels in [0, 1], to the centre."""
-        return (self.encoder(self.normalize(pixels)).float() - self.centre).square().sum(1)
+        """Return the squared distances (n,) of images, pixels in [0, 1], to the center."""
+        return (self.encoder(self.normalize(pixels)).float() - self.center).square().sum(1)
 
 
 @dataclass(frozen=True)
-class DeepSVDD(System[Sphere]):
-    """Minus the squared distance ``||phi(x) - c||^2`` to a centre that a network draws the known images to.
+class DeepSVDD(OneClassModel[Sphere]):
+    """Minus the squared distance ``||phi(x) - c||^2`` to a center that the network is trained to map the class to.
 
-    The one-class objective (eq. 4), the mean squared distance and weight decay, on an encoder that was pre-trained
-    as an autoencoder. The centre is the mean of what that one says of the known images, and stays; a coordinate
-    nearer to 0 than 0.1 is moved there.
+    The one-class objective (eq. 4), mean squared distance and weight decay, trains an encoder that was pre-trained
+    as an autoencoder. The center is the mean of the pre-trained encoder's outputs for the training images, and is
+    fixed; coordinates closer to 0 than 0.1 are moved to 0.1 or -0.1.
 
     Parameters
     ----------
-    width : of the code, a multiple of 16.
+    width : width of the code, a multiple of 16.
     autoencoder_epochs, autoencoder_drop
-        Epochs of pre-training, and the one at which its learning rate falls to a tenth.
-    epochs, drop : the same of the training.
-    batch_size, lr, weight_decay : of both, by Adam.
+        Epochs of the pre-training, and the epoch at which its learning rate falls to a tenth.
+    epochs, drop : the same for the training.
+    batch_size, lr, weight_decay : settings of both, by Adam.
     """
 
     width: int = 128
@@ -55,15 +55,17 @@ class DeepSVDD(System[Sphere]):
     lr: float = 1e-4
     weight_decay: float = 0.5e-6
 
-    def _train(self, images: Tensor, run: Run) -> Sphere:
+    def _train(self, images: Tensor, context: TrainContext) -> Sphere:
         settings = asdict(self)
-        pretrained = train_autoencoder(images, settings, run.part("autoencoder"))
-        centre = answers(pretrained, images, run).mean(0)
-        centre = torch.where(centre.abs() < _LEAST, torch.where(centre < 0, -_LEAST, _LEAST), centre)
-        sphere = Sphere(pretrained[0], pretrained[1], centre)
+        pretrained = train_autoencoder(images, settings, context.part("autoencoder"))
+        center = predict(pretrained, images, context).mean(0)
+        center = torch.where(
+            center.abs() < _MIN_COORDINATE, torch.where(center < 0, -_MIN_COORDINATE, _MIN_COORDINATE), center
+        )
+        sphere = Sphere(pretrained[0], pretrained[1], center)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
-            yield "encoder", (parts["encoder"](sphere.normalize(pixels)) - sphere.centre).square().sum(1).mean()
+            yield "encoder", (parts["encoder"](sphere.normalize(pixels)) - sphere.center).square().sum(1).mean()
 
         train_steps(
             sphere,
@@ -73,10 +75,10 @@ class DeepSVDD(System[Sphere]):
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=settings,
-            run=run.part("sphere"),
+            context=context.part("sphere"),
             drop=self.drop,
         )
         return sphere
 
-    def _scores(self, model: Sphere, images: Tensor, run: Run) -> dict[str, Tensor]:
-        return {"Deep-SVDD": -answers(model, images, run)}
+    def _scores(self, model: Sphere, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        return {"Deep-SVDD": -predict(model, images, context)}

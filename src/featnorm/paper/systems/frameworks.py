@@ -14,27 +14,27 @@ from featnorm.detectors import KNN, NAN, SSD, Detector, Views
 from featnorm.models import cifar_network, cifar_network_with
 from featnorm.paper.networks import CSIHead
 from featnorm.paper.recipe import PRESETS, PaperRecipe
-from featnorm.paper.systems.system import Run, System, as_pixels
+from featnorm.paper.systems.base import OneClassModel, TrainContext, as_pixels
 from featnorm.tap import AutocastTap, FeatureTap
 from featnorm.training import train
 
-#: The paper's, of whose epochs each is a quarter here, see `MoCo`.
+#: The paper's settings; an epoch here is four of the paper's, see `MoCo`.
 MOCO = replace(PRESETS["MoCo-v2"], epochs=PRESETS["MoCo-v2"].epochs // 4)
-# Images at once; detectors ask the network about up to forty views of each.
+# Images per batch; some detectors run the network on forty views of each.
 _BATCH = 100
 
 
 def moco_detectors(k: int = 50) -> list[Detector]:
-    """Return the detectors of the paper's MoCo-v2 networks (C.1), KNN with a k.
+    """Return the detectors of the paper's MoCo-v2 networks (C.1), with ``k`` nearest neighbors.
 
-    NAN is averaged over nine views there; one view beside it shows what they are worth.
+    The paper averages NAN over nine views; NAN of one view shows what they are worth.
     """
     nan, views = NAN(), Views(NAN())
     return [KNN(k), SSD(), views, KNN(k) / views, SSD() / views, nan, KNN(k) / nan, SSD() / nan]
 
 
 class Scored(nn.Module):
-    """A network, and detectors that learned from its features of the known images."""
+    """A network, and detectors fitted to its features of the training images."""
 
     def __init__(self, network: nn.Module, detectors: list[Detector]) -> None:
         super().__init__()
@@ -48,55 +48,55 @@ class Scored(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Framework(System[Scored]):
+class _Framework(OneClassModel[Scored]):
     width: int
     recipe: PaperRecipe
 
-    def _train(self, images: Tensor, run: Run) -> Scored:
-        network = self.network(run.seed)
+    def _train(self, images: Tensor, context: TrainContext) -> Scored:
+        network = self.network(context.seed)
         train(
             network,
             self.inputs(images),
             None,
             self.recipe,
-            folder=run.folder,
-            fabric=run.fabric,
-            seed=run.seed,
-            progress=run.progress,
+            folder=context.folder,
+            fabric=context.fabric,
+            seed=context.seed,
+            progress=context.progress,
         )
-        return self.fit(network, images, self.detectors(), fabric=run.fabric)
+        return self.fit(network, images, self.detectors(), fabric=context.fabric)
 
     def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], *, fabric: Any = None) -> Scored:
-        """Return a network, trained as far as it is, with detectors that learned from its features.
+        """Fit detectors to the features of a network, at any point of its training.
 
         Parameters
         ----------
-        network : from `network`; it is put in evaluation mode.
-        images : (n, 3, 32, 32) uint8, of the class.
-        detectors : not yet fitted.
+        network : network made by `network`; it is put in evaluation mode.
+        images : images of the class, (n, 3, 32, 32) uint8.
+        detectors : detectors to fit.
         fabric : see `train`.
         """
-        run = Run(fabric=fabric)
+        context = TrainContext(fabric=fabric)
         model = Scored(network, detectors).eval()
-        tap = _tap(model, run)
+        tap = _tap(model, context)
         for batch in images.split(_BATCH):
-            features = tap(as_pixels(batch, run.device))
+            features = tap(as_pixels(batch, context.device))
             for detector in model.detectors:
                 if detector.needs_fit:
                     detector.partial_fit(features)
         return model
 
-    def _scores(self, model: Scored, images: Tensor, run: Run) -> dict[str, Tensor]:
-        tap = _tap(model, run)
+    def _scores(self, model: Scored, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        tap = _tap(model, context)
         parts: dict[str, list[Tensor]] = {repr(detector): [] for detector in model.detectors}
         for batch in images.split(_BATCH):
-            features = tap(as_pixels(batch, run.device))
+            features = tap(as_pixels(batch, context.device))
             for detector in model.detectors:
                 parts[repr(detector)].append(detector.score(features).cpu())
         return {name: torch.cat(scores) for name, scores in parts.items()}
 
     def inputs(self, images: Tensor) -> Tensor:
-        """Return what the network is trained on, of images (n, 3, 32, 32)."""
+        """Return the inputs of the training, from images (n, 3, 32, 32)."""
         return images
 
     @abstractmethod
@@ -105,21 +105,21 @@ class _Framework(System[Scored]):
 
     @abstractmethod
     def detectors(self) -> list[Detector]:
-        """Return the detectors that it is scored by, not yet fitted."""
+        """Return the detectors that score it, not yet fitted."""
 
 
 @dataclass(frozen=True)
 class MoCo(_Framework):
-    """The paper's own system (6.4, C.1): NAN, SSD, KNN and their fusions on a MoCo-v2 network.
+    """The paper's own models (6.4, C.1): NAN, SSD, KNN and their fusions on a MoCo-v2 network.
 
-    "The train dataset is augmented randomly with 90-degree rotations": each of the four turns of an image is an
-    input of its own, so an epoch here is four of the paper's. Images are turned in training alone.
+    "The train dataset is augmented randomly with 90-degree rotations": each of the four rotations of an image is
+    an input of its own, so an epoch here is four of the paper's. Images are rotated only in training.
 
     Parameters
     ----------
     width : channels of the first stage of the ResNet-18.
-    recipe : of its training; the paper's is that of its label-free CIFAR-10 networks.
-    k : of KNN.
+    recipe : settings of its training; the paper uses those of its label-free CIFAR-10 networks.
+    k : number of nearest neighbors.
     """
 
     width: int = 64
@@ -127,7 +127,7 @@ class MoCo(_Framework):
     k: int = 50
 
     def inputs(self, images: Tensor) -> Tensor:
-        """Return every image in its four turns, (4 n, 3, 32, 32)."""
+        """Return every image in its four rotations, (4 n, 3, 32, 32)."""
         return torch.cat(rotations(images))
 
     def network(self, seed: int) -> nn.Module:
@@ -146,7 +146,7 @@ class CSI(_Framework):
     Parameters
     ----------
     width : channels of the first stage of the ResNet-18.
-    recipe : of its training.
+    recipe : settings of its training.
     """
 
     width: int = 64
@@ -161,6 +161,6 @@ class CSI(_Framework):
         return [CSIScore()]
 
 
-def _tap(model: Scored, run: Run) -> FeatureTap:
-    fast_layout(model.to(run.device))
-    return FeatureTap(model.network) if run.fabric is None else AutocastTap(model.network, run.fabric)
+def _tap(model: Scored, context: TrainContext) -> FeatureTap:
+    fast_layout(model.to(context.device))
+    return FeatureTap(model.network) if context.fabric is None else AutocastTap(model.network, context.fabric)

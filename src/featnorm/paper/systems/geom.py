@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout
 from featnorm.paper.recipe import PaperRecipe
+from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
-from featnorm.paper.systems.system import Run, System, answers
 from featnorm.training import train
 
 _COUNT = len(TRANSFORMATIONS)
-# Images at once, each in all its transformations.
+# Images per batch, each in all its transformations.
 _IMAGES = 16
 
 
@@ -20,11 +20,11 @@ RECIPE = PaperRecipe(epochs=3, batch_size=128, optimizer="adamw", lr=1e-3, weigh
 
 
 class Transformed(nn.Module):
-    """A classifier of transformations, and a Dirichlet distribution of its answers to each.
+    """A classifier of transformations, and a Dirichlet distribution of its outputs for each transformation.
 
     Attributes
     ----------
-    concentration : (72, 72), of the softmax outputs for each transformation of the known images.
+    concentration : (72, 72), parameters of the distributions, fitted to the training images.
     """
 
     concentration: Tensor
@@ -35,53 +35,54 @@ class Transformed(nn.Module):
         self.register_buffer("concentration", torch.ones(_COUNT, _COUNT, dtype=torch.float64))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return log-softmax outputs (n, 72, 72): of each transformation of an image, by class."""
+        """Return log-softmax outputs (n, 72, 72), by transformation of an image and by class."""
         views = fast_layout(transform(pixels).flatten(0, 1))
         return self.network(views).float().log_softmax(1).unflatten(0, (len(pixels), _COUNT))
 
 
 @dataclass(frozen=True)
-class Geom(System[Transformed]):
-    """How sure a classifier of 72 transformations is of those of an image.
+class Geom(OneClassModel[Transformed]):
+    """The confidence of a classifier of 72 transformations on the transformations of an image.
 
-    "Geom" is the Dirichlet normality score: the mean over the transformations of
-    ``sum_k (alpha_k - 1) log y_k``, y being the softmax outputs and alpha the concentration of their distribution
-    over the known images by maximum likelihood. "Geom, softmax sum" is the simplified score: the mean
-    output for the class of the transformation that was made.
+    "Geom" is the Dirichlet normality score: the mean over the transformations of ``sum_k (alpha_k - 1) log y_k``,
+    where y are the softmax outputs and alpha is the concentration of their distribution over the training images,
+    by maximum likelihood. "Geom, softmax sum" is the simplified score: the mean output for the correct
+    transformation.
 
     Parameters
     ----------
-    depth, width : of the `WideResNet`.
+    depth, width : see `WideResNet`.
     recipe
-        Of its training on all transformations of the known images, each a class. The authors' Adam has a constant
-        rate and the weight decay in the gradient; here the rate falls by a cosine and the decay is AdamW's.
+        Settings of its training on all transformations of the training images, one class for each. The authors'
+        Adam has a constant learning rate, and weight decay in the gradient; here the rate falls along a cosine,
+        and the decay is AdamW's.
     """
 
     depth: int = 10
     width: int = 4
     recipe: PaperRecipe = RECIPE
 
-    def _train(self, images: Tensor, run: Run) -> Transformed:
+    def _train(self, images: Tensor, context: TrainContext) -> Transformed:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            torch.manual_seed(context.seed)
             network = WideResNet(self.depth, self.width, _COUNT)
         train(
             network,
             torch.cat([transform(batch).flatten(0, 1) for batch in images.split(_IMAGES)]),
             torch.arange(_COUNT).repeat(len(images)),
             self.recipe,
-            folder=run.folder,
-            fabric=run.fabric,
-            seed=run.seed,
-            progress=run.progress,
+            folder=context.folder,
+            fabric=context.fabric,
+            seed=context.seed,
+            progress=context.progress,
         )
         model = Transformed(network).eval()
-        logs = answers(model, images, run, batch_size=_IMAGES).double()
+        logs = predict(model, images, context, batch_size=_IMAGES).double()
         model.concentration.copy_(dirichlet(logs))
         return model
 
-    def _scores(self, model: Transformed, images: Tensor, run: Run) -> dict[str, Tensor]:
-        logs = answers(model, images, run, batch_size=_IMAGES).double()
+    def _scores(self, model: Transformed, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        logs = predict(model, images, context, batch_size=_IMAGES).double()
         weights = model.concentration.cpu() - 1
         return {
             "Geom": (weights * logs).sum(2).mean(1),
@@ -94,25 +95,25 @@ def dirichlet(logs: Tensor) -> Tensor:
 
     Parameters
     ----------
-    logs : (n, ..., k) float64, logarithms of n times shares that sum to 1, of each distribution.
+    logs : (n, ..., k) float64, logarithms of n samples of each distribution.
 
     Raises
     ------
     ValueError
-        All n are the same.
+        All n samples are the same.
     """
     if not float(logs.std(0, correction=0).amax(-1).amin()) > 0:
-        raise ValueError(f"the answers to all {len(logs)} images are the same: train on different images")
+        raise ValueError(f"the outputs for all {len(logs)} images are the same: train on different images")
     shares, mean = logs.exp().mean(0), logs.mean(0)
-    # A start of the right sum (Wicker et al., 2008).
+    # A start with the right sum (Wicker et al., 2008).
     euler = -torch.digamma(torch.ones((), dtype=logs.dtype))
     spread = (shares * (shares.log() - mean)).sum(-1, keepdim=True)
     concentration = shares * (shares.shape[-1] - 1) * euler / spread
     for _ in range(1000):
         before = concentration
         gradient = _gradient(before, mean)
-        # Newton's step, whose Hessian is a diagonal and a constant. Where it leads away, and so perhaps far from
-        # the end, Minka's fixed point is nearer in any case.
+        # Newton's step; its Hessian is a diagonal plus a constant. Where it does not reduce the gradient, Minka's
+        # fixed point is taken, which always comes closer.
         scale = torch.polygamma(1, before).reciprocal()
         total = torch.polygamma(1, before.sum(-1, keepdim=True)).reciprocal()
         shared = (gradient * scale).sum(-1, keepdim=True) / (total - scale.sum(-1, keepdim=True))
@@ -128,7 +129,7 @@ def dirichlet(logs: Tensor) -> Tensor:
 
 
 def _gradient(concentration: Tensor, mean: Tensor) -> Tensor:
-    """Return the gradient of the likelihood (..., k), where the logarithms' means are (..., k)."""
+    """Return the gradient of the likelihood (..., k), from the means of the logarithms (..., k)."""
     return concentration.sum(-1, keepdim=True).digamma() - concentration.digamma() + mean
 
 

@@ -1,54 +1,54 @@
-"""Geometric transformations, and the network that learns to tell them apart (Golan and El-Yaniv, NeurIPS 2018)."""
+"""Geometric transformations, and the network that classifies them (Golan and El-Yaniv, NeurIPS 2018)."""
 
 import itertools
 
 import torch
 from torch import Tensor, nn
 
-#: Of every image: with and without a flip, moved along either axis by a quarter of its side, a quarter-turn each.
+#: (flip, right, down, rotation): moves are quarters of a side, rotations quarters of a circle.
 TRANSFORMATIONS = tuple(itertools.product((False, True), (0, -1, 1), (0, -1, 1), range(4)))
 
 
 def transform(images: Tensor) -> Tensor:
-    """Return the 72 transformations of images; the border is mirrored where they move.
+    """Return the 72 transformations of images; moved images are mirrored at the border.
 
     Parameters
     ----------
-    images : (n, c, s, s), any type; s is a multiple of 4.
+    images : (n, c, s, s), of any type; s is a multiple of 4.
 
     Returns
     -------
     (n, 72, c, s, s), in the order of `TRANSFORMATIONS`.
     """
     side = images.shape[-1]
-    places = torch.arange(side, device=images.device)
-    made = []
-    for flip, right, down, turns in TRANSFORMATIONS:
-        rows, columns = (_mirror(places - shift * side // 4, side) for shift in (down, right))
+    indices = torch.arange(side, device=images.device)
+    views = []
+    for flip, right, down, rotation in TRANSFORMATIONS:
+        rows, columns = (_mirror(indices - shift * side // 4, side) for shift in (down, right))
         moved = (images.flip(3) if flip else images)[:, :, rows][:, :, :, columns]
-        made.append(moved.rot90(turns, (2, 3)))
-    return torch.stack(made, 1)
+        views.append(moved.rot90(rotation, (2, 3)))
+    return torch.stack(views, 1)
 
 
-def _mirror(places: Tensor, side: int) -> Tensor:
-    """Return indices that run back at the border, whose pixel is met twice."""
-    places = torch.where(places < 0, -places - 1, places)
-    return torch.where(places >= side, 2 * side - 1 - places, places)
+def _mirror(indices: Tensor, side: int) -> Tensor:
+    """Return indices mirrored at the border; the pixel at the border occurs twice."""
+    indices = torch.where(indices < 0, -indices - 1, indices)
+    return torch.where(indices >= side, 2 * side - 1 - indices, indices)
 
 
 class WideResNet(nn.Module):
-    """A wide residual network (Zagoruyko and Komodakis, BMVC 2016) for 32 x 32 images, with one logit a class.
+    """A wide residual network (Zagoruyko and Komodakis, BMVC 2016) for 32 x 32 images.
 
     Parameters
     ----------
     depth : number of layers, 6 k + 4.
-    width : the factor by which it is wide; the pooled feature is of 64 times it.
+    width : widening factor; the pooled feature has 64 times as many units.
     classes : number of classes.
 
     Raises
     ------
     ValueError
-        There is no such depth.
+        The depth is not 6 k + 4.
     """
 
     def __init__(self, depth: int, width: int, classes: int) -> None:
@@ -76,7 +76,7 @@ class WideResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions behind normalisation and rectifier, and a shortcut."""
+    """Two convolutions, each after batch normalization and a ReLU, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The LeNet-type encoder of Deep-SVDD, and the autoencoder that it is pre-trained in (Ruff et al., ICML 2018).
+"""The LeNet-type encoder of Deep-SVDD, and the autoencoder that pre-trains it (Ruff et al., ICML 2018).
 
-No layer has a bias and no normalisation a shift: with one the network could map every input to the centre.
+Layers have no bias, and normalizations no shift: with them the network could map every input to the center.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run
 
 #: Channels of the three convolutions, each followed by a pool.
 _CHANNELS = (32, 64, 128)
@@ -18,11 +18,11 @@ _KERNEL = 5
 
 
 class ContrastNormalize(nn.Module):
-    """Global contrast normalisation by the l1-norm, then a line that takes the known images to [0, 1].
+    """Global contrast normalization by the l1-norm, and then a scaling that maps the training images to [0, 1].
 
     Parameters
     ----------
-    images : the known images (n, 3, 32, 32) uint8.
+    images : training images (n, 3, 32, 32) uint8.
     """
 
     low: Tensor
@@ -36,17 +36,17 @@ class ContrastNormalize(nn.Module):
 
     @staticmethod
     def _contrast(pixels: Tensor) -> Tensor:
-        centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
-        # An image of one colour has no contrast, and stays at 0.
-        return centred / centred.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-8)
+        centered = pixels - pixels.mean((1, 2, 3), keepdim=True)
+        # An image of one color has no contrast, and becomes 0.
+        return centered / centered.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-8)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the normalised pixels (n, 3, 32, 32)."""
+        """Return the normalized pixels (n, 3, 32, 32)."""
         return (self._contrast(pixels) - self.low) / (self.high - self.low)
 
 
 class Encoder(nn.Sequential):
-    """Three convolutions with pools, then a linear layer: pixels (n, 3, 32, 32) to (n, width)."""
+    """Three convolutions with pooling, then a linear layer: pixels (n, 3, 32, 32) to codes (n, width)."""
 
     def __init__(self, width: int) -> None:
         layers: list[nn.Module] = []
@@ -59,7 +59,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """The encoder mirrored: (n, width) to pixels (n, 3, 32, 32) between 0 and 1; ``width`` is a multiple of 16."""
+    """The encoder mirrored: codes (n, width) to pixels (n, 3, 32, 32) in [0, 1]; ``width`` is a multiple of 16."""
 
     def __init__(self, width: int) -> None:
         inputs = width // 16
@@ -77,16 +77,16 @@ def _norm2d(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-4, affine=False)
 
 
-def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> nn.Sequential:
-    """Train an autoencoder on images of one class, to the squared error summed over an image.
+def train_autoencoder(images: Tensor, settings: Mapping[str, Any], context: TrainContext) -> nn.Sequential:
+    """Train an autoencoder on images of one class, by the squared error summed over an image.
 
     Parameters
     ----------
     images : (n, 3, 32, 32) uint8.
     settings
-        ``width`` of the code, a multiple of 16, ``autoencoder_epochs``, ``autoencoder_drop``, the epoch at which
-        the learning rate falls to a tenth, ``batch_size``, ``lr`` and ``weight_decay`` of Adam.
-    run : where and how.
+        ``width`` of the code, a multiple of 16; ``autoencoder_epochs``; ``autoencoder_drop``, the epoch at which
+        the learning rate falls to a tenth; ``batch_size``; and ``lr`` and ``weight_decay`` of Adam.
+    context : where and how.
 
     Returns
     -------
@@ -95,13 +95,13 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> 
     Raises
     ------
     ValueError
-        The width is no multiple of 16, or as `featnorm.paper.systems.System.train`.
+        The width is not a multiple of 16, or see `featnorm.paper.systems.OneClassModel.train`.
     """
     width = settings["width"]
     if width % 16:
-        raise ValueError(f"the width of the code is that of 4 x 4 maps, a multiple of 16, got {width}")
+        raise ValueError(f"width must be a multiple of 16, since the code is reshaped to 4 x 4 maps, got {width}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+        torch.manual_seed(context.seed)
         model = nn.ModuleDict(
             {"normalize": ContrastNormalize(images), "encoder": Encoder(width), "decoder": Decoder(width)}
         )
@@ -110,9 +110,9 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> 
                 nn.init.xavier_uniform_(layer.weight, gain=nn.init.calculate_gain("leaky_relu"))
 
     def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
-        wanted = model["normalize"](pixels)
-        found = parts["decoder"](parts["encoder"](wanted))
-        yield "autoencoder", (found - wanted).square().sum((1, 2, 3)).mean()
+        target = model["normalize"](pixels)
+        output = parts["decoder"](parts["encoder"](target))
+        yield "autoencoder", (output - target).square().sum((1, 2, 3)).mean()
 
     train_steps(
         model,
@@ -122,7 +122,7 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], run: Run) -> 
         epochs=settings["autoencoder_epochs"],
         batch_size=settings["batch_size"],
         settings=settings,
-        run=run,
+        context=context,
         drop=settings["autoencoder_drop"],
     )
     return nn.Sequential(model["normalize"], model["encoder"])

@@ -5,26 +5,26 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.dcgan import (
     Convolutions,
     Generator,
-    Verdict,
+    RealLogit,
     adversarial,
-    centred,
-    initialise,
+    centered,
+    initialize,
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
-from featnorm.paper.systems.system import Run, System, answers
 
-# Of the latent discriminator.
+# Widths of the latent discriminator.
 _LAYERS = (128, 64, 32, 16)
 
 
 class OneClassGAN(nn.Module):
-    """A denoising autoencoder with a code between -1 and 1, what judges its codes and images, and a classifier."""
+    """A denoising autoencoder with codes in [-1, 1], discriminators of its codes and images, and a classifier."""
 
-    def __init__(self, latent: int, width: int, judge_width: int) -> None:
+    def __init__(self, latent: int, width: int, discriminator_width: int) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             Convolutions(width), nn.Flatten(), nn.Linear(64 * width, latent, bias=False), nn.Tanh()
@@ -35,44 +35,47 @@ class OneClassGAN(nn.Module):
         for outputs in _LAYERS:
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
             inputs = outputs
-        self.latent_judge = nn.Sequential(*layers, nn.Linear(inputs, 1))
-        self.visual_judge = nn.Sequential(Convolutions(judge_width), Verdict(judge_width))
-        self.classifier = nn.Sequential(Convolutions(judge_width), Verdict(judge_width))
-        initialise(self)
+        self.latent_discriminator = nn.Sequential(*layers, nn.Linear(inputs, 1))
+        self.visual_discriminator = nn.Sequential(
+            Convolutions(discriminator_width), RealLogit(discriminator_width)
+        )
+        self.classifier = nn.Sequential(Convolutions(discriminator_width), RealLogit(discriminator_width))
+        initialize(self)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the mean squared error (n,) of what the autoencoder makes of images, pixels in [0, 1]."""
-        images = centred(pixels)
+        """Return the mean squared reconstruction error (n,) of images, pixels in [0, 1]."""
+        images = centered(pixels)
         return (self.decoder(self.encoder(images)).float() - images).square().mean((1, 2, 3))
 
 
 @dataclass(frozen=True)
-class OCGAN(System[OneClassGAN]):
-    """Minus the mean squared error of an autoencoder whose whole latent space is to make images of the class.
+class OCGAN(OneClassModel[OneClassGAN]):
+    """Minus the reconstruction error of an autoencoder whose whole latent space is trained to decode to the class.
 
-    Its codes, in a cube, are drawn to the uniform distribution by a latent discriminator, and what the decoder
-    makes of uniform codes to the known images by a visual one. A classifier tells reconstructions from those:
-    codes that it takes for none of the class are sought by gradient descent (informative-negative mining) and take
-    the place of the uniform ones, for the decoder, in the last part of the training.
+    A latent discriminator makes the codes, in a cube, uniformly distributed; a visual discriminator makes the
+    images decoded from uniform codes similar to the training images. A classifier distinguishes reconstructions
+    from images decoded from uniform codes: in the last part of the training, gradient descent finds codes whose
+    images it rejects (informative-negative mining), and these replace the uniform codes for the decoder.
 
-    The steps, weights and mining are those of the authors' code; their paper prints 10 for the weight of the
-    reconstruction. Their images of CIFAR-10 are enlarged to 61 x 61; here they are 32 x 32, on maps half the size.
+    The steps, weights and mining are those of the authors' code; their paper states 10 as the weight of the
+    reconstruction. They enlarge the images of CIFAR-10 to 61 x 61; here they are 32 x 32, on maps half the size.
 
     Parameters
     ----------
-    latent, width : dimensions of the code, and channels of the autoencoder's widest maps over four.
-    judge_width : the same of the visual discriminator and the classifier.
-    epochs, batch_size, lr, beta1 : of the training, by Adam.
-    noise : standard deviation of what is added to images between -1 and 1.
+    latent : dimensions of the code.
+    width : a quarter of the channels of the autoencoder's widest maps.
+    discriminator_width : the same for the visual discriminator and the classifier.
+    epochs, batch_size, lr, beta1 : settings of the training, by Adam.
+    noise : standard deviation of the noise added to images in [-1, 1].
     reconstruction, latent_weight
-        Of the mean squared error, and of the latent discriminator, against the visual one's weight of 1.
-    mining : the share of the epochs before mining sets in.
-    mining_steps, mining_lr : of the gradient descent on the codes, before a tanh.
+        Weights of the mean squared error and of the latent discriminator; that of the visual discriminator is 1.
+    mining : share of the epochs before mining starts.
+    mining_steps, mining_lr : steps and learning rate of the gradient descent on the codes, before a tanh.
     """
 
     latent: int = 256
     width: int = 64
-    judge_width: int = 12
+    discriminator_width: int = 12
     epochs: int = 200
     batch_size: int = 512
     lr: float = 2e-4
@@ -84,33 +87,33 @@ class OCGAN(System[OneClassGAN]):
     mining_steps: int = 1
     mining_lr: float = 2.0
 
-    def _train(self, images: Tensor, run: Run) -> OneClassGAN:
+    def _train(self, images: Tensor, context: TrainContext) -> OneClassGAN:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model = OneClassGAN(self.latent, self.width, self.judge_width)
+            torch.manual_seed(context.seed)
+            model = OneClassGAN(self.latent, self.width, self.discriminator_width)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
-            clean = centred(pixels)
+            clean = centered(pixels)
             noisy = clean + self.noise * torch.randn_like(clean)
             random = uniform(len(pixels), self.latent, pixels.device)
             with torch.no_grad():
                 code = parts["encoder"](noisy)
                 rebuilt = parts["decoder"](code)
-                made = parts["decoder"](random)
+                generated = parts["decoder"](random)
             real = adversarial(parts["classifier"](rebuilt), True)
-            yield "classifier", (real + adversarial(parts["classifier"](made), False)) / 2
-            real = adversarial(parts["latent_judge"](random), True)
-            latent = (real + adversarial(parts["latent_judge"](code), False)) / 2
-            real = adversarial(parts["visual_judge"](clean), True)
-            visual = (real + adversarial(parts["visual_judge"](made), False)) / 2
+            yield "classifier", (real + adversarial(parts["classifier"](generated), False)) / 2
+            real = adversarial(parts["latent_discriminator"](random), True)
+            latent = (real + adversarial(parts["latent_discriminator"](code), False)) / 2
+            real = adversarial(parts["visual_discriminator"](clean), True)
+            visual = (real + adversarial(parts["visual_discriminator"](generated), False)) / 2
             yield "discriminators", latent + visual
             mined = epoch >= self.mining * self.epochs
-            negative = self.mine(model, random, run) if mined else random
+            negative = self.mine(model, random, context) if mined else random
             code = parts["encoder"](noisy)
             error = (parts["decoder"](code) - clean).square().mean()
-            looks = adversarial(parts["visual_judge"](parts["decoder"](negative)), True)
-            lies = adversarial(parts["latent_judge"](code), True)
-            yield "autoencoder", looks + self.latent_weight * lies + self.reconstruction * error
+            visual = adversarial(parts["visual_discriminator"](parts["decoder"](negative)), True)
+            latent = adversarial(parts["latent_discriminator"](code), True)
+            yield "autoencoder", visual + self.latent_weight * latent + self.reconstruction * error
 
         def optimizer(*trained: nn.Module) -> torch.optim.Adam:
             parameters = [parameter for part in trained for parameter in part.parameters()]
@@ -122,34 +125,34 @@ class OCGAN(System[OneClassGAN]):
             step,
             {
                 "classifier": optimizer(model.classifier),
-                "discriminators": optimizer(model.latent_judge, model.visual_judge),
+                "discriminators": optimizer(model.latent_discriminator, model.visual_discriminator),
                 "autoencoder": optimizer(model.encoder, model.decoder),
             },
             epochs=self.epochs,
             batch_size=self.batch_size,
             settings=asdict(self),
-            run=run,
+            context=context,
         )
         return model
 
-    def mine(self, model: OneClassGAN, start: Tensor, run: Run) -> Tensor:
-        """Return codes (n, latent) near others whose images the classifier takes for none of the class.
+    def mine(self, model: OneClassGAN, start: Tensor, context: TrainContext) -> Tensor:
+        """Return codes (n, latent) close to the given ones whose images the classifier rejects.
 
         Parameters
         ----------
-        model : with the decoder and the classifier.
-        start : codes (n, latent), between -1 and 1; what is descended from passes a tanh.
-        run : precision.
+        model : its decoder and classifier are used.
+        start : codes (n, latent) in [-1, 1]; the result passes through a tanh.
+        context : precision.
         """
         codes = start.detach().requires_grad_()
         for _ in range(self.mining_steps):
-            # Not by the parts as fabric wraps them, which take no gradient but the training's.
-            with run.autocast():
+            # Not the parts as fabric wraps them, which allow only the gradients of the training.
+            with context.autocast():
                 logits = model.classifier(model.decoder(codes.tanh()))
-            # Of each code its own loss, whatever their number.
+            # Each code has a loss of its own, however many there are.
             (gradient,) = torch.autograd.grad(len(codes) * adversarial(logits.float(), False), codes)
             codes = (codes - self.mining_lr * gradient).detach().requires_grad_()
         return codes.tanh().detach()
 
-    def _scores(self, model: OneClassGAN, images: Tensor, run: Run) -> dict[str, Tensor]:
-        return {"OCGAN": -answers(model, images, run)}
+    def _scores(self, model: OneClassGAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+        return {"OCGAN": -predict(model, images, context)}

@@ -1,9 +1,9 @@
-"""The loop of the systems whose steps are not those of `featnorm.training.train`.
+"""The training loop of the one-class models whose steps are not those of `featnorm.training.train`.
 
-That loop lowers one objective, of what a network returns and a class for each image, by one optimizer. Here a loss
-compares with the image itself (autoencoders), with a centre (Deep-SVDD), or with the other transformations of an
-image (GOAD); and adversarial systems lower several losses, each by an optimizer of its own. What a run keeps, and
-how it goes on, is the same.
+That loop minimizes one objective, of a network's outputs and a class per image, with one optimizer. Here a loss
+compares with the image itself (autoencoders), with a center (Deep-SVDD), or with the other transformations of an
+image (GOAD); and adversarial models minimize several losses, each with an optimizer of its own. Checkpoints, logs
+and resume are the same.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout, safe_gradients
 from featnorm._utils.progress import progress_bar
 from featnorm._utils.weights import load_weights
-from featnorm.paper.systems.system import Run, as_pixels, check_images
+from featnorm.paper.systems.base import TrainContext, as_pixels, check_images
 from featnorm.training.runs import (
     CHECKPOINT,
     LOG,
@@ -35,7 +35,7 @@ Step = Callable[[Parts, Tensor, int], Losses]
 
 
 def adam(parameters: Any, lr: float, *, beta1: float = 0.9, weight_decay: float = 0.0) -> torch.optim.Adam:
-    """Return an Adam with its usual second momentum; its weight decay is part of the gradient."""
+    """Return Adam with the default beta2; its weight decay is part of the gradient."""
     return torch.optim.Adam(parameters, lr=lr, betas=(beta1, 0.999), weight_decay=weight_decay)
 
 
@@ -48,49 +48,49 @@ def train_steps(
     epochs: int,
     batch_size: int,
     settings: Mapping[str, Any],
-    run: Run,
+    context: TrainContext,
     drop: int | None = None,
 ) -> None:
-    """Train a model in place; it ends in evaluation mode.
+    """Train a model in place, and put it in evaluation mode.
 
-    The order of the images and what a step draws depend on the seed and the epoch alone, so a run that is resumed
-    gives the weights of an unbroken one.
+    The order of the images and the random numbers of a step depend only on the seed and the epoch, so a resumed
+    run ends with the weights of an uninterrupted one.
 
     Parameters
     ----------
-    model : its children are the parts of the system.
+    model : model whose children are the parts that a step reads.
     images : (n, 3, 32, 32) uint8.
     step
         Takes the parts by name, pixels (b, 3, 32, 32) in [0, 1] and the epoch from 0. Yields the name of an
-        optimizer and the loss that it is to lower; when it goes on, that step is taken.
-    optimizers : by the names that the step yields.
-    epochs, batch_size : passes over the images, and images a step; those that fill no batch are left out.
-    settings : what the run is of; a checkpoint of another is refused.
-    run : where and how.
-    drop : the epoch from 0 at which the learning rates fall to a tenth; None for never.
+        optimizer and the loss that it minimizes; the optimizer's step is taken before the generator continues.
+    optimizers : optimizers by the names that the step yields.
+    epochs, batch_size : passes over the images, and images per step; an incomplete batch is left out.
+    settings : settings of the run; a checkpoint of a run with other settings is not resumed.
+    context : see `TrainContext`.
+    drop : epoch from 0 at which the learning rates fall to a tenth. Default: never.
 
     Raises
     ------
     ValueError
-        As `featnorm.paper.systems.System.train`.
+        See `featnorm.paper.systems.OneClassModel.train`.
     """
     check_images(images, batch_size)
-    fabric, device = run.fabric, run.device
+    fabric, device = context.fabric, context.device
     if fabric is not None and fabric.world_size > 1:
-        raise ValueError(f"this training is of one process, and fabric has {fabric.world_size}: use devices=1")
+        raise ValueError(f"this training runs in one process, and fabric has {fabric.world_size}: use devices=1")
     fast_layout(model.to(device))
     parts: dict[str, Any] = dict(model.named_children())
     active: dict[str, Any] = dict(optimizers)
     if fabric is not None:
-        # Parts with a precision each, since a step asks them one by one.
+        # Each part by itself, since a step calls them one by one.
         parts = {name: fabric.setup_module(part) for name, part in parts.items()}
         active = {name: fabric.setup_optimizers(optimizer) for name, optimizer in optimizers.items()}
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     identity: dict[str, Any] = {}
     start = 0
-    checkpoint = None if run.folder is None else run.folder / CHECKPOINT
+    checkpoint = None if context.folder is None else context.folder / CHECKPOINT
     if checkpoint is not None:
-        identity = {"settings": dict(settings), "seed": run.seed, "data": digest(images)}
+        identity = {"settings": dict(settings), "seed": context.seed, "data": digest(images)}
         if checkpoint.exists():
             saved = read_checkpoint(checkpoint, identity, device)
             start = saved["epoch"]
@@ -103,7 +103,7 @@ def train_steps(
         total=epochs * steps * batch_size,
         initial=start * steps * batch_size,
         unit="input",
-        progress=run.progress,
+        progress=context.progress,
     )
     with bar, torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
         for epoch in range(start, epochs):
@@ -114,7 +114,7 @@ def train_steps(
                 for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
                     group["lr"] = rate / 10 if drop is not None and epoch >= drop else rate
             sums: dict[str, float] = {}
-            with seeded(run.seed, epoch, 0, device):
+            with seeded(context.seed, epoch, 0, device):
                 order = torch.randperm(len(images))[: steps * batch_size]
                 for rows in order.split(batch_size):
                     for name, loss in step(parts, as_pixels(images[rows], device), epoch):
@@ -138,7 +138,7 @@ def train_steps(
                     "model": model.state_dict(),
                     "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                 }
-                # The log first: a run that is killed between the two writes the line of this epoch again.
+                # The log first: a run killed between the two writes rewrites the line of this epoch.
                 seconds = time.perf_counter() - began
                 log(checkpoint.with_name(LOG), {"epoch": epoch + 1, "losses": means, "seconds": seconds})
                 write_checkpoint(checkpoint, state)

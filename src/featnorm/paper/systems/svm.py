@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from featnorm.detectors import OneClassSVM
 from featnorm.features import Features
+from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.lenet import train_autoencoder
-from featnorm.paper.systems.system import Run, System, answers
 
 _PIXELS = "OC-SVM on pixels"
 _CODE = "OC-SVM on an autoencoder"
 
 
 class Boundaries(nn.Module):
-    """The boundary around the pixels of the known images, and the one around their codes."""
+    """The boundary of the training images' pixels, and the boundary of their codes."""
 
     def __init__(self, encoder: nn.Module, nu: float) -> None:
         super().__init__()
@@ -24,17 +24,17 @@ class Boundaries(nn.Module):
 
 
 @dataclass(frozen=True)
-class SVM(System[Boundaries]):
-    """The decision functions of two `featnorm.OneClassSVM`, of pixels and of an autoencoder's codes.
+class SVM(OneClassModel[Boundaries]):
+    """The decision functions of two `featnorm.OneClassSVM`, one on pixels and one on an autoencoder's codes.
 
-    The published numbers (Golan and El-Yaniv, NeurIPS 2018) are those of the kernel width and nu that are best on
-    the test images; these are set before any is seen. The autoencoder is Deep-SVDD's.
+    The published numbers (Golan and El-Yaniv, NeurIPS 2018) have the kernel width and nu that are best on the test
+    images; here both are set without them. The autoencoder is Deep-SVDD's.
 
     Parameters
     ----------
     nu : see `featnorm.OneClassSVM`.
     width, autoencoder_epochs, autoencoder_drop, batch_size, lr, weight_decay
-        Of the autoencoder, see `DeepSVDD`.
+        Settings of the autoencoder, see `DeepSVDD`.
     """
 
     nu: float = 0.1
@@ -45,17 +45,17 @@ class SVM(System[Boundaries]):
     lr: float = 1e-4
     weight_decay: float = 0.5e-6
 
-    def _train(self, images: Tensor, run: Run) -> Boundaries:
-        encoder = train_autoencoder(images, asdict(self), run)
+    def _train(self, images: Tensor, context: TrainContext) -> Boundaries:
+        encoder = train_autoencoder(images, asdict(self), context)
         model = Boundaries(encoder, self.nu)
         model.of_pixels.fit(_pixels(images))
-        model.of_code.fit(Features(pooled=answers(encoder, images, run)))
+        model.of_code.fit(Features(pooled=predict(encoder, images, context)))
         return model.eval()
 
-    def _scores(self, model: Boundaries, images: Tensor, run: Run) -> dict[str, Tensor]:
+    def _scores(self, model: Boundaries, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
         return {
             _PIXELS: model.of_pixels.score(_pixels(images)),
-            _CODE: model.of_code.score(Features(pooled=answers(model.encoder, images, run))),
+            _CODE: model.of_code.score(Features(pooled=predict(model.encoder, images, context))),
         }
 
 

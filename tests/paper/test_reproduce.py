@@ -1,13 +1,13 @@
-"""`featnorm reproduce all`: what can be made is made and put on one page, what cannot is named there."""
+"""`featnorm reproduce all` puts every result that can be made on one page, and names the others there."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from featnorm.paper import cifar10, imagenet, label_free, one_class, theory
-from featnorm.paper import reproduce as command
+from featnorm.paper import scoring, study, theory
 from featnorm.paper.recipe import PaperRecipe
+from featnorm.paper.studies import cifar10
 from small import reproduce
 
 RECIPE = PaperRecipe(epochs=1, batch_size=32, optimizer="sgd", lr=0.02)
@@ -15,20 +15,13 @@ RECIPE = PaperRecipe(epochs=1, batch_size=32, optimizer="sgd", lr=0.02)
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two tables of one network, a figure that can be made and one whose images are not there."""
-    monkeypatch.setattr(cifar10, "TABLES", ("table5", "table10"))
-    monkeypatch.setattr(label_free, "TABLES", {})
-    monkeypatch.setattr(one_class, "TABLES", ())
-    monkeypatch.setattr(imagenet, "TABLES", {"table1": imagenet.TABLES["table1"]})
-    monkeypatch.setattr(
-        theory, "FIGURES", {"figure2": theory.FIGURES["figure2"], "figure13": theory.FIGURES["figure13"]}
-    )
-    monkeypatch.setattr(command, "_STUDIES", {"explanation": command._STUDIES["explanation"]})
-    monkeypatch.setitem(
-        cifar10.SCALES, "laptop", cifar10.Scale("laptop", 8, RECIPE, RECIPE, frozen=False, seeds=1)
-    )
+    """A few studies: two tables share a network, and one figure has no images."""
+    names = ("table5", "table10", "table1", "figure2", "figure13", "explanation")
+    known = study.studies()
+    monkeypatch.setattr(study, "_STUDIES", {name: known[name] for name in names})
+    monkeypatch.setitem(cifar10.SCALES, "laptop", cifar10.Scale(8, RECIPE, RECIPE, frozen=False, seeds=1))
     mlp = replace(RECIPE, optimizer="adamw", lr=1e-3)
-    monkeypatch.setitem(theory.SCALES, "laptop", theory.Scale("laptop", 8, 60, RECIPE, mlp))
+    monkeypatch.setitem(theory.SCALES, "laptop", theory.Scale(8, 60, RECIPE, mlp))
 
 
 def test_all_makes_one_page_and_names_what_is_missing(root, few, tmp_path, monkeypatch):
@@ -51,7 +44,7 @@ def test_all_makes_one_page_and_names_what_is_missing(root, few, tmp_path, monke
     def never(*_args, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(cifar10, "train", never)
+    monkeypatch.setattr(scoring, "train", never)
     monkeypatch.setattr(theory, "train", never)
     assert reproduce("all", root, tmp_path).exit_code == 0
 
@@ -60,6 +53,6 @@ def test_all_is_broken_off_by_a_fault_of_ours(root, few, tmp_path, monkeypatch):
     def fault(*_args, **_options):
         raise TypeError("a fault")
 
-    monkeypatch.setattr(cifar10, "train", fault)
+    monkeypatch.setattr(scoring, "train", fault)
     with pytest.raises(TypeError, match="a fault"):
         reproduce("all", root, tmp_path)

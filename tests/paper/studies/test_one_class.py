@@ -1,4 +1,4 @@
-"""Table 4, on fabricated images, by systems that are quickly trained."""
+"""Table 4, on fabricated images, by models that are quickly trained."""
 
 import json
 from dataclasses import dataclass, replace
@@ -8,37 +8,37 @@ import torch
 from torch import nn
 
 import featnorm as fn
-from featnorm.paper import one_class
 from featnorm.paper.numbers import numbers
-from featnorm.paper.systems import SVM, DeepSVDD, System
+from featnorm.paper.studies import one_class
+from featnorm.paper.study import studies
+from featnorm.paper.systems import SVM, DeepSVDD, OneClassModel
 from featnorm.paper.systems.frameworks import moco_detectors
 from small import reproduce, write_images
 
 
 @dataclass(frozen=True)
-class Brightness(System[nn.Linear]):
-    """How near the mean of an image is to that of the class, and the mean itself."""
+class Brightness(OneClassModel[nn.Linear]):
+    """How close the mean of an image is to that of the class, and the mean itself."""
 
     offset: float = 0.0
 
-    def _train(self, images, run):
+    def _train(self, images, context):
         model = nn.Linear(1, 1)
         nn.init.constant_(model.bias, float(images.float().mean()) + self.offset)
         return model
 
-    def _scores(self, model, images, run):
+    def _scores(self, model, images, context):
         mean = images.float().mean((1, 2, 3))
         return {"NAN": -(mean - model.bias.detach()).abs(), "brightness": mean}
 
 
 TINY = one_class.Scale(
-    "laptop",
     {
         "mean": Brightness(),
         "Deep-SVDD": DeepSVDD(width=16, autoencoder_epochs=1, autoencoder_drop=1, epochs=1, drop=1, batch_size=5),
     },
-    known=10,
-    test=3,
+    train_images=10,
+    test_images=3,
 )
 
 
@@ -55,14 +55,19 @@ def test_table4_is_made_class_by_class(root, tiny, tmp_path, monkeypatch):
     assert content["left"] == {}
     assert set(content["missing"]) == {"CIFAR-100"}
     result = content["results"][3]
-    assert (result["class"], result["known"], result["inside"], result["outside"]) == ("cat", 10, 3, 27)
-    # What was trained on one class is asked about all.
+    assert (result["class"], result["train_images"], result["id_images"], result["ood_images"]) == (
+        "cat",
+        10,
+        3,
+        27,
+    )
+    # A model trained on one class scores images of all.
     images = one_class.load_images(root, progress=False)
     train, labels = images.train["CIFAR-10"]
     rows = torch.linspace(0, 11, 10).round().long()
-    centre = train[labels == 3][rows].float().mean()
+    center = train[labels == 3][rows].float().mean()
     test, labels = images.test["CIFAR-10"]
-    score = -(test.float().mean((1, 2, 3)) - centre).abs()
+    score = -(test.float().mean((1, 2, 3)) - center).abs()
     spaced = torch.tensor([0, 2, 3])  # of four, three
     parts = [score[labels == k][spaced] for k in range(10)]
     expected = 100 * fn.auroc(parts[3], torch.cat([*parts[:3], *parts[4:]]))
@@ -71,7 +76,7 @@ def test_table4_is_made_class_by_class(root, tiny, tmp_path, monkeypatch):
     document = (out / "table4.md").read_text()
     assert f"| NAN | {mean:.1f} | 93.7 | – | 88.2 |" in document
     assert "| GOAD | – | 88.2 | – | – |" in document
-    assert "without CIFAR-100: not under the data root: put cifar100/train.parquet" in document
+    assert "without CIFAR-100: not in the data root: put cifar100/train.parquet" in document
     assert f"| cat | {expected:.1f} |" in document
 
     def never(*_args, **_options):
@@ -83,7 +88,7 @@ def test_table4_is_made_class_by_class(root, tiny, tmp_path, monkeypatch):
     assert (out / "table4.md").read_text() == document
 
 
-def test_a_broken_run_leaves_a_table_of_what_there_is_and_goes_on(root, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_a_partial_table_and_resumes(root, tiny, tmp_path, monkeypatch):
     trained = []
     train = DeepSVDD.train
 
@@ -107,12 +112,12 @@ def test_a_broken_run_leaves_a_table_of_what_there_is_and_goes_on(root, tiny, tm
     assert "| Deep-SVDD | – |" not in document
 
 
-def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
-    systems = {"mean": Brightness()}
-    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, systems=systems))
+def test_a_result_of_other_settings_raises(root, tiny, tmp_path, monkeypatch):
+    models = {"mean": Brightness()}
+    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, models=models))
     assert reproduce("table4", root, tmp_path).exit_code == 0
-    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, systems={"mean": Brightness(1.0)}))
-    with pytest.raises(ValueError, match="is of other settings: choose another folder"):
+    monkeypatch.setitem(one_class.SCALES, "laptop", replace(TINY, models={"mean": Brightness(1.0)}))
+    with pytest.raises(ValueError, match="holds a run with other settings: choose another folder"):
         reproduce("table4", root, tmp_path)
 
 
@@ -136,15 +141,15 @@ def test_super_classes_are_cifar_100s(tmp_path):
     assert torch.bincount(labels).tolist() == [5] * 20
     whales = list(one_class.SUPER_CLASSES).index("aquatic mammals")
     assert int(labels[ordered.index("whale")]) == whales
-    assert len(one_class.tasks(TINY, images)) == 2 * 30
+    assert len(studies()["table4"].jobs(TINY, images)) == 2 * 30
 
 
-def test_both_scales_have_every_system_and_the_paper_its_rows():
+def test_both_scales_have_every_model_and_the_paper_its_rows():
     laptop, paper = (one_class.SCALES[name] for name in ("laptop", "paper"))
-    assert laptop.systems.keys() == paper.systems.keys()
-    assert paper.systems["OC-SVM"] == SVM()
+    assert laptop.models.keys() == paper.models.keys()
+    assert paper.models["OC-SVM"] == SVM()
     rows = numbers("one-class")["table4"]["rows"]
-    scores = {repr(detector) for detector in [*moco_detectors(), fn.CSI()]} | set(paper.systems)
+    scores = {repr(detector) for detector in [*moco_detectors(), fn.CSI()]} | set(paper.models)
     assert set(rows) == {one_class.PAPER_ROWS.get(name, name) for name in scores} - {"MoCo-v2", "NAN()"} - {
         "KNN() / NAN()",
         "SSD() / NAN()",

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from featnorm.paper import theory
-from featnorm.paper.figures import Figure, gap, rank_correlation, series
+from featnorm.paper.panels import Panel
 from featnorm.paper.probe import LAST
 from featnorm.paper.recipe import PaperRecipe
-from small import reproduce
+from featnorm.paper.studies.figures import Figure, gap, rank_correlation, series
+from featnorm.paper.study import studies
+from small import context, reproduce
 
 pytestmark = pytest.mark.slow
 
 RECIPE = PaperRecipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.02)
-TINY = theory.Scale("laptop", 8, 60, RECIPE, replace(RECIPE, optimizer="adamw", lr=1e-3))
+TINY = theory.Scale(8, 60, RECIPE, replace(RECIPE, optimizer="adamw", lr=1e-3))
 
 
 @pytest.fixture
@@ -25,7 +27,8 @@ def tiny(monkeypatch):
 
 
 def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
-    figures = [name for name in theory.FIGURES if name != "figure13"]
+    figures = [name for name, study in studies().items() if isinstance(study, Figure) and name != "figure13"]
+    assert len(figures) == 12
     for name in figures:
         assert reproduce(name, root, tmp_path).exit_code == 0, name
     out = tmp_path / "laptop"
@@ -39,13 +42,13 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
         picture = (out / f"{name}.svg").read_text()
         assert picture.count("<svg") == 1
         kept = json.loads((out / f"{name}.json").read_text())
-        again = Figure.from_dict(kept)
-        assert again.to_dict() == kept
-        assert picture.count('id="axes_') == sum(len(row) for row in again.panels)
-        assert again.table.markdown() == (out / f"{name}.md").read_text()
+        panels = [[Panel.from_dict(panel) for panel in row] for row in kept["panels"]]
+        assert [[panel.to_dict() for panel in row] for row in panels] == kept["panels"]
+        assert picture.count('id="axes_') == sum(len(row) for row in panels)
+        assert studies()[name].tables(kept)[name].markdown() == (out / f"{name}.md").read_text()
         assert "scale laptop" in (out / f"{name}.md").read_text()
     # Drawing takes seconds: one of them is drawn again from what was kept.
-    assert again.svg.count('id="axes_') == picture.count('id="axes_')
+    assert studies()[name].pictures(kept)[name].count('id="axes_') == picture.count('id="axes_')
     assert "layer 5" in (out / "figure12.md").read_text()
     assert "before the rectifier" in (out / "figure8.md").read_text()
 
@@ -59,34 +62,34 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_records_what_it_was(root, tiny, tmp_path):
-    from lightning_fabric import Fabric
 
-    images = theory.load_images("cifar10", root, progress=False)
-    fabric = Fabric(accelerator="cpu", devices=1)
+    here = context(root=root, out=tmp_path)
+    study = studies()["figure3"]
+    images = study.load(TINY, here)
     job = theory.Job("resnet", scheme="O")
-    run = theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={"date": "today"}, progress=False)
-    assert run["made_with"]["inputs"] == 60
-    assert run["made_with"]["recipe"]["augment"] is False
+    run = study.result(job, TINY, images, here)
+    folder = tmp_path / job.folder
+    assert run["inputs"] == 60
+    assert run["recipe"]["augment"] is False
     assert [record["epoch"] for record in run["records"]] == [1, 2]
     assert series(run, LAST, "hidden", "train", "accuracy") == [1, 1]
     assert "test" not in run["records"][0]["layers"][LAST]["hidden"]
     assert len(gap(run, "nan")) == 2
-    assert run["end"]["pattern:train"].shape == (50, 512)
-    assert run["end"]["norm:noise"].shape == (12,)
-    active = run["end"]["l0:test"].double().clamp_min(1)
+    assert run["tensors"]["pattern:train"].shape == (50, 512)
+    assert run["tensors"]["norm:noise"].shape == (12,)
+    active = run["tensors"]["l0:test"].double().clamp_min(1)
     sparsity = run["records"][-1]["layers"][LAST]["sparsity"]["test"]
     assert sparsity == pytest.approx(float((1 / active).mean()), rel=1e-3)
-    again = theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={}, progress=False)
+    again = study.result(job, TINY, images, here)
     assert again.keys() == run.keys()
-    assert all(torch.equal(value, run["end"][name]) for name, value in again["end"].items())
-    other = replace(TINY, width=4)
-    with pytest.raises(ValueError, match="holds a run of other width"):
-        theory.run(job, other, images, tmp_path, fabric=fabric, environment={}, progress=False)
-    end = bytearray((tmp_path / "end.safetensors").read_bytes())
-    end[-1] ^= 1
-    (tmp_path / "end.safetensors").write_bytes(end)
-    with pytest.raises(ValueError, match=r"end\.safetensors is damaged: delete .*run\.json"):
-        theory.run(job, TINY, images, tmp_path, fabric=fabric, environment={}, progress=False)
+    assert all(torch.equal(value, run["tensors"][name]) for name, value in again["tensors"].items())
+    with pytest.raises(ValueError, match="holds a run with other width"):
+        study.result(job, replace(TINY, width=4), images, here)
+    damaged = bytearray((folder / "tensors.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (folder / "tensors.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"tensors\.safetensors is damaged: delete .*result\.json"):
+        study.result(job, TINY, images, here)
 
 
 def test_the_label_schemes_train_as_the_paper_says():
@@ -100,8 +103,8 @@ def test_the_label_schemes_train_as_the_paper_says():
     assert (mlp.epochs, mlp.optimizer, mlp.lr, mlp.batch_size) == (200, "adamw", 1e-3, 256)
 
 
-def test_digits_are_grey(root):
-    images = theory.load_images("mnist", root, progress=False)
+def test_digits_are_gray(root):
+    images = theory.LOADERS["mnist"](context(root=root))
     assert images.train[0].shape == (120, 1, 28, 28)
     model = theory.build(theory.Job("mlp", "mnist"), TINY, images.train[0].shape[1:], 10)
     assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)

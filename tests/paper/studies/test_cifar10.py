@@ -1,9 +1,9 @@
 """The CIFAR-10 benchmark, on a small data root of fabricated images and networks that fit them."""
 
 import json
+import re
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +11,17 @@ import torch
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.inputs import DataError
-from featnorm.paper import cifar10
+from featnorm.paper import scoring
+from featnorm.paper.heads import FROZEN
+from featnorm.paper.images import PAPER_SETS, load_images
 from featnorm.paper.numbers import numbers
 from featnorm.paper.recipe import PaperRecipe
-from small import reproduce, write_images
+from featnorm.paper.studies import cifar10
+from featnorm.paper.study import studies
+from small import context, reproduce, write_images
 
 RECIPE = PaperRecipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.05, augment=True, crop=24, warmup=0.2)
-TINY = cifar10.Scale("laptop", 8, RECIPE, replace(cifar10.FROZEN, epochs=1, batch_size=32), frozen=True, seeds=2)
-DOCS = Path(__file__).parents[2] / "docs" / "results"
+TINY = cifar10.Scale(8, RECIPE, replace(FROZEN, epochs=1, batch_size=32), frozen=True, seeds=2)
 
 
 @pytest.fixture
@@ -27,10 +30,8 @@ def tiny(monkeypatch):
 
 
 def test_every_table_is_made_once_trained(root, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        cifar10, "ABLATIONS", {**cifar10.ABLATIONS, "figure7": [cifar10.Variant(hidden=8), cifar10.MAIN]}
-    )
-    for table in cifar10.TABLES:
+    monkeypatch.setattr(cifar10, "WIDTHS", (8, 512))
+    for table in (name for name, study in studies().items() if isinstance(study, cifar10.Cifar10Study)):
         assert reproduce(table, root, tmp_path).exit_code == 0, table
     out = tmp_path / "laptop"
     networks = {place.name for place in out.iterdir() if place.is_dir()}
@@ -57,32 +58,32 @@ def test_every_table_is_made_once_trained(root, tiny, tmp_path, monkeypatch):
     def never(*_args, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(cifar10, "train", never)
+    monkeypatch.setattr(scoring, "train", never)
     assert reproduce("table3", root, tmp_path).exit_code == 0
     assert (out / "table3.md").read_text() == document
 
 
-def test_a_broken_run_goes_on(root, tiny, tmp_path, monkeypatch):
-    score = cifar10.score
+def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
+    score = scoring.score
 
     def die(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cifar10, "score", die)
+    monkeypatch.setattr(scoring, "score", die)
     with pytest.raises(KeyboardInterrupt):
         reproduce("table5", root, tmp_path)
     folder = tmp_path / "laptop" / "relu-512-2epochs-seed0"
     kept = (folder / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(cifar10, "score", score)
+    monkeypatch.setattr(scoring, "score", score)
     assert reproduce("table5", root, tmp_path).exit_code == 0
     assert (folder / "checkpoint.pt").read_bytes() == kept
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch):
+def test_a_result_of_other_settings_raises(root, tiny, tmp_path, monkeypatch):
     reproduce("table5", root, tmp_path)
     monkeypatch.setitem(cifar10.SCALES, "laptop", replace(TINY, width=16))
-    with pytest.raises(ValueError, match="is of other width: choose another folder"):
+    with pytest.raises(ValueError, match="holds a run with other width: choose another folder"):
         reproduce("table5", root, tmp_path)
     file = tmp_path / "laptop" / "relu-512-2epochs-seed0" / "result.json"
     file.write_text(file.read_text().replace('"accuracy": 0', '"accuracy": 1', 1))
@@ -90,21 +91,25 @@ def test_a_result_of_other_settings_is_refused(root, tiny, tmp_path, monkeypatch
         reproduce("table5", root, tmp_path)
 
 
-def test_what_cannot_be_reproduced_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no 'table99' to reproduce: choose all, or one of table3"):
+def test_what_cannot_be_reproduced_is_named(tmp_path, capsys):
+    with pytest.raises(
+        ValueError, match="unknown name 'table99': choose all, or one of explanation, figure1, figure2"
+    ):
         reproduce("table99", tmp_path, tmp_path)
-    with pytest.raises(ValueError, match="no scale 'huge': choose one of laptop, paper"):
+    with pytest.raises(ValueError, match="NAME is missing: `featnorm reproduce --list`"):
+        run_command(["reproduce"], COMMANDS)
+    with pytest.raises(SystemExit) as end:
         run_command(["reproduce", "table3", "--scale", "huge"], COMMANDS)
+    assert end.value.code == 2
+    assert re.search(r"'huge' is not one of 'laptop', \W*'paper'", capsys.readouterr().err)
 
 
 def test_the_pooled_norm_is_of_the_pooled_feature(root):
-    from lightning_fabric import Fabric
-
     import featnorm as fn
 
-    images = cifar10.load_images(root, progress=False)
+    images = load_images(root, progress=False)
     model = cifar10.MAIN.build(8, 0).eval()
-    result = cifar10.score(model, images, [fn.NAN()], fabric=Fabric(accelerator="cpu", devices=1), progress=False)
+    result = scoring.score(model, images, [fn.NAN()], context())
     with torch.no_grad():
         pooled = [model[1](model[0](pixels.float() / 255)) for pixels in (images.test[0], images.ood["noise"])]
         hidden = [torch.relu(model[2].hidden(h)) for h in pooled]
@@ -115,7 +120,7 @@ def test_the_pooled_norm_is_of_the_pooled_feature(root):
 
 
 def test_images_are_resized_and_the_missing_named(root, tmp_path):
-    images = cifar10.load_images(root, progress=False)
+    images = load_images(root, progress=False)
     assert {name: tuple(pixels.shape) for name, pixels in images.ood.items()} == {
         "SVHN": (10, 3, 32, 32),
         "noise": (12, 3, 32, 32),
@@ -127,7 +132,7 @@ def test_images_are_resized_and_the_missing_named(root, tmp_path):
     write_images(tmp_path / "cifar10" / "test", 3, 1)
     write_images(tmp_path / "ood32" / "noise", 3, 1)
     with pytest.raises(DataError, match="has no label below 10"):
-        cifar10.load_images(tmp_path, progress=False)
+        load_images(tmp_path, progress=False)
 
 
 def test_the_paper_agrees_with_itself():
@@ -140,8 +145,6 @@ def test_the_paper_agrees_with_itself():
                     name
                 )
     ten = tables["table10"]["rows"]["HiddenConfidence()"]
-    assert statistics.fmean(ten[name][0] for name in cifar10.PAPER_SETS) == pytest.approx(
-        ten["Average"][0], abs=0.01
-    )
+    assert statistics.fmean(ten[name][0] for name in PAPER_SETS) == pytest.approx(ten["Average"][0], abs=0.01)
     known = {repr(detector) for detector in cifar10.detectors()}
     assert set(tables["table3"]["rows"]) <= known

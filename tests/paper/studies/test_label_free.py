@@ -7,29 +7,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featnorm.paper import cifar10, label_free
+from featnorm.paper import scoring
+from featnorm.paper.images import load_images
 from featnorm.paper.numbers import numbers
+from featnorm.paper.studies import label_free
+from featnorm.paper.study import studies
 from featnorm.paper.systems import GOAD
-from small import reproduce
+from small import context, reproduce
 
 pytestmark = pytest.mark.slow
 
+TABLES = ("table3-label-free", "table11")
 TINY = label_free.Scale(
-    "laptop",
     4,
     {
         name: replace(recipe, epochs=2, batch_size=32, queue=64, crop=16, crop_share=0.5)
         for name, recipe in label_free.SCALES["laptop"].recipes.items()
     },
     goad=GOAD(width=1, epochs=1, lr=3e-3),
-    most=12,
+    fit_images=12,
 )
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(label_free.SCALES, "laptop", TINY)
-    # Hardly trained, it does not tell rotations apart.
+    # After so little training it does not recognize rotations.
     monkeypatch.setitem(
         label_free.FRAMEWORKS, "CSI", replace(label_free.FRAMEWORKS["CSI"], build=_csi_that_knows_rotations)
     )
@@ -42,7 +45,7 @@ def _csi_that_knows_rotations(width, seed, build=label_free.FRAMEWORKS["CSI"].bu
 
 
 def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
-    for table in label_free.TABLES:
+    for table in TABLES:
         assert reproduce(table, root, tmp_path).exit_code == 0, table
     out = tmp_path / "laptop"
     assert {place.name for place in out.iterdir() if place.is_dir()} == {
@@ -54,7 +57,7 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
     }
     results = {result["framework"]: result for result in json.loads((out / "table3-label-free.json").read_text())}
     assert [result.get("accuracy") for result in results.values()] == [None] * 4
-    assert [result["most"] for result in results.values()] == [None, None, 12, 12]
+    assert [result["fit_images"] for result in results.values()] == [None, None, 12, 12]
     assert all(not result["left_out"] for result in results.values())
     paper = numbers("cifar10")["table3-label-free"]["rows"]
     found = {name for result in results.values() for name in result["scores"]}
@@ -75,32 +78,32 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
     def never(*_args, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(cifar10, "train", never)
+    monkeypatch.setattr(scoring, "train", never)
     assert reproduce("table3-label-free", root, tmp_path).exit_code == 0
     assert (out / "table3-label-free.md").read_text() == document
 
 
-def test_a_broken_run_goes_on(root, tiny, tmp_path, monkeypatch):
-    score = cifar10.score
+def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
+    score = scoring.score
 
     def die(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cifar10, "score", die)
+    monkeypatch.setattr(scoring, "score", die)
     with pytest.raises(KeyboardInterrupt):
         reproduce("table11", root, tmp_path)
     folder = tmp_path / "laptop" / "cider-2epochs-seed0"
     kept = (folder / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(cifar10, "score", score)
+    monkeypatch.setattr(scoring, "score", score)
     assert reproduce("table11", root, tmp_path).exit_code == 0
     assert (folder / "checkpoint.pt").read_bytes() == kept
     monkeypatch.setitem(label_free.SCALES, "laptop", replace(TINY, width=8))
-    with pytest.raises(ValueError, match="is of other width: choose another folder"):
+    with pytest.raises(ValueError, match="holds a run with other width: choose another folder"):
         reproduce("table11", root, tmp_path)
 
 
 def test_the_paper_agrees_with_itself():
-    for table in label_free.TABLES:
+    for table in TABLES:
         for name, row in numbers("cifar10")[table]["rows"].items():
             sets = [pair for key, pair in row.items() if key != "Average"]
             for i in range(2) if "Average" in row else ():
@@ -113,30 +116,22 @@ def test_the_papers_settings():
     moco = paper.recipes["MoCo-v2"]
     assert (moco.epochs, moco.batch_size, moco.lr, moco.queue, moco.ema) == (800, 512, 0.06, 4096, 0.99)
     assert (moco.temperature, moco.weight_decay, moco.optimizer) == (0.1, 5e-4, "sgd")
-    for table in label_free.TABLES:
-        assert all(getattr(job.recipe, "crop", None) is None for job in label_free.jobs(table, paper))
+    for table in TABLES:
+        assert all(getattr(job.recipe, "crop", None) is None for job in studies()[table].jobs(paper, None))
     assert paper.goad == GOAD()
-    assert paper.most is None
+    assert paper.fit_images is None
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_model_is_asked_in_the_precision_of_its_training(root, same):
-    from lightning_fabric import Fabric
+def test_the_model_runs_in_the_precision_of_its_training(root, same):
 
-    images = cifar10.load_images(root, progress=False)
+    images = load_images(root, progress=False)
     framework = label_free.FRAMEWORKS["RotNet"]
     model = framework.build(4, 0)
     kinds = []
     model[1].stem[0].register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
-    result = cifar10.score(
-        model,
-        images,
-        framework.detectors(),
-        fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"),
-        labels=False,
-        same_precision=same,
-        progress=False,
-    )
+    mixed = context("bf16-mixed")
+    result = scoring.score(model, images, framework.detectors(), mixed, labels=False, same_precision=same)
     assert set(kinds) == {torch.bfloat16 if same else torch.float32}
     assert result["accuracy"] is None
     assert set(result["scores"]) == {"RotNet()"}

@@ -14,12 +14,13 @@ from PIL import Image
 import featnorm as fn
 from featnorm.inputs import DataError, image_loader, open_source
 from featnorm.models import create_model
-from featnorm.paper import imagenet, imagenet_data
+from featnorm.paper import imagenet_data
 from featnorm.paper.checkpoints import ContrastiveNetwork, load_contrastive
-from featnorm.paper.imagenet_tables import ROWS
 from featnorm.paper.numbers import numbers
+from featnorm.paper.studies import imagenet
+from featnorm.paper.study import MissingError, studies
 from featnorm.runtime import Runtime
-from small import reproduce, write_images
+from small import context, reproduce, write_images
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def paper(small_inputs, monkeypatch):
     few = {name: replace(each, count=12) for name, each in imagenet_data.OOD_SETS.items()}
     monkeypatch.setitem(imagenet_data.DATA, "four OOD sets", imagenet_data._imagenet(few))
     monkeypatch.setitem(imagenet_data.DATA, "seven OOD sets", imagenet_data._imagenet(few))
-    monkeypatch.setitem(imagenet.SCALES, "paper", imagenet.Scale("paper", 20, 1))
+    monkeypatch.setitem(imagenet.SCALES, "paper", replace(imagenet.SCALES["paper"], k=20, seeds=1))
     monkeypatch.setattr(imagenet, "load_contrastive", functools.partial(load_contrastive, architecture="resnet18"))
     torch.manual_seed(1)
     small = create_model("torchvision:resnet18", pretrained=False)
@@ -174,7 +175,7 @@ def test_torchvision_networks(name, architecture, tmp_path):
     network = imagenet._load(name, tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 300, 3), dtype=np.uint8))
     inputs = network.backbone.transform(image)
-    # 256 pixels on the short side, of which the middle 224 are looked at.
+    # 256 pixels on the short side, of which the central 224 are used.
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     pixels = torch.from_numpy(np.array(image.crop((38, 16, 262, 240)))).permute(2, 0, 1) / 255
     assert torch.allclose(inputs[0], ((pixels - mean) / 0.229)[0], atol=1e-5)
@@ -189,32 +190,36 @@ def test_torchvision_networks(name, architecture, tmp_path):
         assert features.activation is features.pooled
 
 
+def load(table, root, weights):
+    return studies()[table].load(imagenet.SCALES["paper"], context(root=root, weights=weights))
+
+
 def test_what_is_missing_is_named_all_at_once(large, weights, tmp_path, capsys):
     (tmp_path / "imagenet" / "val").mkdir(parents=True)
     write_images(tmp_path / "SUN" / "images", 3, 0)
     write_images(tmp_path / "imagenet" / "train" / "n01440764", 3, 0)
-    with pytest.raises(DataError, match="table1 at scale paper lacks what is listed above: 8 things"):
+    with pytest.raises(DataError, match="table1 at scale paper: 8 data sets or checkpoints are missing"):
         reproduce("table1", tmp_path, tmp_path / "out", "--scale", "paper", "--weights", tmp_path)
-    with pytest.raises(imagenet.MissingError) as caught:
-        imagenet.require("table1", imagenet.SCALES["paper"], tmp_path, weights)
+    with pytest.raises(MissingError) as caught:
+        load("table1", tmp_path, weights)
     lines = caught.value.lines
     assert len(lines) == 6
     train, val, naturalist, sun, *_ = lines
-    assert "imagenet/train has 3 images where 1,281,167 belong: Unpack ILSVRC2012_img_train.tar" in train
+    assert "imagenet/train has 3 images, not 1,281,167: Unpack ILSVRC2012_img_train.tar" in train
     assert "no images in" in val
     assert "valprep.sh" in val
     assert f"{tmp_path}/iNaturalist: no such folder" in naturalist
     assert "Unpack http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/iNaturalist.tar.gz" in naturalist
-    assert "SUN has 3 images where 10,000 belong" in sun
-    with pytest.raises(imagenet.MissingError, match=r"vit_b_16-c867db91.pth: no folder of weights is set \(--wei"):
-        imagenet.require("table9", imagenet.SCALES["paper"], None, None)
-    with pytest.raises(imagenet.MissingError, match="species_sub: no data root is set"):
-        imagenet.require("table12", imagenet.SCALES["paper"], None, weights)
+    assert "SUN has 3 images, not 10,000" in sun
+    with pytest.raises(MissingError, match=r"vit_b_16-c867db91.pth: no folder of weights is set \(--wei"):
+        load("table9", None, None)
+    with pytest.raises(MissingError, match="species_sub: no data root is set"):
+        load("table12", None, weights)
 
 
-def test_images_without_classes_are_refused(paper, tmp_path):
+def test_images_without_classes_raise(paper, tmp_path):
     write_images(tmp_path / "imagenet" / "val", 3, 0)
-    with pytest.raises(DataError, match="imagenet/val has 0 classes where 6 belong"):
+    with pytest.raises(DataError, match="imagenet/val has 0 classes, not 6"):
         imagenet_data._VAL.find(tmp_path)
 
 
@@ -234,7 +239,7 @@ def laptop(small_inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet_data, "_SAMPLE", replace(imagenet_data._SAMPLE, count=40, classes=40))
     tiny = {split: replace(each, classes=8) for split, each in imagenet_data._TINY.items()}
     monkeypatch.setattr(imagenet_data, "_TINY", tiny)
-    monkeypatch.setitem(imagenet.SCALES, "laptop", imagenet.Scale("laptop", 10, 2))
+    monkeypatch.setitem(imagenet.SCALES, "laptop", replace(imagenet.SCALES["laptop"], k=10, seeds=2))
     small = create_model("timm:test_efficientnet", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _: small)
     monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
@@ -257,7 +262,7 @@ def test_laptop(laptop, tmp_path):
     assert tiny[0]["images"]["OOD, other classes"].endswith(", 16")
     assert tiny[0]["images"]["resolution"] == "all shrunk to 64 pixels"
     assert tiny[1]["accuracy"] is not None
-    # Nothing was asked again for the heads.
+    # The backbone did not run again for the heads.
     assert [result["computed"] for result in tiny] == [8 * 20 + 16 + 10, 0, 0]
     sample = [result for result in results if result["data"] == "imagenet1k_sample"]
     assert "found no variation within the 20 classes" in sample[0]["left_out"]["Mahalanobis()"]
@@ -312,5 +317,7 @@ def test_the_paper_agrees_with_itself():
     for i in range(2):
         expected = tables["table6-imagenet"]["rows"]["supcon"]["L1Norm()"]["Average"][i]
         assert statistics.fmean(pair[i] for pair in four) == pytest.approx(expected, abs=0.011)
-    for name, rows in ROWS.items():
-        assert set().union(*tables[name]["rows"].values()) == set(rows), name
+    shown = [study for study in studies().values() if isinstance(study, imagenet.ImageNetStudy)]
+    assert {study.name for study in shown} >= {"table1", "table2", "table6-imagenet", "table9", "table12"}
+    for study in shown:
+        assert set().union(*tables[study.name]["rows"].values()) == set(study.detectors), study.name

@@ -1,12 +1,11 @@
-"""What heads are worth and what moves them, on fabricated images and small networks."""
+"""What heads are worth on images of one's own, on fabricated images and a small network."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from featnorm.models import create_model
-from featnorm.paper import explanations, heads, own_images
+from featnorm.paper.studies import own_images
 from small import reproduce, write_images
 
 
@@ -21,8 +20,8 @@ def own_root(root, tmp_path):
 
 
 def test_own_images(own_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_images, "KNOWN", 4)
-    monkeypatch.setattr(own_images, "LEARNED", 3)
+    monkeypatch.setattr(own_images, "ID_CLASSES", 4)
+    monkeypatch.setattr(own_images, "TARGET_CLASSES", 3)
     monkeypatch.setattr(own_images, "SEEDS", 2)
     monkeypatch.setattr(own_images, "CLUSTER_SIZES", (10,))
     small = create_model("timm:test_efficientnet", pretrained=False)
@@ -33,7 +32,7 @@ def test_own_images(own_root, tmp_path, monkeypatch):
     assert reproduce("own-images", own_root, out).exit_code == 0
     result = json.loads((out / "laptop" / "own-images.json").read_text())
     assert result["sizes"] == {
-        "learned from": 96, "calibrated on": 24, "known": 48, "other classes": 48, "textures": 20, "digits": 10,
+        "training": 96, "calibration": 24, "ID test": 48, "other classes": 48, "textures": 20, "digits": 10,
     }  # fmt: skip
     assert {name: len(runs) for name, runs in result["heads"].items()} == {
         "no head": 1,
@@ -57,32 +56,3 @@ def test_views_are_parts_of_the_image():
     seen = [own_images._Viewed(lambda part: part, view)(image) for view in own_images._VIEWS]
     assert [part.size for part in seen] == [(10, 20), (8, 16), (8, 16), (8, 16)]
     assert seen[0].getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_head_study(root, tmp_path, monkeypatch):
-    settings = {name: heads.SETTINGS[name] for name in ("T = 0.5", "width 64")}
-    short = {name: (t, d, replace(recipe, epochs=2, batch_size=32)) for name, (t, d, recipe) in settings.items()}
-    monkeypatch.setattr(heads, "SETTINGS", short)
-    assert reproduce("head-study", root, tmp_path).exit_code == 0
-    result = json.loads((tmp_path / "laptop" / "head-study.json").read_text())
-    assert [row["setting"] for row in result["rows"]] == ["T = 0.5", "width 64"]
-    first, second = (row["scores"] for row in result["rows"])
-    assert first["KNN()"] == second["KNN()"]
-    assert first["NAN()"] != second["NAN()"]
-    assert "| width 64 |" in (tmp_path / "laptop" / "head-study.md").read_text()
-
-
-def test_explanation(root, tmp_path):
-    assert reproduce("explanation", root, tmp_path).exit_code == 0
-    result = json.loads((tmp_path / "laptop" / "explanation.json").read_text())
-    assert [row["set"] for row in result["rows"]] == ["cifar10", "SVHN", "large", "noise"]
-    for row in result["rows"]:
-        off = [value <= 0 for value in row["picture"]["activation"]]
-        usual = [rate >= 0.5 for rate in row["picture"]["on_rate"]]
-        assert row["active"] == 512 - sum(off)
-        assert row["usual"] == sum(usual)
-        assert row["missing"] == sum(a and b for a, b in zip(off, usual, strict=True))
-        assert row["predicted"] in explanations.CLASSES
-    drawn = explanations.pictures(result)
-    assert list(drawn) == ["cifar10", "SVHN", "large", "noise"]
-    assert all(text.count("<svg") == 1 for text in drawn.values())

@@ -1,0 +1,284 @@
+"""What `featnorm fit` is worth on images that its backbone was not trained on: half of Tiny ImageNet's classes.
+
+The first 100 classes are in-distribution. The other 100 are near-OOD, textures and digits far-OOD. What to train
+the head on was chosen without them: by the last 20 of the ID classes, held out from the 80 others.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from featnorm._utils.layout import fast_layout
+from featnorm.calibration import Calibration
+from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
+from featnorm.evaluation import compare
+from featnorm.features import Features
+from featnorm.fitting import backbone_features, cluster, features_behind, fit_head, held_out
+from featnorm.inputs import ImageSource, SlicedSource, open_source
+from featnorm.metrics import auroc
+from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
+from featnorm.paper.recipe import scheme_labels
+from featnorm.paper.scoring import cached_labels, compared_detectors, percentages
+from featnorm.paper.study import Context, SingleRun, Whole
+from featnorm.paper.tables import MEASURES, Table, cell, environment, mean_and_deviation
+
+ID_CLASSES = 100
+#: Number of ID classes that heads are trained on when their targets are compared; the others are held out.
+TARGET_CLASSES = 80
+SEEDS = 3
+CLUSTER_SIZES = (50, 20, 10, 5)
+_TRAIN, _VAL = "tiny_imagenet:train", "tiny_imagenet:val"
+_FAR = {"textures": "ood224/textures", "digits": "mnist:test[::4]"}
+_CHOICE = (NAN, L1Norm, HiddenConfidence, Energy, KLUniform)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Features (n, D), labels (n,) and digests of some images."""
+
+    values: Tensor
+    labels: Tensor
+    digests: list[bytes]
+
+    def of(self, classes: range) -> "_Part":
+        """Return the images of some classes, with labels from 0."""
+        part = self._rows((self.labels >= classes.start) & (self.labels < classes.stop))
+        return replace(part, labels=part.labels - classes.start)
+
+    def split(self) -> tuple["_Part", "_Part"]:
+        """Return the images to train on, and those held out, as `featnorm.fit_images` splits them."""
+        apart = held_out(self.digests)
+        return self._rows(~apart), self._rows(apart)
+
+    def _rows(self, chosen: Tensor) -> "_Part":
+        digests = [digest for digest, keep in zip(self.digests, chosen.tolist(), strict=True) if keep]
+        return _Part(self.values[chosen], self.labels[chosen], digests)
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    """The default backbone of `featnorm fit`, and where it runs."""
+
+    loaded: LoadedModel
+    model: nn.Module
+    context: Context
+
+    def extract(self, source: ImageSource, view: "_View | None" = None) -> _Part:
+        """Return the features of images, or of one view of each."""
+        loaded = self.loaded
+        if view is not None:
+            loaded = replace(loaded, transform=_Viewed(loaded.transform, view))
+        cached = backbone_features(source, loaded, self.model, runtime=self.context.runtime)
+        return _Part(cached.values, cached_labels(source, cached), cached.digests)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnImages(SingleRun[dict[str, ImageSource]]):
+    """What the head is worth, what labels are, and what to train it on without any.
+
+    Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
+    per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
+    ``targets``, by name a list with one entry per seed, AUROC in percent by detector; ``flagged``, by head and
+    seed the share of ID images that are flagged at a threshold that accepts 95 %; and ``sizes``.
+    """
+
+    page: ClassVar[str] = "own-images"
+
+    def load(self, scale: None, context: Context) -> dict[str, ImageSource]:
+        """Open the data sets: ``tiny_imagenet``, ``ood224/textures`` and ``mnist`` of the data root."""
+        specs = {"train": _TRAIN, "val": _VAL, **_FAR}
+        return {name: open_source(spec, root=context.root) for name, spec in specs.items()}
+
+    def settings(self, job: Whole, scale: None, inputs: Mapping[str, ImageSource]) -> dict[str, Any]:
+        return {
+            "classes": [ID_CLASSES, TARGET_CLASSES],
+            "seeds": SEEDS,
+            "cluster_sizes": list(CLUSTER_SIZES),
+            "images": {name: f"{source.title}, {len(source)}" for name, source in inputs.items()},
+        }
+
+    def run(
+        self, job: Whole, scale: None, inputs: Mapping[str, ImageSource], folder: Path, context: Context
+    ) -> dict[str, Any]:
+        loaded = create_model(DEFAULT_MODEL)
+        classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
+        model = fast_layout(cut_classifier(loaded.model)[0].to(context.fabric.device).eval())
+        backbone = _Backbone(loaded, model, context)
+        train = backbone.extract(_below(inputs["train"], ID_CLASSES))
+        val = backbone.extract(inputs["val"])
+        test, near = val.of(range(ID_CLASSES)), val.of(range(ID_CLASSES, 2 * ID_CLASSES))
+        ood = {"other classes": near.values} | {name: backbone.extract(inputs[name]).values for name in _FAR}
+        fit, calibrate = train.split()
+        heads: dict[str, list[dict[str, Any]]] = {
+            "no head": [_evaluate(lambda values: features_behind(classifier, values), fit, test, ood)]
+        }
+        flagged: dict[str, list[float]] = {}
+        for name in ("labels", "clusters"):
+            for seed in range(SEEDS):
+                began = time.perf_counter()
+                targets = fit.labels if name == "labels" else cluster(fit.values, seed)
+                head = fit_head(fit.values, targets, seed=seed, progress=context.progress)
+                seconds = time.perf_counter() - began
+                entry = _evaluate(lambda values, head=head: features_behind(head, values), fit, test, ood)
+                if name == "clusters":
+                    entry["accuracy"] = None
+                heads.setdefault(name, []).append({**entry, "seconds": seconds})
+                flagged.setdefault(name, []).append(_flagged(head, calibrate.values, test.values))
+        return {
+            "heads": heads,
+            "targets": _compare_targets(train, inputs["train"], backbone),
+            "flagged": flagged,
+            "sizes": {
+                "training": len(fit.values),
+                "calibration": len(calibrate.values),
+                "ID test": len(test.values),
+                **{name: len(values) for name, values in ood.items()},
+            },
+        }
+
+    def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
+        """See `Study`; one table per head, and "targets"."""
+        sizes = ", ".join(f"{size} {name}" for name, size in content["sizes"].items())
+        facts = [f"images: {sizes}", *environment([content])]
+        found = {}
+        for head, runs in content["heads"].items():
+            notes = list(facts)
+            if head in content["flagged"]:
+                seconds = mean_and_deviation([entry["seconds"] for entry in runs])
+                flagged = mean_and_deviation([100 * share for share in content["flagged"][head]])
+                notes = [
+                    f"{len(runs)} heads, mean ± standard deviation; {seconds} s to train one",
+                    f"{flagged} % of ID images are flagged at 95 %",
+                    *facts,
+                ]
+            if head == "labels":
+                accuracy = mean_and_deviation([100 * entry["accuracy"] for entry in runs])
+                notes.insert(0, f"accuracy on ID {accuracy} %")
+            rows = []
+            for detector, scores in runs[0]["scores"].items():
+                pairs = [[entry["scores"][detector][name] for entry in runs] for name in scores]
+                means = [
+                    [statistics.fmean(values) for values in zip(*run, strict=True)]
+                    for run in zip(*pairs, strict=True)
+                ]
+                rows.append([detector, cell(means), *map(cell, pairs)])
+            rows.sort(key=lambda row: -float(row[1].split()[0]))
+            called = "without a head" if head == "no head" else f"with a head on {head}"
+            sets = list(next(iter(runs[0]["scores"].values())))
+            found[head.replace(" ", "-")] = Table(
+                f"EfficientNet-Lite0 {called}: {MEASURES}", ["Detector", "Mean", *sets], rows, notes
+            )
+        detectors = list(next(iter(content["targets"].values()))[0])
+        rows = [
+            [name, *(mean_and_deviation([run[detector] for run in runs]) for detector in detectors)]
+            for name, runs in content["targets"].items()
+        ]
+        title = (
+            f"What the head is trained on: AUROC in percent of classes 1 to {TARGET_CLASSES} against "
+            f"{TARGET_CLASSES + 1} to {ID_CLASSES}"
+        )
+        notes = [f"{SEEDS} heads each, mean ± standard deviation; no OOD data", *facts]
+        found["targets"] = Table(title, ["Targets", *detectors], rows, notes)
+        return found
+
+
+def _below(source: ImageSource, classes: int) -> ImageSource:
+    """Return the images of the first classes."""
+    rows = [i for i in range(len(source)) if (source.label(i) or 0) < classes]
+    return SlicedSource(source, rows, source.title)
+
+
+def _evaluate(
+    features_of: Callable[..., Features], fit: _Part, test: _Part, ood: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    evaluation = compare(
+        compared_detectors(),
+        fit=[features_of(fit.values).replace(labels=fit.labels)],
+        id_set=("in-distribution", [features_of(test.values).replace(labels=test.labels)]),
+        ood_sets={name: [features_of(values)] for name, values in ood.items()},
+    )
+    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.excluded}
+
+
+def _flagged(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
+    """Return the share of new ID images that are flagged at the default detector's threshold."""
+    detector = KLUniform()
+    calibration = Calibration(detector.score(features_behind(head, calibrate)))
+    return float(1 - calibration.is_id(detector.score(features_behind(head, test))).double().mean())
+
+
+def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> dict[str, list[dict[str, float]]]:
+    """Compare what a head may be trained on, by the ID classes that are held out."""
+    fit, test = train.of(range(TARGET_CLASSES)).split()
+    held_out_classes = train.of(range(TARGET_CLASSES, ID_CLASSES)).split()[1]
+    images = torch.arange(len(fit.values))
+    wanted = set(fit.digests)
+    rows = [
+        i for i in range(len(source)) if (source.label(i) or 0) < TARGET_CLASSES and source.digest(i) in wanted
+    ]
+    chosen = SlicedSource(source, rows, source.title)
+    views = torch.cat([fit.values, *(backbone.extract(chosen, view).values for view in _VIEWS)])
+    kinds: dict[str, Any] = {"labels": lambda seed: (fit.values, fit.labels)}
+    for size in CLUSTER_SIZES:
+        kinds[f"clusters of {size} images"] = lambda seed, size=size: (
+            fit.values,
+            cluster(fit.values, seed, size=size),
+        )
+    kinds["instances"] = lambda seed: (fit.values, images)
+    kinds[f"instances, {len(_VIEWS) + 1} views each"] = lambda seed: (views, images.repeat(len(_VIEWS) + 1))
+    kinds["random bits"] = lambda seed: (fit.values, scheme_labels("R", images, seed)[0])
+    kinds["one class"] = lambda seed: (fit.values, torch.zeros_like(images))
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, make in kinds.items():
+        for seed in range(SEEDS):
+            head = fit_head(*make(seed), seed=seed, progress=backbone.context.progress)
+            inside, outside = features_behind(head, test.values), features_behind(head, held_out_classes.values)
+            found.setdefault(name, []).append(
+                {repr(d): 100 * auroc(d.score(inside), d.score(outside)) for d in (kind() for kind in _CHOICE)}
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class _View:
+    """A part of an image: its corners as shares of the sides, and whether it is mirrored."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    mirrored: bool
+
+
+# Fixed, not random as in training, so that their features can be cached.
+_VIEWS = (
+    _View(0, 0, 1, 1, True),
+    _View(0, 0, 0.8, 0.8, False),
+    _View(0.2, 0.2, 1, 1, True),
+    _View(0.1, 0.1, 0.9, 0.9, False),
+)
+
+
+@dataclass(frozen=True)
+class _Viewed:
+    """A transform of one view of an image."""
+
+    transform: Any
+    view: _View
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        width, height = image.size
+        v = self.view
+        box = (round(v.left * width), round(v.top * height), round(v.right * width), round(v.bottom * height))
+        part = image.crop(box)
+        return self.transform(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if v.mirrored else part)
+
+
+OwnImages("own-images", "What `featnorm fit` is worth on images of your own")
