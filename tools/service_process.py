@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HOST = "127.0.0.1"
-# Seconds after which an answer counts as none.
+# Seconds after which the service counts as unresponsive.
 PATIENCE = 45
 
 

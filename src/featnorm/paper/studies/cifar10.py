@@ -113,12 +113,12 @@ def detectors(variant: Variant = MAIN) -> list[Detector]:
     For the networks of an ablation: those that need no fit and do not run the model again.
     """
     if variant != MAIN:
-        return _quick_detectors()
+        return quick_detectors()
     others = ("ODIN", "Views(NAN)", "KNN / ReAct(NAN)", "SSD / ReAct(NAN)")
     return [*compared_detectors(), *map(parse_detector, others)]
 
 
-def _quick_detectors() -> list[Detector]:
+def quick_detectors() -> list[Detector]:
     return [detector for detector in compared_detectors() if not detector.needs_fit]
 
 
@@ -163,7 +163,7 @@ class Cifar10Study(Study[Scale, Images, Job]):
             return fit_and_score(
                 context.once(pooled_features),
                 job.recipe,
-                _quick_detectors(),
+                quick_detectors(),
                 hidden=job.variant.hidden,
                 activation=job.variant.activation,
                 seed=job.seed,
