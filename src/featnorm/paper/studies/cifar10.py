@@ -119,6 +119,7 @@ def detectors(variant: Variant = MAIN) -> list[Detector]:
 
 
 def quick_detectors() -> list[Detector]:
+    """Return the detectors without a fit, which take a minute on all sets."""
     return [detector for detector in compared_detectors() if not detector.needs_fit]
 
 
