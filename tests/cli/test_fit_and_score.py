@@ -21,6 +21,7 @@ from PIL import Image
 from featnorm import archive, fitting
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
+from featnorm.detectors import base
 from featnorm.image_scorer import ImageVerdict
 from featnorm.inputs import open_source
 from featnorm.records import Journal, images_digest
@@ -117,6 +118,35 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     assert status == 0
     assert "The features of all images were in the cache." in printed
     assert "trained on 24 clusters" in printed
+
+
+def test_a_detector_that_the_module_of_the_model_defines(featnorm, known, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "with_detector.py").write_text(
+        "import featnorm as fn\n"
+        "from featnorm.models import create_model\n"
+        "class LogitSpread(fn.Detector):\n"
+        "    reads = ('logits',)\n"
+        "    def _score(self, features):\n"
+        "        return features.tensor('logits').std(1)\n"
+        "def make():\n"
+        "    loaded = create_model('featnorm:cifar10-resnet18')\n"
+        "    return loaded.model, loaded.transform\n"
+    )
+    options = ["--model", "with_detector:make", "--workers", 0]
+    try:
+        status, _, error = featnorm("fit", known, *options, "--detector", "LogitSpread", "--cache", "cache")
+        assert status == 0, error
+        status, _, error = featnorm("score", "detector.featnorm", f"{known}[:3]", *options, "-o", "t.csv")
+        assert status == 0, error
+        assert all(row["score"] for row in rows_of(tmp_path / "t.csv"))
+        sets = ["--id", f"{known}[:5]", "--ood", f"{known}[5:9]"]
+        status, printed, error = featnorm("evaluate", *options, *sets, "--detector", "LogitSpread")
+        assert status == 0, error
+        assert "LogitSpread()" in printed
+    finally:
+        sys.modules.pop("with_detector", None)
 
 
 def test_score_writes_a_page(featnorm, detector, known, tmp_path):

@@ -80,10 +80,13 @@ def evaluate(
     from featnorm.inputs import open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
+    from featnorm.models.loading import import_users_module
     from featnorm.report.comparison import write_page
     from featnorm.report.tables import markdown_page
     from featnorm.tap import FeatureTap
 
+    # The module of the user's own model may define detectors.
+    import_users_module(model)
     detectors = [parse_detector(expression) for expression in detector] if detector else standard_detectors()
     _refuse_twice([*([] if fit is None else [fit]), id_data, *ood])
 

@@ -85,9 +85,11 @@ def fit(
     from featnorm.fitting import fit_images
     from featnorm.inputs import open_source
     from featnorm.models import create_model
-    from featnorm.models.loading import is_users
+    from featnorm.models.loading import import_users_module, is_users
 
     began = time.perf_counter()
+    # The module of the user's own model may define the detector.
+    import_users_module(model)
     parsed = parse_detector(detector)
     source = open_source(
         data,

@@ -235,17 +235,22 @@ def brings_weights(spec: str) -> bool:
     return spec.startswith(_OWN) or is_users(spec)
 
 
-def _users(spec: str, weights: str | Path | None) -> LoadedModel:
-    """Return the model and transform that the user's own function creates."""
-    module, _, function = spec.partition(":")
+def import_users_module(spec: str) -> Any:
+    """Import the module of a ``MODULE:FUNCTION`` specification and return it; return None for any other.
+
+    Raises
+    ------
+    ModelError
+        There is no such module, or importing it raised an error.
+    """
+    if not is_users(spec):
+        return None
+    module = spec.partition(":")[0]
     # As in uvicorn and pytest, modules are also imported from the working directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    what = (
-        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to tensor"
-    )
     try:
-        imported = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise _users_fault(f"importing {module}", error) from error
@@ -255,6 +260,15 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
         ) from error
     except RAISED_BY_USERS as error:
         raise _users_fault(f"importing {module}", error) from error
+
+
+def _users(spec: str, weights: str | Path | None) -> LoadedModel:
+    """Return the model and transform that the user's own function creates."""
+    module, _, function = spec.partition(":")
+    what = (
+        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to tensor"
+    )
+    imported = import_users_module(spec)
     if not callable(make := getattr(imported, function, None)):
         raise ModelError(f"{module} has no function {function}")
     try:
