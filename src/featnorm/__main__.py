@@ -17,7 +17,7 @@ COMMANDS = {
     "serve": "featnorm.cli.serve:serve",
     "export": "featnorm.cli.export:export",
     "inspect": "featnorm.cli.inspect:inspect",
-    "reproduce": "featnorm.paper.command:reproduce",
+    "reproduce": "featnorm.paper.reproduce:reproduce",
 }
 """Commands by name, as ``MODULE:FUNCTION``; see `featnorm.cli`."""
 
