@@ -34,6 +34,7 @@ from featnorm.detectors import (
     Sparsity,
     ViM,
 )
+from featnorm.detectors.base import Wrapper, joined
 from featnorm.detectors.statistics import FloatHistogram, single_unit_rows
 from featnorm.evaluation import compare
 from featnorm.features import Features
@@ -116,26 +117,27 @@ class Job:
         return f"{self.network}, {self.data} seed{self.seed}".replace(", ", "-").replace(" ", "-")
 
 
-class PooledReAct(Detector):
-    """ReAct at the feature that the head reads: it is clipped, and the network's head reads the clipped one.
+class PooledReAct(Wrapper):
+    """ReAct at the feature that the head reads: it is clipped, and the head computes all features from it.
 
-    That is where the paper clips: in its Table 12 ``1/l0`` changes with ReAct, and a unit of the hidden layer that
-    is clipped stays on. What the detector learns, it learns from unclipped features (Sun et al., NeurIPS 2021).
+    That is where the paper clips: in its Table 12 ``1/l0`` changes with ReAct, whereas a unit of the hidden layer
+    that is clipped stays on. The inner detector is fitted to unclipped features (Sun et al., NeurIPS 2021).
 
     Parameters
     ----------
-    detector : any.
-    read : what makes all features of the pooled ones.
-    percentile : where to clip, of all numbers of the training features.
+    detector : any detector.
+    read : function that computes all features from the pooled ones.
+    percentile : percentile at which the pooled features are clipped, over all units and training inputs.
     """
 
     def __init__(self, detector: Detector, read: Reader, percentile: float = 90) -> None:
         super().__init__()
-        self.detector = detector
+        self._wrap(detector=detector)
+        self.detector: Detector
         self.read = read
         self.percentile = percentile
         self.reads = ("pooled",)
-        self.learns = tuple(dict.fromkeys((*detector.learns, "pooled")))
+        self.learns = joined(detector.learns, ("pooled",))
         self.role = detector.role
         self.numbers = FloatHistogram()
 
@@ -143,11 +145,11 @@ class PooledReAct(Detector):
         return f"{type(self).__name__}({self.detector!r})"
 
     def _check_fit(self, features: Features) -> None:
+        self._require(features, self.learns)
         super()._check_fit(features)
-        self.detector._check_fit(features)
 
     def _partial_fit(self, features: Features) -> None:
-        self.detector._partial_fit(features)
+        super()._partial_fit(features)
         self.numbers.update(features.tensor("pooled"))
 
     def _finalize(self) -> float:
@@ -418,7 +420,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         return Table(title, headers, rows, [*self._notes([runs]), *left_out])
 
     def _means(self, blocks: Sequence[Sequence[Result]]) -> Table:
-        """A row a detector, two columns a network: ours and the paper's."""
+        """Return a table with one row per detector and two columns per network: ours and the paper's."""
         headers = ["Detector"]
         for runs in blocks:
             name = f"{runs[0]['network']}, {runs[0]['data']}"
