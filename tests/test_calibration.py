@@ -202,11 +202,11 @@ def test_bad_scores_are_refused_by_name_and_index():
     fitted = Calibration(torch.arange(50))
     scores = torch.tensor([0.0, 1.0, math.nan, math.nan])
     message = "^{}: 2 of 4 values are NaN, the first at index 2; a NaN has no rank"
-    for judge in (fitted.is_id, fitted.p_value, lambda s: conformal_p_values([1.0], s)):
+    for function in (fitted.is_id, fitted.p_value, lambda s: conformal_p_values([1.0], s)):
         with pytest.raises(ValueError, match=message.format("scores")):
-            judge(scores)
+            function(scores)
         with pytest.raises(ValueError, match=r"^scores must be 1-D, one score per input, got shape \(2, 3\)"):
-            judge(torch.zeros(2, 3))
+            function(torch.zeros(2, 3))
     for calibrate in (threshold_at_tpr, Calibration):
         with pytest.raises(ValueError, match=message.format("id_scores")):
             calibrate(scores)

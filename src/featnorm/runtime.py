@@ -27,7 +27,7 @@ class Runtime:
     workers : number of threads that decode images; see `featnorm.inputs.image_loader`.
     cluster : a `featnorm.cluster.Cluster` whose actors run the model. Default: this process runs it.
     compiled : whether networks that are trained are compiled.
-    progress : whether to show progress bars. Default: only in a terminal.
+    progress : whether to show progress bars. Default: on a terminal; elsewhere a line every 30 s.
 
     Raises
     ------

@@ -65,9 +65,9 @@ def monitor(
     drift = stream.monitor
     if drift.count == 0:
         raise ValueError(f"there is no score in {scores}: score images first, by featnorm score --out")
-    left_out = f" ({stream.left_out:,} without a score left out)" if stream.left_out else ""
+    unscored = f" ({stream.unscored:,} without a score left out)" if stream.unscored else ""
     console.print(
-        f"{drift.count:,} scores of {scores}{left_out}, against {len(calibration.scores):,} calibration "
+        f"{drift.count:,} scores of {scores}{unscored}, against {len(calibration.scores):,} calibration "
         f"scores of {scorer_file}.",
         soft_wrap=True,
     )
@@ -76,7 +76,7 @@ def monitor(
         console.print(sentence, soft_wrap=True)
     if html is not None:
         facts = {
-            "Scores": f"{drift.count:,}{left_out}",
+            "Scores": f"{drift.count:,}{unscored}",
             "Calibration scores": f"{len(calibration.scores):,}",
             "Chance of a false alarm": f"{drift.false_alarm:.4g}",
             "Highest evidence": format_evidence(drift.highest),
@@ -107,7 +107,7 @@ class _Stream:
 
         self.monitor = DriftMonitor(calibration.scores, false_alarm)
         self.history = StreamHistory()
-        self.left_out = 0
+        self.unscored = 0
         self.alarm: _Row | None = None
         self._scorer_file = scorer_file
         self._table = table
@@ -119,7 +119,7 @@ class _Stream:
         rows = [_Row(number, image.path) for number, image in enumerate(images, start=self._rows + 1)]
         self._rows += len(rows)
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if image.score is not None]
-        self.left_out += len(rows) - len(scored)
+        self.unscored += len(rows) - len(scored)
         self._require_same_detector(scored)
         scores = _column(scored, "score")
         before, was_alarmed = self.monitor.count, self.monitor.alarmed_at is not None

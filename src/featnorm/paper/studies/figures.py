@@ -142,15 +142,15 @@ def _test_sets(run: Result) -> dict[str, str]:
 def _by_set(run: Result, *path: str) -> list[Line]:
     """Return a line per set of what is recorded of the last hidden layer."""
     return [
-        Line(called, series(run, LAST, *path, name), _epochs(run), style)
-        for style, (name, called) in enumerate(_test_sets(run).items())
+        Line(label, series(run, LAST, *path, name), _epochs(run), style)
+        for style, (name, label) in enumerate(_test_sets(run).items())
     ]
 
 
 def _by_layer(run: Result, layers: Mapping[str, str], *path: str) -> list[Line]:
     return [
-        Line(called, series(run, layer, *path), _epochs(run), style)
-        for style, (layer, called) in enumerate(layers.items())
+        Line(label, series(run, layer, *path), _epochs(run), style)
+        for style, (layer, label) in enumerate(layers.items())
     ]
 
 
@@ -161,8 +161,8 @@ def _by_scheme(runs: Sequence[Result], *path: str) -> list[Line]:
 def _histograms(run: Result, values: Callable[[str], Tensor]) -> list[Line]:
     """Return a histogram per set, of the values of a set by its name."""
     return [
-        Line(called, values(name).tolist(), style=style, histogram=True)
-        for style, (name, called) in enumerate(_test_sets(run).items())
+        Line(label, values(name).tolist(), style=style, histogram=True)
+        for style, (name, label) in enumerate(_test_sets(run).items())
     ]
 
 
@@ -199,9 +199,9 @@ def _hidden_rows(runs: Sequence[Result]) -> _Parts:
                 for key, label in _HIDDEN.items()
             ]
         )
-        for layer, called in MLP_LAYERS.items():
+        for layer, label in MLP_LAYERS.items():
             ends = [_first_and_last(series(run, layer, "hidden", "train", key), ".3g") for key in _HIDDEN]
-            rows.append([f"{activation}, {called}", *ends])
+            rows.append([f"{activation}, {label}", *ends])
     return grid, ["Layer", *(f"{label}, first → last epoch" for label in _HIDDEN.values())], rows
 
 
@@ -277,15 +277,15 @@ def _figure6(runs: Sequence[Result]) -> _Parts:
     ]
     rows = [
         [
-            called,
+            label,
             _first_and_last(series(run, layer, "entropy", "train"), ".3f"),
             *(f"{series(run, layer, 'auroc', 'test', score)[-1]:.1%}" for score in _SCORES),
             *(f"{series(run, layer, 'sparsity', name)[-1]:.3g}" for name in sets),
         ]
-        for layer, called in RESNET_LAYERS.items()
+        for layer, label in RESNET_LAYERS.items()
     ]
     headers = ["Layer", "entropy, first → last epoch", *(f"AUROC of {name}" for name in _SCORES.values())]
-    return [panels], [*headers, *(f"1/l0, {called}" for called in sets.values())], rows
+    return [panels], [*headers, *(f"1/l0, {label}" for label in sets.values())], rows
 
 
 def _figure8(runs: Sequence[Result]) -> _Parts:
