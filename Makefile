@@ -16,6 +16,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Hours. `python -m pytest benchmarks/test_knn.py --small` tries one theme in seconds; with --results FOLDER and
 # without --small its rows take the place of the old ones there. Some take longer than the

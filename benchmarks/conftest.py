@@ -150,7 +150,7 @@ def _keep(file: Path, row: Row, scale: str) -> None:
     if content.get("scale") != scale or not same.items() <= content.get("environment", {}).items():
         content = {"results": []}
     what = ("theme", "work", "reference", "unit")
-    new = row.to_json()
+    new = row.to_dict()
     rows = [old for old in content["results"] if any(old[name] != new[name] for name in what)]
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"scale": scale, "environment": made_with, "results": [*rows, new]}

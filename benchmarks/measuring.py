@@ -37,7 +37,7 @@ class Row:
     def met(self) -> bool | None:
         return None if self.at_most is None else self.ratio <= self.at_most
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio, "met": self.met}
 
 

@@ -43,7 +43,7 @@ def test_score(compare, size, tmp_path):
     loaded = create_model("featnorm:efficientnet-lite0" if size(True, False) else "featnorm:cifar10-resnet18")
     known = open_source(f"{folder}[:{min(n, DISTINCT)}]")
     file = tmp_path / "detector.featnorm"
-    fn.fit_images(known, loaded, cache=tmp_path / "cache", progress=False).scorer.save(file)
+    fn.fit_images(known, loaded, cache=tmp_path / "cache", runtime=fn.Runtime(progress=False)).scorer.save(file)
     scorer = ImageScorer.load(file)
     model = scorer.scorer.model.eval()
     loader = image_loader(source, scorer.transform, batch_size=BATCH)

@@ -18,7 +18,9 @@ from painted import paint
 
 
 def fit(folder, loaded, cache, **options):
-    return fn.fit_images(open_source(str(folder)), loaded, cache=cache, progress=False, workers=0, **options)
+    return fn.fit_images(
+        open_source(str(folder)), loaded, cache=cache, runtime=fn.Runtime(progress=False, workers=0), **options
+    )
 
 
 def noise(n, seed=1):
@@ -44,13 +46,15 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
     source = SlicedSource(open_source(str(folder)), range(10), "ten")
-    rows = [row for batch in again.stream(source, batch_size=4, workers=0) for row in batch]
+    rows = [row for batch in again.stream(source, runtime=fn.Runtime(batch_size=4, workers=0)) for row in batch]
     assert [row.name for row in rows] == [source.name(i) for i in range(10)]
     assert rows[0].error is not None
     assert rows[0].score is None
     assert all(row.error is None and 0 < row.p_value <= 1 for row in rows[1:])
     assert {row.predicted for row in rows[1:]} == ({"a"} if targets == "labels" else {None})
-    one, other = (scorer.judge(noise(1), ["noise"], explain=[0])[0].why for scorer in (fitted.scorer, again))
+    one, other = (
+        scorer.predict_batch(noise(1), ["noise"], explain=[0])[0].why for scorer in (fitted.scorer, again)
+    )
     assert (one.sentence, one.rows()) == (other.sentence, other.rows())
 
 
@@ -77,9 +81,9 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     assert int(scorer.statistics.inputs) == 191
     images = torch.cat([noise(3), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
     verdict = scorer.scorer(images)
-    judged = scorer.judge(images, "abcd", explain=[0, 1, 2, 3])
+    judged = scorer.predict_batch(images, "abcd", explain=[0, 1, 2, 3])
     explained = [one.why for one in judged]
-    some = scorer.judge(images, "abcd", explain=[2])
+    some = scorer.predict_batch(images, "abcd", explain=[2])
     assert [one.why is None for one in some] == [True, True, False, True]
     assert some[2].why.rows() == explained[2].rows()
     assert [one.score for one in some] == [one.score for one in judged] == verdict.score.tolist()
@@ -94,8 +98,8 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     assert explained[3].seen > 0
     assert len(explained[3].inactive_units) <= len(explained[0].inactive_units)
     scorer.statistics = None
-    with pytest.raises(ValueError, match="holds no statistics"):
-        scorer.judge(images, "abcd", explain=[0])
+    with pytest.raises(ValueError, match="has no activation statistics"):
+        scorer.predict_batch(images, "abcd", explain=[0])
 
 
 @pytest.mark.usefixtures("heads_trained_once")
@@ -183,10 +187,10 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     assert own.input_size == (3, 16, 16)
     fitted = fit(folder, own, cache)
     fitted.scorer.save("d.featnorm")
-    with pytest.raises(ModelError, match="mymodel:make: opening a file imports nothing"):
+    with pytest.raises(ModelError, match="on your own model mymodel:make, and opening a file imports nothing"):
         ImageScorer.load("d.featnorm")
     again = ImageScorer.load("d.featnorm", model="mymodel:make")
-    assert again.facts["backbone"] == "mymodel:make, 24 wide; what it returns taken for features"
+    assert again.facts["backbone"] == "mymodel:make, 24 features; its output used as features"
     classifying = fit(folder, create_model("mymodel:classifies"), cache).scorer.facts["backbone"]
     assert classifying.endswith(
         "from the linear layer '4': if that is its classifier, return the model without it"
@@ -215,7 +219,7 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
     random = np.random.default_rng(0)
     for i in range(150):
         paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
-    with pytest.raises(DataError, match="has 97 readable images, copies not counted"):
+    with pytest.raises(DataError, match=r"found 97 readable images in few \(duplicates excluded\)"):
         fit(tmp_path / "few", loaded, cache)
 
 
@@ -233,9 +237,9 @@ def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
 def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
     for words, options in {
         "tpr": {"tpr": 1.0},
-        "no targets 'lables'": {"targets": "lables"},
+        "targets must be one of auto, labels, clusters, got 'lables'": {"targets": "lables"},
         "the seed must be": {"seed": -1},
-        "learns from labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
+        "is fitted to labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
     }.items():
         with pytest.raises(ValueError, match=words):
             fit(folder, loaded, tmp_path / "unused", **options)
@@ -246,18 +250,18 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
 def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_source(str(folder))
     few = SlicedSource(source, range(60), "few")
-    with pytest.raises(DataError, match=r"few has 59 readable images, copies not counted: at least 100"):
-        fn.fit_images(few, loaded, cache=cache, progress=False)
+    with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
+        fn.fit_images(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
         fit(folder, loaded, cache, tpr=0.99)
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(120):
         paint(flat / f"{i}.png", i % 4, np.random.default_rng(i))
-    with pytest.raises(DataError, match="no class for"):
+    with pytest.raises(DataError, match="no label for"):
         fit(flat, loaded, cache, targets="labels")
     assert fit(flat, loaded, cache).accuracy is None
-    with pytest.raises(DataError, match="is random: use the one of evaluation"):
+    with pytest.raises(DataError, match="is random: use its evaluation transform"):
         fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
 
 
@@ -274,7 +278,7 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
         with pytest.raises((fn.ArchiveError, ModelError), match=words):
             ImageScorer.load(path)
 
-    refused("name it again", backbone="os:getcwd")
+    refused("pass it again", backbone="os:getcwd")
     refused("does not fit what is installed here: no model", backbone="timm:nothing")
     refused("does not fit timm:test_resnet", backbone="timm:test_resnet")
     refused("damaged: it has no '1.hidden.weight'", drop="model.1.hidden.weight")

@@ -17,7 +17,7 @@ MODEL = "tiny:make"
 
 def fitted(folder, cache, detector, spec=MODEL):
     source = open_source(str(folder))
-    options = {"cache": cache, "progress": False, "workers": 0}
+    options = {"cache": cache, "runtime": fn.Runtime(progress=False, workers=0)}
     return fn.fit_images(source, create_model(spec), detector=fn.parse_detector(detector), **options).scorer
 
 
@@ -60,13 +60,13 @@ def test_a_file_opens_under_another_default_type(folder, cache, tmp_path, spec, 
             torch.set_default_dtype(default)
             again = ImageScorer.load(tmp_path / "d.featnorm", **own)
             images = torch.rand(3, *again.input_size, generator=torch.Generator().manual_seed(0)).float()
-            assert again.judge(images, "abc") == scorer.judge(images, "abc")
+            assert again.predict_batch(images, "abc") == scorer.predict_batch(images, "abc")
 
 
 def usable(path):
     """Open a file and use all that there is in it."""
     scorer = ImageScorer.load(path, model=MODEL)
-    judged = scorer.judge(pictures(), "abc", explain=[0, 1, 2])
+    judged = scorer.predict_batch(pictures(), "abc", explain=[0, 1, 2])
     for verdict in judged:
         assert (verdict.predicted is None) == (scorer.class_names is None)
         assert verdict.why.sentence

@@ -119,9 +119,7 @@ def test_a_line_that_is_damaged_meanwhile_never_enters_the_table(tmp_path):
     with Journal(tmp_path / "t.csv", RUN, 3) as journal:
         journal.add(0, verdicts(0))
         journal.path.write_bytes(journal.path.read_bytes().replace(b"0.25", b"0.95"))
-        with pytest.raises(
-            ValueError, match=r"\.t\.csv\.part was damaged while it was written, at batch 0: rerun"
-        ):
+        with pytest.raises(ValueError, match=r"\.t\.csv\.part was damaged during the run, at batch 0: rerun"):
             journal.write(tmp_path / "t.csv")
     assert not (tmp_path / "t.csv").exists()
     assert run_on(tmp_path / "t.csv") == (0, 2)

@@ -319,7 +319,7 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
         with pytest.raises(TypeError, match=rf"the model must be a torch\.nn\.Module, got {name}"):
             take(wrong)
     with pytest.raises(TypeError, match=rf"takes Features, got {name}: wrap tensors in"):
-        scorer.judge(wrong)
+        scorer.predict_features(wrong)
     for classifier in ((wrong, 3), wrong) if wrong is not None else ((wrong, 3),):
         with pytest.raises(TypeError, match=r"classifier must be a pair|of the classifier must be a tensor"):
             fn.Features(logits=torch.zeros(2, 4), classifier=classifier)
@@ -333,7 +333,7 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
             with pytest.raises(TypeError, match=f"the activations must be a tensor, got {name}"):
                 take(wrong)
         with pytest.raises(TypeError, match=f"activations must be a tensor, got {name}"):
-            fn.ActivationStatistics().add(wrong)
+            fn.ActivationStatistics().update(wrong)
     if not isinstance(wrong, str):
         opens = (fn.ImageScorer.load, lambda w: fn.Scorer.load(w, model), lambda w: archive.write(w, {}, {}))
         for take in opens:
@@ -377,7 +377,7 @@ class TestFile:
             fn.Scorer.load(path, model=model)
 
     def test_another_model_is_refused(self, path):
-        with pytest.raises(fn.ArchiveError, match=r"a Net of .* values, and this is a Linear of"):
+        with pytest.raises(fn.ArchiveError, match=r"a Net with .* values, but this is a Linear with"):
             fn.Scorer.load(path, model=nn.Linear(3, 3))
 
     @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")

@@ -9,7 +9,6 @@ table is written to PAGE, between `<!-- attacks -->` and `<!-- end -->`.
 """
 
 import argparse
-import http.client
 import io
 import json
 import multiprocessing
@@ -33,12 +32,10 @@ from statistics import median
 from typing import Any
 
 from PIL import Image
+from service_process import HOST, PATIENCE, ask, running_service
 
-HOST = "127.0.0.1"
 # Targets: median latency of /healthz in milliseconds, verdict in seconds, exit in seconds.
 HEALTHZ, VERDICT, END = 100, 30, 10
-# Seconds after which the service counts as unresponsive.
-PATIENCE = 45
 HALF, UNREAD, BOMBS = 200, 50, 60
 SIDE = 7000
 
@@ -72,49 +69,25 @@ def main() -> None:
 
 def attacked(source: str, detector: Path, attack: str, seconds: float) -> dict[str, Any]:
     """Return what other clients see while a service is attacked."""
-    service = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "featnorm",
-            "serve",
-            str(detector),
-            "--port",
-            "0",
-        ],
-        env={**os.environ, "PYTHONPATH": source},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
     stop = multiprocessing.Event()
-    attackers = None
-    try:
-        assert service.stdout is not None
-        said = re.search(r"http://127\.0\.0\.1:(\d+)/", service.stdout.readline())
-        if said is None:
-            sys.exit(f"the service did not start: run featnorm serve {detector} to see why")
-        port = int(said[1])
-        while ask(port, "/readyz")[1] != "200":
-            time.sleep(0.1)
+    with running_service(detector, source) as (service, port):
         attackers = multiprocessing.Process(target=ATTACKS[attack], args=(port, stop), daemon=True)
         attackers.start()
-        time.sleep(2.5)
-        alive = asked(port, "/healthz", None, seconds)
-        verdict = asked(port, "/v1/score", small(), seconds)
-        found: dict[str, Any] = {"healthz": alive(), "verdict": verdict()}
-        began = time.perf_counter()
-        service.send_signal(signal.SIGTERM)
         try:
-            service.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+            time.sleep(2.5)
+            alive = asked(port, "/healthz", None, seconds)
+            verdict = asked(port, "/v1/score", small(), seconds)
+            found: dict[str, Any] = {"healthz": alive(), "verdict": verdict()}
+            began = time.perf_counter()
+            service.send_signal(signal.SIGTERM)
+            try:
+                service.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                service.kill()
+            found["end"] = time.perf_counter() - began
+        finally:
+            stop.set()
             service.kill()
-        found["end"] = time.perf_counter() - began
-    finally:
-        stop.set()
-        service.kill()
-        service.wait()
-        if attackers is not None:
             attackers.join(5)
             attackers.kill()
     print(attack, source, json.dumps(found), file=sys.stderr, flush=True)
@@ -141,22 +114,6 @@ def asked(port: int, path: str, body: bytes | None, seconds: float) -> Callable[
         return {"median": median(times), "worst": max(times), "asked": len(seen), "errors": dict(errors)}
 
     return result
-
-
-def ask(port: int, path: str, body: bytes | None = None) -> tuple[float, str]:
-    """Send a request on a new connection; return its time in seconds, and its status or the error."""
-    began = time.perf_counter()
-    connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
-    try:
-        connection.request("GET" if body is None else "POST", path, body, {"Content-Type": "image/jpeg"})
-        answer = connection.getresponse()
-        answer.read()
-        said = str(answer.status)
-    except (OSError, http.client.HTTPException) as error:
-        said = type(error).__name__
-    finally:
-        connection.close()
-    return time.perf_counter() - began, said
 
 
 def small() -> bytes:

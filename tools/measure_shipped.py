@@ -12,9 +12,6 @@ import argparse
 import http.client
 import io
 import json
-import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,12 +25,14 @@ import numpy as np
 import onnxruntime
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from service_process import running_service
 
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.image_scorer import ImageScorer
 from featnorm.inputs import ImageSource, SlicedSource, image_loader, open_source
+from featnorm.runtime import Runtime
 
 # Maximum number of images, which are all kept in memory as tensors.
 MAX_IMAGES = 512
@@ -83,9 +82,9 @@ def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], Any]] = {
         "the network alone, images in memory": lambda: [network(part) for part in rows],
-        "the scorer, images in memory": lambda: [scorer.judge(part, names[: len(part)]) for part in rows],
+        "the scorer, images in memory": lambda: [scorer.predict_batch(part, names[: len(part)]) for part in rows],
         "the ONNX graph under onnxruntime, images in memory": run_graph,
-        "`featnorm score`, from files": lambda: list(scorer.stream(source, batch_size=BATCH)),
+        "`featnorm score`, from files": lambda: list(scorer.stream(source, runtime=Runtime(batch_size=BATCH))),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with torch.no_grad():
@@ -117,38 +116,12 @@ def as_jpeg(source: ImageSource, row: int) -> bytes:
 
 def served(options: argparse.Namespace, images: list[bytes]) -> list[dict[str, Any]]:
     """Start the service, measure it with each number of clients, and stop it."""
-    command = [sys.executable, "-m", "featnorm", "serve", str(options.detector)]
-    service = subprocess.Popen(
-        [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert service.stdout is not None
-        said = re.search(r"http://127\.0\.0\.1:(\d+)/", service.stdout.readline())
-        if said is None:
-            sys.exit(f"the service did not start: run featnorm serve {options.detector} to see why")
-        port = int(said[1])
-        wait_until_ready(port)
+    with running_service(options.detector) as (_, port):
         rows = []
         for clients in options.clients:
             rows.append(measure(port, images, clients, options.seconds, options.requests))
             print(json.dumps(rows[-1]))
         return rows
-    finally:
-        service.terminate()
-        service.wait(60)
-
-
-def wait_until_ready(port: int) -> None:
-    """Poll the service until it is ready."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    for _ in range(600):
-        connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        answer.read()
-        if answer.status == 200:
-            return
-        time.sleep(0.1)
-    sys.exit("the service was not ready within a minute")
 
 
 def measure(port: int, images: list[bytes], clients: int, seconds: float, requests: int) -> dict[str, Any]:

@@ -9,13 +9,15 @@ import os
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
 from featnorm._utils.files import replacing
 from featnorm.models import packaged
-from featnorm.paper import cifar10
-from featnorm.paper.tables import make_table
+from featnorm.paper.images import CLASSES, load_images
+from featnorm.paper.scoring import score
+from featnorm.paper.studies.cifar10 import Variant, quick_detectors
+from featnorm.paper.study import Context, studies
+from featnorm.runtime import Runtime
 
 CARD = """# {name}
 
@@ -45,21 +47,21 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=os.environ.get("FEATNORM_DATA"))
     arguments = parser.parse_args()
     result = json.loads((arguments.run / "result.json").read_text("utf-8"))
-    variant = cifar10.Variant(**result["variant"])
+    variant = Variant(**result["variant"])
     weights = {
         key: value.half() if value.is_floating_point() else value
         for key, value in load_file(arguments.run / "model.safetensors").items()
     }
     model = variant.build(result["width"], 0)
     model.load_state_dict({key: value.to(model.state_dict()[key].dtype) for key, value in weights.items()})
-    images = cifar10.load_images(arguments.data_root and Path(arguments.data_root))
-    fabric = Fabric(accelerator="cpu", devices=1)
+    root = arguments.data_root and Path(arguments.data_root)
+    context = Context("laptop", root, None, arguments.run.parent, Runtime(), result["environment"])
     # Detectors whose results can be checked in a minute.
-    result |= cifar10.score(model.eval(), images, cifar10.quick_detectors(), fabric=fabric)
+    result |= score(model.eval(), load_images(root), quick_detectors(), context)
     head = model[2]
     network = {
         "width": result["width"],
-        "classes": cifar10.CLASSES,
+        "classes": CLASSES,
         "hidden": variant.hidden,
         "embedding": head.embedding.out_features,
         "activation": variant.activation,
@@ -79,7 +81,7 @@ def main() -> None:
         accuracy=result["accuracy"],
         size=file.stat().st_size / 1e6,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        table=make_table("table3", [result]).markdown(),
+        table=studies()["table3"].tables([result])["table3"].markdown(),
     )
     file.with_suffix(".md").write_text(card, encoding="utf-8")
     assert torch.equal(model[2].hidden.weight, packaged.load_model(arguments.name)[2].hidden.weight)

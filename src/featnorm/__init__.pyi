@@ -36,8 +36,11 @@ from featnorm.norms import l0_norm as l0_norm
 from featnorm.norms import l1_norm as l1_norm
 from featnorm.norms import lp_norm as lp_norm
 from featnorm.norms import negative_aware_norm as negative_aware_norm
+from featnorm.runtime import Runtime as Runtime
 from featnorm.scorer import Scorer as Scorer
 from featnorm.scorer import Verdict as Verdict
+from featnorm.scoring import ScoringSummary as ScoringSummary
+from featnorm.scoring import score_images as score_images
 from featnorm.tap import FeatureTap as FeatureTap
 from featnorm.tap import LayerTap as LayerTap
 

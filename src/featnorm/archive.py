@@ -1,6 +1,6 @@
 """The detector file: safetensors with a JSON header. Reading one never runs code.
 
-This module does not import torch by itself, so that `read_calibration` takes no second or two.
+Importing this module does not import torch, which takes seconds: `read_calibration` does without.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 _Made = TypeVar("_Made")
 
 FORMAT = 2
-#: The tensor with the calibration scores.
+#: Name of the tensor of calibration scores.
 CALIBRATION = "calibration.scores"
-#: The errors that making objects of a file's content raises where the content is not what it should be.
+#: Errors raised when objects are made from invalid file content.
 MALFORMED = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
 
@@ -56,20 +56,20 @@ _TORCH_DTYPES = {
 
 
 class ArchiveError(ValueError):
-    """A file is no detector file, is damaged, or belongs to another model or version."""
+    """A file is not a detector file, is damaged, or was made for another model or version."""
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a detector file; an earlier file of that name stays until the new one is complete.
+    """Write a detector file. An earlier file of that name is kept until the new one is complete.
 
     Raises
     ------
     TypeError
-        The path is no path.
+        The path is not a path.
     OSError
         The file cannot be written.
     ValueError
-        A tensor is sparse, which such a file cannot hold.
+        A tensor is sparse, which safetensors cannot store.
     """
     import torch
     from safetensors.torch import save_file
@@ -78,7 +78,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
             raise ValueError(
-                f"{name} is a tensor of layout {tensor.layout}, which a detector file cannot hold: make it dense"
+                f"{name} is a tensor of layout {tensor.layout}, which a detector file cannot store: make it dense"
             )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"format": FORMAT, **header}
@@ -93,11 +93,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises
     ------
     TypeError
-        The path is no path.
+        The path is not a path.
     FileNotFoundError
-        There is no such file.
+        The file does not exist.
     ArchiveError
-        The file is not a detector file, is damaged, or is of a later format than this version reads.
+        The file is not a detector file, is damaged, or has a format that this version cannot read.
     """
     path = _path(path)
     with _reading(path):
@@ -169,12 +169,12 @@ def read_calibration(path: str | Path) -> StoredCalibration | None:
 
 
 def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Calibration | None:
-    """Return the calibration that a detector file holds, or None where the detector was not calibrated.
+    """Return the calibration in a detector file, or None if the detector was not calibrated.
 
     Parameters
     ----------
-    tensors, header : what `read` returned.
-    path : the file, for errors.
+    tensors, header : results of `read`.
+    path : file, for errors.
 
     Raises
     ------
@@ -188,7 +188,7 @@ def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: 
 
 
 def damaged(path: str | Path, error: Exception) -> ArchiveError:
-    """Return the error of a file whose content is not what it should be, in one line."""
+    """Return a one-line error for a file with invalid content."""
     why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
     return ArchiveError(f"{path} is damaged: {why}")
 
@@ -234,17 +234,17 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Any])
     header: dict[str, Any] = json.loads(metadata["featnorm"])
     version = header["format"]
     if type(version) is not int or version < 1:
-        raise ValueError(f"it is of format {version!r}")
+        raise ValueError(f"its format is {version!r}")
     if not isinstance(header["model"], dict):
-        raise ValueError("it names no model")
+        raise ValueError("it has no model fingerprint")
     if version < FORMAT:
-        raise ArchiveError(f"{path} is of format {version}, of an older featnorm: save it again with this one")
+        raise ArchiveError(f"{path} has format {version}, of an older featnorm: save it again with this version")
     if version > FORMAT:
         raise ArchiveError(
-            f"{path} is of format {version}, and this featnorm reads up to {FORMAT}: install a newer featnorm"
+            f"{path} has format {version}, but this featnorm reads up to {FORMAT}: install a newer featnorm"
         )
     if header.pop("sha256") != digest(tensors, header):
-        raise ValueError("its content is not what was written")
+        raise ValueError("its checksum is wrong")
     return header
 
 
@@ -254,7 +254,7 @@ def _calibration(make: Callable[[Any, Any], _Made], scores: object, tpr: object,
         return None
     try:
         if scores is None or tpr is None:
-            raise ValueError("it has a share to accept without calibration scores, or these without a share")
+            raise ValueError("it has only one of calibration scores and tpr")
         return make(scores, tpr)
     except (TypeError, ValueError, OverflowError) as error:
         raise damaged(path, error) from None
@@ -282,7 +282,7 @@ def _hash_tensors(hashed: Any, tensors: Mapping[str, Any]) -> None:
 
 
 def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return dense tensors that hold what a tensor holds: of a sparse one its places and values."""
+    """Return a tensor as dense tensors: of a sparse one its indices and values."""
     import torch
 
     if tensor.layout == torch.strided:
@@ -297,7 +297,7 @@ def _dense_parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return what tells a model from another: class, size, and a SHA-256 of every weight and buffer."""
+    """Return what identifies a model: its class, its size, and the SHA-256 of all weights and buffers."""
     hashed = hashlib.sha256()
     state = model.state_dict()
     _hash_tensors(hashed, state)
@@ -306,14 +306,14 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], path: str | Path) -> None:
-    """Raise an ArchiveError that says how the model differs from the one a file was made for."""
+    """Raise an ArchiveError if the model is not the one a file was made for, with the difference."""
     found = fingerprint(model)
     if found["sha256"] == expected.get("sha256"):
         return
     if found["class"] != expected.get("class") or found["values"] != expected.get("values"):
         difference = (
-            f"a {expected.get('class')} of {expected.get('values')} values, "
-            f"and this is a {found['class']} of {found['values']}"
+            f"a {expected.get('class')} with {expected.get('values')} values, "
+            f"but this is a {found['class']} with {found['values']}"
         )
     else:
         difference = f"a {found['class']} with other weights, or in another precision"

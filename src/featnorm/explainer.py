@@ -37,7 +37,7 @@ class Explainer:
         """
         self.statistics = ActivationStatistics()
         for features in self.tap.stream(loader, progress=progress):
-            self.statistics.add(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
+            self.statistics.update(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
         if self.statistics.is_empty:
             raise ValueError("the loader yielded no batch")
         return self

@@ -1,4 +1,4 @@
-"""One ONNX graph from image tensor to verdict: `export_onnx`."""
+"""`export_onnx`: one ONNX graph from image tensor to verdict."""
 
 import json
 import math
@@ -16,29 +16,29 @@ from featnorm.models import ProjectionHead
 from featnorm.scorer import Scorer
 
 OUTPUTS = ("logits", "score", "p_value", "is_id")
-# Rows to trace with: a size of 0 or 1 would be taken for a constant.
+# Rows to export with: a size of 0 or 1 would become a constant of the graph.
 _TRACED = 2
-# How far onnxruntime's logits and scores may be from PyTorch's, as a share of their size.
+# Relative tolerance between the logits and scores of onnxruntime and PyTorch.
 _TOLERANCE = 1e-4
-# And p-values that are computed of the same score.
+# Absolute tolerance between p-values of the same score.
 _P_VALUE_TOLERANCE = 1e-9
 
 
 class ExportError(ValueError):
-    """A detector that no ONNX graph can hold, or a graph that does not score as the detector does."""
+    """A detector cannot be exported to ONNX, or the exported graph does not reproduce its outputs."""
 
 
 class ScoringGraph(nn.Module):
-    """All that a calibrated `ImageScorer` computes, as one plain computation without a tap.
+    """The whole computation of a calibrated `ImageScorer` as one module, without a tap.
 
     Parameters
     ----------
-    scorer : a calibrated image scorer.
+    scorer : calibrated image scorer.
 
     Raises
     ------
     ExportError
-        It is not calibrated, or its detector asks the model again.
+        The scorer is not calibrated, or its detector runs the model again.
     """
 
     scores: Tensor
@@ -50,11 +50,9 @@ class ScoringGraph(nn.Module):
         super().__init__()
         inner = scorer.scorer
         if inner.detector.needs_model:
-            raise ExportError(
-                f"{inner.detector!r} cannot be exported: it asks the model again about changed inputs"
-            )
+            raise ExportError(f"{inner.detector!r} cannot be exported: it runs the model again on modified inputs")
         if inner.calibration is None:
-            raise ExportError("the scorer is not calibrated: a graph without a threshold gives no verdict")
+            raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
         model: Any = inner.model
         self.backbone: nn.Module = model[0]
         self.head: ProjectionHead = model[1]
@@ -63,7 +61,7 @@ class ScoringGraph(nn.Module):
         self.register_buffer("threshold", inner.calibration.threshold)
         example = torch.zeros(1, *scorer.input_size, device=inner.tap.device, dtype=torch.float32)
         classifier = inner.tap.capture(example, classifier=True).classifier
-        assert classifier is not None  # a head's logits are a linear map of its activation, but for their length
+        assert classifier is not None  # a head's logits are a linear map of its activation, up to their norm
         self.register_buffer("weight", classifier[0])
         self.register_buffer("bias", classifier[1])
 
@@ -82,36 +80,37 @@ class ScoringGraph(nn.Module):
         )
         score = self.detector.score(features)
         exact = score.double()
-        # As `Calibration` has it, without its search, which ONNX has no operation for.
+        # What `Calibration` computes by searchsorted, which ONNX lacks.
         at_most = (self.scores[None] <= exact[:, None]).sum(1)
         p_value = (1 + at_most).double() / (len(self.scores) + 1)
         return logits, score, p_value, exact >= self.threshold
 
 
 def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
-    """Write an ONNX graph, any batch size, and check it against PyTorch under onnxruntime.
+    """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    Its input ``images`` is (n, c, h, w) float32, as the scorer's transform makes it; its outputs are `OUTPUTS`.
-    The names of the classes and what else is known of the detector are in its metadata.
+    The input ``images`` is (n, c, h, w) float32, as the scorer's transform makes it; the outputs are `OUTPUTS`.
+    The metadata hold the class names and facts about the detector.
 
     Parameters
     ----------
-    scorer : a calibrated image scorer, on the CPU.
-    path : the file.
+    scorer : calibrated image scorer, on the CPU.
+    path : file to write.
 
     Returns
     -------
-    The largest difference of a score from PyTorch's, as a share of the scores' size.
+    float
+        Largest difference between a score and PyTorch's, relative to the largest score.
 
     Raises
     ------
     ExportError
-        The detector cannot be exported, or an output of the graph is not PyTorch's: logits or scores differ by
-        more than 1e-4 of their size or are NaN, or a p-value or a verdict is not that of the score.
+        The detector cannot be exported, or the graph does not reproduce PyTorch: logits or scores differ by more
+        than 1e-4 of their largest value or are NaN, or a p-value or a verdict is not that of the score.
     ImportError
         ``featnorm[onnx]`` is not installed.
     OSError
-        There is no such folder, or the file cannot be written; an earlier one of that name stays.
+        The folder does not exist, or the file cannot be written. An earlier file of that name is kept.
     """
     try:
         import onnx
@@ -123,7 +122,7 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_TRACED, *scorer.input_size, generator=generator, dtype=torch.float32)
     with torch.no_grad():
-        graph(images)  # what a detector works out once a fit is no part of the graph
+        graph(images)  # what a detector derives once per fit is not part of the graph
         try:
             program = torch.onnx.export(
                 graph,
@@ -134,7 +133,7 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
                 dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
                 verbose=False,
             )
-        # The exporter wraps whatever fails on its way, and writes pages.
+        # The exporter wraps every error, in messages of many lines.
         except Exception as error:
             what = f"{scorer.scorer.detector!r} on {scorer.backbone}"
             raise ExportError(f"{what} cannot be exported: {first_line(error.__cause__ or error)}") from error
@@ -154,37 +153,40 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
 
 
 def _check(found: dict[str, Tensor], scorer: Scorer, images: Tensor) -> float:
-    """Compare what the graph says of images to what PyTorch does, and return how far scores are apart."""
-    wanted = scorer(images)
-    for name, value in zip(OUTPUTS, (wanted.logits, wanted.score, wanted.p_value, wanted.is_id), strict=True):
+    """Compare the outputs of the graph with PyTorch's, and return the largest relative difference of scores."""
+    expected = scorer(images)
+    values = expected.logits, expected.score, expected.p_value, expected.is_id
+    for name, value in zip(OUTPUTS, values, strict=True):
         assert value is not None  # a head has logits, and the scorer is calibrated
         if found[name].shape != value.shape:
-            shapes = f"{tuple(found[name].shape)}, and PyTorch's {tuple(value.shape)}"
-            raise ExportError(f"the graph's {name} is of shape {shapes}")
-    assert wanted.logits is not None
+            shapes = f"{tuple(found[name].shape)}, but PyTorch's has {tuple(value.shape)}"
+            raise ExportError(f"the graph's {name} has shape {shapes}")
+    assert expected.logits is not None
     assert scorer.calibration is not None
     gaps = {
-        "logits": _relative_gap(found["logits"], wanted.logits),
-        "score": _relative_gap(found["score"], wanted.score),
+        "logits": _relative_gap(found["logits"], expected.logits),
+        "score": _relative_gap(found["score"], expected.score),
     }
     for name, gap in gaps.items():
         if not gap <= _TOLERANCE:
-            how = "is NaN" if math.isnan(gap) else f"differs from PyTorch's by {gap:.1e} of its size"
+            how = "is NaN" if math.isnan(gap) else f"differs from PyTorch's by {gap:.1e} of its largest value"
             raise ExportError(f"the graph's {name} {how}")
-    # Of the graph's own scores, as one within rounding of a calibration score may fall on its other side.
-    p_value, is_id = scorer.calibration.judge(found["score"])
+    # Those of the graph's own scores: a score within rounding of a calibration score may fall on either side of
+    # it.
+    p_value, is_id = scorer.calibration.predict(found["score"])
     gap = float((found["p_value"] - p_value).abs().max())
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")
-    if others := int((found["is_id"] != is_id).sum()):
-        raise ExportError(f"the graph's is_id is not that of its score for {others} of {len(is_id)} images")
+    if wrong := int((found["is_id"] != is_id).sum()):
+        raise ExportError(f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} images")
     return gaps["score"]
 
 
-def _relative_gap(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference as a share of the largest finite value; NaN where there is one."""
-    found, wanted = found.double(), wanted.double()
-    # An infinite score, of an input without any unit on, differs from itself by NaN.
-    gaps = torch.where(found == wanted, 0.0, (found - wanted).abs())
-    size = wanted[wanted.isfinite()].abs().max() if bool(wanted.isfinite().any()) else torch.ones(())
-    return float(gaps.max() / size.clamp(min=1e-12))
+def _relative_gap(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest finite value; NaN if there is a NaN."""
+    found, expected = found.double(), expected.double()
+    # The difference of an infinite score, of an input without active units, from itself would be NaN.
+    gaps = torch.where(found == expected, 0.0, (found - expected).abs())
+    finite = expected[expected.isfinite()]
+    largest = finite.abs().max() if len(finite) else torch.ones(())
+    return float(gaps.max() / largest.clamp(min=1e-12))

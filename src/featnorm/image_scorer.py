@@ -1,8 +1,8 @@
-"""`ImageScorer`: a scorer with all that it needs to judge image files, in one file."""
+"""`ImageScorer`: a scorer with everything needed to score image files, saved in one file."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,34 +27,35 @@ from featnorm.inputs import ImageSource, image_loader
 from featnorm.inputs.loading import named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ModelError, ProjectionHead, create_model, cut_classifier
 from featnorm.models.loading import is_users, users_forward, users_transform
+from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 
 _BLOCKS = 8
-# As a share of the largest value; libraries resize a little differently over the years.
+# Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
 
 
 class ImageVerdict(NamedTuple):
-    """What an `ImageScorer` says of one image.
+    """Prediction of an `ImageScorer` for one image.
 
     Attributes
     ----------
     name : str
-        The image's file, or its row.
+        File of the image, or its row in a table.
     score : float or None
-        Higher is more in-distribution; None where the image cannot be read.
+        Score, higher for more in-distribution; None if the image cannot be read.
     p_value : float or None
-        Conformal; small is OOD.
+        Conformal p-value, small for OOD.
     is_id : bool or None
-        Whether the score reaches the threshold.
+        Whether the score is at or above the threshold.
     predicted : str or None
-        The class, where the head was trained on labels.
+        Predicted class, if the head was trained on labels.
     error : str or None
         Why the image cannot be read.
     several : bool
         Whether the image is the first of several frames or pages of its file.
     why : Explanation or None
-        Why it scores as it does, where that was asked.
+        Explanation of the score, if it was requested.
     """
 
     name: str
@@ -69,18 +70,18 @@ class ImageVerdict(NamedTuple):
 
 @dataclass
 class ImageScorer:
-    """Judges images: a frozen backbone, the head that was trained on it, a detector, a calibration.
+    """Scores images with a frozen backbone, the head that was trained on it, a detector and a calibration.
 
     `featnorm.fit_images` makes one.
 
     Parameters
     ----------
-    backbone : the specification that `featnorm.models.loading.create_model` made the backbone by.
-    scorer : of ``Sequential(backbone, head)``, calibrated.
-    transform : from a PIL image in RGB to what the backbone takes; several threads may call it at the same time.
-    class_names : what the head's logits are of; None where it was not trained on labels.
-    statistics : of the head's hidden layer, over the images that were learned from; None for no explanations.
-    facts : what a reader of its verdicts should know, by short names.
+    backbone : specification from which `featnorm.models.loading.create_model` made the backbone.
+    scorer : calibrated scorer of ``Sequential(backbone, head)``.
+    transform : transform from an RGB PIL image to a tensor; several threads may call it at the same time.
+    class_names : one name per logit. Default: the head was not trained on labels.
+    statistics : activation statistics of the head over the training images. Default: no explanations.
+    facts : provenance shown with results, as label -> text.
     """
 
     backbone: str
@@ -92,86 +93,85 @@ class ImageScorer:
 
     @property
     def input_size(self) -> tuple[int, ...]:
-        """Channels, height and width of what the transform makes of a photograph."""
+        """Channels, height and width of a transformed image."""
         return tuple(self.transform(Image.new("RGB", (256, 256))).shape)
 
     def stream(
         self,
         source: ImageSource,
         *,
-        batch_size: int = 64,
-        workers: int | None = None,
-        fabric: Any = None,
+        runtime: Runtime | None = None,
     ) -> Iterator[list[ImageVerdict]]:
-        """Yield the verdicts of a source's images batch by batch, in its order, those that cannot be read as well.
+        """Yield the verdicts on a source's images, including unreadable ones, batch by batch in its order.
 
-        Where the device has not the memory for a batch, parts of it are judged.
+        A batch that does not fit in the device's memory is scored in parts.
 
         Parameters
         ----------
-        source : the images.
-        batch_size, workers : of `featnorm.inputs.image_loader`.
-        fabric : a `lightning_fabric.Fabric` for precision; the scorer stays on the device where it is.
+        source : images to score.
+        runtime
+            Precision, batch size and workers. Default: `Runtime()`. The scorer stays on the device where it is.
 
         Raises
         ------
         DataError
             The transform fails on an image.
         ValueError
-            The model gives a value that is not finite.
+            An output of the model is not finite.
         """
+        runtime = runtime or Runtime()
 
-        def ask(images: Tensor) -> list[ImageVerdict]:
-            return self._judge(images, [""] * len(images), fabric=fabric)
+        def predict(images: Tensor) -> list[ImageVerdict]:
+            return self._predict(images, [""] * len(images), runtime=runtime)
 
-        for part in image_loader(source, self.transform, batch_size=batch_size, workers=workers).parts():
+        size, workers = runtime.batch_size, runtime.workers
+        for part in image_loader(source, self.transform, batch_size=size, workers=workers).parts():
             verdicts = {
                 row: ImageVerdict(source.name(row), None, None, None, None, why)
                 for row, why in part.unread.items()
             }
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    judged = chain(*in_parts(ask, part.batch.images))
-                for row, verdict in zip(part.batch.indices.tolist(), judged, strict=True):
+                    found = chain(*in_parts(predict, part.batch.images))
+                for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     verdicts[row] = verdict._replace(name=source.name(row), several=row in part.several)
             yield [verdicts[row] for row in part.rows]
 
     @torch.no_grad()
-    def judge(
-        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), fabric: Any = None
+    def predict_batch(
+        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
     ) -> list[ImageVerdict]:
-        """Return the verdicts of images that the transform has made ready, (n, c, h, w).
+        """Return the verdicts on a batch of transformed images.
 
         Parameters
         ----------
-        images : the batch, on any device.
-        names : what to call each of them.
-        explain : the rows of the images to explain, too.
-        fabric : see `stream`.
+        images : transformed images (n, c, h, w), on any device.
+        names : one name per image.
+        explain : rows of the images to explain.
+        runtime : see `stream`.
 
         Raises
         ------
         ValueError
-            The model gives a value that is not finite; or images are to be explained, and there are no statistics
-            to do so by.
+            An output of the model is not finite, or images are to be explained and there are no statistics.
         UserModelError
             The backbone is the user's own and raised an error.
         """
         with self._users_forward(f"a batch of {len(images)} images, {names[0]} to {names[-1]}" if names else ""):
-            return self._judge(images, names, explain=explain, fabric=fabric)
+            return self._predict(images, names, explain=explain, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model = self.scorer.model
         return users_forward(self.backbone, model[0] if isinstance(model, nn.Sequential) else model, inputs)
 
-    def _judge(
-        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), fabric: Any = None
+    def _predict(
+        self, images: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
     ) -> list[ImageVerdict]:
         images = fast_layout(images.to(self.scorer.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.scorer.detector.reads
-        with nullcontext() if fabric is None else fabric.autocast():
+        with (runtime or Runtime()).autocast():
             features = self.scorer.tap.capture(images, classifier=reads_classifier)
-            verdict = self.scorer.judge(features)
+            verdict = self.scorer.predict_features(features)
         nothing = [None] * len(images)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
@@ -184,12 +184,12 @@ class ImageScorer:
         return verdicts
 
     def _explained(self, features: Features, rows: Sequence[int]) -> list[Explanation]:
-        """Explain some of the inputs that the features, with the classifier, are of."""
+        """Explain some rows of features that include the classifier."""
         if not rows:
             return []
         if self.statistics is None:
-            raise ValueError("this scorer holds no statistics of the images that it learned from: fit again")
-        # A head's logits are linear in its activation, but for a length, so that there is a classifier.
+            raise ValueError("this scorer has no activation statistics of its training images: fit again")
+        # A head's logits are linear in its activation up to a norm, so there is a classifier.
         assert features.classifier is not None
         weight, bias = features.classifier
         hidden = HiddenClassifier(
@@ -200,116 +200,127 @@ class ImageScorer:
         return explain(hidden, self.statistics, self.class_names or [f"cluster {k}" for k in range(len(weight))])
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one file, weights included: safetensors with a JSON header, no pickle.
+        """Write everything, including the weights, to one file: safetensors with a JSON header, no pickle.
 
         Raises
         ------
         NotFittedError
-            The detector learns and has not been fitted.
+            The detector needs a fit and has none.
         TypeError
-            The scorer is of another kind of model.
+            The model is not ``Sequential(backbone, head)``.
         OSError
-            The file cannot be written; an earlier one of that name stays.
+            The file cannot be written. An earlier file of that name is kept.
         """
-        tensors, header = self.scorer.content()
+        tensors, header = self.scorer.fitted_tensors(), self.scorer.to_dict()
         model = self.scorer.model
         if not (isinstance(model, nn.Sequential) and len(model) == 2 and isinstance(model[1], ProjectionHead)):
-            raise TypeError("an ImageScorer holds Sequential(backbone, head), as featnorm.fit_images makes it")
+            raise TypeError("an ImageScorer needs Sequential(backbone, head), as featnorm.fit_images makes it")
         tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
-        tensors["transform"], tensors["response"] = _impression(self.backbone, self.transform, model[0])
+        tensors["transform"], tensors["response"] = _reference_outputs(self.backbone, self.transform, model[0])
         if self.statistics is not None:
             tensors |= {f"statistics.{name}": value for name, value in self.statistics.state_dict().items()}
         header["images"] = {
             "backbone": self.backbone,
-            "head": _settings(model[1]),
+            "head": _head_settings(model[1]),
             "classes": self.class_names,
             "facts": self.facts,
         }
         archive.write(path, tensors, header)
 
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that verdicts depend on: weights, detector, calibration and classes.
+
+        Raises
+        ------
+        NotFittedError
+            The detector needs a fit and has none.
+        """
+        tensors, header = self.scorer.fitted_tensors(), self.scorer.to_dict()
+        return archive.digest(tensors, {**header, "backbone": self.backbone, "classes": self.class_names})
+
     @classmethod
     def load(cls, path: str | Path, *, model: str | None = None) -> Self:
-        """Read what `save` wrote. Nothing in the file is ever run, and no module that it names is imported.
+        """Read an image scorer that `save` wrote. No code in the file is run, and no module it names is imported.
 
         Parameters
         ----------
-        path : the file.
+        path : file.
         model
-            ``MODULE:FUNCTION``, for a file whose backbone is the user's own; it is called for the backbone, whose
-            weights are then the file's.
+            ``MODULE:FUNCTION`` that makes the backbone. Required if the backbone is the user's own; the weights
+            are those of the file.
 
         Raises
         ------
         FileNotFoundError
-            There is no such file.
+            The file does not exist.
         ArchiveError
-            The file is damaged, of a later format, holds no image scorer, or does not fit what is installed here.
+            The file is damaged, has a later format, is no image scorer, or does not fit the installed libraries.
         ModelError
-            The file's backbone is the user's own, and `model` is not given, or does not work.
+            The backbone is the user's own, and `model` is missing or does not work.
         """
         tensors, header = archive.read(path)
-        kept = header.get("images")
-        if kept is None:
+        images = header.get("images")
+        if images is None:
             raise archive.ArchiveError(
-                f"{path} holds a detector without its model: read it by featnorm.Scorer.load(path, model)"
+                f"{path} is a detector without its model: load it with featnorm.Scorer.load(path, model)"
             )
         try:
-            weights, statistics = _under("model.", tensors), _statistics(tensors)
-            spec, head = check_text(kept["backbone"]), _head(kept["head"], weights)
-            classes, facts = kept["classes"], kept["facts"]
-            kept_impression = tensors["transform"].float(), tensors["response"].float()
+            weights, statistics = _with_prefix("model.", tensors), _statistics(tensors)
+            spec, head = check_text(images["backbone"]), _head(images["head"], weights)
+            classes, facts = images["classes"], images["facts"]
+            saved_outputs = tensors["transform"].float(), tensors["response"].float()
             facts = {check_text(name): check_text(fact) for name, fact in facts.items()}
             if classes is not None:
                 classes = [check_text(name) for name in classes]
-                if len(classes) != kept["head"]["classes"]:
-                    raise ValueError(f"it names {len(classes)} classes for {kept['head']['classes']} logits")
+                if len(classes) != images["head"]["classes"]:
+                    raise ValueError(f"it names {len(classes)} classes for {images['head']['classes']} logits")
         except archive.MALFORMED as error:
             raise archive.damaged(path, error) from None
-        loaded = _architecture(spec, model, path)
+        loaded = _create_backbone(spec, model, path)
         network = fast_layout(nn.Sequential(backbone_of(loaded)[0], head))
         try:
             load_weights(network, weights)
         except RuntimeError as error:
             why = " ".join(str(error).split())
             raise archive.ArchiveError(f"{path} does not fit {loaded.name}: {why}") from None
-        own = {
+        fit = {
             name: value
             for name, value in tensors.items()
             if name.startswith("detector.") or name == archive.CALIBRATION
         }
-        scorer = Scorer.from_content(own, header, network.eval(), path)
-        made = _impression(loaded.name, loaded.transform, network[0])
-        for what, new, old in zip(("transform", "model"), made, kept_impression, strict=True):
-            # Not the other way round, where a NaN would pass.
+        scorer = Scorer.from_dict(header, fit, network.eval(), path)
+        outputs = _reference_outputs(loaded.name, loaded.transform, network[0])
+        for what, new, old in zip(("transform", "model"), outputs, saved_outputs, strict=True):
+            # Not "differ", which a NaN would pass.
             alike = new.shape == old.shape and bool(
                 (new - old).abs().max() <= _TOLERANCE * old.abs().max().clamp(min=1e-6)
             )
             if not alike:
                 raise archive.ArchiveError(
-                    f"{path} was made with another {what} of {spec} than is installed here: fit again"
+                    f"{path} was made with another {what} of {spec} than the installed one: fit again"
                 )
-        made_of = cls(spec, scorer, loaded.transform, classes, statistics, facts)
+        image_scorer = cls(spec, scorer, loaded.transform, classes, statistics, facts)
         try:
-            # What a head has, and verdicts and explanations read.
+            # What a head has, and what verdicts and explanations need.
             scorer.tap.require(("activation", "logits", "classifier"))
-            image = loaded.transform(_picture()).float()[None]
-            made_of.judge(image, [""], explain=() if statistics is None else [0])
+            image = loaded.transform(_reference_image()).float()[None]
+            image_scorer.predict_batch(image, [""], explain=() if statistics is None else [0])
         except archive.MALFORMED as error:
             raise archive.ArchiveError(
                 f"{path} is damaged: it cannot score an image ({first_line(error)})"
             ) from None
-        return made_of
+        return image_scorer
 
 
 def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
     """Return a copy of a model without its classifier, and whether it had one.
 
-    A user's own model that has none is taken to return features.
+    A user's own model without a classifier is assumed to return features.
 
     Raises
     ------
     ModelError
-        The classifier of a model of a library is not found, or a model of the user's own cannot be copied.
+        The classifier of a library's model is not found, or the user's own model cannot be copied.
     """
     try:
         return cut_classifier(loaded.model)[0], True
@@ -319,7 +330,7 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
         what = str(error).partition(":")[0]
         raise ModelError(
             f"{what}: write a function that returns the model without its last layers, and its transform, and "
-            "name it by MODULE:FUNCTION"
+            "pass it as MODULE:FUNCTION"
         ) from None
     except Exception as error:
         if not is_users(loaded.name):
@@ -331,28 +342,28 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
-    """Return what a file knows of the images that were learned from.
+    """Return the activation statistics in a file, if any.
 
     Raises
     ------
     RuntimeError, ValueError
-        It is none that `ActivationStatistics` could have saved.
+        They are not a state of `ActivationStatistics`.
     """
-    kept = _under("statistics.", tensors)
-    if not kept:
+    state = _with_prefix("statistics.", tensors)
+    if not state:
         return None
     statistics = ActivationStatistics()
-    statistics.load_state_dict(kept)
+    statistics.load_state_dict(state)
     statistics.validate()
     return statistics
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _settings(head: ProjectionHead) -> dict[str, Any]:
-    """Return the arguments that make a head like this one."""
+def _head_settings(head: ProjectionHead) -> dict[str, Any]:
+    """Return the constructor arguments of a head."""
     classifier: Any = head.classifier
     return {
         "inputs": head.hidden.in_features,
@@ -364,12 +375,12 @@ def _settings(head: ProjectionHead) -> dict[str, Any]:
 
 
 def _head(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ProjectionHead:
-    """Return a head of the settings in a file, whose sizes must be those of its weights.
+    """Return a head with the settings in a file, whose sizes must be those of the weights.
 
     Raises
     ------
     LookupError, TypeError, ValueError
-        They are not, or are no settings of a head.
+        The sizes differ, or the settings are not those of a head.
     """
     hidden, embedding, classifier = (weights[f"1.{name}.weight"] for name in ("hidden", "embedding", "classifier"))
     sizes = {
@@ -378,24 +389,24 @@ def _head(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Project
         "hidden": hidden.shape[0],
         "embedding": embedding.shape[0],
     }
-    # Before a head is made that may be larger than the memory.
+    # Checked before a head is made that may not fit in memory.
     if {name: settings[name] for name in sizes} != sizes:
-        raise ValueError(f"its weights are of a head of {sizes}, and it names {dict(settings)}")
+        raise ValueError(f"its weights are those of a head with {sizes}, but its settings are {dict(settings)}")
     with single_precision():
         return ProjectionHead(**settings)
 
 
-def _architecture(spec: str, model: str | None, path: str | Path) -> LoadedModel:
-    """Return a backbone without the weights that matter; only what the caller names is imported."""
+def _create_backbone(spec: str, model: str | None, path: str | Path) -> LoadedModel:
+    """Return the backbone, with weights that are to be replaced; imports only what the caller has named."""
     if is_users(spec):
         if model is None:
             raise ModelError(
-                f"{path} was fitted on a model of yours, {spec}: opening a file imports nothing, so name it again "
+                f"{path} was fitted on your own model {spec}, and opening a file imports nothing: pass it again "
                 "(--model)"
             )
         return create_model(model)
     if model is not None:
-        raise ModelError(f"{path} was fitted on {spec}, which needs no model to be named")
+        raise ModelError(f"{path} was fitted on {spec}, not on your own model: omit the model")
     try:
         own = spec.startswith("featnorm:") and spec != DEFAULT_MODEL
         return create_model(spec) if own else create_model(spec, pretrained=False)
@@ -403,20 +414,20 @@ def _architecture(spec: str, model: str | None, path: str | Path) -> LoadedModel
         raise archive.ArchiveError(f"{path} does not fit what is installed here: {error}") from None
 
 
-def _picture() -> Image.Image:
+def _reference_image() -> Image.Image:
     ramp = np.arange(256, dtype=np.uint8)
     red, green = np.meshgrid(ramp, ramp[::-1][:192])
     return Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))
 
 
 @torch.no_grad()
-def _impression(
+def _reference_outputs(
     spec: str, transform: Callable[[Image.Image], Tensor], backbone: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Return what a transform makes of a picture, coarsely (c, 8, 8), and a backbone of that (D,)."""
-    with users_transform(spec, "a picture of two ramps"):
-        made = transform(_picture()).float()
+    """Return the outputs of transform, pooled to (c, 8, 8), and backbone, (D,), for a fixed image."""
+    with users_transform(spec, "an image of two ramps"):
+        transformed = transform(_reference_image()).float()
     parameter = next(backbone.parameters(), None)
-    with users_forward(spec, backbone, "a picture of two ramps"):
-        features = backbone(made[None].to("cpu" if parameter is None else parameter.device))
-    return nn.functional.adaptive_avg_pool2d(made, _BLOCKS), features[0].float().cpu()
+    with users_forward(spec, backbone, "an image of two ramps"):
+        features = backbone(transformed[None].to("cpu" if parameter is None else parameter.device))
+    return nn.functional.adaptive_avg_pool2d(transformed, _BLOCKS), features[0].float().cpu()

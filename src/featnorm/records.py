@@ -1,4 +1,4 @@
-"""Verdicts on disk: a journal that a killed process leaves usable, the table that it becomes, its scores again."""
+"""Verdicts on disk: a journal that survives a killed process, the table made from it, and its scores read back."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
-# What a spreadsheet takes for the beginning of a formula.
+# Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
-# Of a verdict, without its explanation: what a journal keeps.
+# Number of fields of a verdict that a journal keeps: all but its explanation.
 _FIELDS = 7
 
 
 class Journal:
-    """The verdicts of a run so far, one line per batch, beside the file that they are for.
+    """The verdicts of a run so far, one line per batch, in a hidden file beside the output file.
 
-    Every batch is on the disk before the next one is waited for, in whatever order batches come. A run of the same
-    images by the same detector resumes where an earlier one was killed, at whole batches, so that it judges the
-    batches that an unbroken one would. Every line has a checksum: what follows a damaged one is judged again.
+    Each batch is on disk before the next one is awaited, in any order of batches. A run with the same settings
+    resumes an interrupted one at whole batches, so that it scores the same batches as an uninterrupted run. Every
+    line has a checksum; batches after a damaged line are scored again.
 
     Parameters
     ----------
-    out : the file that the verdicts are for.
-    run : what the verdicts depend on, as plain data; a journal of anything else is started over.
-    batch_size : images per batch.
+    out : output file.
+    run : settings that the verdicts depend on, as plain data. A journal with other settings is started over.
+    batch_size : number of images per batch.
 
     Attributes
     ----------
     done : int
-        How many verdicts it holds from before.
+        Number of verdicts of the interrupted run.
     restarted : bool
-        Whether there was a journal of anything else.
+        Whether there was a journal with other settings.
     damaged : int or None
-        The number of the first line that was damaged, from 1; it and what follows was dropped.
+        Number of the first damaged line, from 1; that line and all after it were dropped.
 
     Raises
     ------
     ValueError
-        Another process is writing the verdicts for this file, or there is a folder in the journal's place.
+        Another process is writing the same output file, or a folder is in the journal's place.
     OSError
         The journal or its lock cannot be written.
     """
@@ -70,18 +70,18 @@ class Journal:
         self.done = 0
         self.restarted = False
         self.damaged: int | None = None
-        self._starts: dict[int, int] = {}  # of the line of each batch, in bytes
+        self._starts: dict[int, int] = {}  # offset of the line of each batch, in bytes
         require_no_folder(self.path)
         try:
             self._lock = acquire_lock(out.with_name(f".{out.name}.lock"))
         except Timeout:
-            raise ValueError(f"another process is writing {out}: wait for it, or name another file") from None
+            raise ValueError(f"another process is writing {out}: wait for it, or choose another file") from None
         first = _line({"run": {**run, "batch_size": batch_size}})
         if not self.path.exists() or not self._resume(first):
             write_text(self.path, first.decode())
 
     def _resume(self, first: bytes) -> bool:
-        """Read the batches that are there, cut off what is not whole, and tell whether it is this run's."""
+        """Read the batches of an interrupted run, truncate an incomplete line, and return whether to resume."""
         with self.path.open("rb+") as file:
             line = file.readline()
             if line != first:
@@ -89,13 +89,13 @@ class Journal:
                     unseal(line)
                     self.restarted = True
                 except ValueError:
-                    # A run that was killed as it began has left no line at all.
+                    # A run that was killed at its start has left no line at all.
                     self.damaged = 1 if line else None
                 return False
             end = file.tell()
             for number, line in enumerate(file, start=2):
                 if not line.endswith(b"\n"):
-                    break  # a run that was killed as it wrote
+                    break  # the run was killed while it wrote the line
                 try:
                     batch, verdicts = _batch(line)
                 except ValueError:
@@ -111,15 +111,15 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Whoever goes on after a run that was broken off may do so in the same process.
+        # An interrupted run may be resumed in the same process.
         self._lock.release()
 
     def missing(self, batches: int) -> list[int]:
-        """Return the numbers of the batches, of so many, that it does not hold."""
+        """Return the numbers of the batches, out of ``batches``, that are not in the journal."""
         return [number for number in range(batches) if number not in self._starts]
 
     def add(self, number: int, verdicts: Sequence[ImageVerdict]) -> None:
-        """Write a batch by its number."""
+        """Append a batch."""
         start = self.path.stat().st_size
         append(self.path, _line({"batch": number, "verdicts": [verdict[:_FIELDS] for verdict in verdicts]}))
         self._starts[number] = start
@@ -132,17 +132,17 @@ class Journal:
                     yield from _batch(file.readline())[1]
                 except ValueError:
                     raise ValueError(
-                        f"{self.path} was damaged while it was written, at batch {number}: rerun the same command "
-                        "to judge that batch again"
+                        f"{self.path} was damaged during the run, at batch {number}: rerun the same command to "
+                        "score that batch again"
                     ) from None
 
     def write(self, out: Path) -> None:
-        """Write the table that the file's ending names."""
+        """Write the table, in the format of the file's ending."""
         with replacing(out) as temporary:
             _WRITERS[out.suffix](self, temporary)
 
     def remove(self) -> None:
-        """Remove the journal: what was made of it is written."""
+        """Remove the journal, once everything made from it is written."""
         self.path.unlink()
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
@@ -153,11 +153,11 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
-    """Return the number and the verdicts of a journal's line, or raise a ValueError where it holds none."""
+    """Return the number and the verdicts of a line, or raise a ValueError if it is not a batch."""
     entry = unseal(line)
     number, rows = entry.get("batch"), entry.get("verdicts")
     if type(number) is not int or number < 0 or not isinstance(rows, list):
-        raise ValueError("it is no batch")
+        raise ValueError("it is not a batch")
     return number, [_verdict(row) for row in rows]
 
 
@@ -167,13 +167,13 @@ def _verdict(row: Any) -> ImageVerdict:
     match row:
         case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
             return ImageVerdict(*row)
-    raise ValueError("it holds no verdict")
+    raise ValueError("it is not a verdict")
 
 
-class ScoredImage(NamedTuple):
-    """A row of a table as far as its score goes; without one where the image could not be read.
+class ScoreRow(NamedTuple):
+    """Name, score and p-value of a row of a table; None for both if the image could not be read.
 
-    The errors are how far score and p-value may be from what was computed, by the digits that are written of them.
+    The errors bound how far score and p-value are from the computed ones, by the number of digits written.
     """
 
     path: str
@@ -183,22 +183,21 @@ class ScoredImage(NamedTuple):
     p_value_error: float = 0.0
 
 
-def read_scores(path: Path) -> Iterator[ScoredImage]:
-    """Yield the rows of a table that `Journal.write` wrote, in its order; little of it is held at a time.
+def read_scores(path: Path) -> Iterator[ScoreRow]:
+    """Yield the rows of a table that `Journal.write` wrote, in its order, a few at a time.
 
-    A CSV file may have been through other hands: a byte-order mark, blank lines, further header lines where files
-    were joined, numbers with fewer digits, and semicolons as separators, with decimal commas or points, are read
-    too.
+    A CSV file may have been edited: a byte-order mark, blank lines, repeated header lines (from concatenated
+    files), numbers with fewer digits, and semicolons as separators, with decimal commas or points, are accepted.
 
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        The file does not exist.
     ValueError
-        The file's ending is none of `FORMATS`, or a row cannot be read or holds a NaN: which, and why.
+        The file's ending is not one of `FORMATS`, or a row cannot be read or contains a NaN; the row is named.
     """
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path} must end in {', '.join(FORMATS)}, as featnorm score --out writes them")
+        raise ValueError(f"{path} must end in {', '.join(FORMATS)}, the formats of featnorm score --out")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of scores {path}")
     number = 1
@@ -208,13 +207,13 @@ def read_scores(path: Path) -> Iterator[ScoredImage]:
             number += 1
     except (csv.Error, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"row {number} of {path} cannot be read ({first_line(error)}): the file is damaged, or is none "
-            "that featnorm score wrote"
+            f"row {number} of {path} cannot be read ({first_line(error)}): the file is damaged, or was not "
+            "written by featnorm score"
         ) from None
 
 
 def images_digest(source: ImageSource) -> str:
-    """Return what tells a list of images from another, by their names, sizes and times of change."""
+    """Return a SHA-256 of the names, sizes and modification times of a source's images."""
     digest = hashlib.sha256()
     for i in range(len(source)):
         digest.update(source.identity(i).encode("utf-8", "surrogateescape") + b"\0")
@@ -222,19 +221,19 @@ def images_digest(source: ImageSource) -> str:
 
 
 def row_of(verdict: ImageVerdict) -> dict[str, Any]:
-    """Return a verdict as a row, by `COLUMNS`."""
-    called = {True: "ID", False: "OOD", None: None}[verdict.is_id]
+    """Return a verdict as a row with the keys `COLUMNS`."""
+    word = {True: "ID", False: "OOD", None: None}[verdict.is_id]
     return dict(
         zip(
             COLUMNS,
-            (verdict.name, verdict.score, verdict.p_value, called, verdict.predicted, verdict.error),
+            (verdict.name, verdict.score, verdict.p_value, word, verdict.predicted, verdict.error),
             strict=True,
         )
     )
 
 
 def _write_csv(verdicts: Iterable[ImageVerdict], path: Path) -> None:
-    # File names need not be text in any encoding.
+    # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -242,9 +241,9 @@ def _write_csv(verdicts: Iterable[ImageVerdict], path: Path) -> None:
 
 
 def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row whose texts no spreadsheet takes for formulas: file names come from anywhere.
+    """Return a row without texts that a spreadsheet would run as formulas: file names come from anywhere.
 
-    A path gets a "./", which names the same file; another text gets the apostrophe that spreadsheets know.
+    A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
     marks = {"path": "./", "predicted": "'", "error": "'"}
     return {
@@ -279,20 +278,20 @@ _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parqu
 def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = next((line for line in file if line.strip("\ufeff\r\n,;")), "")
-        # As spreadsheets write it where the comma is the decimal sign.
+        # Spreadsheets write semicolons where the comma is the decimal separator.
         semicolons = set(_SCORED) <= {name.strip('\ufeff"') for name in first.rstrip().split(";")}
         rows = csv.reader(chain([first], file), strict=True, delimiter=";" if semicolons else ",")
         header: list[str] | None = None
         for cells in rows:
             if not any(cells):
                 continue
-            # A file that was joined to another brings its header, and a byte-order mark.
+            # A concatenated file brings its own header, and a byte-order mark.
             cells[0] = cells[0].removeprefix("\ufeff")
             if header is None or set(_SCORED) <= set(cells):
                 header = cells
                 continue
             if len(cells) != len(header):
-                raise ValueError(f"it has {len(cells)} of {len(header)} columns")
+                raise ValueError(f"it has {len(cells)} instead of {len(header)} columns")
             row = dict(zip(header, cells, strict=True))
             yield {**row, **{name: row[name].replace(",", ".") for name in _NUMBERS}} if semicolons else row
 
@@ -311,22 +310,22 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _scored(row: Mapping[str, Any]) -> ScoredImage:
+def _scored(row: Mapping[str, Any]) -> ScoreRow:
     missing = [name for name in _SCORED if name not in row]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     path, score, p_value = (row[name] for name in _SCORED)
     if score is None or score == "":
-        return ScoredImage(str(path), None, None)
+        return ScoreRow(str(path), None, None)
     if math.isnan(float(score)):
         raise ValueError("its score is NaN")
-    return ScoredImage(str(path), float(score), float(p_value), _rounding(score), _rounding(p_value))
+    return ScoreRow(str(path), float(score), float(p_value), _rounding(score), _rounding(p_value))
 
 
 def _rounding(number: str | float) -> float:
-    """Return how far a number may be from what it was before it was written with so many digits."""
+    """Return the largest rounding error of a number written with this many digits."""
     exponent = Decimal(str(number)).as_tuple().exponent
-    # An infinity is not rounded. A little more than half a digit, for the rounding of the comparison.
+    # Infinities are not rounded. Slightly more than half a digit, for the rounding of the comparison itself.
     return 0.0 if isinstance(exponent, str) else 0.500001 * 10.0**exponent
 
 

@@ -1,4 +1,4 @@
-"""`Scorer`: a model, a tap, a detector and a threshold in one module."""
+"""`Scorer`: a model, a tap, a detector and a calibration in one module."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,30 +19,30 @@ from featnorm.tap.tap import check_loader
 
 
 class Verdict(NamedTuple):
-    """What a `Scorer` says of n inputs."""
+    """Predictions of a `Scorer` for n inputs."""
 
     score: Tensor  # (n,), higher is more in-distribution
-    p_value: Tensor | None  # (n,) conformal, small is OOD; None before calibration
+    p_value: Tensor | None  # (n,) conformal p-value, small for OOD; None before calibration
     is_id: Tensor | None  # (n,) whether score >= threshold; None before calibration
     logits: Tensor | None  # (n, C); None for a model without a classifier
 
 
 class Scorer(nn.Module):
-    """Says for every input how well the model knows it, and whether it is in-distribution.
+    """Scores how in-distribution each input of a model is, and decides whether it is ID or OOD.
 
-    Scoring always runs in evaluation mode and without gradients, whatever mode the model is in, and leaves
-    the model as it was. Any number of threads may score; none may train the model meanwhile.
+    Scoring always runs in evaluation mode and without gradients, and restores the model's mode. Several threads
+    may score at the same time, but the model must not be trained meanwhile.
 
     Parameters
     ----------
-    model : the user's model, on any device.
-    detector : any detector; it is moved to the model's device.
-    layer : the module whose output is the last hidden layer, where `FeatureTap` should not find it itself.
+    model : user's model, on any device.
+    detector : detector, which is moved to the model's device.
+    layer : module whose output is the last hidden layer. Default: found by `FeatureTap`.
 
     Raises
     ------
     TypeError
-        The model is no `torch.nn.Module`, or the detector no `Detector`.
+        The model is not a `torch.nn.Module`, or the detector is not a `Detector`.
 
     Examples
     --------
@@ -61,97 +61,128 @@ class Scorer(nn.Module):
         self.calibration: Calibration | None = None
 
     def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> Self:
-        """Fit the detector to in-distribution inputs, in one pass and without holding their features.
+        """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
-        A detector with nothing to learn looks at the first batch only, to see that it can work on this model.
-        A calibration made for an earlier fit is dropped.
+        For a detector that needs no fit, only the first batch is read, to check that the detector works on this
+        model. A fit drops an earlier calibration.
 
         Parameters
         ----------
-        loader : yields inputs and, for detectors that learn from them, labels; see `FeatureTap.stream`.
-        progress : show a progress bar; None for where there is a terminal.
+        loader : iterable of inputs and, for detectors that need them, labels; see `FeatureTap.stream`.
+        progress : whether to show a progress bar. Default: only in a terminal.
 
         Raises
         ------
         ValueError
-            The model has no layer that the detector reads, an input or a label is bad, or the loader is
-            empty; an earlier fit is then kept.
+            The model has no layer that the detector reads, an input or a label is invalid, or the loader is empty.
+            An earlier fit is then kept.
         TypeError
-            The loader is no iterable of batches, or the inputs are not tensors.
+            The loader is not an iterable of batches, or the inputs are not tensors.
         """
         check_loader(loader)
         if not self.detector.needs_fit:
             if iter(loader) is loader:
-                return self  # an iterator gives each batch once, and calibration wants them all
+                return self  # an iterator yields each batch once, and calibration needs them all
             for features in self.tap.stream(loader, progress=False):
                 self.detector.score(features)
                 break
             return self
-        with self.detector.refit():
-            for features in self.tap.stream(loader, progress=progress):
-                self.detector.partial_fit(features)
-        self.calibration = None
-        return self
+        return self.fit_features(self.tap.stream(loader, progress=progress))
 
-    def calibrate(self, loader: Iterable[Any], tpr: float = 0.95, *, progress: bool | None = None) -> Self:
-        """Learn the threshold that keeps a share of in-distribution inputs, and the scores for p-values.
+    def fit_features(self, batches: Iterable[Features]) -> Self:
+        """Fit the detector to features of in-distribution inputs, in one pass.
 
         Parameters
         ----------
-        loader : in-distribution inputs that neither trained the model nor fitted the detector.
-        tpr : the share of in-distribution inputs to accept, between 0 and 1.
-        progress : show a progress bar; None for where there is a terminal.
+        batches : features as `tap` extracts them, with labels for detectors that need them.
 
         Raises
         ------
         ValueError
-            There are too few inputs for the share (19 at 0.95, 99 at 0.99), or a score cannot be had.
+            The features lack what the detector reads, or are not finite; an earlier fit is then kept.
+        """
+        with self.detector.refit():
+            for features in batches:
+                self.detector.partial_fit(features)
+        if self.detector.needs_fit:
+            self.calibration = None
+        return self
+
+    def calibrate(self, loader: Iterable[Any], tpr: float = 0.95, *, progress: bool | None = None) -> Self:
+        """Set the threshold that accepts a share of in-distribution inputs, and keep their scores for p-values.
+
+        Parameters
+        ----------
+        loader : in-distribution inputs that were used neither to train the model nor to fit the detector.
+        tpr : share of in-distribution inputs to accept, between 0 and 1.
+        progress : whether to show a progress bar. Default: only in a terminal.
+
+        Raises
+        ------
+        ValueError
+            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), or an input cannot be
+            scored.
         """
         check_share(tpr, "tpr")
-        scores = [self.detector.score(features) for features in self.tap.stream(loader, progress=progress)]
-        joined = torch.cat(scores)
-        self.calibration = Calibration(joined, tpr).to(joined.device)
+        return self.calibrate_features(self.tap.stream(loader, progress=progress), tpr)
+
+    def calibrate_features(self, batches: Iterable[Features], tpr: float = 0.95) -> Self:
+        """Calibrate as `calibrate` does, on features of in-distribution inputs.
+
+        Parameters
+        ----------
+        batches : features as `tap` extracts them.
+        tpr : share of in-distribution inputs to accept, between 0 and 1.
+
+        Raises
+        ------
+        ValueError
+            As `calibrate`.
+        """
+        check_share(tpr, "tpr")
+        scores = torch.cat([self.detector.score(features) for features in batches])
+        self.calibration = Calibration(scores, tpr).to(scores.device)
         return self
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Verdict:
-        """Judge a batch of inputs.
+        """Score a batch of inputs.
 
         Raises
         ------
         NotFittedError
-            The detector learns and has not been fitted.
+            The detector needs a fit and has none.
         ValueError
-            The model has no layer that the detector reads, or gives a value that is not finite.
+            The model has no layer that the detector reads, or one of its outputs is not finite.
         """
-        return self.judge(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
+        return self.predict_features(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
 
     @torch.no_grad()
-    def judge(self, features: Features) -> Verdict:
-        """Judge inputs by what the tap heard of them.
+    def predict_features(self, features: Features) -> Verdict:
+        """Score inputs by their features.
 
         Parameters
         ----------
-        features : with the classifier, where the detector reads it.
+        features : features as `tap` extracts them, with the classifier if the detector reads it.
 
         Raises
         ------
         NotFittedError
-            The detector learns and has not been fitted.
+            The detector needs a fit and has none.
         ValueError
             The features lack what the detector reads.
         """
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)
-        return Verdict(score, *self.calibration.judge(score), features.logits)
+        return Verdict(score, *self.calibration.predict(score), features.logits)
 
     def get_extra_state(self) -> dict[str, float | None]:
-        """Return the share to accept, which is in no buffer, for `state_dict`."""
+        """Return the share to accept, which is not in a buffer, for `state_dict`."""
         return {"tpr": None if self.calibration is None else self.calibration.tpr}
 
     def set_extra_state(self, state: dict[str, float | None]) -> None:
-        """Take what `get_extra_state` gave; the calibration itself is made when its scores are loaded."""
+        """Accept what `get_extra_state` returned; the calibration is made when its scores are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
@@ -162,61 +193,76 @@ class Scorer(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write detector, calibration and tap to one file: safetensors with a JSON header, no pickle.
 
-        The model is not in it, but its fingerprint is.
+        The file holds the model's fingerprint, but not the model.
 
         Raises
         ------
         NotFittedError
-            The detector learns and has not been fitted.
+            The detector needs a fit and has none.
         OSError
-            The file cannot be written; an earlier one of that name stays.
+            The file cannot be written. An earlier file of that name is kept.
         """
-        archive.write(path, *self.content())
+        archive.write(path, self.fitted_tensors(), self.to_dict())
 
-    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors and header of the file that `save` writes.
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the fit, by name: those of detector and calibration, without the model's.
 
         Raises
         ------
         NotFittedError
-            The detector learns and has not been fitted.
+            The detector needs a fit and has none.
         """
         self.detector.require_fitted()
         tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
             tensors[archive.CALIBRATION] = self.calibration.scores
-        header = {
+        return tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but tensors as plain data: detector, share to accept, tap, model fingerprint."""
+        return {
             "detector": _expression(self.detector),
             "tpr": None if self.calibration is None else self.calibration.tpr,
-            "tap": self.tap.state(),
+            "tap": self.tap.to_dict(),
             "model": archive.fingerprint(self.tap.model),
         }
-        return tensors, header
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Self:
-        """Read a scorer that `save` wrote, for the same model. Nothing in the file is ever run.
+        """Read a scorer that `save` wrote, for the same model. No code in the file is run.
 
         Raises
         ------
         FileNotFoundError
-            There is no such file.
+            The file does not exist.
         ArchiveError
-            The file is damaged, of a later format, or was made for another model.
+            The file is damaged, has a later format, or was made for another model.
         """
         tensors, header = archive.read(path)
         if "images" in header:
-            raise archive.ArchiveError(f"{path} holds its model too: read it by featnorm.ImageScorer.load(path)")
-        return cls.from_content(tensors, header, model, path)
+            raise archive.ArchiveError(f"{path} contains its model: load it with featnorm.ImageScorer.load(path)")
+        return cls.from_dict(header, tensors, model, path)
 
     @classmethod
-    def from_content(
-        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module, path: str | Path
+    def from_dict(
+        cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, path: str | Path
     ) -> Self:
-        """Make a scorer of what `content` returned, read from a file that errors name; see `load`."""
+        """Make a scorer from the results of `to_dict` and `fitted_tensors`.
+
+        Parameters
+        ----------
+        header, tensors : plain data and tensors.
+        model : model that the scorer was made for.
+        path : file that they were read from, for errors.
+
+        Raises
+        ------
+        ArchiveError
+            See `load`.
+        """
         try:
             detector = parse_detector(header["detector"])
-            # Besides the calibration all is the detector's, or an error.
+            # Everything but the calibration must be the detector's.
             state = {
                 name.removeprefix("detector."): value
                 for name, value in tensors.items()
@@ -226,7 +272,7 @@ class Scorer(nn.Module):
             detector.validate()
             scorer = cls(model, detector)
             archive.check_fingerprint(scorer.tap.model, header["model"], path)
-            scorer.tap = FeatureTap.from_state(model, header["tap"])
+            scorer.tap = FeatureTap.from_dict(model, header["tap"])
             scorer.tap.require(detector.reads)
             calibration = archive.calibration(tensors, header, path)
             if calibration is not None:

@@ -76,22 +76,6 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(featnorm, tmp_
     assert_one_line(featnorm(*arguments, "--out", "out"), f"out/{taken} is a folder: name a file")
 
 
-def test_demo_network_knows_its_digits(monkeypatch):
-    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=15))
-    data = demo.load()
-    images, labels = data.test
-    assert (demo.train(data.train)(images).argmax(1) == labels).double().mean() > 0.95
-
-
-def test_demo_network_depends_on_the_seed_alone(monkeypatch):
-    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=1))
-    data = demo.load()
-    model = demo.train(data.train)
-    torch.rand(7)
-    again = demo.train(data.train)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
 def test_evaluate_from_folders(featnorm, weights, tmp_path):
     known = pictures(tmp_path / "known", 24, 0, ["a", "b", "c", "d"])
     other = pictures(tmp_path / "other", 12, 1)

@@ -213,7 +213,7 @@ class TestUsersCode:
         assert error.endswith(f", at {there}, {batch}{HINT}")
         scorer = ImageScorer.load("detector.featnorm", model="mine:features")
         with pytest.raises(UserModelError, match=r"on a batch of 3 images, a to c$") as caught:
-            scorer.judge(torch.zeros(3, 3, 8, 8), ["a", "b", "c"])
+            scorer.predict_batch(torch.zeros(3, 3, 8, 8), ["a", "b", "c"])
         assert isinstance(caught.value.__cause__, RuntimeError)
 
     @pytest.mark.parametrize("workers", [0, 1])

@@ -282,7 +282,7 @@ def damage_csv(path: Path, row: int, cells: list[str]) -> None:
         (["a.png", "much", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
         (["a.png", "nan", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (its score is NaN)"),
         (["a.png", "1.0", "", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
-        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 of 6 columns)"),
+        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 instead of 6 columns)"),
         (
             ["a.png", "2.0", "0.9", "ID", "", ""],
             "row 7 of t.csv is of another detector: its score 2 has the p-value",

@@ -1,4 +1,4 @@
-"""Many machines: two workers of a local Ray judge, ask and fit as this process does."""
+"""Two actors of a local Ray cluster score, extract and fit as this process does."""
 
 import os
 import signal
@@ -37,12 +37,12 @@ def workers():
 
 
 def local(scorer, source):
-    return list(scorer.stream(source, batch_size=BATCH, workers=0))
+    return list(scorer.stream(source, runtime=fn.Runtime(batch_size=BATCH, workers=0)))
 
 
 def remote(workers, scorer, source, batches=None):
     batches = range(-(-len(source) // BATCH)) if batches is None else batches
-    found = dict(workers.score(scorer, source, batches, batch_size=BATCH))
+    found = dict(workers.score(scorer, source, batches, runtime=fn.Runtime(batch_size=BATCH)))
     assert sorted(found) == list(batches)
     return [found[number] for number in batches]
 
@@ -59,9 +59,9 @@ def assert_same(found, expected):
                 assert one.p_value == pytest.approx(other.p_value, abs=1e-6)
 
 
-def fit(folder, loaded, cache, **options):
-    settings = {"cache": cache, "progress": False, "workers": 0, "batch_size": BATCH}
-    return fn.fit_images(open_source(str(folder)), loaded, **settings, **options)
+def fit(folder, loaded, cache, workers=None, **options):
+    runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=workers, progress=False)
+    return fn.fit_images(open_source(str(folder)), loaded, cache=cache, runtime=runtime, **options)
 
 
 @pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
@@ -72,7 +72,7 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
     source = SlicedSource(open_source(str(folder)), range(30), "thirty")
     alone = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
     asked = cache if detector != "KLUniform()" else tmp_path / "asked by the workers"
-    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), ray=workers, targets=targets)
+    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), workers=workers, targets=targets)
     assert (merged.trained, merged.held_out, merged.accuracy) == (alone.trained, alone.held_out, alone.accuracy)
     assert merged.corrupt == alone.corrupt
     assert merged.computed == (0 if asked is cache else alone.trained + alone.held_out)
@@ -92,7 +92,7 @@ def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     expected = local(scorer, source)
     wanted = [0, 2, 3, 6]  # the last of three images
     assert_same(remote(workers, scorer, source, wanted), [expected[i] for i in wanted])
-    assert list(workers.score(scorer, source, [], batch_size=BATCH)) == []
+    assert list(workers.score(scorer, source, [], runtime=fn.Runtime(batch_size=BATCH))) == []
 
 
 def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tiny, cache, monkeypatch):
@@ -100,13 +100,13 @@ def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tin
     loaded = replace(tiny, transform=lambda image: torch.zeros(3, 8, 8))
     source = SlicedSource(open_source(str(folder)), range(1, 41), "forty")
     taken, numbers = [], []
-    answers = workers._answers
+    results = workers._results
 
     def counting(method, calls, ordered):
-        return answers(method, (taken.append(1) or call for call in calls), ordered)
+        return results(method, (taken.append(1) or call for call in calls), ordered)
 
-    monkeypatch.setattr(workers, "_answers", counting)
-    for part in workers.extract(loaded, tiny.model, batch_size=2)(source):
+    monkeypatch.setattr(workers, "_results", counting)
+    for part in workers.extract(loaded, tiny.model, runtime=fn.Runtime(batch_size=2))(source):
         numbers.append(part.rows[0])
         assert len(taken) <= len(numbers) + cluster._CALLS * workers.actors.count
     assert numbers == list(range(0, 40, 2))
@@ -200,9 +200,9 @@ def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
 
 
 def test_devices_that_there_are(workers):
-    with pytest.raises(ValueError, match="--device cuda: the cluster has no GPU"):
+    with pytest.raises(ValueError, match="device 'cuda': the cluster has no GPU"):
         Cluster("cuda")
-    with pytest.raises(ValueError, match="--device mps: on a cluster it is auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="device 'mps' is not one of a cluster's: use auto, cpu or cuda"):
         Cluster("mps")
     assert workers.actors == cluster.Actors(2, "cpu", 1, 0)
     assert cluster._actors("auto", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(4, "cuda", 8, 1)
@@ -236,7 +236,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     scoring = ("score", "ray.featnorm", folder, "--batch-size", size, "--device", "cpu")
     status, printed, _ = featnorm(*scoring, "-o", "one.csv", "--workers", 0)
     assert status == 0
-    # The second journal breaks off: what it holds is not judged again, by one process or by many.
+    # The second journal breaks off: what it holds is not scored again, by one process or by many.
     score = Cluster.score
 
     def die(*arguments, **options):
@@ -267,20 +267,20 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     assert "flagged as OOD" in printed
 
 
-def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, monkeypatch):
+def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monkeypatch):
     scorer = fit(folder, tiny, cache).scorer
     source = SlicedSource(open_source(str(folder)), range(14), "some")
-    expected = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
-    judge, sizes = ImageScorer._judge, []
+    expected = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
+    predict, sizes = ImageScorer._predict, []
 
     def small(self, images, names, **options):
         if len(images) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(len(images))
-        return judge(self, images, names, **options)
+        return predict(self, images, names, **options)
 
-    monkeypatch.setattr(ImageScorer, "_judge", small)
-    found = [v for batch in scorer.stream(source, batch_size=14, workers=0) for v in batch]
+    monkeypatch.setattr(ImageScorer, "_predict", small)
+    found = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
     assert sum(sizes) == 13  # one cannot be read
     # A batch of another size rounds otherwise, and as these images calibrated, a tie may break: the p-values are
     # to be those of the scores found.
@@ -289,7 +289,7 @@ def test_a_batch_that_does_not_fit_is_asked_about_in_parts(folder, tiny, cache, 
     expected = [v if v.score is None else v._replace(p_value=next(p_values)) for v in expected]
     assert_same([found], [expected])
     monkeypatch.setattr(
-        ImageScorer, "_judge", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
+        ImageScorer, "_predict", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
-        list(scorer.stream(source, batch_size=14, workers=0))
+        list(scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)))

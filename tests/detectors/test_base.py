@@ -27,8 +27,8 @@ class Spread(fn.Detector):
         self.power, self.sign = power, sign
         self.total = Total()
 
-    def _learn(self, features):
-        self.total.add(features.tensor("logits").std(1))
+    def _partial_fit(self, features):
+        self.total.update(features.tensor("logits").std(1))
 
     def _score(self, features):
         return (features.tensor("logits").std(1) / self.total.mean()) ** self.power * -self.sign

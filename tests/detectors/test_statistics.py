@@ -33,9 +33,9 @@ def split_fit(make, rows, sizes, *more):
     streamed, merged = make(), make()
     for i, batch in enumerate(rows.split(sizes)):
         extra = [m.split(sizes)[i] for m in more]
-        streamed.add(batch, *extra)
+        streamed.update(batch, *extra)
         one = make()
-        one.add(batch, *extra)
+        one.update(batch, *extra)
         merged.merge(one)
     return streamed, merged
 
@@ -49,7 +49,7 @@ SIZES = [1, 7, 64, 0, 100, 28]
 def test_moments_are_numpys(offset):
     z = rows_of() + offset
     moments = Moments()
-    moments.add(z)
+    moments.update(z)
     tolerance = {0.0: 1e-12, 1e4: 1e-9, 1e8: 1e-6}[offset]
     torch.testing.assert_close(moments.mean(), torch.from_numpy(z.numpy().mean(0)), rtol=1e-12, atol=1e-12)
     expected = torch.from_numpy(np.cov((z.numpy() - offset).T, bias=True))
@@ -78,8 +78,8 @@ def test_moments_by_group_in_parts_and_merged(per_group):
 def test_moments_about_a_given_point():
     z, point = rows_of(), torch.arange(5.0)
     moments = Moments()
-    moments.add(z[:50], shift=point)
-    moments.add(z[50:])
+    moments.update(z[:50], shift=point)
+    moments.update(z[50:])
     centred = z - point
     torch.testing.assert_close(moments.second_moment(), centred.T @ centred / 200)
 
@@ -88,18 +88,18 @@ def test_moments_of_a_first_batch_far_from_the_rest():
     z = rows_of()
     z[0] += 1e4
     whole, one_first = Moments(), Moments()
-    whole.add(z)
-    one_first.add(z[:1])
-    one_first.add(z[1:])
+    whole.update(z)
+    one_first.update(z[:1])
+    one_first.update(z[1:])
     torch.testing.assert_close(one_first.covariance(), whole.covariance(), rtol=1e-8, atol=1e-6)
 
 
 def test_moments_take_blocks(monkeypatch):
     z = rows_of()
     whole, blocks = Moments(), Moments()
-    whole.add(z)
+    whole.update(z)
     monkeypatch.setattr(statistics, "_BLOCK_ROWS", 17)
-    blocks.add(z)
+    blocks.update(z)
     torch.testing.assert_close(blocks.covariance(), whole.covariance())
 
 
@@ -107,13 +107,13 @@ def test_moments_take_blocks(monkeypatch):
 def test_moments_take_panels(monkeypatch, per_group):
     z, labels = rows_of(d=11), torch.arange(200) % 3
     whole = Moments(gram_per_group=per_group)
-    whole.add(z, labels)
+    whole.update(z, labels)
     monkeypatch.setattr(statistics, "_PANEL_COLUMNS", 4)
     for panels in split_fit(lambda: Moments(gram_per_group=per_group), z, SIZES, labels):
         torch.testing.assert_close(panels.covariance(), whole.covariance())
         torch.testing.assert_close(panels.within_covariance(), whole.within_covariance())
         about = Moments()
-        about.add(z, shift=panels.shift)
+        about.update(z, shift=panels.shift)
         torch.testing.assert_close(panels.second_moment(), about.second_moment())
         if per_group:
             pairs = zip(panels.group_covariances(), whole.group_covariances(), strict=True)
@@ -123,20 +123,20 @@ def test_moments_take_panels(monkeypatch, per_group):
 
 def test_moments_refuse_another_width_and_too_much_memory(monkeypatch):
     moments = Moments()
-    moments.add(rows_of())
+    moments.update(rows_of())
     before = copy.deepcopy(moments.state_dict())
     with pytest.raises(ValueError, match="width 4 after features of width 5"):
-        moments.add(rows_of(d=4))
+        moments.update(rows_of(d=4))
     assert all(torch.equal(before[k], v) for k, v in moments.state_dict().items())
     monkeypatch.setattr(statistics, "_MAX_GRAM_BYTES", 1000)
     with pytest.raises(ValueError, match=r"1 covariance\(s\) of 12 x 12"):
-        Moments().add(rows_of(d=12))
+        Moments().update(rows_of(d=12))
 
 
 def test_half_precision_rows_are_summed_in_float64():
     z = (rows_of(5000) + 100).to(torch.float16)
     moments = Moments()
-    moments.add(z)
+    moments.update(z)
     torch.testing.assert_close(moments.mean(), z.double().mean(0), rtol=1e-12, atol=0)
 
 
@@ -146,7 +146,7 @@ def test_half_precision_rows_are_summed_in_float64():
 def sample_of(rows, size, sizes=None):
     sample = RowSample(size)
     for batch in rows.split(sizes or len(rows)):
-        sample.add(batch)
+        sample.update(batch)
     return sample
 
 
@@ -219,7 +219,7 @@ floats = st.floats(-(2.0**99), 2.0**99, width=32).filter(lambda x: x == 0 or abs
 def percentile_of(values, p, sizes=None):
     histogram = FloatHistogram()
     for part in values.split(sizes or max(len(values), 1)):
-        histogram.add(part)
+        histogram.update(part)
     return histogram.percentile(p)
 
 
@@ -253,8 +253,8 @@ def test_percentiles_of_many_numbers(scale, p):
 def test_a_histogram_merges():
     values = rows_of(500).reshape(-1)
     parts = [FloatHistogram() for _ in range(2)]
-    parts[0].add(values[:10])
-    parts[1].add(values[10:])
+    parts[0].update(values[:10])
+    parts[1].update(values[10:])
     parts[0].merge(parts[1])
     assert parts[0].percentile(90) == percentile_of(values, 90)
     assert int(parts[0].counts.sum()) == 2500
@@ -262,7 +262,7 @@ def test_a_histogram_merges():
 
 def test_a_histogram_of_nothing_or_one_value():
     histogram = FloatHistogram()
-    histogram.add(torch.empty(0, 3))
+    histogram.update(torch.empty(0, 3))
     assert histogram.is_empty
     assert percentile_of(torch.full((1000,), 3.0), 90) == pytest.approx(3, rel=2**-11)
     assert percentile_of(torch.zeros(1000), 90) == pytest.approx(0, abs=1e-30)
@@ -284,21 +284,21 @@ def test_a_bank_keeps_all_rows_in_order():
         assert torch.equal(bank.rows, z)
         assert bank.width == 5
     with pytest.raises(ValueError, match="width 4 after features of width 5"):
-        bank.add(z[:, :4])
+        bank.update(z[:, :4])
 
 
 def test_a_bank_takes_copies():
     z = rows_of(dtype=torch.float32)
     bank = Bank()
-    bank.add(z)
+    bank.update(z)
     z.zero_()
     assert bank.rows.abs().max() > 1
 
 
 def test_a_bank_that_loads_forgets_what_it_had():
     one, other = Bank(), Bank()
-    one.add(rows_of(10))
-    other.add(rows_of(20, seed=3))
+    one.update(rows_of(10))
+    other.update(rows_of(20, seed=3))
     one.load_state_dict(other.state_dict())
     assert torch.equal(one.rows, other.rows)
 
@@ -310,7 +310,7 @@ MAKERS = [Moments, lambda: Moments(gram_per_group=True), lambda: RowSample(50), 
 def test_every_statistic_is_reset_copied_and_merged_with_nothing(make):
     statistic = make()
     assert statistic.is_empty
-    statistic.add(rows_of())
+    statistic.update(rows_of())
     whole = {k: v.clone() for k, v in statistic.state_dict().items()}
     copied = make()
     copied.copy_from(statistic)
@@ -320,7 +320,7 @@ def test_every_statistic_is_reset_copied_and_merged_with_nothing(make):
     statistic.reset()
     assert statistic.is_empty
     assert statistic.width == 0
-    statistic.add(rows_of())
+    statistic.update(rows_of())
     for same in (statistic, copied, empty):
         for name, value in same.state_dict().items():
             assert torch.equal(value, whole[name]), name
@@ -330,7 +330,7 @@ def test_every_statistic_is_reset_copied_and_merged_with_nothing(make):
 @pytest.mark.parametrize("cast", [lambda s: s.half(), lambda s: s.double(), lambda s: s.to(torch.bfloat16)])
 def test_no_cast_changes_a_statistic(make, cast):
     statistic = make()
-    statistic.add(rows_of())
+    statistic.update(rows_of())
     before = {k: v.clone() for k, v in statistic.state_dict().items()}
     for name, value in cast(statistic).state_dict().items():
         assert value.dtype == before[name].dtype
@@ -340,7 +340,7 @@ def test_no_cast_changes_a_statistic(make, cast):
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_state_of_another_kind_is_refused(make):
     statistic = make()
-    statistic.add(rows_of())
+    statistic.update(rows_of())
     wrong = {name: value.to(torch.float16) for name, value in statistic.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"torch\.float16"):
         make().load_state_dict(wrong)

@@ -39,7 +39,8 @@ def loaded():
 @pytest.fixture(scope="session")
 def fitted(folder, loaded, cache):
     source = open_source(str(folder))
-    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, progress=False, workers=0).scorer
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, runtime=runtime).scorer
 
 
 @pytest.fixture
@@ -80,4 +81,4 @@ def heads_trained_once(heads, monkeypatch):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Train heads for few steps, where it does not matter how much they learn."""
-    monkeypatch.setattr(fitting, "_LEAST_STEPS", 10)
+    monkeypatch.setattr(fitting, "_MIN_STEPS", 10)

@@ -8,6 +8,7 @@ from PIL import Image
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.paper.study import Context
+from featnorm.runtime import Runtime
 
 
 def write_images(folder, count, seed, size=32, shift=0):
@@ -18,9 +19,10 @@ def write_images(folder, count, seed, size=32, shift=0):
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
 
 
-def context(fabric, *, root=None, weights=None, out=None):
+def context(precision="32-true", *, root=None, weights=None, out=None):
     """Where studies run, without progress bars."""
-    return Context("laptop", root, weights, out, fabric, {"date": "today"}, progress=False)
+    runtime = Runtime(precision=precision, progress=False)
+    return Context("laptop", root, weights, out, runtime, {"date": "today"})
 
 
 def reproduce(name, root, out, *options):

@@ -11,7 +11,7 @@ from featnorm.paper.recipe import PRESETS, PaperRecipe
 from featnorm.training import Recipe
 
 RECIPE = Recipe(epochs=4, batch_size=16, optimizer="sgd", lr=0.05, augment=True)
-PAPER_RECIPE = PaperRecipe(**RECIPE.settings())
+PAPER_RECIPE = PaperRecipe(**RECIPE.to_dict())
 
 
 def data(n=96, classes=3, side=8, seed=0):

@@ -29,7 +29,7 @@ def same(a, b):
 @given(seen())
 def test_everything_is_its_count(case):
     a, labels, cut = case
-    whole = ActivationStatistics().add(a, labels)
+    whole = ActivationStatistics().update(a, labels)
     n, d = a.shape
     on = [[float(x) > 0 for x in row] for row in a]
     for i in range(d):
@@ -50,9 +50,9 @@ def test_everything_is_its_count(case):
     assert whole.mean_active == pytest.approx(sum(counts) / n)
     assert whole.mean_sparsity == pytest.approx(sum(1 / max(c, 1) for c in counts) / n)
 
-    batches = ActivationStatistics().add(a[:cut], labels[:cut]).add(a[cut:], labels[cut:])
-    halves = ActivationStatistics().add(a[:cut], labels[:cut])
-    halves.merge(ActivationStatistics().add(a[cut:], labels[cut:]))
+    batches = ActivationStatistics().update(a[:cut], labels[:cut]).update(a[cut:], labels[cut:])
+    halves = ActivationStatistics().update(a[:cut], labels[:cut])
+    halves.merge(ActivationStatistics().update(a[cut:], labels[cut:]))
     assert torch.equal(batches.on, whole.on)
     assert torch.equal(halves.on, whole.on)
     assert torch.equal(halves.active, whole.active)
@@ -63,7 +63,7 @@ def test_everything_is_its_count(case):
 
 
 def test_it_is_kept_in_buffers():
-    stats = ActivationStatistics().add(torch.rand(5, 3) - 0.5, torch.tensor([0, 2, 2, 0, -1]))
+    stats = ActivationStatistics().update(torch.rand(5, 3) - 0.5, torch.tensor([0, 2, 2, 0, -1]))
     again = ActivationStatistics()
     again.load_state_dict(stats.state_dict())
     same(stats, again)
@@ -75,16 +75,16 @@ def test_what_is_wrong_is_named_and_changes_nothing():
     stats = ActivationStatistics()
     with pytest.raises(ValueError, match="statistics are empty"):
         _ = stats.entropy
-    stats.add(torch.rand(4, 3))
+    stats.update(torch.rand(4, 3))
     before = {name: value.clone() for name, value in stats.named_buffers()}
     bad = torch.rand(2, 3)
     bad[1, 2] = math.nan
     for call, message in (
-        (lambda: stats.add(bad), "input 1 of the batch has a unit that is NaN"),
-        (lambda: stats.add(torch.rand(2, 4)), "width 4 after features of width 3"),
-        (lambda: stats.add(torch.rand(2, 3), torch.tensor([1])), "labels must be 2 integers"),
-        (lambda: stats.add(torch.ones(2, 3, dtype=torch.int64)), "floating point"),
-        (lambda: stats.merge(ActivationStatistics().add(torch.rand(1, 5))), "5 units cannot be merged"),
+        (lambda: stats.update(bad), "input 1 of the batch has a unit that is NaN"),
+        (lambda: stats.update(torch.rand(2, 4)), "width 4 after features of width 3"),
+        (lambda: stats.update(torch.rand(2, 3), torch.tensor([1])), "labels must be 2 integers"),
+        (lambda: stats.update(torch.ones(2, 3, dtype=torch.int64)), "floating point"),
+        (lambda: stats.merge(ActivationStatistics().update(torch.rand(1, 5))), "5 units cannot be merged"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -93,11 +93,11 @@ def test_what_is_wrong_is_named_and_changes_nothing():
 
 
 def test_a_state_that_was_taken_stays_as_it_was():
-    stats = ActivationStatistics().add(torch.rand(6, 3) - 0.5, torch.tensor([0, 1, 2, 0, 1, 2]))
+    stats = ActivationStatistics().update(torch.rand(6, 3) - 0.5, torch.tensor([0, 1, 2, 0, 1, 2]))
     state = stats.state_dict()
     kept = {name: value.clone() for name, value in state.items()}
-    stats.add(torch.rand(4, 3), torch.tensor([0, 1, 5, -1]))
-    stats.merge(ActivationStatistics().add(torch.rand(2, 3), torch.tensor([1, 1])))
+    stats.update(torch.rand(4, 3), torch.tensor([0, 1, 5, -1]))
+    stats.merge(ActivationStatistics().update(torch.rand(2, 3), torch.tensor([1, 1])))
     stats.validate()
     for name, value in state.items():
         assert torch.equal(value, kept[name])

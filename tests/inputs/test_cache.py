@@ -450,7 +450,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_the_work(
 
     monkeypatch.setattr(source, "digest", never)
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=r"cannot write .*file.2-[0-9a-f]{32}: "):
+    with pytest.raises(WriteError, match=r"cannot write .*file.3-[0-9a-f]{32}: "):
         ask(FeatureCache(tmp_path / "file", "key"), source, never)
     for name in ("lock", "features.f32", "index.jsonl"):
         known = FeatureCache(tmp_path / name, "key")
@@ -461,8 +461,8 @@ def test_a_folder_that_cannot_be_written_is_reported_before_the_work(
 
 def test_a_cache_of_an_earlier_format_is_not_read(folder: Path, tmp_path: Path) -> None:
     known = FeatureCache(tmp_path, "key")
-    assert known.folder.name.startswith("2-")
-    old = tmp_path / known.folder.name.removeprefix("2-")
+    assert known.folder.name.startswith("3-")
+    old = tmp_path / known.folder.name.replace("3-", "2-", 1)
     old.mkdir()
     (old / "index.jsonl").write_text('{"width": 3, "digests": [], "corrupt": []}\n')
     assert ask(known, open_source(str(folder)), Backbone()).damaged == 0

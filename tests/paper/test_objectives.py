@@ -282,10 +282,10 @@ def test_lars_is_its_formula():
 
 def test_other_objectives_settings_are_no_part_of_a_run(tmp_path):
     plain = PaperRecipe(epochs=1, batch_size=16, optimizer="sgd", lr=0.1)
-    assert {"scale", "queue", "ema", "weight"}.isdisjoint(plain.settings())
-    assert plain.settings() == replace(plain, queue=99, ema=0.5).settings()
-    assert SMALL["MoCo-v2"].settings()["queue"] == 40
-    assert "queue" not in SMALL["CIDER"].settings()
+    assert {"scale", "queue", "ema", "weight"}.isdisjoint(plain.to_dict())
+    assert plain.to_dict() == replace(plain, queue=99, ema=0.5).to_dict()
+    assert SMALL["MoCo-v2"].to_dict()["queue"] == 40
+    assert "queue" not in SMALL["CIDER"].to_dict()
 
 
 def test_what_is_wrong_is_named():

@@ -46,9 +46,11 @@ def test_every_number_is_what_its_part_says():
     for name, value in a.items():
         assert last["norm"][name] == pytest.approx(float(fn.l1_norm(value).mean()), rel=1e-4)
         assert last["nan"][name] == pytest.approx(float(fn.negative_aware_norm(value).mean()), rel=1e-4)
-    assert last["entropy"]["test"] == pytest.approx(ActivationStatistics().add(a["test"]).mean_entropy, abs=1e-3)
+    assert last["entropy"]["test"] == pytest.approx(
+        ActivationStatistics().update(a["test"]).mean_entropy, abs=1e-3
+    )
     assert found["0.stages.3"]["entropy"]["test"] == pytest.approx(
-        ActivationStatistics().add(maps).mean_entropy, abs=1e-3
+        ActivationStatistics().update(maps).mean_entropy, abs=1e-3
     )
     expected = sum(fn.auroc(fn.l1_norm(a["test"]), fn.l1_norm(a[name])) for name in ood) / 2
     assert last["auroc"]["test"]["norm"] == pytest.approx(expected, abs=2e-3)

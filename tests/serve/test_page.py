@@ -24,7 +24,8 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 @pytest.fixture(scope="module")
 def scorer(folder, loaded, cache):
     source = open_source(str(folder))
-    return fn.fit_images(source, loaded, detector=fn.KNN(k=3), cache=cache, progress=False, workers=0).scorer
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fn.fit_images(source, loaded, detector=fn.KNN(k=3), cache=cache, runtime=runtime).scorer
 
 
 @pytest.fixture(scope="module")

@@ -105,16 +105,16 @@ class Held:
         self.go = threading.Semaphore(0)
         self.batches = []
         self.held = False
-        inner = scorer.judge
+        inner = scorer.predict_batch
 
-        def judge(images, names, **how):
+        def predict_batch(images, names, **how):
             if self.held:
                 self.batches.append(list(names))
                 self.began.release()
                 assert self.go.acquire(timeout=30)
             return inner(images, names, **how)
 
-        scorer.judge = judge
+        scorer.predict_batch = predict_batch
 
     async def begun(self):
         await until(lambda: self.began.acquire(blocking=False))
@@ -122,7 +122,7 @@ class Held:
 
 def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     source = SlicedSource(open_source(str(new)), range(5, 10), "five")
-    rows = [row for batch in fitted.stream(source, workers=0) for row in batch]
+    rows = [row for batch in fitted.stream(source, runtime=fn.Runtime(workers=0)) for row in batch]
     files = [(new / row.name).read_bytes() for row in rows]
     whole = client.post("/v1/score", json={"images": [text(data) for data in files]})
     assert whole.status_code == 200
@@ -705,15 +705,15 @@ def test_the_work_of_a_disconnected_client_is_dropped(scorer, caplog):
 def test_an_image_that_the_model_fails_on_does_not_affect_the_others(scorer, batchers, caplog):
     async def main():
         held = Held(scorer)
-        inner = scorer.judge
+        inner = scorer.predict_batch
 
-        def judge(images, names, **how):
+        def predict_batch(images, names, **how):
             if "broken" in names:
                 raise RuntimeError("a secret of the inside")
             return inner(images.where(images.mean((1, 2, 3), keepdim=True) < 0.7, torch.nan), names, **how)
 
         async with running(create_app(scorer, Limits(batch_size=4))) as app:
-            scorer.judge = judge
+            scorer.predict_batch = predict_batch
             held.held = True
             first = Asking(app).say(png())
             await held.begun()
@@ -837,9 +837,9 @@ def test_metrics_count(scorer):
 
 
 def test_infinite_scores(scorer):
-    inner = scorer.judge
+    inner = scorer.predict_batch
 
-    def judge(images, names, **how):
+    def predict_batch(images, names, **how):
         above = {"image 1": True, "image 2": False}
         return [
             verdict._replace(score=math.inf if above[verdict.name] else -math.inf, is_id=above[verdict.name])
@@ -847,7 +847,7 @@ def test_infinite_scores(scorer):
         ]
 
     with client_of(create_app(scorer)) as client:
-        scorer.judge = judge
+        scorer.predict_batch = predict_batch
         results = client.post("/v1/score", json={"images": [text(png()), text(png(9))]}).json()["results"]
         assert [(r["score"], r["verdict"], r["error"]) for r in results] == [
             (None, "ID", None),
@@ -1089,7 +1089,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 def load(*arguments, load=ImageScorer.load, **options):
     scorer = load(*arguments, **options)
-    ImageScorer.judge = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+    ImageScorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
     return scorer
 
 ImageScorer.load = load

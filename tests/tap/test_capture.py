@@ -128,7 +128,7 @@ CALLS: dict[str, Callable[[FeatureTap, Tensor], Any]] = {
     "stream": lambda tap, x: list(tap.stream([{"image": x}, {"image": x[:1]}])),
     "abandoned stream": lambda tap, x: next(iter(tap.stream([x, x, x]))),
     "describe": lambda tap, x: tap.describe(),
-    "state": lambda tap, x: FeatureTap.from_state(tap.model, tap.trace(x).state())(x),
+    "state": lambda tap, x: FeatureTap.from_dict(tap.model, tap.trace(x).to_dict())(x),
 }
 
 
@@ -515,11 +515,11 @@ def test_the_state_is_plain_data_and_makes_the_same_tap(
         pytest.skip("its norm never runs as a module")
     model = make()
     tap = FeatureTap(model, layer).trace(x)
-    state = json.loads(json.dumps(tap.state()))
+    state = json.loads(json.dumps(tap.to_dict()))
     passes = model.passes
-    again = FeatureTap.from_state(model, state)
+    again = FeatureTap.from_dict(model, state)
     assert model.passes == passes, "the model was traced again"
-    assert json.loads(json.dumps(again.state())) == state
+    assert json.loads(json.dumps(again.to_dict())) == state
     for (name, value), (_, other) in zip(tap(x).fields(), again(x).fields(), strict=True):
         assert torch.equal(value, other), name
     if tap(x).classifier is not None:
@@ -542,7 +542,7 @@ def test_the_state_of_dicts_and_cosine_heads(x: Tensor) -> None:
     model = Cosine()
     tap = FeatureTap(model).trace(x)
     twin = Cosine()
-    again = FeatureTap.from_state(twin, json.loads(json.dumps(tap.state())))
+    again = FeatureTap.from_dict(twin, json.loads(json.dumps(tap.to_dict())))
     twin.load_state_dict(model.state_dict())
     for (name, value), (_, other) in zip(tap(x).fields(), again(x).fields(), strict=True):
         torch.testing.assert_close(value, other, msg=name)
@@ -551,11 +551,11 @@ def test_the_state_of_dicts_and_cosine_heads(x: Tensor) -> None:
 
 def test_the_state_of_a_tap_without_a_trace() -> None:
     with pytest.raises(RuntimeError, match="trace"):
-        FeatureTap(Model()).state()
+        FeatureTap(Model()).to_dict()
 
 
 def test_the_state_of_another_model_raises_an_error(x: Tensor) -> None:
-    state = FeatureTap(Model()).trace(x).state()
+    state = FeatureTap(Model()).trace(x).to_dict()
     other = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.Linear(D, C))
     with pytest.raises((ValueError, RuntimeError, AttributeError)):
-        FeatureTap.from_state(other, state)(x)
+        FeatureTap.from_dict(other, state)(x)

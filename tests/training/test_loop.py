@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import trainings
-from featnorm.cli.runtime import fabric_of
 from featnorm.models import (
     CifarResNet18,
     Normalize,
@@ -21,6 +20,7 @@ from featnorm.models import (
 )
 from featnorm.paper.networks import MLP
 from featnorm.paper.recipe import PRESETS, scheme_labels
+from featnorm.runtime import Runtime
 from featnorm.training import Recipe, train, train_head
 from trainings import CASES, PAPER_RECIPE, RECIPE, assert_same, data, framework, network, plain, weights
 
@@ -374,7 +374,7 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
-    fabric = fabric_of("cpu", "32-true", compiled=True)
+    fabric = Runtime("cpu", compiled=True).fabric
 
     def network():
         torch.manual_seed(0)

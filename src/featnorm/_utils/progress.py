@@ -14,11 +14,11 @@ class _ProgressLines(tqdm):  # type: ignore[misc]
     """A progress bar of whole lines, for where there is no terminal that could draw over a line."""
 
     def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
-        """Set what stands before the numbers; the line is not written again for it."""
+        """Set the text before the numbers, without writing another line."""
         super().set_description(desc, refresh=False)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the line; an empty one, by which tqdm would remove the bar, is left out."""
+        """Write the line. An empty one, with which tqdm removes a bar, is ignored."""
         if msg == "":
             return False
         print(str(self) if msg is None else msg, file=self.fp, flush=True)

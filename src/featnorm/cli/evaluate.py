@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from featnorm.features import Features
     from featnorm.inputs import ImageSource
+    from featnorm.runtime import Runtime
     from featnorm.tap import FeatureTap
 
 # Name of the set to fit on. Another set of that name is called by its specification.
@@ -73,7 +74,7 @@ def evaluate(
     page, document = out / "index.html", out / "results.md"
     prepare_folder(out, [page, document])
     from featnorm._utils.layout import fast_layout
-    from featnorm.cli.runtime import fabric_of
+    from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.evaluation import compare, standard_detectors
     from featnorm.inputs import open_source
@@ -97,9 +98,9 @@ def evaluate(
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
     loaded = create_model(model, weights=weights)
-    fabric = fabric_of(device, precision)
-    tap = FeatureTap(fast_layout(fabric.to_device(loaded.model)), layer)
-    reader = _Reader(model, tap, loaded.transform, fabric, batch_size, workers)
+    runtime = runtime_of(device, precision, batch_size, workers)
+    tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
+    reader = _Reader(model, tap, loaded.transform, runtime)
 
     evaluation = compare(
         detectors,
@@ -153,9 +154,7 @@ class _Reader:
     model: str
     tap: FeatureTap
     transform: Any
-    fabric: Any
-    batch_size: int
-    workers: int | None
+    runtime: Runtime
     skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=dict)
     several: int = 0
@@ -170,8 +169,8 @@ class _Reader:
         loader = image_loader(
             source,
             self.transform,
-            batch_size=self.batch_size,
-            workers=self.workers,
+            batch_size=self.runtime.batch_size,
+            workers=self.runtime.workers,
             on_corrupt=lambda file, why: self.skipped.setdefault(name, []).append((file, why)),
         )
         rows = self.rows.setdefault(name, [])
@@ -189,7 +188,7 @@ class _Reader:
             rows.extend(batch.indices.tolist())
             images = fast_layout(batch.images)
             where = users_forward(self.model, self.tap.model, named(source, batch.indices.tolist()))
-            with where, self.fabric.autocast():
+            with where, self.runtime.autocast():
                 features = self.tap(images)
             # The accuracy of the model is defined only for labels of its own classes.
             others = name != _FIT and classes is not None and _classes_of(features) != len(classes)

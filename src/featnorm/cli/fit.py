@@ -80,7 +80,7 @@ def fit(
     interruption, rerun the same command to resume.
     """
     require_file_place(out, [Path(data)])
-    from featnorm.cli.runtime import cluster_of, fabric_of
+    from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.fitting import fit_images
     from featnorm.inputs import open_source
@@ -98,7 +98,7 @@ def fit(
     loaded = create_model(model, weights=weights)
     console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, targets)
-    with cluster_of(device, ray) as cluster:
+    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
         fitted = fit_images(
             source,
             loaded,
@@ -106,16 +106,13 @@ def fit(
             targets=targets,
             tpr=tpr,
             cache=cache,
-            batch_size=batch_size,
-            workers=workers,
-            fabric=fabric_of(device, precision),
-            ray=cluster,
             seed=seed,
+            runtime=runtime,
         )
     try:
         fitted.scorer.save(out)
     except OSError as error:
-        raise OSError(f"{error}. The features are kept: rerun the same command to resume from them") from None
+        raise OSError(f"{error}. The features are cached: rerun the same command to resume from them") from None
     print_skipped(source.title, fitted.corrupt)
     unread = len(fitted.corrupt)
     print_reading(len(source) - unread, unread, fitted.several, source.passed_over)
@@ -138,7 +135,7 @@ def fit(
         if fitted.accuracy is None
         else f"; its accuracy on the held-out images is {100 * fitted.accuracy:.1f} %"
     )
-    console.print(f"Features of {facts['backbone']}.", soft_wrap=True)
+    console.print(f"Backbone: {facts['backbone']}.", soft_wrap=True)
     console.print(f"The head is {facts['head']}{accuracy}.", soft_wrap=True)
     calibration = fitted.scorer.scorer.calibration
     assert calibration is not None
@@ -163,7 +160,7 @@ def _print_missing_labels(source: ImageSource, targets: str) -> None:
     without = [i for i in range(len(source)) if source.label(i) is None]
     if 0 < len(without) < len(source):
         first = printable(source.name(without[0]))
-        having = f"1 image has no label ({first})"
+        missing = f"1 image has no label ({first})"
         if len(without) > 1:
-            having = f"{len(without):,} images have no label (the first is {first})"
-        console.print(f"{having}, so {_CLUSTERS}.", soft_wrap=True)
+            missing = f"{len(without):,} images have no label (the first is {first})"
+        console.print(f"{missing}, so {_CLUSTERS}.", soft_wrap=True)

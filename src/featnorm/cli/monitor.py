@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from featnorm.archive import StoredCalibration
-    from featnorm.records import ScoredImage
+    from featnorm.records import ScoreRow
 
 DRIFT = 3
 """The exit status where there is drift."""
@@ -114,7 +114,7 @@ class _Stream:
         self._calibration = calibration
         self._rows = 0
 
-    def add(self, images: list[ScoredImage]) -> None:
+    def add(self, images: list[ScoreRow]) -> None:
         """Take the next rows."""
         rows = [_Row(number, image.path) for number, image in enumerate(images, start=self._rows + 1)]
         self._rows += len(rows)
@@ -128,7 +128,7 @@ class _Stream:
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
-    def _require_same_detector(self, scored: list[tuple[_Row, ScoredImage]]) -> None:
+    def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]]) -> None:
         """Refuse scores of another detector, which would look like drift."""
         scores, errors = _column(scored, "score"), _column(scored, "score_error")
         stated, digits = _column(scored, "p_value"), _column(scored, "p_value_error")
@@ -158,12 +158,12 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
     return calibration
 
 
-def _batches(rows: Iterator[ScoredImage]) -> Iterator[list[ScoredImage]]:
+def _batches(rows: Iterator[ScoreRow]) -> Iterator[list[ScoreRow]]:
     while batch := list(islice(rows, _ROWS)):
         yield batch
 
 
-def _column(scored: list[tuple[_Row, ScoredImage]], name: str) -> npt.NDArray[np.float64]:
+def _column(scored: list[tuple[_Row, ScoreRow]], name: str) -> npt.NDArray[np.float64]:
     import numpy as np
 
     return np.array([getattr(image, name) for _, image in scored], np.float64)

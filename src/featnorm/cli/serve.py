@@ -63,7 +63,7 @@ def serve(
     `POST /v1/score` takes one image, or several as a form or as base64 in JSON; `/openapi.json` describes the API.
     One line of JSON per request is logged to standard error. `/metrics` has counters for Prometheus.
     """
-    from featnorm.cli.runtime import fabric_of
+    from featnorm.cli.runtime import runtime_of
     from featnorm.image_scorer import ImageScorer
     from featnorm.serve import Limits, create_app
     from featnorm.serve.server import bind, run_server
@@ -81,16 +81,16 @@ def serve(
     )
     token = _token(token_file)
     bound = bind(host, port)
-    fabric = fabric_of(device, precision)
+    runtime = runtime_of(device, precision)
     scorer = ImageScorer.load(scorer_file, model=model)
-    scorer.scorer = fabric.to_device(scorer.scorer)
+    scorer.scorer.to(runtime.torch_device)
     app = create_app(
         scorer,
         limits,
         token,
         allowed_hosts=allowed_host or [],
         bound_host=host,
-        fabric=fabric,
+        runtime=runtime,
     )
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         console.print(

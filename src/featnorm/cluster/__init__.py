@@ -1,4 +1,4 @@
-"""Many machines, by Ray: images are judged and asked about by actors, fits are mapped and merged."""
+"""Scoring, feature extraction and fitting on many machines, by Ray."""
 
 from featnorm.cluster.cluster import Cluster
 

@@ -1,4 +1,4 @@
-"""KNN's bank in parts, for one that is too large to lie in every worker."""
+"""KNN with a bank that is split over processes, for banks too large to copy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,29 +11,29 @@ from featnorm.detectors import KNN
 
 
 class BankPart:
-    """Some rows of a bank, in a process of its own.
+    """Some rows of a bank, for a process of its own.
 
     Parameters
     ----------
-    rows : (n, D) float32, of unit length.
-    k, recall : of the whole bank's `featnorm.KNN`.
+    rows : rows of unit length, (n, D) float32.
+    k, recall : settings of the `featnorm.KNN` of the whole bank.
     """
 
     def __init__(self, rows: np.ndarray, k: int, recall: float | None) -> None:
         self._knn = KNN(k, recall=recall).use_bank(torch.from_numpy(np.array(rows)))
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Return the squared distances (m, k) of queries (m, D) to the nearest rows, or to all where fewer."""
+        """Return the squared distances (m, k) of queries (m, D) to the nearest rows, or to all if fewer."""
         return self._knn.nearest(torch.from_numpy(np.array(queries)), k).numpy()
 
 
 class ShardedKNN(KNN):
-    """`featnorm.KNN` whose bank lies in the parts that other processes hold.
+    """`featnorm.KNN` with a bank that is split over other processes.
 
     Parameters
     ----------
-    like : the detector whose settings and bank it has.
-    parts : handles of `BankPart` actors, which together hold the bank.
+    like : detector with the same settings and the whole bank.
+    parts : handles of the `BankPart` actors that together have the bank.
     """
 
     def __init__(self, like: KNN, parts: Sequence[Any]) -> None:
@@ -46,18 +46,18 @@ class ShardedKNN(KNN):
 
     @property
     def is_fitted(self) -> bool:
-        """Always: a bank lies in parts once it is whole."""
+        """Always true: a bank is split after the fit."""
         return True
 
     @property
     def bank_shape(self) -> tuple[int, int]:
-        """Rows and width of the bank."""
+        """Number of rows and width of the bank."""
         return self.shape
 
     def nearest(self, queries: Tensor, k: int) -> Tensor:
-        """See `featnorm.KNN.nearest`: the nearest of the bank are the nearest of each part's nearest."""
+        """See `featnorm.KNN.nearest`: the nearest rows of the bank are among the nearest of each part."""
         import ray
 
-        asked = queries.cpu().numpy()
-        found = ray.get([part.nearest.remote(asked, k) for part in self.parts])
+        rows = queries.cpu().numpy()
+        found = ray.get([part.nearest.remote(rows, k) for part in self.parts])
         return torch.from_numpy(np.concatenate(found, 1)).topk(k, largest=False).values

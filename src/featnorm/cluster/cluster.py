@@ -1,44 +1,45 @@
-"""`Cluster`: batches of images over the actors of a Ray cluster, and fits over its processes."""
+"""`Cluster`: scores images, extracts features and fits detectors on the actors of a Ray cluster."""
 
 import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cluster.bank import BankPart, ShardedKNN
-from featnorm.cluster.work import Extracting, Judging, Work
+from featnorm.cluster.tasks import Extraction, Scoring, Task
 from featnorm.detectors import KNN, Detector
+from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import Extracted, ImageSource, SlicedSource
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
+from featnorm.runtime import Runtime
 
-#: Batches per shard: what the death of a worker costs at most.
+#: Batches per shard, and so the most that the death of an actor costs.
 _SHARD = 16
-#: Calls per actor that are under way, done but not yet taken, or about to begin.
+#: Calls per actor that run, are done but not yet read, or wait.
 _CALLS = 2
-#: Of the memory that Ray grants all actors, what their copies of KNN's bank may take.
+#: Share of Ray's memory that all actors' copies of a bank of KNN may take.
 _BANK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Actors:
-    """How many actors there may be, and what each has.
+    """Maximum number of actors, and the resources of each.
 
     Parameters
     ----------
-    count : of the actors.
+    count : maximum number of actors.
     device : "cpu" or "cuda".
-    cpus, gpus : of each; on a GPU the processors read the images.
+    cpus, gpus : number of CPUs and GPUs per actor; with a GPU, the CPUs decode images.
     """
 
     count: int
@@ -48,22 +49,22 @@ class Actors:
 
     @property
     def workers(self) -> int:
-        """Threads that read images beside the actor's own."""
+        """Number of threads that decode images; 0 for the actor's own."""
         return self.cpus if self.gpus else 0
 
 
 class Cluster:
-    """A Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine's processors, started here.
+    """A Ray cluster: the one at ``RAY_ADDRESS``, or one started here with all CPUs of this machine.
 
-    On CPUs an actor has one processor and reads its images itself; on GPUs it has one and as many processors as
-    there are for each. Actors that die are started anew, with the shard that they were at.
+    There is one actor per GPU, with an equal share of the CPUs to decode images, or else one per CPU, which
+    decodes its images itself. An actor that dies is restarted with the shard it was working on.
 
-    The actors start with the first work and stay for the next, with the processors and GPUs that they hold, until
-    `close` or the end of a ``with`` block.
+    Actors are started for the first task and kept, with their CPUs and GPUs, for later ones, until `close` is
+    called or the ``with`` block ends.
 
     Parameters
     ----------
-    device : "auto" takes GPUs where the cluster has any; "cpu", "cuda" or "gpu".
+    device : "cpu", "cuda" or "gpu", or "auto" for GPUs if the cluster has any.
 
     Raises
     ------
@@ -82,7 +83,7 @@ class Cluster:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         self.actors = _actors(device, _resources())
         self._ready: list[Any] = []
-        # By what is there once the actor is: it may wait for processors for as long as others hold them.
+        # Keyed by a reference that is ready once the actor is: it may have to wait for CPUs held by others.
         self._starting: dict[Any, Any] = {}
 
     def __enter__(self) -> Self:
@@ -92,7 +93,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End the actors, and with them what they are at; the next work starts others."""
+        """End the actors and whatever they are doing. The next task starts new ones."""
         import ray
 
         for actor in (*self._ready, *self._starting.values()):
@@ -106,104 +107,103 @@ class Cluster:
         source: ImageSource,
         batches: Sequence[int],
         *,
-        batch_size: int = 64,
-        precision: str = "32-true",
+        runtime: Runtime,
     ) -> Iterator[tuple[int, list[ImageVerdict]]]:
-        """Judge batches of a source's images.
+        """Score batches of a source's images.
 
-        A bank of KNN that is too large to be copied into every actor lies in parts, one an actor.
+        A bank of KNN that is too large for a copy in every actor is split, one part per actor.
 
         Parameters
         ----------
-        scorer : what judges; it stays as it is.
-        source : the images; every machine of the cluster must be able to read them.
-        batches : which ones, by number, of batches of that size.
-        batch_size : images a batch.
-        precision : as Fabric names it.
+        scorer : image scorer, which is not changed.
+        source : images, which every machine of the cluster must be able to read.
+        batches : numbers of the batches to score.
+        runtime : precision and batch size.
 
         Yields
         ------
-        Number and verdicts of a batch, in whatever order they come.
+        Number and verdicts of a batch, in any order.
 
         Raises
         ------
         DataError
             The transform fails on an image.
         ValueError
-            The model gives a value that is not finite.
+            An output of the model is not finite.
         """
-        work = Judging(self._in_parts(scorer), precision, batch_size)
-        return self._over_batches(work, source, batches, batch_size, ordered=False)
+        task = Scoring(self._in_parts(scorer), replace(runtime, cluster=None))
+        return self._over_batches(task, source, batches, ordered=False)
 
     def extract(
-        self, loaded: LoadedModel, backbone: nn.Module, *, batch_size: int = 64, precision: str = "32-true"
+        self, loaded: LoadedModel, backbone: nn.Module, *, runtime: Runtime
     ) -> Callable[[ImageSource], Iterator[Extracted]]:
-        """Return what asks a frozen backbone about images, for `featnorm.inputs.FeatureCache`.
+        """Return a function that extracts the features of images, for `featnorm.inputs.FeatureCache`.
 
         Parameters
         ----------
-        loaded : whose transform it is.
-        backbone : from transformed images (n, 3, H, W) to features (n, D).
-        batch_size, precision : see `score`.
+        loaded : model whose transform is applied.
+        backbone : module from transformed images (n, 3, H, W) to features (n, D).
+        runtime : see `score`.
         """
-        work = Extracting(copy.deepcopy(backbone).cpu(), loaded.transform, precision, batch_size)
+        task = Extraction(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
 
         def extract(images: ImageSource) -> Iterator[Extracted]:
-            batches = range(-(-len(images) // batch_size))
-            # In order, so that the features of images lie as these do.
-            for number, part in self._over_batches(work, images, batches, batch_size, ordered=True):
-                yield part.moved(number * batch_size)
+            batches = range(-(-len(images) // runtime.batch_size))
+            # In order, so that the features are stored in the order of the images.
+            for number, part in self._over_batches(task, images, batches, ordered=True):
+                yield part.moved(number * runtime.batch_size)
 
         return extract
 
     def _over_batches(
-        self, work: Work, source: ImageSource, batches: Sequence[int], batch_size: int, *, ordered: bool
+        self, task: Task, source: ImageSource, batches: Sequence[int], *, ordered: bool
     ) -> Iterator[tuple[int, Any]]:
-        """Do some work on batches of a source's images; yield number and result of each.
+        """Run a task on batches of a source's images; yield number and result of each.
 
         Parameters
         ----------
-        work, source, batches, batch_size : see `score`.
-        ordered : whether results come in the order of ``batches``; a slow one then holds up the others.
+        task : task to run.
+        source, batches : see `score`.
+        ordered : whether to yield results in the order of ``batches``; a slow one then delays the others.
         """
         import ray
 
         if not batches:
             return
         shards = (batches[i : i + _SHARD] for i in range(0, len(batches), _SHARD))
-        # Held here, as actors that are started anew read them again.
-        kept = [ray.put(work), ray.put(source)]
-        for results, error in self._answers("work", ((kept, batch_size, shard) for shard in shards), ordered):
+        # Kept in a variable, because restarted actors read them again.
+        references = [ray.put(task), ray.put(source)]
+        for results, error in self._results("run", ((references, shard) for shard in shards), ordered):
             yield from results
             if error is not None:
                 raise error
 
-    def _answers(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
-        """Call a method of the actors, each of which answers one call at a time; yield what it returns.
+    def _results(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
+        """Call a method of the actors, each of which runs one call at a time; yield the results.
 
         Parameters
         ----------
-        method : of `_Actor`.
-        calls : the arguments of each call, taken as actors become free.
+        method : name of a method of `_Actor`.
+        calls : arguments of each call, read as actors become free.
         ordered : see `_over_batches`.
         """
         import ray
 
-        most = self.actors.count
+        max_actors = self.actors.count
         calls, waiting = iter(calls), deque[tuple[Any, ...]]()
         busy: dict[Any, Any] = {}
         unread: list[Any] = []
         while True:
-            waiting.extend(islice(calls, _CALLS * most - len(unread) - len(waiting)))
-            at_work = set(busy.values())
-            idle = [actor for actor in self._ready if actor not in at_work]
+            waiting.extend(islice(calls, _CALLS * max_actors - len(unread) - len(waiting)))
+            running = set(busy.values())
+            idle = [actor for actor in self._ready if actor not in running]
             while waiting and idle:
                 actor = idle.pop()
-                answer = getattr(actor, method).remote(*waiting.popleft())
-                busy[answer] = actor
-                unread.append(answer)
-            while len(self._starting) < min(len(waiting), most - len(self._ready)):
-                actor = self._actor()
+                result = getattr(actor, method).remote(*waiting.popleft())
+                busy[result] = actor
+                unread.append(result)
+            while len(self._starting) < min(len(waiting), max_actors - len(self._ready)):
+                actor = self._start_actor()
                 self._starting[actor.__ray_ready__.remote()] = actor
             if not unread and not waiting:
                 return
@@ -214,14 +214,14 @@ class Cluster:
                     ray.get(found)
                     self._ready.append(self._starting.pop(found))
             if ordered:
-                held = next((i for i, answer in enumerate(unread) if answer in busy), len(unread))
-                there, unread = unread[:held], unread[held:]
+                first_busy = next((i for i, result in enumerate(unread) if result in busy), len(unread))
+                done, unread = unread[:first_busy], unread[first_busy:]
             else:
-                there, unread = [answer for answer in unread if answer not in busy], list(busy)
-            for answer in there:
-                yield ray.get(answer)
+                done, unread = [result for result in unread if result not in busy], list(busy)
+            for result in done:
+                yield ray.get(result)
 
-    def _actor(self) -> Any:
+    def _start_actor(self) -> Any:
         import ray
 
         actors = self.actors
@@ -229,33 +229,32 @@ class Cluster:
         return kind.remote(actors.device, actors.workers)
 
     def fit(
-        self, parts: Iterable[tuple[Tensor, Tensor | None]], head: ProjectionHead, detector: Detector
-    ) -> ActivationStatistics:
-        """Fit a detector to features of images, part by part, and merge what each part taught.
+        self,
+        parts: Iterable[tuple[Tensor, Tensor | None]],
+        head: ProjectionHead,
+        detector: Detector,
+        statistics: ActivationStatistics,
+    ) -> None:
+        """Fit a detector to features of images, part by part, and merge the fits.
 
         Parameters
         ----------
-        parts : backbone features (n, D) and labels (n,), or None for none.
-        head : the network behind the backbone.
-        detector : is fitted in place; what it had learned is forgotten.
-
-        Returns
-        -------
-        The activation statistics of all parts.
+        parts : backbone features (n, D) and labels (n,), or None where there are none.
+        head : network behind the backbone.
+        detector : detector to fit in place; an earlier fit is dropped.
+        statistics : activation statistics to update with all parts.
         """
         import ray
 
-        # As it is before it learns: what it knows need not travel.
+        # Sent after the reset, without an earlier fit.
         with detector.refit():
-            kept = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
-            statistics = ActivationStatistics()
-            for learned, seen in self._answers("fit", ((kept, *part) for part in parts), ordered=True):
-                detector.merge(learned)
-                statistics.merge(seen)
-        return statistics
+            reference = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
+            for fitted, found in self._results("fit", ((reference, *part) for part in parts), ordered=True):
+                detector.merge(fitted)
+                statistics.merge(found)
 
     def _in_parts(self, scorer: ImageScorer) -> ImageScorer:
-        """Return a scorer whose banks of KNN, where they are large, lie in parts."""
+        """Return a scorer whose large banks of KNN are split over processes."""
         import ray
 
         part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(BankPart)
@@ -272,50 +271,47 @@ class Cluster:
 
 
 class _Actor:
-    """What does the work. An error is a result too: as Ray's it would come back without its own message."""
+    """Runs tasks. An error is returned as a result, because Ray would replace its message."""
 
     def __init__(self, device: str, workers: int) -> None:
         keep_freed_memory()
-        self._device, self._workers = torch.device(device), workers
-        self._begun: tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]] | None = None
-        self._kept: list[str] = []
+        self._device, self._workers = device, workers
+        self._started: tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]] | None = None
+        self._names: list[str] = []
 
-    def work(
-        self, kept: list[Any], batch_size: int, numbers: Sequence[int]
-    ) -> tuple[list[tuple[int, Any]], Exception | None]:
-        """Return number and result of each batch, up to the one that failed, and why it did."""
-        source, ask = self._start(kept)
-        rows = [row for number in numbers for row in rows_of(number, batch_size, len(source))]
+    def run(self, references: list[Any], numbers: Sequence[int]) -> tuple[list[tuple[int, Any]], Exception | None]:
+        """Return number and result of each batch, up to the one that failed, and the error."""
+        task, source, process = self._start(references)
+        rows = [row for number in numbers for row in rows_of(number, task.runtime.batch_size, len(source))]
         results: list[tuple[int, Any]] = []
         try:
-            # One by one, so that those before an error stay.
-            results.extend(zip(numbers, ask(SlicedSource(source, rows, source.title)), strict=True))
+            # Extended one by one, so that the results before an error are kept.
+            results.extend(zip(numbers, process(SlicedSource(source, rows, source.title)), strict=True))
         except (ValueError, OSError) as error:
             return results, error
         return results, None
 
-    def _start(self, kept: list[Any]) -> tuple[ImageSource, Callable[[ImageSource], Iterator[Any]]]:
-        """Return the images, and what works on them: once for all shards of the same."""
+    def _start(self, references: list[Any]) -> tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]]:
+        """Return the task, the images, and the started task: once for all shards of the same."""
         import ray
 
-        names = [reference.hex() for reference in kept]
-        if self._begun is None or names != self._kept:
-            # The last work's network makes room for this one's.
-            self._begun = None
-            work, source = ray.get(kept)
-            self._begun = source, work.start(self._device, self._workers)
-            self._kept = names
-        return self._begun
+        names = [reference.hex() for reference in references]
+        if self._started is None or names != self._names:
+            # The previous task's network is freed first.
+            self._started = None
+            task, source = ray.get(references)
+            self._started = task, source, task.start(self._device, self._workers)
+            self._names = names
+        return self._started
 
     def fit(
-        self, kept: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
+        self, unfitted: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
     ) -> tuple[Detector, ActivationStatistics]:
-        """Return what one part of the images taught."""
-        from featnorm.fitting import learn
-
-        head, detector = copy.deepcopy(kept)
+        """Return the fit to one part of the images."""
+        head, detector = copy.deepcopy(unfitted)
         statistics = ActivationStatistics()
-        learn(head, detector, statistics, values, labels)
+        for features in training_features(head, statistics, [(values, labels)]):
+            detector.partial_fit(features)
         return detector, statistics
 
 
@@ -329,9 +325,9 @@ def _resources() -> dict[str, float]:
 def _actors(device: str, resources: dict[str, float]) -> Actors:
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if device not in ("auto", "cpu", "cuda", "gpu"):
-        raise ValueError(f"--device {device}: on a cluster it is auto, cpu or cuda")
+        raise ValueError(f"device {device!r} is not one of a cluster's: use auto, cpu or cuda")
     if device == "cpu" or (device == "auto" and not gpus):
         return Actors(max(1, cpus), "cpu", 1, 0)
     if not gpus:
-        raise ValueError(f"--device {device}: the cluster has no GPU")
+        raise ValueError(f"device {device!r}: the cluster has no GPU")
     return Actors(gpus, "cuda", max(1, cpus // gpus), 1)

@@ -150,7 +150,7 @@ class Detector(nn.Module, ABC):
         self._check_fit(features)
         # Sums made under inference mode could never be added to again.
         with torch.inference_mode(False), torch.no_grad():
-            self._learn(features)
+            self._partial_fit(features)
         self._drop_fitted_state()
         return self
 
@@ -255,7 +255,7 @@ class Detector(nn.Module, ABC):
 
     # What a subclass defines.
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         """Add one checked batch to the statistics."""
 
     @abstractmethod
@@ -357,9 +357,9 @@ class Wrapper(Detector):
         for detector in self._inner():
             detector._check_fit(features)
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         for detector in self._inner():
-            detector._learn(features)
+            detector._partial_fit(features)
 
     def _inner(self) -> list[Detector]:
         return [module for module in self.children() if isinstance(module, Detector)]

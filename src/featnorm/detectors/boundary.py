@@ -59,8 +59,8 @@ class OneClassSVM(Detector):
         self._set(nu=nu)
         self.sample = RowSample(_MAX_ROWS)
 
-    def _learn(self, features: Features) -> None:
-        self.sample.add(features.tensor("pooled"))
+    def _partial_fit(self, features: Features) -> None:
+        self.sample.update(features.tensor("pooled"))
 
     def _finalize(self) -> _Support:
         from sklearn.svm import OneClassSVM as Solver

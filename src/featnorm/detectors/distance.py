@@ -71,8 +71,8 @@ class Mahalanobis(Detector):
         super()._check_fit(features)
         _require_labels(self, features.tensor("labels"))
 
-    def _learn(self, features: Features) -> None:
-        self.moments.add(features.tensor("pooled"), features.labels)
+    def _partial_fit(self, features: Features) -> None:
+        self.moments.update(features.tensor("pooled"), features.labels)
 
     def _finalize(self) -> _Gaussians:
         factor = whitening(self.moments.within_covariance(), self.moments.rounding().max())
@@ -135,14 +135,14 @@ class SSD(Detector):
         if self.clusters == "labels":
             _require_labels(self, features.tensor("labels"))
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         pooled, row = features.tensor("pooled"), 0
         for unit in unit_blocks(pooled):
             labels = features.tensor("labels")[row : row + len(unit)] if self.clusters == "labels" else None
-            self.moments.add(unit, labels)
+            self.moments.update(unit, labels)
             row += len(unit)
         if self.sample is not None:
-            self.sample.add(single_unit_rows(pooled))
+            self.sample.update(single_unit_rows(pooled))
 
     def _finalize(self) -> _Gaussians:
         covariance, rounding = self.moments.covariance(), self.moments.rounding()
@@ -184,7 +184,7 @@ class SSD(Detector):
         else:
             rows = (self.sample.rows.double() - origin) / scale
             moments = Moments(gram_per_group=True).to(rows.device)
-            moments.add(rows, self._k_means(rows))
+            moments.update(rows, self._k_means(rows))
             sizes, means, covariances = moments.counts, moments.means(), list(moments.group_covariances())
         if (sizes < 2).any():
             raise ValueError(

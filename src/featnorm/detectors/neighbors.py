@@ -90,8 +90,8 @@ class KNN(Detector):
         self._drop_fitted_state()
         return self
 
-    def _learn(self, features: Features) -> None:
-        self.bank.add(features.tensor("pooled"), write_unit_rows)
+    def _partial_fit(self, features: Features) -> None:
+        self.bank.update(features.tensor("pooled"), write_unit_rows)
 
     def _validate(self) -> None:
         rows, _ = self.bank_shape

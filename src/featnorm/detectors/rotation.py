@@ -101,10 +101,10 @@ class CSI(Detector):
         _require_rotation_logits(self, features)
         self._require_colors(features.require_call(self).inputs)
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         if len(features):
             embeddings, logits = self._rotated_outputs(features)
-            self.bank.add(torch.cat([embeddings.flatten(1), logits], 1))
+            self.bank.update(torch.cat([embeddings.flatten(1), logits], 1))
 
     def _finalize(self) -> _Axes:
         rows = self.bank.rows

@@ -74,9 +74,9 @@ class ReAct(Wrapper):
                 "(a cosine classifier, or a head in between); wrap a detector of the activation, such as NAN"
             )
 
-    def _learn(self, features: Features) -> None:
-        super()._learn(features)
-        self.activations.add(features.tensor(_clipped_field(features)))
+    def _partial_fit(self, features: Features) -> None:
+        super()._partial_fit(features)
+        self.activations.update(features.tensor(_clipped_field(features)))
 
     def _finalize(self) -> float:
         return self.activations.percentile(self.percentile)

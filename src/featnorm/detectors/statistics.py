@@ -1,7 +1,7 @@
 """Fitted state of detectors: sums and samples that stream, merge, and are held in buffers.
 
-A fit is any number of `add` calls; `merge` joins two fits into the fit of the whole. Memory does not grow with the
-number of inputs, except that of `Bank`, which holds the inputs.
+A fit is any number of `update` calls; `merge` joins two fits into the fit of the whole. Memory does not grow with
+the number of inputs, except that of `Bank`, which holds the inputs.
 """
 
 import math
@@ -29,7 +29,7 @@ _MAX_GRAMS_BYTES = 8 << 30
 
 
 class Statistic(nn.Module, ABC):
-    """Buffers that summarize the inputs of a fit; empty until the first `add`."""
+    """Buffers that summarize the inputs of a fit; empty until the first `update`."""
 
     def __init__(self, **empty: Tensor) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Moments(Statistic):
         """Number of rows."""
         return self.counts.sum()
 
-    def add(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
+    def update(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
         """Add rows (n, d) in groups by labels (n,). Default: one group."""
         self.require_width(rows)
         if len(rows) == 0:
@@ -291,7 +291,7 @@ class Total(Statistic):
         """Whether nothing has been added yet."""
         return bool(self.count == 0)
 
-    def add(self, values: Tensor) -> None:
+    def update(self, values: Tensor) -> None:
         """Add numbers, (n,)."""
         self.count = self.count + values.numel()
         self.sum = self.sum + values.double().sum().to(self.sum.device)
@@ -347,7 +347,7 @@ class RowSample(Statistic):
         """Whether the sample holds all rows."""
         return int(self.seen) == len(self.keys)
 
-    def add(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor) -> None:
         """Add rows, (n, d)."""
         self.require_width(rows)
         for block in rows.split(_SAMPLED_ROWS):
@@ -399,7 +399,7 @@ class FloatHistogram(Statistic):
         """Whether nothing has been added yet."""
         return len(self.bins) == 0
 
-    def add(self, values: Tensor) -> None:
+    def update(self, values: Tensor) -> None:
         """Add numbers of any shape."""
         flat = values.detach().to(self.bins.device, torch.float32).reshape(-1)
         for part in flat.split(1 << 24):
@@ -471,7 +471,7 @@ class Bank(Statistic):
         """Width of a row."""
         return self.rows.shape[1]
 
-    def add(self, rows: Tensor, write: Callable[[Tensor, Tensor], object] | None = None) -> None:
+    def update(self, rows: Tensor, write: Callable[[Tensor, Tensor], object] | None = None) -> None:
         """Add rows (n, d), or the rows that ``write(rows, out)`` writes to the bank's memory."""
         self.require_width(rows)
         if len(rows) == 0:
@@ -492,7 +492,7 @@ class Bank(Statistic):
     def merge(self, other: Self) -> None:
         """Append the rows of another."""
         if not other.is_empty:
-            self.add(other.rows)
+            self.update(other.rows)
 
 
 def _joined_rows(first: Tensor, second: Tensor, order: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ class _SubspaceDetector(Detector):
         super()._check_fit(features)
         self._require_residual(features.tensor("pooled").shape[1])
 
-    def _learn(self, features: Features) -> None:
+    def _partial_fit(self, features: Features) -> None:
         origin = _origin(features) if self.moments.is_empty else None
-        self.moments.add(features.tensor("pooled"), shift=origin)
+        self.moments.update(features.tensor("pooled"), shift=origin)
 
     def _validate(self) -> None:
         self._require_residual(self.moments.width)
@@ -140,10 +140,10 @@ class ViM(_SubspaceDetector):
         self.max_logit = Total()
         self.sample = RowSample(_MAX_ALPHA_ROWS)
 
-    def _learn(self, features: Features) -> None:
-        super()._learn(features)
-        self.sample.add(features.tensor("pooled"))
-        self.max_logit.add(features.tensor("logits").amax(1))
+    def _partial_fit(self, features: Features) -> None:
+        super()._partial_fit(features)
+        self.sample.update(features.tensor("pooled"))
+        self.max_logit.update(features.tensor("logits").amax(1))
 
     def _finalize(self) -> tuple[_Subspace, Tensor]:
         subspace = self._subspace()

@@ -42,7 +42,7 @@ class ActivationStatistics(Statistic):
         """Number of units d."""
         return len(self.on)
 
-    def add(self, activation: Tensor, labels: Tensor | None = None) -> Self:
+    def update(self, activation: Tensor, labels: Tensor | None = None) -> Self:
         """Add activations (n, d), after the non-linearity, and optionally classes (n,), negative if unknown.
 
         Raises

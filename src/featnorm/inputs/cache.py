@@ -1,7 +1,6 @@
 """A cache of features on disk, so that a frozen backbone runs once per image."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from featnorm._utils.files import WriteError, acquire_lock, flush_to_disk, replacing, sync_folder
 from featnorm._utils.progress import progress_bar
+from featnorm._utils.sealed import seal, unseal
 from featnorm.inputs.loading import Extracted
 from featnorm.inputs.source import DataError, ImageSource, ItemError, SlicedSource
 
 # Caches of other formats are in other folders, and are not read.
-_FORMAT = 2
+_FORMAT = 3
 _FLOAT_BYTES = 4
 
 
@@ -207,30 +207,32 @@ class _Batch:
     def end(self) -> int:
         return self.start + len(self.digests)
 
-    def line(self, seed: bytes) -> bytes:
-        """Return the batch as a line of JSON, which ends with its own checksum."""
+    def line(self, cache: str) -> bytes:
+        """Return the batch as a sealed line of the index of a cache."""
         entry = {
+            "cache": cache,
             "start": self.start,
             "width": self.width,
-            "sha256": self.sha256,
+            "features": self.sha256,
             "digests": [digest.hex() for digest in self.digests],
             "corrupt": [(digest.hex(), why) for digest, why in self.corrupt],
             "several": [digest.hex() for digest in self.several],
         }
-        text = json.dumps(entry).encode().removesuffix(b"}")
-        return text + _line_end(seed, text)
+        return f"{seal(entry)}\n".encode()
 
     @classmethod
-    def from_line(cls, seed: bytes, line: bytes) -> Self | None:
-        """Return the batch of a line; None if the line is damaged."""
-        text, comma, _ = line.rpartition(b", ")
-        if not comma or line != text + _line_end(seed, text):
+    def from_line(cls, cache: str, line: bytes) -> Self | None:
+        """Return the batch of a line; None if the line is damaged or of another cache."""
+        try:
+            entry = unseal(line)
+        except ValueError:
             return None
-        entry = json.loads(line)
+        if entry["cache"] != cache:
+            return None
         corrupt = [(bytes.fromhex(digest), why) for digest, why in entry["corrupt"]]
         digests = [bytes.fromhex(digest) for digest in entry["digests"]]
         several = [bytes.fromhex(digest) for digest in entry["several"]]
-        return cls(entry["start"], entry["width"], entry["sha256"], digests, corrupt, several)
+        return cls(entry["start"], entry["width"], entry["features"], digests, corrupt, several)
 
 
 class _Store(AbstractContextManager["_Store"]):
@@ -263,8 +265,7 @@ class _Store(AbstractContextManager["_Store"]):
         self.damaged = 0
         self.features = folder / "features.f32"
         self._index_path = folder / "index.jsonl"
-        # Part of the checksum of each line, so that a line of another cache is not valid.
-        self._seed = folder.name.encode()
+        self._name = folder.name
         self._free: list[tuple[int, float]] = []
         new = not self._index_path.exists()
         self._file = _opened(self.features)
@@ -322,7 +323,7 @@ class _Store(AbstractContextManager["_Store"]):
             self._write(self._file, start * self._row_bytes, content)
         frames = [digest for digest in new if digest in several]
         batch = _Batch(start, self.width, hashlib.sha256(content).hexdigest(), new, corrupt, frames)
-        self._write(self._index, self._index.seek(0, os.SEEK_END), batch.line(self._seed))
+        self._write(self._index, self._index.seek(0, os.SEEK_END), batch.line(self._name))
         self._index_batch(batch)
 
     @property
@@ -365,7 +366,7 @@ class _Store(AbstractContextManager["_Store"]):
                         self._index.truncate(end)
                         break
                     end += len(line)
-                    batches.append(_Batch.from_line(self._seed, line))
+                    batches.append(_Batch.from_line(self._name, line))
             self._verify(batches, progress)
         except OSError as error:
             raise DataError(f"cannot read the cache {self._index_path.parent}: {error.strerror}") from None
@@ -410,10 +411,6 @@ class _Store(AbstractContextManager["_Store"]):
                 kept.writelines(line for line, batch in zip(lines, batches, strict=True) if batch is not None)
         finally:
             self._index = _opened(self._index_path)
-
-
-def _line_end(seed: bytes, text: bytes) -> bytes:
-    return b', "checksum": "%s"}\n' % hashlib.sha256(seed + b" " + text).hexdigest().encode()
 
 
 def _opened(path: Path) -> FileIO:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import Detector
 from featnorm.evaluation import compare
-from featnorm.fitting import head_features
+from featnorm.fitting import features_behind
 from featnorm.models import ProjectionHead, load_model
 from featnorm.models.heads import Activation
 from featnorm.paper.images import CLASSES, cifar10_images
@@ -96,11 +96,11 @@ def fit_and_score(
 
     train(head, features, labels, recipe, seed=seed, progress=progress, on_epoch=keep_last)
     seconds = time.perf_counter() - began
-    test = head_features(head, pooled.test[0])
-    ood = {name: head_features(head, values) for name, values in pooled.ood.items()}
+    test = features_behind(head, pooled.test[0])
+    ood = {name: features_behind(head, values) for name, values in pooled.ood.items()}
     evaluation = compare(
         detectors,
-        fit=[head_features(head, features)] if any(detector.needs_fit for detector in detectors) else None,
+        fit=[features_behind(head, features)] if any(detector.needs_fit for detector in detectors) else None,
         id_set=("cifar10", [test.replace(labels=pooled.test[1])]),
         ood_sets={name: [values] for name, values in ood.items()},
     )

@@ -46,7 +46,7 @@ class Panel:
     image: npt.NDArray[np.bool_] | None = None
     log2: bool = False  # whether the x-axis is logarithmic, with ticks at the points
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON: numbers to four digits, an image as one string of bits per row."""
         data = asdict(replace(self, image=None))
         for line in data["lines"]:
@@ -56,8 +56,8 @@ class Panel:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Panel":
-        """Return the panel that `to_json` made plain data of."""
+    def from_dict(cls, data: Mapping[str, Any]) -> "Panel":
+        """Return the panel that `to_dict` made plain data of."""
         image = data["image"]
         if image is not None:
             image = np.array([[bit == "1" for bit in row] for row in image])

@@ -116,7 +116,7 @@ class Probe:
                 activations = layers(pixels)
                 for layer in (LAST, *self.layers):
                     a = activations[layer]
-                    counts.setdefault((layer, name), ActivationStatistics()).add(a.cpu())
+                    counts.setdefault((layer, name), ActivationStatistics()).update(a.cpu())
                     part = scores.setdefault((layer, name), {"norm": [], "nan": [], "sparsity": []})
                     part["norm"].append(l1_norm(a).cpu())
                     part["nan"].append(negative_aware_norm(a).cpu())

@@ -89,10 +89,10 @@ class PaperRecipe(Recipe):
         if self.objective == "moco" and self.queue < self.batch_size:
             raise ValueError(f"a queue of {self.queue} does not hold the keys of a batch of {self.batch_size}")
 
-    def settings(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data, without those that the objective does not read."""
         unread = {name for name, objectives in _READ_BY.items() if self.objective not in objectives}
-        return {name: value for name, value in super().settings().items() if name not in unread}
+        return {name: value for name, value in super().to_dict().items() if name not in unread}
 
     def make_objective(self) -> Objective:
         """Return the objective of the run."""

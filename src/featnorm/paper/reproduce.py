@@ -10,7 +10,7 @@ from rich.table import Table as Grid
 
 from featnorm._utils.files import write_text
 from featnorm.cli.console import console, environment, prepare_folder
-from featnorm.cli.runtime import fabric_of
+from featnorm.cli.runtime import runtime_of
 from featnorm.inputs import DataError
 from featnorm.paper.page import Section, write_results_page
 from featnorm.paper.study import Context, MissingError, Study, studies
@@ -48,7 +48,7 @@ def run(
     scale : name of a scale.
     data_root, weights : the data root and the folder of checkpoints, or None.
     out : folder of the results; each scale has a folder there.
-    device, precision, compiled : see `featnorm.cli.runtime.fabric_of`.
+    device, precision, compiled : see `featnorm.runtime.Runtime`.
 
     Raises
     ------
@@ -61,13 +61,16 @@ def run(
     out = out / scale
     files = ["results.html"] if name == ALL else [f"{name}.json", f"{name}.md"]
     prepare_folder(out, [out / file for file in files])
-    fabric = fabric_of(device, precision, compiled=compiled)
-    facts = {"device": f"{fabric.device}, {precision}" + (", compiled" if compiled else ""), **environment()}
+    runtime = runtime_of(device, precision, compiled=compiled)
+    facts = {
+        "device": f"{runtime.torch_device}, {precision}" + (", compiled" if compiled else ""),
+        **environment(),
+    }
 
     def note(line: str) -> None:
         console.print(line, style="dim", soft_wrap=True)
 
-    context = Context(scale, data_root, weights, out, fabric, facts, note=note)
+    context = Context(scale, data_root, weights, out, runtime, facts, note=note)
     if name == ALL:
         _make_all(available, context)
         return

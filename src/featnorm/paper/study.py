@@ -16,6 +16,7 @@ from featnorm._utils.files import replacing
 from featnorm._utils.sealed import read_sealed, write_sealed
 from featnorm.inputs import DataError
 from featnorm.paper.tables import Result, Table
+from featnorm.runtime import Runtime
 
 
 class MissingError(DataError):
@@ -52,9 +53,8 @@ class Context:
     root : the data root. None: each data set's default place.
     weights : folder of the authors' checkpoints, or None.
     out : folder of the runs, one folder for each.
-    fabric : a launched `lightning_fabric.Fabric` of one process.
+    runtime : device and precision, and whether to show progress bars.
     environment : versions, machine and date, kept with each result.
-    progress : whether to show progress bars. Default: yes.
     note : called with a line for the user about what runs now or what was left out.
     """
 
@@ -62,11 +62,20 @@ class Context:
     root: Path | None
     weights: Path | None
     out: Path
-    fabric: Any
+    runtime: Runtime
     environment: Mapping[str, str]
-    progress: bool | None = None
     note: Callable[[str], None] = lambda line: None
     _loaded: dict[Callable[["Context"], Any], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def fabric(self) -> Any:
+        """The launched `lightning_fabric.Fabric` of one process, which sets up training."""
+        return self.runtime.fabric
+
+    @property
+    def progress(self) -> bool | None:
+        """Whether to show progress bars; see `Runtime`."""
+        return self.runtime.progress
 
     def once(self, load: Callable[["Context"], _Loaded]) -> _Loaded:
         """Return what a function loads in this context; it is called once, however many studies need it."""

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 import featnorm
 from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.records import row_of
+from featnorm.runtime import Runtime
 from featnorm.serve.batching import Batcher, Pending
 from featnorm.serve.hosts import HostCheck, allowed_name
 from featnorm.serve.limits import RETRY, BodyLimit, Limits
@@ -93,7 +94,7 @@ def create_app(
     *,
     allowed_hosts: Sequence[str] = (),
     bound_host: str | None = None,
-    fabric: Any = None,
+    runtime: Runtime | None = None,
 ) -> FastAPI:
     """Create an ASGI application that scores images over HTTP.
 
@@ -116,8 +117,8 @@ def create_app(
     bound_host : str, optional
         Address or name that the server listens on. It is a host name of the service as well, but its pages must
         come from the same port.
-    fabric : lightning_fabric.Fabric, optional
-        Fabric for its precision. The scorer stays on its device.
+    runtime : Runtime, optional
+        Precision to score in. Default: 32-true. The scorer stays on its device.
 
     Raises
     ------
@@ -143,7 +144,7 @@ def create_app(
         if loop not in workers:
             for closed in [other for other in workers if other.is_closed()]:
                 del workers[closed]
-            predict = partial(_predict, scorer, fabric)
+            predict = partial(_predict, scorer, runtime)
             workers[loop] = Workers(Batcher(scorer.transform, predict, limits, metrics.batch))
         return workers[loop]
 
@@ -313,12 +314,12 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _predict(scorer: ImageScorer, fabric: Any, images: Sequence[Pending]) -> list[ImageVerdict]:
-    return scorer.judge(
+def _predict(scorer: ImageScorer, runtime: Runtime | None, images: Sequence[Pending]) -> list[ImageVerdict]:
+    return scorer.predict_batch(
         torch.stack([image.tensor for image in images]),
         [image.upload.name for image in images],
         explain=[i for i, image in enumerate(images) if image.explain],
-        fabric=fabric,
+        runtime=runtime,
     )
 
 

@@ -44,13 +44,13 @@ class HookPoint:
     total: int  # number of such operations in a pass; a pass with another number is rejected
     copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the point as plain data, for a file."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "HookPoint":
-        """Create a point from the plain data that `to_json` returned.
+    def from_dict(cls, data: Mapping[str, Any]) -> "HookPoint":
+        """Create a point from the plain data that `to_dict` returned.
 
         Raises
         ------

@@ -50,7 +50,7 @@ class WeightRef:
     bias: str | None
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "WeightRef":
+    def from_dict(cls, data: Mapping[str, Any]) -> "WeightRef":
         """Create a reference from its attributes.
 
         Raises

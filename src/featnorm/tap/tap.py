@@ -223,12 +223,12 @@ class FeatureTap:
             lines.append(f"{name}: {words}")
         return "\n".join(lines)
 
-    def state(self) -> dict[str, Any]:
-        """Return the state of the tap as plain data, for a file; see `from_state`."""
-        return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_json()}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state of the tap as plain data, for a file; see `from_dict`."""
+        return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_dict()}
 
     @classmethod
-    def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
+    def from_dict(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
         """Create a tap from the state of another one, without tracing the model again.
 
         Raises
@@ -237,7 +237,7 @@ class FeatureTap:
             The data are not a state, or do not fit the model.
         """
         tap = cls(model, state["layer"])
-        tap._plan = _Plan.from_json(state["plan"])
+        tap._plan = _Plan.from_dict(state["plan"])
         tap._plan.check(tap.model)
         tap._inactive = check_text(state["inactive"])
         tap._advice = "the file that the tap was read from is damaged or does not fit the model: fit again"
@@ -379,9 +379,9 @@ class _Plan:
                 raise ValueError(f"the classifier is read from {path!r}, which is not a weight of the model")
         self.classifier(model)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "points": {name: point.to_json() for name, point in self.points.items()},
+            "points": {name: point.to_dict() for name, point in self.points.items()},
             "weights": [vars(ref) for ref in self.weights],
             "absent": self.absent,
             "verdict": self.verdict,
@@ -389,10 +389,10 @@ class _Plan:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "_Plan":
+    def from_dict(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
-            {name: HookPoint.from_json(point) for name, point in data["points"].items()},
-            [WeightRef.from_json(ref) for ref in data["weights"]],
+            {name: HookPoint.from_dict(point) for name, point in data["points"].items()},
+            [WeightRef.from_dict(ref) for ref in data["weights"]],
             _texts(data["absent"]),
             check_text(data["verdict"]),
             _texts(data["words"]),

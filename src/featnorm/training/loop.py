@@ -90,7 +90,7 @@ def train(
     run: dict[str, Any] = {}
     start = 0
     if checkpoint is not None:
-        run = {"recipe": recipe.settings(), "seed": seed, "world": world, "data": digest(inputs, targets)}
+        run = {"recipe": recipe.to_dict(), "seed": seed, "world": world, "data": digest(inputs, targets)}
     # State that lasts over steps must not be inference tensors, so the caller's inference mode is turned off.
     with torch.inference_mode(False), torch.no_grad():
         fast_layout(model)
@@ -135,7 +135,7 @@ def train(
                             fabric.backward(found.loss)
                     optimizer.step()
                     schedule.step()
-                    meter.add(found)
+                    meter.update(found)
                     bar.set_postfix(meter.shown(), refresh=False)
                     bar.update(len(rows))
             entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
@@ -225,7 +225,7 @@ class _Meter:
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def add(self, step: Step) -> None:
+    def update(self, step: Step) -> None:
         self.classifies = step.accuracy is not None
         self.sums[0] += float(step.loss.detach())
         if step.accuracy is not None:

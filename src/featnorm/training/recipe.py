@@ -60,7 +60,7 @@ class Recipe:
         if self.crop is not None and not self.augment:
             raise ValueError("crops are an augmentation: set augment=True, or crop=None")
 
-    def settings(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data, which identify a run."""
         return asdict(self)
 

@@ -104,14 +104,11 @@ def test_what_cannot_be_reproduced_is_named(tmp_path, featnorm):
 
 
 def test_the_pooled_norm_is_of_the_pooled_feature(root):
-    from lightning_fabric import Fabric
-
     import featnorm as fn
 
     images = load_images(root, progress=False)
     model = cifar10.MAIN.build(8, 0).eval()
-    fabric = Fabric(accelerator="cpu", devices=1)
-    result = scoring.score(model, images, [fn.NAN()], context(fabric))
+    result = scoring.score(model, images, [fn.NAN()], context())
     with torch.no_grad():
         pooled = [model[1](model[0](pixels.float() / 255)) for pixels in (images.test[0], images.ood["noise"])]
         hidden = [torch.relu(model[2].hidden(h)) for h in pooled]

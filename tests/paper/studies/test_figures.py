@@ -42,8 +42,8 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
         picture = (out / f"{name}.svg").read_text()
         assert picture.count("<svg") == 1
         kept = json.loads((out / f"{name}.json").read_text())
-        panels = [[Panel.from_json(panel) for panel in row] for row in kept["panels"]]
-        assert [[panel.to_json() for panel in row] for row in panels] == kept["panels"]
+        panels = [[Panel.from_dict(panel) for panel in row] for row in kept["panels"]]
+        assert [[panel.to_dict() for panel in row] for row in panels] == kept["panels"]
         assert picture.count('id="axes_') == sum(len(row) for row in panels)
         assert studies()[name].tables(kept)[name].markdown() == (out / f"{name}.md").read_text()
         assert "scale laptop" in (out / f"{name}.md").read_text()
@@ -62,9 +62,8 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_records_what_it_was(root, tiny, tmp_path):
-    from lightning_fabric import Fabric
 
-    here = context(Fabric(accelerator="cpu", devices=1), root=root, out=tmp_path)
+    here = context(root=root, out=tmp_path)
     study = studies()["figure3"]
     images = study.load(TINY, here)
     job = theory.Job("resnet", scheme="O")
@@ -105,7 +104,7 @@ def test_the_label_schemes_train_as_the_paper_says():
 
 
 def test_digits_are_gray(root):
-    images = theory.LOADERS["mnist"](context(None, root=root))
+    images = theory.LOADERS["mnist"](context(root=root))
     assert images.train[0].shape == (120, 1, 28, 28)
     model = theory.build(theory.Job("mlp", "mnist"), TINY, images.train[0].shape[1:], 10)
     assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)

@@ -19,6 +19,7 @@ from featnorm.paper.checkpoints import ContrastiveNetwork, load_contrastive
 from featnorm.paper.numbers import numbers
 from featnorm.paper.studies import imagenet
 from featnorm.paper.study import MissingError, studies
+from featnorm.runtime import Runtime
 from small import context, reproduce, write_images
 
 pytestmark = pytest.mark.slow
@@ -90,7 +91,7 @@ def paper(small_inputs, monkeypatch):
     torch.manual_seed(1)
     small = create_model("torchvision:resnet18", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _, weights: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 10)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
 
 
 def made(table, large, weights, out):
@@ -190,7 +191,7 @@ def test_torchvision_networks(name, architecture, tmp_path):
 
 
 def load(table, root, weights):
-    return studies()[table].load(imagenet.SCALES["paper"], context(None, root=root, weights=weights))
+    return studies()[table].load(imagenet.SCALES["paper"], context(root=root, weights=weights))
 
 
 def test_what_is_missing_is_named_all_at_once(large, weights, tmp_path, capsys):
@@ -241,7 +242,7 @@ def laptop(small_inputs, tmp_path, monkeypatch):
     monkeypatch.setitem(imagenet.SCALES, "laptop", replace(imagenet.SCALES["laptop"], k=10, seeds=2))
     small = create_model("timm:test_efficientnet", pretrained=False)
     monkeypatch.setattr(imagenet, "create_model", lambda _: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 10)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 10)
     return root
 
 
@@ -286,7 +287,11 @@ def test_banks_are_parts_of_each_other(large, paper, tmp_path):
     backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     loaded = create_model("torchvision:resnet18", pretrained=False)
     known = imagenet.backbone_features(
-        open_source("imagenet:train", root=large), loaded, backbone, cache=tmp_path, progress=False
+        open_source("imagenet:train", root=large),
+        loaded,
+        backbone,
+        cache=tmp_path,
+        runtime=Runtime(progress=False),
     )
     whole, part = (imagenet._bank(known, count, tmp_path / f"{count}") for count in (120, 12))
     assert torch.equal(whole, fn.detectors.statistics.unit_rows(known.values).float())

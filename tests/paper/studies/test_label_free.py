@@ -124,14 +124,13 @@ def test_the_papers_settings():
 
 @pytest.mark.parametrize("same", [True, False])
 def test_the_model_runs_in_the_precision_of_its_training(root, same):
-    from lightning_fabric import Fabric
 
     images = load_images(root, progress=False)
     framework = label_free.FRAMEWORKS["RotNet"]
     model = framework.build(4, 0)
     kinds = []
     model[1].stem[0].register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
-    mixed = context(Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))
+    mixed = context("bf16-mixed")
     result = scoring.score(model, images, framework.detectors(), mixed, labels=False, same_precision=same)
     assert set(kinds) == {torch.bfloat16 if same else torch.float32}
     assert result["accuracy"] is None

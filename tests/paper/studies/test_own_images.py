@@ -26,7 +26,7 @@ def test_own_images(own_root, tmp_path, monkeypatch):
     monkeypatch.setattr(own_images, "CLUSTER_SIZES", (10,))
     small = create_model("timm:test_efficientnet", pretrained=False)
     monkeypatch.setattr(own_images, "create_model", lambda _: small)
-    monkeypatch.setattr("featnorm.fitting._LEAST_STEPS", 20)
+    monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 20)
     monkeypatch.setattr("featnorm.fitting.DEFAULT_CACHE", tmp_path / "cache")
     out = tmp_path / "out"
     assert reproduce("own-images", own_root, out).exit_code == 0

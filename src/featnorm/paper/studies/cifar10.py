@@ -113,12 +113,13 @@ def detectors(variant: Variant = MAIN) -> list[Detector]:
     For the networks of an ablation: those that need no fit and do not run the model again.
     """
     if variant != MAIN:
-        return _quick_detectors()
+        return quick_detectors()
     others = ("ODIN", "Views(NAN)", "KNN / ReAct(NAN)", "SSD / ReAct(NAN)")
     return [*compared_detectors(), *map(parse_detector, others)]
 
 
-def _quick_detectors() -> list[Detector]:
+def quick_detectors() -> list[Detector]:
+    """Return the detectors without a fit, which take a minute on all sets."""
     return [detector for detector in compared_detectors() if not detector.needs_fit]
 
 
@@ -153,7 +154,7 @@ class Cifar10Study(Study[Scale, Images, Job]):
         return {
             **({"backbone": NETWORK} if job.frozen else {"width": scale.width}),
             "variant": asdict(job.variant),
-            "recipe": job.recipe.settings(),
+            "recipe": job.recipe.to_dict(),
             "seed": job.seed,
             "images": inputs.facts,
         }
@@ -163,7 +164,7 @@ class Cifar10Study(Study[Scale, Images, Job]):
             return fit_and_score(
                 context.once(pooled_features),
                 job.recipe,
-                _quick_detectors(),
+                quick_detectors(),
                 hidden=job.variant.hidden,
                 activation=job.variant.activation,
                 seed=job.seed,

@@ -70,7 +70,7 @@ class Figure(Study[Scale, Images, Job]):
         return {
             "job": asdict(job),
             "width": scale.width,
-            "recipe": job.recipe(scale).settings(),
+            "recipe": job.recipe(scale).to_dict(),
             "inputs": len(training_images(job, scale, inputs)[0]),
             "images": inputs.facts,
         }
@@ -87,13 +87,13 @@ class Figure(Study[Scale, Images, Job]):
         """See `Study`; numbers to four digits."""
         panels, headers, rows = self.make_parts(results)
         table = Table(self.title, headers, rows, _notes(results))
-        return {"table": asdict(table), "panels": [[panel.to_json() for panel in row] for row in panels]}
+        return {"table": asdict(table), "panels": [[panel.to_dict() for panel in row] for row in panels]}
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
         return {self.name: Table(**content["table"])}
 
     def pictures(self, content: Mapping[str, Any]) -> dict[str, str]:
-        return {self.name: panel_figure([[Panel.from_json(panel) for panel in row] for row in content["panels"]])}
+        return {self.name: panel_figure([[Panel.from_dict(panel) for panel in row] for row in content["panels"]])}
 
 
 def series(run: Result, *path: str) -> list[float]:

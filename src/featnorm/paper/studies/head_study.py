@@ -35,7 +35,7 @@ class HeadStudy(SingleRun[Pooled]):
         return context.once(pooled_features)
 
     def settings(self, job: Whole, scale: None, inputs: Pooled) -> dict[str, Any]:
-        settings = {name: [t, width, recipe.settings()] for name, (t, width, recipe) in SETTINGS.items()}
+        settings = {name: [t, width, recipe.to_dict()] for name, (t, width, recipe) in SETTINGS.items()}
         return {"settings": settings, "images": inputs.facts}
 
     def run(self, job: Whole, scale: None, inputs: Pooled, folder: Path, context: Context) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class HeadStudy(SingleRun[Pooled]):
                 temperature=temperature,
                 progress=context.progress,
             )
-            rows.append({"setting": name, "recipe": recipe.settings(), **outcome})
+            rows.append({"setting": name, "recipe": recipe.to_dict(), **outcome})
         return {"rows": rows}
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:

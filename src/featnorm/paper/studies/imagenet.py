@@ -37,7 +37,7 @@ from featnorm.detectors import (
 from featnorm.detectors.statistics import FloatHistogram, single_unit_rows
 from featnorm.evaluation import compare
 from featnorm.features import Features
-from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features
+from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
 from featnorm.inputs import CachedFeatures, ImageSource
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classifier
 from featnorm.paper.checkpoints import load_contrastive
@@ -146,9 +146,9 @@ class PooledReAct(Detector):
         super()._check_fit(features)
         self.detector._check_fit(features)
 
-    def _learn(self, features: Features) -> None:
-        self.detector._learn(features)
-        self.numbers.add(features.tensor("pooled"))
+    def _partial_fit(self, features: Features) -> None:
+        self.detector._partial_fit(features)
+        self.numbers.update(features.tensor("pooled"))
 
     def _finalize(self) -> float:
         return self.numbers.percentile(self.percentile)
@@ -169,7 +169,7 @@ def _load(name: str, weights: Path | None) -> _Network:
     if name in (AS_IT_IS, HEADED):
         whole = create_model(DEFAULT_MODEL)
         classifier: nn.Module = whole.model.get_classifier()  # type: ignore[operator]
-        read = partial(headless_features, classifier) if name == AS_IT_IS else None
+        read = partial(features_behind, classifier) if name == AS_IT_IS else None
         return _Network(_cut(whole), read)
     assert weights is not None
     file = weights / WEIGHTS[name].file
@@ -180,7 +180,7 @@ def _load(name: str, weights: Path | None) -> _Network:
     if name == "resnet50":
         whole = replace(create_model("torchvision:resnet50", weights=file), transform=transform)
         last: nn.Module = whole.model.fc  # type: ignore[assignment]
-        return _Network(_cut(whole), partial(headless_features, last))
+        return _Network(_cut(whole), partial(features_behind, last))
     linear = weights / LINEAR if name == "supcon" and (weights / LINEAR).is_file() else None
     network = load_contrastive(file, name, classifier=linear)
     return _Network(LoadedModel(network.backbone, transform, (3, 224, 224), f"{name}:resnet50"), network.features)
@@ -324,7 +324,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         """
         data = inputs[job.data]
         network = _load(job.network, context.weights)
-        backbone = fast_layout(network.backbone.model.to(context.fabric.device))
+        backbone = fast_layout(network.backbone.model.to(context.runtime.torch_device))
         loaded = network.backbone
         if data.side is not None:
             loaded = replace(loaded, transform=Shrunk(loaded.transform, data.side))
@@ -336,8 +336,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
                 loaded,
                 backbone,
                 cache=context.out / "features",
-                fabric=context.fabric,
-                progress=context.progress,
+                runtime=context.runtime,
             )
 
         train, test = extract(data.train), extract(data.test)
@@ -351,7 +350,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
             several = len(labels.unique()) < len(labels)
             targets = labels if several else cluster(train.values, job.seed)
             head = fit_head(train.values, targets, seed=job.seed, progress=context.progress)
-            read = partial(head_features, head)
+            read = partial(features_behind, head)
             logit_of = torch.arange(len(data.classes)) if several else None
         headed = time.perf_counter()
         target_logits: Tensor | None = None

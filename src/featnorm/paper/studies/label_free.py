@@ -144,7 +144,7 @@ class FrameworkStudy(Study[Scale, Images, Job]):
         if isinstance(job.recipe, GOAD):
             settings = {"width": job.recipe.width, "recipe": asdict(job.recipe)}
         else:
-            settings = {"width": scale.width, "recipe": job.recipe.settings()}
+            settings = {"width": scale.width, "recipe": job.recipe.to_dict()}
         return {
             "framework": job.framework,
             **settings,

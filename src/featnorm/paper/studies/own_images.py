@@ -20,7 +20,7 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare
 from featnorm.features import Features
-from featnorm.fitting import backbone_features, cluster, fit_head, head_features, headless_features, held_out
+from featnorm.fitting import backbone_features, cluster, features_behind, fit_head, held_out
 from featnorm.inputs import ImageSource, SlicedSource, open_source
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
@@ -75,9 +75,7 @@ class _Backbone:
         loaded = self.loaded
         if view is not None:
             loaded = replace(loaded, transform=_Viewed(loaded.transform, view))
-        cached = backbone_features(
-            source, loaded, self.model, fabric=self.context.fabric, progress=self.context.progress
-        )
+        cached = backbone_features(source, loaded, self.model, runtime=self.context.runtime)
         return _Part(cached.values, cached_labels(source, cached), cached.digests)
 
 
@@ -119,7 +117,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         ood = {"other classes": near.values} | {name: backbone.extract(inputs[name]).values for name in _FAR}
         fit, calibrate = train.split()
         heads: dict[str, list[dict[str, Any]]] = {
-            "no head": [_evaluate(lambda values: headless_features(classifier, values), fit, test, ood)]
+            "no head": [_evaluate(lambda values: features_behind(classifier, values), fit, test, ood)]
         }
         flagged: dict[str, list[float]] = {}
         for name in ("labels", "clusters"):
@@ -128,7 +126,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
                 targets = fit.labels if name == "labels" else cluster(fit.values, seed)
                 head = fit_head(fit.values, targets, seed=seed, progress=context.progress)
                 seconds = time.perf_counter() - began
-                entry = _evaluate(lambda values, head=head: head_features(head, values), fit, test, ood)
+                entry = _evaluate(lambda values, head=head: features_behind(head, values), fit, test, ood)
                 if name == "clusters":
                     entry["accuracy"] = None
                 heads.setdefault(name, []).append({**entry, "seconds": seconds})
@@ -212,8 +210,8 @@ def _evaluate(
 def _flagged(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
     """Return the share of new ID images that are flagged at the default detector's threshold."""
     detector = KLUniform()
-    calibration = Calibration(detector.score(head_features(head, calibrate)))
-    return float(1 - calibration.is_id(detector.score(head_features(head, test))).double().mean())
+    calibration = Calibration(detector.score(features_behind(head, calibrate)))
+    return float(1 - calibration.is_id(detector.score(features_behind(head, test))).double().mean())
 
 
 def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> dict[str, list[dict[str, float]]]:
@@ -241,7 +239,7 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
     for name, make in kinds.items():
         for seed in range(SEEDS):
             head = fit_head(*make(seed), seed=seed, progress=backbone.context.progress)
-            inside, outside = head_features(head, test.values), head_features(head, held_out_classes.values)
+            inside, outside = features_behind(head, test.values), features_behind(head, held_out_classes.values)
             found.setdefault(name, []).append(
                 {repr(d): 100 * auroc(d.score(inside), d.score(outside)) for d in (kind() for kind in _CHOICE)}
             )

@@ -45,7 +45,7 @@ def pictures(folder: Path, n: int, seed: int, classes: str = "") -> Path:
 def few_steps():
     """Train heads for few steps: how much they learn does not matter here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_LEAST_STEPS", 10)
+        patch.setattr(fitting, "_MIN_STEPS", 10)
         yield
 
 
@@ -272,7 +272,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known,
     assert status == 2
     assert re.fullmatch(
         r"featnorm: cannot write d\.featnorm: No space left on device \([\d,.]+ MB are free\): free some space, "
-        r"or choose another path\. The features are kept: rerun the same command to resume from them\n",
+        r"or choose another path\. The features are cached: rerun the same command to resume from them\n",
         error,
     )
     assert not list(tmp_path.iterdir())

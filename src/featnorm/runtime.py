@@ -1,0 +1,104 @@
+"""`Runtime`: where and how a model runs."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+
+# The weights stay as they are under these; Lightning Fabric would convert them under its others.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, precision, batches and workers of a run.
+
+    Lightning Fabric, which takes a second to import, is imported only for mixed precision, for devices other than
+    the CPU and CUDA, and when `fabric` is read. A runtime can be pickled. As a context manager it closes its
+    cluster.
+
+    Parameters
+    ----------
+    device : device of the model: "cpu", "cuda", "mps", or "auto" for the accelerator of this machine, if any.
+    precision : "32-true", "bf16-mixed" or "16-mixed", as Lightning Fabric names them.
+    batch_size : number of images per batch.
+    workers : number of threads that decode images; see `featnorm.inputs.image_loader`.
+    cluster : a `featnorm.cluster.Cluster` whose actors run the model. Default: this process runs it.
+    compiled : whether networks that are trained are compiled.
+    progress : whether to show progress bars. Default: only in a terminal.
+
+    Raises
+    ------
+    ValueError
+        The precision is not one of the three. A device that is not available raises when it is first used.
+    """
+
+    device: str = "cpu"
+    precision: str = "32-true"
+    batch_size: int = 64
+    workers: int | None = None
+    cluster: Any = None
+    compiled: bool = False
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @cached_property
+    def fabric(self) -> Any:
+        """The `lightning_fabric.Fabric` of one device, which sets up training.
+
+        Raises
+        ------
+        ValueError
+            The device is not available.
+        ImportError
+            Lightning Fabric is not installed.
+        """
+        try:
+            from lightning_fabric import Fabric
+        except ImportError:
+            raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
+
+        class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
+            def setup(self, module: Any, *optimizers: Any, **options: Any) -> Any:
+                # Crops come in two sizes: code for each is faster than code for any.
+                compiled_module: Any = torch.compile(module, dynamic=False)
+                return super().setup(compiled_module, *optimizers, **options)
+
+        kind = Compiling if self.compiled else Fabric
+        try:
+            return kind(accelerator=self.device, devices=1, precision=self.precision)  # type: ignore[arg-type]
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"cannot use device {self.device!r} in {self.precision}: {error}") from None
+
+    @cached_property
+    def torch_device(self) -> torch.device:
+        """The device of the model; a ValueError where it is not available."""
+        if self.device == "cpu" or (self.device == "auto" and not torch.accelerator.is_available()):
+            return torch.device("cpu")
+        if self.device in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        device: torch.device = self.fabric.device
+        return device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model runs in the precision."""
+        if self.precision == "32-true":
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.fabric.autocast()
+        return context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cluster is not None:
+            self.cluster.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was made on this machine is made again on the other.
+        return {field.name: getattr(self, field.name) for field in fields(self)}

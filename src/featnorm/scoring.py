@@ -1,0 +1,290 @@
+"""`score_images`: verdicts on any number of images, in a table or on a page; an interrupted run is resumed."""
+
+import heapq
+import time
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from featnorm._utils.progress import progress_bar
+from featnorm.image_scorer import ImageScorer, ImageVerdict
+from featnorm.inputs import ImageSource, ItemError, SlicedSource
+from featnorm.inputs.decoding import DECODING
+from featnorm.inputs.loading import rows_of
+from featnorm.records import FORMATS, Journal, images_digest
+from featnorm.runtime import Runtime
+
+if TYPE_CHECKING:
+    # Imported where a page is drawn, because matplotlib takes half a second.
+    from featnorm.report.scores import ScoredImage
+
+MAX_SHOWN = 100  # images on the page
+_EXPLAINED_BATCH = 16
+
+
+class ScoringSummary:
+    """Counts of a scoring run, and its lowest scores.
+
+    Attributes
+    ----------
+    scores : array of float
+        Score of every image that could be read, in the order of the source.
+    flagged : int
+        Number of images flagged as OOD.
+    unread : int
+        Number of images that could not be read.
+    first_unread : list of tuple of str
+        Name and reason of the first 100 of them.
+    several : int
+        Number of images that are the first of several frames or pages of their file.
+    computed : int
+        Number of images scored by this run; an earlier run that was interrupted scored the others.
+    seconds : float
+        Time this run took to score them.
+    model_seconds : float or None
+        Time the model itself took; None on a cluster.
+    """
+
+    def __init__(self) -> None:
+        self.scores = array("d")
+        self.flagged = 0
+        self.unread = 0
+        self.first_unread: list[tuple[str, str]] = []
+        self.several = 0
+        self.computed = 0
+        self.seconds = 0.0
+        self.model_seconds: float | None = None
+        self._rows = 0
+        # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
+        self._lowest: list[tuple[float, int, ImageVerdict]] = []
+
+    def update(self, verdicts: Iterable[ImageVerdict]) -> None:
+        """Count the verdicts on the next images."""
+        for verdict in verdicts:
+            row = self._rows
+            self._rows += 1
+            if verdict.score is None:
+                self.unread += 1
+                if self.unread <= MAX_SHOWN:
+                    self.first_unread.append((verdict.name, str(verdict.error)))
+                continue
+            self.scores.append(verdict.score)
+            self.flagged += verdict.is_id is False
+            self.several += verdict.several
+            entry = (-verdict.score, -row, verdict)
+            if len(self._lowest) < MAX_SHOWN:
+                heapq.heappush(self._lowest, entry)
+            else:
+                heapq.heappushpop(self._lowest, entry)
+
+    @property
+    def lowest(self) -> list[tuple[int, ImageVerdict]]:
+        """Rows and verdicts of the 100 lowest scores, the lowest first."""
+        return [(-row, verdict) for _, row, verdict in sorted(self._lowest, reverse=True)]
+
+    def __str__(self) -> str:
+        scored = len(self.scores)
+        share = f"{100 * self.flagged / scored:.1f} %" if scored else "none could be read"
+        return f"{self.flagged:,} of {scored:,} image{'' if scored == 1 else 's'} flagged as OOD ({share})."
+
+
+def score_images(
+    scorer: ImageScorer,
+    source: ImageSource,
+    out: str | Path | None = None,
+    *,
+    page: str | Path | None = None,
+    made_with: Mapping[str, Any] | None = None,
+    runtime: Runtime | None = None,
+    on_start: Callable[[Journal], None] | None = None,
+    on_batch: Callable[[Sequence[ImageVerdict]], None] | None = None,
+) -> ScoringSummary:
+    """Score all images of a source, and write one row per image to a table, or a page of the lowest scores.
+
+    Where a file is written, a journal beside it keeps every batch that has been scored. After an interruption the
+    same call resumes, and writes what an uninterrupted run would have written.
+
+    Parameters
+    ----------
+    scorer : image scorer.
+    source : images to score.
+    out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
+    page : .html file with the 100 lowest scores, and where each lies among the calibration scores and why.
+    made_with
+        Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
+        scorer, the images, the device, the precision and the batch size are the same.
+    runtime
+        Where and how to score; the scorer is moved to its device. Default: on the scorer's device, in 32-true.
+    on_start : called with the journal before the first image is scored, if a file is written.
+    on_batch : called with the verdicts of each batch that this run has scored, on a cluster in any order.
+
+    Raises
+    ------
+    ValueError
+        A file has another ending, the scorer is not calibrated and a page is requested, another process is writing
+        the file, or an output of the model is not finite.
+    DataError
+        The transform fails on an image.
+    OSError
+        A file cannot be written. The journal is kept.
+    """
+    out, page = (None if file is None else Path(file) for file in (out, page))
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"{out} must end in {', '.join(FORMATS)}")
+    if page is not None and page.suffix != ".html":
+        raise ValueError(f"{page} must end in .html")
+    if page is not None and scorer.scorer.calibration is None:
+        raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
+    runtime = runtime or Runtime(scorer.scorer.tap.device.type)
+    if runtime.cluster is None and scorer.scorer.tap.device.type != runtime.torch_device.type:
+        scorer.scorer.to(runtime.torch_device)
+    place = out or page
+    summary = ScoringSummary()
+    with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
+        if journal is not None and on_start is not None:
+            on_start(journal)
+        total = -(-len(source) // runtime.batch_size)
+        numbers = range(total) if journal is None else journal.missing(total)
+        done = 0 if journal is None else journal.done
+        # Without a file, whoever prints the verdicts shows the progress.
+        progress = False if journal is None else runtime.progress
+        with (
+            progress_bar(total=len(source), initial=done, unit="image", progress=progress) as bar,
+            closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
+        ):
+            for number, verdicts in batches:
+                if journal is None:
+                    summary.update(verdicts)
+                else:
+                    journal.add(number, verdicts)
+                if on_batch is not None:
+                    on_batch(verdicts)
+                bar.update(len(verdicts))
+        if journal is None:
+            return summary
+        summary.update(journal)
+        if out is not None:
+            journal.write(out)
+        if page is not None:
+            _write_page(page, scorer, source, summary, runtime)
+        journal.remove()
+    return summary
+
+
+def _journal(
+    place: Path, scorer: ImageScorer, source: ImageSource, made_with: Mapping[str, Any], runtime: Runtime
+) -> Journal:
+    settings = {
+        **made_with,
+        "scorer": scorer.digest(),
+        "device": runtime.device,
+        "precision": runtime.precision,
+        "decoding": DECODING,
+        "images": images_digest(source),
+    }
+    return Journal(place, settings, runtime.batch_size)
+
+
+def _scored(
+    scorer: ImageScorer, source: ImageSource, batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
+) -> Generator[tuple[int, list[ImageVerdict]]]:
+    """Yield number and verdicts of some batches, in any order; count and time them."""
+    began = time.perf_counter()
+    if runtime.cluster is not None:
+        for number, verdicts in runtime.cluster.score(scorer, source, batches, runtime=runtime):
+            summary.computed += len(verdicts)
+            yield number, verdicts
+    elif batches:
+        images = source
+        if len(batches) < -(-len(source) // runtime.batch_size):
+            rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
+            images = SlicedSource(source, rows, source.title)
+        with _ModelClock(scorer.scorer.model) as clock:
+            for number, verdicts in zip(batches, scorer.stream(images, runtime=runtime), strict=True):
+                summary.computed += len(verdicts)
+                yield number, verdicts
+        summary.model_seconds = clock.seconds
+    summary.seconds = time.perf_counter() - began
+
+
+class _ModelClock:
+    """Measures how long a model works, by hooks that it removes again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seconds = 0.0
+        self._model = model
+        self._began = 0.0
+
+    def __enter__(self) -> "_ModelClock":
+        self._hooks = [
+            self._model.register_forward_pre_hook(self._start),
+            self._model.register_forward_hook(self._stop),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _start(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._began
+
+
+def _write_page(
+    path: Path, scorer: ImageScorer, source: ImageSource, summary: ScoringSummary, runtime: Runtime
+) -> None:
+    from featnorm.report.scores import write_scores_page
+
+    calibration = scorer.scorer.calibration
+    assert calibration is not None
+    write_scores_page(
+        path,
+        title=f"{source.title}: images with the lowest scores",
+        summary=f"{summary} {scorer.scorer.detector!r} is calibrated to flag at most "
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
+        facts={**scorer.facts, "date": date.today().isoformat()},
+        calibration_scores=calibration.scores.cpu().numpy(),
+        scores=np.asarray(summary.scores, np.float64),
+        threshold=float(calibration.threshold),
+        shown=_shown(scorer, source, summary.lowest, runtime),
+        unread=summary.first_unread,
+        unread_count=summary.unread,
+    )
+
+
+def _shown(
+    scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], runtime: Runtime
+) -> "Iterator[ScoredImage]":
+    """Yield the images with their explanations; few at a time, as they may be large."""
+    from featnorm.report.scores import ScoredImage
+
+    for start in range(0, len(lowest), _EXPLAINED_BATCH):
+        images: dict[int, Image.Image] = {}
+        for row, _ in lowest[start : start + _EXPLAINED_BATCH]:
+            # A file that was removed meanwhile costs its picture, not the page.
+            with suppress(ItemError):
+                images[row] = source.item(row)
+        explained: dict[int, ImageVerdict] = {}
+        if images and scorer.statistics is not None:
+            batch = torch.stack([scorer.transform(image) for image in images.values()])
+            names = [source.name(row) for row in images]
+            verdicts = scorer.predict_batch(batch, names, explain=range(len(images)), runtime=runtime)
+            explained = dict(zip(images, verdicts, strict=True))
+        for row, verdict in lowest[start : start + _EXPLAINED_BATCH]:
+            # In another batch a score may differ in its last digits: the page shows the one of the table.
+            yield ScoredImage(
+                verdict._replace(why=explained[row].why) if row in explained else verdict, images.get(row)
+            )
