@@ -16,7 +16,7 @@ def modules() -> set[tuple[str, str]]:
     return {(_folder(file), file.stem) for file in files if file.stem != "__init__"}
 
 
-def tests() -> set[tuple[str, str]]:
+def named_tests() -> set[tuple[str, str]]:
     """Return folder and name of every file of tests, without the "test_" that it begins with."""
     files = (file.relative_to(TESTS) for file in TESTS.rglob("test_*.py"))
     return {(_folder(file), file.stem.removeprefix("test_")) for file in files}
@@ -27,15 +27,15 @@ def _folder(file: Path) -> str:
 
 
 def test_every_package_has_tests_and_every_folder_of_tests_a_package():
-    assert {folder for folder, _ in tests()} == {package for package, _ in modules()}
+    assert {folder for folder, _ in named_tests()} == {package for package, _ in modules()}
 
 
 def test_every_module_at_the_top_has_its_tests():
     named = {name for package, name in modules() if not package} - ELSEWHERE.keys()
-    assert {name for folder, name in tests() if not folder} - WHOLE == named
+    assert {name for folder, name in named_tests() if not folder} - WHOLE == named
     assert all((TESTS / file).is_file() for file in ELSEWHERE.values())
 
 
 def test_no_file_of_tests_has_the_name_of_a_module_elsewhere():
     names = {name for _, name in modules()}
-    assert not [test for test in tests() - modules() if test[1] in names and test[1] not in WHOLE]
+    assert not [test for test in named_tests() - modules() if test[1] in names and test[1] not in WHOLE]

@@ -108,7 +108,7 @@ def test_every_type_of_tensor_is_checked_without_torch(tmp_path):
     content[-5] ^= 1
     path.write_bytes(content)
     for read in (archive.read, archive.read_calibration):
-        with pytest.raises(archive.ArchiveError, match="its content is not what was written"):
+        with pytest.raises(archive.ArchiveError, match="its checksum is wrong"):
             read(path)
 
 

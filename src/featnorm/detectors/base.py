@@ -216,7 +216,13 @@ class Detector(nn.Module, ABC):
     @property
     def is_fitted(self) -> bool:
         """Whether the detector is ready to score; always true for one that needs no fit."""
-        return not any(statistic.is_empty for statistic in self._statistics())
+        # Detectors inside answer for themselves: the bank of one may lie in other processes.
+        return all(
+            child.is_fitted
+            if isinstance(child, Detector)
+            else not (isinstance(child, Statistic) and child.is_empty)
+            for child in self.children()
+        )
 
     def require_fitted(self) -> None:
         """Raise a NotFittedError if the detector needs a fit and has none."""
@@ -347,11 +353,6 @@ class Wrapper(Detector):
         self.reads = joined(*(detector.reads for detector in detectors.values()))
         self.learns = joined(*(detector.learns for detector in detectors.values()))
         self.needs_model = self.needs_model or any(detector.needs_model for detector in detectors.values())
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the detector and those inside are ready to score."""
-        return super().is_fitted and all(detector.is_fitted for detector in self._inner())
 
     def _check_fit(self, features: Features) -> None:
         for detector in self._inner():
