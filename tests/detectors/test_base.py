@@ -91,6 +91,17 @@ def test_abstract_bases_are_not_registered():
     )
 
 
+def test_a_class_can_be_left_unregistered():
+    class Part(fn.MSP, registered=False):
+        pass
+
+    assert "Part" not in fn.registered_detectors()
+    assert repr(Part()) == "Part()"
+    for module, name in {"cluster.bank": "ShardedKNN", "paper.studies.imagenet": "PooledReAct"}.items():
+        assert hasattr(importlib.import_module(f"featnorm.{module}"), name)
+        assert name not in fn.registered_detectors()
+
+
 def test_a_users_detector_works_in_expressions(user_module):
     detector = fn.parse_detector("ReAct(Spread(power=2.0), percentile=85)").fit(TRAIN)
     assert isinstance(detector.detector, user_module.Spread)

@@ -27,7 +27,7 @@ class BankPart:
         return self._knn.nearest(torch.from_numpy(np.array(queries)), k).numpy()
 
 
-class ShardedKNN(KNN):
+class ShardedKNN(KNN, registered=False):
     """`featnorm.KNN` with a bank that is split over other processes.
 
     Parameters

@@ -41,7 +41,8 @@ class Detector(nn.Module, ABC):
 
     A subclass that defines `_score` is registered under its name when the class statement is executed. From then
     on it works in expressions, and files that hold it can be loaded. Its constructor arguments must be attributes
-    of the same names, and its fitted state must be held in `Statistic` modules.
+    of the same names, and its fitted state must be held in `Statistic` modules. A class that no
+    expression can make is defined with ``registered=False``.
 
     Raises
     ------
@@ -83,14 +84,14 @@ class Detector(nn.Module, ABC):
     #: Operator by which expressions combine two detectors into this one; empty for a class that is called by name.
     operator: ClassVar[str] = ""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("reads", "learns"):
             fields = getattr(cls, name)
             if not isinstance(fields, tuple) or not set(fields) <= set(FIELDS):
                 allowed = ", ".join(FIELDS)
                 raise TypeError(f"{cls.__name__}.{name} must be a tuple of fields ({allowed}), got {fields!r}")
-        if _is_abstract(cls):
+        if not registered or _is_abstract(cls):
             return
         other = _REGISTRY.get(cls.__name__, cls)
         # The same qualified name is the same class, defined again by a notebook cell or `importlib.reload`.

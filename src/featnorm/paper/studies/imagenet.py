@@ -117,7 +117,7 @@ class Job:
         return f"{self.network}, {self.data} seed{self.seed}".replace(", ", "-").replace(" ", "-")
 
 
-class PooledReAct(Wrapper):
+class PooledReAct(Wrapper, registered=False):
     """ReAct at the feature that the head reads: it is clipped, and the head computes all features from it.
 
     That is where the paper clips: in its Table 12 ``1/l0`` changes with ReAct, whereas a unit of the hidden layer
