@@ -23,7 +23,7 @@ from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.runtime import Runtime
 
-#: Batches per shard, and so the most that the death of an actor costs.
+#: Batches per shard: the maximum number to repeat when an actor dies.
 _SHARD = 16
 #: Calls per actor that run, are done but not yet read, or wait.
 _CALLS = 2
