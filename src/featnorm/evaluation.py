@@ -82,7 +82,7 @@ def compare(
     active = {repr(detector): detector for detector in detectors}
 
     def exclude(name: str, reason: Exception | str) -> None:
-        # Errors begin with the name, beside which the reason is listed.
+        # Errors begin with the detector's name, which is listed already, next to the reason.
         result.excluded[name] = str(reason).removeprefix(name).removeprefix(":").strip()
         del active[name]
 
@@ -134,7 +134,7 @@ def compare(
         result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))
     if not result.results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in result.excluded.items())
-        raise ValueError(f"every detector is excluded: {reasons}")
+        raise ValueError(f"every detector is skipped: {reasons}")
     return result
 
 

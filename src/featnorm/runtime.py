@@ -61,7 +61,9 @@ class Runtime:
         try:
             from lightning_fabric import Fabric
         except ImportError:
-            raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
+            raise ImportError(
+                "this device or precision needs Lightning Fabric: pip install '.[vision]' in a checkout"
+            ) from None
 
         class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
             def setup(self, module: Any, *optimizers: Any, **options: Any) -> Any:

@@ -117,7 +117,7 @@ def score_images(
     scorer : image scorer.
     source : images to score.
     out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
-    page : .html file with the 100 lowest scores, and where each lies among the calibration scores and why.
+    page : .html file with the 100 lowest scores, each explained and compared with the calibration scores.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the images, the device, the precision and the batch size are the same.
@@ -129,8 +129,8 @@ def score_images(
     Raises
     ------
     ValueError
-        A file has another ending, the scorer is not calibrated and a page is requested, another process is writing
-        the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, another process
+        is writing the file, or an output of the model is not finite.
     DataError
         The transform fails on an image.
     OSError

