@@ -129,8 +129,8 @@ def score_images(
     Raises
     ------
     ValueError
-        The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, another process
-        is writing the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, another
+        process is writing the file, or an output of the model is not finite.
     DataError
         The transform fails on an image.
     OSError
