@@ -8,7 +8,7 @@ demo: .venv/demo.stamp
 	$(BIN)/featnorm demo
 
 # Two processes of one thread each: with more, threads wait for each other and take several times as long. Files with
-# slow tests come first (tests/running.py), and not those with the most tests.
+# slow tests come first (tests/helpers/running.py), not those with the most tests.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -18,9 +18,9 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
-# Hours. `python -m pytest benchmarks/test_knn.py --small` tries one theme in seconds; with --results FOLDER and
-# without --small its rows take the place of the old ones there. Some take longer than the
-# five minutes at which a test counts as hung: -o faulthandler_timeout=0.
+# Takes hours. `python -m pytest benchmarks/test_knn.py --small` tries one topic in seconds; with --results FOLDER and
+# without --small, its rows replace the old ones there. Some benchmarks take longer than the five minutes after which a
+# test counts as hung: -o faulthandler_timeout=0.
 bench: .venv/bench.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --results featnorm-benchmarks -o faulthandler_timeout=0
 	$(BIN)/python tools/update_results.py featnorm-benchmarks
@@ -40,7 +40,7 @@ clean:
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Without what oodeel asks for, which is an older numpy than featnorm does.
+# Without oodeel's requirements: it requires an older numpy than featnorm does.
 .venv/bench.stamp: .venv/dev.stamp
 	$(BIN)/pip install --quiet --no-deps oodeel==0.4.0
 	touch $@

@@ -36,17 +36,17 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    verdicts = {True: "met", False: "MISSED", None: "no mark"}
+    verdicts = {True: "met", False: "MISSED", None: "no target"}
     for row in config.stash[_ROWS]:
-        mark = "" if row.at_most is None else f", at most {row.at_most:.3g}"
+        target = "" if row.at_most is None else f", at most {row.at_most:.3g}"
         terminalreporter.write_line(
-            f"{verdicts[row.met]:7} {row.theme}: {row.work} takes {row.ratio:.3g} of {row.reference}{mark}"
+            f"{verdicts[row.met]:7} {row.theme}: {row.work} takes {row.ratio:.3g} of {row.reference}{target}"
         )
 
 
 @pytest.fixture(scope="session")
 def size(request):
-    """Choose between the size for which the mark is meant and one that takes seconds."""
+    """Choose between the size for which the target is meant and one that takes seconds."""
     small = request.config.getoption("small")
     return lambda full, tiny: tiny if small else full
 
@@ -80,7 +80,7 @@ class Comparison:
         ----------
         work : description of the work.
         ours : function that does the work.
-        references : functions that do the same or less, by name, each with its mark: the largest ratio of times
+        references : functions that do the same or less, by name, each with its target: the largest ratio of times
         allowed.
         rounds : number of rounds.
         sizes : description of the inputs.

@@ -25,7 +25,7 @@ class Row:
     unit: str  # "s" or "B"
     ours: float
     theirs: float
-    at_most: float | None  # the mark: maximum of ours / theirs
+    at_most: float | None  # the target: maximum of ours / theirs
     rounds: int
     sizes: str
 

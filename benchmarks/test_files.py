@@ -1,7 +1,7 @@
-"""`featnorm score` on JPEGs, compared with the bare model on decoded tensors: the mark is 90 % of its throughput.
+"""`featnorm score` on JPEGs, compared with the bare model on decoded tensors (target: 90 % of its throughput).
 
-The mark is for machines with cores to spare for decoding. If decoding and the model share the same cores, running
-the model after the decoding is the lower limit, which is the second row.
+The target is meant for machines with cores to spare for decoding. If decoding and the model share the same cores,
+running the model after the decoding is the lower limit, which is the second row.
 """
 
 import subprocess

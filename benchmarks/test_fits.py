@@ -12,8 +12,8 @@ CLASSES = 1000
 # Number of distinct batches, which the stream repeats.
 DISTINCT = 16
 GRAMS = 3
-# A quarter of the million rows for which the mark is meant. Each batch costs the same, so what is done once, up to
-# the first score, weighs four times as much here.
+# A quarter of the million rows for which the target is meant. Each batch costs the same, so what is done once, up
+# to the first score, weighs four times as much here.
 BATCHES = 61
 
 
@@ -87,7 +87,7 @@ def streamed(name, d, times, scored):
 @pytest.mark.parametrize("times", [4, 8, 16])
 @pytest.mark.parametrize("scored", [False, True], ids=["fit", "fit and first score"])
 def test_memory(compare, size, name, times, scored):
-    """The first score computes eigenvectors, for which LAPACK allocates matrices; it has no mark."""
+    """The first score computes eigenvectors, for which LAPACK allocates matrices; it has no target."""
     d = size(2048, 256)
     compare.memory(
         f"fit{' and first score' if scored else ''} of {name}, n = {times * BATCH:,}",

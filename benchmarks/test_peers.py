@@ -1,7 +1,7 @@
 """Fit and score of each detector that pytorch-ood or oodeel has too, on the same features: never slower or larger.
 
-All are called with features, so that no model or loader is included. The mark allows 5 %, by which two runs of the
-same work may differ.
+All are called with features, so that no model or loader is included. The target allows 5 %, by which two runs of
+the same work may differ.
 """
 
 from collections.abc import Callable

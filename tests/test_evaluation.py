@@ -89,7 +89,7 @@ def test_accuracy_counts_known_labels_only():
 
 def test_no_detector_or_no_input_is_an_error():
     known = features(30, 1.0, 0)
-    with pytest.raises(ValueError, match="every detector is excluded"):
+    with pytest.raises(ValueError, match="every detector is skipped"):
         compare([fn.KNN()], fit=None, id_set=("known", [known]), ood_sets={"far": [known]})
     with pytest.raises(ValueError, match="no usable input in far"):
         compare([fn.NAN()], fit=None, id_set=("known", [known]), ood_sets={"far": []})

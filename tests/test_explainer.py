@@ -65,7 +65,7 @@ def test_errors_name_what_is_missing():
     with pytest.raises(ValueError, match="not fitted: call fit with a loader"):
         explainer(known()[:1])
     misnamed = fn.Explainer(network(), class_names=["cat"]).fit([known()], progress=False)
-    with pytest.raises(ValueError, match="1 names for 2 classes"):
+    with pytest.raises(ValueError, match="got 1 class names for 2 classes"):
         misnamed(known()[:1])
 
 

@@ -239,7 +239,7 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
         "tpr": {"tpr": 1.0},
         "targets must be one of auto, labels, clusters, got 'lables'": {"targets": "lables"},
         "the seed must be": {"seed": -1},
-        "is fitted to labels, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
+        "needs labels to fit, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
     }.items():
         with pytest.raises(ValueError, match=words):
             fit(folder, loaded, tmp_path / "unused", **options)
@@ -279,7 +279,7 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
             ImageScorer.load(path)
 
     refused("pass it again", backbone="os:getcwd")
-    refused("does not fit what is installed here: no model", backbone="timm:nothing")
+    refused("does not fit what is installed here: unknown model", backbone="timm:nothing")
     refused("does not fit timm:test_resnet", backbone="timm:test_resnet")
     refused("damaged: it has no '1.hidden.weight'", drop="model.1.hidden.weight")
     refused("does not fit", drop="model.1.hidden.bias")

@@ -77,7 +77,7 @@ def test_without_a_file_the_verdicts_come_in_order(scorer, source, tmp_path):
 
 
 def test_what_is_refused_before_the_work(scorer, source, tmp_path):
-    with pytest.raises(ValueError, match=r"t\.xlsx must end in \.csv, \.jsonl, \.parquet"):
+    with pytest.raises(ValueError, match=r"t\.xlsx must end in \.csv, \.jsonl or \.parquet"):
         fn.score_images(scorer, source, tmp_path / "t.xlsx")
     with pytest.raises(ValueError, match=r"t\.txt must end in \.html"):
         fn.score_images(scorer, source, page=tmp_path / "t.txt")

@@ -17,7 +17,7 @@ _LEGEND = """\
 `activation` is the last hidden layer after its non-linearity, `pooled` is the input of the head or the classifier,
 and `embedding` is the head's output before normalization; *d*, *D* and *e* are their widths, *C* is the number of
 classes, and *n* is the number of training inputs. The cost is per input, in addition to the forward pass that
-makes the features."""
+makes the features. *The model again*: scoring reruns the model on changed inputs."""
 
 
 def table() -> str:

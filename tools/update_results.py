@@ -60,7 +60,7 @@ def speed(content: Mapping[str, Any]) -> dict[str, Table]:
     facts = [f"{name}: {value}" for name, value in content["environment"].items()]
     if content["scale"] != "full":
         facts.append("at sizes that only test the benchmarks")
-    headers = ["Work", "against", "ours", "theirs", "ratio", "mark", "met", "rounds", "of what"]
+    headers = ["Work", "against", "ours", "theirs", "ratio", "target", "met", "rounds", "of what"]
     found = {}
     for theme in dict.fromkeys(row["theme"] for row in content["results"]):
         rows = [

@@ -1,4 +1,4 @@
-"""featnorm tells whether a PyTorch model knows an input.
+"""featnorm: out-of-distribution detection for PyTorch models.
 
 The negative-aware norm of the last hidden layer, the detectors it is compared with, and what turns a score into a
 verdict. Source: Park et al., "Understanding the Feature Norm for Out-of-Distribution Detection", ICCV 2023.

@@ -220,7 +220,7 @@ class _Entry:
 def _reading(path: Path) -> Iterator[None]:
     """Turn the errors of reading a file into those that `read` raises."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no detector file {path}")
+        raise FileNotFoundError(f"cannot find the detector file {path}: check the path")
     try:
         yield
     except ArchiveError:

@@ -41,7 +41,7 @@ class Evaluation:
     ood_names: list[str]
     results: list[Result] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)  # detector -> reason
-    accuracy: float | None = None  # share of the labelled ID inputs that the model classifies correctly
+    accuracy: float | None = None  # share of the labeled ID inputs that the model classifies correctly
     patterns: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (k, d) bool, active units
     skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # set -> (file, reason)
     facts: dict[str, str] = field(default_factory=dict)  # how the numbers were made
@@ -63,12 +63,12 @@ def compare(
     """Fit detectors to one stream of features, then score them all on others.
 
     Every stream is read once, batch by batch, for all detectors. A detector that cannot score these features, or
-    needs a fit where there are no features to fit to, is excluded and listed with the reason.
+    needs a fit while there are no features to fit on, is excluded and listed with the reason.
 
     Parameters
     ----------
     detectors : detectors to compare.
-    fit : ID features to fit to. None excludes the detectors that need a fit and are not fitted yet.
+    fit : ID features to fit on. None excludes the detectors that need a fit and are not fitted yet.
     id_set : name and features of the ID test inputs.
     ood_sets : features of the OOD test inputs, by name of the set.
 
@@ -82,7 +82,7 @@ def compare(
     active = {repr(detector): detector for detector in detectors}
 
     def exclude(name: str, reason: Exception | str) -> None:
-        # Errors begin with the name, beside which the reason is listed.
+        # Errors begin with the detector's name, which is listed already, next to the reason.
         result.excluded[name] = str(reason).removeprefix(name).removeprefix(":").strip()
         del active[name]
 
@@ -99,7 +99,7 @@ def compare(
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0
-    correct = labelled = 0
+    correct = labeled = 0
     for set_name, stream in ((id_name, id_features), *ood_sets.items()):
         seen = 0
         for features in stream:
@@ -121,12 +121,12 @@ def compare(
             if set_name == id_name and features.labels is not None and features.logits is not None:
                 known = (features.labels >= 0) & (features.labels < features.logits.shape[1])
                 correct += int((features.logits.argmax(1) == features.labels)[known].sum())
-                labelled += int(known.sum())
+                labeled += int(known.sum())
             seen += len(features)
             inputs += len(features)
         if seen == 0:
             raise ValueError(f"there is no usable input in {set_name}")
-    result.accuracy = correct / labelled if labelled else None
+    result.accuracy = correct / labeled if labeled else None
     for name in active:
         joined = {set_name: np.concatenate(parts) for set_name, parts in scores[name].items()}
         ood = {set_name: joined[set_name] for set_name in ood_sets}
@@ -134,7 +134,7 @@ def compare(
         result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))
     if not result.results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in result.excluded.items())
-        raise ValueError(f"every detector is excluded: {reasons}")
+        raise ValueError(f"every detector is skipped: {reasons}")
     return result
 
 

@@ -117,7 +117,7 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error.name} is needed here: pip install '.[onnx]' in a checkout") from None
+        raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_TRACED, *scorer.input_size, generator=generator, dtype=torch.float32)

@@ -152,8 +152,8 @@ def fit_images(
     # Before the work: it raises if labels are required and missing.
     if _labels(source, every, every >= 0, targets)[0] is None and "labels" in detector.learns:
         raise DataError(
-            f"{detector!r} is fitted to labels, and {source.title} has none: put the images of each class in a "
-            "folder of its own, or choose another detector"
+            f"{detector!r} needs labels to fit, and {source.title} has none, or clusters are the targets: put the "
+            "images of each class in a subfolder of its own and use labels, or choose another detector"
         )
     runtime = runtime or Runtime()
     device = runtime.torch_device
@@ -200,7 +200,7 @@ def fit_images(
         accuracy = float((predicted == labels[is_held_out]).double().mean())
     kind = "clusters of the features" if labels is None else "classes"
     facts = {
-        "images": f"{source.title}: {len(train_values)} to fit to, {len(chosen)} held out for calibration",
+        "images": f"{source.title}: {len(train_values)} to fit on, {len(chosen)} held out for calibration",
         "head": f"trained on {int(train_targets.max()) + 1} {kind}",
         "backbone": f"{loaded.name}, {train_values.shape[1]} features" + "".join(f"; {note}" for note in notes),
         "precision": runtime.precision,
@@ -258,7 +258,7 @@ def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool |
     values : features (n, D) of any scale; they are standardized per unit for the training.
     targets : classes (n,), from 0.
     seed : seed of the initial weights and of the order of the inputs.
-    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 s.
+    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
     """
     mean, deviation = values.mean(0), values.std(0)
     # A nearly constant unit would be scaled up to noise.
@@ -342,7 +342,10 @@ def _labels(
         if targets == "auto":
             return None, None
         what = "a single class" if without is None else f"no label for {source.name(int(rows[without]))}"
-        raise DataError(f"{source.title} has {what}: labels need at least two classes; use clusters")
+        raise DataError(
+            f"{source.title} has {what}: every image needs a label, and there must be at least two classes; or "
+            "use clusters as targets"
+        )
     indices = {label: i for i, label in enumerate(classes)}
     names = source.class_names
     class_names = [str(label) if names is None or label >= len(names) else names[label] for label in classes]

@@ -79,7 +79,7 @@ class ImageScorer:
     backbone : specification from which `featnorm.models.loading.create_model` made the backbone.
     scorer : calibrated scorer of ``Sequential(backbone, head)``.
     transform : transform from an RGB PIL image to a tensor; several threads may call it at the same time.
-    class_names : one name per logit. Default: the head was not trained on labels.
+    class_names : one name per logit. None if the head was not trained on labels.
     statistics : activation statistics of the head over the training images. Default: no explanations.
     facts : provenance shown with results, as label -> text.
     """

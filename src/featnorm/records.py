@@ -197,9 +197,11 @@ def read_scores(path: Path) -> Iterator[ScoreRow]:
         The file's ending is not one of `FORMATS`, or a row cannot be read or contains a NaN; the row is named.
     """
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path} must end in {', '.join(FORMATS)}, the formats of featnorm score --out")
+        raise ValueError(
+            f"{path} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, the formats of featnorm score --out"
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of scores {path}")
+        raise FileNotFoundError(f"cannot find the scores file {path}: check the path")
     number = 1
     try:
         for row in map(_scored, _READERS[path.suffix](path)):

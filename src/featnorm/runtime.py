@@ -22,12 +22,12 @@ class Runtime:
     Parameters
     ----------
     device : device of the model: "cpu", "cuda", "mps", or "auto" for the accelerator of this machine, if any.
-    precision : "32-true", "bf16-mixed" or "16-mixed", as Lightning Fabric names them.
+    precision : "32-true", "bf16-mixed" or "16-mixed", in Lightning Fabric's notation.
     batch_size : number of images per batch.
     workers : number of threads that decode images; see `featnorm.inputs.image_loader`.
     cluster : a `featnorm.cluster.Cluster` whose actors run the model. Default: this process runs it.
-    compiled : whether networks that are trained are compiled.
-    progress : whether to show progress bars. Default: on a terminal; elsewhere a line every 30 s.
+    compiled : whether to compile networks before training.
+    progress : whether to show progress bars. Default: on a terminal; elsewhere a line every 30 seconds.
 
     Raises
     ------
@@ -61,7 +61,9 @@ class Runtime:
         try:
             from lightning_fabric import Fabric
         except ImportError:
-            raise ImportError("models and devices need: pip install '.[vision]' in a checkout") from None
+            raise ImportError(
+                "this device or precision needs Lightning Fabric: pip install '.[vision]' in a checkout"
+            ) from None
 
         class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
             def setup(self, module: Any, *optimizers: Any, **options: Any) -> Any:

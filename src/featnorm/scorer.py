@@ -69,7 +69,7 @@ class Scorer(nn.Module):
         Parameters
         ----------
         loader : iterable of inputs and, for detectors that need them, labels; see `FeatureTap.stream`.
-        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 s.
+        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class Scorer(nn.Module):
         ----------
         loader : in-distribution inputs that were used neither to train the model nor to fit the detector.
         tpr : share of in-distribution inputs to accept, between 0 and 1.
-        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 s.
+        progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------

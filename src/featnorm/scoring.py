@@ -109,7 +109,7 @@ def score_images(
 ) -> ScoringSummary:
     """Score all images of a source, and write one row per image to a table, or a page of the lowest scores.
 
-    Where a file is written, a journal beside it keeps every batch that has been scored. After an interruption the
+    If a file is written, a journal next to it keeps every batch that has been scored. After an interruption the
     same call resumes, and writes what an uninterrupted run would have written.
 
     Parameters
@@ -117,7 +117,7 @@ def score_images(
     scorer : image scorer.
     source : images to score.
     out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
-    page : .html file with the 100 lowest scores, and where each lies among the calibration scores and why.
+    page : .html file with the 100 lowest scores, each explained and compared with the calibration scores.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the images, the device, the precision and the batch size are the same.
@@ -129,8 +129,8 @@ def score_images(
     Raises
     ------
     ValueError
-        A file has another ending, the scorer is not calibrated and a page is requested, another process is writing
-        the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, another
+        process is writing the file, or an output of the model is not finite.
     DataError
         The transform fails on an image.
     OSError
@@ -138,7 +138,7 @@ def score_images(
     """
     out, page = (None if file is None else Path(file) for file in (out, page))
     if out is not None and out.suffix not in FORMATS:
-        raise ValueError(f"{out} must end in {', '.join(FORMATS)}")
+        raise ValueError(f"{out} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if page is not None and page.suffix != ".html":
         raise ValueError(f"{page} must end in .html")
     if page is not None and scorer.scorer.calibration is None:
@@ -154,7 +154,7 @@ def score_images(
         total = -(-len(source) // runtime.batch_size)
         numbers = range(total) if journal is None else journal.missing(total)
         done = 0 if journal is None else journal.done
-        # Without a file, whoever prints the verdicts shows the progress.
+        # Without a file, the caller prints the verdicts as they come, which shows the progress.
         progress = False if journal is None else runtime.progress
         with (
             progress_bar(total=len(source), initial=done, unit="image", progress=progress) as bar,

@@ -55,7 +55,7 @@ def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=3))
     status, printed, _ = featnorm("demo", "--out", "here")
     assert status == 0
-    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "flags", "left out"):
+    for word in ("NAN()", "KNN() / NAN()", "AUROC", "FPR95", "photographs", "flags", "skipped"):
         assert word in printed
     assert "<html" in (tmp_path / "here" / "index.html").read_text()
 
@@ -99,7 +99,7 @@ def test_evaluate_without_a_fit_names_who_is_left_out(featnorm, weights, tmp_pat
         "evaluate", "--model", MODEL, "--weights", weights, "--id", known, "--ood", other
     )
     assert status == 0
-    assert "left out KNN(): it needs a fit, and no in-distribution inputs were given to fit on" in printed
+    assert "skipped KNN(): it needs a fit, and no in-distribution inputs were given to fit on" in printed
 
 
 def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp_path):
@@ -131,7 +131,7 @@ def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
     assert status == 0
     assert "no in-distribution inputs were given to fit on" in printed
     document = (tmp_path / "featnorm-evaluation" / "results.md").read_text()
-    assert "fit: nothing" in document
+    assert "fit: none" in document
     assert "other:test AUROC" in document
     assert "third:test AUROC" in document
 
@@ -296,7 +296,7 @@ def test_compiling_without_a_compiler(featnorm, monkeypatch):
     monkeypatch.setenv("PATH", "")
     status, _, said = featnorm("reproduce", "table3", "--compile")
     assert status == 2
-    assert "--compile needs a C++ compiler, and there is no g++ or clang++ here" in said
+    assert "--compile needs a C++ compiler, and neither g++ nor clang++ was found" in said
 
 
 def test_version(featnorm):

@@ -409,7 +409,7 @@ class TestStatus:
         monkeypatch.setenv("COLUMNS", "400")
         status, printed, _ = featnorm("--help")
         assert status == 0
-        assert "Exit status: 0 success, 1 internal error of featnorm" in printed
+        assert "Exit status: 0 success, 1 internal error in featnorm" in printed
         assert "--debug" in printed
 
     def test_an_error_of_another_process(self, mine):

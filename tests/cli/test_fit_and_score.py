@@ -98,7 +98,7 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     status, printed, _ = featnorm("fit", known, *options)
     assert status == 0
     for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images",
-                  "it flags at most 5.0 % of images like these; for this one, between",
+                  "it flags at most 5.0 % of images like these; with this one, between",
                   "featnorm score mine.featnorm IMAGES", "Computed the features of 300"):  # fmt: skip
         assert words in printed
     assert "damaged" not in printed
@@ -226,7 +226,10 @@ def test_monitor_reads_what_fit_and_score_wrote(featnorm, detector, tmp_path):
         assert featnorm("score", detector, more, "-o", out, "--workers", "0")[0] == 0
         status, printed, _ = featnorm("monitor", detector, out)
         assert status == 0
-        assert f"200 scores of {out} (1 without a score left out), against 60 calibration scores" in printed
+        assert (
+            f"200 scores from {out} (1 row without a score skipped), compared with 60 calibration scores"
+            in printed
+        )
     black = tmp_path / "black"
     black.mkdir()
     for i in range(200):
@@ -363,8 +366,7 @@ def test_a_thousand_hostile_files(featnorm, detector, tmp_path):
     assert "skipped 800 unreadable images" in printed
     assert "and 790 more" in printed
     assert (
-        "read 30 images; passed over 200 files that are not images (.svg 100, .txt 100); 800 unreadable\n"
-        in printed
+        "read 30 images; ignored 200 files that are not images (.svg 100, .txt 100); 800 unreadable\n" in printed
     )
 
 
@@ -411,7 +413,7 @@ def mixed(folder: Path) -> Path:
 
 
 SAID = (
-    "read 121 images; passed over 5 files that are not images (.txt 3, .db 1, .mp4 1) and 1 hidden; 1 unreadable; "
+    "read 121 images; ignored 5 files that are not images (.txt 3, .db 1, .mp4 1) and 1 hidden; 1 unreadable; "
     "1 has several frames or pages: the first is used\n"
 )
 
@@ -456,7 +458,7 @@ def test_score_of_nothing_readable_fails(featnorm, detector, tmp_path):
     (folder / "b.jpg").rename(folder / "b.txt")
     status, _, error = featnorm("score", detector, folder)
     assert status == 2
-    assert error == f"featnorm: no images in {folder}: passed over 2 files that are not images (.txt 2)\n"
+    assert error == f"featnorm: no images in {folder}: ignored 2 files that are not images (.txt 2)\n"
 
 
 def test_labels_of_a_column(featnorm, tmp_path):
@@ -553,14 +555,14 @@ def test_what_is_refused(featnorm, detector, known, tmp_path):
     for arguments, words in {
         ("fit", "nowhere"): "cannot find 'nowhere'",
         ("fit", str(known), "--targets", "some"): "invalid value for '--targets': 'some' is not one of 'labels',",
-        ("fit", str(known), "--detector", "NOPE"): "no detector 'NOPE'",
+        ("fit", str(known), "--detector", "NOPE"): "unknown detector 'NOPE'",
         ("fit", str(known), "-o", "none/d.featnorm"): "no folder none",
-        ("score", "nothing.featnorm", str(known)): "there is no detector file",
+        ("score", "nothing.featnorm", str(known)): "cannot find the detector file",
         ("score", str(known / "a" / "0000.png"), str(known)): "not a featnorm detector file",
-        ("export", "nothing.featnorm"): "there is no detector file",
+        ("export", "nothing.featnorm"): "cannot find the detector file",
         ("export", str(detector), "-o", "none/d.onnx"): "no folder none",
         ("score", str(detector), "nowhere"): "cannot find 'nowhere'",
-        ("score", str(detector), str(known), "-o", "t.xlsx"): "must end in .csv, .jsonl, .parquet",
+        ("score", str(detector), str(known), "-o", "t.xlsx"): "must end in .csv, .jsonl or .parquet",
         (
             "score",
             str(detector),

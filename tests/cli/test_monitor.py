@@ -60,7 +60,10 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
     status, printed, error = featnorm("monitor", detector, scores)
     assert status == 3
     assert error == ""
-    assert f"3,000 scores of t{ending} (2 without a score left out), against 600 calibration scores" in printed
+    assert (
+        f"3,000 scores from t{ending} (2 rows without a score skipped), compared with 600 calibration scores"
+        in printed
+    )
     for words in ("Drift. At image 2,", "the evidence reached the alarm level of 100 to 1.", "It was at most ",
                   "the chance of ever raising this alarm is at most 1 %,",
                   "fit again on current images"):  # fmt: skip
@@ -127,7 +130,7 @@ def test_scores_that_are_infinite_are_scores(featnorm, detector, tmp_path):
         scores = table(tmp_path / f"t{ending}", np.array([np.inf, 1.0, -np.inf, 2.0]))
         status, printed, _ = featnorm("monitor", detector, scores, "--html", "page.html")
         assert status == 0
-        assert "4 scores of" in printed
+        assert "4 scores from" in printed
         check(Page((tmp_path / "page.html").read_text("utf-8")))
 
 
@@ -231,7 +234,7 @@ def test_a_table_may_have_been_through_other_hands(featnorm, detector, tmp_path,
     status, printed, error = featnorm("monitor", detector, name)
     assert (status, error) == (3, "")
     n = 2 if "two files" in hands else 1
-    assert f"{3000 * n:,} scores of t.csv ({2 * n} without a score left out)" in printed
+    assert f"{3000 * n:,} scores from t.csv ({2 * n} rows without a score skipped)" in printed
     assert "At image 2," in printed
 
 
@@ -248,7 +251,7 @@ def test_scores_of_another_detector_are_refused_whatever_their_digits(featnorm, 
     (tmp_path / "t.csv").write_text(as_text(rounded(rows, digits)), encoding="utf-8")
     archive.write(tmp_path / "other.featnorm", {"calibration.scores": other.scores}, {"tpr": 0.95, "model": {}})
     assert featnorm("monitor", detector, "t.csv")[0] == 3
-    assert_refused(featnorm("monitor", "other.featnorm", "t.csv"), "of t.csv is of another detector: its score")
+    assert_refused(featnorm("monitor", "other.featnorm", "t.csv"), "of t.csv is from another detector: its score")
 
 
 def test_blank_lines_and_float32_are_read_in_other_tables(featnorm, detector, tmp_path):
@@ -285,7 +288,7 @@ def damage_csv(path: Path, row: int, cells: list[str]) -> None:
         (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 instead of 6 columns)"),
         (
             ["a.png", "2.0", "0.9", "ID", "", ""],
-            "row 7 of t.csv is of another detector: its score 2 has the p-value",
+            "row 7 of t.csv is from another detector: its score 2 has the p-value",
         ),
         (["a.png", "2.0", "nan", "ID", "", ""], "its score 2 has the p-value nan there and 0."),
         (["a.png", "2.0", "0.246914", "ID", "", ""], "has the p-value 0.246914 there and 0.4"),
@@ -351,13 +354,13 @@ def test_what_is_refused(featnorm, detector, tmp_path):
     archive.write(tmp_path / "bare.featnorm", {}, {"tpr": None, "model": {}})
     before = sorted(tmp_path.iterdir())
     for arguments, words in {
-        (detector, "nowhere.csv"): "there is no file of scores nowhere.csv",
-        (detector, "folder.csv"): "there is no file of scores folder.csv",
-        (detector, detector): "d.featnorm must end in .csv, .jsonl, .parquet",
+        (detector, "nowhere.csv"): "cannot find the scores file nowhere.csv",
+        (detector, "folder.csv"): "cannot find the scores file folder.csv",
+        (detector, detector): "d.featnorm must end in .csv, .jsonl or .parquet",
         (detector, "empty.csv"): "there is no score in empty.csv",
         (detector, "unread.jsonl"): "there is no score in unread.jsonl",
         (detector, "other.csv"): "row 1 of other.csv cannot be read (it has no path)",
-        ("nowhere.featnorm", scores): "there is no detector file",
+        ("nowhere.featnorm", scores): "cannot find the detector file",
         (scores, scores): "not a featnorm detector file",
         ("bare.featnorm", scores): "bare.featnorm holds no calibration scores",
         (detector, scores, "--false-alarm", "0"): "false_alarm must be in (0, 1)",

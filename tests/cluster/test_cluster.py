@@ -200,9 +200,9 @@ def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
 
 
 def test_devices_that_there_are(workers):
-    with pytest.raises(ValueError, match="device 'cuda': the cluster has no GPU"):
+    with pytest.raises(ValueError, match="cannot use device 'cuda': the cluster has no GPU"):
         Cluster("cuda")
-    with pytest.raises(ValueError, match="device 'mps' is not one of a cluster's: use auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="a cluster cannot use device 'mps': choose auto, cpu or cuda"):
         Cluster("mps")
     assert workers.actors == cluster.Actors(2, "cpu", 1, 0)
     assert cluster._actors("auto", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(4, "cuda", 8, 1)

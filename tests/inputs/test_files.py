@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and what is passed over."""
+"""Which files of a folder are images, and what is ignored."""
 
 import io
 import os
@@ -72,7 +72,7 @@ def test_files_are_images_by_their_names_or_content(tmp_path: Path) -> None:
     with pytest.raises(ItemError, match="not an image in a format that featnorm reads"):
         source.item(7)
     assert str(source.passed_over) == (
-        "passed over 7 files that are not images (.txt 2, no ending 2, .db 1, .json 1, .mp4 1) and 2 hidden"
+        "ignored 7 files that are not images (.txt 2, no ending 2, .db 1, .json 1, .mp4 1) and 2 hidden"
     )
 
 

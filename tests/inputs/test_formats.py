@@ -68,10 +68,10 @@ def test_other_files_are_not_taken_for_images(head: bytes) -> None:
 
 def test_passed_over_files_are_summarized() -> None:
     assert str(PassedOver()) == ""
-    assert str(PassedOver({}, 3)) == "passed over 3 hidden"
+    assert str(PassedOver({}, 3)) == "ignored 3 hidden"
     many = PassedOver({f".{chr(97 + i)}": 1000 + i for i in range(10)}, 0, tuple("abcd"))
     assert str(many) == (
-        "passed over 10,045 files that are not images (.j 1,009, .i 1,008, .h 1,007, .g 1,006, .f 1,005, "
+        "ignored 10,045 files that are not images (.j 1,009, .i 1,008, .h 1,007, .g 1,006, .f 1,005, "
         ".e 1,004, .d 1,003, .c 1,002, others 2,001); could not open 4 folders (a, b, c, ...)"
     )
     both = PassedOver({".txt": 1}, 1, ("x",)) + PassedOver({".txt": 2, ".md": 1}, 1)

@@ -110,7 +110,7 @@ def test_classes_and_corrupt_files(at, folder):
     assert [stored.label(i) for i in range(4)] == [local.label(i) for i in range(4)] == [0, 1, 1, 1]
     with pytest.raises(ItemError, match=r"photos/b/broken\.png: "):
         stored.item(3)
-    assert str(stored.passed_over) == "passed over 1 file that is not an image (.txt 1) and 2 hidden"
+    assert str(stored.passed_over) == "ignored 1 file that is not an image (.txt 1) and 2 hidden"
     assert stored.passed_over == local.passed_over
 
 

@@ -102,7 +102,7 @@ def test_shards_share_their_classes(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("a data set")
     source = open_source(str(tmp_path))
     assert (labels(source), source.class_names) == ([1, 2, 0, 1], ["a", "b", "d"])
-    assert str(source.passed_over) == "passed over 1 file that is not an image (.md 1)"
+    assert str(source.passed_over) == "ignored 1 file that is not an image (.md 1)"
 
 
 @pytest.mark.parametrize(

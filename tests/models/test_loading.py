@@ -165,8 +165,8 @@ def test_unreadable_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> Non
     }.items():
         (tmp_path / name).write_bytes(content)
         refused(SMALL, f"cannot read .*{name} .*corrupt", weights=tmp_path / name)
-    refused(SMALL, "no weights file", weights=tmp_path / "none.pth")
-    refused(SMALL, "no weights file", weights=tmp_path)
+    refused(SMALL, "cannot find the weights file", weights=tmp_path / "none.pth")
+    refused(SMALL, "cannot find the weights file", weights=tmp_path)
     refused(SMALL, "no state dict in .*: it holds epoch, net", weights=saved(tmp_path, {"epoch": 1, "net": {}}))
     refused(SMALL, "no state dict in .*: it holds list", weights=saved(tmp_path, [1]))
 
@@ -181,10 +181,10 @@ def test_names() -> None:
     )
     assert "timm:resnet18" in refused("timm:resnt18", "did you mean")
     assert "torchvision:resnet50" in refused("resnet_50", "did you mean")
-    refused("timm:resnet18.no_such_tag", "no model 'timm:resnet18.no_such_tag'")
-    refused("torchvision:fasterrcnn_resnet50_fpn", "no model")
+    refused("timm:resnet18.no_such_tag", "unknown model 'timm:resnet18.no_such_tag'")
+    refused("torchvision:fasterrcnn_resnet50_fpn", "unknown model")
     refused("keras:resnet18", "cannot import keras:resnet18")
-    refused("timm:", "no model 'timm:'")
+    refused("timm:", "unknown model 'timm:'")
 
 
 def test_public_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,9 @@ def test_the_command_line_takes_it_by_name():
     loaded = create_model(f"featnorm:{NAME}")
     assert loaded.transform(Image.new("RGB", (50, 40), "red")).shape == loaded.input_size
     assert loaded.transform(Image.new("RGB", (32, 32), "red"))[:, 0, 0].tolist() == [1, 0, 0]
-    with pytest.raises(ModelError, match="comes with its weights"):
+    with pytest.raises(ModelError, match="includes its weights"):
         create_model(f"featnorm:{NAME}", num_classes=5)
-    with pytest.raises(ModelError, match=f"there is no model 'other'; available: {NAME}"):
+    with pytest.raises(ModelError, match=f"unknown model 'other'; available: {NAME}"):
         create_model("featnorm:other")
 
 
@@ -95,5 +95,5 @@ def test_its_hidden_classifier_explains(shared_data):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=f"no model 'resnet'; available: {NAME}"):
+    with pytest.raises(ValueError, match=f"unknown model 'resnet'; available: {NAME}"):
         fn.load_model("resnet")

@@ -1146,7 +1146,7 @@ def test_invalid_options_of_the_command(featnorm, detector, tmp_path, monkeypatc
         for arguments, words in {
             ("serve", detector, "--port", port): f"cannot listen on 127.0.0.1 port {port}: Address already in use",
             ("serve", detector, "--host", "192.0.2.1"): "cannot listen on 192.0.2.1",
-            ("serve", "nothing.featnorm", "--port", 0): "there is no detector file",
+            ("serve", "nothing.featnorm", "--port", 0): "cannot find the detector file",
             ("serve", detector, "--token-file", "nothing"): "nothing",
             (
                 "serve",

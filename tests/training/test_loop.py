@@ -356,7 +356,7 @@ def test_what_is_wrong_is_named(tmp_path):
         train(network(), images, targets[:5], RECIPE)
     with pytest.raises(ValueError, match="a batch of 64 needs as many inputs"):
         train(network(), images, targets, replace(RECIPE, batch_size=64))
-    with pytest.raises(ValueError, match="no optimizer"):
+    with pytest.raises(ValueError, match="unknown optimizer"):
         replace(RECIPE, optimizer="adam")
     with pytest.raises(ValueError, match="lr must be positive"):
         replace(RECIPE, lr=0)

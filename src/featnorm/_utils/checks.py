@@ -35,7 +35,7 @@ def as_score_tensor(x: ScoreLike, name: str, *, allow_empty: bool = False) -> "T
     name
         Name of the argument, for the error message.
     allow_empty
-        Whether n = 0 is valid: for a batch to score it is, for a sample to fit to or to measure it is not.
+        Whether n = 0 is valid: for a batch to score it is, for a sample to fit on or to measure it is not.
 
     Returns
     -------

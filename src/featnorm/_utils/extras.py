@@ -16,4 +16,4 @@ def vision_module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"{package} is needed here ({error}): pip install '.[vision]' in a checkout") from error
+        raise ImportError(f"this needs {package} ({error}): pip install '.[vision]' in a checkout") from error

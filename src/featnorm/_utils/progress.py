@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and a line every now and then in a log."""
+"""Progress of long work: a bar on a terminal, and a line every 30 seconds in a log."""
 
 import sys
 from collections.abc import Iterable

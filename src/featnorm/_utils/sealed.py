@@ -9,7 +9,7 @@ from typing import Any
 from featnorm._utils.files import write_text
 
 _KEY = "sha256"
-# The end of a sealed line: a last key, whose value is the digest of the line without it.
+# The end of a sealed line: a last key, whose value is the digest of the rest of the line.
 _SEAL = f', "{_KEY}": "%s"}}'
 _LENGTH = len(_SEAL % (64 * "0"))
 

@@ -95,7 +95,9 @@ def _before_commands(
     # Handled by `featnorm.cli.entry`, wherever it stands in the command.
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show the traceback of any error. May also stand at the end of a command."),
+        typer.Option(
+            "--debug", help="Show the traceback of any error. Can also be given at the end of a command."
+        ),
     ] = False,
 ) -> None:
     """Declare the options that belong to no command."""

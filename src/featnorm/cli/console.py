@@ -29,7 +29,7 @@ console = Console(highlight=False, markup=False, emoji=False, width=None if sys.
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """Print the metrics of the detectors, and the detectors that were left out, with the reasons."""
+    """Print the metrics of the detectors, and the detectors that were skipped, with the reasons."""
     from featnorm.report.tables import table_rows
 
     headers, rows = table_rows(evaluation)
@@ -40,7 +40,7 @@ def print_table(evaluation: Evaluation) -> None:
         table.add_row(*row)
     console.print(table)
     for name, reason in evaluation.excluded.items():
-        console.print(f"left out {name}: {reason}", soft_wrap=True)
+        console.print(f"skipped {name}: {reason}", soft_wrap=True)
 
 
 def printable(name: str) -> str:
@@ -73,7 +73,7 @@ def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None
 
 
 def print_reading(read: int, unreadable: int, several: int, passed_over: PassedOver) -> None:
-    """Print in one line how many images were read, passed over and unreadable.
+    """Print in one line how many images were read and unreadable, and how many other files were ignored.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def require_file_place(out: Path, inputs: Sequence[Path]) -> None:
     place = out.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or (path.is_dir() and place.is_relative_to(path.resolve()))):
-            raise ValueError(f"{out} would overwrite the input {path}, or lie in it: choose another place")
+            raise ValueError(f"{out} would overwrite the input {path}, or lie in it: choose another path")
 
 
 def environment() -> dict[str, str]:
@@ -143,7 +143,7 @@ def environment() -> dict[str, str]:
     torch = sys.modules.get("torch")
     if torch is not None:
         versions.append(f"torch {torch.__version__}")
-        machine += f", {torch.get_num_threads()} threads"
+        machine += f", {counted(torch.get_num_threads(), 'thread')}"
     return {
         "command": command,
         "date": date.today().isoformat(),

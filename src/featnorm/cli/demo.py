@@ -23,9 +23,9 @@ _TPR = 0.95
 
 
 def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
-    """Train a small network on handwritten digits, and compare detectors on inputs that it does not know.
+    """Train a small network on handwritten digits, and compare detectors on inputs unlike them.
 
-    Takes under a minute and downloads nothing: the data come with scikit-learn.
+    Takes about a minute and downloads nothing: the data comes with scikit-learn.
     """
     from featnorm import demo as digits
     from featnorm.detectors import NAN

@@ -53,11 +53,16 @@ def evaluate(
     id_data: Annotated[str, typer.Option("--id", metavar="DATA", help=f"In-distribution inputs: {DATA}.")],
     ood: Annotated[
         list[str],
-        typer.Option(metavar="DATA", help="Out-of-distribution inputs, as for --id. Repeat for several."),
+        typer.Option(
+            metavar="DATA", help="Out-of-distribution inputs, specified as for --id. Repeat for several."
+        ),
     ],
     fit: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="In-distribution inputs for the detectors that have to be fitted."),
+        typer.Option(
+            metavar="DATA",
+            help="In-distribution inputs to fit the detectors on that need a fit. Default: skip those.",
+        ),
     ] = None,
     weights: Weights = None,
     detector: Detectors = None,
@@ -120,7 +125,7 @@ def evaluate(
             f"OOD, {name}": f"{spec}, {len(reader.rows[name])} inputs"
             for name, spec in zip(ood_names, ood, strict=True)
         },
-        "fit": "nothing" if fit is None else f"{fit}, {len(reader.rows[_FIT])} inputs",
+        "fit": "none" if fit is None else f"{fit}, {len(reader.rows[_FIT])} inputs",
         "device": f"{tap.device}, {precision}",
         **environment(),
     }

@@ -15,8 +15,8 @@ INTERNAL = 1
 INVALID = 2
 STATUSES = {
     0: "success",
-    INTERNAL: "internal error of featnorm (please report the traceback)",
-    INVALID: "invalid call or input (named in one line)",
+    INTERNAL: "internal error in featnorm (please report the traceback)",
+    INVALID: "wrong usage or input (explained in one line)",
     3: "drift (`monitor`)",
     130: "interrupted by Ctrl-C",
 }

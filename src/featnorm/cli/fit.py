@@ -46,9 +46,8 @@ def fit(
         str,
         typer.Option(
             metavar="SPEC",
-            help="Backbone: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, or `MODULE:FUNCTION`, a "
-            "function of yours that returns a model and its transform. The model without "
-            "its classifier computes the features.",
+            help="Backbone: `timm:NAME`, `torchvision:NAME` or `featnorm:NAME`, whose classifier is removed, or "
+            "`MODULE:FUNCTION`, your own function that returns a model without its classifier, and its transform.",
         ),
     ] = "featnorm:efficientnet-lite0",
     weights: Weights = None,
@@ -56,8 +55,8 @@ def fit(
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
-            help="Targets of the head: `labels`, `clusters` of the features, or `auto`: labels where there are "
-            "any, else clusters."
+            help="Targets of the head: `labels`, `clusters` of the features, or `auto`: labels if all "
+            "images have one, otherwise clusters."
         ),
     ] = "auto",
     label_column: LabelColumn = None,
@@ -143,8 +142,8 @@ def fit(
     assert calibration is not None
     low, high = calibration.false_alarm_range()
     console.print(
-        f"{parsed!r} is calibrated on {fitted.held_out} held-out images. On average over such calibration sets "
-        f"it flags at most {100 * (1 - tpr):.1f} % of images like these; for this one, between "
+        f"{parsed!r} is calibrated on {fitted.held_out} held-out images. Averaged over such calibration sets, "
+        f"it flags at most {100 * (1 - tpr):.1f} % of images like these; with this one, between "
         f"{100 * low:.1f} % and {100 * high:.1f} % (90 % confidence).",
         soft_wrap=True,
     )

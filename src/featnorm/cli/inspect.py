@@ -20,7 +20,7 @@ def inspect(
     layer: Layer = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Find the last hidden layer of a model, and describe what it means for the negative-aware norm."""
+    """Find the last hidden layer of a model, and report whether the negative-aware norm works there."""
     import torch
 
     from featnorm.inputs import image_loader, open_source

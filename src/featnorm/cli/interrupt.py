@@ -77,7 +77,7 @@ class Interruption:
         # progress bar, or below the ^C.
         try:
             os.write(2, ("\n" * os.isatty(2) + self._line).encode())
-        except OSError:  # nobody reads it
+        except OSError:  # the reader is gone
             return
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featnorm._utils.progress import progress_bar
-from featnorm.cli.console import console, environment, require_file_place
+from featnorm.cli.console import console, counted, environment, require_file_place
 from featnorm.cli.options import ScorerFile
 
 if TYPE_CHECKING:
@@ -36,18 +36,18 @@ def monitor(
         Path,
         typer.Argument(
             metavar="SCORES",
-            help="Table (.csv, .jsonl or .parquet) written by `featnorm score --out`, its rows in order of time.",
+            help="Table (.csv, .jsonl or .parquet) written by `featnorm score --out`, rows in order of time.",
         ),
     ],
     false_alarm: Annotated[
         float, typer.Option(help="Probability that a stream without drift ever raises the alarm.")
     ] = 0.01,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Page to write (.html), with plots.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML page to write, with plots.")] = None,
 ) -> None:
     """Detect drift in a stream of scores, even if no single image looks unusual.
 
-    The images must be in no particular order: consecutive frames of a video raise alarms without drift. The exit
-    status is 0 without drift and 3 with drift.
+    The images must be exchangeable: rows sorted by class, or consecutive video frames, raise the alarm without
+    drift. The exit status is 0 without drift and 3 with drift.
     """
     from featnorm.records import read_scores
     from featnorm.report.drift import format_evidence, write_drift_page
@@ -64,11 +64,11 @@ def monitor(
             bar.update(len(images))
     drift = stream.monitor
     if drift.count == 0:
-        raise ValueError(f"there is no score in {scores}: score images first, by featnorm score --out")
-    unscored = f" ({stream.unscored:,} without a score left out)" if stream.unscored else ""
+        raise ValueError(f"there is no score in {scores}: score images first, with featnorm score --out")
+    unscored = f" ({counted(stream.unscored, 'row')} without a score skipped)" if stream.unscored else ""
     console.print(
-        f"{drift.count:,} scores of {scores}{unscored}, against {len(calibration.scores):,} calibration "
-        f"scores of {scorer_file}.",
+        f"{drift.count:,} scores from {scores}{unscored}, compared with {len(calibration.scores):,} "
+        f"calibration scores in {scorer_file}.",
         soft_wrap=True,
     )
     finding = _finding(stream)
@@ -76,12 +76,12 @@ def monitor(
         console.print(sentence, soft_wrap=True)
     if html is not None:
         facts = {
-            "Scores": f"{drift.count:,}{unscored}",
-            "Calibration scores": f"{len(calibration.scores):,}",
-            "Chance of a false alarm": f"{drift.false_alarm:.4g}",
-            "Highest evidence": format_evidence(drift.highest),
-            "File": str(scores),
-            "Detector": str(scorer_file),
+            "scores": f"{drift.count:,}{unscored}",
+            "calibration scores": f"{len(calibration.scores):,}",
+            "chance of a false alarm": f"{drift.false_alarm:.4g}",
+            "highest evidence": format_evidence(drift.highest),
+            "file": str(scores),
+            "detector": str(scorer_file),
             **environment(),
         }
         write_drift_page(html, drift, stream.history, calibration, summary=finding, facts=facts)
@@ -129,7 +129,7 @@ class _Stream:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
     def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]]) -> None:
-        """Refuse scores of another detector, which would look like drift."""
+        """Check that the scores are from this detector: those of another one would look like drift."""
         scores, errors = _column(scored, "score"), _column(scored, "score_error")
         stated, digits = _column(scored, "p_value"), _column(scored, "p_value_error")
         # A score may have been rounded when it was written: its p-value lies between those of the bounds.
@@ -143,8 +143,8 @@ class _Stream:
             low, high = float(lowest[first]), float(highest[first])
             wanted = f"{low:.9g}" if low == high else f"{low:.9g} to {high:.9g}"
             raise ValueError(
-                f"row {row.number} of {self._table} is of another detector: its score {image.score:.9g} "
-                f"has the p-value {image.p_value:.9g} there and {wanted} by {self._scorer_file}; name the "
+                f"row {row.number} of {self._table} is from another detector: its score {image.score:.9g} "
+                f"has the p-value {image.p_value:.9g} there and {wanted} in {self._scorer_file}; name the "
                 "detector that wrote the scores"
             )
 
@@ -154,7 +154,7 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
 
     calibration = read_calibration(scorer_file)
     if calibration is None:
-        raise ArchiveError(f"{scorer_file} holds no calibration scores: fit again, by featnorm fit")
+        raise ArchiveError(f"{scorer_file} holds no calibration scores: fit again, with featnorm fit")
     return calibration
 
 
@@ -186,17 +186,17 @@ def _meaning(stream: _Stream) -> Iterator[str]:
     chance = f"{100 * stream.monitor.false_alarm:g} %"
     yield (
         f"If nothing drifts, the chance of ever raising this alarm is at most {chance}, however long the "
-        "stream, provided the images are in no particular order."
+        "stream, provided the images are exchangeable (not sorted by class, not consecutive video frames)."
     )
     if stream.alarm is None:
         yield (
             "This does not prove that nothing changed. To continue the stream, append the new rows to these and "
-            "run the command on all of them: the chance holds for one stream, not for several."
+            "run the command on all of them: the chance above is for one stream, not for several."
         )
         return
     yield (
-        "Either the images as a whole changed some time before the alarm, even if each one passes by itself, or "
-        "neighbors in the table resemble each other, as consecutive frames of a video do."
+        "Either the images as a whole changed some time before the alarm, even if no single one is flagged, or "
+        "neighboring rows resemble each other, as consecutive frames of a video do."
     )
     yield (
         "Compare images from before and after the alarm: did the subject, the light or the camera change? If the "

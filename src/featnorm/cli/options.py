@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 DATA = (
-    "an image folder, a parquet file, either in an object store (`s3://bucket/photos`), or a data set by name, "
-    "such as `cifar10:test`; a slice may follow, as in `DATA[:500]` or `DATA[1::2]`"
+    "an image folder or a parquet file, local or in an object store (`s3://bucket/photos`), or a named data set, "
+    "such as `cifar10:test`; append a slice to use a part of it: `DATA[:500]`, `DATA[1::2]`"
 )
 """What a specification of images may be, for help texts."""
 
@@ -66,17 +66,19 @@ DataRoot = Annotated[
     typer.Option(
         metavar="FOLDER",
         envvar="FEATNORM_DATA",
-        help="Folder in which data sets by name are looked for first, and to which they are downloaded.",
+        help="Folder in which named data sets are looked up first, and to which they are downloaded.",
     ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
-    typer.Option(help="Device of the model; `auto` takes the accelerator of this machine, if there is one."),
+    typer.Option(
+        help="Device to run the model on; `auto`: the accelerator of this machine, or the CPU if there is none."
+    ),
 ]
 # Those under which the weights stay as they are; Lightning Fabric would convert them for the others.
 Precision = Annotated[
     Literal["32-true", "bf16-mixed", "16-mixed"],
-    typer.Option(help="Precision of the forward pass, as Lightning Fabric names it."),
+    typer.Option(help="Precision of the forward pass, in Lightning Fabric's notation."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images per batch.")]
 Workers = Annotated[
@@ -86,8 +88,8 @@ Ray = Annotated[
     bool,
     typer.Option(
         "--ray",
-        help="Run on the Ray cluster that RAY_ADDRESS names, or on a local one of all processors. Every machine "
-        "of the cluster must be able to read the images.",
+        help="Run on the Ray cluster at RAY_ADDRESS, or on a local one of all CPU cores if that is not set. Every "
+        "machine of the cluster must be able to read the images.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]

@@ -27,7 +27,9 @@ def runtime_of(
         Lightning Fabric or Ray is needed and not installed.
     """
     if compiled and not any(map(shutil.which, _COMPILERS)):
-        raise ValueError("--compile needs a C++ compiler, and there is no g++ or clang++ here: leave it out")
+        raise ValueError(
+            "--compile needs a C++ compiler, and neither g++ nor clang++ was found: install one, or omit --compile"
+        )
     cluster = None
     if ray:
         from featnorm.cluster import Cluster

@@ -51,7 +51,8 @@ def score(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Page to write (.html): the images with the lowest scores, where each lies, and why.",
+            help="HTML page to write: the images with the lowest scores, each compared with the calibration "
+            "scores and explained.",
         ),
     ] = None,
     model: OwnModel = None,
@@ -78,7 +79,9 @@ def score(
     source = open_source(*images, root=data_root, labels=False, mix_splits=True)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
-        console.print(f"fitted in {fitted_in}: scores in {precision} differ slightly", style="dim")
+        console.print(
+            f"the detector was fitted in {fitted_in}: scores in {precision} differ slightly", style="dim"
+        )
     if not files:
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
@@ -109,9 +112,9 @@ def score(
 
 def _pace(summary: ScoringSummary, runtime: Runtime) -> str:
     if summary.model_seconds is not None:
-        where = f"{summary.model_seconds / summary.seconds:.0%} of the time in the model itself"
+        where = f"{summary.model_seconds / summary.seconds:.0%} of the time in the model"
     else:
-        where = f"by at most {runtime.cluster.actors.count} actors of {runtime.cluster.actors.device}"
+        where = f"on at most {runtime.cluster.actors.count} actors ({runtime.cluster.actors.device})"
     return f"{summary.computed / summary.seconds:.0f} images per second, {where}."
 
 
@@ -120,7 +123,7 @@ def _print_start(journal: Journal, total: int) -> None:
         console.print("the previous run used different images, detector or options; starting over", style="dim")
     if journal.damaged is not None:
         console.print(
-            f"line {journal.damaged} of {journal.path} is damaged: images are scored again from there on",
+            f"line {journal.damaged} of {journal.path} is damaged: scoring the images from there on again",
             style="dim",
             soft_wrap=True,
         )

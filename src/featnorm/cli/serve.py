@@ -32,20 +32,22 @@ def serve(
         typer.Option(
             metavar="FILE",
             help="File with the token that clients must send as `Authorization: Bearer TOKEN`. Default: the "
-            "variable FEATNORM_TOKEN; without either, no token is required.",
+            "environment variable FEATNORM_TOKEN. If neither is given, no token is required.",
         ),
     ] = None,
     device: Device = "auto",
     precision: Precision = "32-true",
     batch_size: BatchSize = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
-    max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 50_000_000,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images per request.")] = 64,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum number of pixels per image.")] = 50_000_000,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Maximum images waiting for the model; beyond this, clients get status 503.")
+        int,
+        typer.Option(min=1, help="Maximum number of images waiting for the model; beyond it, clients get 503."),
     ] = 256,
     max_queue_pixels: Annotated[
-        int, typer.Option(min=1, help="Maximum pixels waiting to be decoded; beyond this, clients get status 503.")
+        int,
+        typer.Option(min=1, help="Maximum number of pixels waiting to be decoded; beyond it, clients get 503."),
     ] = 800_000_000,
     max_seconds: Annotated[
         float,
@@ -54,14 +56,15 @@ def serve(
         ),
     ] = 30.0,
     max_connections: Annotated[
-        int, typer.Option(min=1, help="Maximum open connections; beyond this, the longest idle one is closed.")
+        int,
+        typer.Option(min=1, help="Maximum number of open connections; beyond it, the longest idle one is closed."),
     ] = 512,
     grace_seconds: Annotated[float, typer.Option(help="Maximum seconds from SIGTERM or Ctrl+C to exit.")] = 10.0,
 ) -> None:
-    """Serve a detector over HTTP, with a page to drop images on.
+    """Serve a detector over HTTP, with a web page onto which images can be dropped.
 
     `POST /v1/score` takes one image, or several as a form or as base64 in JSON; `/openapi.json` describes the API.
-    One line of JSON per request is logged to standard error. `/metrics` has counters for Prometheus.
+    One line of JSON per request is logged to standard error. `/metrics` serves Prometheus metrics.
     """
     from featnorm.cli.runtime import runtime_of
     from featnorm.image_scorer import ImageScorer

@@ -23,7 +23,7 @@ from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel, ProjectionHead
 from featnorm.runtime import Runtime
 
-#: Batches per shard, and so the most that the death of an actor costs.
+#: Batches per shard: the maximum number to repeat when an actor dies.
 _SHARD = 16
 #: Calls per actor that run, are done but not yet read, or wait.
 _CALLS = 2
@@ -78,7 +78,9 @@ class Cluster:
         try:
             import ray
         except ImportError as error:
-            raise ImportError(f"many machines need Ray ({error}): pip install '.[ray]' in a checkout") from None
+            raise ImportError(
+                f"running on a cluster needs Ray ({error}): pip install '.[ray]' in a checkout"
+            ) from None
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         self.actors = _actors(device, _resources())
@@ -325,9 +327,9 @@ def _resources() -> dict[str, float]:
 def _actors(device: str, resources: dict[str, float]) -> Actors:
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if device not in ("auto", "cpu", "cuda", "gpu"):
-        raise ValueError(f"device {device!r} is not one of a cluster's: use auto, cpu or cuda")
+        raise ValueError(f"a cluster cannot use device {device!r}: choose auto, cpu or cuda")
     if device == "cpu" or (device == "auto" and not gpus):
         return Actors(max(1, cpus), "cpu", 1, 0)
     if not gpus:
-        raise ValueError(f"device {device!r}: the cluster has no GPU")
+        raise ValueError(f"cannot use device {device!r}: the cluster has no GPU")
     return Actors(gpus, "cuda", max(1, cpus // gpus), 1)

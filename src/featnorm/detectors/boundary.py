@@ -71,7 +71,9 @@ class OneClassSVM(Detector):
         # The variance of "scale" is about the mean of all numbers, not about that of each dimension.
         variance = float((rows + (origin - origin.mean())).square().mean())
         if not float(rows.abs().max()) > 0:
-            raise ValueError(f"{self!r} found no variation among its {len(rows)} inputs: fit different ones")
+            raise ValueError(
+                f"{self!r} found no variation among its {len(rows)} inputs: fit on inputs that differ"
+            )
         gamma = 1 / (rows.shape[1] * variance)
         solver = Solver(nu=self.nu, gamma=gamma, tol=_TOLERANCE, cache_size=_CACHE).fit(rows.cpu().numpy())
         return _Support(

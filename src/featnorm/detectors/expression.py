@@ -24,7 +24,7 @@ class UnknownDetectorError(ValueError):
         known = sorted(other for other, kind in registered_detectors().items() if not kind.operator)
         near = difflib.get_close_matches(name.lower(), [other.lower() for other in known], 1, 0.5)
         meant = next((f"; did you mean {other}?" for other in known if other.lower() in near), "")
-        super().__init__(f"there is no detector {name!r}{meant} (known: {', '.join(known)})")
+        super().__init__(f"unknown detector {name!r}{meant} (available: {', '.join(known)})")
         self.name = name
 
 
@@ -49,7 +49,7 @@ def parse_detector(expression: str) -> Detector:
         value = _build(tree, expression)
     except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{expression!r} is not a detector: {reason}") from None
+        raise ValueError(f"{expression!r} is not a valid detector: {reason}") from None
     if not isinstance(value, Detector):
         raise ValueError(f"{expression!r} is not a detector, but a {type(value).__name__}")
     return value
@@ -74,7 +74,7 @@ def _build(node: ast.expr, expression: str) -> Any:
             return value
         case ast.Tuple(elts=items):
             return tuple(_build(item, expression) for item in items)
-    raise ValueError(f"{expression!r} is not a detector: {ast.unparse(node)!r} is not understood")
+    raise ValueError(f"{expression!r} is not a valid detector: {ast.unparse(node)!r} is not understood")
 
 
 def _named(name: str) -> type[Detector]:

@@ -150,7 +150,7 @@ def explain(
         The statistics are empty or of another number of units, or the number of names is not that of the classes.
     """
     if names is not None and len(names) != hidden.logits.shape[1]:
-        raise ValueError(f"there are {len(names)} names for {hidden.logits.shape[1]} classes")
+        raise ValueError(f"got {len(names)} class names for {hidden.logits.shape[1]} classes")
     a = hidden.activation.cpu()
     if a.shape[1] != statistics.width:
         raise ValueError(

@@ -91,7 +91,7 @@ class Folder(ABC):
 
     @cached_property
     def images(self) -> tuple[list[str], PassedOver]:
-        """The image files in it and below it, and what was passed over; see `find_images`."""
+        """The image files in it and below it, and what was ignored; see `find_images`."""
         return find_images(self)
 
 
@@ -209,7 +209,7 @@ def find_images(folder: Folder) -> tuple[list[str], PassedOver]:
 
     A file is an image if its name ends as those of image files do, or if it begins as an image; only files with
     other names are opened, to read their first bytes. A file that cannot be opened counts as an image, so that the
-    error is reported when it is read. Hidden files and folders are passed over.
+    error is reported when it is read. Hidden files and folders are ignored.
 
     The files are sorted, folder by folder. Links are followed, and every folder is read once, because links may
     form a cycle.

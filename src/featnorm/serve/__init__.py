@@ -6,7 +6,7 @@ try:
     import prometheus_client  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"{error.name} is needed here: pip install '.[serve]' in a checkout") from None
+    raise ImportError(f"serving needs {error.name}: pip install '.[serve]' in a checkout") from None
 
 from featnorm.serve.app import create_app
 from featnorm.serve.limits import Limits

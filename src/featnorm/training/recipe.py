@@ -56,7 +56,7 @@ class Recipe:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share of the steps below 1, got {getattr(self, name)!r}")
         if self.optimizer not in self.optimizers:
-            raise ValueError(f"no optimizer {self.optimizer!r}: use one of {', '.join(self.optimizers)}")
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: use one of {', '.join(self.optimizers)}")
         if self.crop is not None and not self.augment:
             raise ValueError("crops are an augmentation: set augment=True, or crop=None")
 

@@ -50,7 +50,7 @@ def model_facts(name: str) -> dict[str, Any]:
 
 def _read(name: str) -> tuple[nn.Sequential, dict[str, Any]]:
     if name not in model_names():
-        raise ValueError(f"there is no model {name!r}; available: {', '.join(model_names())}")
+        raise ValueError(f"unknown model {name!r}; available: {', '.join(model_names())}")
     with as_file(files(__name__).joinpath(name + _SUFFIX)) as path, safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["featnorm"])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
