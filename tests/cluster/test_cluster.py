@@ -251,7 +251,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
     status, printed, error = featnorm(*scoring, "-o", "ray.csv", "--ray")
     assert (status, error) == (0, "")
     assert f"resuming after {3 * size} of" in printed
-    assert "by at most 2 actors of cpu" in printed
+    assert "on at most 2 actors (cpu)" in printed
     one, many = (
         [line.split(",") for line in (tmp_path / f"{name}.csv").read_text().splitlines()]
         for name in ("one", "ray")

@@ -123,7 +123,7 @@ def test_attach_head_to_a_model_of_ones_own():
 
 
 def test_what_is_wrong_is_named():
-    with pytest.raises(ValueError, match="no activation 'tanh'"):
+    with pytest.raises(ValueError, match="unknown activation 'tanh': use one of relu, leaky_relu, gelu"):
         ProjectionHead(4, 2, activation="tanh")
     with pytest.raises(ValueError, match="temperature must be positive"):
         ProjectionHead(4, 2, temperature=0)
