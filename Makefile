@@ -10,7 +10,7 @@ demo: .venv/demo.stamp
 # Two processes of one thread each: with more, threads wait for each other and take several times as long. Files with
 # slow tests come first (tests/helpers/running.py), not those with the most tests.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
