@@ -8,7 +8,8 @@ demo: .venv/demo.stamp
 	$(BIN)/featnorm demo
 
 # Two processes of one thread each: with more, threads wait for each other and take several times as long. Files with
-# slow tests come first (tests/helpers/running.py), not those with the most tests.
+# slow tests come first (tests/helpers/running.py), not those with the most tests. Bytecode is written even where
+# that is turned off, as the tests start many processes.
 test: lint
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
