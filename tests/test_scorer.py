@@ -557,7 +557,7 @@ class TestFile:
             fn.Scorer.load(tmp_path / "w.safetensors", model=nn.Linear(3, 3))
 
     def test_a_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="cannot find the detector file .*none"):
+        with pytest.raises(FileNotFoundError, match=r"cannot find the detector file .*none"):
             fn.Scorer.load(tmp_path / "none.featnorm", model=nn.Linear(3, 3))
 
     def test_a_failed_save_keeps_the_earlier_file(self, path, monkeypatch):
