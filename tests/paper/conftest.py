@@ -1,6 +1,6 @@
 import pytest
 
-from small import write_images
+from reproduction import write_images
 
 
 @pytest.fixture(scope="session")

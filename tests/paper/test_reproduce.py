@@ -8,7 +8,7 @@ import pytest
 from featnorm.paper import scoring, study, theory
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.studies import cifar10
-from small import reproduce
+from reproduction import reproduce
 
 RECIPE = PaperRecipe(epochs=1, batch_size=32, optimizer="sgd", lr=0.02)
 

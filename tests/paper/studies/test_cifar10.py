@@ -18,7 +18,7 @@ from featnorm.paper.numbers import numbers
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.studies import cifar10
 from featnorm.paper.study import studies
-from small import context, reproduce, write_images
+from reproduction import assert_resumes_after_training, context, reproduce, write_images
 
 RECIPE = PaperRecipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.05, augment=True, crop=24, warmup=0.2)
 TINY = cifar10.Scale(8, RECIPE, replace(FROZEN, epochs=1, batch_size=32), frozen=True, seeds=2)
@@ -64,19 +64,8 @@ def test_every_table_is_made_once_trained(root, tiny, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
-    score = scoring.score
-
-    def die(*_args, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(scoring, "score", die)
-    with pytest.raises(KeyboardInterrupt):
-        reproduce("table5", root, tmp_path)
     folder = tmp_path / "laptop" / "relu-512-2epochs-seed0"
-    kept = (folder / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(scoring, "score", score)
-    assert reproduce("table5", root, tmp_path).exit_code == 0
-    assert (folder / "checkpoint.pt").read_bytes() == kept
+    assert_resumes_after_training("table5", folder, root, monkeypatch)
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
 
 

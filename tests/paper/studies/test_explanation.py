@@ -4,7 +4,7 @@ import json
 
 from featnorm.paper.images import CLASSES
 from featnorm.paper.study import studies
-from small import reproduce
+from reproduction import reproduce
 
 
 def test_explanation(root, tmp_path):

@@ -13,7 +13,7 @@ from featnorm.paper.probe import LAST
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.studies.figures import Figure, gap, rank_correlation, series
 from featnorm.paper.study import studies
-from small import context, reproduce
+from reproduction import context, reproduce
 
 pytestmark = pytest.mark.slow
 

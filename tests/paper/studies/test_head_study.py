@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from featnorm.paper.studies import head_study
-from small import reproduce
+from reproduction import reproduce
 
 
 def test_head_study(root, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from featnorm.paper.numbers import numbers
 from featnorm.paper.studies import imagenet
 from featnorm.paper.study import MissingError, studies
 from featnorm.runtime import Runtime
-from small import context, reproduce, write_images
+from reproduction import context, reproduce, write_images
 
 pytestmark = pytest.mark.slow
 

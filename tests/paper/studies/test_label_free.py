@@ -13,7 +13,7 @@ from featnorm.paper.numbers import numbers
 from featnorm.paper.studies import label_free
 from featnorm.paper.study import studies
 from featnorm.paper.systems import GOAD
-from small import context, reproduce
+from reproduction import assert_resumes_after_training, context, reproduce
 
 pytestmark = pytest.mark.slow
 
@@ -84,19 +84,8 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
-    score = scoring.score
-
-    def die(*_args, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(scoring, "score", die)
-    with pytest.raises(KeyboardInterrupt):
-        reproduce("table11", root, tmp_path)
     folder = tmp_path / "laptop" / "cider-2epochs-seed0"
-    kept = (folder / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(scoring, "score", score)
-    assert reproduce("table11", root, tmp_path).exit_code == 0
-    assert (folder / "checkpoint.pt").read_bytes() == kept
+    assert_resumes_after_training("table11", folder, root, monkeypatch)
     monkeypatch.setitem(label_free.SCALES, "laptop", replace(TINY, width=8))
     with pytest.raises(ValueError, match="holds a run with other width: choose another folder"):
         reproduce("table11", root, tmp_path)

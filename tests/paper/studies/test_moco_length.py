@@ -13,7 +13,7 @@ from featnorm.paper.studies import moco_length, one_class
 from featnorm.paper.study import studies
 from featnorm.paper.systems import MoCo
 from featnorm.training import train as really_train
-from small import reproduce
+from reproduction import reproduce
 
 pytestmark = pytest.mark.slow
 

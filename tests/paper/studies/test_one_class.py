@@ -13,7 +13,7 @@ from featnorm.paper.studies import one_class
 from featnorm.paper.study import studies
 from featnorm.paper.systems import SVM, DeepSVDD, OneClassModel
 from featnorm.paper.systems.frameworks import moco_detectors
-from small import reproduce, write_images
+from reproduction import reproduce, write_images
 
 
 @dataclass(frozen=True)

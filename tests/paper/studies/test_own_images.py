@@ -6,7 +6,7 @@ import pytest
 
 from featnorm.models import create_model
 from featnorm.paper.studies import own_images
-from small import reproduce, write_images
+from reproduction import reproduce, write_images
 
 
 @pytest.fixture

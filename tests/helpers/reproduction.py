@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
+from featnorm.paper import scoring
 from featnorm.paper.study import Context
 from featnorm.runtime import Runtime
 
@@ -34,3 +36,22 @@ def reproduce(name, root, out, *options):
     except SystemExit as end:
         exit_code = end.code
     return SimpleNamespace(exit_code=exit_code)
+
+
+def assert_resumes_after_training(table, folder, root, monkeypatch):
+    """Interrupt a table between the training of a network and its scores; the rerun does not train it again.
+
+    ``folder`` is the network's, ``out / scale / name``.
+    """
+    out = folder.parents[1]
+
+    def die(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score", die)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(table, root, out)
+    kept = (folder / "checkpoint.pt").read_bytes()
+    assert reproduce(table, root, out).exit_code == 0
+    assert (folder / "checkpoint.pt").read_bytes() == kept
