@@ -86,8 +86,8 @@ def test_the_sentence_counts_against_what_is_usual():
     explainer = fn.Explainer(network()).fit([x], progress=False)
     (one,) = explainer(torch.tensor([[0.0, 2, 0, 2, 0, 1, 0, 0, 5]]))
     assert one.sentence == (
-        "Predicted: class 0. Of the 4 units that are usually on for class 0, 2 are off (0 expected); "
-        "of the 5 others, 2 are on (0 expected)."
+        "Predicted: class 0. 2 of the 4 units that are usually on for class 0 are off (0 expected); "
+        "2 of the 5 others are on (0 expected)."
     )
 
 

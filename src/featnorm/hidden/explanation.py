@@ -70,9 +70,9 @@ class Explanation:
         off, on = float((1 - self.on_rate)[usual].sum()), float(self.on_rate[~usual].sum())
         return (
             f"Predicted: {self.predicted_name}. "
-            f"Of the {int(usual.sum())} units that are usually on for {self._peers}, "
-            f"{len(self.inactive_units)} are off ({off:.0f} expected); of the {int((~usual).sum())} others, "
-            f"{len(self.unexpected_units)} are on ({on:.0f} expected)."
+            f"{len(self.inactive_units)} of the {int(usual.sum())} units that are usually on for {self._peers} "
+            f"are off ({off:.0f} expected); {len(self.unexpected_units)} of the {int((~usual).sum())} others are on "
+            f"({on:.0f} expected)."
         )
 
     @property

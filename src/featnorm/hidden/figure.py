@@ -32,7 +32,7 @@ def explanation_figure(
             [on_rate[i] for i in order],
             color="#b9c6d6",
             lw=0,
-            label=f"share of {peers} for which the unit is on",
+            label=f"{peers}: share of inputs with the unit on",
         )
         units.set_ylim(0, 1.02)
         units.set_ylabel("share of inputs")

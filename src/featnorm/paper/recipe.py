@@ -211,8 +211,11 @@ def short(name: str, epochs: int, batch_size: int, lr: float, crop: int, crop_sh
 def scheme_labels(scheme: Scheme, labels: Tensor, seed: int = 0) -> tuple[Tensor, int]:
     """Return the targets (n,) of a label scheme and their number of classes (paper B).
 
-    "S" uses the labels; "I" makes each image a class of its own; so does "Is", for augmented images (see
-    `PaperRecipe.under`); "R" gives each image a random bit; "O" puts all images into one class.
+    - "S": the labels.
+    - "I": one class per image.
+    - "Is": one class per image, which is then augmented (see `PaperRecipe.under`).
+    - "R": a random bit per image.
+    - "O": one class for all images.
 
     Raises
     ------
