@@ -71,8 +71,8 @@ class Explanation:
         return (
             f"Predicted: {self.predicted_name}. "
             f"{len(self.inactive_units)} of the {int(usual.sum())} units that are usually on for {self._peers} "
-            f"are off ({off:.0f} expected); {len(self.unexpected_units)} of the {int((~usual).sum())} others are on "
-            f"({on:.0f} expected)."
+            f"are off ({off:.0f} expected); "
+            f"{len(self.unexpected_units)} of the {int((~usual).sum())} others are on ({on:.0f} expected)."
         )
 
     @property
