@@ -83,7 +83,7 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
     merged, two = fit(folder, tiny, asked, detector=fn.parse_detector(detector), workers=workers, targets=targets)
     assert (two.trained, two.held_out, two.accuracy) == (one.trained, one.held_out, one.accuracy)
     assert two.corrupt == one.corrupt
-    assert two.computed == (0 if asked is cache else alone.trained + alone.held_out)
+    assert two.computed == (0 if asked is cache else one.trained + one.held_out)
     expected = local(alone, source)
     assert expected[0][0].error is not None
     assert_same(local(merged, source), expected)
