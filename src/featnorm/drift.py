@@ -115,7 +115,7 @@ class DriftMonitor:
 
     def __init__(self, calibration_scores: ScoreLike, false_alarm: float = 0.01, seed: int = 0) -> None:
         check_share(false_alarm, "false_alarm")
-        self.false_alarm = false_alarm
+        self.false_alarm = float(false_alarm)
         self.count = 0
         self.log10_evidence = 0.0
         self.highest = 0.0
@@ -173,7 +173,7 @@ class DriftMonitor:
         Parameters
         ----------
         path
-            The file. It holds the number of scores per bin of the memory (see above), and no single scores.
+            The file. It holds how often each score was seen, rounded to one part in 8192.
 
         Raises
         ------
@@ -247,7 +247,7 @@ class _Counts:
         self._rows: dict[int, npt.NDArray[np.int64]] = {}
 
     def add(self, key: int, number: int = 1) -> tuple[int, int]:
-        """Count scores of a key; return the number of scores below it, and of those equal to it, these included."""
+        """Count scores of a key; return how many scores are below these, and how many equal, these included."""
         first, second = divmod(key, _DIGITS)
         row = self._rows.get(first)
         if row is None:
