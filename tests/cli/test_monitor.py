@@ -15,9 +15,9 @@ import torch
 from apart import run_apart
 from featnorm import Calibration, archive
 from featnorm._utils.sealed import write_sealed
-from featnorm.image_scorer import ImageVerdict
 from featnorm.records import COLUMNS, FORMATS, Journal
 from featnorm.report.drift import StreamHistory
+from featnorm.verdict import ItemVerdict
 from pages import Page, check
 
 CALIBRATION = Calibration(np.random.default_rng(0).normal(2, 1, 600).astype(np.float32))
@@ -42,12 +42,12 @@ def table(path: Path, scores, unread=(5, 1700)):
     """Write what `featnorm score --out` writes, with images that could not be read."""
     p_values = CALIBRATION.p_value(torch.from_numpy(np.asarray(scores)))
     rows = [
-        ImageVerdict(f"day/{i:05}, “a”.png", score, p, p > 0.05, None, None)
+        ItemVerdict(f"day/{i:05}, “a”.png", score, p, p > 0.05, None, None)
         for i, (score, p) in enumerate(zip(np.asarray(scores).tolist(), p_values.tolist(), strict=True))
     ]
     for i in unread:
         if i < len(rows):
-            rows.insert(i, ImageVerdict(f"broken/{i}.png", None, None, None, None, "not an image"))
+            rows.insert(i, ItemVerdict(f"broken/{i}.png", None, None, None, None, "not an image"))
     journal = Journal(path, {}, 1)
     journal.add(0, rows)
     journal.write(path)
