@@ -166,14 +166,16 @@ def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, d
     scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector))[0]
     source = SlicedSource(open_source(str(folder)), range(1, 21), "some")
     expected = local(scorer, source)
-    assert workers._in_parts(scorer) is scorer
+    in_parts, made = workers._in_parts, []
+    assert in_parts(scorer) is scorer
     monkeypatch.setattr(cluster, "_BANK_SHARE", 0.0)
-    parts = workers._in_parts(scorer)
+    monkeypatch.setattr(workers, "_in_parts", lambda scorer: made.append(in_parts(scorer)) or made[-1])
+    assert_same(remote(workers, scorer, source), expected)
+    (parts,) = made
     within = [m for m in parts.detector.modules() if isinstance(m, fn.KNN)]
     assert all(isinstance(knn, ShardedKNN) and knn.bank.is_empty for knn in within)
     assert len(within) == detector.count("KNN")
     assert repr(parts.detector) == repr(scorer.detector)
-    assert_same(remote(workers, scorer, source), expected)
     assert all(not knn.bank.is_empty for knn in scorer.detector.modules() if type(knn) is fn.KNN)
 
 
