@@ -194,19 +194,9 @@ def held_out(digests: Sequence[bytes], groups: Tensor | None = None, tpr: float 
     ValueError
         There are too few groups for ``tpr``.
     """
-    groups = join_groups(digests) if groups is None else join_groups(digests, groups)
-    keys: dict[int, bytes] = {}
-    for group, digest in zip(groups.tolist(), digests, strict=True):
-        keys[group] = min(digest, keys.get(group, digest))
-    ordered = sorted(keys, key=keys.__getitem__)
+    groups, ordered = _ordered(digests, groups)
     chosen = ordered[::HELD_OUT]
-    needed = 0 if tpr is None else min_scores(tpr)
-    if len(chosen) < needed:
-        if len(ordered) <= needed:
-            raise ValueError(
-                f"{len(ordered)} groups of inputs are too few for tpr={tpr}: {needed} are needed for calibration, "
-                "and others to fit on; add inputs of other groups, or lower tpr"
-            )
+    if tpr is not None and len(chosen) < (needed := _needed(ordered, tpr)):
         chosen = [ordered[i * len(ordered) // needed] for i in range(needed)]
     return torch.isin(groups, torch.tensor(chosen))
 
@@ -219,3 +209,48 @@ def first_of_groups(digests: Sequence[bytes], groups: Tensor) -> Tensor:
     chosen = torch.zeros(len(digests), dtype=torch.bool)
     chosen[[i for _, i in first.values()]] = True
     return chosen
+
+
+def left_out(digests: Sequence[bytes], tpr: float, groups: Tensor | None = None) -> Tensor:
+    """Return the inputs of a small set that are left out in turn, one of each group: as many as the rate needs.
+
+    With each of them, its whole group is left out of the fit; see `featnorm.jackknife.JackknifeCalibration`.
+
+    Parameters
+    ----------
+    digests, groups : see `held_out`.
+    tpr : share of new ID inputs to accept.
+
+    Returns
+    -------
+    Tensor
+        (J,) int64, indices of inputs: 19 at 0.95. They depend on the content, and not on the order of the inputs.
+
+    Raises
+    ------
+    ValueError
+        There are too few groups for ``tpr``.
+    """
+    groups, ordered = _ordered(digests, groups)
+    chosen = torch.tensor(ordered[: _needed(ordered, tpr)])
+    return (first_of_groups(digests, groups) & torch.isin(groups, chosen)).nonzero().squeeze(1)
+
+
+def _ordered(digests: Sequence[bytes], groups: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Return the group of each input, and the groups in the order of their smallest digests."""
+    groups = join_groups(digests) if groups is None else join_groups(digests, groups)
+    keys: dict[int, bytes] = {}
+    for group, digest in zip(groups.tolist(), digests, strict=True):
+        keys[group] = min(digest, keys.get(group, digest))
+    return groups, sorted(keys, key=keys.__getitem__)
+
+
+def _needed(groups: Sequence[int], tpr: float) -> int:
+    """Return the number of calibration inputs that a rate needs; a ValueError if there are too few groups."""
+    needed = min_scores(tpr)
+    if len(groups) <= needed:
+        raise ValueError(
+            f"{len(groups)} groups of inputs are too few for tpr={tpr}: {needed} are needed for calibration, and "
+            "others to fit on; add inputs of other groups, or lower tpr"
+        )
+    return needed
