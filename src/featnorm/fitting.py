@@ -40,6 +40,7 @@ from featnorm.inputs import (
     open_source,
 )
 from featnorm.inputs.decoding import DECODING
+from featnorm.inputs.loading import named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
@@ -142,11 +143,11 @@ def fit(
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
-        model or weights of your own, and trains a head on a library's pretrained backbone, or if your model returns
-        features.
+        model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
+        returns features.
     targets
-        Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has one
-        and there are at least two classes. Any discriminative labels will do as long as each class is coherent
+        Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has
+        one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
     label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
     tpr : share of in-distribution images to accept, between 0 and 1.
@@ -373,7 +374,7 @@ class _Columns(nn.Module):
         batch = next(iter(image_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
         if batch is None:
             raise DataError(f"none of the {len(source)} images of {source.title} can be read")
-        with users_forward(loaded.name, model, f"the first {len(batch.images)} images"), runtime.autocast():
+        with users_forward(loaded.name, model, named(source, batch.indices.tolist())), runtime.autocast():
             return cls(tap), tap(batch.images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -447,26 +448,20 @@ def _classes(
         return None, None, []
     logits = torch.cat([features.tensor("logits").cpu() for features in batches])
     if logits.shape[1] != len(names):
-        return (
-            None,
-            None,
-            [
-                f"the model has {logits.shape[1]} logits, but {source.title} has {len(names)} classes: its class "
-                "names are not used, and its accuracy is not known"
-            ],
+        note = (
+            f"the model has {logits.shape[1]} logits, but {source.title} has {len(names)} classes: its class "
+            "names are not used, and its accuracy is not known"
         )
+        return None, None, [note]
     hits = int((logits.argmax(1) == labels[is_held_out]).sum())
     accuracy = hits / len(logits)
     if head == "keep" and hits <= _most_by_chance(len(logits), len(names)):
-        return (
-            accuracy,
-            None,
-            [
-                f"the model classifies {100 * accuracy:.1f} % of the held-out images of {source.title} correctly, no "
-                "better than chance: the order of its classes may not be that of the folders, or the transform may "
-                "not be the one of its training; the class names are not used"
-            ],
+        note = (
+            f"the model classifies {100 * accuracy:.1f} % of the held-out images of {source.title} correctly, no "
+            "better than chance, so the class names are not used: its classes may be in another order than the "
+            "folders, or its transform may not be that of its training"
         )
+        return accuracy, None, [note]
     return accuracy, names, []
 
 

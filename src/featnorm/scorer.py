@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_share, check_text
-from featnorm._utils.errors import first_line
+from featnorm._utils.errors import UserCodeError, first_line
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.memory import in_parts
 from featnorm._utils.weights import load_weights
@@ -62,7 +62,8 @@ class Scorer(nn.Module):
     layer : module whose output is the last hidden layer. Default: found by `FeatureTap`.
     preprocess
         Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
-        With it, the scorer takes image files, and so do all commands. Several threads may call it at the same time.
+        With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
+        time.
     classes : class names, one per logit.
     spec
         Specification from which `featnorm.models.create_model` makes the model. With it, a file with weights opens
@@ -579,6 +580,7 @@ def load(
         classes = None if classes is None else [check_text(name) for name in classes]
         head = head_of(about["head settings"], _with_prefix("1.", stored)) if kind == "train" and stored else None
         statistics = _statistics(tensors)
+        _check_names(tensors)
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
     if isinstance(model, nn.Module):
@@ -681,7 +683,15 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
     """Check that preprocess and model give what they gave when the file was written, and that verdicts work."""
     if ("preprocessed" in tensors) != ("response" in tensors):
         raise archive.damaged(path, ValueError("it has only one of preprocessed and response"))
-    for what, new in zip(("preprocessed", "response"), scorer._reference_outputs(), strict=True):
+    try:
+        outputs = scorer._reference_outputs()
+        image = scorer.require_preprocess()(_reference_image())[None]
+        scorer.predict_batch(image, [""], explain=[0] if scorer.explains else ())
+    except UserCodeError:
+        raise
+    except archive.MALFORMED as error:
+        raise archive.ArchiveError(f"{path} is damaged: it cannot score an image ({first_line(error)})") from None
+    for what, new in zip(("preprocessed", "response"), outputs, strict=True):
         old = tensors[what].float() if what in tensors else new
         # Not "differ", which a NaN would pass.
         alike = new.shape == old.shape and bool(
@@ -692,19 +702,14 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
             raise archive.ArchiveError(
                 f"{path} was made with another {part} than that of {scorer.spec} here: fit again"
             )
-    try:
-        image = scorer.require_preprocess()(_reference_image())[None]
-        scorer.predict_batch(image, [""], explain=[0] if scorer.explains else ())
-    except archive.MALFORMED as error:
-        raise archive.ArchiveError(f"{path} is damaged: it cannot score an image ({first_line(error)})") from None
 
 
 def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:
     """Yield features, and update the statistics with those that can be explained."""
     for features in batches:
+        yield features
         if features.classifier is not None and features.activation is not None and features.logits is not None:
             statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
-        yield features
 
 
 def _name(item: Any, i: int) -> str:
@@ -744,6 +749,13 @@ def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
     statistics.load_state_dict(state)
     statistics.validate()
     return statistics
+
+
+def _check_names(tensors: Mapping[str, Tensor]) -> None:
+    known = (_MODEL, _DETECTOR, _STATISTICS)
+    others = {archive.CALIBRATION, "preprocessed", "response"}
+    if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
+        raise ValueError(f"it has an unknown tensor {unknown[0]!r}")
 
 
 def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

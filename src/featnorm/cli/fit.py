@@ -56,15 +56,15 @@ def fit(
         str | None,
         typer.Option(
             metavar="EXPR",
-            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` for a "
-            "model without a classifier.",
+            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
+            "for a model without a classifier.",
         ),
     ] = None,
     head: Annotated[
         Literal["auto", "keep", "train", "none"],
         typer.Option(
-            help="`keep` the model's own classifier, `train` a head on its frozen features, or use the features alone "
-            "(`none`). `auto`: keep it for a model or weights of your own, otherwise train a head."
+            help="`keep` the model's own classifier, `train` a head on its frozen features, or use the features "
+            "alone (`none`). `auto`: keep it for a model or weights of your own, otherwise train a head."
         ),
     ] = "auto",
     targets: Annotated[
@@ -90,8 +90,8 @@ def fit(
 ) -> None:
     """Fit a detector to your images, with your own model or a pretrained one, and save both to a file.
 
-    Labels are used if there are any. The features of the model are cached on disk: after an interruption, rerun the
-    same command to resume.
+    Labels are used if there are any. The features of the model are cached on disk: after an interruption, rerun
+    the same command to resume.
     """
     require_file_place(out, [Path(data)])
     from featnorm.cli.runtime import runtime_of
@@ -158,7 +158,8 @@ def fit(
     )
     if report.head == "keep":
         console.print(
-            "This holds if the model was not trained on these images. If it was, fit to images that it has not seen.",
+            "This holds if the model was not trained on these images. If it was, fit to images that it has not "
+            "seen.",
             soft_wrap=True,
         )
     size = out.stat().st_size / 1e6

@@ -111,7 +111,7 @@ def write_drift_page(
     calibrated, latest = calibration.scores, np.array(history.latest)
     # Half-width for means of uniform p-values, whose variance is 1/12; the calibration scores are a sample too.
     usual = 1.96 * np.sqrt((1 / np.diff(edges) + 1 / len(calibrated)) / 12)
-    threshold = calibration.threshold
+    threshold = float(calibration.threshold)
     histogram, outside = plots.histogram(
         [calibrated, latest],
         threshold,
