@@ -344,6 +344,21 @@ class Calibration(ExactModule):
         index = members_of_groups([group], self.group_names, 1)[0]
         return tuple(self.group_names[i] for i in self._groups.pools[self._groups.reference[index]])
 
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """Return which of the n scores each of G groups is compared with, (G, n) bool, and their ranks (G,).
+
+        An input of a group is ID if at least as many as the rank of these scores are no larger than its own.
+        Without groups, G is 1.
+        """
+        if self.members is None:
+            rows, ranks = torch.ones(1, len(self.scores), dtype=torch.bool), [self._rank]
+        else:
+            members = self.members.cpu()
+            pools = [torch.from_numpy(self._groups.pools[number]) for number in self._groups.reference]
+            rows = torch.stack([torch.isin(members, pool) for pool in pools])
+            ranks = self._groups.ranks[self._groups.reference].tolist()
+        return rows.to(self.scores.device), torch.tensor(ranks, device=self.scores.device)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but tensors as plain data: the share to accept, and the names of the groups."""
         return {"tpr": self.tpr, "groups": list(self.group_names) or None}
