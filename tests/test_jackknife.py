@@ -17,7 +17,7 @@ from featnorm.jackknife import JackknifeCalibration
 from featnorm.splitting import held_out, left_out
 
 few_values = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 1.0, math.inf])
-without_two = st.integers(2, 24).flatmap(lambda n: arrays(float, (n, n), elements=few_values))
+without_two = st.integers(2, 14).flatmap(lambda n: arrays(float, (n, n), elements=few_values))
 
 
 @given(without_two, st.sampled_from([0.5, 0.75, 0.8, 0.9]))
@@ -76,7 +76,7 @@ def small_set(generator, count):
 @pytest.mark.parametrize("detector", [KNN(1), SSD()], ids=repr)
 def test_a_fit_on_thirty_inputs_flags_as_many_as_stated(detector):
     flagged, held = [], []
-    for seed in range(80):
+    for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
         values, new = small_set(generator, 30), small_set(generator, 100)
         digests = [bytes([seed, i]) for i in torch.randperm(30, generator=generator).tolist()]
@@ -92,7 +92,7 @@ def test_a_fit_on_thirty_inputs_flags_as_many_as_stated(detector):
         own = copy.deepcopy(detector).fit(Features(pooled=values))
         calibration = Calibration(own.score(Features(pooled=values)))
         held.append(float((~calibration.is_id(own.score(Features(pooled=new)))).double().mean()))
-    assert np.mean(flagged) <= 0.05 + 4 * np.std(flagged) / 80**0.5
+    assert np.mean(flagged) <= 0.05 + 4 * np.std(flagged) / 50**0.5
     assert np.mean(flagged) >= 0.03
     assert np.mean(held) > 0.2
 
