@@ -21,8 +21,8 @@ from featnorm.detectors.statistics import single_unit_rows
 
 #: One group in five is held out for calibration.
 HELD_OUT = 5
-# How much farther the nearest other input is, at least, from a group than its members are from each other (squared),
-# and the number of groups that may look isolated by chance.
+# How much farther the nearest other input is, at least, from a group than its members are from each other
+# (squared), and the number of groups that may look isolated by chance.
 _ISOLATION, _BY_CHANCE = 1.5, 0.05
 # A group of more inputs is a kind of input, and not near-duplicates: one input in this number, and this number.
 _MAX_SHARE, _MAX_GROUP = 20, 1000
