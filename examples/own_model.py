@@ -53,7 +53,7 @@ def write_images() -> None:
             Image.fromarray(photograph[top : top + 32, left : left + 32]).save(f"patches/{number}-{i:02}.png")
 
 
-def train(epochs: int = 2) -> None:
+def train(epochs: int = 4) -> None:
     """Train the network and write its weights."""
     torch.manual_seed(0)
     model = network()
