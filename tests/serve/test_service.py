@@ -38,9 +38,9 @@ from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
 from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
-from featnorm.serve.app import histogram
 from featnorm.serve.metrics import score_buckets
 from featnorm.serve.requests import JsonLines
+from featnorm.serve.responses import histogram
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
 from painted import paint
@@ -88,12 +88,13 @@ def text(data):
     return base64.b64encode(data).decode()
 
 
-def samples(metrics):
-    """The samples of a page of metrics, by name and labels."""
+def samples(metrics, scorer="default"):
+    """The samples of a scorer in a page of metrics, by name and other labels."""
     return {
-        (sample.name, *sorted(sample.labels.items())): sample.value
+        (sample.name, *sorted(sample.labels.items() - {("scorer", scorer)})): sample.value
         for family in text_string_to_metric_families(metrics)
         for sample in family.samples
+        if sample.labels["scorer"] == scorer
     }
 
 
@@ -630,6 +631,11 @@ def batchers(monkeypatch):
     return made
 
 
+def ready(batcher):
+    """The number of images that wait for the model only."""
+    return sum(map(len, batcher._ready.values()))
+
+
 def test_batched_requests_get_the_same_results_as_single_ones(scorer, new, batchers):
     images = [(new / f"{i}.png").read_bytes() for i in range(9)]
 
@@ -641,7 +647,7 @@ def test_batched_requests_get_the_same_results_as_single_ones(scorer, new, batch
             first = Asking(app).say(images[0])
             await held.begun()
             others = [Asking(app).say(data) for data in images[1:]]
-            await until(lambda: len(batchers[0]._ready) == 8)
+            await until(lambda: ready(batchers[0]) == 8)
             assert await waiting(app) == 8
             held.go.release(3)
             answers = [await asking.answer() for asking in (first, *others)]
@@ -726,7 +732,7 @@ def test_an_image_that_the_model_fails_on_does_not_affect_the_others(scorer, bat
             failing = Asking(app, content_type="application/json", x_request_id="me").say(
                 json.dumps(broken).encode()
             )
-            await until(lambda: len(batchers[0]._ready) == 3)
+            await until(lambda: ready(batchers[0]) == 3)
             held.go.release()
             assert (await first.answer())[0] == 200
             status, _, content = await pair.answer()
@@ -773,8 +779,8 @@ def test_the_log_has_one_line_per_request(client, caplog):
     assert answer.headers["x-request-id"] == "abc-1"
     (line,) = lines(caplog)
     assert set(line) == {
-        "time", "level", "message", "method", "route", "status", "milliseconds", "images", "flagged", "unreadable",
-        "request_id",
+        "time", "level", "message", "method", "route", "scorer", "status", "milliseconds", "images", "flagged",
+        "unreadable", "request_id",
     }  # fmt: skip
     assert (line["route"], line["status"], line["images"], line["unreadable"]) == ("/v1/score", 200, 2, 1)
     caplog.clear()
@@ -929,7 +935,13 @@ def test_explanations(client, scorer):
 
 def test_openapi_describes_the_results(client):
     schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/v1/score", "/v1/detector", "/metrics", "/healthz", "/readyz"}
+    named = {"/v1/{name}/score", "/v1/{name}/detector"}
+    assert set(schema["paths"]) == {
+        "/v1/score", "/v1/detector", *named, "/v1/scorers", "/metrics", "/healthz", "/readyz",
+    }  # fmt: skip
+    for path in named:
+        (parameter,) = [p for m in schema["paths"][path].values() for p in m["parameters"] if p["in"] == "path"]
+        assert parameter["schema"]["enum"] == ["default"]
     post = schema["paths"]["/v1/score"]["post"]
     assert set(post["requestBody"]["content"]) == {
         "image/*", "application/octet-stream", "application/json", "multipart/form-data",

@@ -1,0 +1,108 @@
+"""What the service returns: models of its responses, for the API's description, and `result_of`."""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from featnorm.records import row_of
+from featnorm.verdict import ItemVerdict
+
+_MIN_BINS, _MAX_BINS = 12, 40
+
+
+class Result(BaseModel):
+    """The result for one image."""
+
+    name: str = Field(description="File name of the image, or `image N` if the request has none.")
+    score: float | None = Field(
+        description="Score; higher is more in-distribution. Null if the image cannot be read, or if the score is "
+        "infinite, which JSON cannot represent; p-value and verdict are then valid all the same."
+    )
+    p_value: float | None = Field(description="Conformal p-value; a small one means out-of-distribution.")
+    verdict: Literal["ID", "OOD"] | None = Field(description="ID if the score reaches the threshold, else OOD.")
+    predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
+    error: str | None = Field(description="Why the image cannot be scored.")
+    why: list[tuple[str, str]] | None = Field(
+        default=None, description="With `explain=true`: rows of a property and its value."
+    )
+
+
+class Results(BaseModel):
+    """The results for the images of a request, in their order."""
+
+    results: list[Result]
+    digest: str = Field(description="Digest of the scorer that gave the results.")
+
+
+class Problem(BaseModel):
+    """Why a request is rejected as a whole."""
+
+    error: str
+    request_id: str
+
+
+class Histogram(BaseModel):
+    """A histogram: n counts between n + 1 edges. Values beyond an end are counted in the bin at that end."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class ScorerSummary(BaseModel):
+    """A scorer of the service."""
+
+    name: str = Field(description="Name of the scorer in the addresses `/v1/{name}/score`, `/v1/{name}/detector`.")
+    detector: str
+    digest: str = Field(description="SHA-256 of everything that verdicts depend on.")
+
+
+class Scorers(BaseModel):
+    """The scorers of the service."""
+
+    scorers: list[ScorerSummary]
+
+
+class Detector(ScorerSummary):
+    """A scorer in detail."""
+
+    model: str | None = Field(description="Specification of the model; null if it is not known.")
+    facts: dict[str, str]
+    classes: list[str] | None
+    threshold: float | None = Field(description="Scores at or above this are ID; null if it is infinite.")
+    tpr: float = Field(description="Minimum share of in-distribution images that are accepted.")
+    calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
+    explains: bool = Field(description="Whether it can explain its verdicts.")
+    limits: dict[str, int | float]
+
+
+def result_of(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
+    """Return a verdict as the fields of a `Result`, with ``why`` if it was requested."""
+    row = row_of(verdict)
+    result = {"name": row.pop("path"), **row, "score": finite(row["score"])}
+    return {**result, "why": verdict.why and verdict.why.rows()} if explain else result
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number as JSON can represent it: None if it is infinite."""
+    return None if value is None or math.isinf(value) else value
+
+
+def histogram(scores: Tensor, threshold: float) -> Histogram:
+    """Return the histogram of calibration scores (n,), over the range of the middle 99 % of them."""
+    values = scores.cpu().numpy()
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        finite = np.zeros(1)
+    low = float(np.quantile(finite, 0.005, method="lower"))
+    high = float(np.quantile(finite, 0.995, method="higher"))
+    if math.isfinite(threshold):
+        low, high = min(low, threshold), max(high, threshold)
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        pad = 0.05 * abs(low) or 0.5
+        low, high = low - pad, high + pad
+    edges = np.linspace(low, high, int(np.clip(math.sqrt(len(values)), _MIN_BINS, _MAX_BINS)) + 1)
+    counts, _ = np.histogram(np.clip(values, low, high), edges)
+    return Histogram(edges=edges.tolist(), counts=counts.tolist())
