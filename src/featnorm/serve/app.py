@@ -15,6 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import featnorm
 from featnorm.runtime import Runtime
@@ -118,14 +119,15 @@ def create_app(
         version=featnorm.__version__,
         description="Does the model know this image? Out-of-distribution detection, image by image.",
         lifespan=lifespan,
-        root_path=root_path,
         # These pages would load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
     )
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(HostCheck, allowed=hosts, bound=bound)
-    app.add_middleware(RequestLog, metrics=metrics)  # the last is the outermost
+    app.add_middleware(RequestLog, metrics=metrics)
+    if root_path:
+        app.add_middleware(_RootPath, path=root_path)  # the last is the outermost
     bearer = HTTPBearer(auto_error=False)
 
     async def authenticate(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
@@ -263,6 +265,17 @@ def create_app(
         return problem(400, f"{first['loc'][-1]}: {first['msg']}", request.state.request_id)
 
     return app
+
+
+class _RootPath:
+    """Middleware that sets the root path, which need not be a part of the path of the request."""
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self.app = app
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, "root_path": self._path}, receive, send)
 
 
 async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> list[ItemVerdict]:
