@@ -332,7 +332,7 @@ def test_a_compressed_body_is_rejected(client):
     assert client.post("/v1/score", content=png(), headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/metrics", "/v1/detector"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/metrics", "/v1/detector", "/v1/scorers"])
 def test_head_answers_as_get_does(client, path):
     head, get = client.head(path), client.get(path)
     assert head.status_code == get.status_code == 200
@@ -794,7 +794,11 @@ def test_the_log_has_one_line_per_request(client, caplog):
 def test_a_token_is_required(scorer, caplog):
     caplog.set_level(logging.DEBUG)
     with TestClient(create_app(scorer, token=TOKEN)) as client:
-        for method, path in (("POST", "/v1/score"), ("GET", "/v1/detector"), ("GET", "/metrics")):
+        routes = (
+            ("POST", "/v1/score"), ("POST", "/v1/default/score"), ("POST", "/v1/none/score"),
+            ("GET", "/v1/detector"), ("GET", "/v1/default/detector"), ("GET", "/v1/scorers"), ("GET", "/metrics"),
+        )  # fmt: skip
+        for method, path in routes:
             for headers in ({}, {"authorization": "Bearer other"}, {"authorization": f"Basic {TOKEN}x"},
                             {"authorization": "Bearer \xe9"}, {"authorization": TOKEN}):  # fmt: skip
                 encoded = {name: value.encode("latin-1") for name, value in headers.items()}

@@ -57,7 +57,7 @@ class ScorerFile:
         meanwhile. Errors that contain the path of the copy contain that of the file instead.
         """
         self._note()
-        with tempfile.TemporaryDirectory(prefix="featnorm-") as folder:
+        with tempfile.TemporaryDirectory(prefix="featnorm-", ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / self.path.name
             try:
                 return self._load(Path(shutil.copyfile(self.path, copy)))
