@@ -276,10 +276,39 @@ def test_another_scorer_is_chosen(page, scorer, folder):
         assert not page.locator("#trouble").is_visible()
 
 
+def test_the_group_of_the_images_is_chosen(page, scorer, folder):
+    grouped = copy.deepcopy(scorer)
+    grouped.thresholds_by = "folder"
+    scores = grouped.calibration.scores
+    grouped.use_scores(scores, ["low"] * 24 + ["high"] * (len(scores) - 24), tpr=0.9)
+    with served(create_app({"one": scorer, "two": grouped})) as url:
+        page.goto(url)
+        page.set_input_files("#files", [image_of(folder)])
+        tally(page, "1 image scored, 0 flagged as OOD.")
+        group = page.get_by_label("Group of the images")
+        assert not group.is_visible()
+        page.get_by_label("Detector", exact=True).select_option("two")
+        playwright.expect(page.locator("#promise")).to_contain_text(
+            "at least 90 % of in-distribution images of every group"
+        )
+        first = grouped.calibration.group_names[0]
+        playwright.expect(group).to_have_value(first)
+        lines = {}
+        for name in ("high", "low"):
+            group.select_option(name)
+            playwright.expect(card(page, "005.png")).to_contain_text(f"Group: {name}")
+            lines[name] = page.locator(".plot .threshold").bounding_box()["x"]
+        assert lines["low"] < lines["high"]
+        page.get_by_label("Detector", exact=True).select_option("one")
+        tally(page, "1 image scored, 0 flagged as OOD.")
+        playwright.expect(card(page, "005.png")).not_to_contain_text("Group")
+        assert not group.is_visible()
+
+
 def test_a_single_scorer_is_no_choice(page, url):
     page.goto(url)
     playwright.expect(page.locator("#about")).to_be_visible()
-    assert not page.locator("#choice").is_visible()
+    assert not page.locator("#scorers").is_visible()
 
 
 def test_it_shows_a_file_that_was_replaced(page, scorer, folder, tmp_path):

@@ -117,6 +117,62 @@ def test_invalid_scorers(fitted, scorer):
         create_app({"a": fitted, "b": scorer})
 
 
+@pytest.fixture
+def quick_polls(monkeypatch):
+    monkeypatch.setattr(workers, "_POLL", 0.02)
+
+
+@pytest.fixture
+def grouped(scorer):
+    """A scorer with thresholds by folder: of the lower half of the scores, and of the upper one."""
+    scores = scorer.calibration.scores
+    scorer.thresholds_by = "folder"
+    return scorer.use_scores(scores, ["low"] * 24 + ["high"] * (len(scores) - 24), tpr=0.9)
+
+
+def test_thresholds_by_group(grouped, file, quick_polls):
+    low, high = (
+        float(grouped.calibration.threshold[grouped.calibration.group_names.index(name)])
+        for name in ("low", "high")
+    )
+    assert low < high
+    with TestClient(create_app({"d": ScorerFile(file, lambda _: copy.deepcopy(grouped))})) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.01)
+        detector = client.get("/v1/detector").json()
+        assert (detector["threshold"], detector["thresholds_by"]) == (None, "folder")
+        assert detector["thresholds"] == {"low": low, "high": high}
+        edges = detector["calibration"]["edges"]
+        assert edges[0] <= low < high <= edges[-1]
+        for group in ("low", "high"):
+            answer = client.post(f"/v1/score?group={group}", content=png(), headers=TYPE).json()["results"][0]
+            (verdict,) = grouped.predict([Image.open(io.BytesIO(png()))], groups=[group])
+            assert answer["p_value"] == pytest.approx(verdict.p_value)
+            assert (answer["group"], answer["verdict"]) == (group, "ID" if verdict.is_id else "OOD")
+        for query in ("", "?group=", "?group=middle"):
+            answer = client.post(f"/v1/score{query}", content=png(), headers=TYPE)
+            assert (answer.status_code, answer.json()["error"]) == (
+                400, f"the parameter group must be one of {', '.join(detector['thresholds'])}",
+            )  # fmt: skip
+        os.utime(file)  # the new scorer is warmed up with a group too
+        while 'featnorm_reloads_total{result="loaded",scorer="d"} 1.0' not in client.get("/metrics").text:
+            time.sleep(0.01)
+
+
+def test_thresholds_by_predicted_class(scorer):
+    scorer.thresholds_by = "class"
+    scores = scorer.calibration.scores
+    scorer.use_scores(scores, [scorer.classes[i % 4] for i in range(len(scores))], scorer.classes, tpr=0.9)
+    with TestClient(create_app(scorer)) as client:
+        detector = client.get("/v1/detector").json()
+        assert detector["thresholds_by"] == "class"
+        assert list(detector["thresholds"]) == scorer.classes
+        result = client.post("/v1/score", content=png(), headers=TYPE).json()["results"][0]
+        assert result["group"] == result["predicted"]
+        answer = client.post("/v1/score?group=a", content=png(), headers=TYPE)
+        assert (answer.status_code, answer.json()["error"]) == (400, "the parameter group must be omitted")
+
+
 class Held:
     """Makes the models of scorers wait for the test, and records the scorer and the size of each batch."""
 
@@ -241,11 +297,6 @@ def test_a_file_needs_a_reload_once_it_has_settled(file, other, fitted):
     assert [watched.needs_reload() for _ in range(2)] == [False] * 2  # the error is reported once
     replace(file, other)
     assert [watched.needs_reload() for _ in range(2)] == [False, True]
-
-
-@pytest.fixture
-def quick_polls(monkeypatch):
-    monkeypatch.setattr(workers, "_POLL", 0.02)
 
 
 def test_requests_in_progress_finish_on_the_old_scorer(file, other, quick_polls):

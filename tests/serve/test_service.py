@@ -129,7 +129,7 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     assert whole.status_code == 200
     results = whole.json()["results"]
     assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
-    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error"]
+    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error", "group"]
     for row, result in zip(rows, results, strict=True):
         assert result["error"] == row.error
         assert result["predicted"] == row.predicted
@@ -881,7 +881,7 @@ def test_buckets_and_histogram_of_any_scores(scores):
     assert all(map(math.isfinite, buckets))
     assert all(a < b for a, b in pairwise(buckets))
     for threshold in (-math.inf, 0.0, 50.0):
-        counts = histogram(scores, threshold)
+        counts = histogram(scores, [threshold])
         assert sum(counts.counts) == len(scores)
         assert len(counts.edges) == len(counts.counts) + 1
         assert np.isfinite(counts.edges).all()
@@ -952,7 +952,9 @@ def test_openapi_describes_the_results(client):
     }  # fmt: skip
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
-    assert set(result["properties"]) == {"name", "score", "p_value", "verdict", "predicted", "error", "why"}
+    assert set(result["properties"]) == {
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
+    }  # fmt: skip
 
 
 def test_the_page_loads_nothing_from_other_origins(client):

@@ -12,7 +12,7 @@ import typer
 
 from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.options import BatchSize, Device, Precision
+from featnorm.cli.options import BatchSize, Device, Precision, Tpr
 
 _TOKEN = "FEATNORM_TOKEN"
 
@@ -42,13 +42,7 @@ def serve(
             "of the scorers if they differ.",
         ),
     ] = None,
-    tpr: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of in-distribution images to accept, between 0 and 1, by the stored calibration scores. "
-            "Default: that of the file."
-        ),
-    ] = None,
+    tpr: Tpr = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 8000,
     allowed_host: Annotated[
@@ -131,8 +125,8 @@ def serve(
 
     def opened(name: str, file: Path) -> Scorer:
         scorer = load(file, models.get(name), weights=weights_files.get(name))
-        if tpr is not None and scorer.calibration is not None:
-            scorer.calibration = scorer.calibration.with_tpr(tpr)
+        if tpr is not None:
+            scorer.set_tpr(tpr)
         return scorer.to(runtime.torch_device)
 
     served = {name: ScorerFile(file, partial(opened, name)) for name, file in files.items()}

@@ -165,9 +165,17 @@ def create_app(
         return served[name]
 
     async def score(
-        request: Request, explain: Annotated[bool, Query(description="Whether to explain the verdicts.")] = False
+        request: Request,
+        explain: Annotated[bool, Query(description="Whether to explain the verdicts.")] = False,
+        group: Annotated[
+            str | None,
+            Query(description="Group of the images, for a scorer with thresholds by group other than `class`."),
+        ] = None,
     ) -> Response:
         scorer = selected(request)
+        if group not in (scorer.groups or [None]):
+            has = f"must be one of {', '.join(scorer.groups)}" if scorer.groups else "must be omitted"
+            raise HTTPException(400, f"the parameter group {has}")
         if explain and not scorer.description.explains:
             raise HTTPException(400, "the detector's file has no statistics for explanations: fit it again")
         running = start()
@@ -176,7 +184,8 @@ def create_app(
         body = await read_body(request)
 
         async def scored() -> list[ItemVerdict]:
-            return await running.batcher.score(await read_uploads(body, limits, running.parser), scorer, explain)
+            uploads = await read_uploads(body, limits, running.parser)
+            return await running.batcher.score(uploads, scorer, explain=explain, group=group)
 
         verdicts = await _unless_disconnected(request, scored(), limits)
         counts: ImageCounts = request.state.image_counts

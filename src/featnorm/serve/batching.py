@@ -39,6 +39,7 @@ class Pending:
     upload: Upload
     scorer: "ServedScorer"
     explain: bool
+    group: str | None
     future: asyncio.Future[ItemVerdict]
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -74,7 +75,7 @@ class Batcher:
         return Counter(image.scorer.name for image in self._pending)
 
     async def score(
-        self, uploads: Sequence[Upload], scorer: "ServedScorer", explain: bool = False
+        self, uploads: Sequence[Upload], scorer: "ServedScorer", *, explain: bool = False, group: str | None = None
     ) -> list[ItemVerdict]:
         """Score the images of one request, in their order. If it is cancelled, pending images are dropped.
 
@@ -100,7 +101,7 @@ class Batcher:
                 503, f"{self._decoders.pixels:,} pixels are already in the queue: try again later", RETRY
             )
         loop = asyncio.get_running_loop()
-        images = [Pending(upload, scorer, explain, loop.create_future()) for upload in uploads]
+        images = [Pending(upload, scorer, explain, group, loop.create_future()) for upload in uploads]
         self._pending.update(images)
         # All are submitted at once, so that they count for the next request.
         tensors = [

@@ -1,6 +1,7 @@
 """What the service returns: models of its responses, for the API's description, and `result_of`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ class Result(BaseModel):
     verdict: Literal["ID", "OOD"] | None = Field(description="ID if the score reaches the threshold, else OOD.")
     predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
     error: str | None = Field(description="Why the image cannot be scored.")
+    group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
     why: list[tuple[str, str]] | None = Field(
         default=None, description="With `explain=true`: rows of a property and its value."
     )
@@ -71,7 +73,14 @@ class Detector(ScorerSummary):
     model: str | None = Field(description="Specification of the model; null if it is not known.")
     facts: dict[str, str]
     classes: list[str] | None
-    threshold: float | None = Field(description="Scores at or above this are ID; null if it is infinite.")
+    threshold: float | None = Field(
+        description="Scores at or above this are ID; null if it is infinite, or if there are thresholds by group."
+    )
+    thresholds_by: str | None = Field(
+        description="What inputs are grouped by, if there are thresholds by group. `class` is the predicted "
+        "class; otherwise a request for a score needs the parameter `group`."
+    )
+    thresholds: dict[str, float | None] | None = Field(description="Thresholds by group, if there are groups.")
     tpr: float = Field(description="Minimum share of in-distribution images that are accepted.")
     calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
     explains: bool = Field(description="Whether it can explain its verdicts.")
@@ -90,16 +99,16 @@ def finite(value: float | None) -> float | None:
     return None if value is None or math.isinf(value) else value
 
 
-def histogram(scores: Tensor, threshold: float) -> Histogram:
-    """Return the histogram of calibration scores (n,), over the range of the middle 99 % of them."""
+def histogram(scores: Tensor, thresholds: Sequence[float]) -> Histogram:
+    """Return the histogram of calibration scores (n,), over the middle 99 % of them and the thresholds."""
     values = scores.cpu().numpy()
     finite = values[np.isfinite(values)]
     if not len(finite):
         finite = np.zeros(1)
     low = float(np.quantile(finite, 0.005, method="lower"))
     high = float(np.quantile(finite, 0.995, method="higher"))
-    if math.isfinite(threshold):
-        low, high = min(low, threshold), max(high, threshold)
+    within = [low, high, *filter(math.isfinite, thresholds)]
+    low, high = min(within), max(within)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
         pad = 0.05 * abs(low) or 0.5
         low, high = low - pad, high + pad

@@ -104,6 +104,8 @@ class ServedScorer:
         What `/v1/detector` returns.
     seen : ScoredImages
         Statistics of the images that this scorer has scored.
+    groups : tuple of str
+        Groups of which each image must have one; empty if the scorer needs none.
 
     Raises
     ------
@@ -119,10 +121,13 @@ class ServedScorer:
         self.name = name
         self.transform = scorer.require_preprocess()
         self.seen = ScoredImages(name, calibration.scores)
+        self.groups = () if scorer.thresholds_by == "class" else calibration.group_names
         self._scorer = scorer
         self._runtime = runtime
         # The digest contains the trace of the model, which a scorer calibrated on features does not have yet.
         scorer.tap.capture(self.transform(_PICTURE)[None].to(scorer.tap.device), classifier=False)
+        thresholds = calibration.threshold.reshape(-1).tolist()
+        names = calibration.group_names
         self.description = Detector(
             name=name,
             detector=repr(scorer.detector),
@@ -130,25 +135,35 @@ class ServedScorer:
             model=scorer.spec,
             facts=scorer.facts,
             classes=scorer.classes,
-            threshold=finite(float(calibration.threshold)),
+            threshold=None if names else finite(thresholds[0]),
+            thresholds_by=scorer.thresholds_by if names else None,
+            thresholds=dict(zip(names, map(finite, thresholds), strict=True)) if names else None,
             tpr=calibration.tpr,
-            calibration=histogram(calibration.scores, float(calibration.threshold)),
+            calibration=histogram(calibration.scores, thresholds),
             explains=scorer.explains,
             limits=dataclasses.asdict(limits),
         )
+
+    @property
+    def any_group(self) -> str | None:
+        """A group for the image of a warm-up."""
+        return next(iter(self.groups), None)
 
     def predict(self, images: Sequence[Pending]) -> list[ItemVerdict]:
         """Return the verdict on each image of a batch."""
         return self._scorer.predict_batch(
             torch.stack([image.tensor for image in images]),
             [image.upload.name for image in images],
+            groups=[image.group or "" for image in images] if self.groups else None,
             explain=[i for i, image in enumerate(images) if image.explain],
             runtime=self._runtime,
         )
 
     def warm_up(self) -> None:
         """Score a picture, because the first one takes longer than others."""
-        self._scorer.predict_batch(self.transform(_PICTURE)[None], ["warm-up"], runtime=self._runtime)
+        image = self.transform(_PICTURE)[None]
+        groups = None if self.any_group is None else [self.any_group]
+        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime)
 
 
 class ServedScorers(Mapping[str, ServedScorer]):

@@ -66,7 +66,7 @@ class Workers:
         Image.new("RGB", (256, 256), "gray").save(picture, "PNG")
         for scorer in self._scorers.values():
             try:
-                await self.batcher.score([Upload("warm-up", picture.getvalue())], scorer)
+                await self.batcher.score([Upload("warm-up", picture.getvalue())], scorer, group=scorer.any_group)
             except Exception:
                 log.exception("the first image of %r failed: the service will not be ready", scorer.name)
                 return
