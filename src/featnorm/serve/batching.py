@@ -45,11 +45,11 @@ class Pending:
 
 
 class Batcher:
-    """Scores the images of any number of requests in batches: each of all that wait for a scorer.
+    """Scores the images of any number of requests. All images that wait for a scorer are one batch.
 
-    Images are decoded in two threads, and scored in another. All scorers share it and take turns batch by batch:
-    none waits for more than one batch of each other, and only one batch is in the memory of the device. `run` must
-    be running.
+    Images are decoded in two threads, and scored in a third, which all scorers share. They take turns after each
+    batch, so that a scorer waits for at most one batch of each other scorer, and only one batch is in the memory
+    of the device at a time. `run` must be running.
 
     Parameters
     ----------
