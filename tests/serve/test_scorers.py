@@ -157,6 +157,8 @@ def test_thresholds_by_group(grouped, file, quick_polls):
         os.utime(file)  # the new scorer is warmed up with a group too
         while 'featnorm_reloads_total{result="loaded",scorer="d"} 1.0' not in client.get("/metrics").text:
             time.sleep(0.01)
+        # The same scorer: what it has seen stays.
+        assert client.get("/v1/detector").json()["drift"]["images"] == 2
 
 
 def test_thresholds_by_predicted_class(scorer):
@@ -358,8 +360,8 @@ def test_a_file_that_cannot_be_used_is_reported_and_the_old_scorer_stays(file, f
         }
 
     with TestClient(create_app({"d": ScorerFile(file)})) as client:
-        before = client.get("/v1/detector").json()
         client.post("/v1/score", content=png(), headers=TYPE)
+        before = client.get("/v1/detector").json()
         contents = {
             "half": other[: len(other) // 2],
             "damaged": other[:-9] + bytes(9),

@@ -199,7 +199,7 @@ def create_app(
         return JSONResponse({"results": results, "digest": scorer.description.digest}, status)
 
     async def detector(request: Request) -> Detector:
-        return selected(request).description
+        return selected(request).current
 
     of_name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [*served]}}
     for prefix, parameters, documented in (("/v1", [], len(served) == 1), ("/v1/{name}", [of_name], True)):

@@ -1,6 +1,7 @@
 """Metrics of a service for Prometheus."""
 
 import math
+import threading
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from torch import Tensor
 
+from featnorm.drift import DriftMonitor
 from featnorm.verdict import ItemVerdict
 
 if TYPE_CHECKING:
@@ -34,9 +36,16 @@ class ScoredImages:
         Name of the scorer.
     calibration : Tensor
         Scores of the calibration set, (n,). The buckets of the scores end at their quantiles.
+
+    Attributes
+    ----------
+    drift : DriftMonitor
+        Monitor of all scores, in the order in which their requests were completed.
     """
 
     def __init__(self, name: str, calibration: Tensor) -> None:
+        self.drift = DriftMonitor(calibration)
+        self._lock = threading.Lock()  # an application may run in several event loops
         self._recent: deque[bool] = deque(maxlen=_RECENT)
         self._bounds = score_buckets(calibration)
         self._histogram = Histogram(*_SCORES, ["scorer"], buckets=self._bounds, registry=None)
@@ -45,6 +54,8 @@ class ScoredImages:
     def image(self, score: float, flagged: bool) -> None:
         """Count an image."""
         self._recent.append(flagged)
+        with self._lock:
+            self.drift.update([score])
         if math.isinf(score):  # the same bucket, and a finite sum
             score = math.nextafter(self._bounds[-1], math.inf) if score > 0 else self._bounds[0]
         self._scores.observe(score)
@@ -125,14 +136,28 @@ class Metrics(Collector):
         reloads = CounterMetricFamily(
             "featnorm_reloads", "Times that a scorer's file was loaded again.", labels=["scorer", "result"]
         )
+        evidence = GaugeMetricFamily(
+            "featnorm_drift_log10_evidence",
+            "Evidence that the scored images have drifted from the calibration set; 0 at the start.",
+            labels=["scorer"],
+        )
+        monitor = next(iter(self._scorers.values())).seen.drift
+        alarm = GaugeMetricFamily(
+            "featnorm_drift_alarm",
+            f"1 once the evidence has reached {monitor.alarm_level:g}, otherwise 0. If nothing drifts, the "
+            f"chance of that is at most {monitor.false_alarm:g}.",
+            labels=["scorer"],
+        )
         pending = self._pending()
         for name, scorer in self._scorers.items():
             scores.samples += scorer.seen.scores.samples
             share.add_metric([name], scorer.seen.flagged_share)
             queue.add_metric([name], pending[name])
+            evidence.add_metric([name], scorer.seen.drift.log10_evidence)
+            alarm.add_metric([name], scorer.seen.drift.alarmed_at is not None)
             for result in ("loaded", "failed"):
                 reloads.add_metric([name, result], self._scorers.reloads[name, result])
-        yield from (scores, share, queue, reloads)
+        yield from (scores, share, queue, evidence, alarm, reloads)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from featnorm.drift import DriftMonitor
 from featnorm.records import row_of
 from featnorm.verdict import ItemVerdict
 
@@ -67,6 +68,27 @@ class Scorers(BaseModel):
     scorers: list[ScorerSummary]
 
 
+class Drift(BaseModel):
+    """Whether the images scored since the file was loaded have drifted from the calibration images as a whole."""
+
+    images: int = Field(description="Number of images scored so far.")
+    log10_evidence: float = Field(description="Evidence for drift, as a base-10 logarithm; 0 at the start.")
+    highest: float = Field(description="Maximum of `log10_evidence` so far.")
+    alarm_level: float = Field(description="The evidence at which the alarm is raised.")
+    alarmed_at: int | None = Field(description="Number of the image at which it was, from 1; null before.")
+
+    @classmethod
+    def of(cls, monitor: DriftMonitor) -> Self:
+        """Return the state of a monitor."""
+        return cls(
+            images=monitor.count,
+            log10_evidence=monitor.log10_evidence,
+            highest=monitor.highest,
+            alarm_level=monitor.alarm_level,
+            alarmed_at=None if monitor.alarmed_at is None else monitor.alarmed_at + 1,
+        )
+
+
 class Detector(ScorerSummary):
     """A scorer in detail."""
 
@@ -85,6 +107,7 @@ class Detector(ScorerSummary):
     calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
     explains: bool = Field(description="Whether it can explain its verdicts.")
     limits: dict[str, int | float]
+    drift: Drift
 
 
 def result_of(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from featnorm.scorer import Scorer, load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
 from featnorm.serve.metrics import ScoredImages
-from featnorm.serve.responses import Detector, finite, histogram
+from featnorm.serve.responses import Detector, Drift, finite, histogram
 from featnorm.verdict import ItemVerdict
 
 log = logging.getLogger("featnorm.serve")
@@ -101,7 +101,7 @@ class ServedScorer:
     transform : callable
         From an image in RGB to a tensor.
     description : Detector
-        What `/v1/detector` returns.
+        What `/v1/detector` returns, with the drift when the scorer was loaded; see `current`.
     seen : ScoredImages
         Statistics of the images that this scorer has scored.
     groups : tuple of str
@@ -142,7 +142,13 @@ class ServedScorer:
             calibration=histogram(calibration.scores, thresholds),
             explains=scorer.explains,
             limits=dataclasses.asdict(limits),
+            drift=Drift.of(self.seen.drift),
         )
+
+    @property
+    def current(self) -> Detector:
+        """The description with the drift of now."""
+        return self.description.model_copy(update={"drift": Drift.of(self.seen.drift)})
 
     @property
     def any_group(self) -> str | None:
@@ -235,6 +241,8 @@ class ServedScorers(Mapping[str, ServedScorer]):
                     extra={"fields": {**fields, "error": first_line(error)}},
                 )
             else:
+                if scorer.description.digest == self._served[name].description.digest:
+                    scorer.seen = self._served[name].seen
                 self._served[name] = scorer
                 self.reloads[name, "loaded"] += 1
                 seconds = round(time.perf_counter() - began, 1)
