@@ -301,6 +301,14 @@ def test_a_file_needs_a_reload_once_it_has_settled(file, other, fitted):
     assert [watched.needs_reload() for _ in range(2)] == [False, True]
 
 
+def test_a_reload_does_not_depend_on_the_file_while_it_loads(file):
+    def load(path):
+        file.write_bytes(b"")  # would end a process that has mapped it
+        return fn.load(path)
+
+    assert isinstance(ScorerFile(file, load).reload(), fn.Scorer)
+
+
 def test_requests_in_progress_finish_on_the_old_scorer(file, other, quick_polls):
     loaded = []
     began, go = threading.Event(), threading.Event()
@@ -422,7 +430,18 @@ def test_files_are_replaced_under_load_without_an_error(file, other, tmp_path):
     second.write_bytes(other)
     first = file.read_bytes()
     process = subprocess.Popen(
-        [sys.executable, "-m", "featnorm", "serve", str(file), f"two={second}", "--port", "0"],
+        [
+            sys.executable,
+            "-m",
+            "featnorm",
+            "serve",
+            str(file),
+            f"two={second}",
+            "--port",
+            "0",
+            "--root-path",
+            "/ood",
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "log").open("w"),
@@ -457,6 +476,8 @@ def test_files_are_replaced_under_load_without_an_error(file, other, tmp_path):
         for client in clients:
             client.start()
         known = {scorer["name"]: scorer["digest"] for scorer in get("v1/scorers")["scorers"]}
+        assert get("ood/v1/scorers") == get("v1/scorers")
+        assert get("openapi.json")["servers"] == [{"url": "/ood"}]
         seen = [known["d"]]
         for turn, content in enumerate((other, first, other)):
             if turn == 1:  # in place, in parts, as a slow copy does

@@ -1051,6 +1051,8 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
             "0",
             "--token-file",
             str(tmp_path / "token"),
+            "--tpr",
+            "0.9",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -1068,6 +1070,9 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["results"][0]["score"] is not None
+        about = urllib.request.Request(f"http://{host}:{port}/v1/detector", headers=dict(request.header_items()))
+        with urllib.request.urlopen(about, timeout=30) as answer:
+            assert json.load(answer)["tpr"] == 0.9
         request.add_header("Origin", f"http://{host}:{int(port) % 65535 + 1}")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(request, timeout=30)
@@ -1093,7 +1098,7 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
         process.kill()
     assert process.returncode == 0, log
     assert rest == ""
-    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 403, 200]
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200, 403, 200]
     assert TOKEN not in log + said
 
 
