@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
+from featnorm.tap.batch import Call
 from featnorm.tap.find import same_vector
-from featnorm.tap.trace import Node, Slot, Trace, is_on_top, on_top, tensors_in
+from featnorm.tap.trace import Node, Slot, Trace, is_on_top, on_top, tensor_at, tensors_in
 
 
 class PathError(RefusalError, RuntimeError):
@@ -92,7 +93,7 @@ def made(node: Node) -> HookPoint:
 def capture(
     model: nn.Module,
     points: Mapping[str, HookPoint],
-    inputs: Tensor,
+    call: Call,
     *,
     fresh: list[HookPoint] | None = None,
     advice: str = TRACE_AGAIN,
@@ -101,7 +102,7 @@ def capture(
 
     Parameters
     ----------
-    model, points, inputs : the model, the points by name, and the batch.
+    model, points, call : the model, the points by name, and the call of the model.
     fresh
         List to which the point of each captured operation is appended when it has run, so that a function mode can
         replace its result. The number of operations is then not compared with that of the trace.
@@ -114,19 +115,19 @@ def capture(
     """
     caught: dict[HookPoint, Tensor] = {}
     wanted = set(points.values())
-    inputs = inputs.clone()  # the model may write to its input
+    call = call.clone()  # the model may write to its input
     operations = [point for point in wanted if point.side == "op"]
     me = object()
     with on_top(me), _hooks(model, [point for point in wanted if point.side != "op"], caught, me):
         if operations:
             # Hooks on every module, as in the trace: some modules of torch take another path if they have none.
             with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
-                model(inputs)
+                call.run(model)
             for point in operations if fresh is None else ():
                 if seen.calls.get(point.module, -1) + 1 != point.total:
                     caught.pop(point, None)
         else:
-            model(inputs)
+            call.run(model)
     missed = [point for point in wanted if point not in caught]
     if missed:
         raise PathError(
@@ -213,7 +214,7 @@ def _hooks(
                 return
             if calls == point.call:
                 where = (args, rest) if point.side == "in" else (rest,)
-                value = next((t for part in where for slot, t in tensors_in(part) if slot == point.slot), None)
+                value = next((t for part in where if (t := tensor_at(part, point.slot)) is not None), None)
                 if value is not None:
                     caught[point] = value.clone() if point.copy else value
             calls += 1
