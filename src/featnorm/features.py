@@ -48,7 +48,9 @@ class Features:
     activation : (n, d) last hidden layer, after its non-linearity.
     pooled : (n, D) input of the head or, in a model without a head, of the classifier.
     embedding : (n, e) embedding before normalization.
-    logits : (n, C).
+    logits
+        (n, C). One logit z, as of a binary classifier, becomes the two logits (0, z), whose softmax is the
+        sigmoid of z, and W becomes (0, W).
     labels : (n,) integer class of each input; negative for an input without a label.
     classifier
         ``(W, b)`` of the linear map ``logits = W f + b``, the last linear layer; W of shape (C, f), b of shape
@@ -76,6 +78,7 @@ class Features:
     call: ModelCall | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self._use_two_classes()
         # In a graph that is being traced the number of inputs is symbolic.
         if torch.compiler.is_compiling():
             return
@@ -100,6 +103,16 @@ class Features:
             raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
         if self.classifier is not None:
             self._check_classifier(self.classifier)
+
+    def _use_two_classes(self) -> None:
+        """Turn one logit z into the logits (0, z) of two classes."""
+        logits, classifier = self.logits, self.classifier
+        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] == 1:
+            object.__setattr__(self, "logits", _below_zeros(logits.T).T)
+        if isinstance(classifier, tuple) and isinstance(classifier[0], Tensor) and len(classifier[0]) == 1:
+            weight, bias = classifier
+            pair = (_below_zeros(weight), None if bias is None else _below_zeros(bias))
+            object.__setattr__(self, "classifier", pair)
 
     @staticmethod
     def _check_classifier(classifier: object) -> None:
@@ -248,3 +261,7 @@ class Features:
             if id(value) not in done:
                 done[id(value)] = function(value)
         return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})
+
+
+def _below_zeros(value: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(value), value])
