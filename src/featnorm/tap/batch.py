@@ -79,7 +79,7 @@ class Call:
 
     def to(self, device: torch.device) -> "Call":
         """Return the call with its tensors on a device."""
-        if all(tensor.device == device for tensor in self.tensors):
+        if all(tensor.device == device for tensor in (self.args if self._is_plain else self.tensors)):
             return self
 
         def move(value: Any) -> Any:
@@ -109,8 +109,9 @@ class Call:
             raise BatchError(_one_input(given[0]))
         if not sizes or rows in sizes:
             return rows or 0
-        if len(self.args) == 1 and isinstance(x := self.args[0], Tensor) and not self.kwargs:
+        if self._is_plain:
             # Sequences may lie along the first axis, as in torch's recurrent networks.
+            x = self.args[0]
             sequences = x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())
             return x.shape[1] if sequences and x.shape[1] in sizes else len(x)
         return sizes[0]
@@ -167,6 +168,11 @@ class Call:
         return None
 
     @property
+    def _is_plain(self) -> bool:
+        """Whether the call is ``model(x)`` with a tensor, which takes the least time."""
+        return not self.kwargs and len(self.args) == 1 and isinstance(self.args[0], Tensor)
+
+    @property
     def _opaque(self) -> bool:
         """Whether an argument holds tensors that are not rows of a batch, such as a graph or packed sequences."""
         found: list[Any] = []
@@ -175,6 +181,8 @@ class Call:
 
     def _map(self, tensor: Callable[[Tensor], Any], thing: Callable[[Any], Any]) -> "Call":
         """Apply one function to every tensor, and another to every object that holds tensors."""
+        if self._is_plain:
+            return Call((tensor(self.args[0]),), {}, self.labels, self.labels_given)
         return replace(
             self,
             args=tuple(_mapped(value, tensor, thing) for value in self.args),

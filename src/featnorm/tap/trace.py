@@ -177,7 +177,7 @@ def tensors_in(value: Any, slot: Slot = (), seen: set[int] | None = None) -> Ite
 def tensor_at(value: Any, slot: Slot) -> Tensor | None:
     """Return the tensor to which the keys lead, or None if there is none."""
     for key in slot:
-        value = dict(_items(value)).get(key)
+        value = next((item for name, item in _items(value) if name == key), None)
     return value if isinstance(value, Tensor) else None
 
 
