@@ -108,10 +108,10 @@ class Features:
         """Turn one logit z into the logits (0, z) of two classes."""
         logits, classifier = self.logits, self.classifier
         if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] == 1:
-            object.__setattr__(self, "logits", _below_zeros(logits.T).T)
-        if isinstance(classifier, tuple) and isinstance(classifier[0], Tensor) and len(classifier[0]) == 1:
+            object.__setattr__(self, "logits", _after_zeros(logits, 1))
+        if isinstance(classifier, (tuple, list)) and getattr(classifier[0], "shape", ())[:1] == (1,):
             weight, bias = classifier
-            pair = (_below_zeros(weight), None if bias is None else _below_zeros(bias))
+            pair = (_after_zeros(weight), None if bias is None else _after_zeros(bias))
             object.__setattr__(self, "classifier", pair)
 
     @staticmethod
@@ -263,5 +263,5 @@ class Features:
         return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})
 
 
-def _below_zeros(value: Tensor) -> Tensor:
-    return torch.cat([torch.zeros_like(value), value])
+def _after_zeros(value: Tensor, axis: int = 0) -> Tensor:
+    return torch.cat([torch.zeros_like(value), value], axis)

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Signature, Any, Any, str]] = {
     "meta beside x": (ONE, {"x": X, "meta": MASK}, None, r"'meta' .*, which the model's forward\(x\) does not"),
     "a third tensor": (ONE, (X, MASK, Y), None, r"holds item 1 \(torch.float32 of shape \(6, 4\)\)"),
     "two kinds of labels": (ONE, (X, Y, Y + 0), None, r"holds item 1 \(torch.int64"),
-    "chosen label, other left": (ONE, (X, Y, MASK), 1, r"holds item 1 \(torch.float32"),
+    "chosen label, other left": (ONE, (X, Y, MASK), 1, r"holds item 2 \(torch.float32"),
     "a second label": (ONE, {"x": X, "label": Y, "target": SOFT}, None, "holds 'target'"),
     "an argument is missing": (TWO, (X,), None, r"forward\(x, m\) requires m, and the batch has none"),
     "an argument is missing by name": (TWO, {"x": X, "y": Y}, None, r"requires m, and the batch"),
@@ -324,7 +324,7 @@ def test_detectors_that_change_the_input_of_a_mapping(x: Tensor) -> None:
     expected = fn.Scorer(net, odin)(x).score
     assert torch.equal(fn.Scorer(net, odin)({"input": x, "label": Y}).score, expected)
     assert torch.equal(fn.Scorer(net, odin)((x, Y)).score, expected)
-    with pytest.raises(ValueError, match="needs one floating-point tensor in the batch"):
+    with pytest.raises(ValueError, match=r"needs one floating-point tensor in the batch.*takes torch.int64 of"):
         fn.Scorer(Text(), odin)({"input_ids": IDS})
 
 

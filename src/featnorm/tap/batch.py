@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from featnorm._utils.errors import error_text
-from featnorm.tap.trace import is_record, tensors_in
+from featnorm.tap.trace import tensors_in
 
 LabelsOf: TypeAlias = str | int | Callable[[Any], Any]
 """Where the labels of a batch are: a key or an attribute, an index, or a function of the batch."""
@@ -123,11 +123,12 @@ class Call:
     @property
     def image(self) -> Tensor:
         """The one floating-point tensor among the arguments; a ValueError if there is none, or are several."""
-        found = [value for value in (*self.args, *self.kwargs.values()) if _is_floating(value)]
+        given = (*self.args, *self.kwargs.values())
+        found = [value for value in given if _is_floating(value)]
         if len(found) != 1:
             raise ValueError(
                 "a detector that changes the input needs one floating-point tensor in the batch, and the model "
-                f"takes {_listed(enumerate((*self.args, *self.kwargs.values())))}"
+                f"takes {' and '.join(map(_described, given))}"
             )
         return found[0]
 
@@ -176,8 +177,8 @@ class Call:
     def _opaque(self) -> bool:
         """Whether an argument holds tensors that are not rows of a batch, such as a graph or packed sequences."""
         found: list[Any] = []
-        self._map(lambda tensor: tensor, lambda value: found.append(value))
-        return any(True for value in found for _ in tensors_in(value))
+        self._map(lambda tensor: tensor, found.append)
+        return bool(found)
 
     def _map(self, tensor: Callable[[Tensor], Any], thing: Callable[[Any], Any]) -> "Call":
         """Apply one function to every tensor, and another to every object that holds tensors."""
@@ -303,12 +304,11 @@ def _from_sequence(
             while is_last() and not _has_tensors(items[-1]):
                 items.pop()
     taken = len(items) if signature.any_positional else max(len(signature.positional), 1)
-    left = {str(i): item for i, item in enumerate(items)}
     over = items[taken:]
     if labels is None and target is None and len(over) == 1:
         (target,) = over
     call = Call(tuple(items[:taken]), labels=target, labels_given=labels is not None)
-    return call, {f"item {i}": item for i, item in left.items() if int(i) >= taken}
+    return call, {f"item {i}": item for i, item in enumerate(batch) if any(item is other for other in over)}
 
 
 def _from_mapping(
@@ -365,9 +365,10 @@ def _mapped(value: Any, tensor: Callable[[Tensor], Any], thing: Callable[[Any], 
         return tensor(value)
     if isinstance(value, Mapping):
         return {key: _mapped(item, tensor, thing) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(item, tensor, thing) for item in value)
-    return thing(value) if isinstance(value, tuple) or is_record(value) else value
+    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
+        items = [_mapped(item, tensor, thing) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return thing(value) if _has_tensors(value) else value
 
 
 def _rows(value: Any) -> int | None:

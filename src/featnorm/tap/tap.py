@@ -77,12 +77,12 @@ class FeatureTap:
         self._inactive = ""
         self._advice = TRACE_AGAIN
 
-    def trace(self, batch: Any, labels: LabelsOf | None = None) -> "FeatureTap":
+    def trace(self, batch: Any) -> "FeatureTap":
         """Find the layers by tracing the model on a batch of inputs, and return self.
 
         Parameters
         ----------
-        batch, labels : see `stream`.
+        batch : see `stream`.
 
         Raises
         ------
@@ -91,7 +91,7 @@ class FeatureTap:
             chosen output does not exist, or the batch is not what the model takes; the weights are on the meta
             device; or a batch normalization has no running statistics, so that scores would depend on the batch.
         """
-        self._trace(read_batch(batch, self._signature, labels))
+        self._trace(read_batch(batch, self._signature))
         return self
 
     def __call__(self, batch: Any) -> Features:
