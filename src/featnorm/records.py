@@ -18,11 +18,12 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
+from featnorm.verdict import ItemVerdict
 
 # `featnorm monitor` reads scores, and does not wait for torch.
 if TYPE_CHECKING:
-    from featnorm.image_scorer import ImageVerdict
     from featnorm.inputs import ImageSource
+
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -118,13 +119,13 @@ class Journal:
         """Return the numbers of the batches, out of ``batches``, that are not in the journal."""
         return [number for number in range(batches) if number not in self._starts]
 
-    def add(self, number: int, verdicts: Sequence[ImageVerdict]) -> None:
+    def add(self, number: int, verdicts: Sequence[ItemVerdict]) -> None:
         """Append a batch."""
         start = self.path.stat().st_size
         append(self.path, _line({"batch": number, "verdicts": [verdict[:_FIELDS] for verdict in verdicts]}))
         self._starts[number] = start
 
-    def __iter__(self) -> Iterator[ImageVerdict]:
+    def __iter__(self) -> Iterator[ItemVerdict]:
         with self.path.open("rb") as file:
             for number, start in sorted(self._starts.items()):
                 file.seek(start)
@@ -152,7 +153,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return f"{seal(entry)}\n".encode()
 
 
-def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
+def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
     """Return the number and the verdicts of a line, or raise a ValueError if it is not a batch."""
     entry = unseal(line)
     number, rows = entry.get("batch"), entry.get("verdicts")
@@ -161,12 +162,10 @@ def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
     return number, [_verdict(row) for row in rows]
 
 
-def _verdict(row: Any) -> ImageVerdict:
-    from featnorm.image_scorer import ImageVerdict
-
+def _verdict(row: Any) -> ItemVerdict:
     match row:
         case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
-            return ImageVerdict(*row)
+            return ItemVerdict(*row)
     raise ValueError("it is not a verdict")
 
 
@@ -222,19 +221,19 @@ def images_digest(source: ImageSource) -> str:
     return digest.hexdigest()
 
 
-def row_of(verdict: ImageVerdict) -> dict[str, Any]:
+def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as a row with the keys `COLUMNS`."""
     word = {True: "ID", False: "OOD", None: None}[verdict.is_id]
     return dict(
         zip(
             COLUMNS,
-            (verdict.name, verdict.score, verdict.p_value, word, verdict.predicted, verdict.error),
+            (verdict.item, verdict.score, verdict.p_value, word, verdict.predicted, verdict.error),
             strict=True,
         )
     )
 
 
-def _write_csv(verdicts: Iterable[ImageVerdict], path: Path) -> None:
+def _write_csv(verdicts: Iterable[ItemVerdict], path: Path) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -254,12 +253,12 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_jsonl(verdicts: Iterable[ImageVerdict], path: Path) -> None:
+def _write_jsonl(verdicts: Iterable[ItemVerdict], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row_of(verdict)) + "\n" for verdict in verdicts)
 
 
-def _write_parquet(verdicts: Iterable[ImageVerdict], path: Path) -> None:
+def _write_parquet(verdicts: Iterable[ItemVerdict], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
     schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in COLUMNS])
     with pq.ParquetWriter(path, schema) as writer:

@@ -11,7 +11,9 @@ DATA = (
 )
 """What a specification of images may be, for help texts."""
 
-ScorerFile = Annotated[Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`.")]
+ScorerFile = Annotated[
+    Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`, or by `Scorer.save`.")
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -23,8 +25,16 @@ OwnModel = Annotated[
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="Required if the detector was fitted on your own model: the same `MODULE:FUNCTION` you gave "
-        "`featnorm fit`.",
+        help="Required if the file does not contain its model, or if the model is your own: `MODULE:FUNCTION`, or "
+        "a library's model with `--weights`.",
+    ),
+]
+OwnWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Weights file of `--model`, for a SCORER that does not contain its model.",
     ),
 ]
 Weights = Annotated[

@@ -113,7 +113,7 @@ class FeatureTap:
 
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
-        traced = self._traced(call)
+        traced = self._record(call)
         plan = _Plan.of(find(traced, self.model, self.layer), traced)
         features = self._capture(plan, call, classifier=True)
         self._plan = plan
@@ -124,7 +124,7 @@ class FeatureTap:
             self._inactive = f"On average, {share:.0%} of its units were off for the {len(features)} inputs."
         return features
 
-    def _traced(self, call: Call) -> Trace:
+    def _record(self, call: Call) -> Trace:
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise ValueError("the model's weights are on the meta device and have no values: load them first")
         part, traced = call.head(_TRACED_ROWS), None
@@ -153,6 +153,13 @@ class FeatureTap:
     def _capture(self, plan: "_Plan", call: Call, classifier: bool) -> Features:
         with eval_mode(self.model):
             return self._caught(call, plan, classifier)
+
+    def traced(self, batch: Any) -> Features:
+        """Return the features of one batch without their classifier, as operations that torch can export.
+
+        The model must have been traced, and be in evaluation mode.
+        """
+        return self._caught(read_batch(batch, self._signature), classifier=False)
 
     def _caught(self, call: Call, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Return the features of one batch, in the current mode and with the current gradient setting."""
@@ -250,7 +257,7 @@ class FeatureTap:
             LayerNorm, is not linear even with its gates held fixed. The message names the operation.
         """
         call = read_batch(batch, self._signature).to(self.device)
-        traced = self._traced(call)
+        traced = self._record(call)
         anatomy = find(traced, self.model, self.layer)
         if anatomy.activation is None or anatomy.logits is None:
             missing = "activation" if anatomy.activation is None else "logits"
