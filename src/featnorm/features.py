@@ -49,8 +49,7 @@ class Features:
     pooled : (n, D) input of the head or, in a model without a head, of the classifier.
     embedding : (n, e) embedding before normalization.
     logits
-        (n, C). One logit z, as of a binary classifier, becomes the two logits (0, z), whose softmax is the
-        sigmoid of z, and W becomes (0, W).
+        (n, C). One logit z, as of a binary classifier, becomes two, (-z / 2, z / 2), and so do W and b.
     labels : (n,) integer class of each input; negative for an input without a label.
     classifier
         ``(W, b)`` of the linear map ``logits = W f + b``, the last linear layer; W of shape (C, f), b of shape
@@ -105,13 +104,13 @@ class Features:
             self._check_classifier(self.classifier)
 
     def _use_two_classes(self) -> None:
-        """Turn one logit z into the logits (0, z) of two classes."""
+        """Turn one logit into those of two classes."""
         logits, classifier = self.logits, self.classifier
         if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] == 1:
-            object.__setattr__(self, "logits", _after_zeros(logits, 1))
+            object.__setattr__(self, "logits", two_classes(logits, 1))
         if isinstance(classifier, (tuple, list)) and getattr(classifier[0], "shape", ())[:1] == (1,):
             weight, bias = classifier
-            pair = (_after_zeros(weight), None if bias is None else _after_zeros(bias))
+            pair = (two_classes(weight), None if bias is None else two_classes(bias))
             object.__setattr__(self, "classifier", pair)
 
     @staticmethod
@@ -263,5 +262,10 @@ class Features:
         return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})
 
 
-def _after_zeros(value: Tensor, axis: int = 0) -> Tensor:
-    return torch.cat([torch.zeros_like(value), value], axis)
+def two_classes(value: Tensor, axis: int = 0) -> Tensor:
+    """Return one logit z, or what makes it, as (-z / 2, z / 2).
+
+    The softmax is that of (0, z): the sigmoid of z. Centered, the largest logit and the energy rise with the
+    confidence in either class, and not in the second alone.
+    """
+    return torch.cat([-value, value], axis) / 2

@@ -122,14 +122,17 @@ def test_one_logit_is_two_classes(shape: str, x: Tensor) -> None:
     z = model.net(x).detach()[:, 0]
     tap = FeatureTap(model)
     features = tap(x)
-    assert torch.equal(features.logits, torch.stack([torch.zeros(N), z], 1))
+    assert torch.equal(features.logits, torch.stack([-z / 2, z / 2], 1))
     weight, bias = features.linear()
     torch.testing.assert_close(features.activation @ weight.T + bias, features.logits)
     assert features.classifier_reads("activation")
-    assert "logits: 1 wide, from addmm in `net.2`, read as the two classes (0, z)" in tap.describe()
+    assert "logits: 1 wide, from addmm in `net.2`, read as two classes (-z / 2, z / 2)" in tap.describe()
     verdict = fn.Scorer(model, fn.MSP())(x)
     torch.testing.assert_close(verdict.score, torch.sigmoid(z.abs()))
     assert torch.equal(verdict.logits.argmax(1), (z > 0).long())
+    found = tap.hidden(x)
+    torch.testing.assert_close(found.output_logits, features.logits)
+    assert torch.equal(found.confidence, found.logits.abs()[:, 0])
     train = torch.randn(60, IN)
     labels = (model.net(train)[:, 0] > 0).long()
     logits_or_weights = [d for d in standard_detectors() if {"logits", "classifier"} & set(d.reads + d.learns)]
@@ -142,9 +145,9 @@ def test_one_logit_is_two_classes(shape: str, x: Tensor) -> None:
 def test_one_logit_given_as_features() -> None:
     z = torch.tensor([[3.0], [-2.0]])
     features = fn.Features(logits=z, activation=torch.rand(2, D), classifier=(torch.ones(1, D), None))
-    assert features.logits.tolist() == [[0, 3], [0, -2]]
-    assert features.linear()[0].tolist() == [[0] * D, [1] * D]
-    assert features[:1].logits.tolist() == [[0, 3]]
+    assert features.logits.tolist() == [[-1.5, 1.5], [1, -1]]
+    assert features.linear()[0].tolist() == [[-0.5] * D, [0.5] * D]
+    assert features[:1].logits.tolist() == [[-1.5, 1.5]]
     assert fn.MSP().score(features).tolist() == pytest.approx([1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-2))])
 
 
@@ -223,3 +226,15 @@ def test_batch_normalization_without_running_statistics_is_named(x: Tensor) -> N
         nn.Conv1d(IN, D, 1), nn.InstanceNorm1d(D), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten()
     )
     FeatureTap(nn.Sequential(maps, nn.Linear(D, C))).trace(torch.randn(N, IN, 7))
+
+
+def test_either_class_of_one_logit_is_in_distribution() -> None:
+    # Of (0, z), the energy and the largest logit would rank every input of class 0 below the OOD inputs.
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[2].weight.copy_(torch.tensor([[1.0, -1.0]]))
+    confident, uncertain = torch.tensor([[5.0], [-5.0], [4.0], [-4.0]]), torch.tensor([[0.1], [-0.2], [0.3]])
+    for detector in (fn.MSP(), fn.KLUniform(), fn.Energy(), fn.MaxLogit(), fn.HiddenConfidence(), fn.NAN()):
+        scorer = fn.Scorer(model, detector)
+        assert fn.auroc(scorer(confident).score, scorer(uncertain).score) == 1, detector

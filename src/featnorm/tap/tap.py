@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
-from featnorm.features import PER_INPUT, Classifier, Features
+from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, made
@@ -34,7 +34,7 @@ class FeatureTap:
     ----------
     model
         Module that maps a batch of inputs to logits, to features, or to a tuple, dict or object that holds them.
-        One logit z, of shape (n, 1) or (n,), is read as the two classes (0, z).
+        One logit z, of shape (n, 1) or (n,), is read as that of two classes, (-z / 2, z / 2).
     layer
         Module whose output is the last hidden layer, or its name, if the one found automatically is not the right
         one. Maps (n, d, height, width) are averaged over space.
@@ -248,7 +248,7 @@ class FeatureTap:
         Returns
         -------
         The hidden classifier of the last hidden layer, or of ``layer`` if it was given to the tap. For maps, d is
-        the number of all their values.
+        the number of all their values. One logit z is that of two classes, (-z / 2, z / 2).
 
         Raises
         ------
@@ -265,7 +265,10 @@ class FeatureTap:
         name = self.layer or "the last hidden layer"
         layers = {name: made(anatomy.activation)}
         logits = locate(traced, anatomy.logits)
-        return hidden_classifiers(self.model, layers, logits, call, pre_activation=pre_activation)[name]
+        found = hidden_classifiers(self.model, layers, logits, call, pre_activation=pre_activation)[name]
+        if found.coefficients.shape[1] > 1 or found.offset is None:
+            return found
+        return HiddenClassifier(found.activation, two_classes(found.coefficients, 1), two_classes(found.offset, 1))
 
     def describe(self) -> str:
         """Describe the features that were found, and whether the negative-aware norm works on them.
@@ -424,7 +427,7 @@ class _Plan:
             if name != "activation"
         }
         if anatomy.logits is not None and _width(anatomy.logits) == 1:
-            words["logits"] += ", read as the two classes (0, z)"
+            words["logits"] += ", read as two classes (-z / 2, z / 2)"
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
 
     def classifier(self, model: nn.Module) -> Classifier | None:
