@@ -35,6 +35,8 @@ def x() -> Tensor:
 X, MASK, IDS = torch.randn(N, IN), torch.ones(N, 4), torch.arange(N * 4).reshape(N, 4)
 Y, PAIR, SOFT, LENGTHS = torch.arange(N) % C, torch.arange(2), torch.rand(N, C), torch.arange(N) + 1
 IMAGES = [torch.rand(3, 4 + i, 5) for i in range(N)]
+XY = {"x": X, "y": Y}
+WHOLE = {"image": X, "meta": MASK}
 BY_NAME = {"input_ids": IDS, "labels": IDS}
 TILES, BOXES = tuple(IMAGES), tuple({"boxes": X} for _ in IMAGES)
 PACKED = pack_sequence([torch.rand(4, IN), torch.rand(2, IN)])
@@ -102,13 +104,16 @@ READ: dict[str, tuple[Signature, Any, Any, tuple[Any, ...], dict[str, Any], Any]
     "graph": (ONE, GRAPH, None, (GRAPH,), {}, GRAPH.y),
     "graph, attribute": (ONE, GRAPH, "y", (GRAPH,), {}, GRAPH.y),
     "graph, function": (ONE, GRAPH, lambda batch: batch.y, (GRAPH,), {}, GRAPH.y),
+    "mapping and labels": (TEXT, (BY_NAME, Y), None, (), BY_NAME, Y),
+    "a mapping that the model takes": (forward(lambda batch: batch), (WHOLE, Y), None, (WHOLE,), {}, Y),
+    "labels that the model requires": (forward(lambda x, y: x), XY, "y", (), XY, Y),
     "mapping": (ONE, {"x": X, "y": Y}, None, (), {"x": X}, Y),
     "mapping of another name": (ONE, {"image": X, "label": Y, "path": ["a"]}, None, (X,), {}, Y),
     "user dict": (TEXT, UserDict(input_ids=IDS, labels=Y), None, (), {"input_ids": IDS}, Y),
     "labels that the model takes": (TEXT, BY_NAME, None, (), BY_NAME, None),
     "by name": (MASKED, {"mask": MASK, "x": X, "none": None}, None, (), {"x": X, "mask": MASK}, None),
     "options": (forward(lambda x, scale=1: x), {"x": X, "scale": 2}, None, (), {"x": X, "scale": 2}, None),
-    "y is an argument": (forward(lambda x, y: x), {"x": X, "y": Y}, None, (), {"x": X, "y": Y}, None),
+    "y is an argument": (forward(lambda x, y: x), XY, None, (), XY, None),
     "mapping, key": (ONE, {"x": X, "kind": Y}, "kind", (), {"x": X}, Y),
     "mapping, function": (ONE, {"x": X, "kind": Y}, lambda b: b["kind"], (), {"x": X}, Y),
     "mapping to anything": (ANY, {"x": X, "m": MASK, "label": Y}, None, (), {"x": X, "m": MASK}, Y),
@@ -129,7 +134,7 @@ def test_the_arguments_and_the_labels(form: str) -> None:
 
 
 REFUSED: dict[str, tuple[Signature, Any, Any, str]] = {
-    "meta": (ONE, {"image": X, "meta": MASK}, None, r"'image' \(torch.float32 of .*\) and 'meta' \(.*\(6, 4\)\)"),
+    "meta": (ONE, WHOLE, None, r"'image' \(torch.float32 .*\) and 'meta' \(.*\(6, 4\)\).* passes the mapping itself"),
     "meta beside x": (ONE, {"x": X, "meta": MASK}, None, r"'meta' .*, which the model's forward\(x\) does not"),
     "a third tensor": (ONE, (X, MASK, Y), None, r"holds item 1 \(torch.float32 of shape \(6, 4\)\)"),
     "two kinds of labels": (ONE, (X, Y, Y + 0), None, r"holds item 1 \(torch.int64"),

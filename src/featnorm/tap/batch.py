@@ -197,7 +197,8 @@ def read_batch(batch: Any, signature: Signature, labels: LabelsOf | None = None,
     - A tensor, a `torch.nn.utils.rnn.PackedSequence` and any other object, such as a graph of torch_geometric, is
       the first argument.
     - The items of a tuple or list are the positional arguments. If the model requires at most one argument, a list
-      of floating-point tensors (c, h, w) is a list of images, which is the first argument.
+      of floating-point tensors (c, h, w) is a list of images, which is the first argument. If one mapping remains
+      beside the labels, and a name in it is an argument of the model, it is read as a mapping.
     - The items of a mapping are arguments by name. An item whose name the model does not know is its one required
       argument, if no other item can be.
 
@@ -240,9 +241,12 @@ def read_batch(batch: Any, signature: Signature, labels: LabelsOf | None = None,
     call, left = reader(batch, signature, labels, name)
     left = {key: value for key, value in left.items() if _has_tensors(value) and value is not call.labels}
     if left:
+        itself = isinstance(batch, Mapping) and not call.kwargs
         raise BatchError(
             f"{name} holds {_listed(left.items())}, which the model's {signature} does not take: leave them out "
             "of the batch, or say with labels= which of them are the labels"
+            + "; a tuple of one mapping passes the mapping itself"
+            * itself
         )
     missing = [arg for arg in signature.required[len(call.args) :] if arg not in call.kwargs]
     if missing:
@@ -307,6 +311,9 @@ def _from_sequence(
     over = items[taken:]
     if labels is None and target is None and len(over) == 1:
         (target,) = over
+    if len(items) == 1 and isinstance(items[0], Mapping) and not signature.by_name.isdisjoint(items[0]):
+        call, left = _from_mapping(items[0], signature, None, name)
+        return (call if target is None else replace(call, labels=target, labels_given=labels is not None)), left
     call = Call(tuple(items[:taken]), labels=target, labels_given=labels is not None)
     return call, {f"item {i}": item for i, item in enumerate(batch) if any(item is other for other in over)}
 
@@ -319,7 +326,7 @@ def _from_mapping(
     if isinstance(labels, (str, int)):
         if labels not in items:
             raise BatchError(f"labels={labels!r}, and {name} has only {', '.join(map(str, items))}")
-        target = items.pop(labels)
+        target = items[labels] if labels in signature.required else items.pop(labels)
     elif labels is not None:
         target = labels(batch)
         items = {key: value for key, value in items.items() if value is not target}
