@@ -130,7 +130,6 @@ def capture(
     me = object()
     with on_top(me), _hooks(model, hooked, caught, me):
         if operations:
-            # Hooks on every module, as in the trace: some modules of torch take another path if they have none.
             with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
                 output = call.run(model)
             for point in operations if fresh is None else ():
@@ -198,7 +197,9 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _idle_hooks(model: nn.Module) -> Iterator[None]:
-    handles = [module.register_forward_hook(_idle) for module in model.modules()]
+    # As in the trace: without hooks, this module of torch runs other operations.
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    handles = [layer.register_forward_hook(_idle) for layer in layers]
     try:
         yield
     finally:
