@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, deserialize, safe_open
 
+import featnorm
 from featnorm._utils.checks import as_score_array, check_type, is_tensor, threshold_rank
 from featnorm._utils.files import replacing
 from featnorm._utils.groups import GroupRanks, check_groups, members_of_groups, names_of_groups
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 _Made = TypeVar("_Made")
 
-FORMAT = 2
+FORMAT = 3
 #: Names of the tensors of calibration scores, and of the groups of these scores.
 CALIBRATION, MEMBERS = "calibration.scores", "calibration.members"
 #: Errors raised when objects are made from invalid file content.
@@ -82,7 +84,8 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
                 f"{name} is a tensor of layout {tensor.layout}, which a detector file cannot store: make it dense"
             )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = {"format": FORMAT, **header}
+    written = {"featnorm": featnorm.__version__, "date": date.today().isoformat()}
+    content = {**header, "format": FORMAT, "written": written}
     metadata = {"featnorm": json.dumps({**content, "sha256": digest(own, content)})}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata)

@@ -36,6 +36,7 @@ from featnorm.inputs import (
     SlicedSource,
     Source,
     extract_images,
+    group_items,
     image_loader,
     open_source,
 )
@@ -45,14 +46,13 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_m
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer
+from featnorm.splitting import HELD_OUT, held_out
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
 Targets = Literal["auto", "labels", "clusters"]
 
-#: One image in five is held out for calibration.
-HELD_OUT = 5
 #: With fewer images, too few are held out for calibration.
 MIN_IMAGES = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
@@ -123,6 +123,7 @@ def fit(
     targets: Targets = "auto",
     label_column: str | None = None,
     tpr: float = 0.95,
+    thresholds_by: str | None = None,
     cache: str | Path | None = None,
     data_root: str | Path | None = None,
     seed: int = 0,
@@ -151,6 +152,7 @@ def fit(
         (paper sec. 4).
     label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
     tpr : share of in-distribution images to accept, between 0 and 1.
+    thresholds_by : groups of images with a threshold each, see `Scorer`.
     cache : folder of the `FeatureCache`. Default: ``~/.cache/featnorm/features``.
     data_root : folder in which named data sets are looked up first, and to which they are downloaded.
     seed : seed of the head's initial weights, its training, and the clusters.
@@ -184,6 +186,7 @@ def fit(
     if not isinstance(data, Source):
         data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
+    options["thresholds_by"] = thresholds_by
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
     if report.corrupt:
@@ -205,6 +208,7 @@ def fit_source(
     head: Head = "auto",
     targets: Targets = "auto",
     tpr: float = 0.95,
+    thresholds_by: str | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     runtime: Runtime | None = None,
@@ -215,7 +219,7 @@ def fit_source(
     ----------
     source : in-distribution images.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, targets, tpr, cache, seed, runtime : see `fit`.
+    detector, head, targets, tpr, thresholds_by, cache, seed, runtime : see `fit`.
 
     Raises
     ------
@@ -235,6 +239,7 @@ def fit_source(
     every = torch.arange(len(source))
     # Before the work: it raises if labels are required and missing.
     labeled = _labels(source, every, every >= 0, targets)[0] is not None
+    groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
     plan = _plan(source, loaded, head, runtime)
     detector = detector or (KLUniform() if plan.head == "train" or plan.example.logits is not None else KNN(k=10))
@@ -273,7 +278,8 @@ def fit_source(
         for rows in torch.arange(len(train_values)).split(_ROWS)
     )
     spec = loaded.name or None
-    scorer = Scorer(model, detector, preprocess=loaded.transform, spec=spec, head=plan.head)
+    known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
+    scorer = Scorer(model, detector, preprocess=loaded.transform, **known)
     statistics = ActivationStatistics()
     if runtime.cluster is None:
         scorer.fit_features(training_features(features_of, statistics, parts))
@@ -286,11 +292,13 @@ def fit_source(
     # In the precision in which new images will be scored.
     with runtime.autocast():
         batches = [features_of(part) for part in cached.values[is_held_out].split(_ROWS)]
+        accuracy, scorer.classes, notes = _classes(source, batches, labels, names, is_held_out, plan.head)
+        held_out_groups = None if groups is None else [groups[row] for row in cached.rows[is_held_out].tolist()]
         if detector.needs_model:
-            scorer.calibrate(((batch.images,) for batch in images), tpr, progress=runtime.progress)
+            loader = ((batch.images,) for batch in images)
+            scorer.calibrate(loader, tpr, groups=held_out_groups, progress=runtime.progress)
         else:
-            scorer.calibrate_features(batches, tpr)
-    accuracy, scorer.classes, notes = _classes(source, batches, labels, names, is_held_out, plan.head)
+            scorer.calibrate_features(batches, tpr, groups=held_out_groups)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     scorer.facts = {
         "images": f"{source.title}: {len(train_values)} to fit on, {len(chosen)} held out for calibration",
@@ -508,12 +516,6 @@ def _without_duplicates(cached: CachedFeatures) -> CachedFeatures:
     first = sorted({digest: i for i, digest in reversed(list(enumerate(cached.digests)))}.values())
     digests = [cached.digests[i] for i in first]
     return replace(cached, stored_rows=cached.stored_rows[first], rows=cached.rows[first], digests=digests)
-
-
-def held_out(digests: Sequence[bytes]) -> Tensor:
-    """Return which images are held out for calibration, (n,) bool: every fifth content, ordered by digest."""
-    chosen = set(sorted(set(digests))[::HELD_OUT])
-    return torch.tensor([digest in chosen for digest in digests])
 
 
 def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool | None = None) -> ProjectionHead:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from featnorm._utils.progress import progress_bar
-from featnorm.inputs import ImageSource, ItemError, SlicedSource
+from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.loading import rows_of
 from featnorm.records import FORMATS, Journal, images_digest
@@ -177,6 +177,49 @@ def score_images(
         if page is not None:
             _write_page(page, scorer, source, summary, runtime)
         journal.remove()
+    return summary
+
+
+def calibrate_images(
+    scorer: Scorer,
+    source: ImageSource,
+    tpr: float | None = None,
+    *,
+    update: bool = False,
+    runtime: Runtime | None = None,
+) -> ScoringSummary:
+    """Calibrate a scorer on the images of a source; see `Scorer.calibrate`.
+
+    Parameters
+    ----------
+    scorer : fitted scorer with a preprocess. It is left as it was if an error is raised.
+    source : in-distribution images that were used neither to train the model nor to fit the detector.
+    tpr, update : see `Scorer.calibrate`.
+    runtime : see `score_images`.
+
+    Returns
+    -------
+    ScoringSummary
+        Counts of the images.
+
+    Raises
+    ------
+    ValueError, DataError
+        See `Scorer.calibrate` and `score_images`; or no image can be read.
+    """
+    found: list[ItemVerdict] = []
+    earlier, scorer.calibration = scorer.calibration, None
+    try:
+        summary = score_images(scorer, source, runtime=runtime, on_batch=found.extend)
+    finally:
+        scorer.calibration = earlier
+    scored = [verdict for verdict in found if verdict.score is not None]
+    if not scored:
+        raise DataError(f"none of the {len(source):,} images of {source.title} can be read")
+    groups = None if scorer.thresholds_by is None else [str(verdict.group) for verdict in scored]
+    names = scorer.class_words() if scorer.thresholds_by == "class" else None
+    scores = torch.tensor([verdict.score for verdict in scored], dtype=torch.float64)
+    scorer.use_scores(scores, groups, names, tpr, update=update)
     return summary
 
 

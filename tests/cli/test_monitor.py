@@ -284,16 +284,16 @@ def damage_csv(path: Path, row: int, cells: list[str]) -> None:
 @pytest.mark.parametrize(
     ("cells", "words"),
     [
-        (["a.png", "much", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
-        (["a.png", "nan", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (its score is NaN)"),
-        (["a.png", "1.0", "", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
-        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 instead of 6 columns)"),
+        (["a.png", "much", "0.5", "ID", "", "", ""], "row 7 of t.csv cannot be read (could not convert"),
+        (["a.png", "nan", "0.5", "ID", "", "", ""], "row 7 of t.csv cannot be read (its score is NaN)"),
+        (["a.png", "1.0", "", "ID", "", "", ""], "row 7 of t.csv cannot be read (could not convert"),
+        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 instead of 7 columns)"),
         (
-            ["a.png", "2.0", "0.9", "ID", "", ""],
+            ["a.png", "2.0", "0.9", "ID", "", "", ""],
             "row 7 of t.csv is from another detector: its score 2 has the p-value",
         ),
-        (["a.png", "2.0", "nan", "ID", "", ""], "its score 2 has the p-value nan there and 0."),
-        (["a.png", "2.0", "0.246914", "ID", "", ""], "has the p-value 0.246914 there and 0.4"),
+        (["a.png", "2.0", "nan", "ID", "", "", ""], "its score 2 has the p-value nan there and 0."),
+        (["a.png", "2.0", "0.246914", "ID", "", "", ""], "has the p-value 0.246914 there and 0.4"),
     ],
 )
 def test_a_damaged_csv_is_refused_by_row(featnorm, detector, tmp_path, cells, words):
@@ -423,7 +423,7 @@ def swap(rows):
         (lambda rows: rows.insert(3, rows[3]), OTHERS),
         (lambda rows: rows.__setitem__(9, rows[9].replace("day", "night")), OTHERS),
         (lambda rows: rows.__setitem__(9, rows[10]), OTHERS),
-        (lambda rows: rows.__setitem__(5, "broken/5.png,1.0,0.5,ID,,\r\n"), OTHERS),
+        (lambda rows: rows.__setitem__(5, "broken/5.png,1.0,0.5,ID,,,\r\n"), OTHERS),
     ],
 )
 def test_a_table_that_changed_is_noticed(featnorm, detector, tmp_path, change, words):
