@@ -255,14 +255,31 @@ def test_batch_norm_before_the_non_linearity(x: Tensor) -> None:
     assert is_mlp_head(net, x)
 
 
-@pytest.mark.parametrize("norm", [batch_norm(D), nn.LayerNorm(D)])
-def test_a_norm_after_the_non_linearity_leaves_no_classifier(norm: nn.Module, x: Tensor) -> None:
-    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), norm, nn.Linear(D, C))
+def test_a_layer_norm_after_the_non_linearity_leaves_no_classifier(x: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.LayerNorm(D), nn.Linear(D, C))
     f = tapped(net, x)
     same(f.activation, F.relu(net[0](x)))
     same(f.logits, net(x))
     assert_absent(f, "classifier")
     assert "normali" in f.absent["classifier"]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_after_the_non_linearity_is_part_of_the_classifier(affine: bool, x: Tensor) -> None:
+    norm = batch_norm(D) if affine else nn.BatchNorm1d(D, affine=False)
+    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), norm, nn.Linear(D, C))
+    f = tapped(net, x)
+    same(f.activation, F.relu(net[0](x)))
+    same(f.logits, net(x))
+    assert_reproduces(f, "activation")
+
+
+@pytest.mark.parametrize("norm", [batch_norm(D), nn.LayerNorm(D)])
+def test_a_norm_after_the_hidden_layer_is_named(norm: nn.Module, x: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), norm, nn.Linear(D, C))
+    words = FeatureTap(net).trace(x).describe()
+    assert "norm in `2` rescales it before the classifier" in words
+    assert "recommends" not in words
 
 
 def test_a_scaling_of_the_units_leaves_no_classifier(x: Tensor) -> None:
@@ -633,11 +650,15 @@ def test_a_norm_between_pool_and_classifier(norm: nn.Module, images: Tensor) -> 
         conv=nn.Conv2d(3, D, 3), norm=norm, fc=nn.Linear(D, C),
     )  # fmt: skip
     f = tapped(net, images)
-    assert f.classifier is None or f.activation is None
-    same(f.pooled, net.norm(F.relu(net.conv(images)).mean((2, 3))))
+    pooled = F.relu(net.conv(images)).mean((2, 3))
     if isinstance(norm, nn.LayerNorm):
+        same(f.pooled, net.norm(pooled))
         assert_absent(f, "activation")
         assert "normalization" in FeatureTap(net).trace(images).describe()
+    else:  # which is part of the classifier
+        same(f.pooled, pooled)
+        same(f.activation, pooled)
+    assert_reproduces(f, "pooled", net(images))
 
 
 def test_a_residual_sum_that_is_rectified_before_the_pool(images: Tensor) -> None:
