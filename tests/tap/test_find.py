@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from featnorm import norms
-from featnorm.features import Features
 from featnorm.paper.networks import CSIHead
 from featnorm.tap import FeatureTap
+from networks import Net, assert_absent, assert_reproduces, batch_norm, parameter, plain, same, tapped
 
 N, IN, D, E, C = 5, 6, 8, 4, 3
 
@@ -35,54 +35,6 @@ def x() -> Tensor:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(N, 3, 8, 8)
-
-
-class Net(nn.Module):
-    """A network of named modules, whose forward pass is a function of the network and its input."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self._run = forward
-        for name, part in parts.items():
-            if isinstance(part, (nn.Parameter, nn.Module)):
-                setattr(self, name, part)
-            else:
-                self.register_buffer(name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self._run(self, x)
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape))
-
-
-def tapped(net: nn.Module, x: Tensor, layer: str | nn.Module | None = None) -> Features:
-    return FeatureTap(net.eval(), layer)(x)
-
-
-def plain(net: nn.Module, x: Tensor) -> Any:
-    with torch.no_grad():
-        return net.eval()(x)
-
-
-def same(actual: Tensor | None, expected: Tensor) -> None:
-    assert actual is not None
-    torch.testing.assert_close(actual, expected.detach(), rtol=1e-5, atol=1e-6)
-
-
-def assert_reproduces(features: Features, name: str, logits: Tensor | None = None) -> None:
-    """Check that W f + b are the logits, where f is the field."""
-    weight, bias = features.linear()
-    expected = features.tensor("logits") if logits is None else logits.detach()
-    out = features.tensor(name) @ weight.T + (0 if bias is None else bias)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-
-
-def assert_absent(features: Features, *names: str) -> None:
-    for name in names:
-        assert getattr(features, name) is None, name
-        assert features.absent[name], f"no reason is given for the missing {name}"
 
 
 def is_mlp_head(net: nn.Module, x: Tensor) -> bool:
@@ -236,15 +188,6 @@ def test_dropout_after_the_non_linearity(drop: nn.Module, x: Tensor) -> None:
     net.eval()
     same(f.activation, F.relu(net[0](x)))
     assert_reproduces(f, "activation", net(x))
-
-
-def batch_norm(width: int) -> nn.BatchNorm1d:
-    norm = nn.BatchNorm1d(width)
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
-            tensor.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    return norm
 
 
 def test_batch_norm_before_the_non_linearity(x: Tensor) -> None:
@@ -1394,10 +1337,10 @@ def test_a_layer_of_maps_is_averaged(cnn: Any, images: Tensor) -> None:
     same(tapped(cnn, images, "trunk").activation, cnn.trunk(images).mean((2, 3)))
 
 
-def test_a_layer_of_tokens_is_refused() -> None:
+def test_a_layer_of_tokens_is_averaged() -> None:
     net = Net(lambda m, x: m.fc(m.block(x).mean(1)), block=Block(), fc=nn.Linear(D, C))
-    with pytest.raises(ValueError, match=r"'block'.*\(2, 7, 8\)"):
-        tapped(net, torch.randn(N, 7, D), "block")
+    tokens = torch.randn(N, 7, D)
+    same(tapped(net, tokens, "block").activation, net.block(tokens).mean(1))
 
 
 def test_a_layer_that_does_not_run_is_refused(cnn: Any, images: Tensor) -> None:

@@ -359,7 +359,7 @@ def _choose_layer(anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, 
     seen = [io for io in trace.module_io if io.module == layer and io.side == "out"]
     if not seen:
         raise ValueError(f"layer {layer!r} did not run, or returned no tensor, in the model's forward pass")
-    node = seen[-1].node
+    node = next(io.node for io in seen if io.call == seen[-1].call)  # of several, the first, as of `torch.nn.LSTM`
     shape = node.shape
     if len(shape) < 2 or shape[0] != trace.batch or not node.value.is_floating_point():
         raise ValueError(

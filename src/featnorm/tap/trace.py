@@ -20,9 +20,9 @@ class Node:
     time: int
     op: str  # the ATen operation without its overload, "input" or "constant"
     call: int  # index among operations of this name, from 0
-    args: tuple[Any, ...]  # arguments of the operation, with tensors replaced by their nodes
+    args: tuple[Any, ...] = field(repr=False)  # arguments of the operation, with tensors replaced by their nodes
     module: str  # innermost module that was running
-    value: Tensor
+    value: Tensor = field(repr=False)
     from_input: bool  # whether the value depends on the input of the model
     func: Any = None  # the operation itself
     keywords: tuple[str, ...] = ()  # names of its last arguments
