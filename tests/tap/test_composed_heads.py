@@ -222,6 +222,27 @@ def test_an_adapted_layer_at_every_token(tokens: Tensor) -> None:
     assert_reproduces(f, "pooled", net(tokens))
 
 
+def test_an_adapter_that_scales_the_layer_too(x: Tensor) -> None:
+    # DoRA adds a multiple of the layer's own output.
+    def run(m: Net, x: Tensor) -> Tensor:
+        hidden = F.relu(m.first(x))
+        scores = m.fc(hidden)
+        return scores + (m.scale * (scores - m.fc.bias) + m.up(m.down(hidden)))
+
+    net = Net(
+        run,
+        first=nn.Linear(IN, D),
+        fc=nn.Linear(D, C),
+        scale=parameter(1, C),
+        down=nn.Linear(D, 2),
+        up=nn.Linear(2, C),
+    )
+    f = tapped(net, x)
+    same(f.activation, F.relu(net.first(x)))
+    same(f.logits, net(x))
+    assert_absent(f, "classifier")
+
+
 # --- class scores over positions --------------------------------------------------------------------------------
 
 LENGTHS = torch.tensor([3, 7, 1, 5, 2])

@@ -24,7 +24,6 @@ from featnorm.tap.ops import (
     common_source,
     is_rectified,
     is_rectifier,
-    is_residual,
     is_squared_rectifier,
     is_vector,
     linear_layer,
@@ -155,8 +154,8 @@ class _Heads:
         if data and normalized_source(node) is None:
             terms = data if op in ("add", "sub") and len(data) > 1 else stacked_terms(node)
             if terms is not None:
-                found = [] if is_residual(terms) else [self.of(term, chain) for term in terms]
-                if any(found):
+                found = [self.of(term, chain) for term in terms]
+                if any(found) and not _is_residual(terms, found):
                     return [head for heads in found for head in heads or ()]
             elif op == "cat" and is_vector(node):
                 parts = [self.of(part, chain) for part in data]
@@ -181,6 +180,13 @@ class _Heads:
         if op in ("masked_fill", "where"):
             return next((parent for parent in data if parent.value.is_floating_point()), None)
         return data[0] if self.named and (op in _BOUNDS or is_rectifier(node)) else None
+
+
+def _is_residual(terms: list[Node], found: list[list[_Head] | None]) -> bool:
+    """Return whether one term of a sum is read to make another: a residual connection and not a sum of heads."""
+    ends = [{head.source for head in heads} if heads else {term} for term, heads in zip(terms, found, strict=True)]
+    read = [{id(node) for end in group for node in ancestors(end)} for group in ends]
+    return any(id(same_value(a)) in read[j] for i, a in enumerate(terms) for j in range(len(terms)) if i != j)
 
 
 def _total_weight(chain: Iterable[Node], source: Node, axis: int) -> float | None:

@@ -296,7 +296,7 @@ def affine_source(node: Node) -> Node | None:
         return affine_source(data[0]) if data and numbers(node) else None
     if op in ("add", "sub") and len(data) == 1 and len(node.parents) == 2:
         return affine_source(data[0])  # a bias
-    if op in ("add", "sub") and len(data) > 1 and not is_residual(data):
+    if op in ("add", "sub") and len(data) > 1:
         return common_source([affine_sources(term) for term in data])
     return None
 
@@ -317,12 +317,6 @@ def affine_sources(node: Node) -> list[Node]:
 def common_source(lists: list[list[Node]]) -> Node | None:
     """Return the first of the vectors that are in all lists, or None."""
     return next((node for node in lists[0] if all(node in other for other in lists)), None)
-
-
-def is_residual(terms: list[Node]) -> bool:
-    """Return whether one term of a sum is made from another: a residual connection and not a sum of heads."""
-    terms = [same_value(term) for term in terms]
-    return any(a is not b and a in ancestors(b) for a in terms for b in terms)
 
 
 def stacked_terms(node: Node) -> list[Node] | None:
