@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 
 import featnorm as fn
-from featnorm.image_scorer import ImageScorer
+from featnorm.fitting import fit_source
 from featnorm.inputs import image_loader, open_source
 from featnorm.models import create_model
 
@@ -43,9 +43,10 @@ def test_score(compare, size, tmp_path):
     loaded = create_model("featnorm:efficientnet-lite0" if size(True, False) else "featnorm:cifar10-resnet18")
     known = open_source(f"{folder}[:{min(n, DISTINCT)}]")
     file = tmp_path / "detector.featnorm"
-    fn.fit_images(known, loaded, cache=tmp_path / "cache", runtime=fn.Runtime(progress=False)).scorer.save(file)
-    scorer = ImageScorer.load(file)
-    model = scorer.scorer.model.eval()
+    options = {"cache": tmp_path / "cache", "runtime": fn.Runtime(progress=False)}
+    fit_source(known, loaded, **options)[0].save(file, weights=True)
+    scorer = fn.load(file)
+    model = scorer.model.eval()
     loader = image_loader(source, scorer.transform, batch_size=BATCH)
     decoded = next(iter(loader)).images.contiguous(memory_format=torch.channels_last)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import featnorm as fn
-from featnorm.image_scorer import ImageVerdict
 from featnorm.inputs import open_source
 from featnorm.records import Journal
+from featnorm.verdict import ItemVerdict
 
 BATCH = 64
 
@@ -58,7 +58,7 @@ def test_a_list_of_images(compare, many, tmp_path):
 def test_a_verdict_on_disk(compare, tmp_path, size):
     n = size(64_000, 6_400)
     verdicts = [
-        ImageVerdict(f"/photographs/2026-11-26-camera-{i:06}.jpg", 3.0 + i / 7, i / n, True, "cat", None)
+        ItemVerdict(f"/photographs/2026-11-26-camera-{i:06}.jpg", 3.0 + i / 7, i / n, True, "cat", None)
         for i in range(n)
     ]
 

@@ -15,6 +15,7 @@ import featnorm as fn
 from featnorm import export
 from featnorm.evaluation import standard_detectors
 from featnorm.export import ExportError, export_onnx
+from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
@@ -36,7 +37,7 @@ def torchlib_read_once():
 def fit(folder, loaded, cache, detector):
     source = open_source(str(folder))
     runtime = fn.Runtime(progress=False, workers=0)
-    return fn.fit_images(source, loaded, detector=detector, cache=cache, runtime=runtime).scorer
+    return fit_source(source, loaded, detector=detector, cache=cache, runtime=runtime)[0]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -48,14 +49,14 @@ def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
     known = torch.stack([tiny.transform(source.item(i)) for i in range(1, 41)])
     images = torch.cat([known, torch.rand(23, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
     # Of the score over many images: ViM's is a small difference of large numbers, and may be near 0 for one.
-    size = float(scorer.scorer(images).score.abs().max())
+    size = float(scorer(images).score.abs().max())
     for batch in (images[:1], images):
         logits, score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": batch.numpy()}))
-        wanted = scorer.scorer(batch)
+        wanted = scorer(batch)
         assert torch.allclose(score.double(), wanted.score.double(), rtol=0, atol=1e-4 * size)
         assert torch.allclose(logits, wanted.logits, atol=1e-3)
         # A score within rounding of one of the calibration's may fall on its other side.
-        calibration = scorer.scorer.calibration.scores
+        calibration = scorer.calibration.scores
         gaps = (calibration[None] - wanted.score.double()[:, None]).abs()
         clear = gaps.min(1).values > 1e-4 * size
         assert torch.equal(is_id[clear], wanted.is_id[clear])
@@ -99,7 +100,7 @@ def test_what_is_refused(folder, tiny, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install '.\[onnx\]'"):
         export_onnx(scorer, tmp_path / "d.onnx")
-    scorer.scorer.calibration = None
+    scorer.calibration = None
     monkeypatch.undo()
     with pytest.raises(ExportError, match="not calibrated"):
         export_onnx(scorer, tmp_path / "d.onnx")

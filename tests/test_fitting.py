@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import featnorm as fn
 from featnorm import archive, fitting
-from featnorm.image_scorer import ImageScorer
+from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, SlicedSource, open_source
 from featnorm.models import ModelError, create_model
 from painted import paint
 
 
 def fit(folder, loaded, cache, **options):
-    return fn.fit_images(
-        open_source(str(folder)), loaded, cache=cache, runtime=fn.Runtime(progress=False, workers=0), **options
-    )
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fit_source(open_source(str(folder)), loaded, cache=cache, runtime=runtime, **options)
 
 
 def noise(n, seed=1):
@@ -31,30 +29,28 @@ def noise(n, seed=1):
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
 @pytest.mark.parametrize("detector", ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())"])
 def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
-    fitted = fit(folder, loaded, cache, targets=targets, detector=fn.parse_detector(detector))
+    scorer, fitted = fit(folder, loaded, cache, targets=targets, detector=fn.parse_detector(detector))
     assert (fitted.trained, fitted.held_out) == (191, 48)  # without the corrupt one and the copy
     assert [Path(name).name for name, _ in fitted.corrupt] == ["000.png"]
     assert (fitted.accuracy is None) == (targets == "clusters")
     if fitted.accuracy is not None:
         assert fitted.accuracy > 0.9
-        assert fitted.scorer.class_names == ["a", "b", "c", "d"]
-    fitted.scorer.save(tmp_path / "d.featnorm")
-    again = ImageScorer.load(tmp_path / "d.featnorm")
-    assert again.facts == fitted.scorer.facts
+        assert scorer.classes == ["a", "b", "c", "d"]
+    scorer.save(tmp_path / "d.featnorm", weights=True)
+    again = fn.load(tmp_path / "d.featnorm")
+    assert again.facts == scorer.facts
     for images in (noise(5), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]):
-        mine, theirs = fitted.scorer.scorer(images), again.scorer(images)
+        mine, theirs = scorer(images), again(images)
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
     source = SlicedSource(open_source(str(folder)), range(10), "ten")
     rows = [row for batch in again.stream(source, runtime=fn.Runtime(batch_size=4, workers=0)) for row in batch]
-    assert [row.name for row in rows] == [source.name(i) for i in range(10)]
+    assert [row.item for row in rows] == [source.name(i) for i in range(10)]
     assert rows[0].error is not None
     assert rows[0].score is None
     assert all(row.error is None and 0 < row.p_value <= 1 for row in rows[1:])
     assert {row.predicted for row in rows[1:]} == ({"a"} if targets == "labels" else {None})
-    one, other = (
-        scorer.predict_batch(noise(1), ["noise"], explain=[0])[0].why for scorer in (fitted.scorer, again)
-    )
+    one, other = (which.predict_batch(noise(1), ["noise"], explain=[0])[0].why for which in (scorer, again))
     assert (one.sentence, one.rows()) == (other.sentence, other.rows())
 
 
@@ -64,30 +60,30 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
 )
 def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cache, detector):
     """The calibration never saw the images, and agrees with what the network says of them."""
-    fitted = fit(folder, loaded, cache, detector=detector)
+    scorer, fitted = fit(folder, loaded, cache, detector=detector)
     source = open_source(str(folder))
     rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
     rows = [i for i in rows if "copy" not in source.name(i)]
     apart = fitting.held_out([source.digest(i) for i in rows])
     images = torch.stack([loaded.transform(source.item(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
-    scores = fitted.scorer.scorer(images).score.double().sort().values
-    assert torch.allclose(scores, fitted.scorer.scorer.calibration.scores, rtol=1e-4, atol=1e-4)
+    scores = scorer(images).score.double().sort().values
+    assert torch.allclose(scores, scorer.calibration.scores, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
 def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
-    scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence()).scorer
+    scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence())[0]
     assert int(scorer.statistics.inputs) == 191
     images = torch.cat([noise(3), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
-    verdict = scorer.scorer(images)
+    verdict = scorer(images)
     judged = scorer.predict_batch(images, "abcd", explain=[0, 1, 2, 3])
     explained = [one.why for one in judged]
     some = scorer.predict_batch(images, "abcd", explain=[2])
     assert [one.why is None for one in some] == [True, True, False, True]
     assert some[2].why.rows() == explained[2].rows()
     assert [one.score for one in some] == [one.score for one in judged] == verdict.score.tolist()
-    features = scorer.scorer.tap(images)
+    features = scorer.tap(images)
     for i, one in enumerate(explained):
         assert one.predicted == int(verdict.logits[i].argmax())
         assert one.predicted_name == (
@@ -104,26 +100,26 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
 
 @pytest.mark.usefixtures("heads_trained_once")
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
-    fitted = fit(folder, loaded, cache, detector=fn.KNN(k=3))
+    scorer, _ = fit(folder, loaded, cache, detector=fn.KNN(k=3))
     foreign = open_source("ood32/textures[:100]", root=shared_data)
-    verdict = fitted.scorer.scorer(torch.stack([loaded.transform(foreign.item(i)) for i in range(100)]))
+    verdict = scorer(torch.stack([loaded.transform(foreign.item(i)) for i in range(100)]))
     assert verdict.is_id.double().mean() < 0.1
 
 
 def test_the_same_images_give_the_same_detector(folder, loaded, cache, tmp_path):
     for name in ("one", "two"):
         torch.rand(3)
-        fit(folder, loaded, cache).scorer.save(tmp_path / name)
+        fit(folder, loaded, cache)[0].save(tmp_path / name, weights=True)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert fit(folder, loaded, cache).computed == 0
-    assert fit(folder, loaded, tmp_path / "other").computed == 239
+    assert fit(folder, loaded, cache)[1].computed == 0
+    assert fit(folder, loaded, tmp_path / "other")[1].computed == 239
 
 
 @pytest.mark.usefixtures("heads_trained_once")
 def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded, cache, monkeypatch):
     fit(folder, loaded, cache)
     monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
-    assert fit(folder, loaded, cache).computed == 239
+    assert fit(folder, loaded, cache)[1].computed == 239
 
 
 def test_copies_are_on_one_side():
@@ -185,23 +181,26 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     own = create_model("mymodel:make")
     assert own.input_size == (3, 16, 16)
-    fitted = fit(folder, own, cache)
-    fitted.scorer.save("d.featnorm")
+    scorer, report = fit(folder, own, cache)
+    assert (report.head, report.why) == ("train", "your model returns features, not logits")
+    scorer.save("d.featnorm", weights=True)
     with pytest.raises(ModelError, match="on your own model mymodel:make, and opening a file imports nothing"):
-        ImageScorer.load("d.featnorm")
-    again = ImageScorer.load("d.featnorm", model="mymodel:make")
-    assert again.facts["backbone"] == "mymodel:make, 24 features; its output used as features"
-    classifying = fit(folder, create_model("mymodel:classifies"), cache).scorer.facts["backbone"]
+        fn.load("d.featnorm")
+    again = fn.load("d.featnorm", model="mymodel:make")
+    assert again.facts["backbone"] == "mymodel:make; its output used as features"
+    classifying = fit(folder, create_model("mymodel:classifies"), cache, head="train")[0].facts["backbone"]
     assert classifying.endswith(
         "from the linear layer '4': if that is its classifier, return the model without it"
     )
     images = torch.rand(3, 3, 16, 16)
-    assert torch.equal(again.scorer(images).score, fitted.scorer.scorer(images).score)
+    assert torch.equal(again(images).score, scorer(images).score)
     # The same weights, computed with otherwise: neither the cache nor the file takes one for the other.
-    assert fit(folder, create_model("mymodel:other"), cache).computed == 239
-    with pytest.raises(archive.ArchiveError, match="another model of mymodel:make"):
-        ImageScorer.load("d.featnorm", model="mymodel:other")
+    assert fit(folder, create_model("mymodel:other"), cache)[1].computed == 239
+    with pytest.raises(archive.ArchiveError, match="another model than that of mymodel:make"):
+        fn.load("d.featnorm", model="mymodel:other")
     with pytest.raises(DataError, match="the backbone returned tuple"):
+        fit(folder, create_model("mymodel:pairs"), cache, head="train")
+    with pytest.raises(ValueError, match="the model returns no logits or features of shape"):
         fit(folder, create_model("mymodel:pairs"), cache)
     for spec, words in {
         "mymodel:only": "got Flatten",
@@ -227,11 +226,11 @@ def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
     source = open_source(str(folder))
     for words, arguments, options in (
         ("the images must be a source", (str(folder), loaded), {}),
-        ("the backbone must be a LoadedModel", (source, "timm:test_resnet"), {}),
-        ("fit_images takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
+        ("the model must be a LoadedModel", (source, "timm:test_resnet"), {}),
+        ("fit takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
     ):
         with pytest.raises(TypeError, match=words):
-            fn.fit_images(*arguments, **options)
+            fit_source(*arguments, **options)
 
 
 def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
@@ -251,7 +250,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_source(str(folder))
     few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
-        fn.fit_images(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
+        fit_source(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
         fit(folder, loaded, cache, tpr=0.99)
     flat = tmp_path / "flat"
@@ -260,7 +259,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
         paint(flat / f"{i}.png", i % 4, np.random.default_rng(i))
     with pytest.raises(DataError, match="no label for"):
         fit(flat, loaded, cache, targets="labels")
-    assert fit(flat, loaded, cache).accuracy is None
+    assert fit(flat, loaded, cache)[1].accuracy is None
     with pytest.raises(DataError, match="is random: use its evaluation transform"):
         fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
 
@@ -268,34 +267,34 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
 @pytest.mark.usefixtures("heads_trained_once")
 def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
     path = tmp_path / "d.featnorm"
-    scorer = fit(folder, loaded, cache).scorer
-    scorer.save(path)
+    scorer, _ = fit(folder, loaded, cache)
+    scorer.save(path, weights=True)
     tensors, header = archive.read(path)
 
-    def refused(words, *, drop=None, **images):
+    def refused(words, *, drop=None, **about):
         kept = {name: t for name, t in tensors.items() if name != drop}
-        archive.write(path, kept, {**header, "images": {**header["images"], **images}})
+        archive.write(path, kept, {**header, "scorer": {**header["scorer"], **about}})
         with pytest.raises((fn.ArchiveError, ModelError), match=words):
-            ImageScorer.load(path)
+            fn.load(path)
 
-    refused("pass it again", backbone="os:getcwd")
-    refused("does not fit what is installed here: unknown model", backbone="timm:nothing")
-    refused("does not fit timm:test_resnet", backbone="timm:test_resnet")
-    refused("damaged: it has no '1.hidden.weight'", drop="model.1.hidden.weight")
+    refused("pass it again", spec="os:getcwd")
+    refused("does not fit what is installed here: unknown model", spec="timm:nothing")
+    refused("does not fit timm:test_resnet", spec="timm:test_resnet")
+    refused("damaged: it has no 'hidden.weight'", drop="model.1.hidden.weight")
     refused("does not fit", drop="model.1.hidden.bias")
-    refused("damaged: it has no 'transform'", drop="transform")
-    refused("damaged", backbone=5)
-    refused("names 1 classes for 4 logits", classes=["a"])
-    refused("damaged", head={"inputs": 3})
+    refused("damaged: it has only one of preprocessed and response", drop="preprocessed")
+    refused("damaged", spec=5)
+    refused("damaged: it cannot score an image .there are 1 class names, but the model has 4", classes=["a"])
+    refused("damaged", **{"head settings": {"inputs": 3}})
+    refused("damaged: its head is 'both'", head="both")
     for change in (1, float("nan")):
-        archive.write(path, {**tensors, "transform": tensors["transform"] + change}, header)
-        with pytest.raises(fn.ArchiveError, match="another transform"):
-            ImageScorer.load(path)
-    fn.Scorer(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), fn.NAN())
-    plain = fn.Scorer(scorer.scorer.model, fn.NAN())
+        archive.write(path, {**tensors, "preprocessed": tensors["preprocessed"] + change}, header)
+        with pytest.raises(fn.ArchiveError, match="another preprocess"):
+            fn.load(path)
+    plain = fn.Scorer(scorer.model, fn.NAN())
     plain.tap.trace(noise(2))
     plain.save(path)
-    with pytest.raises(fn.ArchiveError, match="without its model"):
-        ImageScorer.load(path)
+    with pytest.raises(ModelError, match="does not contain its model"):
+        fn.load(path)
     with pytest.raises(FileNotFoundError):
-        ImageScorer.load(tmp_path / "none")
+        fn.load(tmp_path / "none")

@@ -7,8 +7,8 @@ import filelock
 import pytest
 
 from featnorm._utils.sealed import seal
-from featnorm.image_scorer import ImageVerdict
 from featnorm.records import Journal, read_scores
+from featnorm.verdict import ItemVerdict
 
 RUN = {"images": "x"}
 BATCHES = 5
@@ -17,9 +17,9 @@ BATCHES = 5
 def verdicts(batch):
     """Three verdicts, of which one image could not be read, and another has a name that is no text."""
     return [
-        ImageVerdict(f"{batch}/a.png", 0.1 + batch, 0.25, True, "cat", None),
-        ImageVerdict(f"{batch}/b\udcff.png", float("-inf"), 0.05, False, None, None),
-        ImageVerdict(f"{batch}/c.png", None, None, None, None, "not an image"),
+        ItemVerdict(f"{batch}/a.png", 0.1 + batch, 0.25, True, "cat", None),
+        ItemVerdict(f"{batch}/b\udcff.png", float("-inf"), 0.05, False, None, None),
+        ItemVerdict(f"{batch}/c.png", None, None, None, None, "not an image", "left"),
     ]
 
 
@@ -156,7 +156,7 @@ def test_no_cell_is_a_formula(tmp_path):
     names = ['=HYPERLINK("http://e.example","x").png', "+1.png", "-2+3|cmd' /C calc'!A0.png", "@SUM(A1).png",
              "\t=1.png", "\r=1.png", "\n=1.png", "plain.png", "'quoted.png", "/=1.png"]  # fmt: skip
     texts = ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "\nx", "a = b", "'x", None]
-    rows = [ImageVerdict(name, -1.5, 0.5, True, text, text) for name, text in zip(names, texts, strict=True)]
+    rows = [ItemVerdict(name, -1.5, 0.5, True, text, text) for name, text in zip(names, texts, strict=True)]
     for out in (tmp_path / "t.csv", tmp_path / "t.jsonl"):
         journal = Journal(out, RUN, len(rows))
         journal.add(0, rows)

@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import featnorm as fn
 from featnorm import archive
+from featnorm._utils.weights import single_precision
+from featnorm.cli.monitor import monitor
 from featnorm.evaluation import standard_detectors
+from featnorm.fitting import fit_source
+from featnorm.inputs import open_source
+from featnorm.models import ModelError, create_model
 from mutations import mutated
 
 CLASSES = 5
@@ -60,7 +65,7 @@ class Functional(Net):
 def uses(path, model):
     """Open a file and use what there is in it; say how that ended, where it may."""
     try:
-        scorer = fn.Scorer.load(path, model=model)
+        scorer = fn.load(path, model=model)
     except fn.ArchiveError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return "refused"
@@ -164,7 +169,7 @@ def test_save_and_load_give_the_same_verdicts(detector, tmp_path):
     scorer = fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1), tpr=0.9)
     inputs = loader(1, seed=2)[0][0]
     scorer.save(tmp_path / "d.featnorm")
-    again = fn.Scorer.load(tmp_path / "d.featnorm", model=model_for(detector))
+    again = fn.load(tmp_path / "d.featnorm", model=model_for(detector))
     assert again.calibration.tpr == 0.9
     for old, new in zip(scorer(inputs), again(inputs), strict=True):
         assert torch.equal(old, new)
@@ -335,7 +340,7 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
         with pytest.raises(TypeError, match=f"activations must be a tensor, got {name}"):
             fn.ActivationStatistics().update(wrong)
     if not isinstance(wrong, str):
-        opens = (fn.ImageScorer.load, lambda w: fn.Scorer.load(w, model), lambda w: archive.write(w, {}, {}))
+        opens = (fn.load, lambda w: fn.load(w, model), lambda w: archive.write(w, {}, {}))
         for take in opens:
             with pytest.raises(TypeError, match=f"the path must be a str or a Path, got {name}"):
                 take(wrong)
@@ -374,11 +379,11 @@ class TestFile:
         with torch.no_grad():
             model.head.bias[0] += 1
         with pytest.raises(fn.ArchiveError, match="other weights"):
-            fn.Scorer.load(path, model=model)
+            fn.load(path, model=model)
 
     def test_another_model_is_refused(self, path):
         with pytest.raises(fn.ArchiveError, match=r"a Net with .* values, but this is a Linear with"):
-            fn.Scorer.load(path, model=nn.Linear(3, 3))
+            fn.load(path, model=nn.Linear(3, 3))
 
     @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
     @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr"])
@@ -393,9 +398,9 @@ class TestFile:
 
         path = tmp_path / "d.featnorm"
         fn.Scorer(model(1.0), fn.NAN()).calibrate(loader()).save(path)
-        assert fn.Scorer.load(path, model=model(1.0)).calibration is not None
+        assert fn.load(path, model=model(1.0)).calibration is not None
         with pytest.raises(fn.ArchiveError, match="other weights"):
-            fn.Scorer.load(path, model=model(2.0))
+            fn.load(path, model=model(2.0))
 
     def test_a_buffer_that_cannot_be_hashed_or_written_is_named(self, tmp_path):
         odd = model_for(fn.NAN())
@@ -408,8 +413,8 @@ class TestFile:
 
     def test_a_wrapped_model_is_the_same_model(self, path):
         inputs = loader(1)[0][0]
-        plain = fn.Scorer.load(path, model=model_for(fn.NAN()))(inputs)
-        wrapped = fn.Scorer.load(path, model=nn.DataParallel(model_for(fn.NAN())))(inputs)
+        plain = fn.load(path, model=model_for(fn.NAN()))(inputs)
+        wrapped = fn.load(path, model=nn.DataParallel(model_for(fn.NAN())))(inputs)
         assert torch.equal(plain.score, wrapped.score)
 
     def test_a_pickle_is_refused_and_not_run(self, tmp_path):
@@ -420,13 +425,13 @@ class TestFile:
         path = tmp_path / "bomb.featnorm"
         path.write_bytes(pickle.dumps(Bomb()))
         with pytest.raises(fn.ArchiveError, match="not a featnorm detector file"):
-            fn.Scorer.load(path, model=nn.Linear(3, 3))
+            fn.load(path, model=nn.Linear(3, 3))
         assert not (tmp_path / "went-off").exists()
 
     def test_a_later_format_is_refused(self, path):
         self.rewrite(path, format=99)
         with pytest.raises(fn.ArchiveError, match="newer featnorm"):
-            fn.Scorer.load(path, model=model_for(fn.NAN()))
+            fn.load(path, model=model_for(fn.NAN()))
 
     @pytest.mark.parametrize(
         "changes",
@@ -443,7 +448,7 @@ class TestFile:
     def test_a_damaged_header_is_refused(self, path, changes):
         self.rewrite(path, **changes)
         with pytest.raises(fn.ArchiveError, match="damaged"):
-            fn.Scorer.load(path, model=model_for(fn.NAN()))
+            fn.load(path, model=model_for(fn.NAN()))
 
     @pytest.mark.parametrize(
         ("detector", "name", "change"),
@@ -467,7 +472,7 @@ class TestFile:
         tensors[f"detector.{name}"] = change(tensors[f"detector.{name}"])
         archive.write(path, tensors, header)
         with pytest.raises(fn.ArchiveError, match="damaged"):
-            fn.Scorer.load(path, model=model)
+            fn.load(path, model=model)
 
     @pytest.mark.parametrize(
         ("where", "value"),
@@ -486,7 +491,7 @@ class TestFile:
         place[where[-1]] = value
         self.rewrite(path, tap=header["tap"])
         with pytest.raises(fn.ArchiveError, match="damaged"):
-            fn.Scorer.load(path, model=model_for(fn.NAN()))
+            fn.load(path, model=model_for(fn.NAN()))
 
     @pytest.mark.parametrize(("what", "value"), [("call", 3), ("slot", [5]), ("module", "embedding")])
     def test_a_place_that_the_model_does_not_reach_is_blamed_on_the_file(self, path, what, value):
@@ -495,7 +500,7 @@ class TestFile:
         self.rewrite(path, tap=header["tap"])
         model = model_for(fn.NAN())
         model.embedding = nn.Identity()  # which does not run
-        scorer = fn.Scorer.load(path, model=model)
+        scorer = fn.load(path, model=model)
         said = "the file that the tap was read from is damaged or does not fit the model: fit again$"
         with pytest.raises(RuntimeError, match=said):
             scorer(loader(1)[0][0])
@@ -530,35 +535,35 @@ class TestFile:
         fn.Scorer(model, fn.parse_detector(fitting)).fit(loader()).save(path)
         self.rewrite(path, detector=detector)
         with pytest.raises(fn.ArchiveError, match="damaged"):
-            fn.Scorer.load(path, model=model)
+            fn.load(path, model=model)
 
     def test_a_flipped_bit_anywhere_is_refused(self, path):
         whole = path.read_bytes()
         for place in range(0, len(whole), max(1, len(whole) // 200)):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
             with pytest.raises(fn.ArchiveError, match="damaged"):
-                fn.Scorer.load(path, model=model_for(fn.NAN()))
+                fn.load(path, model=model_for(fn.NAN()))
 
     def test_a_stranger_among_the_tensors_is_refused(self, path):
         tensors, header = archive.read(path)
         archive.write(path, {**tensors, "evil": torch.zeros(1)}, header)
         with pytest.raises(fn.ArchiveError, match="evil"):
-            fn.Scorer.load(path, model=model_for(fn.NAN()))
+            fn.load(path, model=model_for(fn.NAN()))
 
     @pytest.mark.parametrize("keep", [0, 7, 100])
     def test_a_truncated_file_is_refused(self, path, keep):
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(fn.ArchiveError, match="damaged"):
-            fn.Scorer.load(path, model=model_for(fn.NAN()))
+            fn.load(path, model=model_for(fn.NAN()))
 
     def test_safetensors_of_something_else_is_refused(self, tmp_path):
         save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
         with pytest.raises(fn.ArchiveError, match="not a featnorm detector file"):
-            fn.Scorer.load(tmp_path / "w.safetensors", model=nn.Linear(3, 3))
+            fn.load(tmp_path / "w.safetensors", model=nn.Linear(3, 3))
 
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"cannot find the detector file .*none"):
-            fn.Scorer.load(tmp_path / "none.featnorm", model=nn.Linear(3, 3))
+            fn.load(tmp_path / "none.featnorm", model=nn.Linear(3, 3))
 
     def test_a_failed_save_keeps_the_earlier_file(self, path, monkeypatch):
         before = path.read_bytes()
@@ -571,3 +576,132 @@ class TestFile:
             fn.Scorer(model_for(fn.NAN()), fn.NAN()).calibrate(loader()).save(path)
         assert path.read_bytes() == before
         assert list(path.parent.iterdir()) == [path]
+
+
+MODEL = "tiny:make"
+
+
+def fitted(folder, cache, detector, spec=MODEL):
+    source = open_source(str(folder))
+    options = {"cache": cache, "runtime": fn.Runtime(progress=False, workers=0)}
+    return fit_source(source, create_model(spec), detector=fn.parse_detector(detector), **options)[0]
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Do not wait for the disk, where thousands of files are written."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def file(folder, cache, tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "d.featnorm"
+    fitted(folder, cache, "KNN(k=3) / NAN()").save(path, weights=True)
+    return path
+
+
+def pictures(n=3):
+    return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+
+
+def test_a_model_with_an_expanded_buffer_is_saved_and_opened(folder, cache, file):
+    assert create_model(MODEL).model.scale.stride() == (0,)
+    made, opened = fitted(folder, cache, "KNN(k=3) / NAN()"), fn.load(file, model=MODEL)
+    for one, other in zip(made(pictures()), opened(pictures()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("spec", [MODEL, "timm:test_resnet"])
+def test_a_file_opens_under_another_default_type(folder, cache, tmp_path, spec, monkeypatch):
+    own = {"model": spec} if spec == MODEL else {}
+    if not own:
+        # Without a download: random weights are saved, too.
+        loaded = create_model(spec, pretrained=False)
+        monkeypatch.setattr(f"{__name__}.create_model", lambda _: loaded)
+    with single_precision():
+        torch.set_default_dtype(torch.float64)
+        scorer = fitted(f"{folder}[:120]", cache, "KNN(k=3) / NAN()", spec)
+        scorer.save(tmp_path / "d.featnorm", weights=True)
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            again = fn.load(tmp_path / "d.featnorm", **own)
+            images = torch.rand(3, *again.input_size, generator=torch.Generator().manual_seed(0)).float()
+            assert again.predict_batch(images, "abc") == scorer.predict_batch(images, "abc")
+
+
+def usable(path):
+    """Open a file and use all that there is in it."""
+    scorer = fn.load(path, model=MODEL)
+    judged = scorer.predict_batch(pictures(), "abc", explain=[0, 1, 2])
+    for verdict in judged:
+        assert (verdict.predicted is None) == (scorer.classes is None)
+        assert verdict.why.sentence
+    assert scorer.tap.describe()
+    assert all(isinstance(text, str) for pair in scorer.facts.items() for text in pair)
+
+
+def opens(use, what):
+    """Tell whether a file is used without an error; one is a line that says that the file is at fault."""
+    try:
+        use()
+    except (archive.ArchiveError, ModelError) as error:
+        words = str(error)
+    except BaseException as error:
+        error.add_note(what)
+        raise
+    else:
+        return True
+    assert "\n" not in words, what
+    return False
+
+
+@pytest.mark.usefixtures("quick_disk")
+def test_whatever_a_header_says_a_file_with_its_model_is_refused_or_works(file, tmp_path):
+    tensors, header = archive.read(file)
+    path = tmp_path / "d.featnorm"
+    opened = []
+    for what, changed in mutated(header):
+        archive.write(path, tensors, changed)
+        opened.append(opens(lambda: usable(path), what))
+    # What is read by people alone may be anything.
+    assert 0 < sum(opened) < 0.2 * len(opened)
+
+
+@pytest.mark.usefixtures("quick_disk")
+def test_whatever_a_header_says_monitor_refuses_or_reads_it(file, tmp_path):
+    tensors, header = archive.read(file)
+    path = tmp_path / "d.featnorm"
+    lowest = 1 / (len(tensors[archive.CALIBRATION]) + 1)
+    (tmp_path / "t.csv").write_text(f"path,score,p_value\na,-inf,{lowest}\n")
+    for what, changed in mutated({"tpr": header["tpr"], "model": header["model"]}):
+        archive.write(path, tensors, changed)
+        opens(lambda: monitor(path, tmp_path / "t.csv"), what)
+
+
+@pytest.mark.usefixtures("quick_disk")
+def test_whatever_a_tensor_is_a_file_with_its_model_is_refused_or_works(file, tmp_path):
+    tensors, header = archive.read(file)
+    path = tmp_path / "d.featnorm"
+    for name, tensor in tensors.items():
+        for what, changed in changes(tensor).items():
+            others = {key: value for key, value in tensors.items() if key != name}
+            archive.write(path, others if changed is None else {**others, name: changed}, header)
+            opens(lambda: usable(path), f"{name}: {what}")
+
+
+def changes(tensor):
+    made = {
+        "none": None,
+        "empty": tensor.new_empty(0, *tensor.shape[1:]),
+        "one more dimension": tensor[None],
+        "flat": tensor.reshape(-1),
+        "as integers": tensor.to(torch.int64),
+        "as booleans": tensor.bool(),
+        "in half precision": tensor.half(),
+        "negative": -tensor,
+        "huge": torch.full_like(tensor, torch.finfo(torch.float16).max),
+    }
+    if tensor.is_floating_point():
+        made["NaN"] = tensor * float("nan")
+        made["infinite"] = torch.full_like(tensor, float("inf"))
+    return made

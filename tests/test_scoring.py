@@ -27,7 +27,7 @@ def test_an_interrupted_run_is_resumed_and_ends_as_a_whole_one(scorer, source, t
     assert 0 < whole.model_seconds < whole.seconds
 
     def stop(verdicts):
-        if verdicts[0].name == source.name(8):
+        if verdicts[0].item == source.name(8):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +55,7 @@ def test_a_run_of_something_else_starts_over(scorer, source, tmp_path, monkeypat
             fn.score_images(scorer, source, tmp_path / "t.csv", runtime=RUNTIME)
     options = {"runtime": RUNTIME}
     if other == "scorer":
-        scorer.class_names = ["other", *scorer.class_names[1:]]
+        scorer.classes = ["other", *scorer.classes[1:]]
     elif other == "made_with":
         options["made_with"] = {"transform": 2}
     else:
@@ -67,13 +67,13 @@ def test_a_run_of_something_else_starts_over(scorer, source, tmp_path, monkeypat
 
 def test_without_a_file_the_verdicts_come_in_order(scorer, source, tmp_path):
     names = []
-    hooks = dict(scorer.scorer.model._forward_hooks)
+    hooks = dict(scorer.model._forward_hooks)
     summary = fn.score_images(
-        scorer, source, runtime=RUNTIME, on_batch=lambda verdicts: names.extend(v.name for v in verdicts)
+        scorer, source, runtime=RUNTIME, on_batch=lambda verdicts: names.extend(v.item for v in verdicts)
     )
     assert names == [source.name(i) for i in range(18)]
     assert str(summary).startswith(f"{summary.flagged} of 17 images flagged as OOD (")
-    assert dict(scorer.scorer.model._forward_hooks) == hooks
+    assert dict(scorer.model._forward_hooks) == hooks
 
 
 def test_what_is_refused_before_the_work(scorer, source, tmp_path):
@@ -81,7 +81,7 @@ def test_what_is_refused_before_the_work(scorer, source, tmp_path):
         fn.score_images(scorer, source, tmp_path / "t.xlsx")
     with pytest.raises(ValueError, match=r"t\.txt must end in \.html"):
         fn.score_images(scorer, source, page=tmp_path / "t.txt")
-    scorer.scorer = fn.Scorer(scorer.scorer.model, fn.NAN())
+    scorer.calibration = None
     with pytest.raises(ValueError, match="not calibrated"):
         fn.score_images(scorer, source, page=tmp_path / "t.html")
     assert not list(tmp_path.iterdir())

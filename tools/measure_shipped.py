@@ -30,9 +30,9 @@ from service_process import running_service
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
-from featnorm.image_scorer import ImageScorer
 from featnorm.inputs import ImageSource, SlicedSource, image_loader, open_source
 from featnorm.runtime import Runtime
+from featnorm.scorer import Scorer, load
 
 # Maximum number of images, which are all kept in memory as tensors.
 MAX_IMAGES = 512
@@ -57,7 +57,7 @@ def main() -> None:
     source = SlicedSource(source, range(min(len(source), MAX_IMAGES)), source.title)
     content = {
         "images": f"{len(source)} of {source.title}",
-        **scored(ImageScorer.load(options.detector), source),
+        **scored(load(options.detector), source),
         "service": served(options, [as_jpeg(source, row) for row in range(len(source))]),
         # The command is left out, because it contains paths of this machine.
         "environment": {name: fact for name, fact in environment().items() if name != "command"},
@@ -65,7 +65,7 @@ def main() -> None:
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
+def scored(scorer: Scorer, source: ImageSource) -> dict[str, Any]:
     """Return the speed of each way of scoring, and the differences between the ONNX graph and PyTorch."""
     loader = image_loader(source, scorer.transform, batch_size=BATCH, workers=0)
     batches = [batch.images for batch in loader]
@@ -75,7 +75,7 @@ def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
         export_onnx(scorer, graph)
         session = onnxruntime.InferenceSession(graph)
     names = [""] * BATCH
-    network = scorer.scorer.model
+    network = scorer.model
 
     def run_graph() -> list[list[np.ndarray[Any, Any]]]:
         return [session.run(None, {"images": part.numpy()}) for part in batches]
@@ -93,7 +93,7 @@ def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
                 began = time.perf_counter()
                 run()
                 seconds[way].append(time.perf_counter() - began)
-        mine = [scorer.scorer(part) for part in rows]
+        mine = [scorer(part) for part in rows]
     theirs = [np.concatenate(column) for column in zip(*run_graph(), strict=True)]
     ours = [
         torch.cat([getattr(v, name) for v in mine]).numpy() for name in ("logits", "score", "p_value", "is_id")
@@ -101,7 +101,7 @@ def scored(scorer: ImageScorer, source: ImageSource) -> dict[str, Any]:
     largest = [float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in zip(ours, theirs, strict=True)]
     return {
         "per_second": {way: len(source) / min(times) for way, times in seconds.items()},
-        "detector": repr(scorer.scorer.detector),
+        "detector": repr(scorer.detector),
         "difference": dict(zip(OUTPUTS[:3], largest, strict=False)),
         "other_verdicts": int((ours[3] != theirs[3]).sum()),
     }

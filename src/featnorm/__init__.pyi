@@ -16,13 +16,10 @@ from featnorm.detectors import registered_detectors as registered_detectors
 from featnorm.drift import DriftMonitor as DriftMonitor
 from featnorm.explainer import Explainer as Explainer
 from featnorm.features import Features as Features
-from featnorm.fitting import Fitted as Fitted
-from featnorm.fitting import fit_images as fit_images
+from featnorm.fitting import fit as fit
 from featnorm.hidden import ActivationStatistics as ActivationStatistics
 from featnorm.hidden import Explanation as Explanation
 from featnorm.hidden import HiddenClassifier as HiddenClassifier
-from featnorm.image_scorer import ImageScorer as ImageScorer
-from featnorm.image_scorer import ImageVerdict as ImageVerdict
 from featnorm.metrics import aupr_in as aupr_in
 from featnorm.metrics import aupr_out as aupr_out
 from featnorm.metrics import auroc as auroc
@@ -38,11 +35,13 @@ from featnorm.norms import lp_norm as lp_norm
 from featnorm.norms import negative_aware_norm as negative_aware_norm
 from featnorm.runtime import Runtime as Runtime
 from featnorm.scorer import Scorer as Scorer
-from featnorm.scorer import Verdict as Verdict
+from featnorm.scorer import load as load
 from featnorm.scoring import ScoringSummary as ScoringSummary
 from featnorm.scoring import score_images as score_images
 from featnorm.tap import FeatureTap as FeatureTap
 from featnorm.tap import LayerTap as LayerTap
+from featnorm.verdict import ItemVerdict as ItemVerdict
+from featnorm.verdict import Verdict as Verdict
 
 __version__: str
 __all__: list[str]

@@ -1,19 +1,21 @@
 """`export_onnx`: one ONNX graph from image tensor to verdict."""
 
+import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
-from featnorm.features import Features
-from featnorm.image_scorer import ImageScorer
-from featnorm.models import ProjectionHead
-from featnorm.scorer import Scorer
+
+if TYPE_CHECKING:
+    from featnorm.scorer import Scorer
 
 OUTPUTS = ("logits", "score", "p_value", "is_id")
 # Rows to export with: a size of 0 or 1 would become a constant of the graph.
@@ -22,6 +24,8 @@ _TRACED = 2
 _TOLERANCE = 1e-4
 # Absolute tolerance between p-values of the same score.
 _P_VALUE_TOLERANCE = 1e-9
+# Largest difference between the pixels of an image of one color.
+_FLAT = 1e-4
 
 
 class ExportError(ValueError):
@@ -29,72 +33,80 @@ class ExportError(ValueError):
 
 
 class ScoringGraph(nn.Module):
-    """The whole computation of a calibrated `ImageScorer` as one module, without a tap.
+    """The whole computation of a calibrated `Scorer` as one module.
 
     Parameters
     ----------
-    scorer : calibrated image scorer.
+    scorer : calibrated scorer with a preprocess.
 
     Raises
     ------
     ExportError
-        The scorer is not calibrated, or its detector runs the model again.
+        The scorer is not calibrated, its thresholds are by groups that images do not show, or its detector runs
+        the model again.
     """
 
     scores: Tensor
-    threshold: Tensor
-    weight: Tensor
+    ranks: Tensor
+    compared: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, scorer: ImageScorer) -> None:
+    def __init__(self, scorer: "Scorer") -> None:
         super().__init__()
-        inner = scorer.scorer
-        if inner.detector.needs_model:
-            raise ExportError(f"{inner.detector!r} cannot be exported: it runs the model again on modified inputs")
-        if inner.calibration is None:
+        if scorer.detector.needs_model:
+            raise ExportError(
+                f"{scorer.detector!r} cannot be exported: it runs the model again on modified inputs"
+            )
+        if scorer.calibration is None:
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
-        model: Any = inner.model
-        self.backbone: nn.Module = model[0]
-        self.head: ProjectionHead = model[1]
-        self.detector = inner.detector
-        self.register_buffer("scores", inner.calibration.scores)
-        self.register_buffer("threshold", inner.calibration.threshold)
-        example = torch.zeros(1, *scorer.input_size, device=inner.tap.device, dtype=torch.float32)
-        classifier = inner.tap.capture(example, classifier=True).classifier
-        assert classifier is not None  # a head's logits are a linear map of its activation, up to their norm
-        self.register_buffer("weight", classifier[0])
-        self.register_buffer("bias", classifier[1])
+        by = scorer.thresholds_by
+        if by is not None and by != "class":
+            raise ExportError(f"the scorer has thresholds by {by!r}, and an image does not show its group")
+        self.tap = copy.deepcopy(scorer.tap)
+        self.model = self.tap.model.eval()
+        self.detector = scorer.detector
+        self.by_class = bool(scorer.calibration.group_names)
+        compared, ranks = scorer.calibration.compared()
+        self.register_buffer("scores", scorer.calibration.scores)
+        self.register_buffer("compared", compared)
+        self.register_buffer("ranks", ranks)
+        example = torch.zeros(1, *scorer.input_size, device=scorer.tap.device, dtype=torch.float32)
+        features = scorer.tap.capture(example, classifier=True)
+        weight, bias = features.classifier or (None, None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.outputs = OUTPUTS if features.logits is not None else OUTPUTS[1:]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of images (n, c, h, w)."""
-        pooled = self.backbone(images)
-        activation = self.head.activation(self.head.hidden(pooled))
-        embedding = self.head.embedding(activation)
-        logits = self.head.classifier(embedding)
-        features = Features(
-            activation=activation,
-            pooled=pooled,
-            embedding=embedding,
-            logits=logits,
-            classifier=(self.weight, self.bias),
-        )
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of images (n, c, h, w).
+
+        The logits are left out for a model without a classifier.
+        """
+        classifier = None if self.weight is None else (self.weight, self.bias)
+        features = self.tap.traced(images).replace(classifier=classifier)
         score = self.detector.score(features)
         exact = score.double()
         # What `Calibration` computes by searchsorted, which ONNX lacks.
-        at_most = (self.scores[None] <= exact[:, None]).sum(1)
-        p_value = (1 + at_most).double() / (len(self.scores) + 1)
-        return logits, score, p_value, exact >= self.threshold
+        at_most = self.scores[None] <= exact[:, None]
+        group: Any = features.tensor("logits").argmax(1) if self.by_class else 0
+        compared = self.compared[group]
+        count = (at_most & compared).sum(1)
+        verdict = (score, (1 + count).double() / (compared.sum(-1) + 1), count >= self.ranks[group])
+        return verdict if features.logits is None else (features.logits, *verdict)
 
 
-def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
+def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input ``images`` is (n, c, h, w) float32, as the scorer's transform makes it; the outputs are `OUTPUTS`.
-    The metadata hold the class names and facts about the detector.
+    The input ``images`` is (n, c, h, w) float32, as the scorer's preprocess makes it; the outputs are `OUTPUTS`,
+    without the logits for a model without a classifier. The metadata hold, as JSON under "featnorm", the detector,
+    the class names, the threshold, the share of in-distribution images to accept, the size of the input, the mean
+    and deviation by which the preprocess normalizes channels, if it does, and facts about the scorer.
 
     Parameters
     ----------
-    scorer : calibrated image scorer, on the CPU.
+    scorer : calibrated scorer with a preprocess, on the CPU.
     path : file to write.
 
     Returns
@@ -105,8 +117,10 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
     Raises
     ------
     ExportError
-        The detector cannot be exported, or the graph does not reproduce PyTorch: logits or scores differ by more
+        The scorer cannot be exported, or the graph does not reproduce PyTorch: logits or scores differ by more
         than 1e-4 of their largest value or are NaN, or a p-value or a verdict is not that of the score.
+    ValueError
+        The scorer has no preprocess.
     ImportError
         ``featnorm[onnx]`` is not installed.
     OSError
@@ -118,9 +132,10 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
+    size = scorer.input_size
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_TRACED, *scorer.input_size, generator=generator, dtype=torch.float32)
+    images = torch.randn(_TRACED, *size, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         graph(images)  # what a detector derives once per fit is not part of the graph
         try:
@@ -129,43 +144,66 @@ def export_onnx(scorer: ImageScorer, path: str | Path) -> float:
                 (images,),
                 dynamo=True,
                 input_names=["images"],
-                output_names=list(OUTPUTS),
+                output_names=list(graph.outputs),
                 dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
                 verbose=False,
             )
         # The exporter wraps every error, in messages of many lines.
         except Exception as error:
-            what = f"{scorer.scorer.detector!r} on {scorer.backbone}"
+            what = f"{scorer.detector!r} on {scorer.spec or type(scorer.model).__name__}"
             raise ExportError(f"{what} cannot be exported: {first_line(error.__cause__ or error)}") from error
     assert program is not None
     model = program.model_proto
-    facts = {"detector": repr(scorer.scorer.detector), "classes": scorer.class_names, **scorer.facts}
-    onnx.helper.set_model_props(model, {"featnorm": json.dumps(facts)})
+    onnx.helper.set_model_props(model, {"featnorm": json.dumps(_metadata(scorer))})
     with replacing(path) as temporary:
         onnx.save(model, temporary)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         difference = 0.0
         for n in (1, 5):
-            images = torch.randn(n, *scorer.input_size, generator=generator, dtype=torch.float32)
+            images = torch.randn(n, *size, generator=generator, dtype=torch.float32)
             outputs = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
-            difference = max(difference, _check(dict(zip(OUTPUTS, outputs, strict=True)), scorer.scorer, images))
+            difference = max(difference, _check(dict(zip(graph.outputs, outputs, strict=True)), scorer, images))
     return difference
 
 
-def _check(found: dict[str, Tensor], scorer: Scorer, images: Tensor) -> float:
+def _metadata(scorer: "Scorer") -> dict[str, Any]:
+    calibration = scorer.calibration
+    assert calibration is not None
+    return {
+        **scorer.facts,
+        "detector": repr(scorer.detector),
+        "classes": scorer.classes,
+        "threshold": calibration.threshold.tolist(),
+        "thresholds by": scorer.thresholds_by,
+        "tpr": calibration.tpr,
+        "input size": scorer.input_size,
+        **_normalization(scorer.require_preprocess()),
+    }
+
+
+def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, list[float]]:
+    """Return mean and deviation per channel by which images are normalized, from those of black and of white."""
+    black, white = (preprocess(Image.new("RGB", (256, 256), color)).flatten(1) for color in ("black", "white"))
+    if any(bool((image - image[:, :1]).abs().max() > _FLAT) for image in (black, white)):
+        return {}
+    deviation = 1 / (white - black)[:, 0].double()
+    if not bool((deviation.isfinite() & (deviation > 0)).all()):
+        return {}
+    return {"mean": (-black[:, 0] * deviation).tolist(), "deviation": deviation.tolist()}
+
+
+def _check(found: dict[str, Tensor], scorer: "Scorer", images: Tensor) -> float:
     """Compare the outputs of the graph with PyTorch's, and return the largest relative difference of scores."""
     expected = scorer(images)
-    values = expected.logits, expected.score, expected.p_value, expected.is_id
-    for name, value in zip(OUTPUTS, values, strict=True):
-        assert value is not None  # a head has logits, and the scorer is calibrated
+    for name in found:
+        value = getattr(expected, name)
+        assert value is not None  # the scorer is calibrated
         if found[name].shape != value.shape:
             shapes = f"{tuple(found[name].shape)}, but PyTorch's has {tuple(value.shape)}"
             raise ExportError(f"the graph's {name} has shape {shapes}")
-    assert expected.logits is not None
     assert scorer.calibration is not None
     gaps = {
-        "logits": _relative_gap(found["logits"], expected.logits),
-        "score": _relative_gap(found["score"], expected.score),
+        name: _relative_gap(found[name], getattr(expected, name)) for name in ("logits", "score") if name in found
     }
     for name, gap in gaps.items():
         if not gap <= _TOLERANCE:
@@ -173,7 +211,8 @@ def _check(found: dict[str, Tensor], scorer: Scorer, images: Tensor) -> float:
             raise ExportError(f"the graph's {name} {how}")
     # Those of the graph's own scores: a score within rounding of a calibration score may fall on either side of
     # it.
-    p_value, is_id = scorer.calibration.predict(found["score"])
+    groups = found["logits"].argmax(1) if scorer.calibration.group_names else None
+    p_value, is_id = scorer.calibration.predict(found["score"], groups)
     gap = float((found["p_value"] - p_value).abs().max())
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")

@@ -1,13 +1,15 @@
-"""`fit_images`: a detector for a user's own images, with a head trained on a frozen backbone."""
+"""`fit`: a scorer for a user's own images, with a model of their own or a head trained on a frozen backbone."""
 
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import PIL
@@ -15,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import featnorm
 from featnorm import archive
 from featnorm._utils.checks import check_share, check_type
 from featnorm._utils.errors import UserCodeError
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import single_precision
 from featnorm.calibration import Calibration
-from featnorm.detectors import Detector, KLUniform
+from featnorm.detectors import KNN, Detector, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.features import Features
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.image_scorer import ImageScorer, backbone_of
 from featnorm.inputs import (
     CachedFeatures,
     DataError,
@@ -34,16 +36,20 @@ from featnorm.inputs import (
     SlicedSource,
     Source,
     extract_images,
+    group_items,
     image_loader,
+    open_source,
 )
 from featnorm.inputs.decoding import DECODING
-from featnorm.models import LoadedModel, ProjectionHead
-from featnorm.models.loading import users_forward, users_transform
+from featnorm.inputs.loading import named
+from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
+from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
-from featnorm.scorer import Scorer
+from featnorm.scorer import HeadKind, Scorer
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
 
+Head = Literal["auto", "keep", "train", "none"]
 Targets = Literal["auto", "labels", "clusters"]
 
 #: One image in five is held out for calibration.
@@ -59,18 +65,24 @@ TEMPERATURE = 0.2
 _MIN_STEPS = 200
 _MAX_CLUSTERS = 1000
 _ROWS = 8192
+# Images on which a model is traced.
+_TRACED = 8
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Result of `fit_images`.
+class FitReport:
+    """What `fit_source` read and did.
 
     Attributes
     ----------
-    scorer : ImageScorer
-        The fitted and calibrated scorer.
+    head : str
+        How the scorer's model was made: "keep", "train" or "none"; see `fit`.
+    why : str
+        Why ``head="auto"`` chose it; empty if the caller chose.
+    notes : list of str
+        What the user should know about model and classes.
     corrupt : list of tuple of str
         Name and reason of each image that could not be read.
     trained : int
@@ -80,7 +92,7 @@ class Fitted:
     computed : int
         Number of images whose features were computed; those of the others were in the cache.
     accuracy : float or None
-        Accuracy of the head on the held-out images; None without labels.
+        Accuracy of the classifier on the held-out images; None without labels, or if the classes differ.
     changed : int
         Number of images whose content changed while they were read. The later content was used.
     damaged : int
@@ -89,7 +101,9 @@ class Fitted:
         Number of images that are the first of several frames or pages of their file.
     """
 
-    scorer: ImageScorer
+    head: HeadKind
+    why: str
+    notes: list[str]
     corrupt: list[tuple[str, str]]
     trained: int
     held_out: int
@@ -100,68 +114,146 @@ class Fitted:
     several: int
 
 
-def fit_images(
-    source: ImageSource,
-    loaded: LoadedModel,
+def fit(
+    data: str | Path | ImageSource,
+    model: str = DEFAULT_MODEL,
     *,
-    detector: Detector | None = None,
+    weights: str | Path | None = None,
+    detector: Detector | str | None = None,
+    head: Head = "auto",
     targets: Targets = "auto",
+    label_column: str | None = None,
     tpr: float = 0.95,
+    thresholds_by: str | None = None,
     cache: str | Path | None = None,
+    data_root: str | Path | None = None,
     seed: int = 0,
     runtime: Runtime | None = None,
-) -> Fitted:
-    """Train a head on a frozen backbone, fit a detector to in-distribution images, and calibrate it.
+) -> Scorer:
+    """Make a calibrated scorer from in-distribution images.
 
-    Duplicate images are used once. One image in five, chosen by its content, is held out for calibration. The head
-    (paper C.1) is trained on the features of the others by the recipe of D.4. Its targets are the class labels or,
-    without labels, k-means clusters of the features: any discriminative labels will do as long as each class is
-    coherent (paper sec. 4).
+    The features of the images are computed once and cached on disk. Duplicate images are used once. One image in
+    five, chosen by its content, is held out for calibration, and the detector is fitted to the others.
 
     Parameters
     ----------
-    source : in-distribution images.
-    loaded : backbone with its transform. Its classifier is removed.
+    data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
+    model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
     detector
-        Detector to fit. Default: `KLUniform`, which costs no more than `NAN`, has no hyperparameter either, and is
-        far better here: the backbone was never trained on these images, and OOD images may have larger features.
+        Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
+        either; without a classifier, ``KNN(k=10)``.
+    head
+        "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
+        features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
+        model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
+        returns features.
     targets
-        "labels", "clusters", or "auto" for labels if every image has one and there are at least two classes.
+        Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has
+        one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
+        (paper sec. 4).
+    label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
     tpr : share of in-distribution images to accept, between 0 and 1.
+    thresholds_by : groups of images with a threshold each, see `Scorer`.
     cache : folder of the `FeatureCache`. Default: ``~/.cache/featnorm/features``.
+    data_root : folder in which named data sets are looked up first, and to which they are downloaded.
     seed : seed of the head's initial weights, its training, and the clusters.
-    runtime : where and how the backbone runs. Default: `Runtime()`, on the CPU.
+    runtime : where and how the model runs. Default: `Runtime()`, on the CPU.
+
+    Returns
+    -------
+    Scorer
+        The scorer. Its ``facts`` say how it was made.
+
+    Warns
+    -----
+    UserWarning
+        Images cannot be read, or the classes of model and images differ.
 
     Raises
     ------
     DataError
         Fewer than 100 images can be read, labels are required and an image has none, or the cache raises one.
+    ModelError
+        There is no such model, or it does not work.
     ValueError
         The detector cannot work here, or there are too few images for `tpr`.
+
+    Examples
+    --------
+    >>> scorer = fit("photos/")
+    >>> scorer.predict(["new.jpg"])[0].is_id
+    """
+    labels = targets != "clusters" or label_column is not None
+    if not isinstance(data, Source):
+        data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
+    options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
+    options["thresholds_by"] = thresholds_by
+    parsed = parse_detector(detector) if isinstance(detector, str) else detector
+    scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
+    if report.corrupt:
+        name, reason = report.corrupt[0]
+        warnings.warn(
+            f"{len(report.corrupt)} images of {data.title} cannot be read; the first is {name}: {reason}",
+            stacklevel=2,
+        )
+    for note in report.notes:
+        warnings.warn(note, stacklevel=2)
+    return scorer
+
+
+def fit_source(
+    source: ImageSource,
+    loaded: LoadedModel,
+    *,
+    detector: Detector | None = None,
+    head: Head = "auto",
+    targets: Targets = "auto",
+    tpr: float = 0.95,
+    thresholds_by: str | None = None,
+    cache: str | Path | None = None,
+    seed: int = 0,
+    runtime: Runtime | None = None,
+) -> tuple[Scorer, FitReport]:
+    """Make a calibrated scorer as `fit` does, from a source and a model, and report what was read and done.
+
+    Parameters
+    ----------
+    source : in-distribution images.
+    loaded : model with its transform; it may be moved to the runtime's device.
+    detector, head, targets, tpr, thresholds_by, cache, seed, runtime : see `fit`.
+
+    Raises
+    ------
+    DataError, ValueError
+        See `fit`.
     """
     check_type(source, Source, "the images", "a source made by featnorm.inputs.open_source")
-    check_type(loaded, LoadedModel, "the backbone", "a LoadedModel made by featnorm.models.create_model")
-    detector = KLUniform() if detector is None else detector
-    check_detector(detector, "fit_images")
+    check_type(loaded, LoadedModel, "the model", "a LoadedModel made by featnorm.models.create_model")
     check_share(tpr, "tpr")
-    if targets not in get_args(Targets):
-        raise ValueError(f"targets must be one of {', '.join(get_args(Targets))}, got {targets!r}")
+    for name, value, choices in (("targets", targets, get_args(Targets)), ("head", head, get_args(Head))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
+    if detector is not None:
+        check_detector(detector, "fit")
     every = torch.arange(len(source))
     # Before the work: it raises if labels are required and missing.
-    if _labels(source, every, every >= 0, targets)[0] is None and "labels" in detector.learns:
+    labeled = _labels(source, every, every >= 0, targets)[0] is not None
+    groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
+    runtime = runtime or Runtime()
+    plan = _plan(source, loaded, head, runtime)
+    detector = detector or (KLUniform() if plan.head == "train" or plan.example.logits is not None else KNN(k=10))
+    if not labeled and "labels" in detector.learns:
         raise DataError(
             f"{detector!r} needs labels to fit, and {source.title} has none, or clusters are the targets: put the "
             "images of each class in a subfolder of its own and use labels, or choose another detector"
         )
-    runtime = runtime or Runtime()
-    device = runtime.torch_device
-    backbone, cut = backbone_of(loaded)
-    backbone = fast_layout(backbone.to(device).eval())
-    notes = [*loaded.notes, "its classifier removed" if cut else _headless_note(backbone)]
-    cached = backbone_features(source, loaded, backbone, cache=cache, runtime=runtime)
-    several = cached.several
+    if plan.head != "train":
+        for name in detector.reads:
+            plan.example.linear() if name == "classifier" else plan.example.tensor(name)
+    cached = backbone_features(source, loaded, plan.network, cache=cache, runtime=runtime)
+    several, read = cached.several, len(cached.rows)
     cached = _without_duplicates(cached)
     if (count := len(cached.rows)) < MIN_IMAGES:
         raise DataError(
@@ -172,60 +264,243 @@ def fit_images(
     Calibration(torch.zeros(int(is_held_out.sum())), tpr)  # raises if they are too few, before the work
     train_values = cached.values[~is_held_out]
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
-    train_targets = cluster(train_values, seed) if labels is None else labels[~is_held_out]
-    head = fit_head(train_values, train_targets, seed=seed, progress=runtime.progress).to(device)
+    features_of: nn.Module = plan.features_of
+    about = plan.about
+    model = plan.network.model if isinstance(plan.network, _Columns) else plan.network
+    if plan.head == "train":
+        train_targets = cluster(train_values, seed) if labels is None else labels[~is_held_out]
+        trained_head = fit_head(train_values, train_targets, seed=seed, progress=runtime.progress)
+        features_of = HeadFeatures(trained_head.to(runtime.torch_device))
+        model = nn.Sequential(model, trained_head)
+        kind = "clusters of the features" if labels is None else "classes"
+        about = {"head": f"trained on {int(train_targets.max()) + 1} {kind}", **about}
     parts = (
-        (train_values[rows], None if labels is None else train_targets[rows])
+        (train_values[rows], None if labels is None else labels[~is_held_out][rows])
         for rows in torch.arange(len(train_values)).split(_ROWS)
     )
-    scorer = Scorer(nn.Sequential(backbone, head), detector)
+    spec = loaded.name or None
+    known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
+    scorer = Scorer(model, detector, preprocess=loaded.transform, **known)
     statistics = ActivationStatistics()
     if runtime.cluster is None:
-        scorer.fit_features(training_features(head, statistics, parts))
+        scorer.fit_features(training_features(features_of, statistics, parts))
     else:
-        runtime.cluster.fit(parts, head, detector, statistics)
+        runtime.cluster.fit(parts, features_of, detector, statistics)
+    scorer.statistics = None if statistics.is_empty else statistics
     chosen = SlicedSource(source, cached.rows[is_held_out].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
     scorer.tap.trace(next(iter(images)).images)
     # In the precision in which new images will be scored.
     with runtime.autocast():
-        batches = [features_behind(head, part.to(device)) for part in cached.values[is_held_out].split(_ROWS)]
+        batches = [features_of(part) for part in cached.values[is_held_out].split(_ROWS)]
+        accuracy, scorer.classes, notes = _classes(source, batches, labels, names, is_held_out, plan.head)
+        held_out_groups = None if groups is None else [groups[row] for row in cached.rows[is_held_out].tolist()]
         if detector.needs_model:
-            scorer.calibrate(((batch.images,) for batch in images), tpr, progress=runtime.progress)
+            loader = ((batch.images,) for batch in images)
+            scorer.calibrate(loader, tpr, groups=held_out_groups, progress=runtime.progress)
         else:
-            scorer.calibrate_features(batches, tpr)
-    accuracy = None
-    if labels is not None:
-        predicted = torch.cat([features.tensor("logits").argmax(1).cpu() for features in batches])
-        accuracy = float((predicted == labels[is_held_out]).double().mean())
-    kind = "clusters of the features" if labels is None else "classes"
-    facts = {
+            scorer.calibrate_features(batches, tpr, groups=held_out_groups)
+    version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
+    scorer.facts = {
         "images": f"{source.title}: {len(train_values)} to fit on, {len(chosen)} held out for calibration",
-        "head": f"trained on {int(train_targets.max()) + 1} {kind}",
-        "backbone": f"{loaded.name}, {train_values.shape[1]} features" + "".join(f"; {note}" for note in notes),
+        **about,
         "precision": runtime.precision,
+        "made": f"{version}, seed {seed}, from {read} images",
+        "digest of the fitting data": _digest(cached.digests),
     }
-    made = ImageScorer(loaded.name, scorer, loaded.transform, names, statistics, facts)
     counts = len(train_values), len(chosen), cached.computed
-    return Fitted(made, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several)
+    report = FitReport(
+        plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
+    )
+    return scorer, report
+
+
+class _Plan(NamedTuple):
+    """How the features of a scorer are computed.
+
+    ``network`` maps images to what is cached, from which ``features_of`` makes features, if no head is trained.
+    """
+
+    head: HeadKind
+    why: str
+    network: nn.Module
+    features_of: nn.Module
+    example: Features
+    about: dict[str, str]
+
+
+def _plan(source: ImageSource, loaded: LoadedModel, head: Head, runtime: Runtime) -> _Plan:
+    """Choose what to do with the model's classifier, and trace the model on the first images."""
+    why = ""
+    if head == "auto" and not loaded.own:
+        head, why = "train", "the model is pretrained on other images"
+    example = None
+    if head in ("auto", "keep"):
+        example = _Columns.of(loaded.model, source, loaded, runtime)
+        if head == "auto":
+            has_logits = example[1].logits is not None
+            head = "keep" if has_logits else "train"
+            why = "the model is your own" if has_logits else "your model returns features, not logits"
+    notes = "".join(f"; {note}" for note in loaded.notes)
+    if head == "keep":
+        assert example is not None
+        columns, features = example
+        if features.logits is None:
+            raise ValueError(
+                f"the model {loaded.name} returns no logits, so it has no classifier to keep: use head='train' or "
+                "head='none' (--head)"
+            )
+        about = {
+            "head": f"the model's own classifier, {features.logits.shape[1]} logits",
+            "model": f"{loaded.name}{notes}",
+        }
+        return _Plan("keep", why, columns, ColumnFeatures(features), features, about)
+    backbone, cut = backbone_of(loaded)
+    removed = "its classifier removed" if cut else _headless_note(backbone)
+    if head == "none":
+        columns, features = _Columns.of(backbone, source, loaded, runtime)
+        about = {"head": "none", "backbone": f"{loaded.name}{notes}; {removed}"}
+        return _Plan("none", why, columns, ColumnFeatures(features), features, about)
+    backbone = fast_layout(backbone.to(runtime.torch_device).eval())
+    about = {"backbone": f"{loaded.name}{notes}; {removed}"}
+    return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
+
+
+class _Columns(nn.Module):
+    """The features that a tap captures in a model, side by side, so that they are cached as one matrix."""
+
+    def __init__(self, tap: FeatureTap) -> None:
+        super().__init__()
+        self.model = tap.model
+        self.tap = tap
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, source: ImageSource, loaded: LoadedModel, runtime: Runtime
+    ) -> "tuple[_Columns, Features]":
+        """Return the columns of a model, and the features of the first images that can be read."""
+        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()))
+        batch = next(iter(image_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
+        if batch is None:
+            raise DataError(f"none of the {len(source)} images of {source.title} can be read")
+        with users_forward(loaded.name, model, named(source, batch.indices.tolist())), runtime.autocast():
+            return cls(tap), tap(batch.images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the distinct features (n, D) of images, in single precision."""
+        features = self.tap.capture(images, classifier=False)
+        distinct = {id(value): value for _, value in features.fields()}
+        return torch.cat([value.float() for value in distinct.values()], 1)
+
+
+class ColumnFeatures(nn.Module):
+    """Makes `Features` of their columns side by side.
+
+    Parameters
+    ----------
+    example : features of a few inputs, whose fields, widths and types are those of all inputs.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    place: Tensor
+
+    def __init__(self, example: Features) -> None:
+        super().__init__()
+        self._columns: dict[str, tuple[slice, torch.dtype]] = {}
+        slices: dict[int, slice] = {}
+        stop = 0
+        for name, value in example.fields():
+            if id(value) not in slices:
+                start, stop = stop, stop + value.shape[1]
+                slices[id(value)] = slice(start, stop)
+            self._columns[name] = slices[id(value)], value.dtype
+        weight, bias = example.classifier or (None, None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self._absent = dict(example.absent)
+        # Where the values belong; it moves with the module.
+        self.register_buffer("place", torch.empty(0, device=next(example.fields())[1].device), persistent=False)
+
+    def forward(self, values: Tensor) -> Features:
+        """Return the features of inputs whose columns (n, D) are known."""
+        values = values.to(self.place.device)
+        # A tensor under two names stays one.
+        parts = {(part.start, dtype): values[:, part].to(dtype) for part, dtype in self._columns.values()}
+        fields: dict[str, Any] = {name: parts[part.start, dtype] for name, (part, dtype) in self._columns.items()}
+        classifier = None if self.weight is None else (self.weight, self.bias)
+        return Features(**fields, classifier=classifier, absent=self._absent)
+
+
+class HeadFeatures(nn.Module):
+    """Makes `Features` of pooled features, by a head; see `features_behind`."""
+
+    def __init__(self, head: ProjectionHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, values: Tensor) -> Features:
+        """Return the features of inputs whose pooled features (n, D) are known."""
+        return features_behind(self.head, values.to(self.head.hidden.weight.device))
+
+
+def _classes(
+    source: ImageSource,
+    batches: Sequence[Features],
+    labels: Tensor | None,
+    names: list[str] | None,
+    is_held_out: Tensor,
+    head: HeadKind,
+) -> tuple[float | None, list[str] | None, list[str]]:
+    """Return the accuracy on the held-out images, the class names where they are the logits', and notes."""
+    if labels is None or names is None or head == "none":
+        return None, None, []
+    logits = torch.cat([features.tensor("logits").cpu() for features in batches])
+    if logits.shape[1] != len(names):
+        note = (
+            f"the model has {logits.shape[1]} logits, but {source.title} has {len(names)} classes: its class "
+            "names are not used, and its accuracy is not known"
+        )
+        return None, None, [note]
+    hits = int((logits.argmax(1) == labels[is_held_out]).sum())
+    accuracy = hits / len(logits)
+    if head == "keep" and hits <= _most_by_chance(len(logits), len(names)):
+        note = (
+            f"the model classifies {100 * accuracy:.1f} % of the held-out images of {source.title} correctly, no "
+            "better than chance, so the class names are not used: its classes may be in another order than the "
+            "folders, or its transform may not be that of its training"
+        )
+        return accuracy, None, [note]
+    return accuracy, names, []
+
+
+def _most_by_chance(count: int, classes: int) -> int:
+    """Return how many of some images a random classifier gets right at most, with probability 0.999."""
+    from scipy.stats import binom
+
+    return int(binom.ppf(0.999, count, 1 / classes))
+
+
+def _digest(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def training_features(
-    head: ProjectionHead, statistics: ActivationStatistics, parts: Iterable[tuple[Tensor, Tensor | None]]
+    features_of: nn.Module, statistics: ActivationStatistics, parts: Iterable[tuple[Tensor, Tensor | None]]
 ) -> Iterator[Features]:
     """Yield the features that a detector is fitted to, and update the activation statistics with them.
 
     Parameters
     ----------
-    head : network behind the backbone.
-    statistics : statistics of the head's hidden layer, on the CPU.
-    parts : features of the backbone (n, D) and classes (n,), or None where there are none.
+    features_of : `HeadFeatures` or `ColumnFeatures`.
+    statistics : statistics of the last hidden layer, on the CPU; left empty if it has no classifier.
+    parts : cached values (n, D) and classes (n,), or None where there are none.
     """
     for values, labels in parts:
-        values = values.to(head.hidden.weight.device)
-        features = features_behind(head, values)
-        statistics.update(features.tensor("activation").cpu(), features.tensor("logits").argmax(1).cpu())
-        yield features if labels is None else features.replace(labels=labels.to(values.device))
+        features: Features = features_of(values)
+        if features.activation is not None and features.logits is not None and features.classifier is not None:
+            statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
+        yield features if labels is None else features.replace(labels=labels.to(next(features.fields())[1].device))
 
 
 def _headless_note(backbone: nn.Module) -> str:
@@ -367,7 +642,7 @@ def backbone_features(
     source : images.
     loaded : model whose transform is applied, and whose name stands in errors.
     backbone : module from transformed images (n, 3, H, W) to features (n, D), on its device and in eval mode.
-    cache, runtime : see `fit_images`.
+    cache, runtime : see `fit`.
 
     Raises
     ------

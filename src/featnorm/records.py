@@ -18,13 +18,14 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
+from featnorm.verdict import ItemVerdict
 
 # `featnorm monitor` reads scores, and does not wait for torch.
 if TYPE_CHECKING:
-    from featnorm.image_scorer import ImageVerdict
     from featnorm.inputs import ImageSource
 
-COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
+
+COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
 _SCORED = ("path", *_NUMBERS)
@@ -32,7 +33,7 @@ _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # Number of fields of a verdict that a journal keeps: all but its explanation.
-_FIELDS = 7
+_FIELDS = 8
 
 
 class Journal:
@@ -118,13 +119,13 @@ class Journal:
         """Return the numbers of the batches, out of ``batches``, that are not in the journal."""
         return [number for number in range(batches) if number not in self._starts]
 
-    def add(self, number: int, verdicts: Sequence[ImageVerdict]) -> None:
+    def add(self, number: int, verdicts: Sequence[ItemVerdict]) -> None:
         """Append a batch."""
         start = self.path.stat().st_size
         append(self.path, _line({"batch": number, "verdicts": [verdict[:_FIELDS] for verdict in verdicts]}))
         self._starts[number] = start
 
-    def __iter__(self) -> Iterator[ImageVerdict]:
+    def __iter__(self) -> Iterator[ItemVerdict]:
         with self.path.open("rb") as file:
             for number, start in sorted(self._starts.items()):
                 file.seek(start)
@@ -152,7 +153,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return f"{seal(entry)}\n".encode()
 
 
-def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
+def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
     """Return the number and the verdicts of a line, or raise a ValueError if it is not a batch."""
     entry = unseal(line)
     number, rows = entry.get("batch"), entry.get("verdicts")
@@ -161,17 +162,20 @@ def _batch(line: bytes) -> tuple[int, list[ImageVerdict]]:
     return number, [_verdict(row) for row in rows]
 
 
-def _verdict(row: Any) -> ImageVerdict:
-    from featnorm.image_scorer import ImageVerdict
-
+def _verdict(row: Any) -> ItemVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
-            return ImageVerdict(*row)
+        case [str(), float() | None, float() | None, bool() | None, *texts, bool()] if _are_texts(texts):
+            return ItemVerdict(*row)
     raise ValueError("it is not a verdict")
 
 
+def _are_texts(values: list[Any]) -> bool:
+    """Whether these are the predicted class, the error and the group of a verdict."""
+    return len(values) == 3 and all(value is None or isinstance(value, str) for value in values)
+
+
 class ScoreRow(NamedTuple):
-    """Name, score and p-value of a row of a table; None for both if the image could not be read.
+    """Name, score, p-value and group of a row of a table; no score and p-value if the image could not be read.
 
     The errors bound how far score and p-value are from the computed ones, by the number of digits written.
     """
@@ -179,6 +183,7 @@ class ScoreRow(NamedTuple):
     path: str
     score: float | None
     p_value: float | None
+    group: str | None = None
     score_error: float = 0.0
     p_value_error: float = 0.0
 
@@ -222,19 +227,27 @@ def images_digest(source: ImageSource) -> str:
     return digest.hexdigest()
 
 
-def row_of(verdict: ImageVerdict) -> dict[str, Any]:
+def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as a row with the keys `COLUMNS`."""
     word = {True: "ID", False: "OOD", None: None}[verdict.is_id]
     return dict(
         zip(
             COLUMNS,
-            (verdict.name, verdict.score, verdict.p_value, word, verdict.predicted, verdict.error),
+            (
+                verdict.item,
+                verdict.score,
+                verdict.p_value,
+                word,
+                verdict.predicted,
+                verdict.error,
+                verdict.group,
+            ),
             strict=True,
         )
     )
 
 
-def _write_csv(verdicts: Iterable[ImageVerdict], path: Path) -> None:
+def _write_csv(verdicts: Iterable[ItemVerdict], path: Path) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -247,19 +260,19 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
 
     A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
-    marks = {"path": "./", "predicted": "'", "error": "'"}
+    marks = {"path": "./", "predicted": "'", "error": "'", "group": "'"}
     return {
         name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
         for name, value in row.items()
     }
 
 
-def _write_jsonl(verdicts: Iterable[ImageVerdict], path: Path) -> None:
+def _write_jsonl(verdicts: Iterable[ItemVerdict], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row_of(verdict)) + "\n" for verdict in verdicts)
 
 
-def _write_parquet(verdicts: Iterable[ImageVerdict], path: Path) -> None:
+def _write_parquet(verdicts: Iterable[ItemVerdict], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
     schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in COLUMNS])
     with pq.ParquetWriter(path, schema) as writer:
@@ -295,6 +308,8 @@ def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
             if len(cells) != len(header):
                 raise ValueError(f"it has {len(cells)} instead of {len(header)} columns")
             row = dict(zip(header, cells, strict=True))
+            if row.get("group", "").startswith("'") and row["group"][1:].startswith(_FORMULAS):
+                row["group"] = row["group"][1:]
             yield {**row, **{name: row[name].replace(",", ".") for name in _NUMBERS}} if semicolons else row
 
 
@@ -308,7 +323,8 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     pq = vision_module("pyarrow.parquet")
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS, columns=list(_SCORED)):
+        columns = [name for name in (*_SCORED, "group") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(_ROWS, columns=columns):
             yield from batch.to_pylist()
 
 
@@ -317,11 +333,12 @@ def _scored(row: Mapping[str, Any]) -> ScoreRow:
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     path, score, p_value = (row[name] for name in _SCORED)
+    group = row.get("group") or None
     if score is None or score == "":
-        return ScoreRow(str(path), None, None)
+        return ScoreRow(str(path), None, None, group)
     if math.isnan(float(score)):
         raise ValueError("its score is NaN")
-    return ScoreRow(str(path), float(score), float(p_value), _rounding(score), _rounding(p_value))
+    return ScoreRow(str(path), float(score), float(p_value), group, _rounding(score), _rounding(p_value))
 
 
 def _rounding(number: str | float) -> float:

@@ -1,30 +1,53 @@
-"""`Scorer`: a model, a tap, a detector and a calibration in one module."""
+"""`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes; and `load`."""
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import date
+from itertools import chain
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
-from featnorm._utils.checks import check_share
+from featnorm._utils.checks import check_share, check_text
+from featnorm._utils.errors import UserCodeError, first_line
+from featnorm._utils.layout import fast_layout
+from featnorm._utils.memory import in_parts
+from featnorm._utils.weights import load_weights
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.expression import UnknownDetectorError
+from featnorm.export import export_onnx
 from featnorm.features import Features
+from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.hidden.explanation import Explanation, explain
+from featnorm.hidden.statistics import ActivationStatistics
+from featnorm.inputs import DataError, ImageSource, ItemError, group_items, image_loader
+from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
+from featnorm.inputs.loading import named
+from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
+from featnorm.models.heads import head_of, head_settings
+from featnorm.models.loading import backbone_of, is_users, recreate_model, users_forward, users_transform
+from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.tap import check_loader
+from featnorm.verdict import ItemVerdict, Verdict, unreadable
 
+HeadKind = Literal["keep", "train", "none"]
 
-class Verdict(NamedTuple):
-    """Predictions of a `Scorer` for n inputs."""
-
-    score: Tensor  # (n,), higher is more in-distribution
-    p_value: Tensor | None  # (n,) conformal p-value, small for OOD; None before calibration
-    is_id: Tensor | None  # (n,) whether score >= threshold; None before calibration
-    logits: Tensor | None  # (n, C); None for a model without a classifier
+# What the tap captures and an explanation needs.
+_EXPLAINED = ("activation", "logits", "classifier")
+_MODEL, _DETECTOR, _CALIBRATION, _STATISTICS = "model.", "detector.", "calibration.", "statistics."
+_BLOCKS = 8
+# Share of the largest value; versions of libraries resize a little differently.
+_TOLERANCE = 0.05
 
 
 class Scorer(nn.Module):
@@ -38,11 +61,30 @@ class Scorer(nn.Module):
     model : user's model, on any device.
     detector : detector, which is moved to the model's device.
     layer : module whose output is the last hidden layer. Default: found by `FeatureTap`.
+    preprocess
+        Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
+        With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
+        time.
+    classes : class names, one per logit.
+    spec
+        Specification from which `featnorm.models.create_model` makes the model. With it, a file with weights opens
+        without the model.
+    head
+        How the model was made from the specification: "keep", as it is; "train", its backbone with a
+        `ProjectionHead`; "none", its backbone alone.
+    statistics : activation statistics of in-distribution inputs, for explanations. Default: those of `fit`.
+    facts : provenance shown with results, as label -> text.
+    thresholds_by
+        Groups of inputs that get a threshold each, so that the stated rate holds in every group: "class" for the
+        predicted class, or "folder", a column or a regular expression, as `featnorm.inputs.group_items` takes
+        them. Default: one threshold for all.
 
     Raises
     ------
     TypeError
         The model is not a `torch.nn.Module`, or the detector is not a `Detector`.
+    ValueError
+        ``layer`` is not in the model.
 
     Examples
     --------
@@ -51,20 +93,68 @@ class Scorer(nn.Module):
     >>> verdict.is_id
     """
 
-    def __init__(self, model: nn.Module, detector: Detector, layer: str | nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        detector: Detector,
+        layer: str | nn.Module | None = None,
+        *,
+        preprocess: Callable[[Image.Image], Tensor] | None = None,
+        classes: Sequence[str] | None = None,
+        spec: str | None = None,
+        head: HeadKind = "keep",
+        statistics: ActivationStatistics | None = None,
+        facts: Mapping[str, str] | None = None,
+        thresholds_by: str | None = None,
+    ) -> None:
         super().__init__()
         check_detector(detector, "Scorer")
+        if isinstance(classes, str):
+            raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
         self.tap = FeatureTap(model, layer)
-        parameter = next(model.parameters(), None)
-        self.detector = detector if parameter is None else detector.to(parameter.device)
+        self.detector = detector.to(self.tap.device)
         self.calibration: Calibration | None = None
+        self.classes = None if classes is None else [check_text(name) for name in classes]
+        self.spec = spec
+        self.head = head
+        self.statistics = statistics
+        self.facts = dict(facts or {})
+        self.thresholds_by = thresholds_by
+        # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
+        self._preprocess = (preprocess,)
+
+    @property
+    def preprocess(self) -> Callable[[Image.Image], Tensor] | None:
+        """Function from an image to what the model takes."""
+        return self._preprocess[0]
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Channels, height and width of a preprocessed image."""
+        return tuple(self.require_preprocess()(Image.new("RGB", (256, 256))).shape)
+
+    def require_preprocess(self) -> Callable[[Image.Image], Tensor]:
+        """Return `preprocess`; raise a ValueError if there is none."""
+        if self.preprocess is None:
+            raise ValueError(
+                "this scorer takes tensors, not images, because it has no preprocess: pass Scorer(..., "
+                "preprocess=transform), or open the file with the specification of a model that has one "
+                "(fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
+            )
+        return self.preprocess
+
+    @property
+    def explains(self) -> bool:
+        """Whether the scorer can explain verdicts on images."""
+        return self.statistics is not None
 
     def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
         For a detector that needs no fit, only the first batch is read, to check that the detector works on this
-        model. A fit drops an earlier calibration.
+        model. A fit drops an earlier calibration. The same pass collects the statistics for explanations, if the
+        model has a last hidden layer and a classifier on it.
 
         Parameters
         ----------
@@ -77,7 +167,7 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, an input or a label is invalid, or the loader is empty.
             An earlier fit is then kept.
         TypeError
-            The loader is not an iterable of batches, or the inputs are not tensors.
+            The loader is not an iterable of batches, or the model does not take them.
         """
         check_loader(loader)
         if not self.detector.needs_fit:
@@ -87,7 +177,10 @@ class Scorer(nn.Module):
                 self.detector.score(features)
                 break
             return self
-        return self.fit_features(self.tap.stream(loader, progress=progress))
+        statistics = ActivationStatistics()
+        self.fit_features(_counted(self.tap.stream(loader, progress=progress), statistics))
+        self.statistics = None if statistics.is_empty else statistics
+        return self
 
     def fit_features(self, batches: Iterable[Features]) -> Self:
         """Fit the detector to features of in-distribution inputs, in one pass.
@@ -108,45 +201,140 @@ class Scorer(nn.Module):
             self.calibration = None
         return self
 
-    def calibrate(self, loader: Iterable[Any], tpr: float = 0.95, *, progress: bool | None = None) -> Self:
+    def calibrate(
+        self,
+        loader: Iterable[Any],
+        tpr: float | None = None,
+        *,
+        groups: Sequence[str] | None = None,
+        update: bool = False,
+        progress: bool | None = None,
+    ) -> Self:
         """Set the threshold that accepts a share of in-distribution inputs, and keep their scores for p-values.
 
         Parameters
         ----------
         loader : in-distribution inputs that were used neither to train the model nor to fit the detector.
-        tpr : share of in-distribution inputs to accept, between 0 and 1.
+        tpr
+            Share of in-distribution inputs to accept, between 0 and 1. Default: 0.95, or with ``update`` that of
+            the earlier calibration.
+        groups : group of each input, if ``thresholds_by`` is neither None nor "class".
+        update : whether to add the inputs to those of the earlier calibration.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
         ValueError
-            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), or an input cannot be
-            scored.
+            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be scored,
+            groups are missing, or there is no earlier calibration to update.
         """
-        check_share(tpr, "tpr")
-        return self.calibrate_features(self.tap.stream(loader, progress=progress), tpr)
+        self._check_rate(tpr, update)
+        return self.calibrate_features(
+            self.tap.stream(loader, progress=progress), tpr, groups=groups, update=update
+        )
 
-    def calibrate_features(self, batches: Iterable[Features], tpr: float = 0.95) -> Self:
+    @torch.no_grad()
+    def calibrate_features(
+        self,
+        batches: Iterable[Features],
+        tpr: float | None = None,
+        *,
+        groups: Sequence[str] | None = None,
+        update: bool = False,
+    ) -> Self:
         """Calibrate as `calibrate` does, on features of in-distribution inputs.
 
         Parameters
         ----------
         batches : features as `tap` extracts them.
-        tpr : share of in-distribution inputs to accept, between 0 and 1.
+        tpr, groups, update : see `calibrate`.
 
         Raises
         ------
         ValueError
             As `calibrate`.
         """
-        check_share(tpr, "tpr")
-        scores = torch.cat([self.detector.score(features) for features in batches])
-        self.calibration = Calibration(scores, tpr).to(scores.device)
+        self._check_rate(tpr, update)
+        if self.thresholds_by is not None and self.thresholds_by != "class" and groups is None:
+            raise ValueError(f"this scorer has thresholds by {self.thresholds_by!r}: pass the group of each input")
+        scores, classes, count = [], [], 0
+        for features in batches:
+            scores.append(self.detector.score(features))
+            if self.thresholds_by == "class":
+                classes.append(features.tensor("logits").argmax(1))
+                count = features.tensor("logits").shape[1]
+        members = torch.cat(classes) if classes else groups
+        names = self._class_names(count) if classes else None
+        return self.use_scores(torch.cat(scores), members, names, tpr, update=update)
+
+    def use_scores(
+        self,
+        scores: Tensor,
+        groups: Tensor | Sequence[str] | None = None,
+        group_names: Sequence[str] | None = None,
+        tpr: float | None = None,
+        *,
+        update: bool = False,
+    ) -> Self:
+        """Calibrate on the scores of in-distribution inputs.
+
+        Parameters
+        ----------
+        scores, groups, group_names : see `Calibration`.
+        tpr, update : see `calibrate`.
+
+        Raises
+        ------
+        ValueError
+            See `calibrate`.
+        """
+        if update and self.calibration is not None:
+            made = self.calibration.with_scores(scores, groups)
+            made = made if tpr is None else made.with_tpr(tpr)
+        else:
+            made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
+        self.calibration = made.to(self.tap.device)
+        return self
+
+    def _check_rate(self, tpr: float | None, update: bool) -> None:
+        if tpr is not None:
+            check_share(tpr, "tpr")
+        if update and self.calibration is None:
+            raise ValueError("there is no calibration to update: calibrate without update=True first")
+
+    def _class_names(self, count: int) -> list[str]:
+        """Return the class names, or words for the classes where there are none."""
+        word = "cluster" if self.head == "train" else "class"
+        return self.classes or [f"{word} {k}" for k in range(count)]
+
+    def class_words(self) -> list[str]:
+        """Return the class names of a scorer of images, or words such as "class 0" if they are not known."""
+        if self.classes is not None:
+            return self.classes
+        image = self.require_preprocess()(_reference_image())[None].to(self.tap.device)
+        return self._class_names(self.tap.capture(image, classifier=False).tensor("logits").shape[1])
+
+    def set_tpr(self, tpr: float) -> Self:
+        """Accept another share of in-distribution inputs, from the stored calibration scores.
+
+        Raises
+        ------
+        ValueError
+            The scorer is not calibrated, or has too few calibration scores for the share.
+        """
+        if self.calibration is None:
+            raise ValueError("the scorer is not calibrated: it has no scores for another share")
+        self.calibration = self.calibration.with_tpr(tpr).to(self.tap.device)
         return self
 
     @torch.no_grad()
-    def forward(self, inputs: Tensor) -> Verdict:
+    def forward(self, inputs: Any, groups: Sequence[str] | None = None) -> Verdict:
         """Score a batch of inputs.
+
+        Parameters
+        ----------
+        inputs : batch as the model takes it; see `FeatureTap`.
+        groups : group of each input, if ``thresholds_by`` is neither None nor "class".
 
         Raises
         ------
@@ -155,138 +343,640 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, or one of its outputs is not finite.
         """
-        return self.predict_features(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
+        features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads)
+        return self.predict_features(features, groups)
 
     @torch.no_grad()
-    def predict_features(self, features: Features) -> Verdict:
+    def predict_features(self, features: Features, groups: Sequence[str] | None = None) -> Verdict:
         """Score inputs by their features.
 
         Parameters
         ----------
         features : features as `tap` extracts them, with the classifier if the detector reads it.
+        groups : see `forward`.
 
         Raises
         ------
         NotFittedError
             The detector needs a fit and has none.
         ValueError
-            The features lack what the detector reads.
+            The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)
-        return Verdict(score, *self.calibration.predict(score), features.logits)
+        members: Any = groups
+        if self.thresholds_by == "class" and self.calibration.group_names:
+            members = features.tensor("logits").argmax(1)
+        return Verdict(score, *self.calibration.predict(score, members), features.logits)
 
-    def get_extra_state(self) -> dict[str, float | None]:
-        """Return the share to accept, which is not in a buffer, for `state_dict`."""
-        return {"tpr": None if self.calibration is None else self.calibration.tpr}
+    def predict(
+        self,
+        items: Sequence[Any],
+        *,
+        groups: Sequence[str] | None = None,
+        explain: bool = False,
+        runtime: Runtime | None = None,
+    ) -> list[ItemVerdict]:
+        """Return the verdict on each item, including those that cannot be read.
 
-    def set_extra_state(self, state: dict[str, float | None]) -> None:
+        Parameters
+        ----------
+        items
+            Images as paths, PIL images or arrays of shape (H, W), (H, W, 3) or (H, W, 4) and type uint8, which
+            `preprocess` turns into tensors; or tensors that the model takes, without the batch dimension.
+        groups : group of each item, if ``thresholds_by`` is neither None nor "class".
+        explain : whether to explain the verdicts.
+        runtime : precision and batch size. Default: `Runtime()`. The scorer stays on the device where it is.
+
+        Raises
+        ------
+        TypeError
+            The items are a single one, or an item is of another type.
+        ValueError
+            The scorer has no preprocess and an item is not a tensor, an output of the model is not finite, or
+            explanations are requested and there are no statistics.
+        UserModelError
+            The model or its preprocess is the user's own, and raised an error.
+        """
+        if isinstance(items, (str, bytes, PathLike, Image.Image, np.ndarray, Tensor)):
+            raise TypeError(f"items must be a sequence, got one {type(items).__name__}: pass [item]")
+        runtime = runtime or Runtime()
+        verdicts: list[ItemVerdict] = []
+        for start in range(0, len(items), runtime.batch_size):
+            rows = range(start, min(start + runtime.batch_size, len(items)))
+            named_items = [(_name(items[i], i), items[i]) for i in rows]
+            some = None if groups is None else [groups[i] for i in rows]
+            verdicts += self._predict_items(named_items, some, explain, runtime)
+        return verdicts
+
+    def _predict_items(
+        self, items: Sequence[tuple[str, Any]], groups: Sequence[str] | None, explain: bool, runtime: Runtime
+    ) -> list[ItemVerdict]:
+        verdicts: dict[int, ItemVerdict] = {}
+        shapes: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        several: set[int] = set()
+        for row, (name, item) in enumerate(items):
+            try:
+                tensor = item if isinstance(item, Tensor) else self._preprocessed(item, name, row, several)
+            except ItemError as error:
+                verdicts[row] = unreadable(name, error.reason)
+            else:
+                shapes.setdefault(tuple(tensor.shape), {})[row] = tensor
+        for tensors in shapes.values():
+            names = [items[row][0] for row in tensors]
+            rows = range(len(names)) if explain else ()
+            batch = torch.stack([*tensors.values()])
+            some = None if groups is None else [groups[row] for row in tensors]
+            found = self.predict_batch(batch, names, groups=some, explain=rows, runtime=runtime)
+            for row, verdict in zip(tensors, found, strict=True):
+                verdicts[row] = verdict._replace(first_of_several=row in several)
+        return [verdicts[row] for row in range(len(items))]
+
+    def _preprocessed(self, item: Any, name: str, row: int, several: set[int]) -> Tensor:
+        """Return what the model takes for an image; add its row to ``several`` if its file has more of them."""
+        preprocess = self.require_preprocess()
+        if isinstance(item, (str, PathLike)):
+            try:
+                image = decode(Path(item).read_bytes(), name)
+            except OSError as error:
+                raise ItemError(name, reason_of(error)) from None
+        elif isinstance(item, Image.Image):
+            image = to_rgb(item.copy, name)
+        elif isinstance(item, np.ndarray):
+            image = to_rgb(lambda: _image_of(item), name)
+        else:
+            raise TypeError(
+                f"{name} is of type {type(item).__name__}: expected a path, a PIL image, an array or a tensor"
+            )
+        if is_first_of_several(image):
+            several.add(row)
+        with users_transform(self.spec or "", name):
+            return preprocess(image)
+
+    def stream(self, source: ImageSource, *, runtime: Runtime | None = None) -> Iterator[list[ItemVerdict]]:
+        """Yield the verdicts on a source's images, including unreadable ones, batch by batch in its order.
+
+        A batch that does not fit in the device's memory is scored in parts.
+
+        Parameters
+        ----------
+        source : images to score.
+        runtime
+            Precision, batch size and workers. Default: `Runtime()`. The scorer stays on the device where it is.
+
+        Raises
+        ------
+        DataError
+            The preprocess fails on an image.
+        ValueError
+            The scorer has no preprocess, an output of the model is not finite, or a group was not in the
+            calibration.
+        """
+        runtime = runtime or Runtime()
+        groups = self.groups_of(source)
+
+        def predict(images: Tensor, rows: Tensor) -> list[ItemVerdict]:
+            some = None if groups is None else [groups[row] for row in rows.tolist()]
+            names = [source.name(row) for row in rows.tolist()]
+            return self._predict(images, names, groups=some, runtime=runtime)
+
+        size, workers = runtime.batch_size, runtime.workers
+        for part in image_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
+            verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
+            if part.batch is not None:
+                with self._users_forward(named(source, part.batch.indices.tolist())):
+                    found = chain(*in_parts(predict, part.batch.images, part.batch.indices))
+                for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
+                    verdicts[row] = verdict._replace(first_of_several=row in part.several)
+            yield [verdicts[row] for row in part.rows]
+
+    def groups_of(self, source: ImageSource) -> list[str] | None:
+        """Return the group of each item of a source; None if the scorer has no groups, or those of classes.
+
+        Raises
+        ------
+        DataError
+            An item has no group, or one that was not in the calibration.
+        """
+        if self.thresholds_by is None or self.thresholds_by == "class":
+            return None
+        groups = group_items(source, self.thresholds_by)
+        known = set(groups if self.calibration is None else self.calibration.group_names)
+        for i, group in enumerate(groups):
+            if group not in known:
+                raise DataError(
+                    f"{source.name(i)} is of the group {group!r}, which was not in the calibration: calibrate "
+                    "with in-distribution inputs of that group, or leave it out"
+                )
+        return groups
+
+    @torch.no_grad()
+    def predict_batch(
+        self,
+        inputs: Tensor,
+        names: Sequence[str],
+        *,
+        groups: Sequence[str] | None = None,
+        explain: Sequence[int] = (),
+        runtime: Runtime | None = None,
+    ) -> list[ItemVerdict]:
+        """Return the verdict on each input of a batch.
+
+        Parameters
+        ----------
+        inputs : preprocessed inputs (n, ...), on any device.
+        names : one name per input.
+        groups : group of each input, if ``thresholds_by`` is neither None nor "class".
+        explain : rows of the inputs to explain.
+        runtime : see `stream`.
+
+        Raises
+        ------
+        ValueError
+            An output of the model is not finite, or inputs are to be explained and there are no statistics.
+        UserModelError
+            The model is the user's own and raised an error.
+        """
+        with self._users_forward(f"a batch of {len(inputs)} images, {names[0]} to {names[-1]}" if names else ""):
+            return self._predict(inputs, names, groups=groups, explain=explain, runtime=runtime)
+
+    def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
+        model: Any = self.model
+        return users_forward(self.spec or "", model[0] if self.head == "train" else model, inputs)
+
+    def _predict(
+        self,
+        inputs: Tensor,
+        names: Sequence[str],
+        *,
+        groups: Sequence[str] | None = None,
+        explain: Sequence[int] = (),
+        runtime: Runtime | None = None,
+    ) -> list[ItemVerdict]:
+        inputs = fast_layout(inputs.to(self.tap.device))
+        reads_classifier = bool(explain) or "classifier" in self.detector.reads
+        with (runtime or Runtime()).autocast():
+            features = self.tap.capture(inputs, classifier=reads_classifier)
+            verdict = self.predict_features(features, groups)
+        nothing = [None] * len(inputs)
+        p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
+        predicted: list[Any] = nothing
+        if self.classes is not None and verdict.logits is not None:
+            self.check_classes(verdict.logits)
+            predicted = [self.classes[i] for i in verdict.logits.argmax(1).tolist()]
+        members: Sequence[Any] = groups or nothing
+        if self.thresholds_by == "class" and verdict.logits is not None:
+            words = self._class_names(verdict.logits.shape[1])
+            members = [words[i] for i in verdict.logits.argmax(1).tolist()]
+        columns = (names, verdict.score.tolist(), p_values, is_id, predicted, nothing, members)
+        verdicts = [ItemVerdict(*row) for row in zip(*columns, strict=True)]
+        for row, why in zip(explain, self._explained(features, explain), strict=True):
+            verdicts[row] = verdicts[row]._replace(why=why)
+        return verdicts
+
+    def check_classes(self, logits: Tensor) -> None:
+        """Raise a ValueError if the number of class names is not that of the logits (n, C)."""
+        if self.classes is not None and len(self.classes) != logits.shape[1]:
+            raise ValueError(
+                f"there are {len(self.classes)} class names, but the model has {logits.shape[1]} logits: pass one "
+                "name per logit"
+            )
+
+    def _explained(self, features: Features, rows: Sequence[int]) -> list[Explanation]:
+        """Explain some rows of features that include the classifier."""
+        if not rows:
+            return []
+        if self.statistics is None:
+            raise ValueError("this scorer has no activation statistics of in-distribution inputs: fit again")
+        weight, bias = features.linear()
+        hidden = HiddenClassifier(
+            features.tensor("activation")[list(rows)].float(),
+            weight.float(),
+            None if bias is None else bias.float().expand(len(rows), -1),
+        )
+        return explain(hidden, self.statistics, self._class_names(len(weight)))
+
+    def export(self, path: str | Path) -> float:
+        """Write one ONNX graph from images to verdicts; see `featnorm.export.export_onnx`."""
+        return export_onnx(self, path)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the share to accept and the groups, which are not in buffers, for `state_dict`."""
+        return {"tpr": None} if self.calibration is None else self.calibration.to_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Accept what `get_extra_state` returned; the calibration is made when its scores are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
         if scores is not None and extra is not None and extra["tpr"] is not None:
-            self.calibration = Calibration(scores, extra["tpr"]).to(self.tap.device)
+            members = state_dict.get(f"{prefix}calibration.members")
+            made = Calibration(scores, extra["tpr"], members, extra["groups"])
+            self.calibration = made.to(self.tap.device)
+        if self.statistics is None and any(key.startswith(f"{prefix}{_STATISTICS}") for key in state_dict):
+            self.statistics = ActivationStatistics()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def save(self, path: str | Path) -> None:
-        """Write detector, calibration and tap to one file: safetensors with a JSON header, no pickle.
+    def save(self, path: str | Path, *, weights: bool = False) -> None:
+        """Write the scorer to one file: safetensors with a JSON header, no pickle.
 
-        The file holds the model's fingerprint, but not the model.
+        Parameters
+        ----------
+        path : file to write.
+        weights
+            Whether to write the model's weights too. `load` then makes the model from ``spec``; a specification
+            MODULE:FUNCTION, whose code is the user's own, must be given again. Otherwise the file holds only a
+            fingerprint of the model.
 
         Raises
         ------
         NotFittedError
             The detector needs a fit and has none.
+        ValueError
+            The detector is of a class that cannot be made again from its expression.
         OSError
             The file cannot be written. An earlier file of that name is kept.
         """
-        archive.write(path, self.fitted_tensors(), self.to_dict())
+        tensors, header = self._fitted_tensors(), self._header()
+        if weights:
+            tensors |= {f"{_MODEL}{name}": value for name, value in self.tap.model.state_dict().items()}
+        if self.preprocess is not None:
+            tensors["preprocessed"], tensors["response"] = self._reference_outputs()
+        if self.statistics is not None:
+            tensors |= {f"{_STATISTICS}{name}": value for name, value in self.statistics.state_dict().items()}
+        made: Any = self.model
+        header["scorer"] = {
+            "spec": self.spec,
+            "head": self.head,
+            "head settings": head_settings(made[1]) if self.head == "train" else None,
+            "classes": self.classes,
+            "facts": self.facts,
+            "thresholds by": self.thresholds_by,
+        }
+        archive.write(path, tensors, header)
 
-    def fitted_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the fit, by name: those of detector and calibration, without the model's.
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that verdicts depend on: weights, detector, calibration and classes.
 
         Raises
         ------
         NotFittedError
             The detector needs a fit and has none.
         """
+        about = {"spec": self.spec, "classes": self.classes, "thresholds by": self.thresholds_by}
+        header = {**self._header(), **about}
+        return archive.digest(self._fitted_tensors(), header)
+
+    def _fitted_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of detector and calibration, by name."""
         self.detector.require_fitted()
-        tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
+        tensors = {f"{_DETECTOR}{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
-            tensors[archive.CALIBRATION] = self.calibration.scores
+            named_tensors = self.calibration.fitted_tensors().items()
+            tensors |= {f"{_CALIBRATION}{name}": value for name, value in named_tensors}
         return tensors
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but tensors as plain data: detector, share to accept, tap, model fingerprint."""
+    def _header(self) -> dict[str, Any]:
         return {
             "detector": _expression(self.detector),
-            "tpr": None if self.calibration is None else self.calibration.tpr,
+            **({} if self.calibration is None else self.calibration.to_dict()),
             "tap": self.tap.to_dict(),
             "model": archive.fingerprint(self.tap.model),
         }
 
-    @classmethod
-    def load(cls, path: str | Path, model: nn.Module) -> Self:
-        """Read a scorer that `save` wrote, for the same model. No code in the file is run.
+    @torch.no_grad()
+    def _reference_outputs(self) -> tuple[Tensor, Tensor]:
+        """Return the outputs for a fixed image: of preprocess, pooled to (c, 8, 8), and of the model, (D,).
 
-        Raises
-        ------
-        FileNotFoundError
-            The file does not exist.
-        ArchiveError
-            The file is damaged, has a later format, or was made for another model.
+        The latter are its pooled features, or else its logits.
         """
-        tensors, header = archive.read(path)
-        if "images" in header:
-            raise archive.ArchiveError(f"{path} contains its model: load it with featnorm.ImageScorer.load(path)")
-        return cls.from_dict(header, tensors, model, path)
+        inputs = "an image of two ramps"
+        with users_transform(self.spec or "", inputs):
+            image = self.require_preprocess()(_reference_image())
+        with self._users_forward(inputs):
+            features = self.tap.capture(image[None].to(self.tap.device), classifier=False)
+        _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
+        return nn.functional.adaptive_avg_pool2d(image.float(), _BLOCKS), response[0].float().cpu()
 
-    @classmethod
-    def from_dict(
-        cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, path: str | Path
-    ) -> Self:
-        """Make a scorer from the results of `to_dict` and `fitted_tensors`.
 
-        Parameters
-        ----------
-        header, tensors : plain data and tensors.
-        model : model that the scorer was made for.
-        path : file that they were read from, for errors.
+def load(
+    path: str | Path,
+    model: nn.Module | str | None = None,
+    *,
+    weights: str | Path | None = None,
+    preprocess: Callable[[Image.Image], Tensor] | None = None,
+) -> Scorer:
+    """Read a scorer that `Scorer.save` wrote. No code in the file is run, and no module it names is imported.
 
-        Raises
-        ------
-        ArchiveError
-            See `load`.
-        """
-        try:
-            detector = parse_detector(header["detector"])
-            # Everything but the calibration must be the detector's.
-            state = {
-                name.removeprefix("detector."): value
-                for name, value in tensors.items()
-                if name != archive.CALIBRATION
-            }
-            detector.load_state_dict(state)
-            detector.validate()
-            scorer = cls(model, detector)
-            archive.check_fingerprint(scorer.tap.model, header["model"], path)
-            scorer.tap = FeatureTap.from_dict(model, header["tap"])
-            scorer.tap.require(detector.reads)
-            calibration = archive.calibration(tensors, header, path)
-            if calibration is not None:
-                scorer.calibration = calibration.to(scorer.tap.device)
-        except archive.ArchiveError:
-            raise
-        except UnknownDetectorError as error:
+    Parameters
+    ----------
+    path : file.
+    model
+        The model, or the specification that makes it. Required if the file does not contain the model, or if the
+        model is the user's own. If the file contains weights, the model gets them; a module whose weights differ
+        is copied first.
+    weights : weights file of the specification ``model``, for a file that contains no weights.
+    preprocess : see `Scorer`. Default: that of the specification.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file does not exist.
+    ArchiveError
+        The file is damaged, has another format, was made for another model, or does not fit the installed
+        libraries.
+    ModelError
+        The model is missing, or its specification does not work.
+    """
+    tensors, header = archive.read(path)
+    stored = _with_prefix(_MODEL, tensors)
+    try:
+        about = header["scorer"]
+        spec, kind, classes, facts = (about[name] for name in ("spec", "head", "classes", "facts"))
+        by = None if about["thresholds by"] is None else check_text(about["thresholds by"])
+        if kind not in get_args(HeadKind):
+            raise ValueError(f"its head is {kind!r}")
+        spec = None if spec is None else check_text(spec)
+        facts = {check_text(name): check_text(fact) for name, fact in facts.items()}
+        classes = None if classes is None else [check_text(name) for name in classes]
+        head = head_of(about["head settings"], _with_prefix("1.", stored)) if kind == "train" and stored else None
+        statistics = _statistics(tensors)
+        _check_names(tensors)
+    except archive.MALFORMED as error:
+        raise archive.damaged(path, error) from None
+    if isinstance(model, nn.Module):
+        network = _given(model, stored, header, path)
+    else:
+        loaded = _created(path, spec, model, weights, stored)
+        network = _network(loaded, kind, head, path)
+        preprocess = preprocess or loaded.transform
+        if stored:
+            _fill(network, stored, path, loaded.name)
+        spec = spec or loaded.name
+    try:
+        detector = parse_detector(header["detector"])
+        detector.load_state_dict(_with_prefix(_DETECTOR, tensors))
+        detector.validate()
+        options: dict[str, Any] = {"spec": spec, "head": kind, "statistics": statistics, "facts": facts}
+        options["thresholds_by"] = by
+        scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
+        archive.check_fingerprint(scorer.tap.model, header["model"], path)
+        scorer.tap = FeatureTap.from_dict(network, header["tap"])
+        scorer.tap.require((*detector.reads, *(() if statistics is None else _EXPLAINED)))
+        calibration = archive.calibration(tensors, header, path)
+        if calibration is not None:
+            scorer.calibration = calibration.to(scorer.tap.device)
+    except archive.ArchiveError:
+        raise
+    except UnknownDetectorError as error:
+        raise archive.ArchiveError(
+            f"{path} needs the detector class {error.name}, which is not defined here: import the module that "
+            "defines it, then load the file again"
+        ) from None
+    except archive.MALFORMED as error:
+        raise archive.damaged(path, error) from None
+    if preprocess is not None:
+        _check_outputs(scorer, tensors, path)
+    return scorer
+
+
+def summarize(path: str | Path) -> dict[str, Any]:
+    """Return what a file that `Scorer.save` wrote holds, as plain data. The model is not needed.
+
+    Raises
+    ------
+    FileNotFoundError, ArchiveError
+        See `load`.
+    """
+    tensors, header = archive.read(path)
+    calibration = archive.calibration(tensors, header, path)
+    stored, statistics = _with_prefix(_MODEL, tensors), _with_prefix(_STATISTICS, tensors)
+    try:
+        about, tap, model = header["scorer"], header["tap"], header["model"]
+        summary: dict[str, Any] = {
+            "file": str(path),
+            "bytes": Path(path).stat().st_size,
+            "written": f"{header['written']['date']}, with featnorm {header['written']['featnorm']}",
+            "detector": header["detector"],
+            "model": {
+                "specification": about["spec"],
+                "class": model["class"],
+                "weights in the file": bool(stored),
+                "values": model["values"],
+                "fingerprint": model["sha256"],
+                "head": about["head"],
+            },
+            "features": {
+                "activation" if i == 0 else line.partition(":")[0]: line if i == 0 else line.partition(": ")[2]
+                for i, line in enumerate([tap["plan"]["verdict"], *map(": ".join, tap["plan"]["words"].items())])
+            },
+            "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
+            "classes": about["classes"],
+            "explanations": bool(statistics),
+            "calibration": None
+            if calibration is None
+            else {
+                "images": len(calibration.scores),
+                "share of in-distribution images to accept": calibration.tpr,
+                "thresholds by": about["thresholds by"],
+                **_thresholds(calibration),
+            },
+            "facts": about["facts"],
+            "tensors": {name: f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in tensors.items()},
+        }
+    except archive.MALFORMED as error:
+        raise archive.damaged(path, error) from None
+    return summary
+
+
+def _thresholds(calibration: Calibration) -> dict[str, Any]:
+    if not calibration.group_names:
+        return {"threshold": float(calibration.threshold)}
+    sizes = calibration.group_sizes()
+    return {
+        f"threshold of {name}": f"{value:.6g}, from {sizes[name]} images"
+        + ("" if len(calibration.pool(name)) == 1 else " and those of other small groups")
+        for name, value in zip(calibration.group_names, calibration.threshold.tolist(), strict=True)
+    }
+
+
+def replace_calibration(
+    path: str | Path, out: str | Path, calibration: Calibration, *, source: str | None = None, added: bool = False
+) -> None:
+    """Write a scorer's file again with another calibration. The model is not needed.
+
+    Parameters
+    ----------
+    path : file that `Scorer.save` wrote.
+    out : file to write, which may be the same.
+    calibration : the calibration.
+    source : name of the data that the calibration scores are from. Default: those of the file.
+    added : whether they were added to those of the file.
+
+    Raises
+    ------
+    FileNotFoundError, ArchiveError
+        See `load`.
+    OSError
+        The file cannot be written.
+    """
+    tensors, header = archive.read(path)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
+    made = {f"{_CALIBRATION}{name}": value for name, value in calibration.fitted_tensors().items()}
+    about = header["scorer"]
+    if source is not None:
+        earlier = f"{about['facts'].get('calibration', 'held-out images')}, then " if added else ""
+        fact = f"{earlier}{source}, {date.today().isoformat()}: {len(calibration.scores)} images"
+        about["facts"] = {**about["facts"], "calibration": fact}
+    archive.write(out, {**kept, **made}, {**header, **calibration.to_dict()})
+
+
+def _given(
+    model: nn.Module, stored: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path
+) -> nn.Module:
+    """Return the model that the caller passed, with the weights in the file if there are any."""
+    inner = FeatureTap(model).model
+    if not stored or archive.fingerprint(inner)["sha256"] == header["model"].get("sha256"):
+        return model
+    network = copy.deepcopy(inner)
+    _fill(network, stored, path, type(inner).__name__)
+    return network
+
+
+def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:
+    try:
+        load_weights(network, stored)
+    except RuntimeError as error:
+        raise archive.ArchiveError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
+
+
+def _created(
+    path: str | Path,
+    spec: str | None,
+    model: str | None,
+    weights: str | Path | None,
+    stored: Mapping[str, Tensor],
+) -> LoadedModel:
+    """Return the model of a specification; imports only what the caller has named."""
+    if stored and weights is not None:
+        raise ModelError(f"{path} contains the weights of its model: omit {weights}")
+    if model is not None:
+        if stored and spec is not None and not is_users(spec):
+            raise ModelError(f"{path} was fitted on {spec}, not on your own model: omit the model")
+        return create_model(model, weights=weights)
+    if not stored:
+        raise ModelError(
+            f"{path} does not contain its model: pass the model, or a specification of it and its weights "
+            "(--model, --weights)"
+        )
+    if spec is None or is_users(spec):
+        own = "your own model" if spec is None else f"your own model {spec}"
+        raise ModelError(
+            f"{path} was fitted on {own}, and opening a file imports nothing: pass it again (--model)"
+        )
+    try:
+        return recreate_model(spec, stored)
+    except ModelError as error:
+        raise archive.ArchiveError(f"{path} does not fit what is installed here: {error}") from None
+
+
+def _network(loaded: LoadedModel, kind: HeadKind, head: ProjectionHead | None, path: str | Path) -> nn.Module:
+    """Return the scorer's model, made from the specification's."""
+    if kind == "keep":
+        return fast_layout(loaded.model.eval())
+    backbone = backbone_of(loaded)[0]
+    if kind == "none":
+        return fast_layout(backbone.eval())
+    if head is None:
+        raise ModelError(f"{path} contains no weights, and its head was trained by featnorm: save it with weights")
+    return fast_layout(nn.Sequential(backbone, head).eval())
+
+
+def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check that preprocess and model give what they gave when the file was written, and that verdicts work."""
+    if ("preprocessed" in tensors) != ("response" in tensors):
+        raise archive.damaged(path, ValueError("it has only one of preprocessed and response"))
+    try:
+        outputs = scorer._reference_outputs()
+        image = scorer.require_preprocess()(_reference_image())[None]
+        scorer.predict_batch(image, [""], explain=[0] if scorer.explains else ())
+    except UserCodeError:
+        raise
+    except archive.MALFORMED as error:
+        raise archive.ArchiveError(f"{path} is damaged: it cannot score an image ({first_line(error)})") from None
+    for what, new in zip(("preprocessed", "response"), outputs, strict=True):
+        old = tensors[what].float() if what in tensors else new
+        # Not "differ", which a NaN would pass.
+        alike = new.shape == old.shape and bool(
+            (new - old).abs().max() <= _TOLERANCE * old.abs().max().clamp(min=1e-6)
+        )
+        if not alike:
+            part = {"preprocessed": "preprocess", "response": "model"}[what]
             raise archive.ArchiveError(
-                f"{path} needs the detector class {error.name}, which is not defined here: import the module that "
-                "defines it, then load the file again"
-            ) from None
-        except archive.MALFORMED as error:
-            raise archive.damaged(path, error) from None
-        return scorer
+                f"{path} was made with another {part} than that of {scorer.spec} here: fit again"
+            )
+
+
+def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:
+    """Yield features, and update the statistics with those that can be explained."""
+    for features in batches:
+        yield features
+        if features.classifier is not None and features.activation is not None and features.logits is not None:
+            statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
+
+
+def _name(item: Any, i: int) -> str:
+    return fspath(item) if isinstance(item, (str, PathLike)) else f"item {i}"
+
+
+def _image_of(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(
+            f"an array of shape {array.shape} and type {array.dtype} is not an image: expected (H, W), (H, W, 3) "
+            "or (H, W, 4) of type uint8"
+        )
+    return Image.fromarray(array)
 
 
 def _expression(detector: Detector) -> str:
@@ -302,3 +992,31 @@ def _expression(detector: Detector) -> str:
             "its settings as attributes: numbers, strings, bools, None, or tuples of these"
         )
     return expression
+
+
+def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
+    """Return the activation statistics in a file, if any; a RuntimeError or ValueError if they are damaged."""
+    state = _with_prefix(_STATISTICS, tensors)
+    if not state:
+        return None
+    statistics = ActivationStatistics()
+    statistics.load_state_dict(state)
+    statistics.validate()
+    return statistics
+
+
+def _check_names(tensors: Mapping[str, Tensor]) -> None:
+    known = (_MODEL, _DETECTOR, _STATISTICS)
+    others = {archive.CALIBRATION, archive.MEMBERS, "preprocessed", "response"}
+    if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
+        raise ValueError(f"it has an unknown tensor {unknown[0]!r}")
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _reference_image() -> Image.Image:
+    ramp = np.arange(256, dtype=np.uint8)
+    red, green = np.meshgrid(ramp, ramp[::-1][:192])
+    return Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import nn
 
 from featnorm._utils.progress import progress_bar
-from featnorm.image_scorer import ImageScorer, ImageVerdict
-from featnorm.inputs import ImageSource, ItemError, SlicedSource
+from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.loading import rows_of
 from featnorm.records import FORMATS, Journal, images_digest
 from featnorm.runtime import Runtime
+from featnorm.scorer import Scorer
+from featnorm.verdict import ItemVerdict
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
@@ -64,9 +65,9 @@ class ScoringSummary:
         self.model_seconds: float | None = None
         self._rows = 0
         # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
-        self._lowest: list[tuple[float, int, ImageVerdict]] = []
+        self._lowest: list[tuple[float, int, ItemVerdict]] = []
 
-    def update(self, verdicts: Iterable[ImageVerdict]) -> None:
+    def update(self, verdicts: Iterable[ItemVerdict]) -> None:
         """Count the verdicts on the next images."""
         for verdict in verdicts:
             row = self._rows
@@ -74,11 +75,11 @@ class ScoringSummary:
             if verdict.score is None:
                 self.unread += 1
                 if self.unread <= MAX_SHOWN:
-                    self.first_unread.append((verdict.name, str(verdict.error)))
+                    self.first_unread.append((verdict.item, str(verdict.error)))
                 continue
             self.scores.append(verdict.score)
             self.flagged += verdict.is_id is False
-            self.several += verdict.several
+            self.several += verdict.first_of_several
             entry = (-verdict.score, -row, verdict)
             if len(self._lowest) < MAX_SHOWN:
                 heapq.heappush(self._lowest, entry)
@@ -86,7 +87,7 @@ class ScoringSummary:
                 heapq.heappushpop(self._lowest, entry)
 
     @property
-    def lowest(self) -> list[tuple[int, ImageVerdict]]:
+    def lowest(self) -> list[tuple[int, ItemVerdict]]:
         """Rows and verdicts of the 100 lowest scores, the lowest first."""
         return [(-row, verdict) for _, row, verdict in sorted(self._lowest, reverse=True)]
 
@@ -97,7 +98,7 @@ class ScoringSummary:
 
 
 def score_images(
-    scorer: ImageScorer,
+    scorer: Scorer,
     source: ImageSource,
     out: str | Path | None = None,
     *,
@@ -105,7 +106,7 @@ def score_images(
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
     on_start: Callable[[Journal], None] | None = None,
-    on_batch: Callable[[Sequence[ImageVerdict]], None] | None = None,
+    on_batch: Callable[[Sequence[ItemVerdict]], None] | None = None,
 ) -> ScoringSummary:
     """Score all images of a source, and write one row per image to a table, or a page of the lowest scores.
 
@@ -114,7 +115,7 @@ def score_images(
 
     Parameters
     ----------
-    scorer : image scorer.
+    scorer : scorer with a preprocess.
     source : images to score.
     out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
     page : .html file with the 100 lowest scores, each explained and compared with the calibration scores.
@@ -141,11 +142,11 @@ def score_images(
         raise ValueError(f"{out} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if page is not None and page.suffix != ".html":
         raise ValueError(f"{page} must end in .html")
-    if page is not None and scorer.scorer.calibration is None:
+    if page is not None and scorer.calibration is None:
         raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
-    runtime = runtime or Runtime(scorer.scorer.tap.device.type)
-    if runtime.cluster is None and scorer.scorer.tap.device.type != runtime.torch_device.type:
-        scorer.scorer.to(runtime.torch_device)
+    runtime = runtime or Runtime(scorer.tap.device.type)
+    if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
+        scorer.to(runtime.torch_device)
     place = out or page
     summary = ScoringSummary()
     with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
@@ -179,8 +180,51 @@ def score_images(
     return summary
 
 
+def calibrate_images(
+    scorer: Scorer,
+    source: ImageSource,
+    tpr: float | None = None,
+    *,
+    update: bool = False,
+    runtime: Runtime | None = None,
+) -> ScoringSummary:
+    """Calibrate a scorer on the images of a source; see `Scorer.calibrate`.
+
+    Parameters
+    ----------
+    scorer : fitted scorer with a preprocess. It is left as it was if an error is raised.
+    source : in-distribution images that were used neither to train the model nor to fit the detector.
+    tpr, update : see `Scorer.calibrate`.
+    runtime : see `score_images`.
+
+    Returns
+    -------
+    ScoringSummary
+        Counts of the images.
+
+    Raises
+    ------
+    ValueError, DataError
+        See `Scorer.calibrate` and `score_images`; or no image can be read.
+    """
+    found: list[ItemVerdict] = []
+    earlier, scorer.calibration = scorer.calibration, None
+    try:
+        summary = score_images(scorer, source, runtime=runtime, on_batch=found.extend)
+    finally:
+        scorer.calibration = earlier
+    scored = [verdict for verdict in found if verdict.score is not None]
+    if not scored:
+        raise DataError(f"none of the {len(source):,} images of {source.title} can be read")
+    groups = None if scorer.thresholds_by is None else [str(verdict.group) for verdict in scored]
+    names = scorer.class_words() if scorer.thresholds_by == "class" else None
+    scores = torch.tensor([verdict.score for verdict in scored], dtype=torch.float64)
+    scorer.use_scores(scores, groups, names, tpr, update=update)
+    return summary
+
+
 def _journal(
-    place: Path, scorer: ImageScorer, source: ImageSource, made_with: Mapping[str, Any], runtime: Runtime
+    place: Path, scorer: Scorer, source: ImageSource, made_with: Mapping[str, Any], runtime: Runtime
 ) -> Journal:
     settings = {
         **made_with,
@@ -194,8 +238,8 @@ def _journal(
 
 
 def _scored(
-    scorer: ImageScorer, source: ImageSource, batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
-) -> Generator[tuple[int, list[ImageVerdict]]]:
+    scorer: Scorer, source: ImageSource, batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
+) -> Generator[tuple[int, list[ItemVerdict]]]:
     """Yield number and verdicts of some batches, in any order; count and time them."""
     began = time.perf_counter()
     if runtime.cluster is not None:
@@ -207,7 +251,7 @@ def _scored(
         if len(batches) < -(-len(source) // runtime.batch_size):
             rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
             images = SlicedSource(source, rows, source.title)
-        with _ModelClock(scorer.scorer.model) as clock:
+        with _ModelClock(scorer.model) as clock:
             for number, verdicts in zip(batches, scorer.stream(images, runtime=runtime), strict=True):
                 summary.computed += len(verdicts)
                 yield number, verdicts
@@ -244,16 +288,16 @@ class _ModelClock:
 
 
 def _write_page(
-    path: Path, scorer: ImageScorer, source: ImageSource, summary: ScoringSummary, runtime: Runtime
+    path: Path, scorer: Scorer, source: ImageSource, summary: ScoringSummary, runtime: Runtime
 ) -> None:
     from featnorm.report.scores import write_scores_page
 
-    calibration = scorer.scorer.calibration
+    calibration = scorer.calibration
     assert calibration is not None
     write_scores_page(
         path,
         title=f"{source.title}: images with the lowest scores",
-        summary=f"{summary} {scorer.scorer.detector!r} is calibrated to flag at most "
+        summary=f"{summary} {scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
@@ -266,7 +310,7 @@ def _write_page(
 
 
 def _shown(
-    scorer: ImageScorer, source: ImageSource, lowest: Sequence[tuple[int, ImageVerdict]], runtime: Runtime
+    scorer: Scorer, source: ImageSource, lowest: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
 ) -> "Iterator[ScoredImage]":
     """Yield the images with their explanations; few at a time, as they may be large."""
     from featnorm.report.scores import ScoredImage
@@ -277,9 +321,10 @@ def _shown(
             # A file that was removed meanwhile costs its picture, not the page.
             with suppress(ItemError):
                 images[row] = source.item(row)
-        explained: dict[int, ImageVerdict] = {}
-        if images and scorer.statistics is not None:
-            batch = torch.stack([scorer.transform(image) for image in images.values()])
+        explained: dict[int, ItemVerdict] = {}
+        if images and scorer.explains:
+            preprocess = scorer.require_preprocess()
+            batch = torch.stack([preprocess(image) for image in images.values()])
             names = [source.name(row) for row in images]
             verdicts = scorer.predict_batch(batch, names, explain=range(len(images)), runtime=runtime)
             explained = dict(zip(images, verdicts, strict=True))

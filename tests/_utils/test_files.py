@@ -19,12 +19,12 @@ from featnorm._utils.files import WriteError, check_writable, replacing, write_t
 from featnorm._utils.sealed import write_sealed
 from featnorm.cli.console import prepare_folder, require_file_place
 from featnorm.drift import DriftMonitor
-from featnorm.image_scorer import ImageVerdict
 from featnorm.records import FORMATS, Journal
 from featnorm.report.drift import StreamHistory, write_drift_page
 from featnorm.training.runs import log, write_checkpoint
+from featnorm.verdict import ItemVerdict
 
-VERDICT = ImageVerdict("a.png", 1.0, 0.5, True, None, None)
+VERDICT = ItemVerdict("a.png", 1.0, 0.5, True, None, None)
 posix = pytest.mark.skipif(os.name == "nt", reason="tests POSIX file systems")
 
 

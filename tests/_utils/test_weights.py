@@ -76,7 +76,7 @@ def test_a_file_is_the_same_under_any_default_type(model, tmp_path, expression):
         files[written] = (tmp_path / f"{written}").read_bytes()
         for read in (SINGLE, DOUBLE):
             torch.set_default_dtype(read)
-            again = fn.Scorer.load(tmp_path / f"{written}", model)
+            again = fn.load(tmp_path / f"{written}", model)
             verdict = again(images(7, 9))
             scores[written, read] = verdict
             assert torch.equal(verdict.score, scorer(images(7, 9)).score)

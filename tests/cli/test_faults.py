@@ -16,7 +16,6 @@ from PIL import Image
 
 import featnorm as library
 from featnorm.__main__ import main
-from featnorm.image_scorer import ImageScorer
 from featnorm.inputs.loading import TransformError
 from featnorm.models import ModelError, create_model
 from featnorm.models.loading import UserModelError
@@ -201,6 +200,10 @@ class TestUsersCode:
         assert status == 2
         there = place("Features.forward", "return self.body(x).relu().mean((2, 3))")
         assert error.startswith("featnorm: the model of mine:features raised RuntimeError: ")
+        batch = f"on a batch of 8 images, {photos / '000.png'} to {photos / '007.png'}"
+        assert error.endswith(f", at {there}, {batch}{HINT}")
+        status, _, error = featnorm(*fit, "--head", "train")
+        assert status == 2
         batch = f"on a batch of 50 images, {photos / '000.png'} to {photos / '049.png'}"
         assert error.endswith(f", at {there}, {batch}{HINT}")
         (mine / "broken").unlink()
@@ -211,7 +214,7 @@ class TestUsersCode:
         assert status == 2
         batch = f"on a batch of 30 images, {photos / '000.png'} to {photos / '029.png'}"
         assert error.endswith(f", at {there}, {batch}{HINT}")
-        scorer = ImageScorer.load("detector.featnorm", model="mine:features")
+        scorer = library.load("detector.featnorm", "mine:features")
         with pytest.raises(UserModelError, match=r"on a batch of 3 images, a to c$") as caught:
             scorer.predict_batch(torch.zeros(3, 3, 8, 8), ["a", "b", "c"])
         assert isinstance(caught.value.__cause__, RuntimeError)

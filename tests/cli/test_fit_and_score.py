@@ -22,9 +22,9 @@ from featnorm import archive, fitting
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.detectors import base
-from featnorm.image_scorer import ImageVerdict
 from featnorm.inputs import open_source
 from featnorm.records import Journal, images_digest
+from featnorm.verdict import ItemVerdict
 from hostile import hostile_files
 
 pytestmark = pytest.mark.slow
@@ -326,7 +326,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
         raise AssertionError("worked before it looked")
 
     monkeypatch.setattr("featnorm.models.create_model", work)
-    monkeypatch.setattr("featnorm.image_scorer.ImageScorer.load", work)
+    monkeypatch.setattr("featnorm.scorer.load", work)
     monkeypatch.setattr("featnorm.archive.read_calibration", work)
     table = known / "t.csv"
     for arguments, words in {
@@ -521,7 +521,7 @@ def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_pa
 
 
 def test_a_journal_is_of_these_images_and_one_process(tmp_path):
-    row = ImageVerdict("a", 1.0, 0.5, True, None, None)
+    row = ItemVerdict("a", 1.0, 0.5, True, None, None)
     with Journal(tmp_path / "t.csv", {"images": "x"}, 1) as first:
         first.add(0, [row])
         with pytest.raises(ValueError, match="another process is writing"):

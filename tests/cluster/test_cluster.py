@@ -1,5 +1,6 @@
 """Two actors of a local Ray cluster score, extract and fit as this process does."""
 
+import copy
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import featnorm as fn
-from featnorm.image_scorer import ImageScorer
+from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 
 ray = pytest.importorskip("ray")
@@ -47,11 +48,18 @@ def remote(workers, scorer, source, batches=None):
     return [found[number] for number in batches]
 
 
+def preprocessed(scorer, preprocess):
+    """The same scorer with another preprocess."""
+    other = copy.copy(scorer)
+    other._preprocess = (preprocess,)
+    return other
+
+
 def assert_same(found, expected):
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        assert [(v.name, v.error, v.predicted, v.is_id) for v in a] == [
-            (v.name, v.error, v.predicted, v.is_id) for v in b
+        assert [(v.item, v.error, v.predicted, v.is_id) for v in a] == [
+            (v.item, v.error, v.predicted, v.is_id) for v in b
         ]
         for one, other in zip(a, b, strict=True):
             if other.score is not None:
@@ -61,7 +69,7 @@ def assert_same(found, expected):
 
 def fit(folder, loaded, cache, workers=None, **options):
     runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=workers, progress=False)
-    return fn.fit_images(open_source(str(folder)), loaded, cache=cache, runtime=runtime, **options)
+    return fit_source(open_source(str(folder)), loaded, head="train", cache=cache, runtime=runtime, **options)
 
 
 @pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
@@ -70,24 +78,24 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
     # Several parts to merge.
     monkeypatch.setattr(fn.fitting, "_ROWS", 50)
     source = SlicedSource(open_source(str(folder)), range(30), "thirty")
-    alone = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
+    alone, one = fit(folder, tiny, cache, detector=fn.parse_detector(detector), targets=targets)
     asked = cache if detector != "KLUniform()" else tmp_path / "asked by the workers"
-    merged = fit(folder, tiny, asked, detector=fn.parse_detector(detector), workers=workers, targets=targets)
-    assert (merged.trained, merged.held_out, merged.accuracy) == (alone.trained, alone.held_out, alone.accuracy)
-    assert merged.corrupt == alone.corrupt
-    assert merged.computed == (0 if asked is cache else alone.trained + alone.held_out)
-    expected = local(alone.scorer, source)
+    merged, two = fit(folder, tiny, asked, detector=fn.parse_detector(detector), workers=workers, targets=targets)
+    assert (two.trained, two.held_out, two.accuracy) == (one.trained, one.held_out, one.accuracy)
+    assert two.corrupt == one.corrupt
+    assert two.computed == (0 if asked is cache else one.trained + one.held_out)
+    expected = local(alone, source)
     assert expected[0][0].error is not None
-    assert_same(local(merged.scorer, source), expected)
+    assert_same(local(merged, source), expected)
     if asked is not cache or detector.startswith("KNN"):
-        assert_same(remote(workers, alone.scorer, source), expected)
-    for mine, theirs in zip(merged.scorer.statistics.buffers(), alone.scorer.statistics.buffers(), strict=True):
+        assert_same(remote(workers, alone, source), expected)
+    for mine, theirs in zip(merged.statistics.buffers(), alone.statistics.buffers(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
-    scorer = fit(folder, tiny, cache).scorer
+    scorer = fit(folder, tiny, cache)[0]
     source = SlicedSource(open_source(str(folder)), range(27), "some")
     expected = local(scorer, source)
     wanted = [0, 2, 3, 6]  # the last of three images
@@ -140,7 +148,7 @@ class Deadly(ImageSource):
 
 def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
-    scorer = fit(folder, tiny, cache).scorer
+    scorer = fit(folder, tiny, cache)[0]
     source = SlicedSource(open_source(str(folder)), range(1, 49), "some")
     deadly = Deadly(source, 29, tmp_path)
     assert_same(remote(workers, scorer, deadly), local(scorer, source))
@@ -155,18 +163,20 @@ def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cach
 
 @pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))"])
 def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
-    scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector)).scorer
+    scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector))[0]
     source = SlicedSource(open_source(str(folder)), range(1, 21), "some")
     expected = local(scorer, source)
-    assert workers._in_parts(scorer) is scorer
+    in_parts, made = workers._in_parts, []
+    assert in_parts(scorer) is scorer
     monkeypatch.setattr(cluster, "_BANK_SHARE", 0.0)
-    parts = workers._in_parts(scorer)
-    within = [m for m in parts.scorer.detector.modules() if isinstance(m, fn.KNN)]
+    monkeypatch.setattr(workers, "_in_parts", lambda scorer: made.append(in_parts(scorer)) or made[-1])
+    assert_same(remote(workers, scorer, source), expected)
+    (parts,) = made
+    within = [m for m in parts.detector.modules() if isinstance(m, fn.KNN)]
     assert all(isinstance(knn, ShardedKNN) and knn.bank.is_empty for knn in within)
     assert len(within) == detector.count("KNN")
-    assert repr(parts.scorer.detector) == repr(scorer.scorer.detector)
-    assert_same(remote(workers, scorer, source), expected)
-    assert all(not knn.bank.is_empty for knn in scorer.scorer.detector.modules() if type(knn) is fn.KNN)
+    assert repr(parts.detector) == repr(scorer.detector)
+    assert all(not knn.bank.is_empty for knn in scorer.detector.modules() if type(knn) is fn.KNN)
 
 
 def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
@@ -185,16 +195,16 @@ def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
 
 
 def test_an_error_comes_back_in_its_own_words(workers, folder, tiny, cache):
-    scorer = fit(folder, tiny, cache).scorer
+    scorer = fit(folder, tiny, cache)[0]
     source = SlicedSource(open_source(str(folder)), range(1, 9), "some")
 
     def fails(image):
         raise RuntimeError("no such colour")
 
-    broken = ImageScorer("x", scorer.scorer, fails)
+    broken = preprocessed(scorer, fails)
     with pytest.raises(DataError, match=r"the transform failed on .*png \(RuntimeError: no such colour\)"):
         remote(workers, broken, source)
-    not_finite = replace(scorer, transform=lambda image: torch.full((3, 32, 32), torch.nan))
+    not_finite = preprocessed(scorer, lambda image: torch.full((3, 32, 32), torch.nan))
     with pytest.raises(ValueError, match="not finite"):
         remote(workers, not_finite, source)
 
@@ -210,7 +220,7 @@ def test_devices_that_there_are(workers):
 
 
 def test_actors_stay_for_the_next_work_until_the_cluster_is_closed(workers, folder, tiny, cache):
-    scorer = fit(folder, tiny, cache).scorer
+    scorer = fit(folder, tiny, cache)[0]
     source = SlicedSource(open_source(str(folder)), range(4), "some")
     remote(workers, scorer, source)
     stayed = set(workers._ready) | set(workers._starting.values())
@@ -268,10 +278,10 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monkeypatch):
-    scorer = fit(folder, tiny, cache).scorer
+    scorer = fit(folder, tiny, cache)[0]
     source = SlicedSource(open_source(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
-    predict, sizes = ImageScorer._predict, []
+    predict, sizes = fn.Scorer._predict, []
 
     def small(self, images, names, **options):
         if len(images) > 4:
@@ -279,17 +289,17 @@ def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monke
         sizes.append(len(images))
         return predict(self, images, names, **options)
 
-    monkeypatch.setattr(ImageScorer, "_predict", small)
+    monkeypatch.setattr(fn.Scorer, "_predict", small)
     found = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
     assert sum(sizes) == 13  # one cannot be read
     # A batch of another size rounds otherwise, and as these images calibrated, a tie may break: the p-values are
     # to be those of the scores found.
     scores = [v.score for v in found if v.score is not None]
-    p_values = iter(scorer.scorer.calibration.p_value(torch.tensor(scores)).tolist())
+    p_values = iter(scorer.calibration.p_value(torch.tensor(scores)).tolist())
     expected = [v if v.score is None else v._replace(p_value=next(p_values)) for v in expected]
     assert_same([found], [expected])
     monkeypatch.setattr(
-        ImageScorer, "_predict", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
+        fn.Scorer, "_predict", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("all"))
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
         list(scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)))

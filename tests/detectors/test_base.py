@@ -113,15 +113,15 @@ def test_a_users_detector_is_saved_and_loaded(user_module, tmp_path, monkeypatch
     net, inputs = model(), torch.randn(64, 5)
     scorer = fn.Scorer(net, user_module.Spread(power=0.5)).fit([inputs]).calibrate([inputs])
     scorer.save(tmp_path / "d.featnorm")
-    loaded = fn.Scorer.load(tmp_path / "d.featnorm", model=net)
+    loaded = fn.load(tmp_path / "d.featnorm", model=net)
     assert loaded.detector.power == 0.5
     assert torch.equal(loaded(inputs).p_value, scorer(inputs).p_value)
 
     monkeypatch.delitem(base._REGISTRY, "Spread")
     with pytest.raises(fn.ArchiveError, match=r"d\.featnorm needs the detector class Spread, .* import the mod"):
-        fn.Scorer.load(tmp_path / "d.featnorm", model=net)
+        fn.load(tmp_path / "d.featnorm", model=net)
     importlib.reload(user_module)
-    assert torch.equal(fn.Scorer.load(tmp_path / "d.featnorm", model=net)(inputs).score, scorer(inputs).score)
+    assert torch.equal(fn.load(tmp_path / "d.featnorm", model=net)(inputs).score, scorer(inputs).score)
 
 
 @pytest.mark.parametrize("setting", [[1, 2], {"a": 1}, torch.ones(2), "x" * 500])

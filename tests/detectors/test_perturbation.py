@@ -106,7 +106,7 @@ def test_features_without_their_inputs_are_refused(model, images, detector):
 def test_saved_and_loaded(model, images, tmp_path):
     scorer = fn.Scorer(model, fn.Views(fn.ODIN(std=(0.2, 0.3, 0.4)))).calibrate([torch.randn(32, 3, 8, 8)])
     scorer.save(tmp_path / "d.featnorm")
-    again = fn.Scorer.load(tmp_path / "d.featnorm", model=model)
+    again = fn.load(tmp_path / "d.featnorm", model=model)
     assert again.detector.detector.std == (0.2, 0.3, 0.4)
     torch.testing.assert_close(again(images).score, scorer(images).score)
 

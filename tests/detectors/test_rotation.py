@@ -85,7 +85,7 @@ def test_scores_are_of_each_input_alone_and_leave_the_model(detector, csi, rotne
     assert_same_state(before, model.state_dict())
     assert torch.equal(TEST, kept)
     scorer.save(tmp_path / "d.featnorm")
-    torch.testing.assert_close(fn.Scorer.load(tmp_path / "d.featnorm", model=model)(TEST).score, scores)
+    torch.testing.assert_close(fn.load(tmp_path / "d.featnorm", model=model)(TEST).score, scores)
 
 
 def test_what_is_wrong_is_named(csi, rotnet):

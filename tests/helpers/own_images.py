@@ -40,13 +40,13 @@ def loaded():
 def fitted(folder, loaded, cache):
     source = open_source(str(folder))
     runtime = fn.Runtime(progress=False, workers=0)
-    return fn.fit_images(source, loaded, detector=fn.NAN(), cache=cache, runtime=runtime).scorer
+    return fitting.fit_source(source, loaded, detector=fn.NAN(), cache=cache, runtime=runtime)[0]
 
 
 @pytest.fixture
 def scorer(fitted):
     """A scorer of a test's own, to be changed."""
-    return dataclasses.replace(fitted)
+    return copy.deepcopy(fitted)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import uvicorn
 from PIL import Image
 
 import featnorm as fn
+from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
 from featnorm.serve import Limits, create_app
 from featnorm.serve.server import _Server, bind
@@ -25,7 +26,7 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 def scorer(folder, loaded, cache):
     source = open_source(str(folder))
     runtime = fn.Runtime(progress=False, workers=0)
-    return fn.fit_images(source, loaded, detector=fn.KNN(k=3), cache=cache, runtime=runtime).scorer
+    return fit_source(source, loaded, detector=fn.KNN(k=3), cache=cache, runtime=runtime)[0]
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ class Held:
 def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     source = SlicedSource(open_source(str(new)), range(5, 10), "five")
     rows = [row for batch in fitted.stream(source, runtime=fn.Runtime(workers=0)) for row in batch]
-    files = [(new / row.name).read_bytes() for row in rows]
+    files = [(new / row.item).read_bytes() for row in rows]
     whole = client.post("/v1/score", json={"images": [text(data) for data in files]})
     assert whole.status_code == 200
     results = whole.json()["results"]
@@ -385,7 +385,7 @@ class HeldDecoding:
     def __init__(self, scorer):
         self.begun = 0
         self.go = threading.Semaphore(0)
-        inner = scorer.transform
+        inner = scorer.preprocess
 
         def transform(image):
             if image.width > 256:  # not the image of the warm-up
@@ -394,7 +394,7 @@ class HeldDecoding:
                 image = image.resize((32, 32))
             return inner(image)
 
-        scorer.transform = transform
+        scorer._preprocess = (transform,)
 
 
 def test_a_small_image_does_not_wait_for_bombs(scorer):
@@ -748,14 +748,14 @@ def test_an_image_that_the_model_fails_on_does_not_affect_the_others(scorer, bat
 
 
 def test_a_transform_that_fails(scorer):
-    inner = scorer.transform
+    inner = scorer.preprocess
 
     def transform(image):
         if image.size == (1, 1):
             raise ZeroDivisionError("inside")
         return inner(image)
 
-    scorer.transform = transform
+    scorer._preprocess = (transform,)
     with client_of(create_app(scorer)) as client:
         results = client.post("/v1/score", json={"images": [text(png(size=1)), text(png())]}).json()["results"]
     assert [result["error"] for result in results] == ["the transform failed on this image", None]
@@ -842,7 +842,7 @@ def test_infinite_scores(scorer):
     def predict_batch(images, names, **how):
         above = {"image 1": True, "image 2": False}
         return [
-            verdict._replace(score=math.inf if above[verdict.name] else -math.inf, is_id=above[verdict.name])
+            verdict._replace(score=math.inf if above[verdict.item] else -math.inf, is_id=above[verdict.item])
             for verdict in inner(images, names, **how)
         ]
 
@@ -857,7 +857,7 @@ def test_infinite_scores(scorer):
         assert found[("featnorm_score_count",)] == 2
         assert math.isfinite(found[("featnorm_score_sum",)])
         (lowest,) = [v for k, v in found.items() if k[0] == "featnorm_score_bucket" and float(dict(k[1:])["le"])
-                     == score_buckets(scorer.scorer.calibration.scores)[0]]  # fmt: skip
+                     == score_buckets(scorer.calibration.scores)[0]]  # fmt: skip
         assert lowest == 1
 
 
@@ -902,7 +902,7 @@ def test_readiness(scorer):
 
 def test_detector_route(client, scorer):
     detector = client.get("/v1/detector").json()
-    calibration = scorer.scorer.calibration
+    calibration = scorer.calibration
     assert detector["detector"] == "NAN()"
     assert detector["classes"] == ["a", "b", "c", "d"]
     assert detector["threshold"] == float(calibration.threshold)
@@ -1008,7 +1008,7 @@ def test_it_scores_nothing_after_the_shutdown(scorer):
 
 
 def test_an_uncalibrated_scorer_is_an_error(scorer):
-    scorer.scorer = fn.Scorer(scorer.scorer.model, fn.NAN())
+    scorer.calibration = None
     with pytest.raises(ValueError, match="not calibrated"):
         create_app(scorer)
 
@@ -1016,7 +1016,7 @@ def test_an_uncalibrated_scorer_is_an_error(scorer):
 @pytest.fixture(scope="module")
 def detector(fitted, tmp_path_factory):
     file = tmp_path_factory.mktemp("served") / "d.featnorm"
-    fitted.save(file)
+    fitted.save(file, weights=True)
     return file
 
 
@@ -1084,15 +1084,15 @@ def test_the_command_ends_in_time_whatever_its_threads_do(detector):
     code = """
 import signal, time
 from featnorm.__main__ import main
-from featnorm.image_scorer import ImageScorer
+from featnorm import scorer as module
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
-def load(*arguments, load=ImageScorer.load, **options):
+def load(*arguments, load=module.load, **options):
     scorer = load(*arguments, **options)
-    ImageScorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+    module.Scorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
     return scorer
 
-ImageScorer.load = load
+module.load = load
 main()
 """
     process = subprocess.Popen(

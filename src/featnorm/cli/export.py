@@ -3,20 +3,28 @@
 from pathlib import Path
 
 from featnorm.cli.console import console, require_file_place
-from featnorm.cli.options import OutFile, OwnModel, ScorerFile
+from featnorm.cli.options import OutFile, OwnModel, OwnWeights, ScorerFile, Tpr
 
 
-def export(scorer_file: ScorerFile, out: OutFile = Path("detector.onnx"), model: OwnModel = None) -> None:
+def export(
+    scorer_file: ScorerFile,
+    out: OutFile = Path("detector.onnx"),
+    model: OwnModel = None,
+    weights: OwnWeights = None,
+    tpr: Tpr = None,
+) -> None:
     """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
     require_file_place(out, [scorer_file])
-    from featnorm.export import OUTPUTS, export_onnx
-    from featnorm.image_scorer import ImageScorer
+    from featnorm.export import OUTPUTS
+    from featnorm.scorer import load
 
-    scorer = ImageScorer.load(scorer_file, model=model)
-    difference = export_onnx(scorer, out)
+    scorer = load(scorer_file, model, weights=weights)
+    if tpr is not None:
+        scorer.set_tpr(tpr)
+    difference = scorer.export(out)
     shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
-    console.print(f"  in:  images (n, {shape}) float32, as returned by the transform of {scorer.backbone}")
+    console.print(f"  in:  images (n, {shape}) float32, as returned by the preprocess of {scorer.spec}")
     console.print(f"  out: {', '.join(OUTPUTS)}")
     console.print(
         f"The scores of onnxruntime and PyTorch differ by at most {difference:.1e} relative to their size."

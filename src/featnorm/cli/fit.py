@@ -22,7 +22,6 @@ from featnorm.cli.options import (
     DATA,
     BatchSize,
     DataRoot,
-    Detector,
     Device,
     LabelColumn,
     OutFile,
@@ -34,7 +33,10 @@ from featnorm.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from featnorm.calibration import Calibration
+    from featnorm.fitting import FitReport
     from featnorm.inputs import ImageSource
+    from featnorm.scorer import Scorer
 
 _CLUSTERS = "clusters of the features are used instead of classes"
 
@@ -46,12 +48,26 @@ def fit(
         str,
         typer.Option(
             metavar="SPEC",
-            help="Backbone: `timm:NAME`, `torchvision:NAME` or `featnorm:NAME`, whose classifier is removed, or "
-            "`MODULE:FUNCTION`, your own function that returns a model without its classifier, and its transform.",
+            help="Model: `MODULE:FUNCTION`, your own function that returns a model and its transform, or "
+            "`timm:NAME`, `torchvision:NAME` or `featnorm:NAME`.",
         ),
     ] = "featnorm:efficientnet-lite0",
     weights: Weights = None,
-    detector: Detector = "KLUniform",
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPR",
+            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
+            "for a model without a classifier.",
+        ),
+    ] = None,
+    head: Annotated[
+        Literal["auto", "keep", "train", "none"],
+        typer.Option(
+            help="`keep` the model's own classifier, `train` a head on its frozen features, or use the features "
+            "alone (`none`). `auto`: keep it for a model or weights of your own, otherwise train a head."
+        ),
+    ] = "auto",
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
@@ -61,6 +77,15 @@ def fit(
     ] = "auto",
     label_column: LabelColumn = None,
     tpr: Annotated[float, typer.Option(help="Share of in-distribution images to accept.")] = 0.95,
+    thresholds_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Groups with a threshold each, so that the rate holds in every group: `class` (the predicted "
+            "one), `folder`, a column of the table, or a regular expression whose parentheses match the group in "
+            "an image's path. Default: one threshold.",
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for cached features. Default: `~/.cache/featnorm/features`."),
@@ -73,15 +98,15 @@ def fit(
     ray: Ray = False,
     seed: Seed = 0,
 ) -> None:
-    """Fit a detector to your images and save it to a file.
+    """Fit a detector to your images, with your own model or a pretrained one, and save both to a file.
 
-    Labels are used if there are any. The features of the frozen backbone are cached on disk: after an
-    interruption, rerun the same command to resume.
+    Labels are used if there are any. The features of the model are cached on disk: after an interruption, rerun
+    the same command to resume.
     """
     require_file_place(out, [Path(data)])
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
-    from featnorm.fitting import fit_images
+    from featnorm.fitting import fit_source
     from featnorm.inputs import open_source
     from featnorm.models import create_model
     from featnorm.models.loading import import_users_module, is_users
@@ -89,7 +114,7 @@ def fit(
     began = time.perf_counter()
     # The module of the user's own model may define the detector.
     import_users_module(model)
-    parsed = parse_detector(detector)
+    parsed = None if detector is None else parse_detector(detector)
     source = open_source(
         data,
         root=data_root,
@@ -97,60 +122,90 @@ def fit(
         label_column=label_column,
     )
     loaded = create_model(model, weights=weights)
-    console.print(f"{counted(len(source), 'image')} in {source.title}; backbone: {loaded.name}.", soft_wrap=True)
+    console.print(f"{counted(len(source), 'image')} in {source.title}; model: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, targets)
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
-        fitted = fit_images(
+        scorer, report = fit_source(
             source,
             loaded,
             detector=parsed,
+            head=head,
             targets=targets,
             tpr=tpr,
+            thresholds_by=thresholds_by,
             cache=cache,
             seed=seed,
             runtime=runtime,
         )
     try:
-        fitted.scorer.save(out)
+        scorer.save(out, weights=True)
     except OSError as error:
         raise OSError(f"{error}. The features are cached: rerun the same command to resume from them") from None
-    print_skipped(source.title, fitted.corrupt)
-    unread = len(fitted.corrupt)
-    print_reading(len(source) - unread, unread, fitted.several, source.passed_over)
-    facts = fitted.scorer.facts
-    if fitted.changed:
-        changed = counted(fitted.changed, "image")
+    print_skipped(source.title, report.corrupt)
+    unread = len(report.corrupt)
+    print_reading(len(source) - unread, unread, report.several, source.passed_over)
+    if report.changed:
+        changed = counted(report.changed, "image")
         console.print(f"{changed} changed while being read: the later content was used.")
-    if fitted.damaged:
-        damaged = counted(fitted.damaged, "damaged batch", "damaged batches")
-        them = "it" if fitted.damaged == 1 else "them"
+    if report.damaged:
+        damaged = counted(report.damaged, "damaged batch", "damaged batches")
+        them = "it" if report.damaged == 1 else "them"
         console.print(f"Removed {damaged} from the feature cache and recomputed {them}.")
-    if fitted.computed:
+    if report.computed:
         console.print(
-            f"Computed the features of {counted(fitted.computed, 'image')}; the next fit on them takes seconds."
+            f"Computed the features of {counted(report.computed, 'image')}; the next fit on them takes seconds."
         )
     else:
         console.print("The features of all images were in the cache.")
-    accuracy = (
-        ""
-        if fitted.accuracy is None
-        else f"; its accuracy on the held-out images is {100 * fitted.accuracy:.1f} %"
-    )
-    console.print(f"Backbone: {facts['backbone']}.", soft_wrap=True)
-    console.print(f"The head is {facts['head']}{accuracy}.", soft_wrap=True)
-    calibration = fitted.scorer.scorer.calibration
+    _print_model(scorer, report)
+    calibration = scorer.calibration
     assert calibration is not None
-    low, high = calibration.false_alarm_range()
     console.print(
-        f"{parsed!r} is calibrated on {fitted.held_out} held-out images. Averaged over such calibration sets, "
-        f"it flags at most {100 * (1 - tpr):.1f} % of images like these; with this one, between "
-        f"{100 * low:.1f} % and {100 * high:.1f} % (90 % confidence).",
+        f"{scorer.detector!r} is calibrated on {report.held_out} held-out images. Averaged over such calibration "
+        f"sets, it flags at most {100 * (1 - tpr):.1f} % of images like these{_rate_words(calibration)}.",
         soft_wrap=True,
     )
+    if report.head == "keep":
+        console.print(
+            "This holds if the model was not trained on these images. If it was, fit to images that it has not "
+            "seen.",
+            soft_wrap=True,
+        )
     size = out.stat().st_size / 1e6
     console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
     again = f" --model {model}" if is_users(model) else ""
     console.print(f"  featnorm score {shlex.quote(str(out))} IMAGES{again}", soft_wrap=True)
+
+
+def _rate_words(calibration: Calibration) -> str:
+    """Return for which groups the rate holds or, without groups, its range for this calibration set."""
+    groups = calibration.group_names
+    if not groups:
+        low, high = calibration.false_alarm_range()
+        return f"; with this one, between {100 * low:.1f} % and {100 * high:.1f} % (90 % confidence)"
+    own = sum(len(calibration.pool(group)) == 1 for group in groups)
+    if own == len(groups):
+        return f" in each of {counted(own, 'group')}"
+    return (
+        f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
+        "images for thresholds of their own"
+    )
+
+
+def _print_model(scorer: Scorer, report: FitReport) -> None:
+    """Print how the scorer's model was made, and why."""
+    facts = scorer.facts
+    where = "model" if report.head == "keep" else "backbone"
+    console.print(f"{where.capitalize()}: {facts[where]}.", soft_wrap=True)
+    accuracy = (
+        ""
+        if report.accuracy is None
+        else f"; its accuracy on the held-out images is {100 * report.accuracy:.1f} %"
+    )
+    why = f" (--head auto: {report.why})" if report.why else ""
+    console.print(f"Head: {facts['head']}{accuracy}{why}.", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"Note: {note}.", soft_wrap=True)
 
 
 def _print_missing_labels(source: ImageSource, targets: str) -> None:

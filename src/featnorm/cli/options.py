@@ -11,20 +11,24 @@ DATA = (
 )
 """What a specification of images may be, for help texts."""
 
-ScorerFile = Annotated[Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`.")]
-Model = Annotated[
-    str,
-    typer.Option(
-        metavar="SPEC", help="Model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`."
-    ),
+ScorerFile = Annotated[
+    Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`, or by `Scorer.save`.")
 ]
 OwnModel = Annotated[
     str | None,
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="Required if the detector was fitted on your own model: the same `MODULE:FUNCTION` you gave "
-        "`featnorm fit`.",
+        help="Required if the file does not contain its model, or if the model is your own: `MODULE:FUNCTION`, or "
+        "a library's model with `--weights`.",
+    ),
+]
+OwnWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Weights file of `--model`, for a SCORER that does not contain its model.",
     ),
 ]
 Weights = Annotated[
@@ -90,6 +94,13 @@ Ray = Annotated[
         "--ray",
         help="Run on the Ray cluster at RAY_ADDRESS, or on a local one of all CPU cores if that is not set. Every "
         "machine of the cluster must be able to read the images.",
+    ),
+]
+Tpr = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of in-distribution images to accept, by the stored calibration scores. Default: that of "
+        "SCORER."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]

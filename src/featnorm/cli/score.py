@@ -22,17 +22,19 @@ from featnorm.cli.options import (
     DataRoot,
     Device,
     OwnModel,
+    OwnWeights,
     Precision,
     Ray,
     ScorerFile,
+    Tpr,
     Workers,
 )
 
 if TYPE_CHECKING:
-    from featnorm.image_scorer import ImageVerdict
     from featnorm.records import Journal
     from featnorm.runtime import Runtime
     from featnorm.scoring import ScoringSummary
+    from featnorm.verdict import ItemVerdict
 
 
 def score(
@@ -56,6 +58,8 @@ def score(
         ),
     ] = None,
     model: OwnModel = None,
+    weights: OwnWeights = None,
+    tpr: Tpr = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
@@ -71,11 +75,13 @@ def score(
     for file in files:
         require_file_place(file, [scorer_file, *map(Path, images)])
     from featnorm.cli.runtime import runtime_of
-    from featnorm.image_scorer import ImageScorer
     from featnorm.inputs import DataError, open_source
+    from featnorm.scorer import load
     from featnorm.scoring import score_images
 
-    scorer = ImageScorer.load(scorer_file, model=model)
+    scorer = load(scorer_file, model, weights=weights)
+    if tpr is not None:
+        scorer.set_tpr(tpr)
     source = open_source(*images, root=data_root, labels=False, mix_splits=True)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
@@ -90,7 +96,7 @@ def score(
             source,
             out,
             page=html,
-            made_with={"model": model},
+            made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
             on_start=lambda journal: _print_start(journal, len(source)),
             on_batch=None if files else _print_batch,
@@ -131,12 +137,12 @@ def _print_start(journal: Journal, total: int) -> None:
         console.print(f"resuming after {journal.done:,} of {counted(total, 'image')}", style="dim")
 
 
-def _print_batch(verdicts: Sequence[ImageVerdict]) -> None:
+def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:
     for verdict in verdicts:
         if verdict.score is None:
             continue
         word = {True: "ID", False: "OOD", None: ""}[verdict.is_id]
         p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
         predicted = "" if verdict.predicted is None else f"  ({verdict.predicted})"
-        name = printable(verdict.name)
+        name = printable(verdict.item)
         console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {name}{predicted}", soft_wrap=True)

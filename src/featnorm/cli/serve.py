@@ -10,7 +10,7 @@ import typer
 
 from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.options import BatchSize, Device, OwnModel, Precision, ScorerFile
+from featnorm.cli.options import BatchSize, Device, OwnModel, OwnWeights, Precision, ScorerFile
 
 _TOKEN = "FEATNORM_TOKEN"
 
@@ -18,6 +18,7 @@ _TOKEN = "FEATNORM_TOKEN"
 def serve(
     scorer_file: ScorerFile,
     model: OwnModel = None,
+    weights: OwnWeights = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 8000,
     allowed_host: Annotated[
@@ -67,7 +68,7 @@ def serve(
     One line of JSON per request is logged to standard error. `/metrics` serves Prometheus metrics.
     """
     from featnorm.cli.runtime import runtime_of
-    from featnorm.image_scorer import ImageScorer
+    from featnorm.scorer import load
     from featnorm.serve import Limits, create_app
     from featnorm.serve.server import bind, run_server
 
@@ -85,8 +86,8 @@ def serve(
     token = _token(token_file)
     bound = bind(host, port)
     runtime = runtime_of(device, precision)
-    scorer = ImageScorer.load(scorer_file, model=model)
-    scorer.scorer.to(runtime.torch_device)
+    scorer = load(scorer_file, model, weights=weights)
+    scorer.to(runtime.torch_device)
     app = create_app(
         scorer,
         limits,

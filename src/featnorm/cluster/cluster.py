@@ -17,11 +17,12 @@ from featnorm.cluster.tasks import Extraction, Scoring, Task
 from featnorm.detectors import KNN, Detector
 from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import Extracted, ImageSource, SlicedSource
 from featnorm.inputs.loading import rows_of
-from featnorm.models import LoadedModel, ProjectionHead
+from featnorm.models import LoadedModel
 from featnorm.runtime import Runtime
+from featnorm.scorer import Scorer
+from featnorm.verdict import ItemVerdict
 
 #: Batches per shard: the maximum number to repeat when an actor dies.
 _SHARD = 16
@@ -105,19 +106,19 @@ class Cluster:
 
     def score(
         self,
-        scorer: ImageScorer,
+        scorer: Scorer,
         source: ImageSource,
         batches: Sequence[int],
         *,
         runtime: Runtime,
-    ) -> Iterator[tuple[int, list[ImageVerdict]]]:
+    ) -> Iterator[tuple[int, list[ItemVerdict]]]:
         """Score batches of a source's images.
 
         A bank of KNN that is too large for a copy in every actor is split, one part per actor.
 
         Parameters
         ----------
-        scorer : image scorer, which is not changed.
+        scorer : scorer with a preprocess, which is not changed.
         source : images, which every machine of the cluster must be able to read.
         batches : numbers of the batches to score.
         runtime : precision and batch size.
@@ -233,7 +234,7 @@ class Cluster:
     def fit(
         self,
         parts: Iterable[tuple[Tensor, Tensor | None]],
-        head: ProjectionHead,
+        features_of: nn.Module,
         detector: Detector,
         statistics: ActivationStatistics,
     ) -> None:
@@ -241,8 +242,8 @@ class Cluster:
 
         Parameters
         ----------
-        parts : backbone features (n, D) and labels (n,), or None where there are none.
-        head : network behind the backbone.
+        parts : cached values (n, D) and labels (n,), or None where there are none.
+        features_of : module that makes `Features` of the values.
         detector : detector to fit in place; an earlier fit is dropped.
         statistics : activation statistics to update with all parts.
         """
@@ -250,18 +251,18 @@ class Cluster:
 
         # Sent after the reset, without an earlier fit.
         with detector.refit():
-            reference = ray.put((copy.deepcopy(head).cpu(), copy.deepcopy(detector).cpu()))
+            reference = ray.put((copy.deepcopy(features_of).cpu(), copy.deepcopy(detector).cpu()))
             for fitted, found in self._results("fit", ((reference, *part) for part in parts), ordered=True):
                 detector.merge(fitted)
                 statistics.merge(found)
 
-    def _in_parts(self, scorer: ImageScorer) -> ImageScorer:
+    def _in_parts(self, scorer: Scorer) -> Scorer:
         """Return a scorer whose large banks of KNN are split over processes."""
         import ray
 
         part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(BankPart)
         memo: dict[int, Any] = {}
-        for knn in scorer.scorer.detector.modules():
+        for knn in scorer.detector.modules():
             if isinstance(knn, KNN) and self._is_large(knn):
                 rows = np.array_split(knn.bank.rows.cpu().numpy(), self.actors.count)
                 memo[id(knn)] = ShardedKNN(knn, [part.remote(some, knn.k, knn.recall) for some in rows])
@@ -307,12 +308,12 @@ class _Actor:
         return self._started
 
     def fit(
-        self, unfitted: tuple[ProjectionHead, Detector], values: Tensor, labels: Tensor | None
+        self, unfitted: tuple[nn.Module, Detector], values: Tensor, labels: Tensor | None
     ) -> tuple[Detector, ActivationStatistics]:
         """Return the fit to one part of the images."""
-        head, detector = copy.deepcopy(unfitted)
+        features_of, detector = copy.deepcopy(unfitted)
         statistics = ActivationStatistics()
-        for features in training_features(head, statistics, [(values, labels)]):
+        for features in training_features(features_of, statistics, [(values, labels)]):
             detector.partial_fit(features)
         return detector, statistics
 

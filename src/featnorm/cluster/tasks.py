@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout
-from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.inputs import Extracted, ImageSource, extract_images
 from featnorm.runtime import Runtime
+from featnorm.scorer import Scorer
+from featnorm.verdict import ItemVerdict
 
 
 class Task(Protocol):
@@ -39,17 +40,17 @@ class Scoring:
 
     Parameters
     ----------
-    scorer : image scorer.
+    scorer : scorer with a preprocess.
     runtime : precision and batch size.
     """
 
-    scorer: ImageScorer
+    scorer: Scorer
     runtime: Runtime
 
-    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[list[ImageVerdict]]]:
+    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[list[ItemVerdict]]]:
         """See `Task`."""
         runtime = replace(self.runtime, device=device, workers=workers)
-        self.scorer.scorer.to(runtime.torch_device)
+        self.scorer.to(runtime.torch_device)
         return partial(self.scorer.stream, runtime=runtime)
 
 

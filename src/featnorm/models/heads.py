@@ -2,10 +2,13 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from featnorm._utils.weights import single_precision
 
 Activation = Literal["relu", "leaky_relu", "gelu"]
 
@@ -78,6 +81,40 @@ class ProjectionHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the logits (n, classes), or the embeddings (n, embedding), of pooled features (n, inputs)."""
         return self.classifier(self.embedding(self.activation(self.hidden(pooled))))
+
+
+def head_settings(head: ProjectionHead) -> dict[str, Any]:
+    """Return the settings of a head with a ReLU and a cosine classifier as plain data; see `head_of`."""
+    classifier: Any = head.classifier
+    return {
+        "inputs": head.hidden.in_features,
+        "classes": len(classifier.weight),
+        "hidden": head.hidden.out_features,
+        "embedding": head.embedding.out_features,
+        "temperature": classifier.temperature,
+    }
+
+
+def head_of(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ProjectionHead:
+    """Return a head with the settings that `head_settings` returned; their sizes must be those of the weights.
+
+    Raises
+    ------
+    LookupError, TypeError, ValueError
+        The sizes differ, or the settings are not those of a head.
+    """
+    hidden, embedding, classifier = (weights[f"{name}.weight"] for name in ("hidden", "embedding", "classifier"))
+    sizes = {
+        "inputs": hidden.shape[1],
+        "classes": classifier.shape[0],
+        "hidden": hidden.shape[0],
+        "embedding": embedding.shape[0],
+    }
+    # Checked before a head is made that may not fit in memory.
+    if {name: settings[name] for name in sizes} != sizes:
+        raise ValueError(f"its weights are those of a head with {sizes}, but its settings are {dict(settings)}")
+    with single_precision():
+        return ProjectionHead(**settings)
 
 
 def attach_head(

@@ -1,6 +1,7 @@
 """Image classifiers by name, from torchvision and timm, with their evaluation transforms."""
 
 import argparse
+import copy
 import difflib
 import hashlib
 import importlib
@@ -33,6 +34,7 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
+from featnorm.models.heads import cut_classifier
 from featnorm.models.packaged import load_model
 
 _OWN = "featnorm:"
@@ -82,6 +84,8 @@ class LoadedModel:
         Library and name, such as ``"timm:tf_efficientnet_lite0"``.
     notes : list of str
         Decisions made while loading that affect the results; often empty.
+    own : bool
+        Whether the model or its weights are the user's own.
     """
 
     model: nn.Module
@@ -89,6 +93,7 @@ class LoadedModel:
     input_size: tuple[int, int, int]
     name: str
     notes: list[str] = field(default_factory=list)
+    own: bool = False
 
 
 def create_model(
@@ -173,7 +178,7 @@ def _by_name(spec: str, weights: str | Path | None, pretrained: bool, num_classe
             ) from error
     model.eval()
     transform, input_size = (_timm_input if library == "timm" else _torchvision_input)(model, name)
-    return LoadedModel(model, _Single(transform), input_size, full_name, notes)
+    return LoadedModel(model, _Single(transform), input_size, full_name, notes, own=weights is not None)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,57 @@ class _Single:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.transform(image).float()
+
+
+def recreate_model(spec: str, state: Mapping[str, Tensor]) -> LoadedModel:
+    """Create a library's model or featnorm's for weights that will be loaded into it, without a download.
+
+    Parameters
+    ----------
+    spec : see `create_model`; no MODULE:FUNCTION.
+    state : the weights, which determine the number of classes.
+
+    Raises
+    ------
+    ModelError
+        There is no such model.
+    """
+    if spec.startswith(_OWN):
+        return create_model(spec, pretrained=spec != DEFAULT_MODEL)
+    with single_precision():
+        loaded = _by_name(spec, None, False, None)
+        classes = _num_classes(_without_counters(state), _tensors(loaded.model))
+        loaded = loaded if classes is None else _by_name(spec, None, False, classes)
+    return replace(loaded, notes=[])
+
+
+def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
+    """Return a copy of a model without its classifier, and whether it had one.
+
+    A user's own model without a classifier is assumed to return features.
+
+    Raises
+    ------
+    ModelError
+        The classifier of a library's model is not found, or the user's own model cannot be copied.
+    """
+    try:
+        return cut_classifier(loaded.model)[0], True
+    except ValueError as error:
+        if is_users(loaded.name):
+            return copy.deepcopy(loaded.model), False
+        what = str(error).partition(":")[0]
+        raise ModelError(
+            f"{what}: write a function that returns the model without its last layers, and its transform, and "
+            "pass it as MODULE:FUNCTION"
+        ) from None
+    except Exception as error:
+        if not is_users(loaded.name):
+            raise
+        raise ModelError(
+            f"the model of {loaded.name} cannot be copied without its classifier "
+            f"({error_text(error)}{error_site(error)})"
+        ) from error
 
 
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
@@ -222,7 +278,7 @@ def _lite0() -> LoadedModel:
                 f"{path} has SHA-256 {found} where {_LITE0_SHA256} is expected: reinstall the package"
             )
         loaded = create_model(_LITE0, weights=path)
-    return replace(loaded, name=DEFAULT_MODEL, notes=[])
+    return replace(loaded, name=DEFAULT_MODEL, notes=[], own=False)
 
 
 def is_users(spec: str) -> bool:
@@ -290,7 +346,7 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     if not isinstance(example, Tensor) or example.ndim != 3:
         raise ModelError(f"{what}; the transform did not return a tensor (channels, height, width)")
     channels, height, width = example.shape
-    return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes)
+    return LoadedModel(model.eval(), transform, (channels, height, width), spec, notes, own=True)
 
 
 def _users_fault(what: str, error: BaseException) -> UserModelError:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
-from featnorm.image_scorer import ImageVerdict
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
+from featnorm.verdict import ItemVerdict
 
 Array = npt.NDArray[np.float64]
 
@@ -23,7 +23,7 @@ _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
 class ScoredImage:
     """An image on the page, and its verdict; the image is None if it can no longer be read."""
 
-    verdict: ImageVerdict
+    verdict: ItemVerdict
     image: Image.Image | None
 
 
@@ -110,7 +110,7 @@ def _card(i: int, one: ScoredImage, calibration_scores: Array, low: float, high:
     assert verdict.score is not None
     above = float(np.mean(calibration_scores > verdict.score))
     return _Card(
-        name=verdict.name,
+        name=verdict.item,
         word={True: "ID", False: "OOD", None: ""}[verdict.is_id],
         flagged=verdict.is_id is False,
         predicted=verdict.predicted,

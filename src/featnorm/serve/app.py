@@ -21,9 +21,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import featnorm
-from featnorm.image_scorer import ImageScorer, ImageVerdict
 from featnorm.records import row_of
 from featnorm.runtime import Runtime
+from featnorm.scorer import Scorer
 from featnorm.serve.batching import Batcher, Pending
 from featnorm.serve.hosts import HostCheck, allowed_name
 from featnorm.serve.limits import RETRY, BodyLimit, Limits
@@ -32,6 +32,7 @@ from featnorm.serve.page import render_page
 from featnorm.serve.requests import ImageCounts, RequestLog, problem
 from featnorm.serve.uploads import DESCRIPTION, read_body, read_uploads
 from featnorm.serve.workers import Workers
+from featnorm.verdict import ItemVerdict
 
 _MIN_BINS, _MAX_BINS = 12, 40
 
@@ -77,7 +78,7 @@ class Detector(BaseModel):
     """The detector that scores the images."""
 
     detector: str
-    backbone: str
+    model: str | None = Field(description="Specification of the model; null if it is not known.")
     facts: dict[str, str]
     classes: list[str] | None
     threshold: float | None = Field(description="Scores at or above this are ID; null if it is infinite.")
@@ -88,7 +89,7 @@ class Detector(BaseModel):
 
 
 def create_app(
-    scorer: ImageScorer,
+    scorer: Scorer,
     limits: Limits | None = None,
     token: str | None = None,
     *,
@@ -103,7 +104,7 @@ def create_app(
 
     Parameters
     ----------
-    scorer : ImageScorer
+    scorer : Scorer
         A calibrated scorer.
     limits : Limits, optional
         Limits on what a client may send. Default: those of `Limits`.
@@ -123,13 +124,14 @@ def create_app(
     Raises
     ------
     ValueError
-        If the scorer is not calibrated, the token is empty or has characters that a header cannot have, or an
-        allowed host is not a host name.
+        If the scorer is not calibrated or has no preprocess, the token is empty or has characters that a header
+        cannot have, or an allowed host is not a host name.
     """
     limits = limits or Limits()
-    calibration = scorer.scorer.calibration
+    calibration = scorer.calibration
     if calibration is None:
         raise ValueError("the scorer is not calibrated: it has no threshold for a verdict")
+    preprocess = scorer.require_preprocess()
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise ValueError("the token must be printable ASCII without spaces, and not empty")
     hosts = [allowed_name(host) for host in allowed_hosts]
@@ -145,7 +147,7 @@ def create_app(
             for closed in [other for other in workers if other.is_closed()]:
                 del workers[closed]
             predict = partial(_predict, scorer, runtime)
-            workers[loop] = Workers(Batcher(scorer.transform, predict, limits, metrics.batch))
+            workers[loop] = Workers(Batcher(preprocess, predict, limits, metrics.batch))
         return workers[loop]
 
     @asynccontextmanager
@@ -205,14 +207,14 @@ def create_app(
     async def score(
         request: Request, explain: Annotated[bool, Query(description="Whether to explain the verdicts.")] = False
     ) -> Response:
-        if explain and scorer.statistics is None:
+        if explain and not scorer.explains:
             raise HTTPException(400, "the detector's file has no statistics for explanations: fit it again")
         running = start()
         if running.stopped:
             raise HTTPException(503, "the service is shutting down: try again later", RETRY)
         body = await read_body(request)
 
-        async def scored() -> list[ImageVerdict]:
+        async def scored() -> list[ItemVerdict]:
             return await running.batcher.score(await read_uploads(body, limits, running.parser), explain)
 
         verdicts = await _unless_disconnected(request, scored(), limits)
@@ -236,14 +238,14 @@ def create_app(
     async def detector() -> Detector:
         assert calibration is not None
         return Detector(
-            detector=repr(scorer.scorer.detector),
-            backbone=scorer.backbone,
+            detector=repr(scorer.detector),
+            model=scorer.spec,
             facts=scorer.facts,
-            classes=scorer.class_names,
+            classes=scorer.classes,
             threshold=_finite(float(calibration.threshold)),
             tpr=calibration.tpr,
             calibration=histogram(calibration.scores, float(calibration.threshold)),
-            explains=scorer.statistics is not None,
+            explains=scorer.explains,
             limits=dataclasses.asdict(limits),
         )
 
@@ -289,7 +291,7 @@ def create_app(
     return app
 
 
-async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> list[ImageVerdict]:
+async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> list[ItemVerdict]:
     """Await some work, but cancel it if the time is up or the client disconnects."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -314,7 +316,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _predict(scorer: ImageScorer, runtime: Runtime | None, images: Sequence[Pending]) -> list[ImageVerdict]:
+def _predict(scorer: Scorer, runtime: Runtime | None, images: Sequence[Pending]) -> list[ItemVerdict]:
     return scorer.predict_batch(
         torch.stack([image.tensor for image in images]),
         [image.upload.name for image in images],
@@ -323,7 +325,7 @@ def _predict(scorer: ImageScorer, runtime: Runtime | None, images: Sequence[Pend
     )
 
 
-def _result(verdict: ImageVerdict, explain: bool) -> dict[str, Any]:
+def _result(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
     row = row_of(verdict)
     result = {"name": row.pop("path"), **row, "score": _finite(row["score"])}
     return {**result, "why": verdict.why and verdict.why.rows()} if explain else result

@@ -14,12 +14,12 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from featnorm._utils.errors import first_line
-from featnorm.image_scorer import ImageVerdict
 from featnorm.inputs.decoding import decode
 from featnorm.inputs.source import ItemError
 from featnorm.serve.decoding import Decoders
 from featnorm.serve.limits import RETRY, Limits
 from featnorm.serve.uploads import Upload
+from featnorm.verdict import ItemVerdict, unreadable
 
 log = logging.getLogger("featnorm.serve")
 
@@ -34,7 +34,7 @@ class Pending:
 
     upload: Upload
     explain: bool
-    future: asyncio.Future[ImageVerdict]
+    future: asyncio.Future[ItemVerdict]
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -58,7 +58,7 @@ class Batcher:
     def __init__(
         self,
         transform: Callable[..., Tensor],
-        predict: Callable[[Sequence[Pending]], list[ImageVerdict]],
+        predict: Callable[[Sequence[Pending]], list[ItemVerdict]],
         limits: Limits,
         on_batch: Callable[[int], None],
     ) -> None:
@@ -77,7 +77,7 @@ class Batcher:
         """Number of images that were accepted but have not reached the model."""
         return len(self._pending)
 
-    async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[ImageVerdict]:
+    async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[ItemVerdict]:
         """Score the images of one request, in their order. If it is cancelled, pending images are dropped.
 
         Raises
@@ -141,7 +141,7 @@ class Batcher:
         self._decoders.close()
         self._model.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Pending, decoded: asyncio.Future[Tensor | str]) -> ImageVerdict:
+    async def _follow(self, image: Pending, decoded: asyncio.Future[Tensor | str]) -> ItemVerdict:
         tensor = await decoded
         if isinstance(tensor, str):
             self._pending.discard(image)
@@ -181,7 +181,7 @@ class Batcher:
                 batch.append(image)
         return batch
 
-    def _results(self, batch: Sequence[Pending]) -> list[ImageVerdict | Exception]:
+    def _results(self, batch: Sequence[Pending]) -> list[ItemVerdict | Exception]:
         """Score a batch; if that fails, its images one by one, so that only the requests at fault fail."""
         try:
             return [*self._predict(batch)]
@@ -191,8 +191,3 @@ class Batcher:
             if isinstance(error, ValueError):  # an input that the detector rejects
                 return [unreadable(batch[0].upload.name, first_line(error))]
             return [error]
-
-
-def unreadable(name: str, why: str) -> ImageVerdict:
-    """Return the verdict on an image that has no score."""
-    return ImageVerdict(name, None, None, None, None, why)

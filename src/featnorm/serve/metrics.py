@@ -9,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
-from featnorm.image_scorer import ImageVerdict
+from featnorm.verdict import ItemVerdict
 
 # Number of most recent images in the share of flagged ones.
 _RECENT = 1000
@@ -72,7 +72,7 @@ class Metrics:
         """Count a batch."""
         self._batches.observe(size)
 
-    def image(self, verdict: ImageVerdict) -> None:
+    def image(self, verdict: ItemVerdict) -> None:
         """Count an image with its verdict."""
         if verdict.score is None:
             self._images.labels("unreadable").inc()

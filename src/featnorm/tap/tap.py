@@ -111,6 +111,13 @@ class FeatureTap:
         with eval_mode(self.model):
             return self._caught(inputs, plan, classifier)
 
+    def traced(self, inputs: Tensor) -> Features:
+        """Return the features of one batch without their classifier, as operations that torch can export.
+
+        The model must have been traced, and be in evaluation mode.
+        """
+        return self._caught(inputs, classifier=False)
+
     def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Return the features of one batch, in the current mode and with the current gradient setting."""
         plan = plan or self._planned()

@@ -1,0 +1,72 @@
+"""Verdicts: of a batch as tensors, and of one item. This module does not import torch, which takes seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from featnorm.hidden.explanation import Explanation
+
+
+class Verdict(NamedTuple):
+    """Predictions of a `Scorer` for n inputs.
+
+    Attributes
+    ----------
+    score : Tensor
+        Scores (n,), higher for more in-distribution.
+    p_value : Tensor or None
+        Conformal p-values (n,), small for OOD; None before calibration.
+    is_id : Tensor or None
+        Whether each score is at or above the threshold (n,); None before calibration.
+    logits : Tensor or None
+        Logits (n, C); None for a model without a classifier.
+    """
+
+    score: Tensor
+    p_value: Tensor | None
+    is_id: Tensor | None
+    logits: Tensor | None
+
+
+class ItemVerdict(NamedTuple):
+    """Prediction of a `Scorer` for one item.
+
+    Attributes
+    ----------
+    item : str
+        Path of the item, its row in a table, or its position, such as ``"item 3"``.
+    score : float or None
+        Score, higher for more in-distribution; None if the item cannot be read.
+    p_value : float or None
+        Conformal p-value, small for OOD.
+    is_id : bool or None
+        Whether the score is at or above the threshold.
+    predicted : str or None
+        Predicted class, if the scorer knows the class names.
+    error : str or None
+        Why the item cannot be read.
+    group : str or None
+        Group whose threshold applies, if the scorer has thresholds by group.
+    first_of_several : bool
+        Whether the item is the first of several frames or pages of its file.
+    why : Explanation or None
+        Explanation of the score, if it was requested.
+    """
+
+    item: str
+    score: float | None
+    p_value: float | None
+    is_id: bool | None
+    predicted: str | None
+    error: str | None
+    group: str | None = None
+    first_of_several: bool = False
+    why: Explanation | None = None
+
+
+def unreadable(item: str, reason: str) -> ItemVerdict:
+    """Return the verdict on an item that has no score."""
+    return ItemVerdict(item, None, None, None, None, reason)
