@@ -482,7 +482,7 @@ class TestFile:
             (("points", "activation", "module"), "nowhere"),
             (("points", "activation", "side"), "bogus"),
             (("points",), []),
-            (("weights", 0, "weight"), "__class__"),
+            (("weights", 1, 1), "__class__"),
         ],
     )
     def test_a_tap_that_does_not_fit_the_model_is_refused(self, path, where, value):

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
 from featnorm.tap.batch import Call
-from featnorm.tap.find import same_vector
+from featnorm.tap.find import Part
+from featnorm.tap.ops import same_vector
 from featnorm.tap.trace import ModuleIO, Node, Slot, Trace, is_on_top, on_top, tensor_at, tensors_in
 
 
@@ -44,6 +45,9 @@ class HookPoint:
     slot: Slot
     total: int  # number of such operations in a pass; a pass with another number is rejected
     copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
+    chain: tuple[tuple[str, int, int, int], ...] = ()
+    """Later operations that are applied to the value too: name, call, total, and position of the argument."""
+    axis: int | None = None  # axis of the units, if the others are to be averaged
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as plain data, for a file."""
@@ -58,8 +62,9 @@ class HookPoint:
         KeyError, TypeError, ValueError
             The data are invalid.
         """
-        point = cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
-        counts = (point.call, point.total)
+        chain = tuple((str(op), *counts) for op, *counts in data["chain"])
+        point = cls(**{**data, "slot": tuple(data["slot"]), "chain": chain})
+        counts = [point.call, point.total, *(count for step in chain for count in step[1:])]
         if (
             point.side not in ("in", "out", "op")
             or not isinstance(point.module, str)
@@ -67,6 +72,9 @@ class HookPoint:
             or not all(type(count) is int and count >= 0 for count in counts)
             or (point.side == "op" and point.call >= point.total)
             or not isinstance(point.copy, bool)
+            or any(len(step) != 4 for step in chain)
+            or (chain and point.side != "op")
+            or not (point.axis is None or (type(point.axis) is int and point.axis > 0))
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
         return point
@@ -79,9 +87,7 @@ def locate(trace: Trace, node: Node) -> HookPoint:
     """
     seen = [io for io in trace.module_io if io.node is node or same_vector(io.node) is node]
     if not seen:
-        copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
-        total = max(other.call for other in trace.nodes if other.op == node.op) + 1
-        return HookPoint("op", node.op, node.call, (), total, copy)
+        return _operation(trace, node)
     calls = {io.module: io.call for io in trace.module_io}
     io = max(seen, key=lambda io: (_is_returned(io), calls[io.module] == 0, io.side == "in", io.time))
     copy = trace.is_borrowed(io.node) or trace.written_after(io.node, io.time)
@@ -90,6 +96,23 @@ def locate(trace: Trace, node: Node) -> HookPoint:
 
 def _is_returned(at: ModuleIO | HookPoint) -> bool:
     return at.side == "out" and not at.module and not at.call
+
+
+def locate_part(trace: Trace, part: Part) -> HookPoint:
+    """Choose the point at which to capture a part of a field."""
+    if not part.chain:
+        return replace(locate(trace, part.node), axis=part.axis)
+    steps = ((node.op, node.call, _total(trace, node.op), node.args.index(node.data[0])) for node in part.chain)
+    return replace(_operation(trace, part.node), chain=tuple(steps))
+
+
+def _operation(trace: Trace, node: Node) -> HookPoint:
+    copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
+    return HookPoint("op", node.op, node.call, (), _total(trace, node.op), copy)
+
+
+def _total(trace: Trace, op: str) -> int:
+    return max(node.call for node in trace.nodes if node.op == op) + 1
 
 
 def made(node: Node) -> HookPoint:
@@ -133,7 +156,8 @@ def capture(
             with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
                 output = call.run(model)
             for point in operations if fresh is None else ():
-                if seen.calls.get(point.module, -1) + 1 != point.total:
+                totals = [(point.module, point.total), *((op, total) for op, _, total, _ in point.chain)]
+                if any(seen.calls.get(op, -1) + 1 != total for op, total in totals):
                     caught.pop(point, None)
         else:
             output = call.run(model)
@@ -266,17 +290,24 @@ class _Operations(TorchDispatchMode):
         self.owner = owner
         self.fresh = fresh
         self.points = {(point.module, point.call): point for point in points}
+        self.steps: dict[tuple[str, int], list[tuple[HookPoint, int]]] = {}
+        for point in points:
+            for op, call, _, position in point.chain:
+                self.steps.setdefault((op, call), []).append((point, position))
         self.caught = caught
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         if not is_on_top(self.owner):
-            return result
+            return func(*args, **(kwargs or {}))
         op = func._schema.name.removeprefix("aten::")
         call = self.calls[op] = self.calls.get(op, -1) + 1
+        for step, position in self.steps.get((op, call), ()):
+            given = (*args[:position], self.caught.get(step), *args[position + 1 :])
+            self.caught[step] = next(tensor for _, tensor in tensors_in(func(*given, **(kwargs or {}))))
+        result = func(*args, **(kwargs or {}))
         point = self.points.get((op, call))
         value = None if point is None else next((tensor for _, tensor in tensors_in(result)), None)
         if point is not None and value is not None:

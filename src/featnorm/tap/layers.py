@@ -9,8 +9,9 @@ from featnorm._utils.checks import check_type
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.batch import Call
 from featnorm.tap.capture import HookPoint, capture, eval_mode, locate, made
-from featnorm.tap.find import base_op, find, is_rectifier
+from featnorm.tap.find import find
 from featnorm.tap.linear import hidden_classifiers
+from featnorm.tap.ops import base_op, is_rectifier
 from featnorm.tap.tap import unwrap
 from featnorm.tap.trace import Node, trace
 
@@ -72,12 +73,13 @@ class LayerTap:
             self._no_logits = str(error)  # only the hidden classifiers need them
         else:
             self._no_logits = anatomy.absent.get("logits", "")
-            if anatomy.logits is not None:
-                self._logits = locate(traced, anatomy.logits)
+            if anatomy.logits:
+                self._logits = locate(traced, anatomy.logits[0].node)
             if last is not None:
-                if anatomy.activation is None:
-                    raise ValueError(f"there is no last hidden layer: {anatomy.absent['activation']}")
-                found = {last: anatomy.activation, **found}
+                if len(anatomy.activation) != 1:
+                    why = anatomy.absent.get("activation", "it has several parts, one per head")
+                    raise ValueError(f"there is no last hidden layer: {why}")
+                found = {last: anatomy.activation[0].node, **found}
         if not found:
             raise ValueError("nothing in this model is rectified: pass the names of layers")
         self.points: dict[str, HookPoint] = {name: locate(traced, node) for name, node in found.items()}

@@ -14,10 +14,11 @@ from featnorm._utils.progress import progress_bar
 from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
-from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, made
-from featnorm.tap.find import Anatomy, WeightRef, base_op, find
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.find import Anatomy, Part, find, place
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.trace import Node, Trace, trace
+from featnorm.tap.trace import Trace, trace
+from featnorm.tap.weights import Step, checked_step, classifier, paths
 
 # Batch size of the traced forward pass, which keeps every tensor it makes.
 _TRACED_ROWS = 2
@@ -37,22 +38,30 @@ class FeatureTap:
         One logit z, of shape (n, 1) or (n,), is read as that of two classes, (-z / 2, z / 2).
     layer
         Module whose output is the last hidden layer, or its name, if the one found automatically is not the right
-        one. Maps (n, d, height, width) are averaged over space.
+        one. Tokens and maps are averaged over their positions.
     output
         Head of a model with several: a key or attribute of what the model returns, an index, or a path such as
         "heads.0". Default: the output named "logits", or the first one.
+    channel_axis
+        Axis of the units in the output of ``layer``, if it is not a vector: 1 for maps (n, d, ...), -1 for tokens
+        (n, ..., d). Default: inferred from the module or the operations before it.
 
     Raises
     ------
     ValueError
-        ``layer`` is not in the model, or a part of the model is a TorchScript module, which takes no hooks.
+        ``layer`` is not in the model, ``channel_axis`` is given without it, or a part of the model is a
+        TorchScript module, which takes no hooks.
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
     """
 
     def __init__(
-        self, model: nn.Module, layer: str | nn.Module | None = None, output: str | int | None = None
+        self,
+        model: nn.Module,
+        layer: str | nn.Module | None = None,
+        output: str | int | None = None,
+        channel_axis: int | None = None,
     ) -> None:
         if isinstance(model, torch.export.ExportedProgram):
             raise TypeError("the model must be a torch.nn.Module, got an ExportedProgram: pass its module()")
@@ -63,6 +72,9 @@ class FeatureTap:
         check_type(model, nn.Module, "the model", "a torch.nn.Module")
         check_type(layer, (str, nn.Module, type(None)), "layer", "a module of the model or its name")
         check_type(output, (str, int, type(None)), "output", "a key, an index or a path")
+        check_type(channel_axis, (int, type(None)), "channel_axis", "an integer")
+        if channel_axis is not None and layer is None:
+            raise ValueError("channel_axis is an axis of the output of a layer: pass layer= too")
         self.model = unwrap(model)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -73,6 +85,7 @@ class FeatureTap:
         self.layer = self._name(layer)
         self.output = output
         self._signature = Signature.of(self.model)
+        self.channel_axis = channel_axis
         self._plan: _Plan | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
@@ -114,7 +127,7 @@ class FeatureTap:
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
         traced = self._record(call)
-        plan = _Plan.of(find(traced, self.model, self.layer), traced)
+        plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis), traced)
         features = self._capture(plan, call, classifier=True)
         self._plan = plan
         self._advice = TRACE_AGAIN
@@ -166,8 +179,11 @@ class FeatureTap:
         plan = plan or self._planned()
         caught = capture(self.model, plan.points, call, advice=self._advice)
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
-        vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
-        fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
+        vectors = {plan.points[name]: _as_vectors(value, plan.points[name].axis) for name, value in caught.items()}
+        fields: dict[str, Any] = {}
+        for name, point in plan.points.items():
+            first, _, more = name.partition(".")
+            fields[first] = torch.cat([fields[first], vectors[point]], 1) if more else vectors[point]
         fields["classifier"] = plan.classifier(self.model) if classifier else None
         absent = plan.absent
         if call.labels is not None:
@@ -258,13 +274,17 @@ class FeatureTap:
         """
         call = read_batch(batch, self._signature).to(self.device)
         traced = self._record(call)
-        anatomy = find(traced, self.model, self.layer)
-        if anatomy.activation is None or anatomy.logits is None:
-            missing = "activation" if anatomy.activation is None else "logits"
+        anatomy = find(traced, self.model, self.layer, self.channel_axis)
+        if not anatomy.activation or not anatomy.logits:
+            missing = "logits" if anatomy.activation else "activation"
             raise ValueError(f"there is no hidden classifier without {missing}: {anatomy.absent.get(missing)}")
+        if len(anatomy.activation) > 1:
+            raise ValueError(
+                f"the last hidden layer has {len(anatomy.activation)} parts, one per head: choose one with layer="
+            )
         name = self.layer or "the last hidden layer"
-        layers = {name: made(anatomy.activation)}
-        logits = locate(traced, anatomy.logits)
+        layers = {name: made(anatomy.activation[0].node)}
+        logits = locate(traced, anatomy.logits[0].node)
         found = hidden_classifiers(self.model, layers, logits, call, pre_activation=pre_activation)[name]
         if found.coefficients.shape[1] > 1 or found.offset is None:
             return found
@@ -303,6 +323,7 @@ class FeatureTap:
         return {
             "layer": self.layer,
             "output": self.output,
+            "channel_axis": self.channel_axis,
             "inactive": self._inactive,
             "plan": self._planned().to_dict(),
         }
@@ -316,7 +337,7 @@ class FeatureTap:
         KeyError, TypeError, ValueError
             The data are not a state, or do not fit the model.
         """
-        tap = cls(model, state["layer"], state["output"])
+        tap = cls(model, state["layer"], state["output"], state["channel_axis"])
         tap._plan = _Plan.from_dict(state["plan"])
         tap._plan.check(tap.model)
         tap._inactive = check_text(state["inactive"])
@@ -402,12 +423,12 @@ class _Plan:
     def __init__(
         self,
         points: dict[str, HookPoint],
-        weights: list[WeightRef],
+        weights: list[Step],
         absent: dict[str, str],
         verdict: str,
         words: dict[str, str],
     ) -> None:
-        self.points = points
+        self.points = points  # by field; the further parts of a field follow as "pooled.1", ...
         self.weights = weights
         self.absent = absent
         self.verdict = verdict
@@ -415,49 +436,35 @@ class _Plan:
 
     @classmethod
     def of(cls, anatomy: Anatomy, traced: Trace) -> "_Plan":
-        nodes = {
-            name: node
+        parts: dict[str, list[Part]] = {
+            name: found
             for name in ("activation", "pooled", "embedding", "logits")
-            if (node := getattr(anatomy, name)) is not None
+            if (found := getattr(anatomy, name))
         }
-        points = {name: locate(traced, node) for name, node in nodes.items()}
-        words = {
-            name: f"{_width(node)} wide, from {_place(node)}"
-            for name, node in nodes.items()
-            if name != "activation"
+        points = {
+            f"{name}.{i}" if i else name: locate_part(traced, part)
+            for name, found in parts.items()
+            for i, part in enumerate(found)
         }
-        if anatomy.logits is not None and _width(anatomy.logits) == 1:
+        words = {name: _words(found) for name, found in parts.items() if name != "activation"}
+        if anatomy.logits and sum(map(_width, anatomy.logits)) == 1:
             words["logits"] += ", read as two classes (-z / 2, z / 2)"
+        words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
 
     def classifier(self, model: nn.Module) -> Classifier | None:
         """Return the linear map from the hidden layer to the logits, from the model's current weights."""
-        product: Tensor | None = None
-        offset: Tensor | None = None
-        for ref in self.weights:
-            weight = _attribute(model, ref.weight).detach()
-            weight = weight.T if ref.transposed else weight.flatten(1)
-            weight = nn.functional.normalize(weight, dim=1) if ref.unit_rows else weight
-            bias = None if ref.bias is None else _attribute(model, ref.bias).detach().reshape(-1)
-            if product is None:
-                product, offset = weight, bias
-                continue
-            if bias is not None:
-                offset = product @ bias if offset is None else product @ bias + offset
-            product = product @ weight
-        if product is None:
-            return None
-        # Copies: features must neither change with the user's weights nor change them.
-        return product.clone(), None if offset is None else offset.clone()
+        return classifier(self.weights, model)
 
     def check(self, model: nn.Module) -> None:
         """Raise a ValueError if a plan from a file does not fit the model."""
         for name, point in self.points.items():
             exists = point.side == "op" or (point.side in ("in", "out") and _has_module(model, point.module))
-            if name not in PER_INPUT or not exists:
+            first, _, more = name.partition(".")
+            if first not in PER_INPUT or (more and first not in self.points) or not exists:
                 raise ValueError(f"the hook point of {name!r} does not exist: {point.side!r} of {point.module!r}")
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for path in (path for ref in self.weights for path in (ref.weight, ref.bias) if path is not None):
+        for path in paths(self.weights):
             owner, _, attribute = path.rpartition(".")
             # A parametrized weight is an attribute of its module, but neither a parameter nor a buffer.
             if path not in tensors and not (attribute in ("weight", "bias") and _has_module(model, owner)):
@@ -467,7 +474,7 @@ class _Plan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "points": {name: point.to_dict() for name, point in self.points.items()},
-            "weights": [vars(ref) for ref in self.weights],
+            "weights": [list(step) for step in self.weights],
             "absent": self.absent,
             "verdict": self.verdict,
             "words": self.words,
@@ -477,7 +484,7 @@ class _Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
             {name: HookPoint.from_dict(point) for name, point in data["points"].items()},
-            [WeightRef.from_dict(ref) for ref in data["weights"]],
+            [checked_step(step) for step in data["weights"]],
             _texts(data["absent"]),
             check_text(data["verdict"]),
             _texts(data["words"]),
@@ -514,10 +521,15 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def _verdict(anatomy: Anatomy) -> str:
-    node = anatomy.activation
-    if node is None:
+    parts = anatomy.activation
+    if not parts:
         return "No last hidden layer for NAN: " + anatomy.absent["activation"] + "."
-    found = f"Last hidden layer: {_width(node)} units, from {_place(node)}. "
+    found = f"Last hidden layer: {sum(map(_width, parts))} units, from {_places(parts)}. "
+    if anatomy.kind == "hidden" and anatomy.norm:
+        return found + (
+            f"It is the hidden layer of a head, but {anatomy.norm} rescales it before the classifier, so its norm "
+            "is not what the logits depend on. NAN may be less accurate there: measure it."
+        )
     if anatomy.kind == "hidden":
         return found + "It is the hidden layer of an MLP head, which is what the paper recommends for NAN."
     if anatomy.kind == "pooled":
@@ -529,30 +541,36 @@ def _verdict(anatomy: Anatomy) -> str:
     return found + "It was chosen by name; NAN expects the output of a rectifier."
 
 
-def _width(node: Node) -> int:
-    numbers = node.value.numel() // max(len(node.value), 1)
-    if node.value.ndim == 1:
-        return 1
-    # Maps are pooled to one value per channel; a vector may lie along any axis.
-    return numbers if numbers in node.shape[1:] else int(node.shape[1])
+def _words(parts: list[Part]) -> str:
+    widths = " + ".join(str(_width(part)) for part in parts)
+    heads = f", which {len(parts)} heads read whose outputs are added up" if len(parts) > 1 else ""
+    return f"{widths} wide, from {_places(parts)}{heads}"
 
 
-def _place(node: Node) -> str:
-    return f"{base_op(node)} in `{node.module}`" if node.module else f"{base_op(node)} in the model's forward"
+def _width(part: Part) -> int:
+    shape = part.node.shape
+    if part.axis is not None or part.chain:
+        return shape[-1 if part.axis is None else part.axis]
+    return part.node.value.numel() // max(shape[0], 1)
 
 
-def _attribute(model: nn.Module, path: str) -> Tensor:
-    value: Any = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def _places(parts: list[Part]) -> str:
+    averaged = ", averaged over positions" if parts[0].axis is not None else ""
+    reduced = ", reduced over positions as the logits are" if parts[0].chain else ""
+    return " and ".join(place(part.node) for part in parts) + averaged + reduced
 
 
-def _as_vectors(value: Tensor) -> Tensor:
+def _as_vectors(value: Tensor, axis: int | None) -> Tensor:
+    value = value.dequantize() if value.is_quantized else value
     if value.ndim == 1:
         return value[:, None]
-    if value.ndim == 4 and value.shape[2:].numel() > 1:
-        return value.mean((2, 3))
+    if axis is not None:
+        if axis >= value.ndim:
+            raise PathError(
+                f"the model took a different path than when it was traced (its layer has the shape "
+                f"{tuple(value.shape)}, without an axis {axis}); {TRACE_AGAIN}"
+            )
+        value = value.movedim(axis, 1).flatten(2).mean(2)
     return value.flatten(1)
 
 

@@ -27,10 +27,12 @@ class Node:
     time: int
     op: str  # the ATen operation without its overload, "input" or "constant"
     call: int  # index among operations of this name, from 0
-    args: tuple[Any, ...]  # arguments of the operation, with tensors replaced by their nodes
+    args: tuple[Any, ...] = field(repr=False)  # arguments of the operation, with tensors replaced by their nodes
     module: str  # innermost module that was running
-    value: Tensor
+    value: Tensor = field(repr=False)
     from_input: bool  # whether the value depends on the input of the model
+    func: Any = None  # the operation itself
+    keywords: tuple[str, ...] = ()  # names of its last arguments
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,6 +48,13 @@ class Node:
     def data(self) -> list["Node"]:
         """The parents that depend on the model's input."""
         return [parent for parent in self.parents if parent.from_input]
+
+    def run(self, replaced: Mapping["Node", Tensor]) -> Tensor:
+        """Run the operation again with other values for some of its arguments, and return its first result."""
+        values = [_with_values(arg, replaced) for arg in self.args]
+        count = len(values) - len(self.keywords)
+        result = self.func(*values[:count], **dict(zip(self.keywords, values[count:], strict=True)))
+        return next(tensor for _, tensor in tensors_in(result))
 
 
 @dataclass(frozen=True)
@@ -229,6 +238,7 @@ class _Recorder(TorchDispatchMode):
         depends = any(node.from_input for node in _nodes(arguments))
         for _, tensor in tensors_in(result):
             node = self._add(op, arguments, tensor, depends)
+            node.func, node.keywords = func, tuple(kwargs or ())
             if func._schema.is_mutable:
                 self._written[_memory(tensor)] = node
         self._calls[op] = self._calls.get(op, -1) + 1
@@ -261,6 +271,12 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._with_nodes(item) for item in value)
         return value
+
+
+def _with_values(value: Any, replaced: Mapping[Node, Tensor]) -> Any:
+    if isinstance(value, Node):
+        return replaced.get(value, value.value)
+    return [_with_values(item, replaced) for item in value] if isinstance(value, tuple) else value
 
 
 def _nodes(value: Any) -> Iterator[Node]:
