@@ -11,16 +11,17 @@ numbers and a `ValueError` for values that are not one-dimensional or contain a 
 and the index of the first NaN.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featnorm._utils.checks import ScoreLike, as_p_values, as_score_tensor, check_share, threshold_rank
 from featnorm._utils.groups import GroupRanks, check_groups, members_of_groups, names_of_groups
+from featnorm._utils.weights import ExactModule
 
 __all__ = ["Calibration", "benjamini_hochberg", "conformal_p_values", "threshold_at_tpr"]
 
@@ -129,7 +130,7 @@ def benjamini_hochberg(p_values: ScoreLike, fdr: float = 0.05) -> Tensor:
     return p <= torch.where(ordered <= limit, ordered, -1.0).max()
 
 
-class Calibration(nn.Module):
+class Calibration(ExactModule):
     """Threshold and p-values from the scores of held-out ID inputs, for all inputs alike or per group.
 
     The two agree: an input is ID exactly if its p-value is above ``1 - tpr`` in decimal arithmetic (at ``tpr=0.9``
@@ -365,14 +366,6 @@ class Calibration(nn.Module):
     def fitted_tensors(self) -> dict[str, Tensor]:
         """Return the scores and, with groups, their members, which with `to_dict` make the calibration again."""
         return {"scores": self.scores} | ({} if self.members is None else {"members": self.members})
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def _sorted(scores: ScoreLike, name: str) -> Tensor:

@@ -46,14 +46,13 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_m
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer
+from featnorm.splitting import HELD_OUT, held_out
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
 Targets = Literal["auto", "labels", "clusters"]
 
-#: One image in five is held out for calibration.
-HELD_OUT = 5
 #: With fewer images, too few are held out for calibration.
 MIN_IMAGES = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
@@ -517,12 +516,6 @@ def _without_duplicates(cached: CachedFeatures) -> CachedFeatures:
     first = sorted({digest: i for i, digest in reversed(list(enumerate(cached.digests)))}.values())
     digests = [cached.digests[i] for i in first]
     return replace(cached, stored_rows=cached.stored_rows[first], rows=cached.rows[first], digests=digests)
-
-
-def held_out(digests: Sequence[bytes]) -> Tensor:
-    """Return which images are held out for calibration, (n,) bool: every fifth content, ordered by digest."""
-    chosen = set(sorted(set(digests))[::HELD_OUT])
-    return torch.tensor([digest in chosen for digest in digests])
 
 
 def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool | None = None) -> ProjectionHead:
