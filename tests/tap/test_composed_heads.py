@@ -44,7 +44,8 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda a, b: a + b,
     "mean": lambda a, b: (a + b) / 2,
     "weighted": lambda a, b: 0.3 * a + 0.7 * b,
-    "alpha": lambda a, b: torch.add(a, b),
+    "alpha": lambda a, b: torch.add(a, b, alpha=0.4),
+    "difference with alpha": lambda a, b: torch.sub(a, b, alpha=3),
     "difference": lambda a, b: a - b,
     "stack, mean": lambda a, b: torch.stack([a, b]).mean(0),
     "stack, sum over the last axis": lambda a, b: torch.stack([a, b], -1).sum(-1),
@@ -241,6 +242,23 @@ def test_an_adapter_that_scales_the_layer_too(x: Tensor) -> None:
     same(f.activation, F.relu(net.first(x)))
     same(f.logits, net(x))
     assert_absent(f, "classifier")
+
+
+@pytest.mark.parametrize("numbers", [{"alpha": 2.0}, {"beta": 0.5}])
+def test_a_layer_that_is_scaled_within_its_operation(numbers: dict[str, float], x: Tensor) -> None:
+    net = Net(
+        lambda m, x: torch.addmm(m.b, F.relu(m.first(x)), m.W.T, **numbers),
+        first=nn.Linear(IN, D), W=parameter(C, D), b=parameter(C),
+    )  # fmt: skip
+    f = tapped(net, x)
+    same(f.activation, F.relu(net.first(x)))
+    assert_absent(f, "classifier")
+
+
+def test_where_a_model_without_a_classifier_ends_is_named(tokens: Tensor) -> None:
+    net = Net(lambda m, x: m.norm(x)[:, 0], norm=nn.LayerNorm(D))
+    words = FeatureTap(net).trace(tokens).describe()
+    assert "logits: the model returns features without a classifier (native_layer_norm in `norm`" in words
 
 
 # --- class scores over positions --------------------------------------------------------------------------------

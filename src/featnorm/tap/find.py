@@ -283,7 +283,8 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
         normalized = normalized_source(output)
         why = "features without a classifier" if normalized is None else "embeddings of unit length"
         anatomy.logits = []
-        absent["logits"] = absent["classifier"] = f"the model returns {why}"
+        stopped = "" if search.stopped is None else f" ({place(search.stopped)} is no linear layer)"
+        absent["logits"] = absent["classifier"] = f"the model returns {why}{stopped}"
         read, walk = output, _Walk(output)
     else:
         parts, chain = _parts(heads)
