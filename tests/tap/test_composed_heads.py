@@ -44,7 +44,8 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda a, b: a + b,
     "mean": lambda a, b: (a + b) / 2,
     "weighted": lambda a, b: 0.3 * a + 0.7 * b,
-    "alpha": lambda a, b: torch.add(a, b),
+    "alpha": lambda a, b: torch.add(a, b, alpha=0.4),
+    "difference with alpha": lambda a, b: torch.sub(a, b, alpha=3),
     "difference": lambda a, b: a - b,
     "stack, mean": lambda a, b: torch.stack([a, b]).mean(0),
     "stack, sum over the last axis": lambda a, b: torch.stack([a, b], -1).sum(-1),
@@ -243,6 +244,23 @@ def test_an_adapter_that_scales_the_layer_too(x: Tensor) -> None:
     assert_absent(f, "classifier")
 
 
+@pytest.mark.parametrize("numbers", [{"alpha": 2.0}, {"beta": 0.5}])
+def test_a_layer_that_is_scaled_within_its_operation(numbers: dict[str, float], x: Tensor) -> None:
+    net = Net(
+        lambda m, x: torch.addmm(m.b, F.relu(m.first(x)), m.W.T, **numbers),
+        first=nn.Linear(IN, D), W=parameter(C, D), b=parameter(C),
+    )  # fmt: skip
+    f = tapped(net, x)
+    same(f.activation, F.relu(net.first(x)))
+    assert_absent(f, "classifier")
+
+
+def test_where_a_model_without_a_classifier_ends_is_named(tokens: Tensor) -> None:
+    net = Net(lambda m, x: m.norm(x)[:, 0], norm=nn.LayerNorm(D))
+    words = FeatureTap(net).trace(tokens).describe()
+    assert "logits: the model returns features without a classifier (native_layer_norm in `norm`" in words
+
+
 # --- class scores over positions --------------------------------------------------------------------------------
 
 LENGTHS = torch.tensor([3, 7, 1, 5, 2])
@@ -291,6 +309,51 @@ def test_class_scores_of_tokens(name: str, bias: bool, tokens: Tensor) -> None:
     assert "pooled: 8 wide" in tap.describe()
     again = FeatureTap.from_dict(net, tap.to_dict())
     same(again(tokens).pooled, reduce(tokens, net.norm(tokens)))
+
+
+def test_class_scores_of_two_tokens(tokens: Tensor) -> None:
+    net = Net(
+        lambda m, x: (lambda z: (z[:, 0] + z[:, 1]) / 2)(m.score(m.norm(x))),
+        norm=nn.LayerNorm(D), score=nn.Linear(D, C),
+    )  # fmt: skip
+    f = tapped(net, tokens)
+    same(f.pooled, net.norm(tokens)[:, :2].flatten(1))
+    same(f.logits, net(tokens))
+    assert "a sum over positions" in f.absent["classifier"]
+
+
+def test_two_heads_behind_projections_of_every_token(tokens: Tensor) -> None:
+    net = Net(
+        lambda m, x: (lambda h: (m.a(m.p(h)) + m.b(m.q(h))).mean(1))(m.norm(x)),
+        norm=nn.LayerNorm(D), p=nn.Linear(D, E), q=nn.Linear(D, 5), a=nn.Linear(E, C), b=nn.Linear(5, C),
+    )  # fmt: skip
+    f = tapped(net, tokens)
+    same(f.pooled, net.norm(tokens).mean(1))
+    assert_reproduces(f, "pooled", net(tokens))
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [lambda z: z[..., :2].mean(1), lambda z: z[..., torch.tensor([0, 2])].mean(1), lambda z: z[:, :, 1:].amax(1)],
+)
+def test_some_classes_of_class_scores(reduce: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+    net = Net(lambda m, x: reduce(m.score(m.norm(x))), norm=nn.LayerNorm(D), score=nn.Linear(D, C))
+    f = tapped(net, tokens)
+    same(f.pooled, net.norm(tokens).mean(1))
+    same(f.logits, net(tokens))
+    assert_absent(f, "classifier")
+
+
+def test_weights_that_do_not_add_up_to_one(tokens: Tensor) -> None:
+    net = Net(
+        lambda m, x: (m.score(m.norm(x)) * x[:, :, :1].sigmoid()).mean(1),
+        norm=nn.LayerNorm(D),
+        score=nn.Linear(D, C),
+    )
+    f = tapped(net, tokens)
+    same(f.pooled, (net.norm(tokens) * tokens[:, :, :1].sigmoid()).mean(1))
+    same(f.logits, net(tokens))
+    assert_absent(f, "classifier")
 
 
 def test_rectified_tokens_under_a_head(tokens: Tensor) -> None:
@@ -375,6 +438,19 @@ def test_logits_of_an_unknown_operation_are_not_passed_off_as_features(x: Tensor
     assert_absent(f, "activation", "pooled", "classifier", "embedding")
     words = FeatureTap(net).trace(x).describe()
     assert "stopped at _cdist_forward" in words
+
+
+@pytest.mark.parametrize("distance", [
+    lambda h, p: -torch.cdist(h, p),
+    lambda h, p: -(h[:, None] - p).pow(2).sum(-1),
+    lambda h, p: -(h[:, None] - p[None]).norm(dim=-1) / 0.1,
+    lambda h, p: -(p - h[:, None]).square().mean(2),
+])  # fmt: skip
+def test_distances_from_prototypes_are_logits(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> None:
+    net = Net(lambda m, x: distance(F.relu(m.first(x)), m.P), first=nn.Linear(IN, D), P=parameter(C, D))
+    f = tapped(net, x)
+    same(f.logits, net(x))
+    assert_absent(f, "pooled", "activation", "classifier")
 
 
 @pytest.mark.parametrize("change", [

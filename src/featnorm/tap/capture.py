@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -289,9 +290,10 @@ class _Operations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.fresh = fresh
-        self.points = {(point.module, point.call): point for point in points}
+        self.points: dict[tuple[str, int], list[HookPoint]] = {}
         self.steps: dict[tuple[str, int], list[tuple[HookPoint, int]]] = {}
         for point in points:
+            self.points.setdefault((point.module, point.call), []).append(point)
             for op, call, _, position in point.chain:
                 self.steps.setdefault((op, call), []).append((point, position))
         self.caught = caught
@@ -305,13 +307,13 @@ class _Operations(TorchDispatchMode):
         op = func._schema.name.removeprefix("aten::")
         call = self.calls[op] = self.calls.get(op, -1) + 1
         for step, position in self.steps.get((op, call), ()):
-            given = (*args[:position], self.caught.get(step), *args[position + 1 :])
-            self.caught[step] = next(tensor for _, tensor in tensors_in(func(*given, **(kwargs or {}))))
+            if step in self.caught:
+                given = (*args[:position], self.caught[step], *args[position + 1 :])
+                self.caught[step] = next(tensor for _, tensor in tensors_in(func(*given, **(kwargs or {}))))
         result = func(*args, **(kwargs or {}))
-        point = self.points.get((op, call))
-        value = None if point is None else next((tensor for _, tensor in tensors_in(result)), None)
-        if point is not None and value is not None:
-            self.caught[point] = value.clone() if point.copy and self.fresh is None else value
-            if self.fresh is not None:
-                self.fresh.append(point)
+        for point in self.points.get((op, call), ()):
+            for _, value in islice(tensors_in(result), 1):
+                self.caught[point] = value.clone() if point.copy and self.fresh is None else value
+                if self.fresh is not None:
+                    self.fresh.append(point)
         return result

@@ -5,7 +5,7 @@ registration of modules do not matter, and function calls are found like modules
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -66,13 +66,15 @@ _NEVER_RECTIFIED = (
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A value in a trace that is, alone or beside others, a field of the features."""
+    """A value in a trace that is, alone or beside others, a field of the features.
+
+    ``chain`` holds the operations over positions by which the model reduces its class scores, and which reduce the
+    value too. Otherwise, ``axis`` is the axis of the units if the others are averaged.
+    """
 
     node: Node
-    chain: tuple[
-        Node, ...
-    ] = ()  # operations over positions that the model applies to its class scores, and we to it
-    axis: int | None = None  # axis of the units, if the others are averaged
+    chain: tuple[Node, ...] = ()
+    axis: int | None = None
 
 
 @dataclass
@@ -125,15 +127,23 @@ class _Head:
             return Part(source), []
         layer = linear_layer(self.output) or self.output
         axis = 1 if base_op(layer) == "convolution" else source.value.ndim - 1
+        averaged = Part(source, axis=axis)
         names = {base_op(node) for node in self.chain} - _ARITHMETIC
-        averages = [node for node in self.chain if base_op(node) in _AVERAGES | (RESHAPES - _SELECTIONS)]
-        if names <= set(map(base_op, averages)):
-            return Part(source, axis=axis), averages
         # A sum needs the weights and the division that make it a mean.
-        chain = [n for n in self.chain if base_op(n) in (names | {"mul", "div"} if "sum" in names else names)]
+        weights = {
+            n for n in self.chain if base_op(n) in ("mul", "div") and (len(n.data) > 1 and not is_vector(n))
+        }
+        weights |= {n for n in self.chain if base_op(n) in ("mul", "div") and "sum" in names}
+        averages = [node for node in self.chain if base_op(node) in _AVERAGES | (RESHAPES - _SELECTIONS)]
+        classes = self.output.shape[axis]
+        if any(node.value.numel() != len(source.value) * classes for node in self.chain if is_vector(node)):
+            return averaged, []  # some classes are selected
+        if names <= set(map(base_op, averages)) and not weights:
+            return averaged, averages
+        chain = [node for node in self.chain if base_op(node) in names or node in weights]
         if names <= _REPLAYED and (weight := _total_weight(chain, source, axis)) is not None:
             return Part(source, tuple(chain)), chain if abs(weight - 1) < 1e-2 else []
-        return Part(source, axis=axis), averages
+        return averaged, averages
 
 
 class _Heads:
@@ -142,6 +152,7 @@ class _Heads:
     def __init__(self, named: bool) -> None:
         self.named = named  # whether the output is known to be logits, whatever operation makes it
         self.stopped: Node | None = None
+        self._failed: set[Node] = set()
 
     def of(self, node: Node, chain: tuple[Node, ...] = ()) -> list[_Head] | None:
         """Return the heads, or None if the value is no sum of their outputs."""
@@ -151,7 +162,7 @@ class _Heads:
             return [_Head(node, source, chain)]
         if op == "convolution" and not is_vector(node) and chain:  # of more than one pixel
             return [_Head(node, same_value(data[0]), chain)]
-        if data and normalized_source(node) is None:
+        if data and node not in self._failed and normalized_source(node) is None:
             terms = data if op in ("add", "sub") and len(data) > 1 else stacked_terms(node)
             if terms is not None:
                 found = [self.of(term, chain) for term in terms]
@@ -164,6 +175,8 @@ class _Heads:
             elif (scores := self._scores(node)) is not None:
                 return self.of(scores, (node, *chain))
         self.stopped = self.stopped or node
+        self.named = self.named or _is_distance(node)
+        self._failed.add(node)
         return None
 
     def _scores(self, node: Node) -> Node | None:
@@ -189,17 +202,28 @@ def _is_residual(terms: list[Node], found: list[list[_Head] | None]) -> bool:
     return any(id(same_value(a)) in read[j] for i, a in enumerate(terms) for j in range(len(terms)) if i != j)
 
 
+def _is_distance(node: Node) -> bool:
+    """Return whether a value is a distance of every input from every prototype, which is a parameter's row."""
+    if base_op(node) in ("_cdist_forward", "_euclidean_dist"):
+        return len(node.data) == 1
+    while (
+        base_op(node) in {"linalg_vector_norm", "sum", "mean", "sqrt", "pow", "abs", "square", "mul"} and node.data
+    ):
+        node = node.data[0]
+    shape = node.shape
+    others = [parent for parent in node.parents if not parent.from_input]
+    return base_op(node) == "sub" and len(shape) == 3 and any(other.shape[-2:] == shape[1:] for other in others)
+
+
 def _total_weight(chain: Iterable[Node], source: Node, axis: int) -> float | None:
     """Return the sum of the weights with which a chain of operations adds up positions, or None if it fails."""
-    shape = list(source.shape)
-    shape[axis] = 1
-    value = torch.ones(shape, dtype=source.value.dtype, device=source.value.device)
+    value = torch.ones_like(source.value)
     try:
         for node in chain:
             value = node.run({node.data[0]: value})
     except (RuntimeError, IndexError):
         return None
-    return float(value.mean()) if value.numel() == len(source.value) else None
+    return float(value.mean()) if value.numel() == len(source.value) * source.shape[axis] else None
 
 
 class _Walk:
@@ -245,6 +269,7 @@ class _Walk:
 def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
     search = _Heads(named)
     heads = search.of(output)
+    named = search.named
     anatomy = Anatomy("none", [], [], [], [Part(output)])
     absent = anatomy.absent
     if heads is None and named:
@@ -258,7 +283,8 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
         normalized = normalized_source(output)
         why = "features without a classifier" if normalized is None else "embeddings of unit length"
         anatomy.logits = []
-        absent["logits"] = absent["classifier"] = f"the model returns {why}"
+        stopped = "" if search.stopped is None else f" ({place(search.stopped)} is no linear layer)"
+        absent["logits"] = absent["classifier"] = f"the model returns {why}{stopped}"
         read, walk = output, _Walk(output)
     else:
         parts, chain = _parts(heads)
@@ -297,7 +323,7 @@ def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
 
     If all heads read one value, directly or through further linear layers, it is the only part.
     """
-    parts: dict[Node, Part] = {}
+    parts: dict[tuple[Node, tuple[Node, ...]], Part] = {}
     chain: list[Node] = []
     for head in heads:
         part, reductions = head.part()
@@ -305,15 +331,13 @@ def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
         node = part.node
         while len(heads) > 1 and base_op(node) in BATCH_NORMS and is_vector(node) and is_vector(node.data[0]):
             node = same_vector(node.data[0])
-        parts.setdefault(node, Part(node, part.chain, part.axis))
-    if len(parts) == 1:
-        return list(parts.values()), chain
-    common = common_source([[node, *affine_sources(node)] for node in parts])
-    if common is not None:
-        return [parts.get(common) or Part(common)], chain
+        parts.setdefault((node, part.chain), replace(part, node=node))
+    found = list(parts.values())
+    common = common_source([[part.node, *affine_sources(part.node)] for part in found])
+    if common is not None and len({(part.chain, part.axis) for part in found}) == 1:
+        return [replace(found[0], node=common)], chain
     # What a head reads at every position is left out beside heads that read one vector (token labeling of VOLO).
-    vectors = [part for node, part in parts.items() if is_vector(node)]
-    return vectors or list(parts.values()), chain
+    return [part for part in found if is_vector(part.node)] or found, chain
 
 
 def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool) -> None:
@@ -351,6 +375,8 @@ def _set_classifier(
     anatomy: Anatomy, logits: Node, sources: list[Node], chain: list[Node], cosine: bool, model: nn.Module
 ) -> None:
     try:
+        if len(set(sources)) < len(sources):
+            raise NotLinearError("a sum over positions")
         anatomy.classifier = linear_map(logits, sources, chain, cosine, model)
     except NotLinearError as error:
         anatomy.absent["classifier"] = (

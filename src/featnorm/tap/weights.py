@@ -60,8 +60,9 @@ def linear_map(
         elif op in ("add", "sub") and len(node.data) > 1:
             for i, term in enumerate(node.data):
                 visit(term, crossed, cosine)
-                if i and op == "sub":
-                    steps.append(("scale", -1.0))
+                if i:
+                    alpha = next(iter(numbers(node)), 1.0)
+                    steps.append(("scale", -alpha if op == "sub" else alpha))
             steps.append(("sum", len(node.data)))
         elif (terms := stacked_terms(node)) is not None:
             for term in terms:
@@ -80,7 +81,7 @@ def linear_map(
         elif op in ("add", "sub", "rsub", "mul", "div", "neg") and len(node.data) == 1:
             factor = _factor(node)
             shift = next((parent for parent in node.parents if not parent.from_input), None)
-            if op == "add" and shift is not None and shift.value.ndim >= 1:
+            if op == "add" and shift is not None and shift.value.ndim >= 1 and not numbers(node):
                 visit(node.data[0], crossed, cosine, shift)
             elif cosine or factor == 1:
                 visit(node.data[0], crossed, cosine)
@@ -267,11 +268,15 @@ def _reference(node: Node, bias: Node | None, model: nn.Module) -> tuple[str, bo
     assert layer is not None
     op = base_op(layer)
     if op.startswith("quantized"):
+        if bias is not None:
+            raise NotLinearError(_ARITHMETIC)
         has_bias = model.get_submodule(layer.module).bias() is not None  # type: ignore[operator]
         return f"{layer.module}.weight", False, False, f"{layer.module}.bias" if has_bias else None
     constants = [parent for parent in layer.parents if not parent.from_input]
     root = constants[-1] if op == "addmm" else constants[0]
     bias = bias or _own_bias(node)
+    if op == "addmm" and any(number != 1 for number in numbers(layer)):
+        raise NotLinearError("a linear layer that is scaled")
     if op == "convolution":
         matrix = root.value.flatten(1)
     elif op == "linear" or layer.parents[0] is root:  # W x
