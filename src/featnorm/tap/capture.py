@@ -36,18 +36,19 @@ class HookPoint:
     """A point in a forward pass at which a value can be captured.
 
     ``side`` is "in" or "out" for an argument or a result of the ``call``-th call of a module, at keys ``slot``. It
-    is "op" for a value that no module receives or returns: the result of the ``call``-th ATen operation named
-    ``module``.
+    is "op" for a value that no module receives or returns: the result of the ``call``-th ATen operation of a kind,
+    which ``module`` names as "module/operation". Only operations in the forward pass of the module itself count:
+    other parts of a model may run others, as a model of text does for a batch without padding.
     """
 
     side: str
     module: str
     call: int
     slot: Slot
-    total: int  # number of such operations in a pass; a pass with another number is rejected
+    total: int  # number of operations of this kind in a pass; a pass with another number is rejected
     copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
     chain: tuple[tuple[str, int, int, int], ...] = ()
-    """Later operations that are applied to the value too: name, call, total, and position of the argument."""
+    """Later operations that are applied to the value too: kind, call, total, and position of the argument."""
     axis: int | None = None  # axis of the units, if the others are to be averaged
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +76,9 @@ class HookPoint:
             or not isinstance(point.copy, bool)
             or any(len(step) != 4 for step in chain)
             or (chain and point.side != "op")
+            or any(
+                "/" not in kind for kind in ([point.module] * (point.side == "op") + [step[0] for step in chain])
+            )
             or not (point.axis is None or (type(point.axis) is int and point.axis > 0))
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
@@ -103,22 +107,26 @@ def locate_part(trace: Trace, part: Part) -> HookPoint:
     """Choose the point at which to capture a part of a field."""
     if not part.chain:
         return replace(locate(trace, part.node), axis=part.axis)
-    steps = ((node.op, node.call, _total(trace, node.op), node.args.index(node.data[0])) for node in part.chain)
+    steps = ((*_counted(trace, node), node.args.index(node.data[0])) for node in part.chain)
     return replace(_operation(trace, part.node), chain=tuple(steps))
 
 
 def _operation(trace: Trace, node: Node) -> HookPoint:
     copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
-    return HookPoint("op", node.op, node.call, (), _total(trace, node.op), copy)
+    kind, call, total = _counted(trace, node)
+    return HookPoint("op", kind, call, (), total, copy)
 
 
-def _total(trace: Trace, op: str) -> int:
-    return max(node.call for node in trace.nodes if node.op == op) + 1
+def _counted(trace: Trace, node: Node) -> tuple[str, int, int]:
+    """Return the kind of an operation, its index among those of the kind, and their number."""
+    calls = sorted({other.call for other in trace.nodes if (other.op, other.module) == (node.op, node.module)})
+    return f"{node.module}/{node.op}", calls.index(node.call), len(calls)
 
 
-def made(node: Node) -> HookPoint:
+def made(trace: Trace, node: Node) -> HookPoint:
     """Return the point of the operation that makes a value, before anything has read it."""
-    return HookPoint("op", node.op, node.call, (), 0, False)
+    kind, call, _ = _counted(trace, node)
+    return HookPoint("op", kind, call, (), 0, False)
 
 
 def capture(
@@ -154,7 +162,11 @@ def capture(
     me = object()
     with on_top(me), _hooks(model, hooked, caught, me):
         if operations:
-            with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
+            kinds = [kind for point in operations for kind in (point.module, *(step[0] for step in point.chain))]
+            with (
+                _running(model, {kind.rpartition("/")[0] for kind in kinds}, me) as running,
+                _Operations(operations, caught, me, fresh, running) as seen,
+            ):
                 output = call.run(model)
             for point in operations if fresh is None else ():
                 totals = [(point.module, point.total), *((op, total) for op, _, total, _ in point.chain)]
@@ -221,19 +233,33 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _idle_hooks(model: nn.Module) -> Iterator[None]:
-    # As in the trace: without hooks, this module of torch runs other operations.
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    handles = [layer.register_forward_hook(_idle) for layer in layers]
+def _running(model: nn.Module, names: set[str], me: object) -> Iterator[list[str]]:
+    """Provide a list whose last item is the innermost module that runs, as far as these and their parts are."""
+    running = [""]
+    # Without hooks, torch's encoder layers run other operations than in the trace.
+    parts = {id(part) for name in names for part in model.get_submodule(name).modules()}
+    hooked = {
+        name: module
+        for name, module in model.named_modules()
+        if name and (id(module) in parts or isinstance(module, nn.TransformerEncoderLayer))
+    }
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name) if is_on_top(me) else None
+
+    def leave(*_: Any) -> None:
+        if is_on_top(me):
+            running.pop()
+
+    handles = []
     try:
-        yield
+        for name, module in hooked.items():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave))
+        yield running
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _idle(*_: Any) -> None:
-    """Do nothing."""
 
 
 @contextmanager
@@ -286,10 +312,12 @@ class _Operations(TorchDispatchMode):
         caught: dict[HookPoint, Tensor],
         owner: object,
         fresh: list[HookPoint] | None,
+        running: list[str],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.fresh = fresh
+        self.running = running
         self.points: dict[tuple[str, int], list[HookPoint]] = {}
         self.steps: dict[tuple[str, int], list[tuple[HookPoint, int]]] = {}
         for point in points:
@@ -304,7 +332,7 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         if not is_on_top(self.owner):
             return func(*args, **(kwargs or {}))
-        op = func._schema.name.removeprefix("aten::")
+        op = f"{self.running[-1]}/{func._schema.name.removeprefix('aten::')}"
         call = self.calls[op] = self.calls.get(op, -1) + 1
         for step, position in self.steps.get((op, call), ()):
             if step in self.caught:

@@ -83,7 +83,7 @@ class LayerTap:
         if not found:
             raise ValueError("nothing in this model is rectified: pass the names of layers")
         self.points: dict[str, HookPoint] = {name: locate(traced, node) for name, node in found.items()}
-        self._made = {name: made(node) for name, node in found.items()}
+        self._made = {name: made(traced, node) for name, node in found.items()}
 
     @property
     def names(self) -> list[str]:

@@ -283,7 +283,7 @@ class FeatureTap:
                 f"the last hidden layer has {len(anatomy.activation)} parts, one per head: choose one with layer="
             )
         name = self.layer or "the last hidden layer"
-        layers = {name: made(anatomy.activation[0].node)}
+        layers = {name: made(traced, anatomy.activation[0].node)}
         logits = locate(traced, anatomy.logits[0].node)
         found = hidden_classifiers(self.model, layers, logits, call, pre_activation=pre_activation)[name]
         if found.coefficients.shape[1] > 1 or found.offset is None:
@@ -459,7 +459,8 @@ class _Plan:
     def check(self, model: nn.Module) -> None:
         """Raise a ValueError if a plan from a file does not fit the model."""
         for name, point in self.points.items():
-            exists = point.side == "op" or (point.side in ("in", "out") and _has_module(model, point.module))
+            kinds = [point.module.rpartition("/")[0], *(step[0].rpartition("/")[0] for step in point.chain)]
+            exists = all(_has_module(model, owner) for owner in (kinds if point.side == "op" else [point.module]))
             first, _, more = name.partition(".")
             if first not in PER_INPUT or (more and first not in self.points) or not exists:
                 raise ValueError(f"the hook point of {name!r} does not exist: {point.side!r} of {point.module!r}")
