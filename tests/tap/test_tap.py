@@ -238,3 +238,13 @@ def test_either_class_of_one_logit_is_in_distribution() -> None:
     for detector in (fn.MSP(), fn.KLUniform(), fn.Energy(), fn.MaxLogit(), fn.HiddenConfidence(), fn.NAN()):
         scorer = fn.Scorer(model, detector)
         assert fn.auroc(scorer(confident).score, scorer(uncertain).score) == 1, detector
+
+
+def test_other_heads_are_described(x: Tensor) -> None:
+    model = Heads(FORMS["nested"][0])
+    assert "other heads: 'heads.1.coarse'; choose one with output=" in FeatureTap(model).trace(x).describe()
+    for output in ("heads.0", "heads.1"):
+        assert "other heads" not in FeatureTap(model, output=output).trace(x).describe()
+    # What the logits are made of is no head.
+    model.form = lambda fine, coarse, h: {"logits": fine, "hidden": h}
+    assert "other heads" not in FeatureTap(model).trace(x).describe()

@@ -89,6 +89,7 @@ class Anatomy:
     classifier: list[Step] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     norm: str = ""  # normalization between the last hidden layer and the classifier
+    others: list[str] = field(default_factory=list)  # paths of the model's other heads
 
 
 def find(trace: Trace, model: nn.Module, layer: str | None = None, channel_axis: int | None = None) -> Anatomy:
@@ -100,9 +101,10 @@ def find(trace: Trace, model: nn.Module, layer: str | None = None, channel_axis:
     layer : name of the module whose output is the last hidden layer. Default: found.
     channel_axis : axis of the units in the output of ``layer``. Default: found.
     """
-    output, named = _choose_output(trace, model)
+    output, named, others = _choose_output(trace, model)
     beside = _embedding_beside(trace, output)
     anatomy = _anatomy(beside or output, named and beside is None, model)
+    anatomy.others = others
     if beside is not None:
         anatomy.embedding, anatomy.logits, anatomy.classifier = [Part(beside)], [Part(output)], []
         anatomy.absent.pop("embedding", None)
@@ -482,8 +484,11 @@ def _product(lengths: Iterable[int]) -> int:
     return torch.Size(lengths).numel()
 
 
-def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool]:
-    """Return the logits among the outputs of the model, and whether their name or width says that they are."""
+def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str]]:
+    """Return the logits among the outputs of the model, whether they are so called, and paths of other heads.
+
+    They are so called by their name, or by their width, if it is the number of classes that the model holds.
+    """
     vectors = [
         (slot, node)
         for slot, node in trace.outputs
@@ -491,8 +496,8 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool]:
     ]
     # Of all outputs, matrices come first; (n,) is one logit, (n, 1, C) has an axis too many.
     matrices = [(slot, node) for slot, node in vectors if node.value.ndim == 2]
-    others = [(slot, same_vector(node)) for slot, node in vectors if node.value.ndim == 1 or is_vector(node)]
-    vectors = matrices or others
+    columns = [(slot, same_vector(node)) for slot, node in vectors if node.value.ndim == 1 or is_vector(node)]
+    vectors = matrices or columns
     if not vectors:
         shapes = [node.shape for _, node in trace.outputs]
         raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")
@@ -502,11 +507,12 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool]:
     last = [node for _, node in vectors if id(node) not in made_from]
     plain = [node for node in last if normalized_source(node) is None and id(same_vector(node)) not in made_from]
     node = (named or plain or last or [vectors[0][1]])[0]
+    heads = [slot for slot, other in vectors if other in plain and other is not node and "embedding" not in slot]
     classes = getattr(model, "num_classes", None)
     is_named = bool(named) or (isinstance(classes, int) and classes > 1 and classes == node.shape[1])
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
-    return node, is_named
+    return node, is_named, [".".join(map(str, slot)) for slot in heads]
 
 
 def _embedding_beside(trace: Trace, logits: Node) -> Node | None:

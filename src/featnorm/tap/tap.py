@@ -449,6 +449,8 @@ class _Plan:
         words = {name: _words(found) for name, found in parts.items() if name != "activation"}
         if anatomy.logits and sum(map(_width, anatomy.logits)) == 1:
             words["logits"] += ", read as two classes (-z / 2, z / 2)"
+        if anatomy.others:
+            words["other heads"] = f"{', '.join(map(repr, anatomy.others))}; choose one with output="
         words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
 
