@@ -480,8 +480,12 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool]:
     vectors = [
         (slot, node)
         for slot, node in trace.outputs
-        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == trace.batch
+        if node.value.is_floating_point() and node.value.ndim and len(node.value) == trace.batch
     ]
+    # Of all outputs, matrices come first; (n,) is one logit, (n, 1, C) has an axis too many.
+    matrices = [(slot, node) for slot, node in vectors if node.value.ndim == 2]
+    others = [(slot, same_vector(node)) for slot, node in vectors if node.value.ndim == 1 or is_vector(node)]
+    vectors = matrices or others
     if not vectors:
         shapes = [node.shape for _, node in trace.outputs]
         raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")

@@ -1,16 +1,23 @@
 """The trace of one forward pass: which operation made which tensor, and where a hook can read it."""
 
+import dataclasses
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if TYPE_CHECKING:
+    from featnorm.tap.batch import Call
+
 Slot = tuple[str | int, ...]
+# Depth to which tensors are looked for in objects.
+_MAX_DEPTH = 6
 
 
 @dataclass(eq=False)
@@ -69,7 +76,7 @@ class Trace:
     nodes: list[Node] = field(default_factory=list)
     module_io: list[ModuleIO] = field(default_factory=list)
     outputs: list[tuple[Slot, Node]] = field(default_factory=list)
-    batch: int = 0
+    batch: int = 0  # number of inputs
 
     def is_borrowed(self, node: Node) -> bool:
         """Return whether a value shares memory with the model's input, a weight or a buffer."""
@@ -86,12 +93,12 @@ class Trace:
         )
 
 
-def trace(model: nn.Module, inputs: Tensor) -> Trace:
+def trace(model: nn.Module, call: "Call") -> Trace:
     """Run the model once and record its trace. The caller sets the mode and gradients."""
-    inputs = inputs.clone()  # the model may write to its input, which is used again
-    traced = Trace(batch=len(inputs))
+    call = call.clone()  # the model may write to its input, which is used again
+    traced = Trace()
     me = object()
-    recorder = _Recorder(traced, inputs, me)
+    recorder = _Recorder(traced, call.tensors, me)
     calls: dict[str, int] = {}
     running: list[tuple[str, int]] = []
 
@@ -123,8 +130,9 @@ def trace(model: nn.Module, inputs: Tensor) -> Trace:
             handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
         with on_top(me), recorder:
-            output = model(inputs)
+            output = call.run(model)
         traced.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
+        traced.batch = call.inputs_of([node.value for _, node in traced.outputs])
     finally:
         for handle in handles:
             handle.remove()
@@ -161,22 +169,52 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
-def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
-    """Yield the tensors in nested tuples, lists and mappings, with the keys that lead to them."""
+def tensors_in(value: Any, slot: Slot = (), seen: set[int] | None = None) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield the tensors in nested tuples, lists, mappings and objects, with the keys that lead to them."""
     if isinstance(value, Tensor):
         yield slot, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_in(item, (*slot, key))
+        return
+    if is_record(value):  # objects may refer to each other
+        seen = set() if seen is None else seen
+        if id(value) in seen or len(slot) > _MAX_DEPTH:
+            return
+        seen.add(id(value))
+    for key, item in _items(value):
+        yield from tensors_in(item, (*slot, key), seen)
+
+
+def tensor_at(value: Any, slot: Slot) -> Tensor | None:
+    """Return the tensor to which the keys lead, or None if there is none."""
+    for key in slot:
+        value = next((item for name, item in _items(value) if name == key), None)
+    return value if isinstance(value, Tensor) else None
+
+
+def is_record(value: object) -> bool:
+    """Return whether a value is an object that may hold tensors in its attributes, such as a graph."""
+    return (hasattr(value, "__dict__") or dataclasses.is_dataclass(value)) and not (
+        isinstance(value, (Tensor, nn.Module, Mapping, tuple, list))
+        or inspect.isroutine(value)
+        or inspect.isclass(value)
+        or inspect.ismodule(value)
+    )
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
     elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from tensors_in(item, (*slot, i))
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value):
+        yield from ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
+    elif is_record(value):
+        yield from vars(value).items()
 
 
 class _Recorder(TorchDispatchMode):
     """Records every ATen operation, whether a module, a function or a method calls it."""
 
-    def __init__(self, traced: Trace, inputs: Tensor, owner: object) -> None:
+    def __init__(self, traced: Trace, inputs: Iterable[Tensor], owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.trace = traced
@@ -185,7 +223,8 @@ class _Recorder(TorchDispatchMode):
         # Nodes keep their tensors alive, so that no id and no memory is reused while tracing.
         self._made: dict[int, Node] = {}
         self._written: dict[int, Node] = {}
-        self._add("input", (), inputs, from_input=True)
+        for tensor in inputs:
+            self._add("input", (), tensor, from_input=True)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
