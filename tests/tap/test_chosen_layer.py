@@ -101,6 +101,15 @@ def test_channels_last_and_back_again() -> None:
     same(tapped(net, images, "mark").activation, h.mean((1, 2)))
 
 
+def test_maps_of_one_pixel_and_then_of_more() -> None:
+    net = Net(
+        lambda m, x: m.fc(m.act(m.conv(x)).mean((2, 3))), conv=nn.Conv2d(3, D, 3), act=Mark(), fc=nn.Linear(D, C)
+    )
+    tap = FeatureTap(net.eval(), "act").trace(torch.randn(N, 3, 3, 3))
+    images = torch.randn(N, 3, 7, 7)
+    same(tap(images).activation, net.conv(images).mean((2, 3)))
+
+
 def test_maps_that_become_tokens() -> None:
     net = Net(
         lambda m, x: m.fc(m.mark(m.conv(x).flatten(2).transpose(1, 2)).mean(1)),

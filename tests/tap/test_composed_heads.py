@@ -473,7 +473,11 @@ def test_logits_that_are_selected_masked_or_scaled_per_input(
 # --- quantized layers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+quantizes = pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="torch cannot quantize here")
+
+
+@quantizes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("bias", [True, False])
 def test_dynamically_quantized_layers(bias: bool, x: Tensor) -> None:
     net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.Linear(D, C, bias=bias)).eval()
@@ -485,11 +489,12 @@ def test_dynamically_quantized_layers(bias: bool, x: Tensor) -> None:
     torch.testing.assert_close(f.classifier[0], net[2].weight.detach(), rtol=0.02, atol=0.01)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@quantizes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Please use quant_min")
 def test_statically_quantized_layers(x: Tensor) -> None:
     quantization = torch.ao.quantization
     net = quantization.QuantWrapper(nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.Linear(D, C))).eval()
-    net.qconfig = quantization.get_default_qconfig("x86")
+    net.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
     prepared = quantization.prepare(net)
     prepared(torch.randn(99, IN))
     quantized = quantization.convert(prepared)

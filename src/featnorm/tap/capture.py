@@ -85,12 +85,13 @@ class HookPoint:
         return point
 
 
-def locate(trace: Trace, node: Node) -> HookPoint:
+def locate(trace: Trace, node: Node, *, exact: bool = False) -> HookPoint:
     """Choose the point at which to capture a value.
 
-    It is preferably what the model returns, or else at a module that runs once, as late as possible.
+    It is preferably what the model returns, or else at a module that runs once, as late as possible. Unless it is
+    to be ``exact``, a vector may have another shape there.
     """
-    seen = [io for io in trace.module_io if io.node is node or same_vector(io.node) is node]
+    seen = [io for io in trace.module_io if io.node is node or (not exact and same_vector(io.node) is node)]
     if not seen:
         return _operation(trace, node)
     calls = {io.module: io.call for io in trace.module_io}
@@ -106,7 +107,7 @@ def _is_returned(at: ModuleIO | HookPoint) -> bool:
 def locate_part(trace: Trace, part: Part) -> HookPoint:
     """Choose the point at which to capture a part of a field."""
     if not part.chain:
-        return replace(locate(trace, part.node), axis=part.axis)
+        return replace(locate(trace, part.node, exact=part.axis is not None), axis=part.axis)
     steps = ((*_counted(trace, node), node.args.index(node.data[0])) for node in part.chain)
     return replace(_operation(trace, part.node), chain=tuple(steps))
 

@@ -400,23 +400,22 @@ def _choose_layer(anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, 
             f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector per "
             "input, (n, d), or tokens or maps, which are averaged over their positions"
         )
-    if is_vector(node):
-        anatomy.activation = [Part(same_vector(node))]
-    else:
-        axis = _unit_axis(node, model.get_submodule(layer)) if channel_axis is None else channel_axis
-        if axis is None:
-            raise ValueError(
-                f"layer {layer!r} returns a tensor of shape {shape}, and which axis holds its units is not known: "
-                "pass channel_axis=1 for maps (n, d, ...), or channel_axis=-1 for tokens (n, ..., d)"
-            )
-        if not -len(shape) < axis < len(shape) or axis == 0:
-            raise ValueError(f"channel_axis is {axis}, and layer {layer!r} returns a tensor of shape {shape}")
-        anatomy.activation = [Part(node, axis=axis % len(shape))]
+    axis = _unit_axis(node, model.get_submodule(layer)) if channel_axis is None else channel_axis
+    if axis is None and not is_vector(node):
+        raise ValueError(
+            f"layer {layer!r} returns a tensor of shape {shape}, and which axis holds its units is not known: "
+            "pass channel_axis=1 for maps (n, d, ...), or channel_axis=-1 for tokens (n, ..., d)"
+        )
+    if axis is not None and (axis == 0 or not -len(shape) < axis < len(shape)):
+        raise ValueError(f"channel_axis is {axis}, and layer {layer!r} returns a tensor of shape {shape}")
+    # Maps of one pixel are vectors, until a larger image comes.
+    chosen = Part(same_vector(node)) if axis is None or len(shape) == 2 else Part(node, axis=axis % len(shape))
+    anatomy.activation = [chosen]
     anatomy.kind = "chosen"
     anatomy.absent.pop("activation", None)
     anatomy.classifier = []
     if anatomy.logits:
-        _set_classifier(anatomy, anatomy.logits[0].node, [anatomy.activation[0].node], [], False, model)
+        _set_classifier(anatomy, anatomy.logits[0].node, [same_value(node)], [], False, model)
     if not anatomy.classifier:
         anatomy.absent["classifier"] = f"the classifier does not read {layer!r}, the layer that was chosen"
 
@@ -426,13 +425,8 @@ _FIRST = (
     nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd,
 )  # fmt: skip
 _LAST = (
-    nn.Linear,
-    nn.Embedding,
-    nn.RNNBase,
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerEncoder,
-)
+    nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder,
+)  # fmt: skip
 
 
 def _unit_axis(node: Node, module: nn.Module | None = None) -> int | None:
@@ -446,9 +440,8 @@ def _unit_axis(node: Node, module: nn.Module | None = None) -> int | None:
         return None
     if op in ("convolution", "native_group_norm") or op in BATCH_NORMS:
         return 1
-    if (op in LAYER_NORMS and len(node.args[1]) == 1) or op in ("embedding", "mkldnn_rnn_layer"):
-        return len(shape) - 1
-    if op in ("mm", "addmm", "linear"):
+    last = ("embedding", "mkldnn_rnn_layer", "mm", "addmm", "linear")
+    if op in last or (op in LAYER_NORMS and len(node.args[1]) == 1):
         return len(shape) - 1
     parents = [parent for parent in node.data if parent.value.is_floating_point() and parent.value.ndim >= 2]
     for parent in parents:

@@ -568,7 +568,7 @@ def _as_vectors(value: Tensor, axis: int | None) -> Tensor:
     if value.ndim == 1:
         return value[:, None]
     if axis is not None:
-        if axis >= value.ndim:
+        if value.ndim <= max(axis, 2):
             raise PathError(
                 f"the model took a different path than when it was traced (its layer has the shape "
                 f"{tuple(value.shape)}, without an axis {axis}); {TRACE_AGAIN}"
