@@ -276,7 +276,7 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
     absent = anatomy.absent
     if heads is None and named:
         assert search.stopped is not None
-        why = f"the search for what the classifier reads stopped at {place(search.stopped)}, which is not known"
+        why = f"the search for the classifier's input stopped at {place(search.stopped)}, which it cannot follow"
         absent.update(activation=f"{why}. {_ADVICE}", pooled=why, embedding=why, classifier=why)
         return anatomy
     chain: list[Node] = []
@@ -285,7 +285,7 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
         normalized = normalized_source(output)
         why = "features without a classifier" if normalized is None else "embeddings of unit length"
         anatomy.logits = []
-        stopped = "" if search.stopped is None else f" ({place(search.stopped)} is no linear layer)"
+        stopped = "" if search.stopped is None else f" ({place(search.stopped)} is not a linear layer)"
         absent["logits"] = absent["classifier"] = f"the model returns {why}{stopped}"
         read, walk = output, _Walk(output)
     else:

@@ -546,7 +546,7 @@ def _verdict(anatomy: Anatomy) -> str:
 
 def _words(parts: list[Part]) -> str:
     widths = " + ".join(str(_width(part)) for part in parts)
-    heads = f", which {len(parts)} heads read whose outputs are added up" if len(parts) > 1 else ""
+    heads = f", the inputs of {len(parts)} heads whose outputs are summed" if len(parts) > 1 else ""
     return f"{widths} wide, from {_places(parts)}{heads}"
 
 
