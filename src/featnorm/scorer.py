@@ -124,6 +124,7 @@ class Scorer(nn.Module):
         self.statistics = statistics
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
+        self._weights: str | None = None  # digest of the weights that the fit and the calibration are for
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
 
@@ -205,6 +206,7 @@ class Scorer(nn.Module):
                 self.detector.partial_fit(features)
         if self.detector.needs_fit:
             self.calibration = None
+            self._weights = archive.fingerprint(self.tap.model)["sha256"]
         return self
 
     def calibrate(
@@ -302,6 +304,7 @@ class Scorer(nn.Module):
         else:
             made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
         self.calibration = made.to(self.tap.device)
+        self._weights = archive.fingerprint(self.tap.model)["sha256"]
         return self
 
     def _check_rate(self, tpr: float | None, update: bool) -> None:
@@ -642,7 +645,8 @@ class Scorer(nn.Module):
         NotFittedError
             The detector needs a fit and has none.
         ValueError
-            The detector is of a class that cannot be made again from its expression.
+            The detector is of a class that cannot be made again from its expression, or the model's weights have
+            changed since the fit or the calibration.
         OSError
             The file cannot be written. An earlier file of that name is kept.
         """
@@ -686,11 +690,17 @@ class Scorer(nn.Module):
         return tensors
 
     def _header(self) -> dict[str, Any]:
+        model = archive.fingerprint(self.tap.model)
+        if self._weights not in (None, model["sha256"]):
+            raise ValueError(
+                "the model's weights or their precision have changed since the detector was fitted or calibrated: "
+                "fit and calibrate it again"
+            )
         return {
             "detector": _expression(self.detector),
             **({} if self.calibration is None else self.calibration.to_dict()),
             "tap": self.tap.to_dict(),
-            "model": archive.fingerprint(self.tap.model),
+            "model": model,
         }
 
     @torch.no_grad()
@@ -771,6 +781,7 @@ def load(
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
+        scorer._weights = header["model"]["sha256"]
         scorer.tap.require((*detector.reads, *(() if statistics is None else _EXPLAINED)))
         calibration = archive.calibration(tensors, header, path)
         if calibration is not None:
