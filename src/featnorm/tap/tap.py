@@ -11,6 +11,7 @@ from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
 from featnorm.features import PER_INPUT, Classifier, Features
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.runtime import Runtime
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, made
 from featnorm.tap.find import Anatomy, WeightRef, base_op, find
 from featnorm.tap.linear import hidden_classifiers
@@ -302,21 +303,21 @@ class _ModelCall:
 
 
 class AutocastTap(FeatureTap):
-    """A tap that runs the model in the precision of a Fabric, also for detectors that call the model again.
+    """A tap that runs the model in the precision of a runtime, also for detectors that call the model again.
 
     Parameters
     ----------
     model : see `FeatureTap`.
-    fabric : a `lightning_fabric.Fabric`.
+    runtime : its precision is used.
     """
 
-    def __init__(self, model: nn.Module, fabric: Any) -> None:
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model)
-        self._fabric = fabric
+        self._runtime = runtime
 
     def capture(self, inputs: Tensor, *, classifier: bool) -> Features:
         """See `FeatureTap`."""
-        with self._fabric.autocast():
+        with self._runtime.autocast():
             return super().capture(inputs, classifier=classifier)
 
 

@@ -202,12 +202,11 @@ def _run_goad(
 ) -> dict[str, Any]:
     """Train GOAD on all classes as if they were one, and score every set."""
     began = time.perf_counter()
-    where: dict[str, Any] = {"fabric": context.fabric, "progress": context.progress}
-    model = goad.train(spaced(images.train[0], fit_images), folder=folder, seed=seed, **where)
+    model = goad.train(spaced(images.train[0], fit_images), folder=folder, runtime=context.runtime, seed=seed)
     trained = time.perf_counter()
 
     def scores(pixels: torch.Tensor) -> torch.Tensor:
-        return goad.scores(model, pixels, **where)["GOAD"]
+        return goad.scores(model, pixels, runtime=context.runtime)["GOAD"]
 
     id_scores = scores(images.test[0])
     found = {name: evaluate(id_scores, scores(pixels)) for name, pixels in images.ood.items()}

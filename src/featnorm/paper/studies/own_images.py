@@ -110,7 +110,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
     ) -> dict[str, Any]:
         loaded = create_model(DEFAULT_MODEL)
         classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
-        model = fast_layout(cut_classifier(loaded.model)[0].to(context.fabric.device).eval())
+        model = fast_layout(cut_classifier(loaded.model)[0].to(context.runtime.torch_device).eval())
         backbone = _Backbone(loaded, model, context)
         train = backbone.extract(_below(inputs["train"], ID_CLASSES))
         val = backbone.extract(inputs["val"])
