@@ -65,7 +65,7 @@ def fit_and_score(
     Returns
     -------
     Last loss and accuracy of the training, its seconds, and of what `featnorm.paper.scoring.score` returns
-    ``accuracy``, ``scores``, ``left_out`` and ``inactive``.
+    ``accuracy``, ``scores``, ``excluded`` and ``inactive``.
     """
     began = time.perf_counter()
     features, labels = pooled.train
@@ -99,6 +99,6 @@ def fit_and_score(
         "train_seconds": seconds,
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
-        "left_out": evaluation.excluded,
+        "excluded": evaluation.excluded,
         "inactive": {name: inactive([values]) for name, values in {"cifar10": test, **ood}.items()},
     }

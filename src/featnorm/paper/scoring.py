@@ -93,7 +93,7 @@ def score(
     Returns
     -------
     ``accuracy`` in [0, 1]; ``scores`` and ``pooled``, AUROC and FPR95 in percent by detector and OOD set;
-    ``left_out``, detectors that cannot be used here, and why; ``inactive``, share of the hidden layer's units that
+    ``excluded``, detectors that cannot be used here, and why; ``inactive``, share of the hidden layer's units that
     are off, by set; ``score_seconds``.
     """
     began = time.perf_counter()
@@ -118,7 +118,7 @@ def score(
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
         "pooled": percentages(pooled),
-        "left_out": evaluation.excluded,
+        "excluded": evaluation.excluded,
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }

@@ -188,7 +188,7 @@ class FrameworkStudy(Study[Scale, Images, Job]):
             f"the paper's: {paper['where'].partition(', ')[2]}; its number for a set is in brackets",
             *facts(content),
         ]
-        notes += [f"left out {what}: {why}" for result in content for what, why in result["left_out"].items()]
+        notes += [f"left out {what}: {why}" for result in content for what, why in result["excluded"].items()]
         headers = ["Detector", "trained by", "Mean, ours", "Average, paper", *sets]
         return {self.name: Table(f"{self.title}: {MEASURES}", headers, rows, notes)}
 
@@ -214,7 +214,7 @@ def _run_goad(
         "scores": {
             "GOAD()": {name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in found.items()}
         },
-        "left_out": {},
+        "excluded": {},
         "train_seconds": trained - began,
         "score_seconds": time.perf_counter() - trained,
     }
