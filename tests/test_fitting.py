@@ -245,8 +245,8 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
         fit_source(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
-    with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
-        fit(folder, loaded, cache, tpr=0.99)
+    with pytest.raises(ValueError, match=r"239 groups of inputs are too few for tpr=0\.999: 999 are needed"):
+        fit(folder, loaded, cache, tpr=0.999)
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(120):

@@ -1,16 +1,22 @@
 """The split by groups: near-duplicates are found, stay on one side, and new groups are flagged as stated."""
 
 import hashlib
+import io
+import random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance
 from scipy.cluster.hierarchy import linkage
 
 from featnorm import splitting
 from featnorm.calibration import Calibration
 from featnorm.detectors import KNN
 from featnorm.features import Features
+from featnorm.inputs import open_source
+from featnorm.models import DEFAULT_MODEL, create_model
+from featnorm.models.loading import backbone_of
 from featnorm.splitting import first_of_groups, held_out, join_groups, near_duplicates
 
 
@@ -150,20 +156,82 @@ def test_as_many_groups_are_held_out_as_the_rate_needs():
         held_out(digests, torch.arange(60) // 10, 0.95)
 
 
-def test_new_clips_are_flagged_as_stated_if_clips_are_on_one_side():
-    """Fault C5: with frames of one clip on both sides of the split, most new clips are flagged."""
+def flagged_by_split(draw, count):
+    """Shares of new inputs that are flagged after splits by frames, by groups that are found, and by given ones.
+
+    ``draw(seed)`` returns features of known inputs, their groups, and features of inputs of new groups.
+    """
     flagged = {"frames": [], "found": [], "given": []}
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        values, new = clips(generator, 48, 10), clips(generator, 20, 10)
-        digests, given = digests_of(480), torch.arange(480) // 10
-        for name, groups in (("frames", torch.arange(480)), ("found", near_duplicates(values)), ("given", given)):
+    for seed in range(count):
+        values, given, new = draw(seed)
+        digests = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(len(values))]
+        single = torch.arange(len(values))
+        for name, groups in (("frames", single), ("found", near_duplicates(values)), ("given", given)):
             apart = held_out(digests, groups, 0.95)
             chosen = apart & first_of_groups(digests, groups)
-            detector = KNN(5).fit(Features(pooled=values[~apart]))
+            detector = KNN(1).fit(Features(pooled=values[~apart]))
             calibration = Calibration(detector.score(Features(pooled=values[chosen])))
             flagged[name].append(float((~calibration.is_id(detector.score(Features(pooled=new)))).double().mean()))
-    assert np.mean(flagged["frames"]) > 0.9
+    return {name: np.array(shares) for name, shares in flagged.items()}
+
+
+def test_new_clips_are_flagged_as_stated_if_clips_are_on_one_side():
+    """Fault C5: with frames of one clip on both sides of the split, most new clips are flagged."""
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return clips(generator, 48, 10), torch.arange(480) // 10, clips(generator, 20, 10)
+
+    flagged = flagged_by_split(draw, 60)
+    assert flagged["frames"].mean() > 0.9
     for name in ("found", "given"):
-        assert np.mean(flagged[name]) <= 0.05 + 4 * np.std(flagged[name]) / 60**0.5
-        assert np.mean(flagged[name]) > 0.02
+        assert flagged[name].mean() <= 0.05 + 4 * flagged[name].std() / 60**0.5
+        assert flagged[name].mean() > 0.02
+
+
+def film(image, rng):
+    """A frame of a clip: the image from another position, in other light, and compressed again."""
+    width, height = image.size
+    scale = rng.uniform(0.82, 0.9)
+    x, y = (rng.uniform(0, (1 - scale) * size) for size in image.size)
+    box = x, y, x + scale * width, y + scale * height
+    image = image.transform(image.size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
+    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.85, 1.15))
+    image.save(file := io.BytesIO(), "JPEG", quality=rng.randint(50, 95))
+    return Image.open(file).convert("RGB")
+
+
+@pytest.mark.slow
+def test_new_clips_of_real_images_are_flagged_as_stated(shared_data):
+    source = open_source(f"{shared_data}/tiny_imagenet/val.parquet[::70]")
+    loaded, rng = create_model(DEFAULT_MODEL), random.Random(0)
+    backbone = backbone_of(loaded)[0].eval()
+    frames = [loaded.transform(film(source.item(i), rng)) for i in range(len(source)) for _ in range(6)]
+    with torch.no_grad():
+        values = torch.cat(
+            [backbone(torch.stack(frames[start : start + 36])) for start in range(0, len(frames), 36)]
+        )
+    clip = torch.arange(len(values)) // 6
+    found = near_duplicates(values)
+    assert (join_groups(found, clip) == join_groups(clip)).all()  # no group has frames of two clips
+    assert sum(len(found[clip == one].unique()) == 1 for one in clip.unique()) > 0.85 * len(source)
+
+    def draw(seed):
+        known = torch.isin(clip, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:48])
+        return values[known], clip[known], values[~known]
+
+    flagged = flagged_by_split(draw, 25)
+    assert flagged["frames"].mean() > 0.5
+    for name in ("found", "given"):
+        assert flagged[name].mean() <= 0.05 + 4 * flagged[name].std() / 25**0.5
+
+
+@pytest.mark.slow
+def test_ordinary_images_are_not_grouped(shared_data):
+    source = open_source(f"{shared_data}/imagenet1k_sample/test.parquet[::4]")
+    loaded = create_model(DEFAULT_MODEL)
+    backbone = backbone_of(loaded)[0].eval()
+    images = [loaded.transform(source.item(i)) for i in range(len(source))]
+    with torch.no_grad():
+        values = torch.cat([backbone(torch.stack(images[start : start + 50])) for start in range(0, 250, 50)])
+    assert len(near_duplicates(values).unique()) >= 0.99 * len(source)

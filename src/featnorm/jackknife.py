@@ -1,34 +1,37 @@
 """Calibration of small sets: each calibration input is scored by a detector that was fitted without it."""
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featnorm._utils.checks import ScoreLike, as_score_tensor, threshold_rank
 from featnorm._utils.weights import ExactModule
+from featnorm.detectors import Detector
+from featnorm.features import Features
 
-__all__ = ["JackknifeCalibration"]
+__all__ = ["JackknifeCalibration", "fit_left_out"]
 
 
 class JackknifeCalibration(ExactModule):
     """P-values and verdicts from detectors that were each fitted without one calibration input (jackknife+).
 
-    A set of 20 to 40 inputs is too small to hold out calibration inputs and to fit on the others. Instead, J of
-    its inputs are left out in turn (19 at ``tpr=0.95``, see `featnorm.splitting.left_out`). Detector j is fitted
-    to all inputs but the j-th, and so is all else that is learned, such as the head; c_j is its score of this
-    input. A new input has a score s_j of each detector, which is compared with the c_j of the same detector::
+    A set of 20 to 80 inputs is small: if calibration inputs are held out, few are left to fit on. Instead, J of
+    its inputs are left out in turn (19 at ``tpr=0.95``, see `featnorm.splitting.left_out`), and detector j is
+    fitted to all inputs but the j-th, which it gives the score c_j. A new input has a score s_j of each
+    detector, which is compared with the c_j of the same detector::
 
         rows = left_out(digests, tpr)
-        detectors = [fit(values[torch.arange(n) != row]) for row in rows]
-        scores = [detector.score(values[row : row + 1]) for detector, row in zip(detectors, rows)]
-        calibration = JackknifeCalibration(torch.cat(scores), tpr)
+        detectors, left_out_scores = fit_left_out(KNN(k=1), features, rows)
+        calibration = JackknifeCalibration(left_out_scores, tpr)
         new_scores = torch.stack([detector.score(new) for detector in detectors], 1)
         score, p_value, is_id = calibration.predict(new_scores)
 
     The p-value is ``(2 #{j: c_j <= s_j} + 1) / (J + 1)``, at most 1; an input is ID if it is above ``1 - tpr``.
-    The false-alarm rate is then at most ``1 - tpr``, on average over sets, for every distribution and every way
-    to fit, as long as a fit does not depend on the order of its inputs (sort them by digest).
+    The false-alarm rate is then at most ``1 - tpr``, on average over sets, for every distribution and every
+    detector, as long as its fit does not depend on the order of the inputs. If more than a detector is learned
+    from the inputs, such as a head, each detector needs its own.
 
     Proof: let each of the J + 1 inputs in turn be the new one. An input is flagged if it scores lower than the
     others, with at most k - 1 exceptions. Of two inputs, at most one scores lower under the detector that was
@@ -130,3 +133,31 @@ class JackknifeCalibration(ExactModule):
     def fitted_tensors(self) -> dict[str, Tensor]:
         """Return the scores, which with `to_dict` make the calibration again."""
         return {"scores": self.scores}
+
+
+def fit_left_out(
+    detector: Detector, features: Features, rows: Tensor, groups: Tensor | None = None
+) -> tuple[nn.ModuleList, Tensor]:
+    """Fit a copy of a detector without each of some inputs in turn, and score this input with it.
+
+    Parameters
+    ----------
+    detector : detector, which is not changed.
+    features : features of n ID inputs, with labels for detectors that need them.
+    rows : (J,) inputs to leave out, see `featnorm.splitting.left_out`.
+    groups : (n,) group of each input; the whole group of an input is left out. Default: no groups.
+
+    Returns
+    -------
+    detectors, scores
+        The J fitted copies, and the score (J,) of each left-out input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        See `featnorm.Detector.fit`.
+    """
+    members = torch.arange(len(features)) if groups is None else groups
+    detectors = [copy.deepcopy(detector).fit(features[members != members[row]]) for row in rows]
+    scores = [fitted.score(features[row[None]]) for fitted, row in zip(detectors, rows, strict=True)]
+    return nn.ModuleList(detectors), torch.cat(scores)

@@ -21,14 +21,17 @@ from featnorm.detectors.statistics import single_unit_rows
 
 #: One group in five is held out for calibration.
 HELD_OUT = 5
-# How much farther the nearest other input is from a group than its members are from each other (squared).
-_ISOLATION = 1.5
+# How much farther the nearest other input is, at least, from a group than its members are from each other
+# (squared), and the number of groups that may look isolated by chance.
+_ISOLATION, _BY_CHANCE = 1.5, 0.05
 # A group of more inputs is a kind of input, and not near-duplicates: one input in this number, and this number.
 _MAX_SHARE, _MAX_GROUP = 20, 1000
 # Neighbors of each input that are searched first.
 _NEIGHBORS = 16
 # More inputs than this are searched by an approximate index, in some of its cells.
 _MAX_EXACT, _CELLS = 1 << 15, 16
+# So that the isolation of equal inputs stays finite.
+_MAX_EXPONENT = 50.0
 # Pairs of neighbors that are searched at a time.
 _PAIRS = 1 << 18
 
@@ -39,8 +42,12 @@ def near_duplicates(values: Tensor, labels: Tensor | None = None) -> Tensor:
     """Find groups of near-duplicates, such as the frames of a clip, by their features.
 
     Inputs are clustered by single linkage, by the squared distance of their features, scaled to unit length. A
-    group is a cluster whose distance to the nearest other input is at least 1.5 times its longest inner link; of
-    clusters inside each other, it is the largest. Distances are only compared with each other, so that the rule
+    group is a cluster that is isolated: its distance to the nearest other input is a multiple of its longest inner
+    link. The multiple is at least 1.5, and so large that independent inputs would hardly have it: among inputs of
+    intrinsic dimension m, the distances d and D to the first and second neighbor have ``(d / D)^m`` uniform in
+    [0, 1] (Facco et al., "Estimating the intrinsic dimension of datasets by a minimal neighborhood information",
+    Scientific Reports 7, 2017), and m is estimated from neighbors k and 2k, for several k. Of isolated clusters
+    inside each other, the group is the largest. Distances are only compared with each other, so that the rule
     works for every backbone and every density of inputs. A group holds at most one input in 20, at most 1000
     inputs, and never all inputs of a class: what is larger is a kind of input.
 
@@ -62,7 +69,8 @@ def near_duplicates(values: Tensor, labels: Tensor | None = None) -> Tensor:
     limit = min(n // _MAX_SHARE, _MAX_GROUP)
     if limit < 2:
         return torch.arange(n)
-    groups = _isolated_clusters(*_links(single_unit_rows(values).numpy(), limit), n, limit)
+    first, second, distances, isolation = _links(single_unit_rows(values).numpy(), limit)
+    groups = _isolated_clusters(first, second, distances, n, limit, isolation)
     if labels is not None:
         classes, members = labels[labels >= 0], groups[labels >= 0]
         pairs, sizes = torch.stack([classes, members]).unique(dim=1, return_counts=True)
@@ -71,8 +79,10 @@ def near_duplicates(values: Tensor, labels: Tensor | None = None) -> Tensor:
     return groups
 
 
-def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array]:
+def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array, float]:
     """Return the links of single-linkage clustering in ascending order: two inputs each, and their distance.
+
+    The last value is the isolation of a group, see `near_duplicates`.
 
     They are a minimum spanning tree of the graph of nearest neighbors. Where all neighbors of a cluster are inside
     it, more of them are searched, until its link to another input is known or it has more inputs than ``limit``.
@@ -84,6 +94,7 @@ def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array]:
         index.cells.nprobe = _CELLS
     graph = coo_array((n, n), dtype=np.float32).tocsr()
     open_rows, k = np.arange(n), _NEIGHBORS
+    nearest = []
     while len(open_rows):
         k = min(k, n - 1)
         for start in range(0, len(open_rows), step := max(_PAIRS // k, 1)):
@@ -91,6 +102,8 @@ def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array]:
             distances, found = search.neighbors(rows[ids], k + 1)
             first = np.repeat(ids, found.shape[1]).reshape(found.shape)
             known = (found >= 0) & (found != first)
+            if k <= _NEIGHBORS:
+                nearest.append(np.sort(np.where(known, distances, np.inf), 1)[:, :_NEIGHBORS])
             # The graph has no link where the distance is 0, as it is between equal features.
             links = distances[known].clip(1e-9), (first[known], found[known])
             graph = minimum_spanning_tree(graph.maximum(coo_array(links, (n, n)).tocsr()))
@@ -100,10 +113,31 @@ def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array]:
         k *= 4
     graph = graph.tocoo()
     order = np.argsort(graph.data, kind="stable")
-    return graph.row[order], graph.col[order], graph.data[order]
+    return graph.row[order], graph.col[order], graph.data[order], _isolation(np.concatenate(nearest))
 
 
-def _isolated_clusters(first: _Array, second: _Array, distances: _Array, n: int, limit: int) -> Tensor:
+def _isolation(nearest: _Array) -> float:
+    """Return how isolated a group must be, from the squared distances of n inputs to their nearest neighbors.
+
+    Groups of near-duplicates distort the estimates of the dimension from few neighbors or from many: the highest
+    estimate counts, which is the lowest ratio of distances.
+    """
+    ratios = []
+    for k in (1, 2, 4, 8):
+        near, far = nearest[:, k - 1], nearest[:, min(2 * k, nearest.shape[1]) - 1]
+        valid = (near > 0) & np.isfinite(far)
+        if valid.any():
+            # (d_k / d_2k)^m has the distribution Beta(k, k), whose median is 1/2.
+            ratios.append(float(np.median(np.log(far[valid] / near[valid]))))
+    if not ratios:
+        return _ISOLATION
+    exponent = min(ratios) * np.log2(len(nearest) / _BY_CHANCE)
+    return float(max(_ISOLATION, np.exp(min(exponent, _MAX_EXPONENT))))
+
+
+def _isolated_clusters(
+    first: _Array, second: _Array, distances: _Array, n: int, limit: int, isolation: float
+) -> Tensor:
     """Return the outermost isolated cluster of each of n inputs, by the index of its first input.
 
     Parameters
@@ -111,6 +145,7 @@ def _isolated_clusters(first: _Array, second: _Array, distances: _Array, n: int,
     first, second, distances : links, see `_links`.
     n : number of inputs.
     limit : maximum number of inputs of a cluster.
+    isolation : least ratio of the distance to the nearest other input to the longest inner link.
     """
     # Clusters 0 to n - 1 are single inputs; link t makes cluster n + t of two others.
     root, cluster = list(range(n)), list(range(n))
@@ -126,7 +161,7 @@ def _isolated_clusters(first: _Array, second: _Array, distances: _Array, n: int,
     for new, (i, j, distance) in enumerate(links, n):
         i, j = find(i), find(j)
         for joined in (cluster[i], cluster[j]):
-            isolated[joined] = 1 < size[joined] <= limit and distance >= _ISOLATION * height[joined]
+            isolated[joined] = 1 < size[joined] <= limit and distance >= isolation * height[joined]
             parent[joined] = new
         size.append(size[cluster[i]] + size[cluster[j]])
         height.append(distance)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -156,6 +157,27 @@ def test_the_page_shows_the_stream(featnorm, detector, tmp_path):
     check(page)
     assert "No drift" in page.text
     assert "the alarm, at image" not in page.text
+
+
+def test_thresholds_by_group(featnorm, tmp_path):
+    rng = np.random.default_rng(0)
+    members = rng.integers(0, 2, 600)
+    grouped = Calibration(rng.normal(2 - members, 1), 0.95, members, ["day", "night"])
+    tensors = {archive.CALIBRATION: grouped.scores, archive.MEMBERS: grouped.members}
+    content = {"tpr": 0.95, "groups": ["day", "night"], "model": {}}
+    archive.write(tmp_path / "d.featnorm", tensors, content)
+    new = rng.integers(0, 2, 900)
+    scores = torch.from_numpy(rng.normal(2 - new, 1))
+    p_values, is_id = grouped.predict(scores, [("day", "night")[i] for i in new])
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        rows = zip(range(900), scores.tolist(), p_values.tolist(), (("day", "night")[i] for i in new), strict=True)
+        csv.writer(file).writerows([("path", "score", "p_value", "group"), *rows])
+    assert featnorm("monitor", "d.featnorm", "t.csv", "--html", "page.html")[0] == 0
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    check(page)
+    share = f"{100 * (~is_id).double().mean():.1f}"
+    assert re.search(rf"{share}.% of the latest scores are below the threshold of their group\.", page.text)
+    assert "threshold 0" not in page.text
 
 
 def test_a_page_of_one_score(featnorm, detector, tmp_path):

@@ -86,6 +86,15 @@ def fit(
             "an image's path. Default: one threshold.",
         ),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Images that belong together, such as the frames of a clip, and are all fitted to or all held "
+            "out: `folder`, a column of the table, or a regular expression whose parentheses match the group. "
+            "Default: near-duplicates alone are kept together.",
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for cached features. Default: `~/.cache/featnorm/features`."),
@@ -133,6 +142,7 @@ def fit(
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,
+            group_by=group_by,
             cache=cache,
             seed=seed,
             runtime=runtime,

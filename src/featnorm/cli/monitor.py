@@ -193,7 +193,7 @@ class _Stream:
     def _count(self, image: ScoreRow) -> _Row:
         """Return the next row of the table, and add it to the digest of all rows."""
         self.rows += 1
-        self._digest.update(repr(image[:3]).encode())
+        self._digest.update(repr(image[:4]).encode())
         return _Row(self.rows, image.path)
 
     def add(self, images: list[ScoreRow]) -> None:
