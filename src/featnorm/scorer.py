@@ -37,6 +37,7 @@ from featnorm.models.heads import head_of, head_settings
 from featnorm.models.loading import backbone_of, is_users, recreate_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
+from featnorm.tap.batch import LabelsOf
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
 
@@ -60,7 +61,7 @@ class Scorer(nn.Module):
     ----------
     model : user's model, on any device.
     detector : detector, which is moved to the model's device.
-    layer : module whose output is the last hidden layer. Default: found by `FeatureTap`.
+    layer, output, channel_axis : what the tap captures, see `FeatureTap`. Default: found automatically.
     preprocess
         Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
         With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
@@ -99,6 +100,8 @@ class Scorer(nn.Module):
         detector: Detector,
         layer: str | nn.Module | None = None,
         *,
+        output: str | int | None = None,
+        channel_axis: int | None = None,
         preprocess: Callable[[Image.Image], Tensor] | None = None,
         classes: Sequence[str] | None = None,
         spec: str | None = None,
@@ -112,7 +115,7 @@ class Scorer(nn.Module):
         if isinstance(classes, str):
             raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
-        self.tap = FeatureTap(model, layer)
+        self.tap = FeatureTap(model, layer, output, channel_axis)
         self.detector = detector.to(self.tap.device)
         self.calibration: Calibration | None = None
         self.classes = None if classes is None else [check_text(name) for name in classes]
@@ -149,7 +152,7 @@ class Scorer(nn.Module):
         """Whether the scorer can explain verdicts on images."""
         return self.statistics is not None
 
-    def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> Self:
+    def fit(self, loader: Iterable[Any], *, labels: LabelsOf | None = None, progress: bool | None = None) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
         For a detector that needs no fit, only the first batch is read, to check that the detector works on this
@@ -158,7 +161,10 @@ class Scorer(nn.Module):
 
         Parameters
         ----------
-        loader : iterable of inputs and, for detectors that need them, labels; see `FeatureTap.stream`.
+        loader : iterable of batches as the model takes them, with or without labels; see `FeatureTap.stream`.
+        labels
+            Where the labels of a batch are: a key, an index or a function of the batch. Default: found by their
+            position or name.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
@@ -173,12 +179,12 @@ class Scorer(nn.Module):
         if not self.detector.needs_fit:
             if iter(loader) is loader:
                 return self  # an iterator yields each batch once, and calibration needs them all
-            for features in self.tap.stream(loader, progress=False):
+            for features in self.tap.stream(loader, labels, progress=False):
                 self.detector.score(features)
                 break
             return self
         statistics = ActivationStatistics()
-        self.fit_features(_counted(self.tap.stream(loader, progress=progress), statistics))
+        self.fit_features(_counted(self.tap.stream(loader, labels, progress=progress), statistics))
         self.statistics = None if statistics.is_empty else statistics
         return self
 
@@ -208,6 +214,7 @@ class Scorer(nn.Module):
         *,
         groups: Sequence[str] | None = None,
         update: bool = False,
+        labels: LabelsOf | None = None,
         progress: bool | None = None,
     ) -> Self:
         """Set the threshold that accepts a share of in-distribution inputs, and keep their scores for p-values.
@@ -220,6 +227,7 @@ class Scorer(nn.Module):
             the earlier calibration.
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         update : whether to add the inputs to those of the earlier calibration.
+        labels : where the labels of a batch are, which are ignored; see `fit`.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
@@ -230,7 +238,7 @@ class Scorer(nn.Module):
         """
         self._check_rate(tpr, update)
         return self.calibrate_features(
-            self.tap.stream(loader, progress=progress), tpr, groups=groups, update=update
+            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, update=update
         )
 
     @torch.no_grad()
