@@ -594,7 +594,7 @@ def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool |
     recipe = replace(RECIPE, batch_size=batch, epochs=epochs)
     # Standardized batch by batch: the features of a large data set are mapped from a file and stay there.
     model = nn.Sequential(_Standardize(mean, deviation), head)
-    train(model, values, targets, recipe, seed=seed, progress=progress)
+    train(model, values, targets, recipe, runtime=Runtime(progress=progress), seed=seed)
     # The standardization is folded into the first layer, so that the head takes raw features.
     with torch.no_grad():
         head.hidden.weight.div_(deviation)
