@@ -106,6 +106,9 @@ class Probe:
         others = LayerTap(model, shown, inner) if inner else None
         # After the last hidden layer the coefficients are the same for all inputs, up to a positive factor.
         weight = FeatureTap(model)(shown).linear()[0] if LAST in self.hidden else None
+        if weight is not None and len(weight) == 2 and torch.equal(weight[0], -weight[1]):
+            # The single class of the label scheme "O", which `Features` reads as two.
+            weight = weight[1:]
         counts: dict[tuple[str, str], ActivationStatistics] = {}
         scores: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
         hidden: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
