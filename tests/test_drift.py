@@ -1,5 +1,6 @@
 """The drift monitor against its formulas, its false-alarm rate by simulation, and what it finds."""
 
+import json
 import math
 
 import numpy as np
@@ -7,30 +8,43 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from featnorm import DriftMonitor
-from featnorm.drift import _keys
+from featnorm._utils.sealed import write_sealed
+from featnorm.drift import _Gamblers, _keys
 
 # Told apart by the monitor's keys, with ties among a few of them.
 few = st.sampled_from([-math.inf, -3.5, -1.0, -1.0, 0.0, 0.25, 0.25, 2.0, 1e30, math.inf])
-JUMPING_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SHIFTS = [(1 / abs(m), 1, m, 1) for m in (-2, -1, -0.5, -0.25, -0.125, 0.125, 0.25, 0.5, 1, 2)]
+SCALES = [(1.5, 1, 0, s) for s in (0.5, 0.7, 1.4, 2)]
+FEW_OTHERS = [(1.5, 0.1, -2, 1), (1.5, 0.05, -3, 1), (1.5, 0.1, 2, 1)]
+BETS = [*SHIFTS, *SCALES, *FEW_OTHERS]
+WEIGHTS = np.array([weight for weight, *_ in BETS] + [2.0])
+WEIGHTS /= WEIGHTS.sum()
+
+
+def densities(past, p):
+    """Of each bet at a p-value, after those of the past."""
+    z = norm.ppf(p)
+    normal = [1 - w + w * norm.pdf(z, m, s) / norm.pdf(z) for _, w, m, s in BETS]
+    ages = 0.99 ** np.arange(len(past) - 1, -1, -1)
+    counts = 0.5 + np.histogram(past, 16, (0, 1), weights=ages)[0]
+    return np.array([*normal, 16 * counts[min(int(16 * p), 15)] / counts.sum()])
 
 
 def reference(calibration, stream, seed):
     """Straight from the formulas: p-values by counting, capitals by multiplying; log10 of the evidence."""
     uniforms = np.random.default_rng(seed).random(len(stream))
-    capitals = {rate: dict.fromkeys((-1, 0, 1), 1 / 3) for rate in JUMPING_RATES}
-    seen, evidence = list(calibration), []
-    for score, uniform in zip(stream, uniforms, strict=True):
+    cash, bets, seen, past, evidence = 0.5, 0.5 * WEIGHTS, list(calibration), [], []
+    for t, (score, uniform) in enumerate(zip(stream, uniforms, strict=True)):
         seen.append(score)
         p = (sum(s < score for s in seen) + uniform * sum(s == score for s in seen)) / len(seen)
-        for rate, capital in capitals.items():
-            whole = sum(capital.values())
-            for e in capital:
-                capital[e] = ((1 - rate) * capital[e] + rate * whole / 3) * (1 + e * (p - 0.5))
-        evidence.append(
-            math.log10(sum(sum(capital.values()) for capital in capitals.values()) / len(JUMPING_RATES))
-        )
+        moved = 0.3 / (t + 30) * cash
+        cash -= moved
+        bets = (bets + moved * WEIGHTS) * densities(past, p)
+        past.append(p)
+        evidence.append(math.log10(cash + bets.sum()))
     return evidence
 
 
@@ -51,6 +65,22 @@ def test_equals_its_definition_over_a_drift():
     assert evidence.max() > 2
 
 
+@given(st.lists(st.floats(0, 1), max_size=40))
+def test_bets_are_fair(past):
+    """Whatever came before, a bet has the mean 1 over uniform p-values: it is an e-value."""
+    gamblers = _Gamblers()
+    gamblers.bet(np.array(past))
+    # The mean over p is that over the quantile z, which is smooth but for the histogram's jumps.
+    z = np.linspace(-7.9, 7.9, 4001)
+    over_z = np.array([gamblers.densities(p)[:-1] for p in norm.cdf(z)])
+    means = np.trapezoid(over_z * norm.pdf(z)[:, None], z, axis=0)
+    np.testing.assert_allclose(means, 1, rtol=0, atol=1e-4)  # the bets on the widest scores lose most at the ends
+    assert means.max() < 1 + 1e-6
+    histogram = [gamblers.densities((i + 0.5) / 16)[-1] for i in range(16)]
+    assert np.mean(histogram) == pytest.approx(1, abs=1e-12)
+    assert all(min(gamblers.densities(p)) >= 0 for p in (0.0, 1e-300, 0.5, 1.0))
+
+
 @given(st.lists(few, max_size=60), st.lists(st.integers(0, 60), max_size=5), st.integers(0, 2**32))
 def test_batches_of_any_size_give_the_same(stream, cuts, seed):
     cuts = sorted(min(cut, len(stream)) for cut in cuts)
@@ -67,21 +97,22 @@ def attributes(monitor):
     return monitor.count, monitor.log10_evidence, monitor.highest, monitor.alarmed_at
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_false_alarms_are_as_rare_as_stated(ties):
+@pytest.mark.parametrize(("ties", "calibrated"), [(False, 50), (True, 50), (False, 1)])
+def test_false_alarms_are_as_rare_as_stated(ties, calibrated):
     rng = np.random.default_rng(0)
     streams, false_alarm = 300, 0.1
-    alarms = 0
+    alarms, last = 0, []
     for seed in range(streams):
-        scores = rng.standard_cauchy(550)
+        scores = rng.standard_cauchy(500 + calibrated)
         scores = np.round(scores) if ties else scores
-        monitor = DriftMonitor(scores[:50], false_alarm=false_alarm, seed=seed)
-        monitor.update(scores[50:])
+        monitor = DriftMonitor(scores[:calibrated], false_alarm=false_alarm, seed=seed)
+        last.append(monitor.update(scores[calibrated:])[-1])
         alarms += monitor.alarmed_at is not None
     # Four standard deviations of the binomial above the bound.
     margin = 4 * math.sqrt(false_alarm * (1 - false_alarm) / streams)
     assert alarms / streams <= false_alarm + margin
     assert alarms  # the bound is no empty one
+    assert np.mean(10.0 ** np.array(last)) < 1.5  # a martingale's is 1
 
 
 @pytest.mark.parametrize("shift", [-0.5, 0.5])
@@ -127,8 +158,8 @@ def test_one_calibration_score_is_enough_to_be_valid():
     monitor = DriftMonitor([0.0])
     monitor.update(np.random.default_rng(0).normal(size=2000))
     assert monitor.alarmed_at is None
-    # The bet on nothing alone keeps a fifth of the capital.
-    assert monitor.log10_evidence > math.log10(1 / 5) - 1e-9
+    # What is still in cash.
+    assert monitor.log10_evidence > math.log10(0.5 * math.prod(1 - 0.3 / (t + 30) for t in range(2000))) - 1e-9
 
 
 def test_scores_are_ranked_in_their_order():
@@ -211,3 +242,71 @@ def test_memory_is_bounded():
     usual = DriftMonitor(np.random.default_rng(0).uniform(1, 8, 100))
     usual.update(np.random.default_rng(1).uniform(1, 8, 5000))
     assert len(usual._seen._rows) == 12
+
+
+DRIFTS = {
+    "a shift of 1": (45, lambda rng, n: rng.normal(-1, 1, n)),
+    "a shift of 2": (15, lambda rng, n: rng.normal(2, 1, n)),
+    "wider scores": (120, lambda rng, n: rng.normal(0, 1.5, n)),
+    "narrower scores": (120, lambda rng, n: rng.normal(0, 0.6, n)),
+    "a tenth of another kind": (300, lambda rng, n: rng.normal(0, 1, n) - 3 * (rng.random(n) < 0.1)),
+    "two kinds": (300, lambda rng, n: rng.choice([-1.0, 1.0], n) + rng.normal(0, 0.5, n)),
+    "a camera that repeats one image": (40, lambda rng, n: np.full(n, 0.3)),
+}
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_finds_drifts_of_many_kinds_in_time(drift):
+    most, draw = DRIFTS[drift]
+    delays = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        monitor = DriftMonitor(rng.normal(0, 1, 1000))
+        monitor.update(rng.normal(0, 1, 1000))
+        assert monitor.alarmed_at is None
+        monitor.update(draw(rng, 1000))
+        delays.append(math.inf if monitor.alarmed_at is None else monitor.alarmed_at - 999)
+    assert np.median(delays) <= most
+
+
+@given(st.lists(few, max_size=60), st.integers(0, 60), st.integers(0, 2**32))
+def test_a_saved_monitor_continues_as_if_it_had_not_stopped(tmp_path_factory, stream, cut, seed):
+    path = tmp_path_factory.mktemp("state") / "m.json"
+    calibration = [0.0, 0.25, 1.0, 2.0]
+    whole, first = (DriftMonitor(calibration, false_alarm=0.5, seed=seed) for _ in range(2))
+    evidence = whole.update(stream)
+    before = first.update(stream[:cut])
+    first.save(path)
+    second = DriftMonitor.load(path)
+    assert attributes(second) == attributes(first)
+    after = second.update(stream[cut:])
+    assert np.array_equal(np.concatenate([before, after]), evidence)
+    assert attributes(second) == attributes(whole)
+    assert second.state() == whole.state()
+    assert json.loads(json.dumps(whole.state())) == whole.state()
+
+
+def test_a_file_that_is_no_monitor_is_refused(tmp_path):
+    path = tmp_path / "m.json"
+    monitor = DriftMonitor([0.0, 1.0])
+    monitor.update(np.arange(50.0))
+    monitor.save(path)
+    good = path.read_bytes()
+    message = "m.json holds no drift monitor that this version of featnorm can load, or is damaged: make a new"
+    for content in (b"", b"{}", good[:-40], good.replace(b'"count": 50', b'"count": 51'), b"\xff\x00"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            DriftMonitor.load(path)
+    state = monitor.state()
+    for content in ({"format": 1}, {"format": 2}, {**state, "format": 2}, {**state, "seen": 5},
+                    {**state, "random": {}}, {**state, "gamblers": None}):  # fmt: skip
+        write_sealed(path, content)
+        with pytest.raises(ValueError, match=message):
+            DriftMonitor.load(path)
+    write_sealed(path, {"auroc": 0.5})
+    with pytest.raises(ValueError, match=message):
+        DriftMonitor.load(path)
+    with pytest.raises(FileNotFoundError):
+        DriftMonitor.load(tmp_path / "nowhere.json")
+    path.write_bytes(good)
+    assert DriftMonitor.load(str(path)).state() == monitor.state()

@@ -6,17 +6,22 @@ luck: the capital is a martingale, here called the evidence, and the chance that
 initial value is at most 1 %.
 
 Sources: Vovk, Gammerman and Shafer, "Algorithmic learning in a random world", 2005 (the p-values); Vovk, "Testing
-randomness online", Statistical Science 36(4), 2021; Vovk, Petej, Nouretdinov, Ahlberg, Carlsson and Gammerman,
-"Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021 (the bets).
+randomness online", Statistical Science 36(4), 2021 (betting on them); Shin, Ramdas and Rinaldo, "E-detectors: a
+nonparametric framework for sequential change detection", New England Journal of Statistics in Data Science 2(2),
+2024 (a mixture over the start of the drift).
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from featnorm._utils.checks import ScoreLike, as_score_array, check_share
+from featnorm._utils.sealed import read_sealed, write_sealed
 
 __all__ = ["DriftMonitor"]
 
@@ -25,8 +30,36 @@ _DIGIT_BITS = 11
 _DIGITS = 1 << _DIGIT_BITS
 _DROPPED_BITS = 32 - 2 * _DIGIT_BITS
 
-# How often the gamblers change their bets.
-_JUMPING_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_FORMAT = 1
+
+
+class _Bet(NamedTuple):
+    """A drift to bet on: ``share`` of the normal quantiles of the p-values have another mean or deviation."""
+
+    weight: float
+    share: float = 1.0
+    mean: float = 0.0
+    deviation: float = 1.0
+
+
+# With a smaller share of the capital a bet pays later, by more inputs the smaller the shift that it is on.
+_BETS = (
+    *(_Bet(1 / shift, mean=sign * shift) for shift in (0.125, 0.25, 0.5, 1.0, 2.0) for sign in (-1, 1)),
+    *(_Bet(1.5, deviation=deviation) for deviation in (0.5, 0.7, 1.4, 2.0)),
+    *(_Bet(1.5, share=share, mean=mean) for share, mean in ((0.1, -2.0), (0.05, -3.0), (0.1, 2.0))),
+    # The density of this one is a histogram of recent p-values: it finds a drift that no other bet describes.
+    _Bet(2.0),
+)
+_BINS = 16
+_PRIOR = 0.5  # count in every bin of the histogram, which is not forgotten
+_FORGETTING = 0.99
+# Share of the capital that is bet from the first input on. Step t bets ``_RATE / (t + _SCALE)`` of the rest.
+_FIRST = 0.5
+_RATE = 0.3
+_SCALE = 30
+_NORMAL = NormalDist()
+# The quantile of 0 and 1 is infinite.
+_MIN_P = 1e-15
 
 
 class DriftMonitor:
@@ -39,9 +72,13 @@ class DriftMonitor:
     not exchangeable: a stream whose inputs resemble the previous ones raises alarms without drift.
 
     A p-value is ``p_t = (#{s_i < s_t} + U_t #{s_i = s_t}) / (n + t)`` over the calibration scores and the first t
-    of the stream, ``U_t`` uniform. Gamblers of five jumping rates J each spread their capital ``C`` over the bets
-    ``1 + e (p - 1/2)``, e = -1, 0, 1: at every step ``C_e <- (1 - J) C_e + J C / 3``, then ``C_e`` is multiplied
-    by its bet. The evidence is their mean capital (the Composite Jumper); it never falls below 1/5.
+    of the stream, ``U_t`` uniform. The capital is spread over 18 bets and cash. A bet multiplies its part by its
+    density at ``p_t``, which has the mean 1 over uniform p-values. With ``z`` the standard normal quantile of
+    ``p_t``, 17 bets have the density ``1 - w + w N(z; m, s^2) / N(z; 0, 1)``: for shifts of all inputs (m = 0.125
+    to 2, both signs, bet on in inverse proportion to the shift), wider and narrower scores (s = 0.5 to 2), and a
+    few inputs of another kind (w = 0.05 or 0.1). The last one is the histogram of the recent p-values. Half of the
+    capital is bet at the start. Step t moves ``0.3 / (t + 30)`` of the cash into the bets, for drifts that start
+    there; so cash is never lost, and the evidence never falls below ``0.5 (30 / (t + 30))^0.3``, approximately.
 
     Memory is bounded, however long the stream: scores that differ by less than one part in 8192 count as equal,
     and so do those beyond the range of float32. This does not affect validity, and reduces power only if all
@@ -78,7 +115,7 @@ class DriftMonitor:
 
     def __init__(self, calibration_scores: ScoreLike, false_alarm: float = 0.01, seed: int = 0) -> None:
         check_share(false_alarm, "false_alarm")
-        self.false_alarm = false_alarm
+        self.false_alarm = float(false_alarm)
         self.count = 0
         self.log10_evidence = 0.0
         self.highest = 0.0
@@ -93,6 +130,76 @@ class DriftMonitor:
     def alarm_level(self) -> float:
         """The value of ``log10_evidence`` at which the alarm is raised."""
         return -math.log10(self.false_alarm)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state as plain data, which JSON can hold; `from_state` continues from it."""
+        return {
+            "format": _FORMAT,
+            "false_alarm": self.false_alarm,
+            "count": self.count,
+            "log10_evidence": self.log10_evidence,
+            "highest": self.highest,
+            "alarmed_at": self.alarmed_at,
+            "random": self._random.bit_generator.state,
+            "seen": {str(key): number for key, number in self._seen.items()},
+            "gamblers": self._gamblers.state(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Return the monitor whose `state` this is.
+
+        Raises
+        ------
+        ValueError
+            It is the state of another version, or not a state of a monitor.
+        """
+        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+            raise ValueError(f"it is not the state of a drift monitor, format {_FORMAT}")
+        monitor = cls.__new__(cls)
+        for name in ("false_alarm", "count", "log10_evidence", "highest", "alarmed_at"):
+            setattr(monitor, name, state[name])
+        monitor._random = np.random.default_rng()
+        monitor._random.bit_generator.state = state["random"]
+        monitor._seen = _Counts()
+        for key, number in state["seen"].items():
+            monitor._seen.add(int(key), number)
+        monitor._gamblers = _Gamblers.from_state(state["gamblers"])
+        return monitor
+
+    def save(self, path: str | Path) -> None:
+        """Save the monitor to a JSON file with a checksum; an existing file is replaced.
+
+        Parameters
+        ----------
+        path
+            The file. It holds how often each score was seen, rounded to one part in 8192.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+        """
+        write_sealed(Path(path), self.state())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Load a monitor that was saved by `save`. It continues the stream as if it had not been interrupted.
+
+        Raises
+        ------
+        OSError
+            The file cannot be read.
+        ValueError
+            The file is damaged, was not written by `save`, or was written by another version.
+        """
+        try:
+            return cls.from_state(read_sealed(Path(path)))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} holds no drift monitor that this version of featnorm can load, or is damaged: make a new "
+                "monitor from the calibration scores"
+            ) from error
 
     def update(self, scores: ScoreLike) -> npt.NDArray[np.float64]:
         """Update the evidence with the next scores of the stream, in order of time.
@@ -139,45 +246,86 @@ class _Counts:
         self._sums = np.zeros(_DIGITS, np.int64)
         self._rows: dict[int, npt.NDArray[np.int64]] = {}
 
-    def add(self, key: int) -> tuple[int, int]:
-        """Count a score; return the number of scores below it, and of those equal to it, including itself."""
+    def add(self, key: int, number: int = 1) -> tuple[int, int]:
+        """Count scores of a key; return how many scores are below these, and how many equal, these included."""
         first, second = divmod(key, _DIGITS)
         row = self._rows.get(first)
         if row is None:
             row = self._rows[first] = np.zeros(_DIGITS, np.int64)
-        row[second] += 1
-        self._sums[first] += 1
-        self.total += 1
+        row[second] += number
+        self._sums[first] += number
+        self.total += number
         return int(self._sums[:first].sum() + row[:second].sum()), int(row[second])
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """Yield every key and the number of its scores."""
+        for first, row in self._rows.items():
+            for second in np.flatnonzero(row).tolist():
+                yield first * _DIGITS + second, int(row[second])
 
 
 class _Gamblers:
-    """The Composite Jumper: one gambler per jumping rate, all with the same initial capital."""
+    """The capital, as shares in cash and in the bets, which add up to 1, and as the logarithm of the whole."""
+
+    _weights, _share, _mean, _deviation = np.array(_BETS).T
+    _weights = _weights / _weights.sum()
+    # The logarithm of a ratio of normal densities is (square z + slope) z + constant.
+    _square, _slope = (1 - _deviation**-2) / 2, _mean * _deviation**-2
+    _constant = -_mean * _slope / 2
+    _factor, _rest = _share / _deviation, 1 - _share
 
     def __init__(self) -> None:
-        # Capitals outgrow float64 within thousands of steps. The three bets of a gambler (low, none, high) stay
-        # close to each other, because the jumps level them: they are kept as shares of the gambler's capital.
-        self._shares = [(1 / 3, 1 / 3, 1 / 3)] * len(_JUMPING_RATES)
-        self._log_capital = np.zeros((1, len(_JUMPING_RATES)))
+        self._log_capital = 0.0
+        self._steps = 0
+        self._cash = 1 - _FIRST
+        self._bets = _FIRST * self._weights
+        self._histogram = np.full(_BINS, _PRIOR)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return {
+            "log_capital": self._log_capital,
+            "steps": self._steps,
+            "cash": self._cash,
+            "bets": self._bets.tolist(),
+            "histogram": self._histogram.tolist(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Return the gamblers whose `state` this is."""
+        gamblers = cls()
+        for name, value in state.items():
+            setattr(gamblers, f"_{name}", np.array(value) if isinstance(value, list) else value)
+        return gamblers
 
     def bet(self, p_values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Bet on (m,) p-values; return log10 of the mean capital after each."""
-        gains = np.empty((len(p_values), len(_JUMPING_RATES)))
-        # Plain numbers, because arrays of three numbers are several times slower.
-        for step, p in enumerate(p_values.tolist()):
-            for i, rate in enumerate(_JUMPING_RATES):
-                low, none, high = self._shares[i]
-                jumped, stay = rate / 3, 1 - rate
-                low = (stay * low + jumped) * (1.5 - p)
-                none = stay * none + jumped
-                high = (stay * high + jumped) * (0.5 + p)
-                gain = low + none + high
-                self._shares[i] = (low / gain, none / gain, high / gain)
-                gains[step, i] = gain
-        log_capital = np.cumsum(np.concatenate([self._log_capital, np.log(gains)]), axis=0)
-        self._log_capital = log_capital[-1:]
-        mean = np.logaddexp.reduce(log_capital[1:], axis=1) - math.log(len(_JUMPING_RATES))
-        return mean / math.log(10)
+        """Bet on (m,) p-values; return log10 of the capital after each."""
+        evidence = np.empty(len(p_values))
+        for i, p in enumerate(p_values.tolist()):
+            moved = self._cash * _RATE / (self._steps + _SCALE)
+            self._cash -= moved
+            self._bets = (self._bets + moved * self._weights) * self.densities(p)
+            gain = self._cash + float(self._bets.sum())
+            self._cash /= gain
+            self._bets /= gain
+            self._log_capital += math.log(gain)
+            self._steps += 1
+            self._histogram = _FORGETTING * self._histogram + (1 - _FORGETTING) * _PRIOR
+            self._histogram[_bin(p)] += 1
+            evidence[i] = self._log_capital / math.log(10)
+        return evidence
+
+    def densities(self, p: float) -> npt.NDArray[np.float64]:
+        """Return the density of each bet at a p-value."""
+        z = _NORMAL.inv_cdf(min(max(p, _MIN_P), 1 - _MIN_P))
+        densities = self._rest + self._factor * np.exp((self._square * z + self._slope) * z + self._constant)
+        densities[-1] = self._histogram[_bin(p)] * (_BINS / self._histogram.sum())
+        return densities
+
+
+def _bin(p: float) -> int:
+    return min(int(_BINS * p), _BINS - 1)
 
 
 def _keys(scores: npt.NDArray[Any]) -> list[int]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from apart import run_apart
 from featnorm import Calibration, archive
+from featnorm._utils.sealed import write_sealed
 from featnorm.records import COLUMNS, FORMATS, Journal
 from featnorm.report.drift import StreamHistory
 from featnorm.verdict import ItemVerdict
@@ -371,6 +373,101 @@ def test_what_is_refused(featnorm, detector, tmp_path):
     }.items():
         assert_refused(featnorm("monitor", *arguments), words)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("ending", "cut"), [(".csv", 1), (".jsonl", 4), (".parquet", 1500), (".csv", 2003), (".jsonl", 3000)]
+)
+def test_a_stream_continues_where_it_stopped(featnorm, detector, tmp_path, ending, cut):
+    """In the part before the cut and the rest, with rows without a score, as in one run."""
+    page, state = tmp_path / "p.html", tmp_path / "s.json"
+    whole = table(tmp_path / f"whole{ending}", scored(-0.5))
+    command = ("monitor", detector, whole, "--html", page.name, "--state", state.name)
+    status, printed, _ = featnorm(*command)
+    assert status == 3
+    expected = page.read_bytes(), state.read_bytes()
+    state.unlink()
+
+    rows = table(tmp_path / "rows.csv", scored(-0.5))
+    keep_rows(tmp_path / rows, cut)
+    featnorm("monitor", detector, rows, "--state", state.name)
+    before = state.read_bytes()
+    featnorm("monitor", detector, rows, "--state", state.name)  # without new rows
+    assert state.read_bytes() == before
+    status, resumed, error = featnorm(*command)
+    assert (status, error) == (3, "")
+    assert resumed == f"Continued after row {cut:,}: {3002 - cut:,} new rows.\n{printed}"
+    assert (page.read_bytes(), state.read_bytes()) == expected
+
+
+def keep_rows(path, number):
+    with path.open("rb") as file:
+        kept = list(islice(file, 1 + number))
+    path.write_bytes(b"".join(kept))
+
+
+FEWER = "t.csv has 51 rows, but s.json was made of 52: restore the missing rows, or "
+OTHERS = "the first 52 rows of t.csv are not those that s.json was made of: restore them, also their order, or "
+
+
+def swap(rows):
+    rows[7], rows[8] = rows[8], rows[7]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows.pop(), FEWER),
+        (lambda rows: rows.pop(7), FEWER),
+        (swap, OTHERS),
+        (lambda rows: rows.insert(3, rows[3]), OTHERS),
+        (lambda rows: rows.__setitem__(9, rows[9].replace("day", "night")), OTHERS),
+        (lambda rows: rows.__setitem__(9, rows[10]), OTHERS),
+        (lambda rows: rows.__setitem__(5, "broken/5.png,1.0,0.5,ID,,\r\n"), OTHERS),
+    ],
+)
+def test_a_table_that_changed_is_noticed(featnorm, detector, tmp_path, change, words):
+    scores = tmp_path / table(tmp_path / "t.csv", scored(n=51), unread=(5,))
+    assert featnorm("monitor", detector, scores.name, "--state", "s.json")[0] == 0
+    state = (tmp_path / "s.json").read_bytes()
+    with scores.open(encoding="utf-8", newline="") as file:
+        header, *rows = file.readlines()
+    change(rows)
+    scores.write_text("".join([header, *rows]), encoding="utf-8", newline="")
+    result = featnorm("monitor", detector, scores.name, "--state", "s.json", "--html", "page.html")
+    assert_refused(result, words)
+    assert "delete s.json to monitor t.csv from its first row" in result[2]
+    assert (tmp_path / "s.json").read_bytes() == state
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_state_of_something_else_is_refused(featnorm, detector, tmp_path):
+    scores = table(tmp_path / "t.csv", scored(n=50))
+    state = tmp_path / "s.json"
+    assert featnorm("monitor", detector, scores, "--state", "s.json")[0] == 0
+    good = state.read_bytes()
+    other = Calibration(np.random.default_rng(5).normal(2, 1, 600).astype(np.float32))
+    archive.write(tmp_path / "other.featnorm", {"calibration.scores": other.scores}, {"tpr": 0.95, "model": {}})
+    words = "s.json was made with another detector: use the same, or delete s.json to monitor t.csv from its"
+    assert_refused(featnorm("monitor", "other.featnorm", scores, "--state", "s.json"), words)
+    words = "s.json was made with another false-alarm rate: use the same"
+    assert_refused(featnorm("monitor", detector, scores, "--false-alarm", "0.05", "--state", "s.json"), words)
+    words = "s.json is damaged, or of an earlier version"
+    for content in (b"", good[:-30], good.replace(b'"rows": 51', b'"rows": 50'), b"path,score,p_value\n"):
+        state.write_bytes(content)
+        assert_refused(featnorm("monitor", detector, scores, "--state", "s.json"), words)
+    for content in ({"auroc": 0.5}, {**json.loads(good), "monitor": {"format": 9}}, {"monitor": 5}):
+        content.pop("sha256", None)
+        write_sealed(state, content)
+        words = "s.json is not a state that this version of featnorm monitor wrote ("
+        assert_refused(featnorm("monitor", detector, scores, "--state", "s.json"), words)
+    state.write_bytes(good)
+    (tmp_path / "d.json").symlink_to(tmp_path / detector)
+    for place, words in {scores: "--state t.csv must end in .json", "d.json": "d.json would overwrite the input ",
+                         "none/s.json": "there is no folder none"}.items():  # fmt: skip
+        assert_refused(featnorm("monitor", detector, scores, "--state", place), words)
+    assert featnorm("monitor", detector, scores, "--state", "s.json")[0] == 0
+    assert state.read_bytes() == good
 
 
 def assert_refused(result, words):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from featnorm._utils.errors import first_line
 from featnorm._utils.progress import progress_bar
+from featnorm._utils.sealed import read_sealed, write_sealed
 from featnorm.cli.console import console, counted, environment, require_file_place
 from featnorm.cli.options import ScorerFile
 
@@ -43,6 +45,14 @@ def monitor(
         float, typer.Option(help="Probability that a stream without drift ever raises the alarm.")
     ] = 0.01,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML page to write, with plots.")] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON file that keeps the state of the stream. If it exists, the stream continues after the last "
+            "row of SCORES that it has seen; rows may have been appended since.",
+        ),
+    ] = None,
 ) -> None:
     """Detect drift in a stream of scores, even if no single image looks unusual.
 
@@ -52,20 +62,26 @@ def monitor(
     from featnorm.records import read_scores
     from featnorm.report.drift import format_evidence, write_drift_page
 
-    if html is not None:
-        if html.suffix != ".html":
-            raise ValueError(f"--html {html} must end in .html")
-        require_file_place(html, [scorer_file, scores])
+    for option, file, ending in (("--html", html, ".html"), ("--state", state, ".json")):
+        if file is not None:
+            if file.suffix != ending:
+                raise ValueError(f"{option} {file} must end in {ending}")
+            require_file_place(file, [scorer_file, scores])
     calibration = _read_calibration(scorer_file)
     stream = _Stream(scorer_file, scores, calibration, false_alarm)
-    with progress_bar(unit=" rows") as bar:
-        for images in _batches(read_scores(scores)):
+    seen = 0
+    with progress_bar(read_scores(scores), unit=" rows") as bar:
+        rows = iter(bar)
+        if state is not None and state.exists():
+            seen = stream.resume(state, rows)
+        while images := list(islice(rows, _ROWS)):
             stream.add(images)
-            bar.update(len(images))
     drift = stream.monitor
     if drift.count == 0:
         raise ValueError(f"there is no score in {scores}: score images first, with featnorm score --out")
     unscored = f" ({counted(stream.unscored, 'row')} without a score skipped)" if stream.unscored else ""
+    if seen:
+        console.print(f"Continued after row {seen:,}: {counted(stream.rows - seen, 'new row')}.", soft_wrap=True)
     console.print(
         f"{drift.count:,} scores from {scores}{unscored}, compared with {len(calibration.scores):,} "
         f"calibration scores in {scorer_file}.",
@@ -86,12 +102,14 @@ def monitor(
         }
         write_drift_page(html, drift, stream.history, calibration, summary=finding, facts=facts)
         console.print(f"Wrote {html}.", soft_wrap=True)
+    if state is not None:
+        stream.save(state)
+        console.print(f"Wrote {state}.", soft_wrap=True)
     if stream.alarm is not None:
         raise typer.Exit(DRIFT)
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A row of the table, counted from 1."""
 
     number: int
@@ -109,16 +127,79 @@ class _Stream:
         self.history = StreamHistory()
         self.unscored = 0
         self.alarm: _Row | None = None
+        self.rows = 0
+        self._digest = hashlib.sha256()
         self._scorer_file = scorer_file
         self._table = table
         self._calibration = calibration
-        self._rows = 0
+
+    def save(self, path: Path) -> None:
+        """Write the state to a file, for `resume`."""
+        content = {
+            "made_with": self._made_with(),
+            "monitor": self.monitor.state(),
+            "history": self.history.state(),
+            "unscored": self.unscored,
+            "alarm": self.alarm,
+            "rows": self.rows,
+            "digest": self._digest.hexdigest(),
+        }
+        write_sealed(path, content)
+
+    def resume(self, path: Path, rows: Iterator[ScoreRow]) -> int:
+        """Continue from a state, after the rows of the table that it was made of; return their number.
+
+        Raises
+        ------
+        ValueError
+            The state is damaged, was made with another detector or false-alarm rate, or from other rows.
+        """
+        from featnorm.drift import DriftMonitor
+        from featnorm.report.drift import StreamHistory
+
+        state, made_with = read_sealed(path), self._made_with()
+        try:
+            self.monitor = DriftMonitor.from_state(state["monitor"])
+            self.history = StreamHistory.from_state(state["history"])
+            self.unscored, seen, digest = state["unscored"], state["rows"], state["digest"]
+            self.alarm = None if state["alarm"] is None else _Row(*state["alarm"])
+            other = [name for name, value in made_with.items() if state["made_with"][name] != value]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a state that this version of featnorm monitor wrote ({first_line(error)}): choose "
+                "another file"
+            ) from None
+        again = f"delete {path} to monitor {self._table} from its first row"
+        if other:
+            raise ValueError(f"{path} was made with another {' and '.join(other)}: use the same, or {again}")
+        for image in islice(rows, seen):
+            self._count(image)
+        if self.rows < seen:
+            raise ValueError(
+                f"{self._table} has {counted(self.rows, 'row')}, but {path} was made of {seen:,}: restore the "
+                f"missing rows, or {again}"
+            )
+        if self._digest.hexdigest() != digest:
+            raise ValueError(
+                f"the first {counted(seen, 'row')} of {self._table} are not those that {path} was made of: "
+                f"restore them, also their order, or {again}"
+            )
+        return self.rows
+
+    def _made_with(self) -> dict[str, str | float]:
+        calibration = hashlib.sha256(self._calibration.scores.tobytes()).hexdigest()
+        return {"detector": calibration, "false-alarm rate": self.monitor.false_alarm}
+
+    def _count(self, image: ScoreRow) -> _Row:
+        """Return the next row of the table, and add it to the digest of all rows."""
+        self.rows += 1
+        self._digest.update(repr(image[:3]).encode())
+        return _Row(self.rows, image.path)
 
     def add(self, images: list[ScoreRow]) -> None:
         """Take the next rows."""
-        rows = [_Row(number, image.path) for number, image in enumerate(images, start=self._rows + 1)]
-        self._rows += len(rows)
-        scored = [(row, image) for row, image in zip(rows, images, strict=True) if image.score is not None]
+        rows = [(self._count(image), image) for image in images]
+        scored = [(row, image) for row, image in rows if image.score is not None]
         self.unscored += len(rows) - len(scored)
         self._require_same_detector(scored)
         scores = _column(scored, "score")
@@ -158,11 +239,6 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
     return calibration
 
 
-def _batches(rows: Iterator[ScoreRow]) -> Iterator[list[ScoreRow]]:
-    while batch := list(islice(rows, _ROWS)):
-        yield batch
-
-
 def _column(scored: list[tuple[_Row, ScoreRow]], name: str) -> npt.NDArray[np.float64]:
     import numpy as np
 
@@ -191,7 +267,8 @@ def _meaning(stream: _Stream) -> Iterator[str]:
     if stream.alarm is None:
         yield (
             "This does not prove that nothing changed. To continue the stream, append the new rows to these and "
-            "run the command on all of them: the chance above is for one stream, not for several."
+            "run the command on all of them (with --state, it processes the new rows only): the chance above is "
+            "for one stream, not for several."
         )
         return
     yield (

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,17 @@ class StreamHistory:
         self._step = 1
         self._highest: list[float] = []
         self._p_sums: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        """Return the state as plain data, which JSON can hold."""
+        return {**vars(self), "latest": list(self.latest)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Return the history whose `state` this is."""
+        history = cls()
+        vars(history).update(state, latest=deque(state["latest"], maxlen=_MAX_LATEST))
+        return history
 
     def add(self, scores: Array, evidence: Array, p_values: Array) -> None:
         """Add (n,) scores, the evidence after each, and their p-values among the calibration scores."""
