@@ -79,22 +79,27 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     verdict = scorer(images)
     judged = scorer.predict_batch(images, "abcd", explain=[0, 1, 2, 3])
     explained = [one.why for one in judged]
+    assert all(one.heat is None and not one.no_heat for one in explained)
     some = scorer.predict_batch(images, "abcd", explain=[2])
     assert [one.why is None for one in some] == [True, True, False, True]
     assert some[2].why.rows() == explained[2].rows()
     assert [one.score for one in some] == [one.score for one in judged] == verdict.score.tolist()
     features = scorer.tap(images)
-    for i, one in enumerate(explained):
+    for i, one in enumerate(why.units for why in explained):
         assert one.predicted == int(verdict.logits[i].argmax())
         assert one.predicted_name == (
             f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted]
         )
         assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
         assert torch.equal(one.activation, features.activation[i])
-    assert explained[3].seen > 0
-    assert len(explained[3].inactive_units) <= len(explained[0].inactive_units)
+    assert explained[3].units.seen > 0
+    assert len(explained[3].units.inactive_units) <= len(explained[0].units.inactive_units)
     scorer.statistics = None
-    with pytest.raises(ValueError, match="has no activation statistics"):
+    (alone,) = scorer.predict_batch(images[3:], "d", explain=[0])
+    assert alone.why.units is None
+    assert alone.why.rows() == explained[3].rows()[-1:]
+    scorer.examples = None
+    with pytest.raises(ValueError, match="has neither activation statistics nor examples"):
         scorer.predict_batch(images, "abcd", explain=[0])
 
 

@@ -26,7 +26,8 @@ from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.export import export_onnx
 from featnorm.features import Features
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.hidden.explanation import Explanation, explain
+from featnorm.hidden.examples import Examples
+from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import ImageSource, ItemError, image_loader
 from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
@@ -36,6 +37,7 @@ from featnorm.models.heads import head_of, head_settings
 from featnorm.models.loading import backbone_of, is_users, recreate_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
+from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
 
@@ -43,7 +45,7 @@ HeadKind = Literal["keep", "train", "none"]
 
 # What the tap captures and an explanation needs.
 _EXPLAINED = ("activation", "logits", "classifier")
-_MODEL, _DETECTOR, _STATISTICS = "model.", "detector.", "statistics."
+_MODEL, _DETECTOR, _STATISTICS, _EXAMPLES = "model.", "detector.", "statistics.", "examples."
 _BLOCKS = 8
 # Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
@@ -72,6 +74,7 @@ class Scorer(nn.Module):
         How the model was made from the specification: "keep", as it is; "train", its backbone with a
         `ProjectionHead`; "none", its backbone alone.
     statistics : activation statistics of in-distribution inputs, for explanations. Default: those of `fit`.
+    examples : sample of in-distribution images, for explanations. Default: none.
     facts : provenance shown with results, as label -> text.
 
     Raises
@@ -99,6 +102,7 @@ class Scorer(nn.Module):
         spec: str | None = None,
         head: HeadKind = "keep",
         statistics: ActivationStatistics | None = None,
+        examples: Examples | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -113,6 +117,7 @@ class Scorer(nn.Module):
         self.spec = spec
         self.head = head
         self.statistics = statistics
+        self.examples = examples
         self.facts = dict(facts or {})
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
@@ -139,8 +144,8 @@ class Scorer(nn.Module):
 
     @property
     def explains(self) -> bool:
-        """Whether the scorer can explain verdicts on images."""
-        return self.statistics is not None
+        """Whether the scorer can explain verdicts, because it has activation statistics or examples."""
+        return self.statistics is not None or self.examples is not None
 
     def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
@@ -273,7 +278,7 @@ class Scorer(nn.Module):
         items
             Images as paths, PIL images or arrays of shape (H, W), (H, W, 3) or (H, W, 4) and type uint8, which
             `preprocess` turns into tensors; or tensors that the model takes, without the batch dimension.
-        explain : whether to explain the verdicts.
+        explain : whether to explain the verdicts, with heat maps.
         runtime : precision and batch size. Default: `Runtime()`. The scorer stays on the device where it is.
 
         Raises
@@ -282,7 +287,7 @@ class Scorer(nn.Module):
             The items are a single one, or an item is of another type.
         ValueError
             The scorer has no preprocess and an item is not a tensor, an output of the model is not finite, or
-            explanations are requested and there are no statistics.
+            explanations are requested and there are neither statistics nor examples.
         UserModelError
             The model or its preprocess is the user's own, and raised an error.
         """
@@ -312,7 +317,7 @@ class Scorer(nn.Module):
             names = [items[row][0] for row in tensors]
             rows = range(len(names)) if explain else ()
             batch = torch.stack([*tensors.values()])
-            found = self.predict_batch(batch, names, explain=rows, runtime=runtime)
+            found = self.predict_batch(batch, names, explain=rows, heat=explain, runtime=runtime)
             for row, verdict in zip(tensors, found, strict=True):
                 verdicts[row] = verdict._replace(first_of_several=row in several)
         return [verdicts[row] for row in range(len(items))]
@@ -373,7 +378,13 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def predict_batch(
-        self, inputs: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
+        self,
+        inputs: Tensor,
+        names: Sequence[str],
+        *,
+        explain: Sequence[int] = (),
+        heat: bool = False,
+        runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
         """Return the verdict on each input of a batch.
 
@@ -382,24 +393,32 @@ class Scorer(nn.Module):
         inputs : preprocessed inputs (n, ...), on any device.
         names : one name per input.
         explain : rows of the inputs to explain.
+        heat : whether explanations include a heat map, for one more forward pass on each input to explain.
         runtime : see `stream`.
 
         Raises
         ------
         ValueError
-            An output of the model is not finite, or inputs are to be explained and there are no statistics.
+            An output of the model is not finite, or inputs are to be explained and there are neither statistics
+            nor examples.
         UserModelError
             The model is the user's own and raised an error.
         """
         with self._users_forward(f"a batch of {len(inputs)} images, {names[0]} to {names[-1]}" if names else ""):
-            return self._predict(inputs, names, explain=explain, runtime=runtime)
+            return self._predict(inputs, names, explain=explain, heat=heat, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model: Any = self.model
         return users_forward(self.spec or "", model[0] if self.head == "train" else model, inputs)
 
     def _predict(
-        self, inputs: Tensor, names: Sequence[str], *, explain: Sequence[int] = (), runtime: Runtime | None = None
+        self,
+        inputs: Tensor,
+        names: Sequence[str],
+        *,
+        explain: Sequence[int] = (),
+        heat: bool = False,
+        runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
         inputs = fast_layout(inputs.to(self.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
@@ -414,7 +433,7 @@ class Scorer(nn.Module):
             predicted = [self.classes[i] for i in verdict.logits.argmax(1).tolist()]
         columns = (names, verdict.score.tolist(), p_values, is_id, predicted)
         verdicts = [ItemVerdict(*row, None) for row in zip(*columns, strict=True)]
-        for row, why in zip(explain, self._explained(features, explain), strict=True):
+        for row, why in zip(explain, self._explained(inputs, features, explain, heat), strict=True):
             verdicts[row] = verdicts[row]._replace(why=why)
         return verdicts
 
@@ -426,20 +445,44 @@ class Scorer(nn.Module):
                 "name per logit"
             )
 
-    def _explained(self, features: Features, rows: Sequence[int]) -> list[Explanation]:
-        """Explain some rows of features that include the classifier."""
+    def _explained(self, inputs: Tensor, features: Features, rows: Sequence[int], heat: bool) -> list[Why]:
+        """Explain some rows of a batch, whose features include the classifier."""
         if not rows:
             return []
-        if self.statistics is None:
-            raise ValueError("this scorer has no activation statistics of in-distribution inputs: fit again")
-        weight, bias = features.linear()
-        hidden = HiddenClassifier(
-            features.tensor("activation")[list(rows)].float(),
-            weight.float(),
-            None if bias is None else bias.float().expand(len(rows), -1),
-        )
-        word = "cluster" if self.head == "train" else "class"
-        return explain(hidden, self.statistics, self.classes or [f"{word} {k}" for k in range(len(weight))])
+        if not self.explains:
+            raise ValueError(
+                "this scorer has neither activation statistics nor examples of in-distribution inputs: fit again"
+            )
+        chosen = list(rows)
+        parts: list[dict[str, Any]] = [{} for _ in rows]
+        if self.statistics is not None:
+            weight, bias = features.linear()
+            hidden = HiddenClassifier(
+                features.tensor("activation")[chosen].float(),
+                weight.float(),
+                None if bias is None else bias.float().expand(len(chosen), -1),
+            )
+            word = "cluster" if self.head == "train" else "class"
+            names = self.classes or [f"{word} {k}" for k in range(len(weight))]
+            for part, units in zip(parts, explain(hidden, self.statistics, names), strict=True):
+                part["units"] = units
+        reference = None
+        if self.examples is not None:
+            nearest = self.examples.nearest(features.tensor("pooled")[chosen])
+            reference = torch.stack([self.examples.mean(found) for found in nearest])
+            for part, found in zip(parts, nearest, strict=True):
+                part["nearest"] = found
+        if heat:
+            try:
+                if self.detector.needs_model:
+                    raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
+                maps = heat_maps(self.tap, inputs[chosen], self.detector.score, reference).cpu()
+                for part, one in zip(parts, maps, strict=True):
+                    part["heat"] = one
+            except NoHeatError as error:
+                for part in parts:
+                    part["no_heat"] = str(error)
+        return [Why(**part) for part in parts]
 
     def export(self, path: str | Path) -> float:
         """Write one ONNX graph from images to verdicts; see `featnorm.export.export_onnx`."""
@@ -487,6 +530,8 @@ class Scorer(nn.Module):
             tensors["preprocessed"], tensors["response"] = self._reference_outputs()
         if self.statistics is not None:
             tensors |= {f"{_STATISTICS}{name}": value for name, value in self.statistics.state_dict().items()}
+        if self.examples is not None:
+            tensors |= {f"{_EXAMPLES}{name}": value for name, value in self.examples.tensors().items()}
         made: Any = self.model
         header["scorer"] = {
             "spec": self.spec,
@@ -494,6 +539,7 @@ class Scorer(nn.Module):
             "head settings": head_settings(made[1]) if self.head == "train" else None,
             "classes": self.classes,
             "facts": self.facts,
+            "example classes": None if self.examples is None else self.examples.classes,
         }
         archive.write(path, tensors, header)
 
@@ -580,6 +626,7 @@ def load(
         classes = None if classes is None else [check_text(name) for name in classes]
         head = head_of(about["head settings"], _with_prefix("1.", stored)) if kind == "train" and stored else None
         statistics = _statistics(tensors)
+        examples = _examples(tensors, about["example classes"])
         _check_names(tensors)
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
@@ -596,11 +643,13 @@ def load(
         detector = parse_detector(header["detector"])
         detector.load_state_dict(_with_prefix(_DETECTOR, tensors))
         detector.validate()
-        options: dict[str, Any] = {"spec": spec, "head": kind, "statistics": statistics, "facts": facts}
+        options: dict[str, Any] = {"spec": spec, "head": kind, "facts": facts}
+        options |= {"statistics": statistics, "examples": examples}
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
-        scorer.tap.require((*detector.reads, *(() if statistics is None else _EXPLAINED)))
+        explained = (*(() if statistics is None else _EXPLAINED), *(() if examples is None else ("pooled",)))
+        scorer.tap.require((*detector.reads, *explained))
         calibration = archive.calibration(tensors, header, path)
         if calibration is not None:
             scorer.calibration = calibration.to(scorer.tap.device)
@@ -751,8 +800,18 @@ def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
     return statistics
 
 
+def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:
+    """Return the examples in a file, if any; a LookupError, TypeError or ValueError if they are damaged."""
+    state = _with_prefix(_EXAMPLES, tensors)
+    if not state and classes is None:
+        return None
+    if not isinstance(classes, list):
+        raise ValueError("its example classes are not a list")
+    return Examples.from_tensors(state, classes)
+
+
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
-    known = (_MODEL, _DETECTOR, _STATISTICS)
+    known = (_MODEL, _DETECTOR, _STATISTICS, _EXAMPLES)
     others = {archive.CALIBRATION, "preprocessed", "response"}
     if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
         raise ValueError(f"it has an unknown tensor {unknown[0]!r}")

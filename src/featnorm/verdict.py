@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from featnorm.hidden.explanation import Explanation
+    from featnorm.hidden.explanation import Why
 
 
 class Verdict(NamedTuple):
@@ -50,7 +50,7 @@ class ItemVerdict(NamedTuple):
         Why the item cannot be read.
     first_of_several : bool
         Whether the item is the first of several frames or pages of its file.
-    why : Explanation or None
+    why : Why or None
         Explanation of the score, if it was requested.
     """
 
@@ -61,7 +61,7 @@ class ItemVerdict(NamedTuple):
     predicted: str | None
     error: str | None
     first_of_several: bool = False
-    why: Explanation | None = None
+    why: Why | None = None
 
 
 def unreadable(item: str, reason: str) -> ItemVerdict:

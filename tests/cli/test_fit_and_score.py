@@ -163,9 +163,15 @@ def test_score_writes_a_page(featnorm, detector, known, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     scores = sorted((float(row["score"]), row["path"]) for row in rows_of(tmp_path / "t.csv") if row["score"])
     cards = re.findall(r'<p class="name">(.*?)</p>', page)
-    assert cards == [html.escape(name) for _, name in scores[:100]]
-    assert page.count("<image ") == 100
-    assert page.count("largest units") == 100
+    flagged = sum(row["verdict"] == "OOD" for row in rows_of(tmp_path / "t.csv"))
+    shown = min(100, flagged)
+    shown += min(5, 100 - shown)
+    assert 5 < shown <= 100
+    assert cards == [html.escape(name) for _, name in scores[:shown]]
+    # An image, its heat map, and the thumbnails of similar ones, each once.
+    assert 2 * shown < page.count("<image ") <= 5 * shown
+    assert len(set(re.findall(r'<image id="(.*?)"', page))) == page.count("<image ")
+    assert page.count("largest units") == shown
     assert "not an image in a format that featnorm reads" in page
     assert "<b>" not in page
     assert not list(tmp_path.glob(".*")), "the journal is gone"
