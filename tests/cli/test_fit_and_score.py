@@ -397,7 +397,8 @@ def test_a_photograph_is_judged_as_it_is_seen(featnorm, detector, tmp_path):
         page = (tmp_path / out[1]).read_text(encoding="utf-8")
         pictures_shown.append(re.findall(r'data:image/(?:png|jpeg|webp);base64,[^"]+', page))
     assert scores[0] == scores[1] == scores[2] != scores[3]
-    assert len(pictures_shown[0]) == 1
+    # The image, its heat map, and three similar images.
+    assert len(pictures_shown[0]) == 5
     assert pictures_shown[0] == pictures_shown[1] == pictures_shown[2] != pictures_shown[3]
 
 
