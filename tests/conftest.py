@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -10,8 +11,6 @@ import running
 from featnorm.__main__ import main
 from featnorm._utils.memory import keep_freed_memory
 
-pytest_plugins = ["own_images"]
-
 # No test depends on how fast the machine is, or how busy.
 hypothesis.settings.register_profile(
     "featnorm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -23,6 +22,16 @@ def pytest_configure(config):
     # As every command does: giving memory back and taking it again costs a network on a CPU half its time.
     keep_freed_memory()
     running.register(config)
+    # A process that only distributes the tests needs no fixtures, and not torch either.
+    if not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("own_images")
+        # Nothing that is imported or collected becomes garbage, and looking for it doubles the time of collection.
+        gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from featnorm import archive
+from featnorm.archive import StoredCalibration
 from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
 
 tied = st.sampled_from([-math.inf, -1e300, -1.0, 0.0, 0.5, 1.0, 1e300, math.inf])
@@ -238,3 +241,213 @@ def test_the_share_cannot_leave_its_threshold_behind():
     assert calibration.tpr == 0.9
     assert float(calibration.threshold) == threshold_at_tpr(torch.arange(100.0), 0.9)
     assert copy.deepcopy(calibration).tpr == pickle.loads(pickle.dumps(calibration)).tpr == 0.9
+
+
+def draw_cameras(rng, n, shares):
+    """Names of n groups, drawn with some shares, and scores that are lower and wider from group to group."""
+    members = rng.choice(len(shares), n, p=shares)
+    return [f"camera {member}" for member in members], rng.normal(-3.0 * members, 1.0 + members)
+
+
+@pytest.mark.parametrize("tpr", [0.9, 0.95])
+def test_each_group_is_accepted_at_the_stated_rate_and_the_small_ones_together(tpr):
+    rng = np.random.default_rng(0)
+    shares = [0.5, 0.3, 0.14, 0.03, 0.02, 0.01]
+    names = [f"camera {i}" for i in range(6)]
+    flagged, without = defaultdict(list), defaultdict(list)
+    for _ in range(600):
+        groups, scores = draw_cameras(rng, 400, shares)
+        new, new_scores = draw_cameras(rng, 200, shares)
+        fitted = Calibration(scores, tpr, groups, names)
+        is_ood = ~fitted.is_id(torch.from_numpy(new_scores), new)
+        for name, ood, plain in zip(
+            new, is_ood.tolist(), (new_scores < threshold_at_tpr(scores, tpr)).tolist(), strict=True
+        ):
+            kind = name if fitted.pool(name) == (name,) else "pool"
+            for key in {kind, "all"}:
+                flagged[key].append(ood)
+            without[name].append(plain)
+    assert {*names[:3], "pool", "all"} <= flagged.keys()
+    for kind, alarms in flagged.items():
+        # New inputs share their calibration set, so that one in ten is counted as a draw of its own.
+        assert np.mean(alarms) <= 1 - tpr + 4 * math.sqrt(tpr * (1 - tpr) / (len(alarms) / 10)), kind
+    assert np.mean(flagged["all"]) > 0.6 * (1 - tpr)
+    assert np.mean(without["camera 2"]) > 2 * (1 - tpr)  # which is what groups are for
+    assert np.mean(without["camera 0"]) < 0.2 * (1 - tpr)
+
+
+few_groups = st.lists(st.tuples(st.sampled_from("abcdef"), tied), min_size=5, max_size=40)
+
+
+@given(few_groups, st.sampled_from([0.5, 0.75, 0.8]))
+@example([(name, float(rank)) for rank, name in enumerate("aaaaabbbbcccdd" + "e" * 9)], 0.8)
+def test_whichever_input_is_the_new_one_the_rate_holds_in_its_group_or_pool(inputs, tpr):
+    """The rate is exact, and not an average over draws: of any inputs, each in turn is the new one."""
+    sizes = Counter(name for name, _ in inputs)
+    counted, flagged = Counter(), Counter()
+    for i, (name, score) in enumerate(inputs):
+        others = inputs[:i] + inputs[i + 1 :]
+        fitted = Calibration([s for _, s in others], tpr, [g for g, _ in others], list("abcdef"))
+        pool = fitted.pool(name)
+        counted[pool] += 1
+        flagged[pool] += not fitted.is_id(torch.tensor([score], dtype=torch.float64), [name])
+        needed = round(1 / (1 - tpr)) - 1
+        assert name in pool
+        assert len(pool) == 1 or sizes[name] <= needed or sum(sizes[g] for g in pool if g != name) < needed
+    small = sum(size for size in sizes.values() if size <= needed)
+    for pool, number in counted.items():
+        inside = sum(sizes[name] for name in pool)
+        assert flagged[pool] <= (1 - Fraction(str(tpr))) * inside
+        assert number == inside or small == needed  # otherwise groups and pool do not overlap
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), tied), min_size=4, max_size=60), st.sampled_from([0.5, 0.8]))
+def test_groups_equal_a_calibration_with_the_scores_of_each(inputs, tpr):
+    groups, scores = [g for g, _ in inputs], torch.tensor([s for _, s in inputs], dtype=torch.float64)
+    fitted = Calibration(scores, tpr, groups)
+    stored = StoredCalibration(fitted.scores.numpy(), tpr, fitted.members.numpy(), fitted.group_names)
+    judged = torch.tensor([-math.inf, -1.0, 0.25, 0.5, math.inf], dtype=torch.float64)
+    assert fitted.group_sizes() == dict(sorted(Counter(groups).items()))
+    assert stored.threshold.tolist() == fitted.threshold.tolist()
+    for index, name in enumerate(fitted.group_names):
+        own = Calibration([s for g, s in inputs if g in fitted.pool(name)], tpr)
+        p_value, is_id = fitted.predict(judged, [name] * 5)
+        assert p_value.tolist() == own.p_value(judged).tolist()
+        assert stored.p_value(judged.numpy(), [name] * 5).tolist() == p_value.tolist()
+        assert is_id.tolist() == own.is_id(judged).tolist() == (judged >= fitted.threshold[index]).tolist()
+        assert fitted.threshold[index] == own.threshold
+        assert fitted.false_alarm_range(0.9, name) == own.false_alarm_range(0.9)
+    mixed = torch.arange(5) % len(fitted.group_names)
+    singles = [fitted.predict(judged[i : i + 1], mixed[i : i + 1]) for i in range(5)]
+    assert torch.equal(fitted.p_value(judged, mixed), torch.cat([p for p, _ in singles]))
+    assert torch.equal(fitted.is_id(judged, mixed.numpy()), torch.cat([is_id for _, is_id in singles]))
+
+
+def test_small_groups_share_a_pool_and_the_smallest_other_group_joins_one_that_is_too_small():
+    def pools(sizes):
+        groups = [name for name, size in sizes.items() for _ in range(size)]
+        fitted = Calibration(torch.arange(float(len(groups))), 0.9, groups, list(sizes))
+        assert fitted.group_sizes() == sizes
+        return {name: "".join(fitted.pool(name)) for name in sizes}
+
+    assert pools({"a": 9, "b": 20}) == {"a": "a", "b": "b"}
+    assert pools({"a": 30, "b": 4, "c": 5, "d": 0}) == {"a": "a", "b": "bcd", "c": "bcd", "d": "bcd"}
+    assert pools({"a": 30, "b": 20, "c": 5}) == {"a": "a", "b": "bc", "c": "bc"}
+    assert pools({"a": 30, "b": 9, "c": 5}) == {"a": "a", "b": "bc", "c": "bc"}
+    assert pools({"a": 30, "b": 9, "c": 5, "d": 5}) == {"a": "a", "b": "b", "c": "bcd", "d": "bcd"}
+    assert pools({"a": 5, "b": 4}) == {"a": "ab", "b": "ab"}
+    with pytest.raises(ValueError, match=r"^8 calibration scores are too few for tpr=0\.9: at least 9"):
+        pools({"a": 4, "b": 4})
+
+
+def grouped(**options):
+    return Calibration(torch.arange(60.0), 0.9, ["x", "y", "z"] * 20, **options)
+
+
+def test_groups_survive_storage_casts_and_other_rates():
+    fitted = grouped()
+    assert set(fitted.state_dict()) == {"scores", "threshold", "members"}
+    scores, groups = torch.arange(0.0, 60.0, 0.5), ["z", "x", "y"] * 40
+    tensors, plain = fitted.fitted_tensors(), fitted.to_dict()
+    assert plain == {"tpr": 0.9, "groups": ["x", "y", "z"]}
+    rebuilt = Calibration(tensors["scores"], plain["tpr"], tensors["members"], plain["groups"])
+    for other in (rebuilt, copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted)), grouped().half()):
+        for one, same in zip(other.predict(scores, groups), fitted.predict(scores, groups), strict=True):
+            assert torch.equal(one, same)
+    assert Calibration(torch.arange(9), 0.9).to_dict() == {"tpr": 0.9, "groups": None}
+
+    stricter = fitted.with_tpr(0.5)
+    assert torch.equal(stricter.p_value(scores, groups), fitted.p_value(scores, groups))
+    assert stricter.threshold.tolist() == [27.0, 28.0, 29.0]
+    assert fitted.threshold.tolist() == [3.0, 4.0, 5.0]
+    assert Calibration(torch.arange(100)).with_tpr(0.9).threshold == threshold_at_tpr(torch.arange(100), 0.9)
+
+
+def test_groups_are_stored_in_a_detector_file(tmp_path):
+    fitted = grouped()
+    file = tmp_path / "d.featnorm"
+    tensors = {f"calibration.{name}": value for name, value in fitted.fitted_tensors().items()}
+    archive.write(file, tensors, {"model": {}, **fitted.to_dict()})
+    scores, groups = torch.arange(0.0, 60.0, 0.5).double(), ["z", "x", "y"] * 40
+    restored, stored = archive.calibration(*archive.read(file), file), archive.read_calibration(file)
+    assert torch.equal(restored.p_value(scores, groups), fitted.p_value(scores, groups))
+    assert stored.p_value(scores.numpy(), groups).tolist() == fitted.p_value(scores, groups).tolist()
+    assert restored.to_dict() == fitted.to_dict()
+    for wrong, message in (
+        ({"groups": None}, "it has only one of the groups of calibration scores and their names"),
+        ({"groups": ["x", "y"]}, "group 2 .index 2. was not in the calibration"),
+        ({"groups": "xyz"}, "group_names must be a sequence of strings"),
+    ):
+        archive.write(file, tensors, {"model": {}, **fitted.to_dict(), **wrong})
+        for read in (
+            lambda: archive.calibration(*archive.read(file), file),
+            lambda: archive.read_calibration(file),
+        ):
+            with pytest.raises(archive.ArchiveError, match=f"is damaged: {message}"):
+                read()
+
+
+def test_scores_are_added_to_those_that_are_there():
+    more = grouped().with_scores(torch.arange(100.0, 140.0), ["y", "new"] * 20)
+    both = [*["x", "y", "z"] * 20, *["y", "new"] * 20]
+    expected = Calibration([*range(60), *range(100, 140)], 0.9, both, ["x", "y", "z", "new"])
+    assert more.to_dict() == expected.to_dict()
+    assert torch.equal(more.scores, expected.scores)
+    assert torch.equal(more.members, expected.members)
+    assert grouped().with_scores([5.0], torch.tensor([2])).group_sizes() == {"x": 20, "y": 20, "z": 21}
+    plain = Calibration(torch.arange(30), 0.9).with_scores([7, 8])
+    assert torch.equal(plain.scores, Calibration([*range(30), 7, 8]).scores)
+    assert plain.tpr == 0.9
+
+
+def test_bad_groups_are_refused_by_name():
+    fitted = grouped()
+    message = (
+        "^group 'cam' \\(index 1\\) was not in the calibration, whose groups are 'x', 'y', 'z': calibrate with"
+    )
+    stored = StoredCalibration(np.arange(60.0), 0.9, np.arange(60) % 3, ["x", "y", "z"])
+    for predict, two in ((fitted.predict, torch.zeros(2)), (stored.p_value, np.zeros(2))):
+        with pytest.raises(ValueError, match=message):
+            predict(two, ["x", "cam"])
+        with pytest.raises(
+            ValueError, match=r"^this calibration has groups \('x', 'y', 'z'\): pass the group of ea"
+        ):
+            predict(two)
+        with pytest.raises(
+            ValueError, match=r"^groups must have one entry per score, got shape \(1,\) for 2 scores"
+        ):
+            predict(two, ["x"])
+    with pytest.raises(ValueError, match=r"^group 3 \(index 1\) was not in the calibration"):
+        fitted.predict(torch.zeros(2), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="whose groups are '0', '1', '2', '3', '4' and 5 more: calibrate"):
+        Calibration(range(40), 0.9, [str(i % 10) for i in range(40)]).false_alarm_range(0.9, "10")
+    plain = Calibration(torch.arange(60))
+    for call in (plain.predict, plain.with_scores):
+        with pytest.raises(
+            ValueError, match=r"^this calibration has no groups: calibrate with groups, or pass none"
+        ):
+            call(torch.zeros(1), ["x"])
+    with pytest.raises(ValueError, match=r"^this calibration has groups"):
+        fitted.with_scores([1.0])
+    with pytest.raises(ValueError, match=r"^this calibration has groups"):
+        fitted.false_alarm_range()
+    with pytest.raises(ValueError, match=r"^group_names has 'x' twice"):
+        grouped(group_names=["x", "y", "z", "x"])
+    with pytest.raises(ValueError, match=r"^group 'z' \(index 2\) was not in"):
+        grouped(group_names=["x", "y"])
+    for wrong in ("x" * 60, torch.zeros(60), 5):
+        with pytest.raises(TypeError, match=r"^groups must be a sequence of strings, got"):
+            Calibration(torch.arange(60), 0.9, wrong)
+    with pytest.raises(TypeError, match=r"^groups must be a sequence of strings, got 7 at index 1"):
+        Calibration(torch.arange(2), 0.5, ["x", 7])
+    with pytest.raises(TypeError, match=r"^groups must be a sequence of strings, got Tensor of shape \(2,\)"):
+        Calibration(torch.arange(2), 0.5, torch.tensor([0, 1]))
+
+
+@pytest.mark.slow
+def test_a_thousand_groups_are_ranked_in_seconds():
+    rng = np.random.default_rng(0)
+    members = rng.integers(0, 1000, 200_000)
+    names = [f"class {i}" for i in range(1000)]
+    fitted = Calibration(rng.normal(size=200_000), 0.95, members, names)
+    assert all(fitted.pool(name) == (name,) for name in names)

@@ -71,7 +71,7 @@ def test_bets_are_fair(past):
     gamblers = _Gamblers()
     gamblers.bet(np.array(past))
     # The mean over p is that over the quantile z, which is smooth but for the histogram's jumps.
-    z = np.linspace(-7.9, 7.9, 4001)
+    z = np.linspace(-7.9, 7.9, 401)
     over_z = np.array([gamblers.densities(p)[:-1] for p in norm.cdf(z)])
     means = np.trapezoid(over_z * norm.pdf(z)[:, None], z, axis=0)
     np.testing.assert_allclose(means, 1, rtol=0, atol=1e-4)  # the bets on the widest scores lose most at the ends
@@ -97,6 +97,7 @@ def attributes(monitor):
     return monitor.count, monitor.log10_evidence, monitor.highest, monitor.alarmed_at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ties", "calibrated"), [(False, 50), (True, 50), (False, 1)])
 def test_false_alarms_are_as_rare_as_stated(ties, calibrated):
     rng = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from featnorm import archive, fitting
 from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, SlicedSource, open_source
 from featnorm.models import ModelError, create_model
+from featnorm.splitting import held_out
 from painted import paint
 
 
@@ -64,7 +65,7 @@ def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cac
     source = open_source(str(folder))
     rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
     rows = [i for i in rows if "copy" not in source.name(i)]
-    apart = fitting.held_out([source.digest(i) for i in rows])
+    apart = held_out([source.digest(i) for i in rows])
     images = torch.stack([loaded.transform(source.item(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
     scores = scorer(images).score.double().sort().values
     assert torch.allclose(scores, scorer.calibration.scores, rtol=1e-4, atol=1e-4)
@@ -160,13 +161,6 @@ def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded,
     fit(folder, loaded, cache)
     monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
     assert fit(folder, loaded, cache)[1].computed == 239
-
-
-def test_copies_are_on_one_side():
-    digests = [bytes([i // 2]) for i in range(400)]
-    apart = fitting.held_out(digests)
-    assert int(apart.sum()) == 80
-    assert torch.equal(apart[::2], apart[1::2])
 
 
 def test_the_head_reads_features_as_they_are():
@@ -291,8 +285,8 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
         fit_source(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
-    with pytest.raises(ValueError, match="48 calibration scores are too few for tpr="):
-        fit(folder, loaded, cache, tpr=0.99)
+    with pytest.raises(ValueError, match=r"239 groups of inputs are too few for tpr=0\.999: 999 are needed"):
+        fit(folder, loaded, cache, tpr=0.999)
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(120):

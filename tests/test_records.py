@@ -19,7 +19,7 @@ def verdicts(batch):
     return [
         ItemVerdict(f"{batch}/a.png", 0.1 + batch, 0.25, True, "cat", None),
         ItemVerdict(f"{batch}/b\udcff.png", float("-inf"), 0.05, False, None, None),
-        ItemVerdict(f"{batch}/c.png", None, None, None, None, "not an image"),
+        ItemVerdict(f"{batch}/c.png", None, None, None, None, "not an image", "left"),
     ]
 
 

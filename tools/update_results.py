@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.study import Study, studies
 from featnorm.paper.tables import Table
 
@@ -82,6 +83,60 @@ def speed(content: Mapping[str, Any]) -> dict[str, Table]:
     return found
 
 
+def drift(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what tools/measure_drift.py measured, as tables: shifts, other kinds of drift, and false alarms."""
+    streams, after = content["streams"], content["after"]
+    facts = [
+        f"share of {streams} streams in which it was found within {after:,} inputs / median number of inputs",
+        "command: python tools/measure_drift.py",
+        *(f"{name}: {value}" for name, value in content["environment"].items()),
+    ]
+    found: dict[str, Table] = {}
+    for name, is_shift in {"shifts": True, "kinds": False}.items():
+        chosen = [row for row in content["rows"] if row["drift"].startswith(_SHIFT) is is_shift]
+        methods = list(dict.fromkeys(row["method"] for row in chosen))
+        rows = {(row["drift"], row["start"]): [row["drift"], f"{row['start']:,}"] for row in chosen}
+        for row in chosen:
+            median = row["delay"][1]
+            cell = f"{100 * row['found']:.1f} % / {'–' if median is None else f'{median:,}'}"
+            rows[row["drift"], row["start"]].append(cell)
+        found[name] = Table("Drifts found", ["Drift", "inputs before it", *methods], list(rows.values()), facts)
+    found["false-alarms"] = Table(
+        "Streams without drift that raise the alarm",
+        ["calibration scores", *(f"at most {100 * float(rate):g} % promised" for rate in _rates(content))],
+        [
+            [f"{row['calibrated']:,}", *(f"{100 * row['shares'][rate]:.1f} %" for rate in _rates(content))]
+            for row in content["false_alarms"]
+        ],
+        [f"{streams} streams of {content['false_alarms'][0]['inputs']:,} inputs", *facts[1:]],
+    )
+    return found
+
+
+def drift_curves(content: Mapping[str, Any]) -> str:
+    """Return the share of streams in which a shift was found, over the number of inputs since it, as SVG."""
+    rows = []
+    for start in dict.fromkeys(row["start"] for row in content["rows"]):
+        shifts = [row for row in content["rows"] if row["start"] == start and row["drift"].startswith(_SHIFT)]
+        panels = []
+        for name in dict.fromkeys(row["drift"] for row in shifts):
+            lines = [
+                Line(row["method"], row["curve"][2:], [2**i for i in range(2, len(row["curve"]))], style)
+                for style, row in enumerate(row for row in shifts if row["drift"] == name)
+            ]
+            title = f"{name} after {start:,} inputs"
+            panels.append(Panel(title, "inputs since the shift", "share of streams", lines, log2=True))
+        rows += [panels[:3], panels[3:]]
+    return panel_figure(rows)
+
+
+_SHIFT = "a shift of"
+
+
+def _rates(content: Mapping[str, Any]) -> list[str]:
+    return list(content["false_alarms"][0]["shares"])
+
+
 def _quantity(value: float, unit: str) -> str:
     """Return seconds ("s") or bytes ("B") with a prefix that keeps them readable."""
     prefixes = {"s": [(1, "s"), (1e-3, "ms"), (1e-6, "µs")], "B": [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")]}[unit]
@@ -95,7 +150,10 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
     "own-images": {"shipped": shipped},
     "speed": {"speed": speed},
+    "drift": {"drift": drift},
 }
+#: Page -> pictures on it that are not a study's, named as their results -> what draws them.
+PICTURES: dict[str, dict[str, Callable[[Any], str]]] = {"drift": {"drift": drift_curves}}
 PAGES = sorted({study.page for study in STUDIES.values()} | set(OTHERS))
 
 
@@ -147,6 +205,9 @@ def main() -> None:
                 # Paths of somebody's machine are of no use to a reader.
                 text = re.sub(r" --(out|data-root) [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
                 (kept / f"{name}.json").write_text(text, "utf-8")
+        for name, draw in PICTURES.get(page, {}).items():
+            if (content := read(page, name)) is not None:
+                (kept / f"{name}.svg").write_text(draw(content), encoding="utf-8")
         for study in on_page(page):
             if (content := read(page, study.name)) is not None:
                 for name, picture in study.pictures(content).items():

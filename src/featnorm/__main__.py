@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "featnorm.cli.demo:demo",
     "fit": "featnorm.cli.fit:fit",
     "score": "featnorm.cli.score:score",
+    "calibrate": "featnorm.cli.calibrate:calibrate",
     "evaluate": "featnorm.cli.evaluate:evaluate",
     "monitor": "featnorm.cli.monitor:monitor",
     "serve": "featnorm.cli.serve:serve",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, deserialize, safe_open
 
+import featnorm
 from featnorm._utils.checks import as_score_array, check_type, is_tensor, threshold_rank
 from featnorm._utils.files import replacing
+from featnorm._utils.groups import GroupRanks, check_groups, members_of_groups, names_of_groups
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,9 +31,9 @@ if TYPE_CHECKING:
 
 _Made = TypeVar("_Made")
 
-FORMAT = 2
-#: Name of the tensor of calibration scores.
-CALIBRATION = "calibration.scores"
+FORMAT = 3
+#: Names of the tensors of calibration scores, and of the groups of these scores.
+CALIBRATION, MEMBERS = "calibration.scores", "calibration.members"
 #: Errors raised when objects are made from invalid file content.
 MALFORMED = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
@@ -81,7 +84,8 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
                 f"{name} is a tensor of layout {tensor.layout}, which a detector file cannot store: make it dense"
             )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = {"format": FORMAT, **header}
+    written = {"featnorm": featnorm.__version__, "date": date.today().isoformat()}
+    content = {**header, "format": FORMAT, "written": written}
     metadata = {"featnorm": json.dumps({**content, "sha256": digest(own, content)})}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata)
@@ -115,15 +119,17 @@ class StoredCalibration:
     ----------
     scores : calibration scores (n,).
     tpr : share of new ID inputs to accept, in (0, 1).
+    members : (n,) index in ``group_names`` of the group of each score. Default: no groups.
+    group_names : names of the groups.
 
     Attributes
     ----------
     scores : ndarray
         (n,) float64, the calibration scores in ascending order.
-    threshold : float
-        See `featnorm.calibration.threshold_at_tpr`.
-    tpr : float
-        As given.
+    threshold : ndarray
+        See `featnorm.Calibration`: 0-d float64; with groups, (G,).
+    tpr, group_names
+        As given; without groups, the names are empty.
 
     Raises
     ------
@@ -131,17 +137,40 @@ class StoredCalibration:
         As `featnorm.Calibration`.
     """
 
-    def __init__(self, scores: npt.ArrayLike, tpr: float) -> None:
-        self.scores = np.sort(as_score_array(scores, "id_scores").astype(np.float64))
-        self.threshold = float(self.scores[threshold_rank(len(self.scores), tpr) - 1])
+    def __init__(
+        self,
+        scores: npt.ArrayLike,
+        tpr: float,
+        members: npt.ArrayLike | None = None,
+        group_names: Sequence[str] | None = None,
+    ) -> None:
+        scores = as_score_array(scores, "id_scores").astype(np.float64)
+        order = np.argsort(scores, kind="stable")
+        self.scores = scores[order]
         self.tpr = tpr
+        self.group_names: tuple[str, ...] = ()
+        self._groups: GroupRanks | None = None
+        if members is None:
+            self.threshold = self.scores[..., threshold_rank(len(self.scores), tpr) - 1]
+        else:
+            self.group_names = names_of_groups(members, group_names)
+            numbers = members_of_groups(members, self.group_names, len(scores))[order]
+            self._groups = GroupRanks.of(numbers, len(self.group_names), tpr)
+            self.threshold = self.scores[self._groups.thresholds]
 
-    def p_value(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Conformal p-values (m,) of scores (m,), small for OOD; see `featnorm.calibration.conformal_p_values`."""
-        p_values: npt.NDArray[np.float64] = (1 + np.searchsorted(self.scores, scores, "right")) / (
-            len(self.scores) + 1
+    def p_value(
+        self, scores: npt.NDArray[np.float64], groups: Sequence[str] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Conformal p-values (m,) of scores (m,), small for OOD; see `featnorm.Calibration.predict`."""
+        check_groups(groups, self.group_names)
+        at_most, n = np.searchsorted(self.scores, scores, "right"), len(self.scores)
+        if self._groups is None:
+            return (1 + at_most) / (n + 1)
+        reference = self._groups.reference[members_of_groups(groups, self.group_names, len(scores))]
+        at_most = (
+            np.searchsorted(self._groups.keys, reference * (n + 1) + at_most) - self._groups.starts[reference]
         )
-        return p_values
+        return (1 + at_most) / (self._groups.sizes[reference] + 1)
 
 
 def read_calibration(path: str | Path) -> StoredCalibration | None:
@@ -164,8 +193,12 @@ def read_calibration(path: str | Path) -> StoredCalibration | None:
         # The library checks this header, but returns only the part that describes the tensors.
         end = 8 + int.from_bytes(content[:8], "little")
         header = _header(path, json.loads(content[8:end]).get("__metadata__", {}), entries)
-    scores, tpr = entries.get(CALIBRATION), header.get("tpr")
-    return _calibration(lambda entry, tpr: StoredCalibration(entry.array(), tpr), scores, tpr, path)
+
+    def make(*args: Any) -> StoredCalibration:
+        scores, tpr, members, names = args
+        return StoredCalibration(scores.array(), tpr, None if members is None else members.array(), names)
+
+    return _calibration(make, entries, header, path)
 
 
 def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Calibration | None:
@@ -181,10 +214,9 @@ def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: 
     ArchiveError
         The file is damaged.
     """
-    scores, tpr = tensors.get(CALIBRATION), header.get("tpr")
     from featnorm.calibration import Calibration
 
-    return _calibration(Calibration, scores, tpr, path)
+    return _calibration(Calibration, tensors, header, path)
 
 
 def damaged(path: str | Path, error: Exception) -> ArchiveError:
@@ -248,14 +280,20 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Any])
     return header
 
 
-def _calibration(make: Callable[[Any, Any], _Made], scores: object, tpr: object, path: str | Path) -> _Made | None:
-    """Return what is made of the scores and the share in a file, or None if it has neither."""
-    if scores is None and tpr is None:
+def _calibration(
+    make: Callable[..., _Made], tensors: Mapping[str, Any], header: Mapping[str, Any], path: str | Path
+) -> _Made | None:
+    """Return what is made of the scores, the share, and the groups in a file, or None if it has no calibration."""
+    scores, tpr, members = tensors.get(CALIBRATION), header.get("tpr"), tensors.get(MEMBERS)
+    names = header.get("groups")
+    if scores is None and tpr is None and members is None and names is None:
         return None
     try:
         if scores is None or tpr is None:
             raise ValueError("it has only one of calibration scores and tpr")
-        return make(scores, tpr)
+        if (members is None) != (names is None):
+            raise ValueError("it has only one of the groups of calibration scores and their names")
+        return make(scores, tpr, members, names)
     except (TypeError, ValueError, OverflowError) as error:
         raise damaged(path, error) from None
 

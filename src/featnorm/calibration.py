@@ -11,15 +11,24 @@ numbers and a `ValueError` for values that are not one-dimensional or contain a 
 and the index of the first NaN.
 """
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featnorm._utils.checks import ScoreLike, as_p_values, as_score_tensor, check_share, threshold_rank
+from featnorm._utils.groups import GroupRanks, check_groups, members_of_groups, names_of_groups
+from featnorm._utils.weights import ExactModule
 
 __all__ = ["Calibration", "benjamini_hochberg", "conformal_p_values", "threshold_at_tpr"]
+
+#: The group of each score: its name, or an integer tensor or array of its index.
+Groups: TypeAlias = Sequence[str] | Tensor | npt.NDArray[np.integer[Any]]
+
+_LOOKED_UP = ("reference", "keys", "starts", "sizes", "ranks")
 
 
 def threshold_at_tpr(id_scores: ScoreLike, tpr: float = 0.95) -> float:
@@ -121,15 +130,28 @@ def benjamini_hochberg(p_values: ScoreLike, fdr: float = 0.05) -> Tensor:
     return p <= torch.where(ordered <= limit, ordered, -1.0).max()
 
 
-class Calibration(nn.Module):
-    """Threshold and p-values from the scores of held-out ID inputs.
+class Calibration(ExactModule):
+    """Threshold and p-values from the scores of held-out ID inputs, for all inputs alike or per group.
 
     The two agree: an input is ID exactly if its p-value is above ``1 - tpr`` in decimal arithmetic (at ``tpr=0.9``
     compare with 0.1; ``1 - 0.9`` is slightly less in floating point).
 
+    With groups (cameras, sites, predicted classes), a score is compared with the calibration scores of its own
+    group, and the stated rate holds in each group (Mondrian conformal prediction). Without them, all false alarms
+    may come from one camera. The group of an input is known before the input is scored, or is the output of a
+    model that was trained without the calibration inputs.
+
+    A threshold needs at least 19 scores at 0.95, and 99 at 0.99. The groups with fewer, or with none, form one
+    pool: an input of such a group is compared with the scores of all of them, and with those of groups that have
+    exactly as many as are needed (which have thresholds of their own, too). If all these are too few, the smallest
+    other group joins the pool. The rate then holds for the inputs of the pool as a whole, and not for each of its
+    groups. It follows that the rate also holds for all inputs together.
+
     Scores and threshold are float64 buffers. They stay float64 if a surrounding module is cast to another type,
     because rounded scores would void the stated rate. To restore a calibration from a state dict, construct it
-    from the stored ``scores`` and from ``tpr``, which is an attribute and not part of the state.
+    from the stored ``scores`` and ``members``, and from what `to_dict` returns, which is not part of the state.
+
+    Source: Vovk, Gammerman and Shafer, "Algorithmic learning in a random world", 2005, section 4.5.
 
     Parameters
     ----------
@@ -137,59 +159,141 @@ class Calibration(nn.Module):
         (n,) scores of ID inputs that were used neither to train the model nor to fit the detector.
     tpr
         Share of new ID inputs to accept, in (0, 1).
+    groups
+        Group of each score: n names, or an integer tensor or array (n,) of indices in ``group_names``.
+        Default: no groups.
+    group_names
+        Names of all groups that new inputs may have, such as the classes of a classifier, whether or not a
+        calibration input has them. Default: the groups of the calibration inputs, sorted.
 
     Attributes
     ----------
     scores : Tensor
         (n,) float64, the calibration scores in ascending order.
+    members : Tensor or None
+        (n,) int64, index in `group_names` of the group of each of `scores`; None without groups.
     threshold : Tensor
-        0-d float64; see `threshold_at_tpr`.
+        float64: 0-d without groups, (G,) with groups, in the order of `group_names`; see `threshold_at_tpr`.
     tpr : float
         Share of new ID inputs to accept; read-only, because the threshold depends on it.
+    group_names : tuple of str
+        Names of the groups; empty without groups.
 
     Raises
     ------
     ValueError
-        See `threshold_at_tpr`.
+        See `threshold_at_tpr`; or there is not one group per score, or a group is not among ``group_names``.
+    TypeError
+        The groups are neither strings nor indices.
     """
 
     scores: Tensor
+    members: Tensor | None
     threshold: Tensor
 
-    def __init__(self, id_scores: ScoreLike, tpr: float = 0.95) -> None:
+    def __init__(
+        self,
+        id_scores: ScoreLike,
+        tpr: float = 0.95,
+        groups: Groups | None = None,
+        group_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
-        scores = _sorted(id_scores, "id_scores")
+        scores, order = as_score_tensor(id_scores, "id_scores").to(torch.float64).sort()
         self._tpr = tpr
         self._rank = threshold_rank(len(scores), tpr)
         self.register_buffer("scores", scores)
-        self.register_buffer("threshold", scores[self._rank - 1].clone())
+        self.group_names: tuple[str, ...] = ()
+        if groups is None:
+            self.members = None
+            self.register_buffer("threshold", scores[self._rank - 1].clone())
+            return
+        self.group_names = names_of_groups(groups, group_names)
+        members = members_of_groups(groups, self.group_names, len(scores))[order.cpu().numpy()]
+        self._groups = GroupRanks.of(members, len(self.group_names), tpr)
+        self.register_buffer("members", torch.from_numpy(members).to(scores.device))
+        self.register_buffer("threshold", scores[torch.from_numpy(self._groups.thresholds).to(scores.device)])
+        # What `predict` looks up, on the device of the scores.
+        for name in _LOOKED_UP:
+            table = torch.from_numpy(getattr(self._groups, name)).to(scores.device)
+            self.register_buffer(f"_{name}", table, persistent=False)
 
     @property
     def tpr(self) -> float:
         """Share of new ID inputs to accept."""
         return self._tpr
 
-    def p_value(self, scores: Tensor) -> Tensor:
-        """P-values of (m,) scores, small for OOD: (m,) float64; see `conformal_p_values`."""
-        return self.predict(scores)[0]
-
-    def is_id(self, scores: Tensor) -> Tensor:
-        """Whether each of (m,) scores is at or above the threshold: (m,) bool, True for ID; see `predict`."""
-        return self.predict(scores)[1]
-
-    def predict(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the p-values of (m,) scores, and whether each is at or above the threshold, by one look-up.
+    def with_tpr(self, tpr: float) -> "Calibration":
+        """Return a calibration with the same scores and groups for another share of ID inputs to accept.
 
         Raises
         ------
         ValueError
-            The scores are not one-dimensional or contain a NaN.
+            See `threshold_at_tpr`.
         """
-        at_most = _count_at_most(self.scores, _batch(scores))
-        # The threshold is the k-th smallest: a score is at or above it if at least k of the scores are no larger.
-        return _p_values(at_most, len(self.scores)), at_most >= self._rank
+        return Calibration(self.scores, tpr, self.members, self.group_names or None)
 
-    def false_alarm_range(self, confidence: float = 0.9) -> tuple[float, float]:
+    def with_scores(self, id_scores: ScoreLike, groups: Groups | None = None) -> "Calibration":
+        """Return a calibration with the scores of further inputs added.
+
+        Parameters
+        ----------
+        id_scores : (m,) scores of further ID inputs, as for the constructor.
+        groups : their groups, if the calibration has groups; new names are appended to `group_names`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            See `Calibration` and `predict`.
+        """
+        added = as_score_tensor(id_scores, "id_scores").to(self.scores)
+        check_groups(groups, self.group_names)
+        scores = torch.cat([self.scores, added])
+        if self.members is None or groups is None:
+            return Calibration(scores, self.tpr)
+        names = list(self.group_names)
+        if not isinstance(groups, (Tensor, np.ndarray)):
+            names += [name for name in names_of_groups(groups, None) if name not in set(names)]
+        members = torch.from_numpy(members_of_groups(groups, tuple(names), len(added)))
+        return Calibration(scores, self.tpr, torch.cat([self.members.cpu(), members]), names)
+
+    def p_value(self, scores: Tensor, groups: Groups | None = None) -> Tensor:
+        """P-values of (m,) scores, small for OOD: (m,) float64; see `conformal_p_values` and `predict`."""
+        return self.predict(scores, groups)[0]
+
+    def is_id(self, scores: Tensor, groups: Groups | None = None) -> Tensor:
+        """Whether each of (m,) scores is at or above the threshold: (m,) bool, True for ID; see `predict`."""
+        return self.predict(scores, groups)[1]
+
+    def predict(self, scores: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
+        """Return the p-values of (m,) scores, and whether each is at or above the threshold, by one look-up.
+
+        Parameters
+        ----------
+        scores : (m,) scores of new inputs.
+        groups : group of each, as for the constructor; required with groups, and not allowed without.
+
+        Raises
+        ------
+        ValueError
+            The scores are not one-dimensional or contain a NaN; groups are missing, or were not in the
+            calibration.
+        """
+        check_groups(groups, self.group_names)
+        scores = _batch(scores)
+        at_most = _count_at_most(self.scores, scores)
+        # The threshold is the k-th smallest: a score is at or above it if at least k of the scores are no larger.
+        if groups is None:
+            return _p_values(at_most, len(self.scores)), at_most >= self._rank
+        members = torch.from_numpy(members_of_groups(groups, self.group_names, len(scores)))
+        reference, keys, starts, sizes, ranks = (
+            getattr(self, f"_{name}").to(scores.device) for name in _LOOKED_UP
+        )
+        number = reference[members.to(scores.device)]
+        at_most = torch.searchsorted(keys, number * (len(self.scores) + 1) + at_most) - starts[number]
+        return _p_values(at_most, sizes[number]), at_most >= ranks[number]
+
+    def false_alarm_range(self, confidence: float = 0.9, group: str | None = None) -> tuple[float, float]:
         """Bounds of the share of new ID inputs that this threshold flags.
 
         On average over calibration sets the share is at most ``1 - tpr``. For the n scores at hand it has a
@@ -202,27 +306,66 @@ class Calibration(nn.Module):
         ----------
         confidence
             Probability that the share lies within the bounds, in (0, 1).
+        group
+            Group whose threshold is meant; required with groups. Of a pool, the share is that of all its inputs.
 
         Raises
         ------
         ValueError
-            ``confidence`` is outside (0, 1).
+            ``confidence`` is outside (0, 1), or the group is missing or was not in the calibration.
         """
         from scipy.stats import beta
 
         check_share(confidence, "confidence")
-        n = len(self.scores)
-        k = threshold_rank(n, self.tpr)
+        check_groups(group, self.group_names)
+        n, k = len(self.scores), self._rank
+        if group is not None:
+            number = self._groups.reference[members_of_groups([group], self.group_names, 1)[0]]
+            n, k = int(self._groups.sizes[number]), int(self._groups.ranks[number])
         low, high = beta.ppf([(1 - confidence) / 2, (1 + confidence) / 2], k, n + 1 - k)
         return float(low), float(high)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+    def group_sizes(self) -> dict[str, int]:
+        """Number of calibration scores of each group."""
+        if self.members is None:
+            return {}
+        counts = torch.bincount(self.members, minlength=len(self.group_names))
+        return dict(zip(self.group_names, counts.tolist(), strict=True))
 
-        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
-        return self
+    def pool(self, group: str) -> tuple[str, ...]:
+        """Names of the groups whose scores those of a group are compared with: itself alone, or a pool.
+
+        Raises
+        ------
+        ValueError
+            The group was not in the calibration.
+        """
+        check_groups(group, self.group_names)
+        index = members_of_groups([group], self.group_names, 1)[0]
+        return tuple(self.group_names[i] for i in self._groups.pools[self._groups.reference[index]])
+
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """Return which of the n scores each of G groups is compared with, (G, n) bool, and their ranks (G,).
+
+        An input of a group is ID if at least as many as the rank of these scores are no larger than its own.
+        Without groups, G is 1.
+        """
+        if self.members is None:
+            rows, ranks = torch.ones(1, len(self.scores), dtype=torch.bool), [self._rank]
+        else:
+            members = self.members.cpu()
+            pools = [torch.from_numpy(self._groups.pools[number]) for number in self._groups.reference]
+            rows = torch.stack([torch.isin(members, pool) for pool in pools])
+            ranks = self._groups.ranks[self._groups.reference].tolist()
+        return rows.to(self.scores.device), torch.tensor(ranks, device=self.scores.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but tensors as plain data: the share to accept, and the names of the groups."""
+        return {"tpr": self.tpr, "groups": list(self.group_names) or None}
+
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """Return the scores and, with groups, their members, which with `to_dict` make the calibration again."""
+        return {"scores": self.scores} | ({} if self.members is None else {"members": self.members})
 
 
 def _sorted(scores: ScoreLike, name: str) -> Tensor:
@@ -234,7 +377,7 @@ def _count_at_most(calibration: Tensor, scores: Tensor) -> Tensor:
     return torch.searchsorted(calibration.to(scores.device), scores.contiguous(), right=True)
 
 
-def _p_values(at_most: Tensor, n: int) -> Tensor:
+def _p_values(at_most: Tensor, n: int | Tensor) -> Tensor:
     """Conformal p-values, from the number of the n calibration scores that are no larger."""
     return (1 + at_most).to(torch.float64) / (n + 1)
 

@@ -76,9 +76,10 @@ class DriftMonitor:
     density at ``p_t``, which has the mean 1 over uniform p-values. With ``z`` the standard normal quantile of
     ``p_t``, 17 bets have the density ``1 - w + w N(z; m, s^2) / N(z; 0, 1)``: for shifts of all inputs (m = 0.125
     to 2, both signs, bet on in inverse proportion to the shift), wider and narrower scores (s = 0.5 to 2), and a
-    few inputs of another kind (w = 0.05 or 0.1). The last one is the histogram of the recent p-values. Half of the
-    capital is bet at the start. Step t moves ``0.3 / (t + 30)`` of the cash into the bets, for drifts that start
-    there; so cash is never lost, and the evidence never falls below ``0.5 (30 / (t + 30))^0.3``, approximately.
+    few inputs of another kind (w = 0.05 or 0.1). The last one is a histogram of earlier p-values in 16 bins; each
+    p-value counts 0.99 times as much as the next, and 0.5 is added to every bin. Half of the capital is bet at the
+    start, and step t moves ``0.3 / (t + 30)`` of the cash into the bets, for drifts that start there. The evidence
+    never falls below the cash, about ``0.5 (30 / (t + 30))^0.3``.
 
     Memory is bounded, however long the stream: scores that differ by less than one part in 8192 count as equal,
     and so do those beyond the range of float32. This does not affect validity, and reduces power only if all

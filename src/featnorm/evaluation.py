@@ -63,7 +63,8 @@ def compare(
     """Fit detectors to one stream of features, then score them all on others.
 
     Every stream is read once, batch by batch, for all detectors. A detector that cannot score these features, or
-    needs a fit while there are no features to fit on, is excluded and listed with the reason.
+    needs a fit while there are no features to fit on, is excluded and listed with the reason. A detector that is
+    fitted already stays as it is.
 
     Parameters
     ----------
@@ -89,9 +90,12 @@ def compare(
     for name, detector in list(active.items()):
         if fit is None and not detector.is_fitted:
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
+    fitted = {name for name, detector in active.items() if detector.needs_fit and detector.is_fitted}
     if fit is not None:
         for features in fit:
             for name, detector in list(active.items()):
+                if name in fitted:
+                    continue
                 try:
                     detector.partial_fit(features)
                 except ValueError as error:

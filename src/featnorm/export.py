@@ -42,11 +42,13 @@ class ScoringGraph(nn.Module):
     Raises
     ------
     ExportError
-        The scorer is not calibrated, or its detector runs the model again.
+        The scorer is not calibrated, its thresholds are by groups that images do not show, or its detector runs
+        the model again.
     """
 
     scores: Tensor
-    threshold: Tensor
+    ranks: Tensor
+    compared: Tensor
     weight: Tensor | None
     bias: Tensor | None
 
@@ -58,11 +60,17 @@ class ScoringGraph(nn.Module):
             )
         if scorer.calibration is None:
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
+        by = scorer.thresholds_by
+        if by is not None and by != "class":
+            raise ExportError(f"the scorer has thresholds by {by!r}, and an image does not show its group")
         self.tap = copy.deepcopy(scorer.tap)
         self.model = self.tap.model.eval()
         self.detector = scorer.detector
+        self.by_class = bool(scorer.calibration.group_names)
+        compared, ranks = scorer.calibration.compared()
         self.register_buffer("scores", scorer.calibration.scores)
-        self.register_buffer("threshold", scorer.calibration.threshold)
+        self.register_buffer("compared", compared)
+        self.register_buffer("ranks", ranks)
         example = torch.zeros(1, *scorer.input_size, device=scorer.tap.device, dtype=torch.float32)
         features = scorer.tap.capture(example, classifier=True)
         weight, bias = features.classifier or (None, None)
@@ -80,9 +88,11 @@ class ScoringGraph(nn.Module):
         score = self.detector.score(features)
         exact = score.double()
         # What `Calibration` computes by searchsorted, which ONNX lacks.
-        at_most = (self.scores[None] <= exact[:, None]).sum(1)
-        p_value = (1 + at_most).double() / (len(self.scores) + 1)
-        verdict = (score, p_value, exact >= self.threshold)
+        at_most = self.scores[None] <= exact[:, None]
+        group: Any = features.tensor("logits").argmax(1) if self.by_class else 0
+        compared = self.compared[group]
+        count = (at_most & compared).sum(1)
+        verdict = (score, (1 + count).double() / (compared.sum(-1) + 1), count >= self.ranks[group])
         return verdict if features.logits is None else (features.logits, *verdict)
 
 
@@ -163,7 +173,8 @@ def _metadata(scorer: "Scorer") -> dict[str, Any]:
         **scorer.facts,
         "detector": repr(scorer.detector),
         "classes": scorer.classes,
-        "threshold": float(calibration.threshold),
+        "threshold": calibration.threshold.tolist(),
+        "thresholds by": scorer.thresholds_by,
         "tpr": calibration.tpr,
         "input size": scorer.input_size,
         **_normalization(scorer.require_preprocess()),
@@ -200,7 +211,8 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", images: Tensor) -> float:
             raise ExportError(f"the graph's {name} {how}")
     # Those of the graph's own scores: a score within rounding of a calibration score may fall on either side of
     # it.
-    p_value, is_id = scorer.calibration.predict(found["score"])
+    groups = found["logits"].argmax(1) if scorer.calibration.group_names else None
+    p_value, is_id = scorer.calibration.predict(found["score"], groups)
     gap = float((found["p_value"] - p_value).abs().max())
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")

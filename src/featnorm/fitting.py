@@ -39,6 +39,7 @@ from featnorm.inputs import (
     SlicedSource,
     Source,
     extract_images,
+    group_items,
     image_loader,
     open_source,
 )
@@ -48,14 +49,13 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_m
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer
+from featnorm.splitting import HELD_OUT, first_of_groups, held_out, join_groups, near_duplicates
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
 Targets = Literal["auto", "labels", "clusters"]
 
-#: One image in five is held out for calibration.
-HELD_OUT = 5
 #: With fewer images, too few are held out for calibration.
 MIN_IMAGES = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
@@ -126,6 +126,8 @@ def fit(
     targets: Targets = "auto",
     label_column: str | None = None,
     tpr: float = 0.95,
+    thresholds_by: str | None = None,
+    group_by: str | None = None,
     cache: str | Path | None = None,
     data_root: str | Path | None = None,
     seed: int = 0,
@@ -136,6 +138,7 @@ def fit(
 
     The features of the images are computed once and cached on disk. Duplicate images are used once. One image in
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others.
+    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side.
 
     Parameters
     ----------
@@ -155,6 +158,11 @@ def fit(
         (paper sec. 4).
     label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
     tpr : share of in-distribution images to accept, between 0 and 1.
+    thresholds_by : groups of images with a threshold each, see `Scorer`.
+    group_by
+        Groups of images that belong together, such as the frames of a clip: "folder", a column or a regular
+        expression, see `featnorm.inputs.group_items`. The images of a group are all fitted to or all held out, so
+        that the stated rate holds for images of new groups. Default: near-duplicates alone are kept together.
     cache : folder of the `FeatureCache`. Default: ``~/.cache/featnorm/features``.
     data_root : folder in which named data sets are looked up first, and to which they are downloaded.
     seed : seed of the head's initial weights, its training, the clusters, and the choice of examples.
@@ -191,7 +199,7 @@ def fit(
     if not isinstance(data, Source):
         data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
-    options["thumbnails"] = thumbnails
+    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
     if report.corrupt:
@@ -213,6 +221,8 @@ def fit_source(
     head: Head = "auto",
     targets: Targets = "auto",
     tpr: float = 0.95,
+    thresholds_by: str | None = None,
+    group_by: str | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     thumbnails: bool = True,
@@ -224,7 +234,7 @@ def fit_source(
     ----------
     source : in-distribution images.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, targets, tpr, cache, seed, thumbnails, runtime : see `fit`.
+    detector, head, targets, tpr, thresholds_by, group_by, cache, seed, thumbnails, runtime : see `fit`.
 
     Raises
     ------
@@ -244,6 +254,8 @@ def fit_source(
     every = torch.arange(len(source))
     # Before the work: it raises if labels are required and missing.
     labeled = _labels(source, every, every >= 0, targets)[0] is not None
+    split_groups = None if group_by is None else group_items(source, group_by)
+    groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
     plan = _plan(source, loaded, head, runtime)
     detector = detector or (KLUniform() if plan.head == "train" or plan.example.logits is not None else KNN(k=10))
@@ -263,8 +275,13 @@ def fit_source(
             f"found {count} readable image{'' if count == 1 else 's'} in {source.title} (duplicates excluded); at "
             f"least {MIN_IMAGES} are needed, because 1 in {HELD_OUT} is held out for calibration"
         )
-    is_held_out = held_out(cached.digests)
-    Calibration(torch.zeros(int(is_held_out.sum())), tpr)  # raises if they are too few, before the work
+    # Frames of a clip resemble each other more than they resemble new images.
+    near = near_duplicates(plan.pooled(cached.values))
+    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
+    splits = join_groups(near, *sides)
+    is_held_out = held_out(cached.digests, splits, tpr)
+    calibrates = is_held_out & first_of_groups(cached.digests, splits)
+    Calibration(torch.zeros(int(calibrates.sum())), tpr)  # raises if they are too few, before the work
     train_values = cached.values[~is_held_out]
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
     features_of: nn.Module = plan.features_of
@@ -282,7 +299,8 @@ def fit_source(
         for rows in torch.arange(len(train_values)).split(_ROWS)
     )
     spec = loaded.name or None
-    scorer = Scorer(model, detector, preprocess=loaded.transform, spec=spec, head=plan.head)
+    known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
+    scorer = Scorer(model, detector, preprocess=loaded.transform, **known)
     statistics = ActivationStatistics()
     if runtime.cluster is None:
         scorer.fit_features(training_features(features_of, statistics, parts))
@@ -291,17 +309,19 @@ def fit_source(
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
     scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
-    chosen = SlicedSource(source, cached.rows[is_held_out].tolist(), source.title)
+    chosen = SlicedSource(source, cached.rows[calibrates].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
     scorer.tap.trace(next(iter(images)).images)
     # In the precision in which new images will be scored.
     with runtime.autocast():
-        batches = [features_of(part) for part in cached.values[is_held_out].split(_ROWS)]
+        batches = [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
+        accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
+        held_out_groups = None if groups is None else [groups[row] for row in cached.rows[calibrates].tolist()]
         if detector.needs_model:
-            scorer.calibrate(((batch.images,) for batch in images), tpr, progress=runtime.progress)
+            loader = ((batch.images,) for batch in images)
+            scorer.calibrate(loader, tpr, groups=held_out_groups, progress=runtime.progress)
         else:
-            scorer.calibrate_features(batches, tpr)
-    accuracy, scorer.classes, notes = _classes(source, batches, labels, names, is_held_out, plan.head)
+            scorer.calibrate_features(batches, tpr, groups=held_out_groups)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     scorer.facts = {
         "images": f"{source.title}: {len(train_values)} to fit on, {len(chosen)} held out for calibration",
@@ -310,6 +330,7 @@ def fit_source(
         "made": f"{version}, seed {seed}, from {read} images",
         "digest of the fitting data": _digest(cached.digests),
     }
+    notes += _duplicate_notes(source, near, cached.rows)
     counts = len(train_values), len(chosen), cached.computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
@@ -329,6 +350,11 @@ class _Plan(NamedTuple):
     features_of: nn.Module
     example: Features
     about: dict[str, str]
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Return the pooled features in cached values (n, D), or all of them where there are none."""
+        columns = self.features_of.columns if isinstance(self.features_of, ColumnFeatures) else {}
+        return values[:, columns["pooled"][0]] if "pooled" in columns else values
 
 
 def _plan(source: ImageSource, loaded: LoadedModel, head: Head, runtime: Runtime) -> _Plan:
@@ -409,14 +435,14 @@ class ColumnFeatures(nn.Module):
 
     def __init__(self, example: Features) -> None:
         super().__init__()
-        self._columns: dict[str, tuple[slice, torch.dtype]] = {}
+        self.columns: dict[str, tuple[slice, torch.dtype]] = {}
         slices: dict[int, slice] = {}
         stop = 0
         for name, value in example.fields():
             if id(value) not in slices:
                 start, stop = stop, stop + value.shape[1]
                 slices[id(value)] = slice(start, stop)
-            self._columns[name] = slices[id(value)], value.dtype
+            self.columns[name] = slices[id(value)], value.dtype
         weight, bias = example.classifier or (None, None)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
@@ -428,8 +454,8 @@ class ColumnFeatures(nn.Module):
         """Return the features of inputs whose columns (n, D) are known."""
         values = values.to(self.place.device)
         # A tensor under two names stays one.
-        parts = {(part.start, dtype): values[:, part].to(dtype) for part, dtype in self._columns.values()}
-        fields: dict[str, Any] = {name: parts[part.start, dtype] for name, (part, dtype) in self._columns.items()}
+        parts = {(part.start, dtype): values[:, part].to(dtype) for part, dtype in self.columns.values()}
+        fields: dict[str, Any] = {name: parts[part.start, dtype] for name, (part, dtype) in self.columns.items()}
         classifier = None if self.weight is None else (self.weight, self.bias)
         return Features(**fields, classifier=classifier, absent=self._absent)
 
@@ -451,7 +477,7 @@ def _classes(
     batches: Sequence[Features],
     labels: Tensor | None,
     names: list[str] | None,
-    is_held_out: Tensor,
+    calibrates: Tensor,
     head: HeadKind,
 ) -> tuple[float | None, list[str] | None, list[str]]:
     """Return the accuracy on the held-out images, the class names where they are the logits', and notes."""
@@ -464,7 +490,7 @@ def _classes(
             "names are not used, and its accuracy is not known"
         )
         return None, None, [note]
-    hits = int((logits.argmax(1) == labels[is_held_out]).sum())
+    hits = int((logits.argmax(1) == labels[calibrates]).sum())
     accuracy = hits / len(logits)
     if head == "keep" and hits <= _most_by_chance(len(logits), len(names)):
         note = (
@@ -520,6 +546,22 @@ def _thumbnail(source: ImageSource, row: int) -> bytes:
         return b""
 
 
+def _duplicate_notes(source: ImageSource, near: Tensor, rows: Tensor) -> list[str]:
+    """Return a note on the near-duplicates, if there are any."""
+    groups, sizes = near.unique(return_counts=True)
+    groups, sizes = groups[sizes > 1], sizes[sizes > 1]
+    if not len(groups):
+        return []
+    first = int(groups[0])
+    second = int((near == first).nonzero()[1])
+    one, other = source.name(int(rows[first])), source.name(int(rows[second]))
+    count = f"{len(groups)} groups" if len(groups) > 1 else "a group"
+    return [
+        f"{int(sizes.sum())} images are near-duplicates in {count}, such as {one} and {other}: each group is on "
+        "one side of the split, and counts once in the calibration"
+    ]
+
+
 def _most_by_chance(count: int, classes: int) -> int:
     """Return how many of some images a random classifier gets right at most, with probability 0.999."""
     from scipy.stats import binom
@@ -563,12 +605,6 @@ def _without_duplicates(cached: CachedFeatures) -> CachedFeatures:
     first = sorted({digest: i for i, digest in reversed(list(enumerate(cached.digests)))}.values())
     digests = [cached.digests[i] for i in first]
     return replace(cached, stored_rows=cached.stored_rows[first], rows=cached.rows[first], digests=digests)
-
-
-def held_out(digests: Sequence[bytes]) -> Tensor:
-    """Return which images are held out for calibration, (n,) bool: every fifth content, ordered by digest."""
-    chosen = set(sorted(set(digests))[::HELD_OUT])
-    return torch.tensor([digest in chosen for digest in digests])
 
 
 def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool | None = None) -> ProjectionHead:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from featnorm.inputs import ImageSource
 
 
-COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error")
+COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
 _SCORED = ("path", *_NUMBERS)
@@ -33,7 +33,7 @@ _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # Number of fields of a verdict that a journal keeps: all but its explanation.
-_FIELDS = 7
+_FIELDS = 8
 
 
 class Journal:
@@ -164,13 +164,18 @@ def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
 
 def _verdict(row: Any) -> ItemVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, str() | None, str() | None, bool()]:
+        case [str(), float() | None, float() | None, bool() | None, *texts, bool()] if _are_texts(texts):
             return ItemVerdict(*row)
     raise ValueError("it is not a verdict")
 
 
+def _are_texts(values: list[Any]) -> bool:
+    """Whether these are the predicted class, the error and the group of a verdict."""
+    return len(values) == 3 and all(value is None or isinstance(value, str) for value in values)
+
+
 class ScoreRow(NamedTuple):
-    """Name, score and p-value of a row of a table; None for both if the image could not be read.
+    """Name, score, p-value and group of a row of a table; no score and p-value if the image could not be read.
 
     The errors bound how far score and p-value are from the computed ones, by the number of digits written.
     """
@@ -178,6 +183,7 @@ class ScoreRow(NamedTuple):
     path: str
     score: float | None
     p_value: float | None
+    group: str | None = None
     score_error: float = 0.0
     p_value_error: float = 0.0
 
@@ -227,7 +233,15 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     return dict(
         zip(
             COLUMNS,
-            (verdict.item, verdict.score, verdict.p_value, word, verdict.predicted, verdict.error),
+            (
+                verdict.item,
+                verdict.score,
+                verdict.p_value,
+                word,
+                verdict.predicted,
+                verdict.error,
+                verdict.group,
+            ),
             strict=True,
         )
     )
@@ -246,7 +260,7 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
 
     A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
-    marks = {"path": "./", "predicted": "'", "error": "'"}
+    marks = {"path": "./", "predicted": "'", "error": "'", "group": "'"}
     return {
         name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
         for name, value in row.items()
@@ -294,6 +308,8 @@ def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
             if len(cells) != len(header):
                 raise ValueError(f"it has {len(cells)} instead of {len(header)} columns")
             row = dict(zip(header, cells, strict=True))
+            if row.get("group", "").startswith("'") and row["group"][1:].startswith(_FORMULAS):
+                row["group"] = row["group"][1:]
             yield {**row, **{name: row[name].replace(",", ".") for name in _NUMBERS}} if semicolons else row
 
 
@@ -307,7 +323,8 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     pq = vision_module("pyarrow.parquet")
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS, columns=list(_SCORED)):
+        columns = [name for name in (*_SCORED, "group") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(_ROWS, columns=columns):
             yield from batch.to_pylist()
 
 
@@ -316,11 +333,12 @@ def _scored(row: Mapping[str, Any]) -> ScoreRow:
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     path, score, p_value = (row[name] for name in _SCORED)
+    group = row.get("group") or None
     if score is None or score == "":
-        return ScoreRow(str(path), None, None)
+        return ScoreRow(str(path), None, None, group)
     if math.isnan(float(score)):
         raise ValueError("its score is NaN")
-    return ScoreRow(str(path), float(score), float(p_value), _rounding(score), _rounding(p_value))
+    return ScoreRow(str(path), float(score), float(p_value), group, _rounding(score), _rounding(p_value))
 
 
 def _rounding(number: str | float) -> float:

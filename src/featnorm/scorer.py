@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import date
 from itertools import chain
 from os import PathLike, fspath
 from pathlib import Path
@@ -29,7 +30,7 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import ImageSource, ItemError, image_loader
+from featnorm.inputs import DataError, ImageSource, ItemError, group_items, image_loader
 from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
 from featnorm.inputs.loading import named
 from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
@@ -45,7 +46,8 @@ HeadKind = Literal["keep", "train", "none"]
 
 # What the tap captures and an explanation needs.
 _EXPLAINED = ("activation", "logits", "classifier")
-_MODEL, _DETECTOR, _STATISTICS, _EXAMPLES = "model.", "detector.", "statistics.", "examples."
+_MODEL, _DETECTOR, _CALIBRATION = "model.", "detector.", "calibration."
+_STATISTICS, _EXAMPLES = "statistics.", "examples."
 _BLOCKS = 8
 # Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
@@ -76,6 +78,10 @@ class Scorer(nn.Module):
     statistics : activation statistics of in-distribution inputs, for explanations. Default: those of `fit`.
     examples : sample of in-distribution images, for explanations. Default: none.
     facts : provenance shown with results, as label -> text.
+    thresholds_by
+        Groups of inputs that get a threshold each, so that the stated rate holds in every group: "class" for the
+        predicted class, or "folder", a column or a regular expression, as `featnorm.inputs.group_items` takes
+        them. Default: one threshold for all.
 
     Raises
     ------
@@ -104,6 +110,7 @@ class Scorer(nn.Module):
         statistics: ActivationStatistics | None = None,
         examples: Examples | None = None,
         facts: Mapping[str, str] | None = None,
+        thresholds_by: str | None = None,
     ) -> None:
         super().__init__()
         check_detector(detector, "Scorer")
@@ -119,6 +126,7 @@ class Scorer(nn.Module):
         self.statistics = statistics
         self.examples = examples
         self.facts = dict(facts or {})
+        self.thresholds_by = thresholds_by
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
 
@@ -199,45 +207,140 @@ class Scorer(nn.Module):
             self.calibration = None
         return self
 
-    def calibrate(self, loader: Iterable[Any], tpr: float = 0.95, *, progress: bool | None = None) -> Self:
+    def calibrate(
+        self,
+        loader: Iterable[Any],
+        tpr: float | None = None,
+        *,
+        groups: Sequence[str] | None = None,
+        update: bool = False,
+        progress: bool | None = None,
+    ) -> Self:
         """Set the threshold that accepts a share of in-distribution inputs, and keep their scores for p-values.
 
         Parameters
         ----------
         loader : in-distribution inputs that were used neither to train the model nor to fit the detector.
-        tpr : share of in-distribution inputs to accept, between 0 and 1.
+        tpr
+            Share of in-distribution inputs to accept, between 0 and 1. Default: 0.95, or with ``update`` that of
+            the earlier calibration.
+        groups : group of each input, if ``thresholds_by`` is neither None nor "class".
+        update : whether to add the inputs to those of the earlier calibration.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
         ValueError
-            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), or an input cannot be
-            scored.
+            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be scored,
+            groups are missing, or there is no earlier calibration to update.
         """
-        check_share(tpr, "tpr")
-        return self.calibrate_features(self.tap.stream(loader, progress=progress), tpr)
+        self._check_rate(tpr, update)
+        return self.calibrate_features(
+            self.tap.stream(loader, progress=progress), tpr, groups=groups, update=update
+        )
 
-    def calibrate_features(self, batches: Iterable[Features], tpr: float = 0.95) -> Self:
+    @torch.no_grad()
+    def calibrate_features(
+        self,
+        batches: Iterable[Features],
+        tpr: float | None = None,
+        *,
+        groups: Sequence[str] | None = None,
+        update: bool = False,
+    ) -> Self:
         """Calibrate as `calibrate` does, on features of in-distribution inputs.
 
         Parameters
         ----------
         batches : features as `tap` extracts them.
-        tpr : share of in-distribution inputs to accept, between 0 and 1.
+        tpr, groups, update : see `calibrate`.
 
         Raises
         ------
         ValueError
             As `calibrate`.
         """
-        check_share(tpr, "tpr")
-        scores = torch.cat([self.detector.score(features) for features in batches])
-        self.calibration = Calibration(scores, tpr).to(scores.device)
+        self._check_rate(tpr, update)
+        if self.thresholds_by is not None and self.thresholds_by != "class" and groups is None:
+            raise ValueError(f"this scorer has thresholds by {self.thresholds_by!r}: pass the group of each input")
+        scores, classes, count = [], [], 0
+        for features in batches:
+            scores.append(self.detector.score(features))
+            if self.thresholds_by == "class":
+                classes.append(features.tensor("logits").argmax(1))
+                count = features.tensor("logits").shape[1]
+        members = torch.cat(classes) if classes else groups
+        names = self._class_names(count) if classes else None
+        return self.use_scores(torch.cat(scores), members, names, tpr, update=update)
+
+    def use_scores(
+        self,
+        scores: Tensor,
+        groups: Tensor | Sequence[str] | None = None,
+        group_names: Sequence[str] | None = None,
+        tpr: float | None = None,
+        *,
+        update: bool = False,
+    ) -> Self:
+        """Calibrate on the scores of in-distribution inputs.
+
+        Parameters
+        ----------
+        scores, groups, group_names : see `Calibration`.
+        tpr, update : see `calibrate`.
+
+        Raises
+        ------
+        ValueError
+            See `calibrate`.
+        """
+        if update and self.calibration is not None:
+            made = self.calibration.with_scores(scores, groups)
+            made = made if tpr is None else made.with_tpr(tpr)
+        else:
+            made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
+        self.calibration = made.to(self.tap.device)
+        return self
+
+    def _check_rate(self, tpr: float | None, update: bool) -> None:
+        if tpr is not None:
+            check_share(tpr, "tpr")
+        if update and self.calibration is None:
+            raise ValueError("there is no calibration to update: calibrate without update=True first")
+
+    def _class_names(self, count: int) -> list[str]:
+        """Return the class names, or words for the classes where there are none."""
+        word = "cluster" if self.head == "train" else "class"
+        return self.classes or [f"{word} {k}" for k in range(count)]
+
+    def class_words(self) -> list[str]:
+        """Return the class names of a scorer of images, or words such as "class 0" if they are not known."""
+        if self.classes is not None:
+            return self.classes
+        image = self.require_preprocess()(_reference_image())[None].to(self.tap.device)
+        return self._class_names(self.tap.capture(image, classifier=False).tensor("logits").shape[1])
+
+    def set_tpr(self, tpr: float) -> Self:
+        """Accept another share of in-distribution inputs, from the stored calibration scores.
+
+        Raises
+        ------
+        ValueError
+            The scorer is not calibrated, or has too few calibration scores for the share.
+        """
+        if self.calibration is None:
+            raise ValueError("the scorer is not calibrated: it has no scores for another share")
+        self.calibration = self.calibration.with_tpr(tpr).to(self.tap.device)
         return self
 
     @torch.no_grad()
-    def forward(self, inputs: Any) -> Verdict:
-        """Score a batch of inputs, as the model takes them; see `FeatureTap`.
+    def forward(self, inputs: Any, groups: Sequence[str] | None = None) -> Verdict:
+        """Score a batch of inputs.
+
+        Parameters
+        ----------
+        inputs : batch as the model takes it; see `FeatureTap`.
+        groups : group of each input, if ``thresholds_by`` is neither None nor "class".
 
         Raises
         ------
@@ -246,30 +349,40 @@ class Scorer(nn.Module):
         ValueError
             The model has no layer that the detector reads, or one of its outputs is not finite.
         """
-        return self.predict_features(self.tap.capture(inputs, classifier="classifier" in self.detector.reads))
+        features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads)
+        return self.predict_features(features, groups)
 
     @torch.no_grad()
-    def predict_features(self, features: Features) -> Verdict:
+    def predict_features(self, features: Features, groups: Sequence[str] | None = None) -> Verdict:
         """Score inputs by their features.
 
         Parameters
         ----------
         features : features as `tap` extracts them, with the classifier if the detector reads it.
+        groups : see `forward`.
 
         Raises
         ------
         NotFittedError
             The detector needs a fit and has none.
         ValueError
-            The features lack what the detector reads.
+            The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
         score = self.detector.score(features)
         if self.calibration is None:
             return Verdict(score, None, None, features.logits)
-        return Verdict(score, *self.calibration.predict(score), features.logits)
+        members: Any = groups
+        if self.thresholds_by == "class" and self.calibration.group_names:
+            members = features.tensor("logits").argmax(1)
+        return Verdict(score, *self.calibration.predict(score, members), features.logits)
 
     def predict(
-        self, items: Sequence[Any], *, explain: bool = False, runtime: Runtime | None = None
+        self,
+        items: Sequence[Any],
+        *,
+        groups: Sequence[str] | None = None,
+        explain: bool = False,
+        runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
         """Return the verdict on each item, including those that cannot be read.
 
@@ -278,6 +391,7 @@ class Scorer(nn.Module):
         items
             Images as paths, PIL images or arrays of shape (H, W), (H, W, 3) or (H, W, 4) and type uint8, which
             `preprocess` turns into tensors; or tensors that the model takes, without the batch dimension.
+        groups : group of each item, if ``thresholds_by`` is neither None nor "class".
         explain : whether to explain the verdicts, with heat maps.
         runtime : precision and batch size. Default: `Runtime()`. The scorer stays on the device where it is.
 
@@ -296,12 +410,14 @@ class Scorer(nn.Module):
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
         for start in range(0, len(items), runtime.batch_size):
-            batch = range(start, min(start + runtime.batch_size, len(items)))
-            verdicts += self._predict_items([(_name(items[i], i), items[i]) for i in batch], explain, runtime)
+            rows = range(start, min(start + runtime.batch_size, len(items)))
+            named_items = [(_name(items[i], i), items[i]) for i in rows]
+            some = None if groups is None else [groups[i] for i in rows]
+            verdicts += self._predict_items(named_items, some, explain, runtime)
         return verdicts
 
     def _predict_items(
-        self, items: Sequence[tuple[str, Any]], explain: bool, runtime: Runtime
+        self, items: Sequence[tuple[str, Any]], groups: Sequence[str] | None, explain: bool, runtime: Runtime
     ) -> list[ItemVerdict]:
         verdicts: dict[int, ItemVerdict] = {}
         shapes: dict[tuple[int, ...], dict[int, Tensor]] = {}
@@ -317,7 +433,8 @@ class Scorer(nn.Module):
             names = [items[row][0] for row in tensors]
             rows = range(len(names)) if explain else ()
             batch = torch.stack([*tensors.values()])
-            found = self.predict_batch(batch, names, explain=rows, heat=explain, runtime=runtime)
+            some = None if groups is None else [groups[row] for row in tensors]
+            found = self.predict_batch(batch, names, groups=some, explain=rows, heat=explain, runtime=runtime)
             for row, verdict in zip(tensors, found, strict=True):
                 verdicts[row] = verdict._replace(first_of_several=row in several)
         return [verdicts[row] for row in range(len(items))]
@@ -359,22 +476,46 @@ class Scorer(nn.Module):
         DataError
             The preprocess fails on an image.
         ValueError
-            The scorer has no preprocess, or an output of the model is not finite.
+            The scorer has no preprocess, an output of the model is not finite, or a group was not in the
+            calibration.
         """
         runtime = runtime or Runtime()
+        groups = self.groups_of(source)
 
-        def predict(images: Tensor) -> list[ItemVerdict]:
-            return self._predict(images, [""] * len(images), runtime=runtime)
+        def predict(images: Tensor, rows: Tensor) -> list[ItemVerdict]:
+            some = None if groups is None else [groups[row] for row in rows.tolist()]
+            names = [source.name(row) for row in rows.tolist()]
+            return self._predict(images, names, groups=some, runtime=runtime)
 
         size, workers = runtime.batch_size, runtime.workers
         for part in image_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
             verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    found = chain(*in_parts(predict, part.batch.images))
+                    found = chain(*in_parts(predict, part.batch.images, part.batch.indices))
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
-                    verdicts[row] = verdict._replace(item=source.name(row), first_of_several=row in part.several)
+                    verdicts[row] = verdict._replace(first_of_several=row in part.several)
             yield [verdicts[row] for row in part.rows]
+
+    def groups_of(self, source: ImageSource) -> list[str] | None:
+        """Return the group of each item of a source; None if the scorer has no groups, or those of classes.
+
+        Raises
+        ------
+        DataError
+            An item has no group, or one that was not in the calibration.
+        """
+        if self.thresholds_by is None or self.thresholds_by == "class":
+            return None
+        groups = group_items(source, self.thresholds_by)
+        known = set(groups if self.calibration is None else self.calibration.group_names)
+        for i, group in enumerate(groups):
+            if group not in known:
+                raise DataError(
+                    f"{source.name(i)} is of the group {group!r}, which was not in the calibration: calibrate "
+                    "with in-distribution inputs of that group, or leave it out"
+                )
+        return groups
 
     @torch.no_grad()
     def predict_batch(
@@ -382,6 +523,7 @@ class Scorer(nn.Module):
         inputs: Tensor,
         names: Sequence[str],
         *,
+        groups: Sequence[str] | None = None,
         explain: Sequence[int] = (),
         heat: bool = False,
         runtime: Runtime | None = None,
@@ -392,6 +534,7 @@ class Scorer(nn.Module):
         ----------
         inputs : preprocessed inputs (n, ...), on any device.
         names : one name per input.
+        groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         explain : rows of the inputs to explain.
         heat : whether explanations include a heat map, for one more forward pass on each input to explain.
         runtime : see `stream`.
@@ -405,7 +548,7 @@ class Scorer(nn.Module):
             The model is the user's own and raised an error.
         """
         with self._users_forward(f"a batch of {len(inputs)} images, {names[0]} to {names[-1]}" if names else ""):
-            return self._predict(inputs, names, explain=explain, heat=heat, runtime=runtime)
+            return self._predict(inputs, names, groups=groups, explain=explain, heat=heat, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model: Any = self.model
@@ -416,6 +559,7 @@ class Scorer(nn.Module):
         inputs: Tensor,
         names: Sequence[str],
         *,
+        groups: Sequence[str] | None = None,
         explain: Sequence[int] = (),
         heat: bool = False,
         runtime: Runtime | None = None,
@@ -424,15 +568,19 @@ class Scorer(nn.Module):
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
         with (runtime or Runtime()).autocast():
             features = self.tap.capture(inputs, classifier=reads_classifier)
-            verdict = self.predict_features(features)
+            verdict = self.predict_features(features, groups)
         nothing = [None] * len(inputs)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
         if self.classes is not None and verdict.logits is not None:
             self.check_classes(verdict.logits)
             predicted = [self.classes[i] for i in verdict.logits.argmax(1).tolist()]
-        columns = (names, verdict.score.tolist(), p_values, is_id, predicted)
-        verdicts = [ItemVerdict(*row, None) for row in zip(*columns, strict=True)]
+        members: Sequence[Any] = groups or nothing
+        if self.thresholds_by == "class" and verdict.logits is not None:
+            words = self._class_names(verdict.logits.shape[1])
+            members = [words[i] for i in verdict.logits.argmax(1).tolist()]
+        columns = (names, verdict.score.tolist(), p_values, is_id, predicted, nothing, members)
+        verdicts = [ItemVerdict(*row) for row in zip(*columns, strict=True)]
         for row, why in zip(explain, self._explained(inputs, features, explain, heat), strict=True):
             verdicts[row] = verdicts[row]._replace(why=why)
         return verdicts
@@ -462,8 +610,7 @@ class Scorer(nn.Module):
                 weight.float(),
                 None if bias is None else bias.float().expand(len(chosen), -1),
             )
-            word = "cluster" if self.head == "train" else "class"
-            names = self.classes or [f"{word} {k}" for k in range(len(weight))]
+            names = self._class_names(len(weight))
             for part, units in zip(parts, explain(hidden, self.statistics, names), strict=True):
                 part["units"] = units
         reference = None
@@ -488,17 +635,19 @@ class Scorer(nn.Module):
         """Write one ONNX graph from images to verdicts; see `featnorm.export.export_onnx`."""
         return export_onnx(self, path)
 
-    def get_extra_state(self) -> dict[str, float | None]:
-        """Return the share to accept, which is not in a buffer, for `state_dict`."""
-        return {"tpr": None if self.calibration is None else self.calibration.tpr}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the share to accept and the groups, which are not in buffers, for `state_dict`."""
+        return {"tpr": None} if self.calibration is None else self.calibration.to_dict()
 
-    def set_extra_state(self, state: dict[str, float | None]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Accept what `get_extra_state` returned; the calibration is made when its scores are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
         if scores is not None and extra is not None and extra["tpr"] is not None:
-            self.calibration = Calibration(scores, extra["tpr"]).to(self.tap.device)
+            members = state_dict.get(f"{prefix}calibration.members")
+            made = Calibration(scores, extra["tpr"], members, extra["groups"])
+            self.calibration = made.to(self.tap.device)
         if self.statistics is None and any(key.startswith(f"{prefix}{_STATISTICS}") for key in state_dict):
             self.statistics = ActivationStatistics()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -540,6 +689,7 @@ class Scorer(nn.Module):
             "classes": self.classes,
             "facts": self.facts,
             "example classes": None if self.examples is None else self.examples.classes,
+            "thresholds by": self.thresholds_by,
         }
         archive.write(path, tensors, header)
 
@@ -551,7 +701,8 @@ class Scorer(nn.Module):
         NotFittedError
             The detector needs a fit and has none.
         """
-        header = {**self._header(), "spec": self.spec, "classes": self.classes}
+        about = {"spec": self.spec, "classes": self.classes, "thresholds by": self.thresholds_by}
+        header = {**self._header(), **about}
         return archive.digest(self._fitted_tensors(), header)
 
     def _fitted_tensors(self) -> dict[str, Tensor]:
@@ -559,13 +710,14 @@ class Scorer(nn.Module):
         self.detector.require_fitted()
         tensors = {f"{_DETECTOR}{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
-            tensors[archive.CALIBRATION] = self.calibration.scores
+            named_tensors = self.calibration.fitted_tensors().items()
+            tensors |= {f"{_CALIBRATION}{name}": value for name, value in named_tensors}
         return tensors
 
     def _header(self) -> dict[str, Any]:
         return {
             "detector": _expression(self.detector),
-            "tpr": None if self.calibration is None else self.calibration.tpr,
+            **({} if self.calibration is None else self.calibration.to_dict()),
             "tap": self.tap.to_dict(),
             "model": archive.fingerprint(self.tap.model),
         }
@@ -619,6 +771,7 @@ def load(
     try:
         about = header["scorer"]
         spec, kind, classes, facts = (about[name] for name in ("spec", "head", "classes", "facts"))
+        by = None if about["thresholds by"] is None else check_text(about["thresholds by"])
         if kind not in get_args(HeadKind):
             raise ValueError(f"its head is {kind!r}")
         spec = None if spec is None else check_text(spec)
@@ -643,7 +796,7 @@ def load(
         detector = parse_detector(header["detector"])
         detector.load_state_dict(_with_prefix(_DETECTOR, tensors))
         detector.validate()
-        options: dict[str, Any] = {"spec": spec, "head": kind, "facts": facts}
+        options: dict[str, Any] = {"spec": spec, "head": kind, "facts": facts, "thresholds_by": by}
         options |= {"statistics": statistics, "examples": examples}
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
@@ -665,6 +818,97 @@ def load(
     if preprocess is not None:
         _check_outputs(scorer, tensors, path)
     return scorer
+
+
+def summarize(path: str | Path) -> dict[str, Any]:
+    """Return what a file that `Scorer.save` wrote holds, as plain data. The model is not needed.
+
+    Raises
+    ------
+    FileNotFoundError, ArchiveError
+        See `load`.
+    """
+    tensors, header = archive.read(path)
+    calibration = archive.calibration(tensors, header, path)
+    stored, statistics = _with_prefix(_MODEL, tensors), _with_prefix(_STATISTICS, tensors)
+    try:
+        about, tap, model = header["scorer"], header["tap"], header["model"]
+        summary: dict[str, Any] = {
+            "file": str(path),
+            "bytes": Path(path).stat().st_size,
+            "written": f"{header['written']['date']}, with featnorm {header['written']['featnorm']}",
+            "detector": header["detector"],
+            "model": {
+                "specification": about["spec"],
+                "class": model["class"],
+                "weights in the file": bool(stored),
+                "values": model["values"],
+                "fingerprint": model["sha256"],
+                "head": about["head"],
+            },
+            "features": {
+                "activation" if i == 0 else line.partition(":")[0]: line if i == 0 else line.partition(": ")[2]
+                for i, line in enumerate([tap["plan"]["verdict"], *map(": ".join, tap["plan"]["words"].items())])
+            },
+            "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
+            "classes": about["classes"],
+            "explanations": bool(statistics),
+            "calibration": None
+            if calibration is None
+            else {
+                "images": len(calibration.scores),
+                "share of in-distribution images to accept": calibration.tpr,
+                "thresholds by": about["thresholds by"],
+                **_thresholds(calibration),
+            },
+            "facts": about["facts"],
+            "tensors": {name: f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in tensors.items()},
+        }
+    except archive.MALFORMED as error:
+        raise archive.damaged(path, error) from None
+    return summary
+
+
+def _thresholds(calibration: Calibration) -> dict[str, Any]:
+    if not calibration.group_names:
+        return {"threshold": float(calibration.threshold)}
+    sizes = calibration.group_sizes()
+    return {
+        f"threshold of {name}": f"{value:.6g}, from {sizes[name]} images"
+        + ("" if len(calibration.pool(name)) == 1 else " and those of other small groups")
+        for name, value in zip(calibration.group_names, calibration.threshold.tolist(), strict=True)
+    }
+
+
+def replace_calibration(
+    path: str | Path, out: str | Path, calibration: Calibration, *, source: str | None = None, added: bool = False
+) -> None:
+    """Write a scorer's file again with another calibration. The model is not needed.
+
+    Parameters
+    ----------
+    path : file that `Scorer.save` wrote.
+    out : file to write, which may be the same.
+    calibration : the calibration.
+    source : name of the data that the calibration scores are from. Default: those of the file.
+    added : whether they were added to those of the file.
+
+    Raises
+    ------
+    FileNotFoundError, ArchiveError
+        See `load`.
+    OSError
+        The file cannot be written.
+    """
+    tensors, header = archive.read(path)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
+    made = {f"{_CALIBRATION}{name}": value for name, value in calibration.fitted_tensors().items()}
+    about = header["scorer"]
+    if source is not None:
+        earlier = f"{about['facts'].get('calibration', 'held-out images')}, then " if added else ""
+        fact = f"{earlier}{source}, {date.today().isoformat()}: {len(calibration.scores)} images"
+        about["facts"] = {**about["facts"], "calibration": fact}
+    archive.write(out, {**kept, **made}, {**header, **calibration.to_dict()})
 
 
 def _given(
@@ -812,7 +1056,7 @@ def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
     known = (_MODEL, _DETECTOR, _STATISTICS, _EXAMPLES)
-    others = {archive.CALIBRATION, "preprocessed", "response"}
+    others = {archive.CALIBRATION, archive.MEMBERS, "preprocessed", "response"}
     if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
         raise ValueError(f"it has an unknown tensor {unknown[0]!r}")
 

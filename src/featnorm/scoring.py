@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.progress import progress_bar
-from featnorm.inputs import ImageSource, ItemError, SlicedSource
+from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.loading import rows_of
 from featnorm.records import FORMATS, Journal, images_digest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from featnorm.report.scores import ScoredImage
 
 MAX_SHOWN = 100  # images on the page
-_NEAREST = 5  # images on the page that are not flagged, those nearest to the threshold
+_OTHERS = 5  # images on the page that are not flagged, those with the lowest scores
 _EXPLAINED_BATCH = 16
 # The end of the name of an item of a table or a data set.
 _ROW = re.compile(r"(^|:? )(row|image) \d+$")
@@ -139,8 +139,8 @@ def score_images(
     source : images to score.
     out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
     page
-        .html file with the flagged images, at most the 100 with the lowest scores, and the 5 others nearest to the
-        threshold. Each is explained, and compared with the calibration scores.
+        .html file with the flagged images among the 100 with the lowest scores, and the 5 others with the lowest
+        scores. Each is explained, and compared with the calibration scores.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the images, the device, the precision and the batch size are the same.
@@ -199,6 +199,49 @@ def score_images(
         if page is not None:
             _write_page(page, scorer, source, summary, runtime)
         journal.remove()
+    return summary
+
+
+def calibrate_images(
+    scorer: Scorer,
+    source: ImageSource,
+    tpr: float | None = None,
+    *,
+    update: bool = False,
+    runtime: Runtime | None = None,
+) -> ScoringSummary:
+    """Calibrate a scorer on the images of a source; see `Scorer.calibrate`.
+
+    Parameters
+    ----------
+    scorer : fitted scorer with a preprocess. It is left as it was if an error is raised.
+    source : in-distribution images that were used neither to train the model nor to fit the detector.
+    tpr, update : see `Scorer.calibrate`.
+    runtime : see `score_images`.
+
+    Returns
+    -------
+    ScoringSummary
+        Counts of the images.
+
+    Raises
+    ------
+    ValueError, DataError
+        See `Scorer.calibrate` and `score_images`; or no image can be read.
+    """
+    found: list[ItemVerdict] = []
+    earlier, scorer.calibration = scorer.calibration, None
+    try:
+        summary = score_images(scorer, source, runtime=runtime, on_batch=found.extend)
+    finally:
+        scorer.calibration = earlier
+    scored = [verdict for verdict in found if verdict.score is not None]
+    if not scored:
+        raise DataError(f"none of the {len(source):,} images of {source.title} can be read")
+    groups = None if scorer.thresholds_by is None else [str(verdict.group) for verdict in scored]
+    names = scorer.class_words() if scorer.thresholds_by == "class" else None
+    scores = torch.tensor([verdict.score for verdict in scored], dtype=torch.float64)
+    scorer.use_scores(scores, groups, names, tpr, update=update)
     return summary
 
 
@@ -273,8 +316,9 @@ def _write_page(
 
     calibration = scorer.calibration
     assert calibration is not None
-    shown = [(row, verdict) for row, verdict in summary.lowest if verdict.is_id is False]
-    shown += summary.lowest[len(shown) : len(shown) + _NEAREST]
+    lowest = summary.lowest
+    shown = [item for item in lowest if item[1].is_id is False]
+    shown += [item for item in lowest if item[1].is_id][:_OTHERS]
     write_scores_page(
         path,
         title=source.title,
@@ -313,7 +357,9 @@ def _shown(
         if images and scorer.explains:
             batch = torch.stack([preprocess(image) for image in images.values()])
             names, rows = [source.name(row) for row in images], range(len(images))
-            verdicts = scorer.predict_batch(batch, names, explain=rows, heat=True, runtime=runtime)
+            given = scorer.thresholds_by not in (None, "class")
+            groups = [str(verdict.group) for row, verdict in part if row in images] if given else None
+            verdicts = scorer.predict_batch(batch, names, groups=groups, explain=rows, heat=True, runtime=runtime)
             whys = {row: verdict.why for row, verdict in zip(images, verdicts, strict=True)}
             if batch.ndim == 4:
                 inputs = dict(zip(images, _grayscale(batch, black, white), strict=True))

@@ -48,6 +48,8 @@ class ItemVerdict(NamedTuple):
         Predicted class, if the scorer knows the class names.
     error : str or None
         Why the item cannot be read.
+    group : str or None
+        Group whose threshold applies, if the scorer has thresholds by group.
     first_of_several : bool
         Whether the item is the first of several frames or pages of its file.
     why : Why or None
@@ -60,6 +62,7 @@ class ItemVerdict(NamedTuple):
     is_id: bool | None
     predicted: str | None
     error: str | None
+    group: str | None = None
     first_of_several: bool = False
     why: Why | None = None
 

@@ -215,7 +215,7 @@ def test_score_writes_a_table(featnorm, detector, known, tmp_path, ending):
     else:
         rows = pq.read_table(out).to_pylist()
     assert len(rows) == 301
-    assert list(rows[0]) == ["path", "score", "p_value", "verdict", "predicted", "error"]
+    assert list(rows[0]) == ["path", "score", "p_value", "verdict", "predicted", "error", "group"]
     assert [row["verdict"] for row in rows].count("ID") > 250
     assert {row["predicted"] for row in rows[:-1]} <= {"a", "b", "c"}
     assert rows[-1]["path"].endswith("brok\u00e9n, \u201cfile\u201d.png")

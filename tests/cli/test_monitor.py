@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -158,6 +159,27 @@ def test_the_page_shows_the_stream(featnorm, detector, tmp_path):
     assert "the alarm, at image" not in page.text
 
 
+def test_thresholds_by_group(featnorm, tmp_path):
+    rng = np.random.default_rng(0)
+    members = rng.integers(0, 2, 600)
+    grouped = Calibration(rng.normal(2 - members, 1), 0.95, members, ["day", "night"])
+    tensors = {archive.CALIBRATION: grouped.scores, archive.MEMBERS: grouped.members}
+    content = {"tpr": 0.95, "groups": ["day", "night"], "model": {}}
+    archive.write(tmp_path / "d.featnorm", tensors, content)
+    new = rng.integers(0, 2, 900)
+    scores = torch.from_numpy(rng.normal(2 - new, 1))
+    p_values, is_id = grouped.predict(scores, [("day", "night")[i] for i in new])
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        rows = zip(range(900), scores.tolist(), p_values.tolist(), (("day", "night")[i] for i in new), strict=True)
+        csv.writer(file).writerows([("path", "score", "p_value", "group"), *rows])
+    assert featnorm("monitor", "d.featnorm", "t.csv", "--html", "page.html")[0] == 0
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    check(page)
+    share = f"{100 * (~is_id).double().mean():.1f}"
+    assert re.search(rf"{share}.% of the latest scores are below the threshold of their group\.", page.text)
+    assert "threshold 0" not in page.text
+
+
 def test_a_page_of_one_score(featnorm, detector, tmp_path):
     scores = table(tmp_path / "t.csv", scored(n=1))
     assert featnorm("monitor", detector, scores, "--html", "page.html")[0] == 0
@@ -284,16 +306,16 @@ def damage_csv(path: Path, row: int, cells: list[str]) -> None:
 @pytest.mark.parametrize(
     ("cells", "words"),
     [
-        (["a.png", "much", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
-        (["a.png", "nan", "0.5", "ID", "", ""], "row 7 of t.csv cannot be read (its score is NaN)"),
-        (["a.png", "1.0", "", "ID", "", ""], "row 7 of t.csv cannot be read (could not convert"),
-        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 instead of 6 columns)"),
+        (["a.png", "much", "0.5", "ID", "", "", ""], "row 7 of t.csv cannot be read (could not convert"),
+        (["a.png", "nan", "0.5", "ID", "", "", ""], "row 7 of t.csv cannot be read (its score is NaN)"),
+        (["a.png", "1.0", "", "ID", "", "", ""], "row 7 of t.csv cannot be read (could not convert"),
+        (["a.png", "1.0", "0.5"], "row 7 of t.csv cannot be read (it has 3 instead of 7 columns)"),
         (
-            ["a.png", "2.0", "0.9", "ID", "", ""],
+            ["a.png", "2.0", "0.9", "ID", "", "", ""],
             "row 7 of t.csv is from another detector: its score 2 has the p-value",
         ),
-        (["a.png", "2.0", "nan", "ID", "", ""], "its score 2 has the p-value nan there and 0."),
-        (["a.png", "2.0", "0.246914", "ID", "", ""], "has the p-value 0.246914 there and 0.4"),
+        (["a.png", "2.0", "nan", "ID", "", "", ""], "its score 2 has the p-value nan there and 0."),
+        (["a.png", "2.0", "0.246914", "ID", "", "", ""], "has the p-value 0.246914 there and 0.4"),
     ],
 )
 def test_a_damaged_csv_is_refused_by_row(featnorm, detector, tmp_path, cells, words):
@@ -423,7 +445,7 @@ def swap(rows):
         (lambda rows: rows.insert(3, rows[3]), OTHERS),
         (lambda rows: rows.__setitem__(9, rows[9].replace("day", "night")), OTHERS),
         (lambda rows: rows.__setitem__(9, rows[10]), OTHERS),
-        (lambda rows: rows.__setitem__(5, "broken/5.png,1.0,0.5,ID,,\r\n"), OTHERS),
+        (lambda rows: rows.__setitem__(5, "broken/5.png,1.0,0.5,ID,,,\r\n"), OTHERS),
     ],
 )
 def test_a_table_that_changed_is_noticed(featnorm, detector, tmp_path, change, words):

@@ -45,7 +45,7 @@ def unit(features):
 
 
 def is_indexed(detector):
-    return isinstance(detector._fitted_state(), neighbors._Index)
+    return isinstance(detector._fitted_state(), neighbors.Index)
 
 
 @pytest.mark.parametrize("recall", [0.8, 0.99])
@@ -75,7 +75,7 @@ def test_a_score_does_not_depend_on_its_batch(bank, queries):
 def test_queries_are_asked_in_blocks(bank, queries, monkeypatch):
     index = KNN(K, recall=0.9).fit(bank)
     whole = index.score(queries)
-    monkeypatch.setattr(neighbors._Index, "_BLOCK", 7 * 4 * K)
+    monkeypatch.setattr(neighbors.Index, "_BLOCK", 7 * 4 * K)
     assert torch.equal(index.score(queries), whole)
 
 

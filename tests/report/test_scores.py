@@ -26,12 +26,14 @@ def picture(i, size=(120, 90)):
     return Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), np.uint8))
 
 
-def shown(i, *, flagged, folder="new/a", predicted="cat", heat=True, name=None):
+def shown(i, *, flagged, folder="new/a", predicted="cat", heat=True, name=None, group=None):
     thumbnail = None if i % 4 == 3 else thumbnail_of(picture(i % 2))
     nearest = [Neighbor(i % 2, 0.83, "dog", thumbnail), Neighbor(5, 0.5, ODD, b"damaged")]
     map_ = -torch.eye(3) if heat else None
     why = Why(nearest=nearest, heat=map_, no_heat="" if heat else "the model does not average maps")
-    verdict = ItemVerdict(name or f"{folder}/{i}.png", float(i), 0.01 * (i + 1), not flagged, predicted, None)
+    verdict = ItemVerdict(
+        name or f"{folder}/{i}.png", float(i), 0.01 * (i + 1), not flagged, predicted, None, group
+    )
     return ScoredImage(verdict._replace(why=why), folder, picture(i), np.full((30, 40), 0.5, np.float32))
 
 
@@ -66,7 +68,7 @@ def test_everything_is_on_the_page(tmp_path):
     check(page)
     for text in (
         *("Folders", "new/a", "new/b", "5.0", "2.5", "broken.png", "not an image", "dog", "0.83", ODD),
-        "Then the 5 images above the threshold nearest to it",
+        "Then the other 5 images with the lowest scores.",
         "the image lowers the score here",
         "most similar ones of a sample of the images that the detector was fitted to",
     ):
@@ -101,6 +103,13 @@ def test_what_there_is_no_heat_for_is_said_once(tmp_path):
     assert "heat map over" not in page.text
 
 
+def test_a_group_is_named(tmp_path):
+    page = written(tmp_path, [shown(0, flagged=True, group="camera 1"), shown(1, flagged=True, group="cat")])
+    assert "group: camera 1" in page.text
+    assert page.text.count("group: ") == 1, "a group that is the predicted class is not repeated"
+    assert "each group has its own" in page.text
+
+
 def test_names_are_escaped(tmp_path):
     name = "</script><script>alert(1)</script>"
     cards = [shown(0, flagged=True, name=name, folder=ODD, predicted=name), shown(1, flagged=True, predicted=ODD)]
@@ -115,7 +124,7 @@ def test_without_flagged_images_and_without_any(tmp_path):
     page = written(tmp_path, [shown(0, flagged=False)], folders={"new": (100, 0)})
     check(page)
     assert "No image is flagged" in page.text
-    assert "The image above the threshold nearest to it" in page.text
+    assert "The image with the lowest score." in page.text
     assert "Folders" not in page.text
     page = written(tmp_path, [], folders={})
     check(page)

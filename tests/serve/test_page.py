@@ -128,6 +128,20 @@ def test_chosen_images_are_scored(page, url, folder):
     assert page.locator(".card").count() == 0
 
 
+def test_the_drift_of_all_images_is_shown(page, scorer, folder):
+    with served(create_app(scorer)) as url:
+        page.goto(url)
+        playwright.expect(page.locator("#about")).to_be_visible()
+        drift = page.locator("#drift")
+        playwright.expect(drift).to_be_empty()
+        page.set_input_files("#files", [image_of(folder)])
+        playwright.expect(drift).to_contain_text("No drift in the 1 image scored since the service started: the ")
+        playwright.expect(drift).to_contain_text("and the alarm is raised at 100 to 1.")
+        page.set_input_files("#files", [picture(f"{i}.png", "white") for i in range(40)])
+        playwright.expect(drift).to_contain_text("of 41 scored since the service started, the evidence")
+        assert drift.inner_text().startswith("Drift: at image ")
+
+
 def test_dropped_images_are_scored(page, url, folder):
     page.goto(url)
     data = page.evaluate_handle(

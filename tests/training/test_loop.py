@@ -246,7 +246,9 @@ def run(fabric):
     if fabric.global_rank == 0:
         torch.save(ends, {out!r})
 if __name__ == "__main__":
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn")
+    # Forked processes need not import everything again.
+    strategy = "ddp_fork" if sys.platform == "linux" else "ddp_spawn"
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch(run)
 """
 

@@ -124,12 +124,17 @@ def threshold_rank(n: int, tpr: float) -> int:
     check_share(tpr, "tpr")
     k = n + 1 - count_for_share(tpr, n + 1)
     if k == 0:
-        least = math.ceil(1 / (1 - tpr + 1e-15)) - 1
         raise ValueError(
-            f"{n} calibration scores are too few for tpr={tpr}: at least {least} are needed; "
+            f"{n} calibration scores are too few for tpr={tpr}: at least {min_scores(tpr)} are needed; "
             "add calibration inputs or lower tpr"
         )
     return k
+
+
+def min_scores(tpr: float) -> int:
+    """Return the smallest number of scores that have a threshold at ``tpr``: 19 at 0.95, 99 at 0.99."""
+    check_share(tpr, "tpr")
+    return max(math.ceil(1 / (1 - tpr + 1e-15)) - 1, 1)
 
 
 class Constraint(ABC):

@@ -27,15 +27,15 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def in_parts(function: Callable[[Tensor], _Result], inputs: Tensor) -> list[_Result]:
+def in_parts(function: Callable[..., _Result], *inputs: Tensor) -> list[_Result]:
     """Apply a function to a batch, or to halves of it if the device runs out of memory.
 
     Parameters
     ----------
     function : callable
         A function of inputs (n, ...), whose result for one input does not depend on the others.
-    inputs : Tensor
-        The batch, (n, ...).
+    *inputs : Tensor
+        The batch: one or more tensors (n, ...).
 
     Returns
     -------
@@ -50,10 +50,11 @@ def in_parts(function: Callable[[Tensor], _Result], inputs: Tensor) -> list[_Res
     import torch  # not above: the command line calls keep_freed_memory before it imports anything large
 
     try:
-        return [function(inputs)]
+        return [function(*inputs)]
     except torch.OutOfMemoryError:
-        if len(inputs) < 2:
+        if len(inputs[0]) < 2:
             raise
     # Outside the handler, whose traceback holds the tensors that did not fit.
-    half = len(inputs) // 2
-    return in_parts(function, inputs[:half]) + in_parts(function, inputs[half:])
+    half = len(inputs[0]) // 2
+    first, second = ([part[rows] for part in inputs] for rows in (slice(half), slice(half, None)))
+    return in_parts(function, *first) + in_parts(function, *second)

@@ -1,8 +1,8 @@
-"""Loading of weights, independent of the memory of the module and of torch's default dtype."""
+"""Weights and buffers, independent of the memory of the module and of torch's default dtype."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +38,15 @@ def load_weights(module: nn.Module, weights: Mapping[str, Any], *, strict: bool 
         ):
             tensor.data = tensor.data.contiguous()
     module.load_state_dict(weights, strict=strict)
+
+
+class ExactModule(nn.Module):
+    """Module whose parameters and buffers keep their type if it, or a module around it, is cast to another one."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +28,6 @@ from featnorm.cli.options import (
     Device,
     LabelColumn,
     Layer,
-    Model,
     OutFolder,
     Precision,
     Weights,
@@ -39,24 +39,42 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from featnorm.evaluation import Evaluation
     from featnorm.features import Features
     from featnorm.inputs import ImageSource
     from featnorm.runtime import Runtime
+    from featnorm.scorer import Scorer
     from featnorm.tap import FeatureTap
 
 # Name of the set to fit on. Another set of that name is called by its specification.
 _FIT = "fit"
+_NAME = re.compile(r"[\w .+-]+")
 
 
 def evaluate(
-    model: Model,
     id_data: Annotated[str, typer.Option("--id", metavar="DATA", help=f"In-distribution inputs: {DATA}.")],
     ood: Annotated[
         list[str],
         typer.Option(
-            metavar="DATA", help="Out-of-distribution inputs, specified as for --id. Repeat for several."
+            metavar="[NAME=]DATA",
+            help="Out-of-distribution inputs, specified as for --id, with a name for the table. Repeat for "
+            "several.",
         ),
     ],
+    scorer_file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[SCORER]", help="File written by `featnorm fit`, whose detector is evaluated beside others."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`. Required without "
+            "SCORER, or if SCORER does not contain its model, or if the model is your own.",
+        ),
+    ] = None,
     fit: Annotated[
         str | None,
         typer.Option(
@@ -88,11 +106,16 @@ def evaluate(
     from featnorm.models.loading import import_users_module
     from featnorm.report.comparison import write_page
     from featnorm.report.tables import markdown_page
+    from featnorm.scorer import load
     from featnorm.tap import FeatureTap
 
-    # The module of the user's own model may define detectors.
-    import_users_module(model)
+    if scorer_file is None and model is None:
+        raise ValueError("pass a file SCORER, or a model with --model")
+    if model is not None:
+        # The module of the user's own model may define detectors.
+        import_users_module(model)
     detectors = [parse_detector(expression) for expression in detector] if detector else standard_detectors()
+    given_names, ood = _split_names(ood)
     _refuse_twice([*([] if fit is None else [fit]), id_data, *ood])
 
     def labeled(spec: str) -> ImageSource:
@@ -101,14 +124,27 @@ def evaluate(
     fit_source = None if fit is None else labeled(fit)
     opened = [(id_data, labeled(id_data))]
     opened += [(spec, open_source(spec, root=data_root, labels=False)) for spec in ood]
-    sources = _named(opened)
+    sources = _named(opened, given_names)
     id_name, *ood_names = sources
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
-    loaded = create_model(model, weights=weights)
     runtime = runtime_of(device, precision, batch_size, workers)
-    tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
-    reader = _Reader(model, tap, loaded.transform, runtime)
+    scorer = None
+    if scorer_file is None:
+        assert model is not None
+        loaded = create_model(model, weights=weights)
+        tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
+        name, transform, about = model, loaded.transform, loaded.name + "".join(f"; {n}" for n in loaded.notes)
+    else:
+        if layer is not None:
+            raise ValueError("--layer is for a model without SCORER, whose layer is in its file")
+        scorer = load(scorer_file, model, weights=weights).to(runtime.torch_device)
+        tap, transform, name = scorer.tap, scorer.require_preprocess(), scorer.spec or ""
+        about = "; ".join(scorer.facts.get(fact, "") for fact in ("model", "backbone", "head")).strip("; ")
+        about = about or name
+        expression = repr(scorer.detector)
+        detectors = [scorer.detector, *(other for other in detectors if repr(other) != expression)]
+    reader = _Reader(name, tap, transform, runtime)
 
     evaluation = compare(
         detectors,
@@ -118,7 +154,7 @@ def evaluate(
     )
     evaluation.skipped = reader.skipped
     evaluation.facts = {
-        "model": loaded.name + "".join(f"; {note}" for note in loaded.notes),
+        "model": about,
         "last hidden layer": tap.describe().splitlines()[0].removeprefix("Last hidden layer: "),
         "in-distribution": f"{id_data}, {len(reader.rows[id_name])} inputs",
         **{
@@ -133,12 +169,17 @@ def evaluate(
     def image(name: str, index: int) -> Image.Image:
         return sources[name].item(reader.rows[name][index])
 
-    title = f"What does {model} know?"
+    if scorer is not None:
+        evaluation.facts |= _flagged(scorer, evaluation)
+    title = f"What does {name or scorer_file} know?"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
     write_text(document, markdown_page(evaluation, title=title, summary=summary), errors="backslashreplace")
 
     print_table(evaluation)
+    if scorer is not None:
+        for label, value in _flagged(scorer, evaluation).items():
+            console.print(f"{label}: {value}.", soft_wrap=True)
     if evaluation.accuracy is not None:
         console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
     for name, files in evaluation.skipped.items():
@@ -212,13 +253,43 @@ def _classes_of(features: Features) -> int | None:
     return None if features.logits is None else features.logits.shape[1]
 
 
-def _named(opened: list[tuple[str, ImageSource]]) -> dict[str, ImageSource]:
-    """Return the sets by their short names or, where two share one, by their specifications."""
-    titles = [source.title for _, source in opened]
+def _named(opened: list[tuple[str, ImageSource]], given: dict[str, str]) -> dict[str, ImageSource]:
+    """Return the sets by their given or short names or, where two share one, by their specifications."""
+    titles = [given.get(spec, source.title) for spec, source in opened]
     return {
-        source.title if titles.count(source.title) == 1 and source.title != _FIT else spec: source
-        for spec, source in opened
+        title if titles.count(title) == 1 and title != _FIT else spec: source
+        for title, (spec, source) in zip(titles, opened, strict=True)
     }
+
+
+def _split_names(specs: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Split ``NAME=DATA`` specifications; return the names by specification, and the specifications."""
+    names: dict[str, str] = {}
+    plain = []
+    for spec in specs:
+        name, equals, data = spec.partition("=")
+        if not equals or not data or not _NAME.fullmatch(name) or Path(spec).exists():
+            plain.append(spec)
+            continue
+        names[data] = name
+        plain.append(data)
+    return names, plain
+
+
+def _flagged(scorer: Scorer, evaluation: Evaluation) -> dict[str, str]:
+    """Return which shares of the sets the fitted detector flags at its threshold, as a fact."""
+    import torch
+
+    found = [result for result in evaluation.results if result.detector == repr(scorer.detector)]
+    if not found or scorer.calibration is None or scorer.thresholds_by is not None:
+        return {}
+    sets = {evaluation.id_name: found[0].id_scores, **found[0].ood_scores}
+    shares = (
+        f"{100 * (1 - scorer.calibration.is_id(torch.from_numpy(scores)).double().mean()):.1f} % of {name}"
+        for name, scores in sets.items()
+    )
+    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution images"
+    return {f"flagged by the fitted {scorer.detector!r}, {rate}": ", ".join(shares)}
 
 
 def _refuse_twice(specs: list[str]) -> None:

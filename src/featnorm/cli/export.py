@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from featnorm.cli.console import console, require_file_place
-from featnorm.cli.options import OutFile, OwnModel, OwnWeights, ScorerFile
+from featnorm.cli.options import OutFile, OwnModel, OwnWeights, ScorerFile, Tpr
 
 
 def export(
@@ -11,6 +11,7 @@ def export(
     out: OutFile = Path("detector.onnx"),
     model: OwnModel = None,
     weights: OwnWeights = None,
+    tpr: Tpr = None,
 ) -> None:
     """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
     require_file_place(out, [scorer_file])
@@ -18,6 +19,8 @@ def export(
     from featnorm.scorer import load
 
     scorer = load(scorer_file, model, weights=weights)
+    if tpr is not None:
+        scorer.set_tpr(tpr)
     difference = scorer.export(out)
     shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)

@@ -33,6 +33,7 @@ from featnorm.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from featnorm.calibration import Calibration
     from featnorm.fitting import FitReport
     from featnorm.inputs import ImageSource
     from featnorm.scorer import Scorer
@@ -76,6 +77,24 @@ def fit(
     ] = "auto",
     label_column: LabelColumn = None,
     tpr: Annotated[float, typer.Option(help="Share of in-distribution images to accept.")] = 0.95,
+    thresholds_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Groups with a threshold each, so that the rate holds in every group: `class` (the predicted "
+            "one), `folder`, a column of the table, or a regular expression whose parentheses match the group in "
+            "an image's path. Default: one threshold.",
+        ),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Images that belong together, such as the frames of a clip, and are all fitted to or all held "
+            "out: `folder`, a column of the table, or a regular expression whose parentheses match the group. "
+            "Default: near-duplicates alone are kept together.",
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for cached features. Default: `~/.cache/featnorm/features`."),
@@ -129,6 +148,8 @@ def fit(
             head=head,
             targets=targets,
             tpr=tpr,
+            thresholds_by=thresholds_by,
+            group_by=group_by,
             cache=cache,
             seed=seed,
             thumbnails=thumbnails,
@@ -157,11 +178,9 @@ def fit(
     _print_model(scorer, report)
     calibration = scorer.calibration
     assert calibration is not None
-    low, high = calibration.false_alarm_range()
     console.print(
         f"{scorer.detector!r} is calibrated on {report.held_out} held-out images. Averaged over such calibration "
-        f"sets, it flags at most {100 * (1 - tpr):.1f} % of images like these; with this one, between "
-        f"{100 * low:.1f} % and {100 * high:.1f} % (90 % confidence).",
+        f"sets, it flags at most {100 * (1 - tpr):.1f} % of images like these{_rate_words(calibration)}.",
         soft_wrap=True,
     )
     if report.head == "keep":
@@ -180,6 +199,21 @@ def fit(
     console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
     again = f" --model {model}" if is_users(model) else ""
     console.print(f"  featnorm score {shlex.quote(str(out))} IMAGES{again}", soft_wrap=True)
+
+
+def _rate_words(calibration: Calibration) -> str:
+    """Return for which groups the rate holds or, without groups, its range for this calibration set."""
+    groups = calibration.group_names
+    if not groups:
+        low, high = calibration.false_alarm_range()
+        return f"; with this one, between {100 * low:.1f} % and {100 * high:.1f} % (90 % confidence)"
+    own = sum(len(calibration.pool(group)) == 1 for group in groups)
+    if own == len(groups):
+        return f" in each of {counted(own, 'group')}"
+    return (
+        f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
+        "images for thresholds of their own"
+    )
 
 
 def _print_model(scorer: Scorer, report: FitReport) -> None:

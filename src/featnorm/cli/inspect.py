@@ -1,26 +1,83 @@
-"""``featnorm inspect``: the last hidden layer of a model."""
+"""``featnorm inspect``: what a fitted file holds, or the last hidden layer of a model."""
 
+import json
 from itertools import islice
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from featnorm.cli.console import console
-from featnorm.cli.options import DATA, DataRoot, Layer, Model, Weights
+from featnorm.cli.options import DATA, DataRoot, Layer, Weights
 
 _INPUTS = 64
 
 
 def inspect(
-    model: Model,
+    scorer_file: Annotated[
+        Path | None, typer.Argument(metavar="[SCORER]", help="File written by `featnorm fit` or `Scorer.save`.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Model to inspect: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`.",
+        ),
+    ] = None,
     weights: Weights = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help=f"Inputs to trace the model on: {DATA}. Default: noise.")
     ] = None,
     layer: Layer = None,
     data_root: DataRoot = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what SCORER holds as JSON.")] = False,
 ) -> None:
-    """Find the last hidden layer of a model, and report whether the negative-aware norm works there."""
+    """Show what a fitted file holds, or find the last hidden layer of a model.
+
+    For a model, it reports whether the negative-aware norm works on its last hidden layer. A file is read without
+    its model.
+    """
+    if (scorer_file is None) == (model is None):
+        raise ValueError("pass either a file SCORER or a model with --model")
+    if scorer_file is not None:
+        if data is not None or weights is not None or layer is not None:
+            raise ValueError("--data, --weights and --layer are for --model, not for a file")
+        from featnorm.scorer import summarize
+
+        summary = summarize(scorer_file)
+        if as_json:
+            console.print(json.dumps(summary, indent=2), soft_wrap=True)
+        else:
+            _print_summary(summary)
+        return
+    if as_json:
+        raise ValueError("--json is for a file SCORER, not for --model")
+    assert model is not None
+    _inspect_model(model, weights, data, layer, data_root)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    """Print a summary, one line per entry, and those of nested entries indented."""
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            console.print(f"{name}:")
+            for inner, text in value.items():
+                console.print(f"  {inner}: {_text(text)}", soft_wrap=True)
+        else:
+            console.print(f"{name}: {_text(value)}", soft_wrap=True)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _inspect_model(
+    model: str, weights: Path | None, data: str | None, layer: str | None, data_root: Path | None
+) -> None:
     import torch
 
     from featnorm.inputs import image_loader, open_source

@@ -193,7 +193,7 @@ class _Stream:
     def _count(self, image: ScoreRow) -> _Row:
         """Return the next row of the table, and add it to the digest of all rows."""
         self.rows += 1
-        self._digest.update(repr(image[:3]).encode())
+        self._digest.update(repr(image[:4]).encode())
         return _Row(self.rows, image.path)
 
     def add(self, images: list[ScoreRow]) -> None:
@@ -205,16 +205,35 @@ class _Stream:
         scores = _column(scored, "score")
         before, was_alarmed = self.monitor.count, self.monitor.alarmed_at is not None
         evidence = self.monitor.update(scores)
-        self.history.add(scores, evidence, self._calibration.p_value(scores))
+        self.history.add(scores, evidence, self._calibration.p_value(scores, self._groups(scored)))
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
+
+    def _groups(self, scored: list[tuple[_Row, ScoreRow]]) -> list[str] | None:
+        """Return the group of each row, if the detector has thresholds by group."""
+        if not self._calibration.group_names:
+            return None
+        groups = []
+        for row, image in scored:
+            if image.group not in self._calibration.group_names:
+                what = "no group" if image.group is None else f"the group {image.group!r}"
+                raise ValueError(
+                    f"row {row.number} of {self._table} has {what}, but {self._scorer_file} has thresholds for "
+                    f"{counted(len(self._calibration.group_names), 'group')}: name the detector that wrote the "
+                    "scores"
+                )
+            groups.append(image.group)
+        return groups
 
     def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]]) -> None:
         """Check that the scores are from this detector: those of another one would look like drift."""
         scores, errors = _column(scored, "score"), _column(scored, "score_error")
         stated, digits = _column(scored, "p_value"), _column(scored, "p_value_error")
         # A score may have been rounded when it was written: its p-value lies between those of the bounds.
-        lowest, highest = self._calibration.p_value(scores - errors), self._calibration.p_value(scores + errors)
+        groups = self._groups(scored)
+        lowest, highest = (
+            self._calibration.p_value(bound, groups) for bound in (scores - errors, scores + errors)
+        )
         digits = digits.clip(min=_P_VALUE_ERROR)
         # Not the other way round, where a NaN would pass.
         other = ~((stated >= lowest - digits) & (stated <= highest + digits))

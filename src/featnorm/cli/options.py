@@ -14,12 +14,6 @@ DATA = (
 ScorerFile = Annotated[
     Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`, or by `Scorer.save`.")
 ]
-Model = Annotated[
-    str,
-    typer.Option(
-        metavar="SPEC", help="Model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`."
-    ),
-]
 OwnModel = Annotated[
     str | None,
     typer.Option(
@@ -100,6 +94,13 @@ Ray = Annotated[
         "--ray",
         help="Run on the Ray cluster at RAY_ADDRESS, or on a local one of all CPU cores if that is not set. Every "
         "machine of the cluster must be able to read the images.",
+    ),
+]
+Tpr = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of in-distribution images to accept, by the stored calibration scores. Default: that of "
+        "SCORER."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]

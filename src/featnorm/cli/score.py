@@ -26,6 +26,7 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScorerFile,
+    Tpr,
     Workers,
 )
 
@@ -58,6 +59,7 @@ def score(
     ] = None,
     model: OwnModel = None,
     weights: OwnWeights = None,
+    tpr: Tpr = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
@@ -78,6 +80,8 @@ def score(
     from featnorm.scoring import score_images
 
     scorer = load(scorer_file, model, weights=weights)
+    if tpr is not None:
+        scorer.set_tpr(tpr)
     source = open_source(*images, root=data_root, labels=False, mix_splits=True)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:

@@ -98,11 +98,11 @@ class KNN(Detector):
         if rows < self.k:
             raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
 
-    def _finalize(self) -> "_Search":
+    def _finalize(self) -> "Search":
         bank = self.bank.rows.cpu().numpy()
         if self.recall is None or len(bank) < _MIN_INDEXED_ROWS:
-            return _Search(bank)
-        return _Index.reaching(self.recall, bank, self.k) or _Search(bank)
+            return Search(bank)
+        return Index.reaching(self.recall, bank, self.k) or Search(bank)
 
     @property
     def bank_shape(self) -> tuple[int, int]:
@@ -124,7 +124,7 @@ class KNN(Detector):
         k = min(k, self.bank_shape[0])
         if len(queries) == 0:
             return queries.new_empty(0, k)
-        search: _Search = self._fitted_state()
+        search: Search = self._fitted_state()
         return torch.from_numpy(search.nearest(queries.cpu().contiguous().numpy(), k))
 
     def _score(self, features: Features) -> Tensor:
@@ -145,7 +145,7 @@ class KNN(Detector):
         return products.topk(self.k, largest=False).values[:, -1] + queries.square().sum(1)
 
 
-class _Search:
+class Search:
     """An exact search.
 
     Parameters
@@ -158,15 +158,16 @@ class _Search:
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows of the bank."""
-        return self._neighbors(queries, k)[0]
+        return self.neighbors(queries, k)[0]
 
-    def _neighbors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def neighbors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows, and which."""
         import faiss
 
         return faiss.knn(queries, self.bank, k)
 
 
-class _Index(_Search):
+class Index(Search):
     """A search of some cells of the bank (Jegou et al., TPAMI 2011), in which a row is one bit per dimension.
 
     The bits (RaBitQ: Gao and Long, SIGMOD 2024) select candidates, whose exact distances are then computed.
@@ -202,7 +203,7 @@ class _Index(_Search):
         queries = _spaced(bank, cls._QUERIES)
         # The nearest neighbor of a row of the bank is the row itself.
         k = min(k + 1, len(bank))
-        _, nearest = index._neighbors(queries, k)
+        _, nearest = Search(bank).neighbors(queries, k)
         true = np.sort(index._distances(queries, nearest), 1)
         index.cells.nprobe = 1
         while index.cells.nprobe <= index.cells.nlist // 4:
@@ -215,7 +216,7 @@ class _Index(_Search):
         return None
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """As `_Search.nearest`, but a neighbor may be missed, and a farther one returned in its place."""
+        """As `Search.nearest`, but a neighbor may be missed, and a farther one returned in its place."""
         candidates = min(self.candidates * k, len(self.bank))
         found = np.empty((len(queries), k), np.float32)
         block = max(1, self._BLOCK // candidates)
@@ -226,8 +227,15 @@ class _Index(_Search):
         # The cells that were searched may hold fewer than k rows.
         short = np.isinf(found[:, -1])
         if short.any():
-            found[short] = super().nearest(queries[short], k)
+            found[short] = super().neighbors(queries[short], k)[0]
         return found
+
+    def neighbors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Search.neighbors`, but a neighbor may be missed; the row is -1 where too few are found."""
+        found = self._index.search(queries, min(self.candidates * k, len(self.bank)))[1]
+        distances = self._distances(queries, found)
+        nearest = np.argsort(distances, 1)[:, :k]
+        return np.take_along_axis(distances, nearest, 1), np.take_along_axis(found, nearest, 1)
 
     def _distances(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return the squared distances (m, c) of queries to rows of the bank; infinity for the row -1."""

@@ -2,6 +2,7 @@
 
 from featnorm.inputs import images, parquet, torchvision_sets  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache
+from featnorm.inputs.grouping import group_items
 from featnorm.inputs.loading import Extracted, ImageBatch, ImageLoader, extract_images, image_loader, image_tensor
 from featnorm.inputs.openers import Opener, open_source
 from featnorm.inputs.source import DataError, ImageSource, ItemError, JoinedSource, SlicedSource, Source
@@ -20,6 +21,7 @@ __all__ = [
     "SlicedSource",
     "Source",
     "extract_images",
+    "group_items",
     "image_loader",
     "image_tensor",
     "open_source",

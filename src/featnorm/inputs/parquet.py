@@ -67,6 +67,7 @@ class ParquetImages(EncodedImages):
         super().__init__(title, *_labels(indices, label_column))
         if labels and all(index.labels is None for index in indices):
             self.label_columns = indices[0].candidates
+        self.columns = indices[0].scalars
         self._folder = folder
         self._files = list(files)
         self._paths = [path for index in indices for path in index.paths]
@@ -75,6 +76,23 @@ class ParquetImages(EncodedImages):
         self._groups = [(f, g) for f, index in enumerate(indices) for g in range(len(index.group_sizes))]
         self._ends = list(accumulate(size for index in indices for size in index.group_sizes))
         self._row_groups = _RowGroups()
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        pa = vision_module("pyarrow")
+        values = []
+        for file in self._files:
+            path = self._folder.name(file)
+            try:
+                with _opened(self._folder, file) as opened:
+                    if name not in opened.schema_arrow.names:
+                        raise DataError(
+                            f"no column {name!r} in {path}: it has {', '.join(opened.schema_arrow.names)}"
+                        )
+                    values += opened.read(columns=[name])[name].to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"cannot read column {name!r} of {path}: {first_line(error)}") from error
+        return values
 
     def _content(self, i: int) -> bytes:
         """Return an image as its row holds it, or the content of the file that the row names."""
@@ -183,6 +201,8 @@ class _Index:
                 schema = opened.schema_arrow
                 _check_image_column(schema, self.path)
                 self.columns = list(schema.names)
+                nested = vision_module("pyarrow").types.is_nested
+                self.scalars = tuple(field.name for field in schema if not nested(field.type))
                 self.candidates = tuple(field.name for field in schema if _kind_of_labels(field.type))
                 metadata = opened.metadata
                 self.rows = metadata.num_rows

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -67,11 +67,14 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         Files that were found beside the items but are not items.
     label_columns : tuple of str
         Columns of an unlabeled table that could hold its labels.
+    columns : tuple of str
+        Columns of a table that hold single values; empty for other sources.
     """
 
     names_are_paths = False
     passed_over = PassedOver()
     label_columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
@@ -103,6 +106,17 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
     def name(self, i: int) -> str:
         """Return the name of item `i` for messages: its file, or its row."""
         return self._name(self._checked(i))
+
+    def column(self, name: str) -> list[Any]:
+        """Return the values of a column, one per item; null is None.
+
+        Raises
+        ------
+        DataError
+            There is no such column, or it cannot be read.
+        """
+        has = f"it has {', '.join(self.columns)}" if self.columns else "it is not a table"
+        raise DataError(f"no column {name!r} in {self.title}: {has}")
 
     def digest(self, i: int) -> bytes:
         """Return a digest of 32 bytes of the content of item `i`: of its file, or of its pixels.
@@ -174,8 +188,14 @@ class SlicedSource(Source[T]):
         self.names_are_paths = source.names_are_paths
         self.passed_over = source.passed_over
         self.label_columns = source.label_columns
+        self.columns = source.columns
         self._source = source
         self._rows = rows
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        values = self._source.column(name)
+        return [values[row] for row in self._rows]
 
     def _read(self, i: int) -> tuple[T, bytes]:
         return self._source.read(self._rows[i])
@@ -210,6 +230,13 @@ class JoinedSource(Source[T]):
         super().__init__(" and ".join(source.title for source in sources), labels, classes)
         self._sources = sources
         self.passed_over = sum((source.passed_over for source in sources), PassedOver())
+        self.columns = tuple(
+            name for name in sources[0].columns if all(name in other.columns for other in sources)
+        )
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        return [value for source in self._sources for value in source.column(name)]
 
     def _locate(self, i: int) -> tuple[Source[T], int]:
         number = bisect_right(self._ends, i)

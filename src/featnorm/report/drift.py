@@ -1,5 +1,6 @@
 """The page that shows drift in a stream of scores, as found by `featnorm.DriftMonitor`."""
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,30 +29,33 @@ class StreamHistory:
     Attributes
     ----------
     count : number of images so far.
-    latest : the last scores, at most 1000.
+    latest, latest_p_values : the last scores and their p-values, at most 1000.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.latest: deque[float] = deque(maxlen=_MAX_LATEST)
+        self.latest_p_values: deque[float] = deque(maxlen=_MAX_LATEST)
         self._step = 1
         self._highest: list[float] = []
         self._p_sums: list[float] = []
 
     def state(self) -> dict[str, Any]:
         """Return the state as plain data, which JSON can hold."""
-        return {**vars(self), "latest": list(self.latest)}
+        return {name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Return the history whose `state` this is."""
         history = cls()
-        vars(history).update(state, latest=deque(state["latest"], maxlen=_MAX_LATEST))
+        for name, value in vars(history).items():
+            setattr(history, name, deque(state[name], _MAX_LATEST) if isinstance(value, deque) else state[name])
         return history
 
     def add(self, scores: Array, evidence: Array, p_values: Array) -> None:
         """Add (n,) scores, the evidence after each, and their p-values among the calibration scores."""
         self.latest.extend(scores.tolist())
+        self.latest_p_values.extend(p_values.tolist())
         for log10, p in zip(evidence.tolist(), p_values.tolist(), strict=True):
             if self.count % self._step:
                 self._highest[-1] = max(self._highest[-1], log10)
@@ -111,7 +115,8 @@ def write_drift_page(
     calibrated, latest = calibration.scores, np.array(history.latest)
     # Half-width for means of uniform p-values, whose variance is 1/12; the calibration scores are a sample too.
     usual = 1.96 * np.sqrt((1 / np.diff(edges) + 1 / len(calibrated)) / 12)
-    threshold = calibration.threshold
+    # There is no line to draw where each group has its own threshold.
+    threshold = math.nan if calibration.group_names else float(calibration.threshold)
     histogram, outside = plots.histogram(
         [calibrated, latest],
         threshold,
@@ -145,8 +150,9 @@ def write_drift_page(
             Key(f"{len(calibrated):,} calibration scores", *plots.series(0)),
             Key(f"the latest {len(latest):,} scores of the stream", *plots.series(1)),
         ],
-        threshold=number(threshold),
-        flagged=percent(float(np.mean(latest < threshold))),
+        threshold="" if calibration.group_names else number(threshold),
+        # A score is below the threshold if its p-value is at most 1 - tpr, which is not exact in binary.
+        flagged=percent(float(np.mean(np.array(history.latest_p_values) <= 1 - calibration.tpr + 1e-12))),
         promised=percent(1 - calibration.tpr),
         has_outside=any(out.below or out.above for out in outside),
     )

@@ -71,6 +71,7 @@ class _Card:
     word: str
     flagged: bool
     predicted: str | None
+    group: str | None
     score: str
     p_value: str
     share: str
@@ -179,6 +180,7 @@ def _card(
         word={True: "ID", False: "OOD", None: ""}[verdict.is_id],
         flagged=verdict.is_id is False,
         predicted=verdict.predicted,
+        group=verdict.group,
         score=number(verdict.score),
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
         share=percent(above),

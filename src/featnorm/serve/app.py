@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import featnorm
+from featnorm.drift import DriftMonitor
 from featnorm.records import row_of
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
@@ -74,6 +75,16 @@ class Histogram(BaseModel):
     counts: list[int]
 
 
+class Drift(BaseModel):
+    """Whether the images scored since the service started have drifted from the calibration images as a whole."""
+
+    images: int = Field(description="Number of images scored so far.")
+    log10_evidence: float = Field(description="Evidence for drift, as a base-10 logarithm; 0 at the start.")
+    highest: float = Field(description="Maximum of `log10_evidence` so far.")
+    alarm_level: float = Field(description="The evidence at which the alarm is raised.")
+    alarmed_at: int | None = Field(description="Number of the image at which it was, from 1; null before.")
+
+
 class Detector(BaseModel):
     """The detector that scores the images."""
 
@@ -86,6 +97,7 @@ class Detector(BaseModel):
     calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
     explains: bool = Field(description="Whether it can explain its verdicts.")
     limits: dict[str, int | float]
+    drift: Drift
 
 
 def create_app(
@@ -247,6 +259,7 @@ def create_app(
             calibration=histogram(calibration.scores, float(calibration.threshold)),
             explains=scorer.explains,
             limits=dataclasses.asdict(limits),
+            drift=_drift(metrics.drift),
         )
 
     @app.get(
@@ -329,6 +342,16 @@ def _result(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
     row = row_of(verdict)
     result = {"name": row.pop("path"), **row, "score": _finite(row["score"])}
     return {**result, "why": verdict.why and verdict.why.rows()} if explain else result
+
+
+def _drift(monitor: DriftMonitor) -> Drift:
+    return Drift(
+        images=monitor.count,
+        log10_evidence=monitor.log10_evidence,
+        highest=monitor.highest,
+        alarm_level=monitor.alarm_level,
+        alarmed_at=None if monitor.alarmed_at is None else monitor.alarmed_at + 1,
+    )
 
 
 def _finite(value: float | None) -> float | None:

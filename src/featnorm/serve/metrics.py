@@ -1,6 +1,7 @@
 """Metrics of a service for Prometheus."""
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
+from featnorm.drift import DriftMonitor
 from featnorm.verdict import ItemVerdict
 
 # Number of most recent images in the share of flagged ones.
@@ -26,11 +28,18 @@ class Metrics:
         Scores of the calibration set, (n,). The buckets of the scores end at their quantiles.
     batch_size : int
         Maximum number of images per batch.
+
+    Attributes
+    ----------
+    drift : DriftMonitor
+        Monitor of all scores, in the order in which their requests were completed.
     """
 
     def __init__(self, calibration: Tensor, batch_size: int) -> None:
         self._registry = registry = CollectorRegistry()
         self._recent: deque[bool] = deque(maxlen=_RECENT)
+        self.drift = DriftMonitor(calibration)
+        self._lock = threading.Lock()  # an application may run in several event loops
         self._bounds = score_buckets(calibration)
         self._seconds = Histogram(
             "featnorm_request_seconds",
@@ -60,6 +69,20 @@ class Metrics:
         )
         share.set_function(lambda: sum(self._recent) / len(self._recent) if self._recent else math.nan)
 
+        evidence = Gauge(
+            "featnorm_drift_log10_evidence",
+            "Evidence that the scored images have drifted from the calibration set; 0 at the start.",
+            registry=registry,
+        )
+        evidence.set_function(lambda: self.drift.log10_evidence)
+        alarm = Gauge(
+            "featnorm_drift_alarm",
+            f"1 once the evidence has reached {self.drift.alarm_level:g}, otherwise 0. If nothing drifts, the "
+            f"chance of that is at most {self.drift.false_alarm:g}.",
+            registry=registry,
+        )
+        alarm.set_function(lambda: self.drift.alarmed_at is not None)
+
     def set_queue(self, pending: Callable[[], int]) -> None:
         """Set the function that returns the number of images in the queue."""
         self._queue.set_function(pending)
@@ -81,6 +104,8 @@ class Metrics:
         self._images.labels("OOD" if flagged else "ID").inc()
         self._recent.append(flagged)
         score = verdict.score
+        with self._lock:
+            self.drift.update([score])
         if math.isinf(score):  # the same bucket, and a finite sum
             score = math.nextafter(self._bounds[-1], math.inf) if score > 0 else self._bounds[0]
         self._scores.observe(score)

@@ -20,7 +20,7 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare
 from featnorm.features import Features
-from featnorm.fitting import backbone_features, cluster, features_behind, fit_head, held_out
+from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
 from featnorm.inputs import ImageSource, SlicedSource, open_source
 from featnorm.metrics import auroc
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model, cut_classifier
@@ -28,6 +28,7 @@ from featnorm.paper.recipe import scheme_labels
 from featnorm.paper.scoring import cached_labels, compared_detectors, percentages
 from featnorm.paper.study import Context, SingleRun, Whole
 from featnorm.paper.tables import MEASURES, Table, cell, environment, mean_and_deviation
+from featnorm.splitting import held_out
 
 ID_CLASSES = 100
 #: Number of ID classes that heads are trained on when their targets are compared; the others are held out.

@@ -1,0 +1,85 @@
+"""``featnorm calibrate``: another rate or other calibration data for a fitted scorer, without fitting it again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featnorm.cli.console import console, counted, print_reading, print_skipped, require_file_place
+from featnorm.cli.options import (
+    DATA,
+    BatchSize,
+    DataRoot,
+    Device,
+    OutFile,
+    OwnModel,
+    OwnWeights,
+    Precision,
+    Ray,
+    ScorerFile,
+    Workers,
+)
+
+
+def calibrate(
+    scorer_file: ScorerFile,
+    out: OutFile,
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA]",
+            help=f"In-distribution images that the model was not trained on: {DATA}. Default: the stored scores.",
+        ),
+    ] = None,
+    tpr: Annotated[
+        float | None,
+        typer.Option(help="Share of in-distribution images to accept. Default: that of SCORER."),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Add the images to the earlier calibration images of SCORER.")
+    ] = False,
+    model: OwnModel = None,
+    weights: OwnWeights = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    ray: Ray = False,
+) -> None:
+    """Calibrate a fitted scorer again: for another rate, or on other in-distribution images.
+
+    Without DATA the model is not needed, because the calibration scores are in the file.
+    """
+    require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
+    from featnorm import archive
+    from featnorm.scorer import load, replace_calibration
+
+    if data is None:
+        if tpr is None or update:
+            raise ValueError("nothing to calibrate: pass DATA, or another rate with --tpr")
+        tensors, header = archive.read(scorer_file)
+        stored = archive.calibration(tensors, header, scorer_file)
+        if stored is None:
+            raise ValueError(f"{scorer_file} is not calibrated: pass DATA")
+        calibration = stored.with_tpr(tpr)
+    else:
+        from featnorm.cli.runtime import runtime_of
+        from featnorm.inputs import open_source
+        from featnorm.scoring import calibrate_images
+
+        scorer = load(scorer_file, model, weights=weights)
+        source = open_source(data, root=data_root, labels=False)
+        with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+            summary = calibrate_images(scorer, source, tpr, update=update, runtime=runtime)
+        print_skipped(source.title, summary.first_unread, summary.unread)
+        print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
+        assert scorer.calibration is not None
+        calibration = scorer.calibration
+    replace_calibration(scorer_file, out, calibration, source=data, added=update)
+    count = counted(len(calibration.scores), "calibration image")
+    console.print(
+        f"Averaged over calibration sets like this one of {count}, it flags at most "
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images."
+    )
+    console.print(f"Wrote {out}.", soft_wrap=True)
