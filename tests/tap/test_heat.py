@@ -15,7 +15,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, 8, 4, 4)
-        self.squeeze = nn.Conv2d(8, 8, 1)
+        self.squeeze, self.last, self.beside = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, (3, 4)), nn.Conv2d(8, 8, 1, 4)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 5)
@@ -32,13 +32,20 @@ class Net(nn.Module):
             return self.head(maps.permute(0, 2, 3, 1).mean((1, 2)))
         if self.kind == "norm":
             return self.head(self.norm(self.pool(maps).flatten(1)))
-        if self.kind == "max":
-            return self.head(maps.amax((2, 3)))
-        if self.kind == "flatten":
-            return self.head(maps[:, :, 0, 0] + maps[:, :, 1, 1])
+        if self.kind in ("max", "small"):
+            return self.after(maps)
+        if self.kind == "two":
+            return self.head(maps.amax((2, 3)) + self.conv(x).mean((2, 3)))
         if self.kind == "fixed batch":
             return self.head(self.pool(maps).view(len(x), 8))
         return self.head(self.pool(maps).flatten(1))
+
+    def after(self, maps):
+        if self.kind == "max":
+            return self.head(maps.amax((2, 3)))
+        # As in a residual network, on images that are smaller than those it was made for.
+        small = torch.relu(self.last(maps))
+        return self.head(self.pool(small + self.beside(maps)).flatten(1))
 
 
 def tap_of(kind="module", layout=torch.contiguous_format):
@@ -109,6 +116,24 @@ def test_an_odd_patch_is_where_the_score_is_lost(detector):
     assert heat[2, 3] < -3 * others.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["max", "small"])
+def test_maps_that_are_not_averaged_are_changed_themselves(kind):
+    """The last maps but those of one position, and those that are pooled otherwise."""
+    tap = tap_of(kind)
+    x = images()
+    heat = heat_maps(tap, x, first_logit, torch.rand(3, 8))
+    model = tap.model
+    maps = torch.relu(model.conv(x))
+    expected = torch.zeros(3, 3, 4)
+    for i in range(3):
+        for j in range(4):
+            changed = maps.clone()
+            changed[:, :, i, j] = maps.mean((2, 3))
+            expected[:, i, j] = (model.after(maps) - model.after(changed))[:, 0].detach()
+    torch.testing.assert_close(heat, expected, rtol=1e-4, atol=1e-6)
+    assert heat.abs().max() > 1e-3
+
+
 def test_the_model_is_left_as_it_was():
     tap = tap_of("in place")
     before = tap(images()).logits
@@ -120,8 +145,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("max", "does not average maps"),
-        ("flatten", "does not average maps"),
+        ("two", "no maps that all of its last layers depend on"),
         ("fixed batch", "do not take another number of inputs"),
     ],
 )
@@ -132,7 +156,7 @@ def test_no_heat_is_named(kind, why):
 
 def test_tokens_and_scores_without_heat_are_named():
     tap = fn.FeatureTap(nn.Sequential(nn.Flatten(), nn.Linear(576, 8), nn.ReLU(), nn.Linear(8, 5)).eval())
-    with pytest.raises(NoHeatError, match="does not average maps"):
+    with pytest.raises(NoHeatError, match="no maps that all of its last layers depend on"):
         heat_maps(tap, images(), first_logit)
     with pytest.raises(NoHeatError, match="not finite"):
         heat_maps(tap_of(), images(), lambda features: features.logits[:, 0] / 0)

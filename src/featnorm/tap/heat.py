@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from featnorm.features import Features
 from featnorm.tap.tap import FeatureTap
@@ -13,6 +14,12 @@ from featnorm.tap.trace import tensors_in
 
 # Largest difference, relative to the largest mean, at which values count as the means of maps.
 _TOLERANCE = 0.01
+# Height and width from which maps are fine enough to prefer them to later ones.
+_FINE = 4
+# Largest cost of the changed pass, in passes of the whole model per input.
+_MAX_PASSES = 16
+
+_Point = tuple[str, int]  # name of an operation, and its index among those of that name
 
 
 class NoHeatError(ValueError):
@@ -25,12 +32,14 @@ def heat_maps(
 ) -> Tensor:
     """Return how much each position of the last maps adds to the score of each input.
 
-    A model with global average pooling reads the mean of its last maps over their positions. The heat of a
-    position is the score minus the score with the features of that position replaced by the reference. If the
-    score is linear in the pooled features, the heat sums to the score minus that of the reference. This is the
-    ablation of Zeiler and Fergus (ECCV 2014) on the last maps instead of the pixels. It needs no gradients, so
-    that it works for any detector, and costs one forward pass on all inputs and one on the first. In the former,
-    the pool returns one row per position.
+    The heat of a position is the score minus the score with the features of that position replaced by the
+    reference. This is the ablation of Zeiler and Fergus (ECCV 2014) on the last maps instead of the pixels. It
+    needs no gradients, so that it works for any detector.
+
+    For a model with global average pooling, only the layers after the pool run once per position: the pool returns
+    one row per position. If the score is linear in the pooled features, the heat then sums to the score minus that
+    of the reference. For other convolutional networks, the last maps that all later layers depend on are copied,
+    one copy per position.
 
     Parameters
     ----------
@@ -38,9 +47,8 @@ def heat_maps(
     inputs : batch of n inputs.
     score : function from features to scores, which does not run the model again.
     reference
-        Pooled features (n, D) to compare with, such as those of similar in-distribution inputs. Default: for each
-        input its own pooled features, with which the heat of a linear score sums to 0. These are also used if the
-        model changes the means before it returns them as pooled features.
+        Pooled features (n, D) to compare with, such as those of similar in-distribution inputs. Default: the mean
+        of each input's maps over their positions, which is also used if the pooled features are not this mean.
 
     Returns
     -------
@@ -49,56 +57,49 @@ def heat_maps(
     Raises
     ------
     NoHeatError
-        The model does not average maps, its layers after the pool do not take another number of inputs, or a score
-        is not finite.
+        The model has no such maps, its layers after them do not take another number of inputs, or a score is not
+        finite.
     """
+    inputs = inputs.to(tap.device)
     if tap._plan is None:
         tap.trace(inputs)
-    with _FindPool() as found:
-        features = tap.capture(inputs[:1], classifier=False)
-    if found.pool is None:
-        raise NoHeatError("the model does not average maps over their positions before its last layers")
-    if reference is not None:
-        pooled, mean = features.pooled, found.mean
-        if pooled is None or pooled.shape != mean.shape or not _close(pooled.float(), mean):
-            reference = None
+    one = inputs[:1]
+    with _FindMaps(one) as found:
+        features = tap.capture(one, classifier=False)
+    point, mean = found.choose()
+    if reference is not None and (mean is None or features.pooled is None or not _close(features.pooled, mean)):
+        reference = None
     try:
-        with _ChangedPool(found.pool, reference) as changed:
+        with _ChangedMaps(point, mean is not None, reference) as changed:
             scores = score(tap.capture(inputs, classifier=True))
+        n, height, width = changed.shape
+        scores = scores.double().reshape(n, height * width + 1)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise NoHeatError("the layers after the pool do not take another number of inputs") from error
-    n, height, width = changed.shape
-    if len(scores) != n * (height * width + 1):
-        raise NoHeatError("the detector does not read what the pool returns")
-    scores = scores.double().reshape(n, -1)
+        raise NoHeatError("the layers after the model's maps do not take another number of inputs") from error
     heat = scores[:, -1:] - scores[:, :-1]
     if not heat.isfinite().all():
         raise NoHeatError("the score is not finite")
     return heat.float().reshape(n, height, width)
 
 
-def _maps_of(args: Any, result: Any) -> tuple[Tensor, tuple[int, int]] | None:
+def _pooled_maps(args: Any, result: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
     """Return the maps whose means over their positions a result is, and the axes of the positions; or None."""
-    if not isinstance(result, Tensor) or not result.is_floating_point() or result.ndim < 2:
-        return None
     for _, maps in tensors_in(args):
-        if not _is_map(maps) or not maps.is_floating_point():
-            continue
-        for axes in ((2, 3), (1, 2)):
-            channels = 1 if axes == (2, 3) else 3
-            if result.numel() == maps.shape[0] * maps.shape[channels] and result.numel() < maps.numel():
-                mean = maps.float().mean(axes)
-                if _close(result.float().reshape(mean.shape), mean):
-                    return maps, axes
+        for axes, channels in (((2, 3), 1), ((1, 2), 3)):
+            fits = _is_map(maps) and result.numel() == maps.shape[0] * maps.shape[channels] < maps.numel()
+            if fits and _close(result, maps.float().mean(axes)):
+                return maps, axes
     return None
 
 
 def _is_map(value: Tensor) -> bool:
-    return value.ndim == 4 and sum(size > 1 for size in value.shape[1:]) > 1
+    return value.ndim == 4 and value.is_floating_point() and min(value.shape[2:]) > 1
 
 
 def _close(values: Tensor, mean: Tensor) -> bool:
-    return bool((values - mean).abs().max() <= _TOLERANCE * mean.abs().max())
+    if values.numel() != mean.numel():
+        return False
+    return bool((values.float().reshape(mean.shape) - mean).abs().max() <= _TOLERANCE * mean.abs().max())
 
 
 class _Counting(TorchDispatchMode):
@@ -116,59 +117,104 @@ class _Counting(TorchDispatchMode):
         self.calls[name] = self.calls.get(name, -1) + 1
         return self.after((name, self.calls[name]), args, result)
 
-    def after(self, point: tuple[str, int], args: Any, result: Any) -> Any:
+    def after(self, point: _Point, args: Any, result: Any) -> Any:
         """Return what the operation returns to the model."""
         raise NotImplementedError
 
 
-class _FindPool(_Counting):
-    """Finds the operation that averages maps over their positions, after which the model makes no more maps.
+class _FindMaps(_Counting):
+    """Finds maps that everything after them depends on: no later operation reads what was made before them.
 
-    The pools of squeeze-and-excitation do not count, because maps are scaled by what they return.
+    Parameters
+    ----------
+    inputs : batch that the model is run on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Tensor) -> None:
         super().__init__()
-        self.pool: tuple[str, int] | None = None
-        self.mean = torch.empty(0)
+        # Tensors that depend on the inputs are kept, so that no id is used again.
+        self._made = {id(inputs): (0, inputs)}
+        self._shape = inputs.shape
+        self._time = 0
+        self._found: list[tuple[int, _Point, int, Tensor | None]] = []  # time, point, positions, means of a pool
 
-    def after(self, point: tuple[str, int], args: Any, result: Any) -> Any:
-        if (found := _maps_of(args, result)) is not None:
-            maps, axes = found
-            self.pool, self.mean = point, maps.float().mean(axes)
-        elif any(_is_map(tensor) for _, tensor in tensors_in(result)):
-            self.pool = None
+    def after(self, point: _Point, args: Any, result: Any) -> Any:
+        times = [self._made[id(tensor)][0] for _, tensor in tensors_in(args) if id(tensor) in self._made]
+        if not times:
+            return result
+        self._time += 1
+        self._found = [found for found in self._found if found[0] <= min(times)]
+        tensors = [tensor for _, tensor in tensors_in(result)]
+        for tensor in tensors:
+            self._made[id(tensor)] = self._time, tensor
+        if len(tensors) == 1 and tensors[0].is_floating_point():
+            pooled = _pooled_maps(args, tensors[0])
+            if pooled is not None:
+                self._found.append((self._time, point, 0, pooled[0].float().mean(pooled[1])))
+            elif _is_map(tensors[0]) and tensors[0].shape != self._shape:
+                self._found.append((self._time, point, min(tensors[0].shape[2:]), None))
         return result
 
+    def choose(self) -> tuple[_Point, Tensor | None]:
+        """Return the point of the last pool and its means, or else that of the last maps that are fine enough."""
+        pools = [found for found in self._found if found[3] is not None]
+        maps = [found for found in self._found if found[3] is None]
+        fine = [found for found in maps if found[2] >= _FINE]
+        for time, point, size, mean in (*pools[-1:], *fine[-1:], *maps[-1:]):
+            if mean is not None or size**2 * (self._time - time) <= _MAX_PASSES * self._time:
+                return point, mean
+        raise NoHeatError("the model has no maps that all of its last layers depend on")
 
-class _ChangedPool(_Counting):
-    """Makes a pool return one row per position, with that position replaced, and then the true row, per input."""
 
-    def __init__(self, pool: tuple[str, int], reference: Tensor | None) -> None:
+class _ChangedMaps(_Counting):
+    """Makes the model continue, per input, with one row per position, with it replaced, and with the true row.
+
+    Parameters
+    ----------
+    point : operation that makes the maps, or averages them.
+    is_pool : whether it averages them.
+    reference : features (n, c) that replace those of a position. Default: their mean.
+    """
+
+    def __init__(self, point: _Point, is_pool: bool, reference: Tensor | None) -> None:
         super().__init__()
-        self.pool = pool
+        self.point = point
+        self.is_pool = is_pool
         self.reference = reference
         self.shape = (0, 0, 0)
-        self.rows: Tensor | None = None
+        self._old: Any = None
+        self._new: Any = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Torch's adaptive pool lays out its result again, for the number of inputs.
-        if self.rows is not None and func._schema.name.startswith("aten::as_strided") and args[0] is self.rows:
-            return self.rows
+        if self._new is not None:
+            # What an operation in place returns is not what the model continues with.
+            args = tree_map(lambda value: self._new if value is self._old else value, args)
+            # Torch's adaptive pool lays out its result again, for the number of inputs.
+            if func._schema.name.startswith("aten::as_strided") and args[0] is self._new:
+                return self._new
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def after(self, point: tuple[str, int], args: Any, result: Any) -> Any:
-        if point != self.pool or (found := _maps_of(args, result)) is None:
+    def after(self, point: _Point, args: Any, result: Any) -> Any:
+        if point != self.point:
             return result
-        maps, axes = found
-        maps = maps.movedim(axes, (2, 3))
-        self.shape = maps.shape[0], *maps.shape[2:]
-        mean = maps.mean((2, 3))
+        maps, axes = (_pooled_maps(args, result) if self.is_pool else None) or (result, (2, 3))
+        values = maps.movedim(axes, (2, 3))
+        n, channels, *size = values.shape
+        self.shape = n, *size
+        values = values.flatten(2)
+        mean = values.mean(2)
         reference = mean if self.reference is None else self.reference.to(mean)
-        values = maps.flatten(2).movedim(1, 2)
-        changed = mean[:, None] + (reference[:, None] - values) / values.shape[1]
-        rows = torch.cat([changed, mean[:, None]], 1).flatten(0, 1)
-        self.rows = rows.to(result.dtype).reshape(len(rows), *result.shape[1:])
-        return self.rows
+        difference = reference[:, :, None] - values
+        count = values.shape[2]
+        if self.is_pool:
+            changed = mean[:, None] + difference.mT / count
+            rows = torch.cat([changed, mean[:, None]], 1).flatten(0, 1)
+            self._new = rows.to(result.dtype).reshape(len(rows), *result.shape[1:])
+        else:
+            where = torch.eye(count, device=maps.device, dtype=maps.dtype)
+            changed = values[:, None] + where[:, None] * difference[:, None]
+            self._new = torch.cat([changed, values[:, None]], 1).reshape(-1, channels, *size)
+        self._old = result
+        return self._new
