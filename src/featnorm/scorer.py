@@ -623,9 +623,9 @@ class Scorer(nn.Module):
             try:
                 if self.detector.needs_model:
                     raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
-                maps = heat_maps(self.tap, inputs[chosen], self.detector.score, reference).cpu()
-                for part, one in zip(parts, maps, strict=True):
-                    part["heat"] = one
+                maps, compared = heat_maps(self.tap, inputs[chosen], self.detector.score, reference)
+                for part, one in zip(parts, maps.cpu(), strict=True):
+                    part |= {"heat": one, "compared": compared}
             except NoHeatError as error:
                 for part in parts:
                     part["no_heat"] = str(error)

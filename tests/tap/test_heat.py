@@ -69,7 +69,8 @@ def test_the_heat_of_a_linear_score_is_exact(kind, layout):
     tap = tap_of(kind, layout)
     x = images().to(memory_format=layout)
     reference = torch.rand(3, 8)
-    heat = heat_maps(tap, x, first_logit, reference)
+    heat, compared = heat_maps(tap, x, first_logit, reference)
+    assert compared
     assert heat.shape == (3, 3, 4)
     model = tap.model
     scores = model(x)[:, 0]
@@ -80,19 +81,21 @@ def test_the_heat_of_a_linear_score_is_exact(kind, layout):
         weight = model.head.weight[0][None, :, None, None]
         expected = (weight * (maps - reference[:, :, None, None])).sum(1) / 12
         torch.testing.assert_close(heat, expected, rtol=1e-4, atol=1e-5)
-    alone = torch.cat([heat_maps(tap, x[i : i + 1], first_logit, reference[i : i + 1]) for i in range(3)])
+    alone = torch.cat([heat_maps(tap, x[i : i + 1], first_logit, reference[i : i + 1])[0] for i in range(3)])
     torch.testing.assert_close(alone, heat, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_reference_an_image_is_compared_with_itself():
     tap = tap_of()
-    heat = heat_maps(tap, images(), first_logit)
+    heat, compared = heat_maps(tap, images(), first_logit)
+    assert not compared
     torch.testing.assert_close(heat.sum((1, 2)), torch.zeros(3), rtol=0, atol=1e-5)
     assert heat.abs().max() > 1e-3
     # The pooled features are normalized, so that means cannot be compared with them.
     normalized = tap_of("norm")
     own, other = (heat_maps(normalized, images(), first_logit, r) for r in (None, torch.rand(3, 8)))
-    assert torch.equal(own, other)
+    assert torch.equal(own[0], other[0])
+    assert not other[1]
 
 
 @pytest.mark.parametrize("detector", ["KNN(k=1)", "NAN()", "SSD()", "Energy()", "KNN(k=2) / NAN()"])
@@ -109,7 +112,7 @@ def test_an_odd_patch_is_where_the_score_is_lost(detector):
     x = known[:1].clone()
     x[:, :2, 8:, 12:] = 0  # blue
     reference = scorer.tap(known).pooled.mean(0, keepdim=True)
-    (heat,) = heat_maps(scorer.tap, x, scorer.detector.score, reference)
+    ((heat,), _) = heat_maps(scorer.tap, x, scorer.detector.score, reference)
     assert int(heat.argmin()) == heat.numel() - 1
     assert heat[2, 3] < 0
     others = heat.flatten()[:-1]
@@ -121,7 +124,8 @@ def test_maps_that_are_not_averaged_are_changed_themselves(kind):
     """The last maps but those of one position, and those that are pooled otherwise."""
     tap = tap_of(kind)
     x = images()
-    heat = heat_maps(tap, x, first_logit, torch.rand(3, 8))
+    heat, compared = heat_maps(tap, x, first_logit, torch.rand(3, 8))
+    assert not compared
     model = tap.model
     maps = torch.relu(model.conv(x))
     expected = torch.zeros(3, 3, 4)

@@ -145,12 +145,16 @@ class Why:
     heat
         How much each position of the model's last maps adds to the score, positive or negative, (height, width),
         see `featnorm.tap.heat.heat_maps`; None if it was not requested, or there is none.
+    compared
+        Whether the heat map compares each position with the mean of the ``nearest`` images; otherwise with the
+        mean of all positions of the input.
     no_heat : why there is no heat map, if it was requested.
     """
 
     units: Explanation | None = None
     nearest: list[Neighbor] = field(default_factory=list)
     heat: Tensor | None = None
+    compared: bool = False
     no_heat: str = ""
 
     @property

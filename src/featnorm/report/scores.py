@@ -78,6 +78,7 @@ class _Card:
     x: str
     picture: Picture | None
     heat: Picture | None
+    compared: bool
     no_heat: str
     similar: list[_Similar]
     sentence: str
@@ -187,6 +188,7 @@ def _card(
         x=_place(verdict.score, low, high),
         picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
         heat=heat,
+        compared=why is not None and why.compared,
         no_heat="" if why is None else why.no_heat,
         similar=[] if why is None else [_similar(neighbor, examples) for neighbor in why.nearest],
         sentence="" if why is None or why.units is None else why.units.sentence,

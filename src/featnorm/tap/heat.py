@@ -29,7 +29,7 @@ class NoHeatError(ValueError):
 @torch.no_grad()
 def heat_maps(
     tap: FeatureTap, inputs: Tensor, score: Callable[[Features], Tensor], reference: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, bool]:
     """Return how much each position of the last maps adds to the score of each input.
 
     The heat of a position is the score minus the score with the features of that position replaced by the
@@ -52,7 +52,8 @@ def heat_maps(
 
     Returns
     -------
-    Heat (n, height, width): positive where the input raises the score, negative where it lowers it.
+    Heat (n, height, width), positive where the input raises the score and negative where it lowers it; and whether
+    the reference was used.
 
     Raises
     ------
@@ -79,7 +80,7 @@ def heat_maps(
     heat = scores[:, -1:] - scores[:, :-1]
     if not heat.isfinite().all():
         raise NoHeatError("the score is not finite")
-    return heat.float().reshape(n, height, width)
+    return heat.float().reshape(n, height, width), reference is not None
 
 
 def _pooled_maps(args: Any, result: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
