@@ -307,7 +307,7 @@ def test_what_is_no_detector_or_no_tensor_is_named():
     model = model_for(fn.NAN())
     with pytest.raises(TypeError, match=r"a detector such as NAN\(\), got 'NAN'"):
         fn.Scorer(model, "NAN")
-    with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
+    with pytest.raises(TypeError, match="the batch is a list, without a tensor of inputs"):
         fn.Scorer(model, fn.NAN())([1, 2])
     with pytest.raises(TypeError, match=r"Scorer takes a detector, got the class NAN: write NAN\(\)"):
         fn.Scorer(model, fn.NAN)
@@ -332,9 +332,11 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
     with pytest.raises(TypeError, match=r"must be a sequence of Features, got|batch 0 must be Features, got"):
         fn.Features.cat(wrong)
     if not isinstance(wrong, torch.Tensor):
-        for take in (scorer, tap, tap.trace, tap.hidden, lambda w: fn.LayerTap(model, w)):
-            with pytest.raises(TypeError, match=f"the inputs must be a tensor, got {name}"):
+        for take in (scorer, tap, tap.trace, tap.hidden) if not isinstance(wrong, list) else ():
+            with pytest.raises(TypeError, match=f"the batch is a {name}.*, without a tensor of inputs"):
                 take(wrong)
+        with pytest.raises(TypeError, match=f"the inputs must be a tensor, got {name}"):
+            fn.LayerTap(model, wrong)
         for take in (fn.negative_aware_norm, fn.l1_norm, fn.l0_norm, lambda w: fn.lp_norm(w, 2)):
             with pytest.raises(TypeError, match=f"the activations must be a tensor, got {name}"):
                 take(wrong)
@@ -481,7 +483,7 @@ class TestFile:
             (("points", "activation", "module"), "nowhere"),
             (("points", "activation", "side"), "bogus"),
             (("points",), []),
-            (("weights", 0, "weight"), "__class__"),
+            (("weights", 1, 1), "__class__"),
         ],
     )
     def test_a_tap_that_does_not_fit_the_model_is_refused(self, path, where, value):

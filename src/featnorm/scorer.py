@@ -979,7 +979,9 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
     try:
         outputs = scorer._reference_outputs()
         image = scorer.require_preprocess()(_reference_image())[None]
-        scorer.predict_batch(image, [""], explain=[0] if scorer.explains else ())
+        known = None if scorer.calibration is None else scorer.calibration.group_names[:1] or None
+        groups = None if scorer.thresholds_by == "class" else known
+        scorer.predict_batch(image, [""], groups=groups, explain=[0] if scorer.explains else ())
     except UserCodeError:
         raise
     except archive.MALFORMED as error:
