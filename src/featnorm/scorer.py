@@ -852,7 +852,11 @@ def summarize(path: str | Path) -> dict[str, Any]:
             },
             "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
             "classes": about["classes"],
-            "explanations": bool(statistics),
+            "explanations": {
+                "activation statistics": bool(statistics),
+                "example images": len(tensors.get(f"{_EXAMPLES}labels", ())),
+                "thumbnails of them": f"{_EXAMPLES}thumbnails" in tensors,
+            },
             "calibration": None
             if calibration is None
             else {

@@ -99,7 +99,8 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     assert status == 0
     for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images",
                   "it flags at most 5.0 % of images like these; with this one, between",
-                  "featnorm score mine.featnorm IMAGES", "Computed the features of 300"):  # fmt: skip
+                  "featnorm score mine.featnorm IMAGES", "Computed the features of 300",
+                  "The file contains thumbnails of 240 images: --no-thumbnails leaves them out."):  # fmt: skip
         assert words in printed
     assert "damaged" not in printed
     assert "changed" not in printed
@@ -114,8 +115,11 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     assert "Removed 1 damaged batch from the feature cache and recomputed it." in printed
     assert "Computed the features of 64 images" in printed
     assert (tmp_path / "mine.featnorm").read_bytes() == whole
-    status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters")
+    assert "examples.thumbnails" in archive.read(tmp_path / "mine.featnorm")[0]
+    status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters", "--no-thumbnails")
     assert status == 0
+    assert "thumbnails" not in printed
+    assert "examples.thumbnails" not in archive.read(tmp_path / "mine.featnorm")[0]
     assert "The features of all images were in the cache." in printed
     assert "trained on 24 clusters" in printed
 
