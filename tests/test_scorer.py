@@ -712,3 +712,57 @@ def changes(tensor):
         made["NaN"] = tensor * float("nan")
         made["infinite"] = torch.full_like(tensor, float("inf"))
     return made
+
+
+def test_a_model_that_is_trained_further_is_noticed_when_it_is_saved(tmp_path):
+    for detector in (fn.NAN(), fn.KNN(k=3)):
+        model = model_for(detector)
+        scorer = fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1))
+        scorer.save(tmp_path / "d.featnorm")
+        before = (tmp_path / "d.featnorm").read_bytes()
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+        with pytest.raises(
+            ValueError, match="weights or their precision have changed since the detector was fitted"
+        ):
+            scorer.save(tmp_path / "d.featnorm")
+        assert (tmp_path / "d.featnorm").read_bytes() == before
+        scorer.fit(loader()).calibrate(loader(seed=1)).save(tmp_path / "d.featnorm")
+
+
+@pytest.mark.parametrize("by", ["class", "folder"])
+def test_thresholds_by_group(tmp_path, by):
+    model = model_for(fn.Energy())
+    scorer = fn.Scorer(model, fn.Energy(), thresholds_by=by)
+    known = torch.cat([inputs for inputs, _ in loader(20, seed=1)])
+    classes = scorer(known).logits.argmax(1)
+    names = [f"class {k}" for k in classes.tolist()] if by == "class" else ["ab"[i % 2] for i in range(len(known))]
+    given = None if by == "class" else names
+    if by == "folder":
+        with pytest.raises(ValueError, match="has thresholds by 'folder': pass the group of each input"):
+            scorer.calibrate([known])
+    scorer.calibrate([known], tpr=0.9, groups=given)
+    alone = fn.Calibration(scorer(known, given).score, 0.9, names, scorer.calibration.group_names)
+    verdict = scorer(known, given)
+    p_values, is_id = alone.predict(verdict.score, names)
+    assert torch.equal(verdict.p_value, p_values)
+    assert torch.equal(verdict.is_id, is_id)
+    scorer.save(tmp_path / "d.featnorm")
+    again = fn.load(tmp_path / "d.featnorm", model)
+    other = fn.Scorer(model, fn.Energy(), thresholds_by=by)
+    other.load_state_dict(scorer.state_dict())
+    for restored in (again, other, scorer.set_tpr(0.9)):
+        for one, two in zip(restored(known, given), verdict, strict=True):
+            assert torch.equal(one, two)
+    judged = again.predict(list(known[:5]), groups=given and given[:5])
+    assert [one.group for one in judged] == names[:5]
+    again.calibrate([known], groups=given, update=True)
+    assert len(again.calibration.scores) == 2 * len(known)
+    assert again.calibration.tpr == 0.9
+    if by == "folder":
+        with pytest.raises(ValueError, match="'c'"):
+            scorer(known[:2], ["a", "c"])
+        with pytest.raises(ValueError, match="groups"):
+            scorer(known[:2])
+    with pytest.raises(ValueError, match="there is no calibration to update"):
+        fn.Scorer(model, fn.Energy()).calibrate([known], update=True)

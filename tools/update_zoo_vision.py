@@ -77,7 +77,7 @@ def page(rows: dict[tuple[str, str], Row]) -> list[str]:
             "|---|---:|---:|---:|---:|---|---|",
         ]
         notes: list[str] = []
-        for (owner, name), row in rows.items():
+        for (owner, name), row in sorted(rows.items()):
             if owner != library:
                 continue
             note = ""
@@ -87,10 +87,14 @@ def page(rows: dict[tuple[str, str], Row]) -> list[str]:
             between = row.absent.get("classifier", "").removeprefix("there is ").partition(" between ")[0]
             lines.append(
                 f"| {name} | {row.parameters / 1e6:.1f} M | {row.size} | {row.width} | {row.activation or ''} "
-                f"| {row.pooled:.0e}{note} | {between if row.classifier is None else f'{row.classifier:.0e}'} |"
+                f"| {_error(row.pooled)}{note} | {between if row.classifier is None else _error(row.classifier)} |"
             )
         lines += ["", *(f"{i}. {reason}." for i, reason in enumerate(notes, 1))] if notes else []
     return lines
+
+
+def _error(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 if __name__ == "__main__":

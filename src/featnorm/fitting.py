@@ -123,6 +123,8 @@ def fit(
     weights: str | Path | None = None,
     detector: Detector | str | None = None,
     head: Head = "auto",
+    layer: str | None = None,
+    output: str | int | None = None,
     targets: Targets = "auto",
     label_column: str | None = None,
     tpr: float = 0.95,
@@ -152,6 +154,7 @@ def fit(
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
         returns features.
+    layer, output : what is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
@@ -199,7 +202,8 @@ def fit(
     if not isinstance(data, Source):
         data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
-    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
+    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
+    options["thumbnails"] = thumbnails
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
     if report.corrupt:
@@ -219,6 +223,8 @@ def fit_source(
     *,
     detector: Detector | None = None,
     head: Head = "auto",
+    layer: str | None = None,
+    output: str | int | None = None,
     targets: Targets = "auto",
     tpr: float = 0.95,
     thresholds_by: str | None = None,
@@ -234,7 +240,8 @@ def fit_source(
     ----------
     source : in-distribution images.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, targets, tpr, thresholds_by, group_by, cache, seed, thumbnails, runtime : see `fit`.
+    detector, head, layer, output, targets, tpr, thresholds_by, group_by, cache, seed, thumbnails, runtime
+        See `fit`.
 
     Raises
     ------
@@ -257,7 +264,7 @@ def fit_source(
     split_groups = None if group_by is None else group_items(source, group_by)
     groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
-    plan = _plan(source, loaded, head, runtime)
+    plan = _plan(source, loaded, head, (layer, output), runtime)
     detector = detector or (KLUniform() if plan.head == "train" or plan.example.logits is not None else KNN(k=10))
     if not labeled and "labels" in detector.learns:
         raise DataError(
@@ -300,7 +307,7 @@ def fit_source(
     )
     spec = loaded.name or None
     known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
-    scorer = Scorer(model, detector, preprocess=loaded.transform, **known)
+    scorer = Scorer(model, detector, layer, output=output, preprocess=loaded.transform, **known)
     statistics = ActivationStatistics()
     if runtime.cluster is None:
         scorer.fit_features(training_features(features_of, statistics, parts))
@@ -357,19 +364,29 @@ class _Plan(NamedTuple):
         return values[:, columns["pooled"][0]] if "pooled" in columns else values
 
 
-def _plan(source: ImageSource, loaded: LoadedModel, head: Head, runtime: Runtime) -> _Plan:
+def _plan(
+    source: ImageSource,
+    loaded: LoadedModel,
+    head: Head,
+    chosen: tuple[str | None, str | int | None],
+    runtime: Runtime,
+) -> _Plan:
     """Choose what to do with the model's classifier, and trace the model on the first images."""
     why = ""
     if head == "auto" and not loaded.own:
         head, why = "train", "the model is pretrained on other images"
     example = None
     if head in ("auto", "keep"):
-        example = _Columns.of(loaded.model, source, loaded, runtime)
+        example = _Columns.of(loaded.model, source, loaded, runtime, chosen)
         if head == "auto":
             has_logits = example[1].logits is not None
             head = "keep" if has_logits else "train"
             why = "the model is your own" if has_logits else "your model returns features, not logits"
     notes = "".join(f"; {note}" for note in loaded.notes)
+    if head != "keep" and chosen != (None, None):
+        raise ValueError(
+            "a layer or an output can be chosen only for a model whose classifier is kept (--head keep)"
+        )
     if head == "keep":
         assert example is not None
         columns, features = example
@@ -404,10 +421,15 @@ class _Columns(nn.Module):
 
     @classmethod
     def of(
-        cls, model: nn.Module, source: ImageSource, loaded: LoadedModel, runtime: Runtime
+        cls,
+        model: nn.Module,
+        source: ImageSource,
+        loaded: LoadedModel,
+        runtime: Runtime,
+        chosen: tuple[str | None, str | int | None] = (None, None),
     ) -> "tuple[_Columns, Features]":
         """Return the columns of a model, and the features of the first images that can be read."""
-        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()))
+        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()), *chosen)
         batch = next(iter(image_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
         if batch is None:
             raise DataError(f"none of the {len(source)} images of {source.title} can be read")
@@ -628,7 +650,7 @@ def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool |
     recipe = replace(RECIPE, batch_size=batch, epochs=epochs)
     # Standardized batch by batch: the features of a large data set are mapped from a file and stay there.
     model = nn.Sequential(_Standardize(mean, deviation), head)
-    train(model, values, targets, recipe, seed=seed, progress=progress)
+    train(model, values, targets, recipe, runtime=Runtime(progress=progress), seed=seed)
     # The standardization is folded into the first layer, so that the head takes raw features.
     with torch.no_grad():
         head.hidden.weight.div_(deviation)

@@ -785,6 +785,43 @@ def test_a_model_without_classifier(images: Tensor) -> None:
     assert_absent(f, "logits", "classifier", "embedding")
 
 
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+@pytest.mark.parametrize("norm", [RMSNorm, lambda: nn.RMSNorm(D), lambda: nn.LayerNorm(D)])
+@pytest.mark.parametrize("where", ["tokens", "pool"])
+@pytest.mark.parametrize("head", [True, False])
+def test_a_norm_before_the_head_or_the_end(norm: Callable[[], nn.Module], where: str, head: bool) -> None:
+    def features(m: Any, x: Tensor) -> Tensor:
+        return m.norm(x).mean(1) if where == "tokens" else m.norm(x.mean(1))
+
+    tokens = torch.randn(N, 7, D)
+    net = Net(lambda m, x: m.fc(features(m, x)), norm=norm(), fc=nn.Linear(D, C) if head else nn.Identity())
+    f = tapped(net, tokens)
+    same(f.pooled, features(net, tokens))
+    assert_absent(f, "embedding", "activation")
+    assert "a layer normalization (`norm`) before the head cancels the norm" in f.absent["activation"]
+    if head:
+        assert_reproduces(f, "pooled", net(tokens))
+    else:
+        assert_absent(f, "logits")
+
+
+def test_the_mean_of_two_tokens_is_the_feature_that_is_returned() -> None:
+    # A distilled DeiT without its heads.
+    tokens = torch.randn(N, 7, D)
+    net = Net(lambda m, x: (lambda h: (h[:, 0] + h[:, 1]) / 2)(m.norm(x)), norm=nn.LayerNorm(D))
+    f = tapped(net, tokens)
+    same(f.pooled, net(tokens))
+    assert_absent(f, "logits", "classifier")
+
+
 def test_a_model_that_returns_its_hidden_vector(x: Tensor) -> None:
     net = nn.Sequential(nn.Linear(IN, D), nn.ReLU())
     f = tapped(net, x)

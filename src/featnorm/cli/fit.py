@@ -24,6 +24,7 @@ from featnorm.cli.options import (
     DataRoot,
     Device,
     LabelColumn,
+    Layer,
     OutFile,
     Precision,
     Ray,
@@ -68,6 +69,15 @@ def fit(
             "alone (`none`). `auto`: keep it for a model or weights of your own, otherwise train a head."
         ),
     ] = "auto",
+    layer: Layer = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Output of a model with several heads to use as logits: a key, an attribute or a path such as "
+            "`heads.0`. Default: the one named `logits`, or the first.",
+        ),
+    ] = None,
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
@@ -146,6 +156,8 @@ def fit(
             loaded,
             detector=parsed,
             head=head,
+            layer=layer,
+            output=output,
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,

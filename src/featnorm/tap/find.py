@@ -29,6 +29,7 @@ from featnorm.tap.ops import (
     linear_layer,
     linear_source,
     normalized_source,
+    rms_source,
     same_value,
     same_vector,
     stacked_terms,
@@ -252,6 +253,9 @@ class _Walk:
             elif (source := normalized_source(node)) is not None:
                 self.normalized = self.normalized or source
                 following = source
+            elif (source := rms_source(node)) is not None:
+                self.layer_norm = self.norm = node
+                following = source
             elif op in _ARITHMETIC and len(node.data) == 1:
                 if is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
                     self.boundary = node  # the classifier reads a scaled pool of rectified maps
@@ -351,8 +355,8 @@ def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool) -> None:
         absent["embedding"] = _NO_EMBEDDING
     if walk.read is not None:
         read = walk.read
-    elif not has_head and walk.norm is None:
-        read = walk.hidden or walk.boundary or read
+    elif walk.hidden is not None and walk.norm is None and not has_head:
+        read = walk.hidden
     if walk.normalized is not None and normalized_source(read) is walk.normalized:
         read = walk.normalized
     while base_op(read) in BATCH_NORMS and is_vector(read.data[0]) and has_head:
@@ -543,9 +547,14 @@ def place(node: Node) -> str:
     return f"{base_op(node)} in `{node.module}`" if node.module else f"{base_op(node)} in the model's forward"
 
 
+def _scaled(node: Node) -> Node:
+    """Return the value that a constant multiplies, as the weight of a normalization."""
+    return node.data[0] if base_op(node) == "mul" and len(node.data) == 1 else node
+
+
 def _why_not_rectified(boundary: Node, layer_norm: Node | None) -> str:
     blocking = unrectified(boundary) or boundary
-    if base_op(blocking) in LAYER_NORMS:
+    if base_op(blocking) in LAYER_NORMS or rms_source(_scaled(blocking)) is not None:
         layer_norm = layer_norm or blocking
     if layer_norm is not None:
         where = f" (`{layer_norm.module}`)" if layer_norm.module else ""

@@ -32,7 +32,7 @@ BATCH_NORMS = {
     "miopen_batch_norm", "batch_norm",
 }  # fmt: skip
 LAYER_NORMS = {"native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm", "native_group_norm"}
-_LENGTHS = {"linalg_vector_norm", "norm", "sum", "mean"}
+_LENGTHS = {"linalg_vector_norm", "norm", "sum"}
 _AROUND_A_LENGTH = {"expand", "clamp_min", "clamp", "sqrt", "rsqrt", "reciprocal", "add", "pow"} | (
     RESHAPES - {"select", "slice"}
 )
@@ -331,12 +331,22 @@ def stacked_terms(node: Node) -> list[Node] | None:
 
 def normalized_source(node: Node) -> Node | None:
     """Return x if the value is x divided by its length."""
+    return _divided_by(node, _LENGTHS)
+
+
+def rms_source(node: Node) -> Node | None:
+    """Return x if the value is x divided by the root of the mean of its squares (RMSNorm)."""
+    return _divided_by(node, {"mean"})
+
+
+def _divided_by(node: Node, lengths: set[str]) -> Node | None:
     if base_op(node) not in ("div", "mul") or len(node.data) != 2:
         return None
     for x, length in (node.data, node.data[::-1]) if base_op(node) == "mul" else (node.data,):
         while base_op(length) in _AROUND_A_LENGTH and length.data:
             length = length.data[0]
-        one_per_input = length.value.numel() == len(node.value)
-        if base_op(length) in _LENGTHS and one_per_input and x in ancestors(length):
+        units = node.value.numel() // max(length.value.numel(), 1)
+        one_per_input = units > 1 and (units in node.shape or length.value.numel() == len(node.value))
+        if base_op(length) in lengths and one_per_input and x in ancestors(length):
             return x
     return None

@@ -13,6 +13,7 @@ from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
 from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
 from featnorm.tap.find import Anatomy, Part, find, place
@@ -400,20 +401,20 @@ class _ModelCall:
 
 
 class AutocastTap(FeatureTap):
-    """A tap that runs the model in the precision of a Fabric, also for detectors that call the model again.
+    """A tap that runs the model in the precision of a runtime, also for detectors that call the model again.
 
     Parameters
     ----------
     model : see `FeatureTap`.
-    fabric : a `lightning_fabric.Fabric`.
+    runtime : its precision is used.
     """
 
-    def __init__(self, model: nn.Module, fabric: Any) -> None:
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model)
-        self._fabric = fabric
+        self._runtime = runtime
 
     def _features(self, call: Call, classifier: bool = True) -> Features:
-        with self._fabric.autocast():
+        with self._runtime.autocast():
             return super()._features(call, classifier)
 
 
