@@ -80,23 +80,63 @@ def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
     verdict = scorer(images)
     judged = scorer.predict_batch(images, "abcd", explain=[0, 1, 2, 3])
     explained = [one.why for one in judged]
+    assert all(one.heat is None and not one.no_heat for one in explained)
     some = scorer.predict_batch(images, "abcd", explain=[2])
     assert [one.why is None for one in some] == [True, True, False, True]
     assert some[2].why.rows() == explained[2].rows()
     assert [one.score for one in some] == [one.score for one in judged] == verdict.score.tolist()
     features = scorer.tap(images)
-    for i, one in enumerate(explained):
+    for i, one in enumerate(why.units for why in explained):
         assert one.predicted == int(verdict.logits[i].argmax())
         assert one.predicted_name == (
             f"cluster {one.predicted}" if targets == "clusters" else "abcd"[one.predicted]
         )
         assert one.hidden_confidence == pytest.approx(float(verdict.score[i]), rel=1e-4)
         assert torch.equal(one.activation, features.activation[i])
-    assert explained[3].seen > 0
-    assert len(explained[3].inactive_units) <= len(explained[0].inactive_units)
+    assert explained[3].units.seen > 0
+    assert len(explained[3].units.inactive_units) <= len(explained[0].units.inactive_units)
     scorer.statistics = None
-    with pytest.raises(ValueError, match="has no activation statistics"):
+    (alone,) = scorer.predict_batch(images[3:], "d", explain=[0])
+    assert alone.why.units is None
+    assert alone.why.rows() == explained[3].rows()[-1:]
+    scorer.examples = None
+    with pytest.raises(ValueError, match="has neither activation statistics nor examples"):
         scorer.predict_batch(images, "abcd", explain=[0])
+
+
+@pytest.mark.usefixtures("heads_trained_once")
+@pytest.mark.parametrize("thumbnails", [True, False])
+def test_a_sample_of_the_fitting_images_is_kept(folder, loaded, cache, tmp_path, thumbnails, monkeypatch):
+    monkeypatch.setattr(fitting, "MAX_EXAMPLES", 50)
+    scorer = fit(folder, loaded, cache, thumbnails=thumbnails)[0]
+    examples = scorer.examples
+    assert len(examples.features) == 50
+    assert set(examples.labels) == {"a", "b", "c", "d"}
+    scorer.save(tmp_path / "d.featnorm", weights=True)
+    assert ("examples.thumbnails" in archive.read(tmp_path / "d.featnorm")[0]) is thumbnails
+    again = fn.load(tmp_path / "d.featnorm")
+    source = open_source(str(folder))
+    rows = range(10, 20)
+    whys = [v.why for v in again.predict([source.name(i) for i in rows], explain=True)]
+    for row, why in zip(rows, whys, strict=True):
+        assert [one.label for one in why.nearest] == [source.class_names[source.label(row)]] * 3
+        assert 1 >= why.nearest[0].similarity >= why.nearest[2].similarity > 0.8
+        assert why.nearest[0].image() is None or thumbnails
+        assert why.heat.shape == (4, 4)
+        assert "most similar in-distribution images" in dict(why.rows())
+    if thumbnails:
+        pixels = np.asarray(whys[0].nearest[0].image(), float).mean((0, 1))
+        assert np.abs(pixels - np.asarray(source.item(10), float).mean((0, 1))).max() < 40
+
+
+@pytest.mark.usefixtures("heads_trained_once")
+def test_a_file_is_bounded_by_its_thumbnails(folder, loaded, cache, monkeypatch):
+    """Then it keeps fewer images, chosen at random."""
+    monkeypatch.setattr(fitting, "MAX_BYTES", 20_000)
+    examples = fit(folder, loaded, cache)[0].examples
+    assert 5 < len(examples.features) == len(examples.thumbnails) < 100
+    assert sum(map(len, examples.thumbnails)) <= 20_000
+    assert set(examples.labels) == {"a", "b", "c", "d"}
 
 
 @pytest.mark.usefixtures("heads_trained_once")

@@ -4,6 +4,7 @@ import json
 import pickle
 import struct
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from featnorm._utils.weights import single_precision
 from featnorm.cli.monitor import monitor
 from featnorm.evaluation import standard_detectors
 from featnorm.fitting import fit_source
-from featnorm.inputs import open_source
+from featnorm.inputs import ItemError, open_source
 from featnorm.models import ModelError, create_model
 from mutations import mutated
 
@@ -634,10 +635,14 @@ def test_a_file_opens_under_another_default_type(folder, cache, tmp_path, spec, 
 def usable(path):
     """Open a file and use all that there is in it."""
     scorer = fn.load(path, model=MODEL)
-    judged = scorer.predict_batch(pictures(), "abc", explain=[0, 1, 2])
+    judged = scorer.predict_batch(pictures(), "abc", explain=[0, 1, 2], heat=True)
     for verdict in judged:
         assert (verdict.predicted is None) == (scorer.classes is None)
         assert verdict.why.sentence
+        assert (verdict.why.heat is None) == bool(verdict.why.no_heat)
+        for neighbor in verdict.why.nearest:
+            with suppress(ItemError):
+                assert max(neighbor.image().size) <= 64
     assert scorer.tap.describe()
     assert all(isinstance(text, str) for pair in scorer.facts.items() for text in pair)
 
@@ -701,7 +706,7 @@ def changes(tensor):
         "as booleans": tensor.bool(),
         "in half precision": tensor.half(),
         "negative": -tensor,
-        "huge": torch.full_like(tensor, torch.finfo(torch.float16).max),
+        "huge": torch.full_like(tensor, 255 if tensor.dtype == torch.uint8 else torch.finfo(torch.float16).max),
     }
     if tensor.is_floating_point():
         made["NaN"] = tensor * float("nan")

@@ -7,6 +7,7 @@ import pytest
 import featnorm as fn
 from featnorm.inputs import SlicedSource, open_source
 from featnorm.records import Journal
+from featnorm.scoring import folder_of
 
 RUNTIME = fn.Runtime(batch_size=4, workers=0, progress=False)
 
@@ -63,6 +64,44 @@ def test_a_run_of_something_else_starts_over(scorer, source, tmp_path, monkeypat
     opened = []
     summary = fn.score_images(scorer, source, tmp_path / "t.csv", on_start=opened.append, **options)
     assert (opened[0].done, opened[0].restarted, summary.computed) == (0, True, 18)
+
+
+@pytest.mark.parametrize(
+    ("item", "folder"),
+    [
+        ("photos/a/1.png", "photos/a"),
+        ("/1.png", ""),
+        ("1.png", ""),
+        ("row 5", ""),
+        ("train-0.parquet row 12", "train-0.parquet"),
+        ("textures: row 3", "textures"),
+        ("textures: a/b.png", "textures: a"),
+        ("mnist:test image 7", "mnist:test"),
+        ("s3://bucket/x/y.jpg", "s3://bucket/x"),
+    ],
+)
+def test_the_folder_of_an_item(item, folder):
+    assert folder_of(item) == folder
+
+
+def test_images_are_counted_by_folder(scorer, source):
+    summary = fn.score_images(scorer, source, runtime=RUNTIME)
+    assert {name.rpartition("/")[2]: scored for name, (scored, _) in summary.folders.items()} == {"a": 17}
+    assert sum(flagged for _, flagged in summary.folders.values()) == summary.flagged
+
+
+def test_a_page_shows_why(scorer, source, tmp_path):
+    """Similar images and a heat map; without statistics and examples, the image and its score alone."""
+    fn.score_images(scorer, source, page=tmp_path / "p.html", runtime=RUNTIME)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    cards = page.count('<p class="name">')
+    assert 5 <= cards <= 17
+    assert page.count("Heat map of ") == cards
+    assert page.count("similar image, a") > cards
+    scorer.statistics = scorer.examples = None
+    fn.score_images(scorer, source, page=tmp_path / "p.html", runtime=RUNTIME)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert page.count('<p class="name">') == page.count("<image ") == cards
 
 
 def test_without_a_file_the_verdicts_come_in_order(scorer, source, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -27,12 +28,14 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import KNN, Detector, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.features import Features
+from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples, thumbnail_of
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import (
     CachedFeatures,
     DataError,
     FeatureCache,
     ImageSource,
+    ItemError,
     SlicedSource,
     Source,
     extract_images,
@@ -130,6 +133,7 @@ def fit(
     cache: str | Path | None = None,
     data_root: str | Path | None = None,
     seed: int = 0,
+    thumbnails: bool = True,
     runtime: Runtime | None = None,
 ) -> Scorer:
     """Make a calibrated scorer from in-distribution images.
@@ -164,7 +168,10 @@ def fit(
         that the stated rate holds for images of new groups. Default: near-duplicates alone are kept together.
     cache : folder of the `FeatureCache`. Default: ``~/.cache/featnorm/features``.
     data_root : folder in which named data sets are looked up first, and to which they are downloaded.
-    seed : seed of the head's initial weights, its training, and the clusters.
+    seed : seed of the head's initial weights, its training, the clusters, and the choice of examples.
+    thumbnails
+        Whether the scorer, and a file that it is saved to, hold thumbnails of at most 64 x 64 pixels of up to 512
+        of the images, to show similar ones beside an image that is scored.
     runtime : where and how the model runs. Default: `Runtime()`, on the CPU.
 
     Returns
@@ -196,6 +203,7 @@ def fit(
         data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
+    options["thumbnails"] = thumbnails
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
     if report.corrupt:
@@ -223,6 +231,7 @@ def fit_source(
     group_by: str | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
+    thumbnails: bool = True,
     runtime: Runtime | None = None,
 ) -> tuple[Scorer, FitReport]:
     """Make a calibrated scorer as `fit` does, from a source and a model, and report what was read and done.
@@ -231,7 +240,8 @@ def fit_source(
     ----------
     source : in-distribution images.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, layer, output, targets, tpr, thresholds_by, group_by, cache, seed, runtime : see `fit`.
+    detector, head, layer, output, targets, tpr, thresholds_by, group_by, cache, seed, thumbnails, runtime
+        See `fit`.
 
     Raises
     ------
@@ -304,6 +314,8 @@ def fit_source(
     else:
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
+    train_rows = cached.rows[~is_held_out]
+    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
     chosen = SlicedSource(source, cached.rows[calibrates].tolist(), source.title)
     images = image_loader(chosen, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
     scorer.tap.trace(next(iter(images)).images)
@@ -510,6 +522,50 @@ def _classes(
         )
         return accuracy, None, [note]
     return accuracy, names, []
+
+
+def _examples(
+    source: ImageSource,
+    rows: Tensor,
+    values: Tensor,
+    features_of: nn.Module,
+    seed: int,
+    thumbnails: bool,
+    runtime: Runtime,
+) -> Examples | None:
+    """Return a random sample of images, whose rows and values are given; None if they have no pooled features."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MAX_EXAMPLES]
+    pooled = features_of(values[order]).pooled
+    if pooled is None:
+        return None
+    pooled = pooled.float().cpu()
+    chosen = rows[order].tolist()
+    files: dict[int, bytes] = {}
+    if thumbnails:
+        # In the order of the source, which reads neighboring images together.
+        with ThreadPoolExecutor(runtime.workers or None) as threads:
+            made = threads.map(lambda row: _thumbnail(source, row), sorted(chosen))
+            files = dict(zip(sorted(chosen), made, strict=True))
+    sizes = np.cumsum([len(files.get(row, b"")) for row in chosen])
+    # An image that was removed meanwhile has an empty file.
+    kept = [
+        i
+        for i, row in enumerate(chosen)
+        if sizes[i] <= MAX_BYTES and files.get(row) != b"" and pooled[i].isfinite().all()
+    ]
+    if not kept:
+        return None
+    names = source.class_names
+    labels = [source.label(chosen[i]) for i in kept]
+    words = [None if k is None else str(k) if names is None or k >= len(names) else names[k] for k in labels]
+    return Examples(pooled[kept], words, [files[chosen[i]] for i in kept] if thumbnails else None)
+
+
+def _thumbnail(source: ImageSource, row: int) -> bytes:
+    try:
+        return thumbnail_of(source.item(row))
+    except ItemError:
+        return b""
 
 
 def _duplicate_notes(source: ImageSource, near: Tensor, rows: Tensor) -> list[str]:

@@ -27,7 +27,8 @@ from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.export import export_onnx
 from featnorm.features import Features
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.hidden.explanation import Explanation, explain
+from featnorm.hidden.examples import Examples
+from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import DataError, ImageSource, ItemError, group_items, image_loader
 from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
@@ -38,6 +39,7 @@ from featnorm.models.loading import backbone_of, is_users, recreate_model, users
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
+from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
 
@@ -45,7 +47,8 @@ HeadKind = Literal["keep", "train", "none"]
 
 # What the tap captures and an explanation needs.
 _EXPLAINED = ("activation", "logits", "classifier")
-_MODEL, _DETECTOR, _CALIBRATION, _STATISTICS = "model.", "detector.", "calibration.", "statistics."
+_MODEL, _DETECTOR, _CALIBRATION = "model.", "detector.", "calibration."
+_STATISTICS, _EXAMPLES = "statistics.", "examples."
 _BLOCKS = 8
 # Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
@@ -74,6 +77,7 @@ class Scorer(nn.Module):
         How the model was made from the specification: "keep", as it is; "train", its backbone with a
         `ProjectionHead`; "none", its backbone alone.
     statistics : activation statistics of in-distribution inputs, for explanations. Default: those of `fit`.
+    examples : sample of in-distribution images, for explanations. Default: none.
     facts : provenance shown with results, as label -> text.
     thresholds_by
         Groups of inputs that get a threshold each, so that the stated rate holds in every group: "class" for the
@@ -107,6 +111,7 @@ class Scorer(nn.Module):
         spec: str | None = None,
         head: HeadKind = "keep",
         statistics: ActivationStatistics | None = None,
+        examples: Examples | None = None,
         facts: Mapping[str, str] | None = None,
         thresholds_by: str | None = None,
     ) -> None:
@@ -122,6 +127,7 @@ class Scorer(nn.Module):
         self.spec = spec
         self.head = head
         self.statistics = statistics
+        self.examples = examples
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
         self._weights: str | None = None  # digest of the weights that the fit and the calibration are for
@@ -150,8 +156,8 @@ class Scorer(nn.Module):
 
     @property
     def explains(self) -> bool:
-        """Whether the scorer can explain verdicts on images."""
-        return self.statistics is not None
+        """Whether the scorer can explain verdicts, because it has activation statistics or examples."""
+        return self.statistics is not None or self.examples is not None
 
     def fit(self, loader: Iterable[Any], *, labels: LabelsOf | None = None, progress: bool | None = None) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
@@ -397,7 +403,7 @@ class Scorer(nn.Module):
             Images as paths, PIL images or arrays of shape (H, W), (H, W, 3) or (H, W, 4) and type uint8, which
             `preprocess` turns into tensors; or tensors that the model takes, without the batch dimension.
         groups : group of each item, if ``thresholds_by`` is neither None nor "class".
-        explain : whether to explain the verdicts.
+        explain : whether to explain the verdicts, with heat maps.
         runtime : precision and batch size. Default: `Runtime()`. The scorer stays on the device where it is.
 
         Raises
@@ -406,7 +412,7 @@ class Scorer(nn.Module):
             The items are a single one, or an item is of another type.
         ValueError
             The scorer has no preprocess and an item is not a tensor, an output of the model is not finite, or
-            explanations are requested and there are no statistics.
+            explanations are requested and there are neither statistics nor examples.
         UserModelError
             The model or its preprocess is the user's own, and raised an error.
         """
@@ -439,7 +445,7 @@ class Scorer(nn.Module):
             rows = range(len(names)) if explain else ()
             batch = torch.stack([*tensors.values()])
             some = None if groups is None else [groups[row] for row in tensors]
-            found = self.predict_batch(batch, names, groups=some, explain=rows, runtime=runtime)
+            found = self.predict_batch(batch, names, groups=some, explain=rows, heat=explain, runtime=runtime)
             for row, verdict in zip(tensors, found, strict=True):
                 verdicts[row] = verdict._replace(first_of_several=row in several)
         return [verdicts[row] for row in range(len(items))]
@@ -530,6 +536,7 @@ class Scorer(nn.Module):
         *,
         groups: Sequence[str] | None = None,
         explain: Sequence[int] = (),
+        heat: bool = False,
         runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
         """Return the verdict on each input of a batch.
@@ -540,17 +547,19 @@ class Scorer(nn.Module):
         names : one name per input.
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         explain : rows of the inputs to explain.
+        heat : whether explanations include a heat map, for one more forward pass on each input to explain.
         runtime : see `stream`.
 
         Raises
         ------
         ValueError
-            An output of the model is not finite, or inputs are to be explained and there are no statistics.
+            An output of the model is not finite, or inputs are to be explained and there are neither statistics
+            nor examples.
         UserModelError
             The model is the user's own and raised an error.
         """
         with self._users_forward(f"a batch of {len(inputs)} images, {names[0]} to {names[-1]}" if names else ""):
-            return self._predict(inputs, names, groups=groups, explain=explain, runtime=runtime)
+            return self._predict(inputs, names, groups=groups, explain=explain, heat=heat, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model: Any = self.model
@@ -563,6 +572,7 @@ class Scorer(nn.Module):
         *,
         groups: Sequence[str] | None = None,
         explain: Sequence[int] = (),
+        heat: bool = False,
         runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
         inputs = fast_layout(inputs.to(self.tap.device))
@@ -582,7 +592,7 @@ class Scorer(nn.Module):
             members = [words[i] for i in verdict.logits.argmax(1).tolist()]
         columns = (names, verdict.score.tolist(), p_values, is_id, predicted, nothing, members)
         verdicts = [ItemVerdict(*row) for row in zip(*columns, strict=True)]
-        for row, why in zip(explain, self._explained(features, explain), strict=True):
+        for row, why in zip(explain, self._explained(inputs, features, explain, heat), strict=True):
             verdicts[row] = verdicts[row]._replace(why=why)
         return verdicts
 
@@ -594,19 +604,43 @@ class Scorer(nn.Module):
                 "name per logit"
             )
 
-    def _explained(self, features: Features, rows: Sequence[int]) -> list[Explanation]:
-        """Explain some rows of features that include the classifier."""
+    def _explained(self, inputs: Tensor, features: Features, rows: Sequence[int], heat: bool) -> list[Why]:
+        """Explain some rows of a batch, whose features include the classifier."""
         if not rows:
             return []
-        if self.statistics is None:
-            raise ValueError("this scorer has no activation statistics of in-distribution inputs: fit again")
-        weight, bias = features.linear()
-        hidden = HiddenClassifier(
-            features.tensor("activation")[list(rows)].float(),
-            weight.float(),
-            None if bias is None else bias.float().expand(len(rows), -1),
-        )
-        return explain(hidden, self.statistics, self._class_names(len(weight)))
+        if not self.explains:
+            raise ValueError(
+                "this scorer has neither activation statistics nor examples of in-distribution inputs: fit again"
+            )
+        chosen = list(rows)
+        parts: list[dict[str, Any]] = [{} for _ in rows]
+        if self.statistics is not None:
+            weight, bias = features.linear()
+            hidden = HiddenClassifier(
+                features.tensor("activation")[chosen].float(),
+                weight.float(),
+                None if bias is None else bias.float().expand(len(chosen), -1),
+            )
+            names = self._class_names(len(weight))
+            for part, units in zip(parts, explain(hidden, self.statistics, names), strict=True):
+                part["units"] = units
+        reference = None
+        if self.examples is not None:
+            nearest = self.examples.nearest(features.tensor("pooled")[chosen])
+            reference = torch.stack([self.examples.mean(found) for found in nearest])
+            for part, found in zip(parts, nearest, strict=True):
+                part["nearest"] = found
+        if heat:
+            try:
+                if self.detector.needs_model:
+                    raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
+                maps, compared = heat_maps(self.tap, inputs[chosen], self.detector.score, reference)
+                for part, one in zip(parts, maps.cpu(), strict=True):
+                    part |= {"heat": one, "compared": compared}
+            except NoHeatError as error:
+                for part in parts:
+                    part["no_heat"] = str(error)
+        return [Why(**part) for part in parts]
 
     def export(self, path: str | Path) -> float:
         """Write one ONNX graph from images to verdicts; see `featnorm.export.export_onnx`."""
@@ -657,6 +691,8 @@ class Scorer(nn.Module):
             tensors["preprocessed"], tensors["response"] = self._reference_outputs()
         if self.statistics is not None:
             tensors |= {f"{_STATISTICS}{name}": value for name, value in self.statistics.state_dict().items()}
+        if self.examples is not None:
+            tensors |= {f"{_EXAMPLES}{name}": value for name, value in self.examples.tensors().items()}
         made: Any = self.model
         header["scorer"] = {
             "spec": self.spec,
@@ -664,6 +700,7 @@ class Scorer(nn.Module):
             "head settings": head_settings(made[1]) if self.head == "train" else None,
             "classes": self.classes,
             "facts": self.facts,
+            "example classes": None if self.examples is None else self.examples.classes,
             "thresholds by": self.thresholds_by,
         }
         archive.write(path, tensors, header)
@@ -760,6 +797,7 @@ def load(
         classes = None if classes is None else [check_text(name) for name in classes]
         head = head_of(about["head settings"], _with_prefix("1.", stored)) if kind == "train" and stored else None
         statistics = _statistics(tensors)
+        examples = _examples(tensors, about["example classes"])
         _check_names(tensors)
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
@@ -776,13 +814,14 @@ def load(
         detector = parse_detector(header["detector"])
         detector.load_state_dict(_with_prefix(_DETECTOR, tensors))
         detector.validate()
-        options: dict[str, Any] = {"spec": spec, "head": kind, "statistics": statistics, "facts": facts}
-        options["thresholds_by"] = by
+        options: dict[str, Any] = {"spec": spec, "head": kind, "facts": facts, "thresholds_by": by}
+        options |= {"statistics": statistics, "examples": examples}
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
         scorer._weights = header["model"]["sha256"]
-        scorer.tap.require((*detector.reads, *(() if statistics is None else _EXPLAINED)))
+        explained = (*(() if statistics is None else _EXPLAINED), *(() if examples is None else ("pooled",)))
+        scorer.tap.require((*detector.reads, *explained))
         calibration = archive.calibration(tensors, header, path)
         if calibration is not None:
             scorer.calibration = calibration.to(scorer.tap.device)
@@ -832,7 +871,11 @@ def summarize(path: str | Path) -> dict[str, Any]:
             },
             "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
             "classes": about["classes"],
-            "explanations": bool(statistics),
+            "explanations": {
+                "activation statistics": bool(statistics),
+                "example images": len(tensors.get(f"{_EXAMPLES}labels", ())),
+                "thumbnails of them": f"{_EXAMPLES}thumbnails" in tensors,
+            },
             "calibration": None
             if calibration is None
             else {
@@ -1026,8 +1069,18 @@ def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
     return statistics
 
 
+def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:
+    """Return the examples in a file, if any; a LookupError, TypeError or ValueError if they are damaged."""
+    state = _with_prefix(_EXAMPLES, tensors)
+    if not state and classes is None:
+        return None
+    if not isinstance(classes, list):
+        raise ValueError("its example classes are not a list")
+    return Examples.from_tensors(state, classes)
+
+
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
-    known = (_MODEL, _DETECTOR, _STATISTICS)
+    known = (_MODEL, _DETECTOR, _STATISTICS, _EXAMPLES)
     others = {archive.CALIBRATION, archive.MEMBERS, "preprocessed", "response"}
     if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
         raise ValueError(f"it has an unknown tensor {unknown[0]!r}")

@@ -1,6 +1,8 @@
 """`score_images`: verdicts on any number of images, in a table or on a page; an interrupted run is resumed."""
 
 import heapq
+import os
+import re
 import time
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -10,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource
@@ -25,10 +28,14 @@ from featnorm.verdict import ItemVerdict
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
+    from featnorm.hidden import Why
     from featnorm.report.scores import ScoredImage
 
 MAX_SHOWN = 100  # images on the page
+_OTHERS = 5  # images on the page that are not flagged, those with the lowest scores
 _EXPLAINED_BATCH = 16
+# The end of the name of an item of a table or a data set.
+_ROW = re.compile(r"(^|:? )(row|image) \d+$")
 
 
 class ScoringSummary:
@@ -46,6 +53,8 @@ class ScoringSummary:
         Name and reason of the first 100 of them.
     several : int
         Number of images that are the first of several frames or pages of their file.
+    folders : dict of str to list of int
+        Number of images scored, and of images flagged, by `folder_of` their name.
     computed : int
         Number of images scored by this run; an earlier run that was interrupted scored the others.
     seconds : float
@@ -60,6 +69,7 @@ class ScoringSummary:
         self.unread = 0
         self.first_unread: list[tuple[str, str]] = []
         self.several = 0
+        self.folders: dict[str, list[int]] = {}
         self.computed = 0
         self.seconds = 0.0
         self.model_seconds: float | None = None
@@ -79,6 +89,9 @@ class ScoringSummary:
                 continue
             self.scores.append(verdict.score)
             self.flagged += verdict.is_id is False
+            counts = self.folders.setdefault(folder_of(verdict.item), [0, 0])
+            counts[0] += 1
+            counts[1] += verdict.is_id is False
             self.several += verdict.first_of_several
             entry = (-verdict.score, -row, verdict)
             if len(self._lowest) < MAX_SHOWN:
@@ -95,6 +108,13 @@ class ScoringSummary:
         scored = len(self.scores)
         share = f"{100 * self.flagged / scored:.1f} %" if scored else "none could be read"
         return f"{self.flagged:,} of {scored:,} image{'' if scored == 1 else 's'} flagged as OOD ({share})."
+
+
+def folder_of(item: str) -> str:
+    """Return the folder of an item by its name; of a row, the table; an empty string if the name has neither."""
+    if (row := _ROW.search(item)) is not None:
+        return item[: row.start()]
+    return item[: max(item.rfind("/"), item.rfind(os.sep)) + 1].rstrip("/" + os.sep)
 
 
 def score_images(
@@ -118,7 +138,9 @@ def score_images(
     scorer : scorer with a preprocess.
     source : images to score.
     out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
-    page : .html file with the 100 lowest scores, each explained and compared with the calibration scores.
+    page
+        .html file with the flagged images among the 100 with the lowest scores, and the 5 others with the lowest
+        scores. Each is explained, and compared with the calibration scores.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the images, the device, the precision and the batch size are the same.
@@ -294,42 +316,62 @@ def _write_page(
 
     calibration = scorer.calibration
     assert calibration is not None
+    lowest = summary.lowest
+    shown = [item for item in lowest if item[1].is_id is False]
+    shown += [item for item in lowest if item[1].is_id][:_OTHERS]
     write_scores_page(
         path,
-        title=f"{source.title}: images with the lowest scores",
+        title=source.title,
         summary=f"{summary} {scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
         scores=np.asarray(summary.scores, np.float64),
         threshold=float(calibration.threshold),
-        shown=_shown(scorer, source, summary.lowest, runtime),
+        flagged=summary.flagged,
+        folders=summary.folders,
+        shown=_shown(scorer, source, shown, runtime),
         unread=summary.first_unread,
         unread_count=summary.unread,
     )
 
 
 def _shown(
-    scorer: Scorer, source: ImageSource, lowest: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
+    scorer: Scorer, source: ImageSource, chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
 ) -> "Iterator[ScoredImage]":
     """Yield the images with their explanations; few at a time, as they may be large."""
     from featnorm.report.scores import ScoredImage
 
-    for start in range(0, len(lowest), _EXPLAINED_BATCH):
+    preprocess = scorer.require_preprocess()
+    # Between these two, a normalization maps the values of pixels.
+    black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
+    for start in range(0, len(chosen), _EXPLAINED_BATCH):
+        part = chosen[start : start + _EXPLAINED_BATCH]
         images: dict[int, Image.Image] = {}
-        for row, _ in lowest[start : start + _EXPLAINED_BATCH]:
+        for row, _ in part:
             # A file that was removed meanwhile costs its picture, not the page.
             with suppress(ItemError):
                 images[row] = source.item(row)
-        explained: dict[int, ItemVerdict] = {}
+        whys: dict[int, Why | None] = {}
+        inputs: dict[int, npt.NDArray[np.float32]] = {}
         if images and scorer.explains:
-            preprocess = scorer.require_preprocess()
             batch = torch.stack([preprocess(image) for image in images.values()])
-            names = [source.name(row) for row in images]
-            verdicts = scorer.predict_batch(batch, names, explain=range(len(images)), runtime=runtime)
-            explained = dict(zip(images, verdicts, strict=True))
-        for row, verdict in lowest[start : start + _EXPLAINED_BATCH]:
+            names, rows = [source.name(row) for row in images], range(len(images))
+            given = scorer.thresholds_by not in (None, "class")
+            groups = [str(verdict.group) for row, verdict in part if row in images] if given else None
+            verdicts = scorer.predict_batch(batch, names, groups=groups, explain=rows, heat=True, runtime=runtime)
+            whys = {row: verdict.why for row, verdict in zip(images, verdicts, strict=True)}
+            if batch.ndim == 4:
+                inputs = dict(zip(images, _grayscale(batch, black, white), strict=True))
+        for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
-            yield ScoredImage(
-                verdict._replace(why=explained[row].why) if row in explained else verdict, images.get(row)
-            )
+            verdict = verdict._replace(why=whys.get(row))
+            yield ScoredImage(verdict, folder_of(verdict.item), images.get(row), inputs.get(row))
+
+
+def _grayscale(inputs: Tensor, black: Tensor, white: Tensor) -> npt.NDArray[np.float32]:
+    """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w), by a black and a white one."""
+    low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
+    if not bool((high > low).all()):
+        low, high = inputs.amin(), inputs.amax()
+    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from featnorm.hidden.explanation import Explanation
+    from featnorm.hidden.explanation import Why
 
 
 class Verdict(NamedTuple):
@@ -52,7 +52,7 @@ class ItemVerdict(NamedTuple):
         Group whose threshold applies, if the scorer has thresholds by group.
     first_of_several : bool
         Whether the item is the first of several frames or pages of its file.
-    why : Explanation or None
+    why : Why or None
         Explanation of the score, if it was requested.
     """
 
@@ -64,7 +64,7 @@ class ItemVerdict(NamedTuple):
     error: str | None
     group: str | None = None
     first_of_several: bool = False
-    why: Explanation | None = None
+    why: Why | None = None
 
 
 def unreadable(item: str, reason: str) -> ItemVerdict:

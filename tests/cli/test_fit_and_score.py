@@ -99,7 +99,8 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     assert status == 0
     for words in ("300 images", "trained on 3 classes", "KNN(k=3) / NAN()", "60 held-out images",
                   "it flags at most 5.0 % of images like these; with this one, between",
-                  "featnorm score mine.featnorm IMAGES", "Computed the features of 300"):  # fmt: skip
+                  "featnorm score mine.featnorm IMAGES", "Computed the features of 300",
+                  "The file contains thumbnails of 240 images: --no-thumbnails leaves them out."):  # fmt: skip
         assert words in printed
     assert "damaged" not in printed
     assert "changed" not in printed
@@ -114,8 +115,11 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     assert "Removed 1 damaged batch from the feature cache and recomputed it." in printed
     assert "Computed the features of 64 images" in printed
     assert (tmp_path / "mine.featnorm").read_bytes() == whole
-    status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters")
+    assert "examples.thumbnails" in archive.read(tmp_path / "mine.featnorm")[0]
+    status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters", "--no-thumbnails")
     assert status == 0
+    assert "thumbnails" not in printed
+    assert "examples.thumbnails" not in archive.read(tmp_path / "mine.featnorm")[0]
     assert "The features of all images were in the cache." in printed
     assert "trained on 24 clusters" in printed
 
@@ -163,9 +167,15 @@ def test_score_writes_a_page(featnorm, detector, known, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     scores = sorted((float(row["score"]), row["path"]) for row in rows_of(tmp_path / "t.csv") if row["score"])
     cards = re.findall(r'<p class="name">(.*?)</p>', page)
-    assert cards == [html.escape(name) for _, name in scores[:100]]
-    assert page.count("<image ") == 100
-    assert page.count("largest units") == 100
+    flagged = sum(row["verdict"] == "OOD" for row in rows_of(tmp_path / "t.csv"))
+    shown = min(100, flagged)
+    shown += min(5, 100 - shown)
+    assert 5 < shown <= 100
+    assert cards == [html.escape(name) for _, name in scores[:shown]]
+    # An image, its heat map, and the thumbnails of similar ones, each once.
+    assert 2 * shown < page.count("<image ") <= 5 * shown
+    assert len(set(re.findall(r'<image id="(.*?)"', page))) == page.count("<image ")
+    assert page.count("largest units") == shown
     assert "not an image in a format that featnorm reads" in page
     assert "<b>" not in page
     assert not list(tmp_path.glob(".*")), "the journal is gone"
@@ -391,7 +401,8 @@ def test_a_photograph_is_judged_as_it_is_seen(featnorm, detector, tmp_path):
         page = (tmp_path / out[1]).read_text(encoding="utf-8")
         pictures_shown.append(re.findall(r'data:image/(?:png|jpeg|webp);base64,[^"]+', page))
     assert scores[0] == scores[1] == scores[2] != scores[3]
-    assert len(pictures_shown[0]) == 1
+    # The image, its heat map, and three similar images.
+    assert len(pictures_shown[0]) == 5
     assert pictures_shown[0] == pictures_shown[1] == pictures_shown[2] != pictures_shown[3]
 
 

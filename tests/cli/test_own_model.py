@@ -268,7 +268,8 @@ def test_other_heads_of_the_same_model(own, trained, tmp_path):
         assert status == 0, error
         scorer = fn.load(path, "own_model:make")
         assert (scorer.head, repr(scorer.detector)) == (head, detector)
-        assert scorer.explains == (head == "train")
+        assert (scorer.statistics is not None) == (head == "train")
+        assert scorer.explains, "by similar images"
         assert scorer.export(tmp_path / "d.onnx") <= 1e-4
         status, said, _ = own("score", path, "patches", *MODEL)
         assert status == 0

@@ -929,7 +929,7 @@ def test_explanations(client, scorer):
     assert "why" not in plain
     assert answer[0]["why"][0] == ["the network predicts", plain["predicted"]]
     assert answer[1]["why"] is None
-    scorer.statistics = None
+    scorer.statistics = scorer.examples = None
     with client_of(create_app(scorer)) as other:
         assert other.get("/v1/detector").json()["explains"] is False
         answer = other.post("/v1/score?explain=true", json={"images": [text(png())]})

@@ -116,6 +116,13 @@ def fit(
     workers: Workers = None,
     ray: Ray = False,
     seed: Seed = 0,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            help="Store thumbnails (at most 64 x 64 pixels) of up to 512 of the images in the file, to show "
+            "similar ones on the page of `featnorm score --html`."
+        ),
+    ] = True,
 ) -> None:
     """Fit a detector to your images, with your own model or a pretrained one, and save both to a file.
 
@@ -157,6 +164,7 @@ def fit(
             group_by=group_by,
             cache=cache,
             seed=seed,
+            thumbnails=thumbnails,
             runtime=runtime,
         )
     try:
@@ -191,6 +199,12 @@ def fit(
         console.print(
             "This holds if the model was not trained on these images. If it was, fit to images that it has not "
             "seen.",
+            soft_wrap=True,
+        )
+    if scorer.examples is not None and scorer.examples.thumbnails is not None:
+        console.print(
+            f"The file contains thumbnails of {counted(len(scorer.examples.thumbnails), 'image')}: "
+            "--no-thumbnails leaves them out.",
             soft_wrap=True,
         )
     size = out.stat().st_size / 1e6

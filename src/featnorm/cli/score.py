@@ -53,8 +53,8 @@ def score(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="HTML page to write: the images with the lowest scores, each compared with the calibration "
-            "scores and explained.",
+            help="HTML page to write: the flagged images, each beside the most similar in-distribution images, a "
+            "heat map of where its score comes from, and the calibration scores.",
         ),
     ] = None,
     model: OwnModel = None,

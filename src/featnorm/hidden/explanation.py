@@ -1,12 +1,13 @@
-"""Explanations of scores: which units make up the norm of an input, and which are unexpectedly off or on."""
+"""Explanations of scores: similar inputs, a heat map, and the units that are unexpectedly off or on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.hidden.examples import Neighbor
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.norms import l0_norm, l1_norm, negative_aware_norm
 
@@ -131,6 +132,42 @@ class Explanation:
             self.predicted,
             self._peers,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Why:
+    """Why an input has its score, as far as it is known.
+
+    Attributes
+    ----------
+    units : comparison of its last hidden layer with that of in-distribution inputs, or None.
+    nearest : most similar images among a sample of those that the scorer was fitted to, the most similar first.
+    heat
+        How much each position of the model's last maps adds to the score, positive or negative, (height, width),
+        see `featnorm.tap.heat.heat_maps`; None if it was not requested, or there is none.
+    compared
+        Whether the heat map compares each position with the mean of the ``nearest`` images; otherwise with the
+        mean of all positions of the input.
+    no_heat : why there is no heat map, if it was requested.
+    """
+
+    units: Explanation | None = None
+    nearest: list[Neighbor] = field(default_factory=list)
+    heat: Tensor | None = None
+    compared: bool = False
+    no_heat: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The explanation in words."""
+        similar = f"Most similar in-distribution images: {'; '.join(map(str, self.nearest))}."
+        parts = ["" if self.units is None else self.units.sentence, similar if self.nearest else ""]
+        return " ".join(filter(None, parts))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the explanation as a table of two columns, label and value."""
+        similar = [("most similar in-distribution images", "; ".join(map(str, self.nearest)))]
+        return [*([] if self.units is None else self.units.rows()), *(similar if self.nearest else [])]
 
 
 def explain(

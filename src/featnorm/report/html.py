@@ -11,7 +11,8 @@ from PIL import Image
 
 from featnorm._utils.files import write_text
 
-_THUMBNAIL = 96
+#: Longer side of a thumbnail, in pixels.
+THUMBNAIL = 96
 # Images with fewer pixels than this on each side are enlarged without smoothing.
 _TINY = 64
 
@@ -104,7 +105,7 @@ def thumbnail(image: Image.Image, id_: str) -> Picture:
         image = image.convert("RGB")
     if not tiny:
         image = image.copy()  # `thumbnail` works in place, and the image may be the caller's
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
     uri = data_uri(image, "PNG", optimize=True) if tiny else data_uri(image, "JPEG", quality=75, optimize=True)
     return Picture(id_, uri, *image.size, tiny)
 

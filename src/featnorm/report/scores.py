@@ -1,6 +1,7 @@
-"""The page of scored images: lowest scores first, each beside the calibration scores and with an explanation."""
+"""The page of scored images: lowest scores first, each with its place, similar images and a heat map."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
+from featnorm.hidden.examples import Neighbor
+from featnorm.inputs import ItemError
 from featnorm.report import plots
-from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
+from featnorm.report.html import THUMBNAIL, Key, Picture, number, percent, render, thumbnail, write
 from featnorm.verdict import ItemVerdict
 
 Array = npt.NDArray[np.float64]
@@ -19,25 +22,65 @@ Array = npt.NDArray[np.float64]
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
 
 
+# Folders in the table.
+_MAX_FOLDERS = 200
+# Colors of a heat map where the image lowers the score and where it raises it, and the largest opacity.
+_LOWERS, _RAISES, _OPACITY = (235, 95, 10), (30, 120, 235), 0.8
+
+
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image on the page, and its verdict; the image is None if it can no longer be read."""
+    """An image on the page.
+
+    Attributes
+    ----------
+    verdict : its verdict, with the explanation.
+    folder : folder of the image.
+    image : the image, or None if it can no longer be read.
+    model_input : what the model sees of it as gray values in [0, 1], (height, width), for the heat map; or None.
+    """
 
     verdict: ItemVerdict
+    folder: str
     image: Image.Image | None
+    model_input: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class _Folder:
+    name: str
+    scored: int
+    flagged: int
+
+    @property
+    def share(self) -> str:
+        return percent(self.flagged / self.scored)
+
+
+@dataclass(frozen=True)
+class _Similar:
+    label: str
+    similarity: str
+    picture: Picture | None
 
 
 @dataclass(frozen=True)
 class _Card:
     name: str
+    folder: str
     word: str
     flagged: bool
     predicted: str | None
+    group: str | None
     score: str
     p_value: str
     share: str
     x: str
     picture: Picture | None
+    heat: Picture | None
+    compared: bool
+    no_heat: str
+    similar: list[_Similar]
     sentence: str
     rows: list[tuple[str, str]]
 
@@ -51,11 +94,13 @@ def write_scores_page(
     calibration_scores: Array,
     scores: Array,
     threshold: float,
+    flagged: int,
+    folders: Mapping[str, Sequence[int]],
     shown: Iterable[ScoredImage],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
 ) -> None:
-    """Write the page of scored images as one HTML file that works offline.
+    """Write the page of scored images as one HTML file that works offline, and without JavaScript.
 
     Parameters
     ----------
@@ -64,7 +109,9 @@ def write_scores_page(
     calibration_scores : scores of the calibration images (n,).
     scores : scores of the images (m,); may be empty.
     threshold : score at or above which an image is ID.
-    shown : the images to show, in order; consumed one at a time.
+    flagged : number of flagged images.
+    folders : number of images scored, and of images flagged, by folder.
+    shown : the images to show, lowest score first; consumed one at a time.
     unread, unread_count : names and reasons of the first unreadable images, and the number of all of them.
     """
     calibration_scores = np.sort(calibration_scores)
@@ -78,7 +125,11 @@ def write_scores_page(
         label="Score histograms. Median scores: "
         + "; ".join(f"{name} {number(float(np.median(x)))}" for name, x in zip(names, samples, strict=True)),
     )
-    cards = [_card(i, one, calibration_scores, low, high) for i, one in enumerate(shown)]
+    examples: dict[int, Picture | None] = {}
+    cards = [_card(i, one, calibration_scores, low, high, examples) for i, one in enumerate(shown)]
+    counts = [_Folder(name, *numbers) for name, numbers in folders.items()]
+    counts.sort(key=lambda folder: (-folder.flagged / folder.scored, -folder.scored, folder.name))
+    pictures = [picture for card in cards for picture in (card.picture, card.heat)]
     html = render(
         "scores.html",
         title=title,
@@ -94,7 +145,11 @@ def write_scores_page(
         threshold=number(threshold),
         cards=cards,
         scored=len(scores),
-        pictures=[card.picture for card in cards if card.picture is not None],
+        flagged=flagged,
+        folders=counts[:_MAX_FOLDERS],
+        folder_count=len(counts),
+        predicted=sorted({card.predicted for card in cards if card.predicted is not None}),
+        pictures=[picture for picture in (*pictures, *examples.values()) if picture is not None],
         strip=_strip(calibration_scores, low, high),
         width=_WIDTH,
         height=_HEIGHT,
@@ -105,23 +160,62 @@ def write_scores_page(
     write(path, html)
 
 
-def _card(i: int, one: ScoredImage, calibration_scores: Array, low: float, high: float) -> _Card:
-    verdict = one.verdict
+def _card(
+    i: int,
+    one: ScoredImage,
+    calibration_scores: Array,
+    low: float,
+    high: float,
+    examples: dict[int, Picture | None],
+) -> _Card:
+    """Return the card of an image; add the pictures of similar images to ``examples``."""
+    verdict, why = one.verdict, one.verdict.why
     assert verdict.score is not None
+    heat = None
+    if why is not None and why.heat is not None and one.model_input is not None:
+        heat = thumbnail(_heat_map(why.heat.numpy(), one.model_input), f"m{i}")
     above = float(np.mean(calibration_scores > verdict.score))
     return _Card(
         name=verdict.item,
+        folder=one.folder,
         word={True: "ID", False: "OOD", None: ""}[verdict.is_id],
         flagged=verdict.is_id is False,
         predicted=verdict.predicted,
+        group=verdict.group,
         score=number(verdict.score),
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
         share=percent(above),
         x=_place(verdict.score, low, high),
         picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
-        sentence="" if verdict.why is None else verdict.why.sentence,
-        rows=[] if verdict.why is None else verdict.why.rows(),
+        heat=heat,
+        compared=why is not None and why.compared,
+        no_heat="" if why is None else why.no_heat,
+        similar=[] if why is None else [_similar(neighbor, examples) for neighbor in why.nearest],
+        sentence="" if why is None or why.units is None else why.units.sentence,
+        rows=[] if why is None or why.units is None else why.units.rows(),
     )
+
+
+def _similar(neighbor: Neighbor, examples: dict[int, Picture | None]) -> _Similar:
+    if neighbor.index not in examples:
+        examples[neighbor.index] = None
+        # A damaged thumbnail costs its picture, not the page.
+        with suppress(ItemError):
+            image = neighbor.image()
+            examples[neighbor.index] = None if image is None else thumbnail(image, f"e{neighbor.index}")
+    return _Similar(neighbor.label or "", f"{neighbor.similarity:.2f}", examples[neighbor.index])
+
+
+def _heat_map(heat: npt.NDArray[np.float32], model_input: npt.NDArray[np.float32]) -> Image.Image:
+    """Lay a heat map over what the model sees, with the strongest heat at full opacity."""
+    gray = Image.fromarray(np.uint8(255 * model_input))
+    gray = gray.resize((THUMBNAIL, round(THUMBNAIL * gray.height / gray.width)), Image.Resampling.BICUBIC)
+    scaled = Image.fromarray(heat / max(float(np.abs(heat).max()), 1e-30))
+    strength = np.asarray(scaled.resize(gray.size, Image.Resampling.BICUBIC)).clip(-1, 1)[..., None]
+    color = np.where(strength < 0, _LOWERS, _RAISES)
+    opacity = _OPACITY * np.abs(strength)
+    pixels = (1 - opacity) * np.asarray(gray)[..., None] + opacity * color
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def _place(score: float, low: float, high: float) -> str:
