@@ -9,6 +9,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
+from featnorm._utils.ranks import are_ranks, shown_scores
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
 from featnorm.verdict import ItemVerdict
@@ -61,13 +62,14 @@ def write_scores_page(
     ----------
     path : file to write, in an existing folder; an existing file is replaced.
     title, summary, facts : heading of the page, a sentence under it, and provenance, as label -> text.
-    calibration_scores : scores of the calibration images (n,).
+    calibration_scores : scores of the calibration images (n,), ascending; or the fixed ones of a `Jackknife`.
     scores : scores of the images (m,); may be empty.
     threshold : score at or above which an image is ID.
     shown : the images to show, in order; consumed one at a time.
     unread, unread_count : names and reasons of the first unreadable images, and the number of all of them.
     """
-    calibration_scores = np.sort(calibration_scores)
+    counted = are_ranks(calibration_scores)
+    calibration_scores = shown_scores(np.sort(calibration_scores))
     samples = [calibration_scores, scores] if len(scores) else [calibration_scores]
     names = ["calibration images", "these images"][: len(samples)]
     low, high = plots.span(samples)
@@ -93,6 +95,7 @@ def write_scores_page(
         ],
         threshold=number(threshold),
         cards=cards,
+        counted=counted,
         scored=len(scores),
         pictures=[card.picture for card in cards if card.picture is not None],
         strip=_strip(calibration_scores, low, high),

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import featnorm
+from featnorm._utils.ranks import shown_scores
 from featnorm.drift import DriftMonitor
 from featnorm.records import row_of
 from featnorm.runtime import Runtime
@@ -97,7 +98,10 @@ class Detector(BaseModel):
     calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
     explains: bool = Field(description="Whether it can explain its verdicts.")
     limits: dict[str, int | float]
-    drift: Drift
+    drift: Drift | None = Field(
+        description="Null if the detector was calibrated by leaving images out of its fit in turn: there are no "
+        "calibration scores to compare others with."
+    )
 
 
 def create_app(
@@ -259,7 +263,7 @@ def create_app(
             calibration=histogram(calibration.scores, float(calibration.threshold)),
             explains=scorer.explains,
             limits=dataclasses.asdict(limits),
-            drift=_drift(metrics.drift),
+            drift=None if metrics.drift is None else _drift(metrics.drift),
         )
 
     @app.get(
@@ -360,7 +364,7 @@ def _finite(value: float | None) -> float | None:
 
 def histogram(scores: torch.Tensor, threshold: float) -> Histogram:
     """Return the histogram of calibration scores (n,), over the range of the middle 99 % of them."""
-    values = scores.cpu().numpy()
+    values = shown_scores(scores.cpu().numpy())
     finite = values[np.isfinite(values)]
     if not len(finite):
         finite = np.zeros(1)

@@ -10,6 +10,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
+from featnorm._utils.ranks import are_ranks
 from featnorm.drift import DriftMonitor
 from featnorm.verdict import ItemVerdict
 
@@ -31,14 +32,15 @@ class Metrics:
 
     Attributes
     ----------
-    drift : DriftMonitor
-        Monitor of all scores, in the order in which their requests were completed.
+    drift : DriftMonitor or None
+        Monitor of all scores, in the order in which their requests were completed. None if the calibration scores
+        are the fixed ones of a `featnorm.Jackknife`, which new scores cannot be compared with.
     """
 
     def __init__(self, calibration: Tensor, batch_size: int) -> None:
         self._registry = registry = CollectorRegistry()
         self._recent: deque[bool] = deque(maxlen=_RECENT)
-        self.drift = DriftMonitor(calibration)
+        self.drift = None if are_ranks(calibration.cpu().numpy()) else DriftMonitor(calibration)
         self._lock = threading.Lock()  # an application may run in several event loops
         self._bounds = score_buckets(calibration)
         self._seconds = Histogram(
@@ -69,19 +71,24 @@ class Metrics:
         )
         share.set_function(lambda: sum(self._recent) / len(self._recent) if self._recent else math.nan)
 
+        if self.drift is not None:
+            self._watch(self.drift)
+
+    def _watch(self, drift: DriftMonitor) -> None:
+        """Add the metrics of drift."""
         evidence = Gauge(
             "featnorm_drift_log10_evidence",
             "Evidence that the scored images have drifted from the calibration set; 0 at the start.",
-            registry=registry,
+            registry=self._registry,
         )
-        evidence.set_function(lambda: self.drift.log10_evidence)
+        evidence.set_function(lambda: drift.log10_evidence)
         alarm = Gauge(
             "featnorm_drift_alarm",
-            f"1 once the evidence has reached {self.drift.alarm_level:g}, otherwise 0. If nothing drifts, the "
-            f"chance of that is at most {self.drift.false_alarm:g}.",
-            registry=registry,
+            f"1 once the evidence has reached {drift.alarm_level:g}, otherwise 0. If nothing drifts, the "
+            f"chance of that is at most {drift.false_alarm:g}.",
+            registry=self._registry,
         )
-        alarm.set_function(lambda: self.drift.alarmed_at is not None)
+        alarm.set_function(lambda: drift.alarmed_at is not None)
 
     def set_queue(self, pending: Callable[[], int]) -> None:
         """Set the function that returns the number of images in the queue."""
@@ -104,8 +111,9 @@ class Metrics:
         self._images.labels("OOD" if flagged else "ID").inc()
         self._recent.append(flagged)
         score = verdict.score
-        with self._lock:
-            self.drift.update([score])
+        if self.drift is not None:
+            with self._lock:
+                self.drift.update([score])
         if math.isinf(score):  # the same bucket, and a finite sum
             score = math.nextafter(self._bounds[-1], math.inf) if score > 0 else self._bounds[0]
         self._scores.observe(score)
