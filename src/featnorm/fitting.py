@@ -276,7 +276,7 @@ def fit_source(
                 plan.example.linear() if name == "classifier" else plan.example.tensor(name)
         cached = backbone_features(source, loaded, plan.network, cache=cache, runtime=runtime)
         several, read = cached.several, len(cached.rows)
-        computed += cached.computed
+        computed = max(computed, cached.computed)
         cached = _without_duplicates(cached)
         if few or len(cached.rows) >= MIN_HELD_OUT:
             break

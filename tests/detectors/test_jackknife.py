@@ -97,14 +97,28 @@ def test_score_p_value_and_verdict_agree(both, tpr, dtype):
 
 def test_alike_detectors_keep_the_order_of_one():
     left = torch.arange(19.0)
-    new = torch.cat([torch.tensor([-math.inf, -1e30, -10.0, -1.0, -1e-6]), torch.linspace(0, 18, 90)])
+    new = torch.cat(
+        [
+            torch.tensor([-math.inf, -1e20, -10.0, -1.0, -1e-6]),
+            torch.linspace(0, 18, 90),
+            torch.tensor([18.5, 20.0, 1e3]),
+        ]
+    )
     score, _, is_id = predict(left, new[:, None].expand(-1, 19), 0.95)
     assert (score.diff() > 0).all()
-    assert score[0] == 0
-    assert score[-1] == 19
+    assert score[0] < 1e-20
+    torch.testing.assert_close(score[5:95], new[5:95] + 1, rtol=0, atol=2e-3)
     assert is_id.tolist() == (new >= 0).tolist()
     equal, *_ = predict(torch.zeros(19), torch.tensor([[-1.0], [0.0], [1.0]]).expand(-1, 19), 0.95)
-    assert equal.tolist() == [0, 19, 19]
+    assert equal.tolist() == pytest.approx([0, 19, 20 - 2**-10], abs=1e-20)
+
+
+def test_scores_do_not_jump():
+    generator = torch.Generator().manual_seed(0)
+    left, start, end = torch.randn(3, 19, generator=generator, dtype=torch.float64)
+    way = torch.linspace(0, 1, 20001, dtype=torch.float64)[:, None]
+    score, *_ = predict(left, start + way * (end - start), 0.95)
+    assert score.diff().abs().max() < 0.05
 
 
 def test_the_fixed_scores():

@@ -15,6 +15,9 @@ from featnorm.features import Features
 
 # The fraction of a score is below 1 also in float32, next to thousands of left-out inputs.
 _MAX_FRACTION = 1 - 2**-10
+# A margin that may be infinite is at most this, and a spread that may be 0 at least that.
+# An ONNX graph rounds both to float32.
+_MAX_MARGIN, _MIN_SPREAD = 1e30, 1e-30
 
 
 class LeftOutScores(Statistic):
@@ -49,8 +52,10 @@ class Jackknife(Wrapper):
     If calibration inputs were held out of a small set, few would be left to fit to. Instead, J of its inputs are
     left out in turn: copy j of the detector is fitted to all inputs but the j-th, which it gives the score c_j. A
     new input has a score s_j of each copy, which is compared with the c_j of the same copy. Its score is the count
-    ``c = #{j: c_j <= s_j}``, plus a fraction below 1 that grows with the largest ``s_j - c_j < 0``. Calibrate with
-    fixed scores, without held-out inputs::
+    ``c = #{j: c_j <= s_j}``, plus a fraction ``a / (a + b)`` below 1, where a is the smallest ``s_j - c_j`` of the
+    counted, and b the smallest ``c_j - s_j`` of the others: the score interpolates between the c_j. If
+    none or all are counted, the standard deviation of the c_j takes the place of a or b. Calibrate with fixed
+    scores, without held-out inputs::
 
         rows = left_out(digests, tpr)  # of featnorm.splitting
         detector = Jackknife(KNN(k=1), count=len(rows)).fit(features, rows)
@@ -165,10 +170,10 @@ class Jackknife(Wrapper):
         self.left_out.scores = torch.cat(scores)
 
     def _finalize(self) -> float:
-        """Return the spread of the left-out scores, the unit in which differences become fractions."""
+        """Return the standard deviation of the left-out scores that are finite."""
         scores = self.left_out.scores
         finite = scores[scores.isfinite()]
-        return float(finite.std(correction=0)) if len(finite) else 0.0
+        return max(float(finite.std(correction=0)), _MIN_SPREAD) if len(finite) else _MIN_SPREAD
 
     def _score(self, features: Features) -> Tensor:
         scores = torch.stack([fitted.score(features) for fitted in self._copies()], 1).double()
@@ -176,9 +181,10 @@ class Jackknife(Wrapper):
         # The difference of two infinite scores would be NaN.
         margins = torch.where(scores == left_out, 0.0, scores - left_out)
         counted = margins >= 0
-        closest = margins.masked_fill(counted, -torch.inf).amax(1)
-        spread: float = self._fitted_state()
-        return counted.sum(1) + _MAX_FRACTION * spread / (spread - closest)
+        count, sizes, spread = counted.sum(1), margins.abs().clamp(max=_MAX_MARGIN), self._fitted_state()
+        above = torch.where(count > 0, sizes.masked_fill(~counted, torch.inf).amin(1), spread)
+        below = torch.where(count < self.count, sizes.masked_fill(counted, torch.inf).amin(1), spread)
+        return count + _MAX_FRACTION * above / (above + below)
 
     def _validate(self) -> None:
         if len(self.left_out.scores) != self.count:
