@@ -1,7 +1,7 @@
 """Train a torchvision ResNet on handwritten digits, as a project of one's own would, without featnorm.
 
-It writes the folders ``digits/train`` and ``digits/new`` (one subfolder per class), ``patches`` (of photographs) and the
-weights ``own_model.pth``. `make` is what featnorm takes as ``--model own_model:make``:
+It writes the folders ``digits/train`` and ``digits/new`` (one subfolder per class), ``patches`` (of photographs)
+and the weights ``own_model.pth``. `make` is what featnorm takes as ``--model own_model:make``:
 
     python own_model.py
     featnorm fit digits/new --model own_model:make --detector NAN -o digits.featnorm

@@ -16,7 +16,8 @@ def test_a_runtime_on_the_cpu_needs_no_fabric():
         "from featnorm import Runtime\n"
         "runtime = Runtime()\n"
         "assert runtime.torch_device.type == 'cpu'\n"
-        "with runtime.autocast():\n"
+        "assert runtime.fabric.device.type == 'cpu'\n"
+        "with runtime.autocast(), runtime.fabric.autocast():\n"
         "    pass\n"
         "assert 'lightning_fabric' not in sys.modules\n"
     )

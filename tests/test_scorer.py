@@ -306,7 +306,7 @@ def test_what_is_no_detector_or_no_tensor_is_named():
     model = model_for(fn.NAN())
     with pytest.raises(TypeError, match=r"a detector such as NAN\(\), got 'NAN'"):
         fn.Scorer(model, "NAN")
-    with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
+    with pytest.raises(TypeError, match="the batch is a list, without a tensor of inputs"):
         fn.Scorer(model, fn.NAN())([1, 2])
     with pytest.raises(TypeError, match=r"Scorer takes a detector, got the class NAN: write NAN\(\)"):
         fn.Scorer(model, fn.NAN)
@@ -331,9 +331,11 @@ def test_a_wrong_thing_at_any_entry_is_named(wrong):
     with pytest.raises(TypeError, match=r"must be a sequence of Features, got|batch 0 must be Features, got"):
         fn.Features.cat(wrong)
     if not isinstance(wrong, torch.Tensor):
-        for take in (scorer, tap, tap.trace, tap.hidden, lambda w: fn.LayerTap(model, w)):
-            with pytest.raises(TypeError, match=f"the inputs must be a tensor, got {name}"):
+        for take in (scorer, tap, tap.trace, tap.hidden) if not isinstance(wrong, list) else ():
+            with pytest.raises(TypeError, match=f"the batch is a {name}.*, without a tensor of inputs"):
                 take(wrong)
+        with pytest.raises(TypeError, match=f"the inputs must be a tensor, got {name}"):
+            fn.LayerTap(model, wrong)
         for take in (fn.negative_aware_norm, fn.l1_norm, fn.l0_norm, lambda w: fn.lp_norm(w, 2)):
             with pytest.raises(TypeError, match=f"the activations must be a tensor, got {name}"):
                 take(wrong)
@@ -480,7 +482,7 @@ class TestFile:
             (("points", "activation", "module"), "nowhere"),
             (("points", "activation", "side"), "bogus"),
             (("points",), []),
-            (("weights", 0, "weight"), "__class__"),
+            (("weights", 1, 1), "__class__"),
         ],
     )
     def test_a_tap_that_does_not_fit_the_model_is_refused(self, path, where, value):
@@ -705,3 +707,57 @@ def changes(tensor):
         made["NaN"] = tensor * float("nan")
         made["infinite"] = torch.full_like(tensor, float("inf"))
     return made
+
+
+def test_a_model_that_is_trained_further_is_noticed_when_it_is_saved(tmp_path):
+    for detector in (fn.NAN(), fn.KNN(k=3)):
+        model = model_for(detector)
+        scorer = fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1))
+        scorer.save(tmp_path / "d.featnorm")
+        before = (tmp_path / "d.featnorm").read_bytes()
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+        with pytest.raises(
+            ValueError, match="weights or their precision have changed since the detector was fitted"
+        ):
+            scorer.save(tmp_path / "d.featnorm")
+        assert (tmp_path / "d.featnorm").read_bytes() == before
+        scorer.fit(loader()).calibrate(loader(seed=1)).save(tmp_path / "d.featnorm")
+
+
+@pytest.mark.parametrize("by", ["class", "folder"])
+def test_thresholds_by_group(tmp_path, by):
+    model = model_for(fn.Energy())
+    scorer = fn.Scorer(model, fn.Energy(), thresholds_by=by)
+    known = torch.cat([inputs for inputs, _ in loader(20, seed=1)])
+    classes = scorer(known).logits.argmax(1)
+    names = [f"class {k}" for k in classes.tolist()] if by == "class" else ["ab"[i % 2] for i in range(len(known))]
+    given = None if by == "class" else names
+    if by == "folder":
+        with pytest.raises(ValueError, match="has thresholds by 'folder': pass the group of each input"):
+            scorer.calibrate([known])
+    scorer.calibrate([known], tpr=0.9, groups=given)
+    alone = fn.Calibration(scorer(known, given).score, 0.9, names, scorer.calibration.group_names)
+    verdict = scorer(known, given)
+    p_values, is_id = alone.predict(verdict.score, names)
+    assert torch.equal(verdict.p_value, p_values)
+    assert torch.equal(verdict.is_id, is_id)
+    scorer.save(tmp_path / "d.featnorm")
+    again = fn.load(tmp_path / "d.featnorm", model)
+    other = fn.Scorer(model, fn.Energy(), thresholds_by=by)
+    other.load_state_dict(scorer.state_dict())
+    for restored in (again, other, scorer.set_tpr(0.9)):
+        for one, two in zip(restored(known, given), verdict, strict=True):
+            assert torch.equal(one, two)
+    judged = again.predict(list(known[:5]), groups=given and given[:5])
+    assert [one.group for one in judged] == names[:5]
+    again.calibrate([known], groups=given, update=True)
+    assert len(again.calibration.scores) == 2 * len(known)
+    assert again.calibration.tpr == 0.9
+    if by == "folder":
+        with pytest.raises(ValueError, match="'c'"):
+            scorer(known[:2], ["a", "c"])
+        with pytest.raises(ValueError, match="groups"):
+            scorer(known[:2])
+    with pytest.raises(ValueError, match="there is no calibration to update"):
+        fn.Scorer(model, fn.Energy()).calibrate([known], update=True)

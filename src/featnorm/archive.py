@@ -85,7 +85,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             )
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     written = {"featnorm": featnorm.__version__, "date": date.today().isoformat()}
-    content = {**header, "format": FORMAT, "written": written}
+    content = {"format": FORMAT, **header, "written": written}
     metadata = {"featnorm": json.dumps({**content, "sha256": digest(own, content)})}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata)

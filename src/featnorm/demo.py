@@ -79,12 +79,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train(data: tuple[Tensor, Tensor], seed: int = 0, *, progress: bool | None = None) -> nn.Sequential:
+def train(data: tuple[Tensor, Tensor], seed: int = 0) -> nn.Sequential:
     """Train a network by cross entropy on cosine logits."""
     images, labels = data
     # The caller's random state is restored, and the weights depend only on the seed.
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = network()
-        fit(model, images.mul(255).round().to(torch.uint8), labels, RECIPE, seed=seed, progress=progress)
+        fit(model, images.mul(255).round().to(torch.uint8), labels, RECIPE, seed=seed)
         return model

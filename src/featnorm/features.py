@@ -48,7 +48,8 @@ class Features:
     activation : (n, d) last hidden layer, after its non-linearity.
     pooled : (n, D) input of the head or, in a model without a head, of the classifier.
     embedding : (n, e) embedding before normalization.
-    logits : (n, C).
+    logits
+        (n, C). One logit z, as of a binary classifier, becomes two, (-z / 2, z / 2), and so do W and b.
     labels : (n,) integer class of each input; negative for an input without a label.
     classifier
         ``(W, b)`` of the linear map ``logits = W f + b``, the last linear layer; W of shape (C, f), b of shape
@@ -76,6 +77,7 @@ class Features:
     call: ModelCall | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self._use_two_classes()
         # In a graph that is being traced the number of inputs is symbolic.
         if torch.compiler.is_compiling():
             return
@@ -100,6 +102,16 @@ class Features:
             raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
         if self.classifier is not None:
             self._check_classifier(self.classifier)
+
+    def _use_two_classes(self) -> None:
+        """Turn one logit into those of two classes."""
+        logits, classifier = self.logits, self.classifier
+        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] == 1:
+            object.__setattr__(self, "logits", two_classes(logits, 1))
+        if isinstance(classifier, (tuple, list)) and getattr(classifier[0], "shape", ())[:1] == (1,):
+            weight, bias = classifier
+            pair = (two_classes(weight), None if bias is None else two_classes(bias))
+            object.__setattr__(self, "classifier", pair)
 
     @staticmethod
     def _check_classifier(classifier: object) -> None:
@@ -248,3 +260,12 @@ class Features:
             if id(value) not in done:
                 done[id(value)] = function(value)
         return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})
+
+
+def two_classes(value: Tensor, axis: int = 0) -> Tensor:
+    """Return one logit z, or what makes it, as (-z / 2, z / 2).
+
+    The softmax is that of (0, z): the sigmoid of z. Centered, the largest logit and the energy rise with the
+    confidence in either class, and not in the second alone.
+    """
+    return torch.cat([-value, value], axis) / 2

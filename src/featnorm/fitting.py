@@ -120,6 +120,8 @@ def fit(
     weights: str | Path | None = None,
     detector: Detector | str | None = None,
     head: Head = "auto",
+    layer: str | None = None,
+    output: str | int | None = None,
     targets: Targets = "auto",
     label_column: str | None = None,
     tpr: float = 0.95,
@@ -152,6 +154,7 @@ def fit(
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
         returns features; with fewer than 100 images, it uses the features alone instead.
+    layer, output : what is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
@@ -197,7 +200,7 @@ def fit(
     if not isinstance(data, Source):
         data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
-    options |= {"thresholds_by": thresholds_by, "group_by": group_by}
+    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
     if report.corrupt:
@@ -217,6 +220,8 @@ def fit_source(
     *,
     detector: Detector | None = None,
     head: Head = "auto",
+    layer: str | None = None,
+    output: str | int | None = None,
     targets: Targets = "auto",
     tpr: float = 0.95,
     thresholds_by: str | None = None,
@@ -231,7 +236,7 @@ def fit_source(
     ----------
     source : in-distribution images.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, targets, tpr, thresholds_by, group_by, cache, seed, runtime : see `fit`.
+    detector, head, layer, output, targets, tpr, thresholds_by, group_by, cache, seed, runtime : see `fit`.
 
     Raises
     ------
@@ -257,7 +262,7 @@ def fit_source(
     computed = 0
     # How many distinct images can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
-        plan = _plan(source, loaded, head, runtime, few)
+        plan = _plan(source, loaded, head, (layer, output), runtime, few)
         by_classifier = plan.head == "train" or plan.example.logits is not None
         used = detector or (KLUniform() if by_classifier else KNN(k=1 if few else 10))
         if not labeled and "labels" in used.learns:
@@ -320,7 +325,7 @@ def fit_source(
     )
     spec = loaded.name or None
     known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
-    scorer = Scorer(model, detector, preprocess=loaded.transform, **known)
+    scorer = Scorer(model, detector, layer, output=output, preprocess=loaded.transform, **known)
     statistics = ActivationStatistics()
     if jackknife is not None:
         # Left-out images are scored as new ones will be, in the same precision.
@@ -387,7 +392,14 @@ class _Plan(NamedTuple):
         return values[:, columns["pooled"][0]] if "pooled" in columns else values
 
 
-def _plan(source: ImageSource, loaded: LoadedModel, head: Head, runtime: Runtime, few: bool) -> _Plan:
+def _plan(
+    source: ImageSource,
+    loaded: LoadedModel,
+    head: Head,
+    chosen: tuple[str | None, str | int | None],
+    runtime: Runtime,
+    few: bool,
+) -> _Plan:
     """Choose what to do with the model's classifier, and trace the model on the first images."""
     why = ""
     if head == "train" and few:
@@ -399,7 +411,7 @@ def _plan(source: ImageSource, loaded: LoadedModel, head: Head, runtime: Runtime
         head, why = "train", "the model is pretrained on other images"
     example = None
     if head in ("auto", "keep"):
-        example = _Columns.of(loaded.model, source, loaded, runtime)
+        example = _Columns.of(loaded.model, source, loaded, runtime, chosen)
         if head == "auto":
             has_logits = example[1].logits is not None
             head = "keep" if has_logits else "train"
@@ -407,6 +419,10 @@ def _plan(source: ImageSource, loaded: LoadedModel, head: Head, runtime: Runtime
     if head == "train" and few:
         head, why = "none", f"{why}, and fewer than {MIN_HELD_OUT} images are too few to train a head"
     notes = "".join(f"; {note}" for note in loaded.notes)
+    if head != "keep" and chosen != (None, None):
+        raise ValueError(
+            "a layer or an output can be chosen only for a model whose classifier is kept (--head keep)"
+        )
     if head == "keep":
         assert example is not None
         columns, features = example
@@ -441,10 +457,15 @@ class _Columns(nn.Module):
 
     @classmethod
     def of(
-        cls, model: nn.Module, source: ImageSource, loaded: LoadedModel, runtime: Runtime
+        cls,
+        model: nn.Module,
+        source: ImageSource,
+        loaded: LoadedModel,
+        runtime: Runtime,
+        chosen: tuple[str | None, str | int | None] = (None, None),
     ) -> "tuple[_Columns, Features]":
         """Return the columns of a model, and the features of the first images that can be read."""
-        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()))
+        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()), *chosen)
         batch = next(iter(image_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
         if batch is None:
             raise DataError(f"none of the {len(source)} images of {source.title} can be read")
@@ -621,7 +642,7 @@ def fit_head(values: Tensor, targets: Tensor, *, seed: int = 0, progress: bool |
     recipe = replace(RECIPE, batch_size=batch, epochs=epochs)
     # Standardized batch by batch: the features of a large data set are mapped from a file and stay there.
     model = nn.Sequential(_Standardize(mean, deviation), head)
-    train(model, values, targets, recipe, seed=seed, progress=progress)
+    train(model, values, targets, recipe, runtime=Runtime(progress=progress), seed=seed)
     # The standardization is folded into the first layer, so that the head takes raw features.
     with torch.no_grad():
         head.hidden.weight.div_(deviation)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+_CPU = torch.device("cpu")
 # The weights stay as they are under these; Lightning Fabric would convert them under its others.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -16,8 +17,8 @@ class Runtime:
     """Device, precision, batches and workers of a run.
 
     Lightning Fabric, which takes a second to import, is imported only for mixed precision, for devices other than
-    the CPU and CUDA, and when `fabric` is read. A runtime can be pickled. As a context manager it closes its
-    cluster.
+    the CPU and CUDA, and for training that is not plain training on the CPU. A runtime can be pickled. As a
+    context manager it closes its cluster.
 
     Parameters
     ----------
@@ -28,6 +29,9 @@ class Runtime:
     cluster : a `featnorm.cluster.Cluster` whose actors run the model. Default: this process runs it.
     compiled : whether to compile networks before training.
     progress : whether to show progress bars. Default: on a terminal; elsewhere a line every 30 seconds.
+    processes
+        Number of processes that train together, each on a device of its own; ``runtime.fabric.launch`` starts the
+        others.
 
     Raises
     ------
@@ -42,6 +46,7 @@ class Runtime:
     cluster: Any = None
     compiled: bool = False
     progress: bool | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -49,7 +54,10 @@ class Runtime:
 
     @cached_property
     def fabric(self) -> Any:
-        """The `lightning_fabric.Fabric` of one device, which sets up training.
+        """The `lightning_fabric.Fabric` that sets up training.
+
+        For one process on the CPU, in single precision and not compiled, it is a stand-in, which does not need
+        Lightning Fabric.
 
         Raises
         ------
@@ -58,6 +66,8 @@ class Runtime:
         ImportError
             Lightning Fabric is not installed.
         """
+        if self._on_cpu and self.precision == "32-true" and self.processes == 1 and not self.compiled:
+            return _PlainFabric()
         try:
             from lightning_fabric import Fabric
         except ImportError:
@@ -73,19 +83,27 @@ class Runtime:
 
         kind = Compiling if self.compiled else Fabric
         try:
-            return kind(accelerator=self.device, devices=1, precision=self.precision)  # type: ignore[arg-type]
+            return kind(
+                accelerator=self.device,
+                devices=self.processes,
+                precision=self.precision,  # type: ignore[arg-type]
+            )
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"cannot use device {self.device!r} in {self.precision}: {error}") from None
 
     @cached_property
     def torch_device(self) -> torch.device:
         """The device of the model; a ValueError where it is not available."""
-        if self.device == "cpu" or (self.device == "auto" and not torch.accelerator.is_available()):
-            return torch.device("cpu")
+        if self._on_cpu:
+            return _CPU
         if self.device in ("auto", "cuda", "gpu") and torch.cuda.is_available():
             return torch.device("cuda", 0)
         device: torch.device = self.fabric.device
         return device
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device == "cpu" or (self.device == "auto" and not torch.accelerator.is_available())
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the model runs in the precision."""
@@ -104,3 +122,29 @@ class Runtime:
     def __getstate__(self) -> dict[str, Any]:
         # What was made on this machine is made again on the other.
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class _PlainFabric:
+    """What training calls of a Fabric, for one process on the CPU in single precision."""
+
+    device = _CPU
+    world_size = 1
+    global_rank = 0
+
+    def setup(self, module: Any, optimizer: Any) -> tuple[Any, Any]:
+        return self.setup_module(module), optimizer
+
+    def setup_module(self, module: Any) -> Any:
+        return module.to(_CPU)
+
+    def setup_optimizers(self, optimizer: Any) -> Any:
+        return optimizer
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def all_reduce(self, values: torch.Tensor, **_: Any) -> torch.Tensor:
+        return values

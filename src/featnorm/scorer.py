@@ -38,6 +38,7 @@ from featnorm.models.heads import head_of, head_settings
 from featnorm.models.loading import backbone_of, is_users, recreate_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
+from featnorm.tap.batch import LabelsOf
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
 
@@ -61,7 +62,7 @@ class Scorer(nn.Module):
     ----------
     model : user's model, on any device.
     detector : detector, which is moved to the model's device.
-    layer : module whose output is the last hidden layer. Default: found by `FeatureTap`.
+    layer, output, channel_axis : what the tap captures, see `FeatureTap`. Default: found automatically.
     preprocess
         Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
         With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
@@ -100,6 +101,8 @@ class Scorer(nn.Module):
         detector: Detector,
         layer: str | nn.Module | None = None,
         *,
+        output: str | int | None = None,
+        channel_axis: int | None = None,
         preprocess: Callable[[Image.Image], Tensor] | None = None,
         classes: Sequence[str] | None = None,
         spec: str | None = None,
@@ -113,7 +116,7 @@ class Scorer(nn.Module):
         if isinstance(classes, str):
             raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
-        self.tap = FeatureTap(model, layer)
+        self.tap = FeatureTap(model, layer, output, channel_axis)
         self.detector = detector.to(self.tap.device)
         self.calibration: Calibration | None = None
         self.classes = None if classes is None else [check_text(name) for name in classes]
@@ -122,6 +125,7 @@ class Scorer(nn.Module):
         self.statistics = statistics
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
+        self._weights: str | None = None  # digest of the weights that the fit and the calibration are for
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
 
@@ -156,7 +160,7 @@ class Scorer(nn.Module):
         """Whether the scorer can explain verdicts on images."""
         return self.statistics is not None
 
-    def fit(self, loader: Iterable[Any], *, progress: bool | None = None) -> Self:
+    def fit(self, loader: Iterable[Any], *, labels: LabelsOf | None = None, progress: bool | None = None) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
         For a detector that needs no fit, only the first batch is read, to check that the detector works on this
@@ -165,7 +169,10 @@ class Scorer(nn.Module):
 
         Parameters
         ----------
-        loader : iterable of inputs and, for detectors that need them, labels; see `FeatureTap.stream`.
+        loader : iterable of batches as the model takes them, with or without labels; see `FeatureTap.stream`.
+        labels
+            Where the labels of a batch are: a key, an index or a function of the batch. Default: found by their
+            position or name.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
@@ -180,12 +187,12 @@ class Scorer(nn.Module):
         if not self.detector.needs_fit:
             if iter(loader) is loader:
                 return self  # an iterator yields each batch once, and calibration needs them all
-            for features in self.tap.stream(loader, progress=False):
+            for features in self.tap.stream(loader, labels, progress=False):
                 self.detector.score(features)
                 break
             return self
         statistics = ActivationStatistics()
-        self.fit_features(_counted(self.tap.stream(loader, progress=progress), statistics))
+        self.fit_features(_counted(self.tap.stream(loader, labels, progress=progress), statistics))
         self.statistics = None if statistics.is_empty else statistics
         return self
 
@@ -206,6 +213,7 @@ class Scorer(nn.Module):
                 self.detector.partial_fit(features)
         if self.detector.needs_fit:
             self.calibration = None
+            self._weights = archive.fingerprint(self.tap.model)["sha256"]
         return self
 
     def calibrate(
@@ -215,6 +223,7 @@ class Scorer(nn.Module):
         *,
         groups: Sequence[str] | None = None,
         update: bool = False,
+        labels: LabelsOf | None = None,
         progress: bool | None = None,
     ) -> Self:
         """Set the threshold that accepts a share of in-distribution inputs, and keep their scores for p-values.
@@ -227,6 +236,7 @@ class Scorer(nn.Module):
             the earlier calibration.
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         update : whether to add the inputs to those of the earlier calibration.
+        labels : where the labels of a batch are, which are ignored; see `fit`.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
@@ -237,7 +247,7 @@ class Scorer(nn.Module):
         """
         self._check_rate(tpr, update)
         return self.calibrate_features(
-            self.tap.stream(loader, progress=progress), tpr, groups=groups, update=update
+            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, update=update
         )
 
     @torch.no_grad()
@@ -306,6 +316,7 @@ class Scorer(nn.Module):
         else:
             made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
         self.calibration = made.to(self.tap.device)
+        self._weights = archive.fingerprint(self.tap.model)["sha256"]
         return self
 
     def _check_rate(self, tpr: float | None, update: bool) -> None:
@@ -646,7 +657,8 @@ class Scorer(nn.Module):
         NotFittedError
             The detector needs a fit and has none.
         ValueError
-            The detector is of a class that cannot be made again from its expression.
+            The detector is of a class that cannot be made again from its expression, or the model's weights have
+            changed since the fit or the calibration.
         OSError
             The file cannot be written. An earlier file of that name is kept.
         """
@@ -690,11 +702,17 @@ class Scorer(nn.Module):
         return tensors
 
     def _header(self) -> dict[str, Any]:
+        model = archive.fingerprint(self.tap.model)
+        if self._weights not in (None, model["sha256"]):
+            raise ValueError(
+                "the model's weights or their precision have changed since the detector was fitted or calibrated: "
+                "fit and calibrate it again"
+            )
         return {
             "detector": _expression(self.detector),
             **({} if self.calibration is None else self.calibration.to_dict()),
             "tap": self.tap.to_dict(),
-            "model": archive.fingerprint(self.tap.model),
+            "model": model,
         }
 
     @torch.no_grad()
@@ -775,6 +793,7 @@ def load(
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
+        scorer._weights = header["model"]["sha256"]
         scorer.tap.require((*detector.reads, *(() if statistics is None else _EXPLAINED)))
         calibration = archive.calibration(tensors, header, path)
         if calibration is not None:
@@ -952,7 +971,9 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
     try:
         outputs = scorer._reference_outputs()
         image = scorer.require_preprocess()(_reference_image())[None]
-        scorer.predict_batch(image, [""], explain=[0] if scorer.explains else ())
+        known = None if scorer.calibration is None else scorer.calibration.group_names[:1] or None
+        groups = None if scorer.thresholds_by == "class" else known
+        scorer.predict_batch(image, [""], groups=groups, explain=[0] if scorer.explains else ())
     except UserCodeError:
         raise
     except archive.MALFORMED as error:

@@ -97,7 +97,7 @@ def test_norm_identities(a, p):
     assert (l1 <= 6 ** (1 - 1 / p) * lp * (1 + 1e-12)).all()
 
 
-logit_rows = arrays("float64", st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.floats(-1e4, 1e4))
+logit_rows = arrays("float64", st.tuples(st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-1e4, 1e4))
 
 
 @settings(max_examples=60)
@@ -659,10 +659,15 @@ def test_a_single_unit_and_a_single_class(expression):
 
 
 def test_one_or_two_classes_of_logits():
+    # A constant score would call every input ID: one logit z is that of two classes, (-z / 2, z / 2).
     one = Features(logits=torch.tensor([[3.0], [-2.0]]))
-    assert MSP().score(one).tolist() == [1, 1]
-    assert KLUniform().score(one).tolist() == [0, 0]
-    assert Energy().score(one).tolist() == MaxLogit().score(one).tolist() == [3, -2]
+    assert MSP().score(one).tolist() == pytest.approx([1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-2))])
+    assert KLUniform().score(one).tolist() == pytest.approx(
+        [math.log(1 + math.exp(z)) - z / 2 - math.log(2) for z in (3, -2)], rel=1e-5
+    )
+    energy = [math.log(math.exp(z / 2) + math.exp(-z / 2)) for z in (3, -2)]
+    assert Energy().score(one).tolist() == pytest.approx(energy)
+    assert MaxLogit().score(one).tolist() == [1.5, 1]
     two = Features(logits=torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
     assert MSP().score(two).tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])
 

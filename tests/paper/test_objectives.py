@@ -10,11 +10,13 @@ from torch import nn
 from featnorm.models import cifar_network
 from featnorm.paper.objectives import cider
 from featnorm.paper.recipe import OBJECTIVES, PRESETS, PaperRecipe
+from featnorm.runtime import Runtime
 from featnorm.training import train
 from featnorm.training.objectives import Batch
 from trainings import assert_same, data, framework, weights
 
 F64 = torch.float64
+FABRIC = Runtime().fabric
 #: The frameworks' settings, for a few small images.
 SMALL = {
     name: replace(PRESETS[name], epochs=4, batch_size=16, optimizer="sgd", lr=0.03, queue=40, warmup=0)
@@ -46,7 +48,7 @@ def test_simclr_is_its_formula():
     torch.manual_seed(1)
     first, second = torch.randn(7, 5), torch.randn(7, 5)
     objective = OBJECTIVES["simclr"](replace(SMALL["SimCLR"], temperature=0.3))
-    got = objective(Embeds(first, second), batch(7, 2), None).loss
+    got = objective(Embeds(first, second), batch(7, 2), FABRIC).loss
     z = unit(torch.cat([first, second]).to(F64))
     total = 0.0
     for i in range(14):
@@ -62,14 +64,14 @@ def test_moco_is_its_formula_and_remembers_its_keys():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6))
     images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
     objective = OBJECTIVES["moco"](recipe)
-    objective.begin(model, images, torch.zeros(12), 0, None)
+    objective.begin(model, images, torch.zeros(12), 0, FABRIC)
     queue = objective.queue.clone()
     assert torch.allclose(queue.norm(dim=1), torch.ones(10))
     slow = {name: value.clone() for name, value in objective.encoder.state_dict().items()}
     with torch.no_grad():
         model[1].weight += 0.1
     views = torch.rand(8, 3, 8, 8)
-    loss = objective(model, Batch(views, torch.zeros(4), torch.arange(4)), None).loss
+    loss = objective(model, Batch(views, torch.zeros(4), torch.arange(4)), FABRIC).loss
     loss.backward()
     for name, value in objective.encoder.state_dict().items():
         torch.testing.assert_close(value, 0.9 * slow[name] + 0.1 * model.state_dict()[name])
@@ -91,13 +93,13 @@ def test_moco_normalizes_keys_in_shuffled_parts(monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6), nn.BatchNorm1d(6))
     objective = OBJECTIVES["moco"](replace(SMALL["MoCo-v2"], batch_size=8, queue=8))
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
-    objective.begin(model, images, torch.zeros(8), 0, None)
+    objective.begin(model, images, torch.zeros(8), 0, FABRIC)
     objective.train()
     sizes = []
     objective.encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     views = torch.rand(16, 3, 8, 8)
     torch.manual_seed(0)
-    objective(model, Batch(views, torch.zeros(8), torch.arange(8)), None)
+    objective(model, Batch(views, torch.zeros(8), torch.arange(8)), FABRIC)
     assert sizes == [4, 4]
     torch.manual_seed(0)
     order = torch.randperm(8)
@@ -118,14 +120,14 @@ def test_rotnet_turns_every_input_four_ways():
             return logits
 
     views = torch.rand(3, 3, 8, 8)
-    step = OBJECTIVES["rotnet"](SMALL["RotNet"])(Sees(), Batch(views, torch.zeros(3), torch.arange(3)), None)
+    step = OBJECTIVES["rotnet"](SMALL["RotNet"])(Sees(), Batch(views, torch.zeros(3), torch.arange(3)), FABRIC)
     for turns in range(4):
         assert torch.equal(seen[0][3 * turns : 3 * turns + 3], views.rot90(turns, (2, 3)))
     assert float(step.accuracy) == 1
     assert float(step.loss) == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 3)))
     with pytest.raises(ValueError, match="the model returns 10 logits"):
         OBJECTIVES["rotnet"](SMALL["RotNet"])(
-            lambda images: torch.zeros(len(images), 10), Batch(views, torch.zeros(3), torch.arange(3)), None
+            lambda images: torch.zeros(len(images), 10), Batch(views, torch.zeros(3), torch.arange(3)), FABRIC
         )
 
 
@@ -158,16 +160,16 @@ def test_cider_begins_at_class_means():
     model = framework(SMALL["CIDER"])
     objective = OBJECTIVES["cider"](SMALL["CIDER"])
     before = weights(model)
-    objective.begin(model, images, targets, 0, None)
+    objective.begin(model, images, targets, 0, FABRIC)
     assert_same(before, weights(model))
     with torch.no_grad():
         z = unit(model.eval()(images.float() / 255))
     means = torch.stack([z[targets == c].mean(0) for c in range(3)])
     torch.testing.assert_close(objective.prototypes, unit(means), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no input has the target 1"):
-        objective.begin(model, images, torch.where(targets == 1, 0, targets), 0, None)
+        objective.begin(model, images, torch.where(targets == 1, 0, targets), 0, FABRIC)
     with pytest.raises(ValueError, match="all targets are 0"):
-        objective.begin(model, images, torch.zeros_like(targets), 0, None)
+        objective.begin(model, images, torch.zeros_like(targets), 0, FABRIC)
 
 
 def test_csi_is_simclr_over_rotations_and_their_cross_entropy():
@@ -176,7 +178,7 @@ def test_csi_is_simclr_over_rotations_and_their_cross_entropy():
     torch.manual_seed(4)
     embedding, logits = torch.randn(2 * 4 * 3, 5), torch.randn(2 * 4 * 3, 4)
     got = OBJECTIVES["csi"](recipe)(
-        lambda views: {"embedding": embedding, "logits": logits}, batch(3, 8), None
+        lambda views: {"embedding": embedding, "logits": logits}, batch(3, 8), FABRIC
     ).loss
     z = unit(embedding.to(F64))
     contrast = turned = 0.0
@@ -237,7 +239,7 @@ def test_moco_resumes_its_queue_and_its_encoder(tmp_path):
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["objective"]
     model = framework(recipe)
     fresh = OBJECTIVES["moco"](recipe)
-    fresh.begin(model, images, torch.zeros(48), 0, None)
+    fresh.begin(model, images, torch.zeros(48), 0, FABRIC)
     assert saved.keys() == fresh.state_dict().keys()
     assert any(not torch.equal(saved[name], value) for name, value in fresh.state_dict().items())
 

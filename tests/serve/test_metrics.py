@@ -1,6 +1,8 @@
 """The drift of the scored images, in the metrics and on the page; the other metrics are in test_service.py."""
 
 import threading
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,20 @@ from torch import nn
 import featnorm as fn
 from featnorm import DriftMonitor
 from featnorm.serve import create_app
-from featnorm.serve.metrics import Metrics
+from featnorm.serve.metrics import Metrics, ScoredImages
 from featnorm.verdict import ItemVerdict, unreadable
 from image_files import encoded
 
 CALIBRATION = torch.from_numpy(np.random.default_rng(0).normal(2, 1, 600))
+
+
+class Scorers(dict):
+    """One scorer as the metrics see it."""
+
+    def __init__(self):
+        self.seen = ScoredImages("d", CALIBRATION)
+        self.reloads = Counter()
+        super().__init__(d=SimpleNamespace(name="d", seen=self.seen))
 
 
 def drift(text):
@@ -33,16 +44,17 @@ def verdict(score):
 
 
 def test_metrics_have_the_evidence_and_the_alarm():
-    metrics, monitor = Metrics(CALIBRATION, 8), DriftMonitor(CALIBRATION)
+    scorers, monitor = Scorers(), DriftMonitor(CALIBRATION)
+    metrics = Metrics(scorers, Counter, 8)
     assert drift(metrics.text().decode()) == {"featnorm_drift_log10_evidence": 0, "featnorm_drift_alarm": 0}
     for score in [*np.random.default_rng(1).normal(2, 1, 50).tolist(), float("inf"), float("-inf")]:
-        metrics.image(verdict(score))
-        metrics.image(unreadable("b.png", "not an image"))
+        metrics.image(scorers["d"], verdict(score))
+        metrics.image(scorers["d"], unreadable("b.png", "not an image"))
         monitor.update([score])
     found = drift(metrics.text().decode())
     assert found == {"featnorm_drift_log10_evidence": monitor.log10_evidence, "featnorm_drift_alarm": 0}
     for score in np.random.default_rng(2).normal(0, 1, 50).tolist():
-        metrics.image(verdict(score))
+        metrics.image(scorers["d"], verdict(score))
         monitor.update([score])
     assert monitor.alarmed_at is not None
     found = drift(metrics.text().decode())
@@ -50,19 +62,20 @@ def test_metrics_have_the_evidence_and_the_alarm():
 
 
 def test_threads_lose_no_score():
-    metrics = Metrics(CALIBRATION, 8)
+    scorers = Scorers()
+    metrics = Metrics(scorers, Counter, 8)
 
     def work():
         for score in np.random.default_rng(1).normal(2, 1, 300).tolist():
-            metrics.image(verdict(score))
+            metrics.image(scorers["d"], verdict(score))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert metrics.drift.count == 1200
-    assert sum(metrics.drift.state()["seen"].values()) == 600 + 1200
+    assert scorers.seen.drift.count == 1200
+    assert sum(scorers.seen.drift.state()["seen"].values()) == 600 + 1200
 
 
 def test_no_drift_is_watched_from_a_jackknife(app):
@@ -82,7 +95,7 @@ def test_no_drift_is_watched_from_a_jackknife(app):
         assert sum(found["calibration"]["counts"]) == found["calibration"]["edges"][-1] == 19
         metrics = client.get("/metrics").text
         assert drift(metrics) == {}
-        assert "featnorm_score_count 1.0" in metrics
+        assert 'featnorm_score_count{scorer="default"} 1.0' in metrics
 
 
 @pytest.fixture(scope="module")

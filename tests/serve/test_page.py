@@ -1,19 +1,22 @@
 """The page of the service in a real browser."""
 
+import copy
 import io
 import re
 import shutil
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 import featnorm as fn
 from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
-from featnorm.serve import Limits, create_app
+from featnorm.serve import Limits, ScorerFile, create_app
 from featnorm.serve.server import _Server, bind
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -135,10 +138,12 @@ def test_the_drift_of_all_images_is_shown(page, scorer, folder):
         drift = page.locator("#drift")
         playwright.expect(drift).to_be_empty()
         page.set_input_files("#files", [image_of(folder)])
-        playwright.expect(drift).to_contain_text("No drift in the 1 image scored since the service started: the ")
+        playwright.expect(drift).to_contain_text(
+            "No drift in the 1 image scored since the detector was loaded: the "
+        )
         playwright.expect(drift).to_contain_text("and the alarm is raised at 100 to 1.")
         page.set_input_files("#files", [picture(f"{i}.png", "white") for i in range(40)])
-        playwright.expect(drift).to_contain_text("of 41 scored since the service started, the evidence")
+        playwright.expect(drift).to_contain_text("of 41 scored since the detector was loaded, the evidence")
         assert drift.inner_text().startswith("Drift: at image ")
 
 
@@ -188,7 +193,7 @@ def test_on_a_phone(browser, url, folder):
 
 def test_many_images_are_sent_a_few_at_a_time(page, url, folder):
     requests = []
-    page.on("request", lambda request: requests.append(request) if "/v1/score" in request.url else None)
+    page.on("request", lambda request: requests.append(request) if "/score?" in request.url else None)
     page.goto(url)
     page.set_input_files("#files", [image_of(folder) | {"name": f"{i}.png"} for i in range(20)])
     tally(page, "20 images scored, 0 flagged as OOD.")
@@ -244,17 +249,121 @@ def test_errors_are_shown(page, scorer, folder):
                 status=503, headers={"Retry-After": "0.01"}, json={"error": "9 images wait already"}
             )
 
-        page.route("**/v1/score*", busy)
+        page.route("**/v1/*/score*", busy)
         page.set_input_files("#files", [image_of(folder, "006.png")])
         tally(page, "2 images scored, 0 flagged as OOD.")
         assert len(times) == 3
-        page.unroute("**/v1/score*")
+        page.unroute("**/v1/*/score*")
         too_much = {"error": "the body is longer than 9 bytes"}
-        page.route("**/v1/score*", lambda route: route.fulfill(status=413, json=too_much))
+        page.route("**/v1/*/score*", lambda route: route.fulfill(status=413, json=too_much))
         page.set_input_files("#files", [image_of(folder, "007.png")])
         playwright.expect(page.locator("#message")).to_have_text(
             "The request is too large: the body is longer than 9 bytes."
         )
+
+
+def test_another_scorer_is_chosen(page, scorer, folder):
+    other = copy.deepcopy(scorer)
+    other.calibration = scorer.calibration.with_tpr(0.5)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url) if request.method == "POST" else None)
+    with served(create_app({"colors": scorer, "strict ones": other})) as url:
+        page.goto(url)
+        choice = page.get_by_label("Detector", exact=True)
+        playwright.expect(choice).to_have_value("colors")
+        playwright.expect(page.locator("#promise")).to_contain_text("accepts at least 95 %")
+        page.set_input_files("#files", [image_of(folder, f"{i:03}.png") for i in range(5, 25)])
+        tally(page, re.compile("^20 images scored"))
+        before = page.locator("#tally").inner_text()
+        plots = page.locator(".plot").count()
+        choice.select_option("strict ones")  # all images are sent again
+        playwright.expect(page.locator("#promise")).to_contain_text("accepts at least 50 %")
+        playwright.expect(page.locator("#tally")).not_to_have_text(before)
+        tally(page, re.compile("^20 images scored"))
+        assert [url.rsplit("/", 2)[1] for url in requests] == ["colors"] * 3 + ["strict%20ones"] * 3
+        assert page.locator(".plot").count() == plots == 20
+        # While requests are under way.
+        page.route("**/colors/score*", lambda route: (time.sleep(0.5), route.continue_()))
+        choice.select_option("colors")
+        choice.select_option("strict ones")
+        choice.select_option("colors")
+        tally(page, before)
+        assert page.locator(".plot").count() == 20
+        assert not page.locator("#trouble").is_visible()
+
+
+def test_the_group_of_the_images_is_chosen(page, scorer, folder):
+    grouped = copy.deepcopy(scorer)
+    grouped.thresholds_by = "folder"
+    scores = grouped.calibration.scores
+    grouped.use_scores(scores, ["low"] * 24 + ["high"] * (len(scores) - 24), tpr=0.9)
+    with served(create_app({"one": scorer, "two": grouped})) as url:
+        page.goto(url)
+        page.set_input_files("#files", [image_of(folder)])
+        tally(page, "1 image scored, 0 flagged as OOD.")
+        group = page.get_by_label("Group of the images")
+        assert not group.is_visible()
+        page.get_by_label("Detector", exact=True).select_option("two")
+        playwright.expect(page.locator("#promise")).to_contain_text(
+            "at least 90 % of in-distribution images of every group"
+        )
+        first = grouped.calibration.group_names[0]
+        playwright.expect(group).to_have_value(first)
+        lines = {}
+        for name in ("high", "low"):
+            group.select_option(name)
+            playwright.expect(card(page, "005.png")).to_contain_text(f"Group: {name}")
+            lines[name] = page.locator(".plot .threshold").bounding_box()["x"]
+        assert lines["low"] < lines["high"]
+        page.get_by_label("Detector", exact=True).select_option("one")
+        tally(page, "1 image scored, 0 flagged as OOD.")
+        playwright.expect(card(page, "005.png")).not_to_contain_text("Group")
+        assert not group.is_visible()
+
+
+def test_a_single_scorer_is_no_choice(page, url):
+    page.goto(url)
+    playwright.expect(page.locator("#about")).to_be_visible()
+    assert not page.locator("#scorers").is_visible()
+
+
+def test_it_shows_a_file_that_was_replaced(page, scorer, folder, tmp_path):
+    file = tmp_path / "d.featnorm"
+    scorer.save(file, weights=True)
+    with served(create_app({"d": ScorerFile(file)})) as url:
+        page.goto(url)
+        playwright.expect(page.locator("#promise")).to_contain_text("accepts at least 95 %")
+        other = copy.deepcopy(scorer)
+        other.calibration = scorer.calibration.with_tpr(0.5)
+        other.save(file, weights=True)
+        digest = page.request.get(f"{url}v1/detector").json()["digest"]
+        while page.request.get(f"{url}v1/detector").json()["digest"] == digest:
+            time.sleep(0.1)
+        page.set_input_files("#files", [image_of(folder)])
+        tally(page, re.compile("^1 image scored"))
+        playwright.expect(page.locator("#promise")).to_contain_text("accepts at least 50 %")
+
+
+@pytest.mark.parametrize("place", ["mounted", "kept by the proxy", "removed by the proxy"])
+def test_under_a_path(page, scorer, folder, place):
+    if place == "mounted":
+        app = FastAPI()
+        app.mount("/a/b", create_app(scorer))
+    else:
+        app = create_app(scorer, root_path="/a/b")
+    if place == "removed by the proxy":
+
+        async def proxied(scope, receive, send, app=app):
+            path = scope.get("path", "")
+            await app({**scope, "path": path.removeprefix("/a/b") or "/"}, receive, send)
+
+        app = proxied
+    with served(app) as url:
+        for ending in ("", "/", "?x=1#y"):
+            page.goto(f"{url}a/b{ending}")
+            playwright.expect(page.locator("#about")).to_be_visible()
+            page.set_input_files("#files", [image_of(folder)])
+            tally(page, "1 image scored, 0 flagged as OOD.")
 
 
 def test_the_theme(page, url):

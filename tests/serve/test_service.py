@@ -38,9 +38,9 @@ from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
 from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
-from featnorm.serve.app import histogram
 from featnorm.serve.metrics import score_buckets
 from featnorm.serve.requests import JsonLines
+from featnorm.serve.responses import histogram
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
 from painted import paint
@@ -88,12 +88,13 @@ def text(data):
     return base64.b64encode(data).decode()
 
 
-def samples(metrics):
-    """The samples of a page of metrics, by name and labels."""
+def samples(metrics, scorer="default"):
+    """The samples of a scorer in a page of metrics, by name and other labels."""
     return {
-        (sample.name, *sorted(sample.labels.items())): sample.value
+        (sample.name, *sorted(sample.labels.items() - {("scorer", scorer)})): sample.value
         for family in text_string_to_metric_families(metrics)
         for sample in family.samples
+        if sample.labels["scorer"] == scorer
     }
 
 
@@ -128,7 +129,7 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     assert whole.status_code == 200
     results = whole.json()["results"]
     assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
-    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error"]
+    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error", "group"]
     for row, result in zip(rows, results, strict=True):
         assert result["error"] == row.error
         assert result["predicted"] == row.predicted
@@ -331,7 +332,7 @@ def test_a_compressed_body_is_rejected(client):
     assert client.post("/v1/score", content=png(), headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/metrics", "/v1/detector"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/metrics", "/v1/detector", "/v1/scorers"])
 def test_head_answers_as_get_does(client, path):
     head, get = client.head(path), client.get(path)
     assert head.status_code == get.status_code == 200
@@ -630,6 +631,11 @@ def batchers(monkeypatch):
     return made
 
 
+def ready(batcher):
+    """The number of images that wait for the model only."""
+    return sum(map(len, batcher._ready.values()))
+
+
 def test_batched_requests_get_the_same_results_as_single_ones(scorer, new, batchers):
     images = [(new / f"{i}.png").read_bytes() for i in range(9)]
 
@@ -641,7 +647,7 @@ def test_batched_requests_get_the_same_results_as_single_ones(scorer, new, batch
             first = Asking(app).say(images[0])
             await held.begun()
             others = [Asking(app).say(data) for data in images[1:]]
-            await until(lambda: len(batchers[0]._ready) == 8)
+            await until(lambda: ready(batchers[0]) == 8)
             assert await waiting(app) == 8
             held.go.release(3)
             answers = [await asking.answer() for asking in (first, *others)]
@@ -726,7 +732,7 @@ def test_an_image_that_the_model_fails_on_does_not_affect_the_others(scorer, bat
             failing = Asking(app, content_type="application/json", x_request_id="me").say(
                 json.dumps(broken).encode()
             )
-            await until(lambda: len(batchers[0]._ready) == 3)
+            await until(lambda: ready(batchers[0]) == 3)
             held.go.release()
             assert (await first.answer())[0] == 200
             status, _, content = await pair.answer()
@@ -773,8 +779,8 @@ def test_the_log_has_one_line_per_request(client, caplog):
     assert answer.headers["x-request-id"] == "abc-1"
     (line,) = lines(caplog)
     assert set(line) == {
-        "time", "level", "message", "method", "route", "status", "milliseconds", "images", "flagged", "unreadable",
-        "request_id",
+        "time", "level", "message", "method", "route", "scorer", "status", "milliseconds", "images", "flagged",
+        "unreadable", "request_id",
     }  # fmt: skip
     assert (line["route"], line["status"], line["images"], line["unreadable"]) == ("/v1/score", 200, 2, 1)
     caplog.clear()
@@ -788,7 +794,11 @@ def test_the_log_has_one_line_per_request(client, caplog):
 def test_a_token_is_required(scorer, caplog):
     caplog.set_level(logging.DEBUG)
     with TestClient(create_app(scorer, token=TOKEN)) as client:
-        for method, path in (("POST", "/v1/score"), ("GET", "/v1/detector"), ("GET", "/metrics")):
+        routes = (
+            ("POST", "/v1/score"), ("POST", "/v1/default/score"), ("POST", "/v1/none/score"),
+            ("GET", "/v1/detector"), ("GET", "/v1/default/detector"), ("GET", "/v1/scorers"), ("GET", "/metrics"),
+        )  # fmt: skip
+        for method, path in routes:
             for headers in ({}, {"authorization": "Bearer other"}, {"authorization": f"Basic {TOKEN}x"},
                             {"authorization": "Bearer \xe9"}, {"authorization": TOKEN}):  # fmt: skip
                 encoded = {name: value.encode("latin-1") for name, value in headers.items()}
@@ -871,7 +881,7 @@ def test_buckets_and_histogram_of_any_scores(scores):
     assert all(map(math.isfinite, buckets))
     assert all(a < b for a, b in pairwise(buckets))
     for threshold in (-math.inf, 0.0, 50.0):
-        counts = histogram(scores, threshold)
+        counts = histogram(scores, [threshold])
         assert sum(counts.counts) == len(scores)
         assert len(counts.edges) == len(counts.counts) + 1
         assert np.isfinite(counts.edges).all()
@@ -929,14 +939,22 @@ def test_explanations(client, scorer):
 
 def test_openapi_describes_the_results(client):
     schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/v1/score", "/v1/detector", "/metrics", "/healthz", "/readyz"}
+    named = {"/v1/{name}/score", "/v1/{name}/detector"}
+    assert set(schema["paths"]) == {
+        "/v1/score", "/v1/detector", *named, "/v1/scorers", "/metrics", "/healthz", "/readyz",
+    }  # fmt: skip
+    for path in named:
+        (parameter,) = [p for m in schema["paths"][path].values() for p in m["parameters"] if p["in"] == "path"]
+        assert parameter["schema"]["enum"] == ["default"]
     post = schema["paths"]["/v1/score"]["post"]
     assert set(post["requestBody"]["content"]) == {
         "image/*", "application/octet-stream", "application/json", "multipart/form-data",
     }  # fmt: skip
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
-    assert set(result["properties"]) == {"name", "score", "p_value", "verdict", "predicted", "error", "why"}
+    assert set(result["properties"]) == {
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
+    }  # fmt: skip
 
 
 def test_the_page_loads_nothing_from_other_origins(client):
@@ -1033,6 +1051,8 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
             "0",
             "--token-file",
             str(tmp_path / "token"),
+            "--tpr",
+            "0.9",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -1050,6 +1070,9 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["results"][0]["score"] is not None
+        about = urllib.request.Request(f"http://{host}:{port}/v1/detector", headers=dict(request.header_items()))
+        with urllib.request.urlopen(about, timeout=30) as answer:
+            assert json.load(answer)["tpr"] == 0.9
         request.add_header("Origin", f"http://{host}:{int(port) % 65535 + 1}")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(request, timeout=30)
@@ -1075,7 +1098,7 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
         process.kill()
     assert process.returncode == 0, log
     assert rest == ""
-    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 403, 200]
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200, 403, 200]
     assert TOKEN not in log + said
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from featnorm import norms
-from featnorm.features import Features
 from featnorm.paper.networks import CSIHead
 from featnorm.tap import FeatureTap
+from networks import Net, assert_absent, assert_reproduces, batch_norm, parameter, plain, same, tapped
 
 N, IN, D, E, C = 5, 6, 8, 4, 3
 
@@ -35,54 +35,6 @@ def x() -> Tensor:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(N, 3, 8, 8)
-
-
-class Net(nn.Module):
-    """A network of named modules, whose forward pass is a function of the network and its input."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self._run = forward
-        for name, part in parts.items():
-            if isinstance(part, (nn.Parameter, nn.Module)):
-                setattr(self, name, part)
-            else:
-                self.register_buffer(name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self._run(self, x)
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape))
-
-
-def tapped(net: nn.Module, x: Tensor, layer: str | nn.Module | None = None) -> Features:
-    return FeatureTap(net.eval(), layer)(x)
-
-
-def plain(net: nn.Module, x: Tensor) -> Any:
-    with torch.no_grad():
-        return net.eval()(x)
-
-
-def same(actual: Tensor | None, expected: Tensor) -> None:
-    assert actual is not None
-    torch.testing.assert_close(actual, expected.detach(), rtol=1e-5, atol=1e-6)
-
-
-def assert_reproduces(features: Features, name: str, logits: Tensor | None = None) -> None:
-    """Check that W f + b are the logits, where f is the field."""
-    weight, bias = features.linear()
-    expected = features.tensor("logits") if logits is None else logits.detach()
-    out = features.tensor(name) @ weight.T + (0 if bias is None else bias)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-
-
-def assert_absent(features: Features, *names: str) -> None:
-    for name in names:
-        assert getattr(features, name) is None, name
-        assert features.absent[name], f"no reason is given for the missing {name}"
 
 
 def is_mlp_head(net: nn.Module, x: Tensor) -> bool:
@@ -238,15 +190,6 @@ def test_dropout_after_the_non_linearity(drop: nn.Module, x: Tensor) -> None:
     assert_reproduces(f, "activation", net(x))
 
 
-def batch_norm(width: int) -> nn.BatchNorm1d:
-    norm = nn.BatchNorm1d(width)
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
-            tensor.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    return norm
-
-
 def test_batch_norm_before_the_non_linearity(x: Tensor) -> None:
     net = nn.Sequential(nn.Linear(IN, D), batch_norm(D), nn.ReLU(), nn.Linear(D, C))
     f = tapped(net, x)
@@ -255,14 +198,31 @@ def test_batch_norm_before_the_non_linearity(x: Tensor) -> None:
     assert is_mlp_head(net, x)
 
 
-@pytest.mark.parametrize("norm", [batch_norm(D), nn.LayerNorm(D)])
-def test_a_norm_after_the_non_linearity_leaves_no_classifier(norm: nn.Module, x: Tensor) -> None:
-    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), norm, nn.Linear(D, C))
+def test_a_layer_norm_after_the_non_linearity_leaves_no_classifier(x: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), nn.LayerNorm(D), nn.Linear(D, C))
     f = tapped(net, x)
     same(f.activation, F.relu(net[0](x)))
     same(f.logits, net(x))
     assert_absent(f, "classifier")
     assert "normali" in f.absent["classifier"]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_after_the_non_linearity_is_part_of_the_classifier(affine: bool, x: Tensor) -> None:
+    norm = batch_norm(D) if affine else nn.BatchNorm1d(D, affine=False)
+    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), norm, nn.Linear(D, C))
+    f = tapped(net, x)
+    same(f.activation, F.relu(net[0](x)))
+    same(f.logits, net(x))
+    assert_reproduces(f, "activation")
+
+
+@pytest.mark.parametrize("norm", [batch_norm(D), nn.LayerNorm(D)])
+def test_a_norm_after_the_hidden_layer_is_named(norm: nn.Module, x: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(IN, D), nn.ReLU(), norm, nn.Linear(D, C))
+    words = FeatureTap(net).trace(x).describe()
+    assert "norm in `2` rescales it before the classifier" in words
+    assert "recommends" not in words
 
 
 def test_a_scaling_of_the_units_leaves_no_classifier(x: Tensor) -> None:
@@ -633,11 +593,15 @@ def test_a_norm_between_pool_and_classifier(norm: nn.Module, images: Tensor) -> 
         conv=nn.Conv2d(3, D, 3), norm=norm, fc=nn.Linear(D, C),
     )  # fmt: skip
     f = tapped(net, images)
-    assert f.classifier is None or f.activation is None
-    same(f.pooled, net.norm(F.relu(net.conv(images)).mean((2, 3))))
+    pooled = F.relu(net.conv(images)).mean((2, 3))
     if isinstance(norm, nn.LayerNorm):
+        same(f.pooled, net.norm(pooled))
         assert_absent(f, "activation")
         assert "normalization" in FeatureTap(net).trace(images).describe()
+    else:  # which is part of the classifier
+        same(f.pooled, pooled)
+        same(f.activation, pooled)
+    assert_reproduces(f, "pooled", net(images))
 
 
 def test_a_residual_sum_that_is_rectified_before_the_pool(images: Tensor) -> None:
@@ -819,6 +783,43 @@ def test_a_model_without_classifier(images: Tensor) -> None:
     same(f.activation, net(images))
     same(f.pooled, net(images))
     assert_absent(f, "logits", "classifier", "embedding")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+@pytest.mark.parametrize("norm", [RMSNorm, lambda: nn.RMSNorm(D), lambda: nn.LayerNorm(D)])
+@pytest.mark.parametrize("where", ["tokens", "pool"])
+@pytest.mark.parametrize("head", [True, False])
+def test_a_norm_before_the_head_or_the_end(norm: Callable[[], nn.Module], where: str, head: bool) -> None:
+    def features(m: Any, x: Tensor) -> Tensor:
+        return m.norm(x).mean(1) if where == "tokens" else m.norm(x.mean(1))
+
+    tokens = torch.randn(N, 7, D)
+    net = Net(lambda m, x: m.fc(features(m, x)), norm=norm(), fc=nn.Linear(D, C) if head else nn.Identity())
+    f = tapped(net, tokens)
+    same(f.pooled, features(net, tokens))
+    assert_absent(f, "embedding", "activation")
+    assert "a layer normalization (`norm`) before the head cancels the norm" in f.absent["activation"]
+    if head:
+        assert_reproduces(f, "pooled", net(tokens))
+    else:
+        assert_absent(f, "logits")
+
+
+def test_the_mean_of_two_tokens_is_the_feature_that_is_returned() -> None:
+    # A distilled DeiT without its heads.
+    tokens = torch.randn(N, 7, D)
+    net = Net(lambda m, x: (lambda h: (h[:, 0] + h[:, 1]) / 2)(m.norm(x)), norm=nn.LayerNorm(D))
+    f = tapped(net, tokens)
+    same(f.pooled, net(tokens))
+    assert_absent(f, "logits", "classifier")
 
 
 def test_a_model_that_returns_its_hidden_vector(x: Tensor) -> None:
@@ -1214,7 +1215,7 @@ def test_a_width_of_one(x: Tensor) -> None:
     net = nn.Sequential(nn.Linear(IN, 1), nn.ReLU(), nn.Linear(1, 1))
     f = tapped(net, x)
     same(f.activation, F.relu(net[0](x)))
-    assert_reproduces(f, "activation", net(x))
+    assert_reproduces(f, "activation", torch.cat([-net(x), net(x)], 1) / 2)
 
 
 def test_gray_images_of_one_pixel_row() -> None:
@@ -1373,10 +1374,10 @@ def test_a_layer_of_maps_is_averaged(cnn: Any, images: Tensor) -> None:
     same(tapped(cnn, images, "trunk").activation, cnn.trunk(images).mean((2, 3)))
 
 
-def test_a_layer_of_tokens_is_refused() -> None:
+def test_a_layer_of_tokens_is_averaged() -> None:
     net = Net(lambda m, x: m.fc(m.block(x).mean(1)), block=Block(), fc=nn.Linear(D, C))
-    with pytest.raises(ValueError, match=r"'block'.*\(2, 7, 8\)"):
-        tapped(net, torch.randn(N, 7, D), "block")
+    tokens = torch.randn(N, 7, D)
+    same(tapped(net, tokens, "block").activation, net.block(tokens).mean(1))
 
 
 def test_a_layer_that_does_not_run_is_refused(cnn: Any, images: Tensor) -> None:

@@ -59,6 +59,8 @@ def test_the_mlp_is_the_product_of_its_matrices(name, widths, classes, seed):
                 c = c * factors[k][:, None]
                 gamma = gamma + c @ linears[k].bias
                 c = c @ linears[k].weight
+            if classes == 1:  # of two classes, (-z / 2, z / 2)
+                c, gamma = torch.cat([-c, c], 1) / 2, torch.cat([-gamma, gamma], 1) / 2
             hidden = fn.FeatureTap(model, str(2 * layer + 1)).hidden(x)
             torch.testing.assert_close(hidden.activation, a[layer + 1])
             torch.testing.assert_close(hidden.coefficients, c)

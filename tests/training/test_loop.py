@@ -26,6 +26,7 @@ from trainings import CASES, PAPER_RECIPE, RECIPE, assert_same, data, framework,
 
 pytestmark = pytest.mark.slow
 
+FABRIC = Runtime().fabric
 HELPERS = Path(trainings.__file__).parent
 
 
@@ -201,7 +202,7 @@ def test_supcon_is_the_formula_over_both_views():
         below = sum(torch.exp(unit[i] @ unit[a] / 0.2) for a in others)
         positives = [p for p in others if y[p] == y[i]]
         total -= sum(torch.log(torch.exp(unit[i] @ unit[p] / 0.2) / below) for p in positives) / len(positives)
-    assert float(supcon(z, y, 0.2, None)) == pytest.approx(float(total) / 12, rel=1e-5)
+    assert float(supcon(z, y, 0.2, FABRIC)) == pytest.approx(float(total) / 12, rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -232,24 +233,22 @@ TWO = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 from dataclasses import replace
-from lightning_fabric import Fabric
 from featnorm.paper.networks import MLP
 from featnorm.paper.recipe import PRESETS
 from featnorm.models import ProjectionHead
+from featnorm.runtime import Runtime
 from featnorm.training import Recipe, train
 from trainings import CASES, data, plain
 def run(fabric):
     images, targets = data(64)
     ends = {{}}
     for name, recipe in CASES.items():
-        ends[name] = train(plain(recipe), images, targets, recipe, fabric=fabric).state_dict()
+        ends[name] = train(plain(recipe), images, targets, recipe, runtime=runtime).state_dict()
     if fabric.global_rank == 0:
         torch.save(ends, {out!r})
 if __name__ == "__main__":
-    # Forked processes need not import everything again.
-    strategy = "ddp_fork" if sys.platform == "linux" else "ddp_spawn"
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
-    fabric.launch(run)
+    runtime = Runtime(processes=2)
+    runtime.fabric.launch(run)
 """
 
 
@@ -271,7 +270,7 @@ def test_supcon_of_one_class_and_of_classes_of_one():
     from featnorm.paper.objectives import supcon
 
     z = torch.randn(6, 4)
-    one = supcon(z, torch.zeros(6, dtype=torch.int64), 0.1, None)
+    one = supcon(z, torch.zeros(6, dtype=torch.int64), 0.1, FABRIC)
     unit = nn.functional.normalize(z)
     expected = [
         -torch.stack([(unit[i] @ unit[p]) / 0.1 for p in range(6) if p != i]).log_softmax(0).mean()
@@ -279,7 +278,7 @@ def test_supcon_of_one_class_and_of_classes_of_one():
     ]
     torch.testing.assert_close(one, torch.stack(expected).mean())
     z.requires_grad_()
-    alone = supcon(z, torch.arange(6), 0.1, None)
+    alone = supcon(z, torch.arange(6), 0.1, FABRIC)
     alone.backward()
     assert float(alone.detach()) == 0
     assert torch.isfinite(z.grad).all()
@@ -376,7 +375,7 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
-    fabric = Runtime("cpu", compiled=True).fabric
+    runtime = Runtime("cpu", compiled=True)
 
     def network():
         torch.manual_seed(0)
@@ -386,7 +385,7 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
         return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(8, 3))
 
     plain = train(network(), images, targets, recipe)
-    compiled = train(network(), images, targets, recipe, fabric=fabric)
+    compiled = train(network(), images, targets, recipe, runtime=runtime)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[key], value, rtol=1e-3, atol=1e-5)
@@ -396,6 +395,6 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(network(), images, targets, recipe, folder=tmp_path, fabric=fabric, on_epoch=stop)
-    resumed = train(network(), images, targets, recipe, folder=tmp_path, fabric=fabric)
+        train(network(), images, targets, recipe, folder=tmp_path, runtime=runtime, on_epoch=stop)
+    resumed = train(network(), images, targets, recipe, folder=tmp_path, runtime=runtime)
     assert_same(weights(compiled), weights(resumed))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from featnorm.paper.systems import steps
 from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.steps import train_steps
-from featnorm.training import Recipe, loop, train
+from featnorm.runtime import Runtime
+from featnorm.training import Recipe, runs, train
 from featnorm.training.runs import CHECKPOINT, LOG, log, read_checkpoint, read_log, write_checkpoint
 
 RUN = {"recipe": {"lr": 0.1}, "seed": 0}
@@ -88,7 +88,7 @@ def test_the_log_lacks_no_epoch_wherever_a_run_is_killed(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_checkpoint", die)
+        patch.setattr(runs, "write_checkpoint", die)
         with pytest.raises(KeyboardInterrupt):
             train(model(), *data(), RECIPE, folder=tmp_path)
     train(model(), *data(), RECIPE, folder=tmp_path)
@@ -127,8 +127,8 @@ def fit_steps(folder):
         yield "one", parts["1"](parts["0"](pixels)).square().mean()
 
     optimizers = {"one": torch.optim.SGD(system.parameters(), lr=0.01)}
-    context = TrainContext(folder=folder, seed=0)
-    train_steps(system, images, step, optimizers, epochs=3, batch_size=8, settings={}, context=context)
+    context = TrainContext(folder, Runtime(), seed=0)
+    train_steps(system, images, step, optimizers, {"epochs": 3, "batch_size": 8}, context)
     return trained
 
 
@@ -140,8 +140,7 @@ def test_a_log_that_does_not_fit_the_checkpoint_costs_no_epoch(tmp_path, monkeyp
         if state["epoch"] == 2:
             raise KeyboardInterrupt
 
-    for loop_of in (loop, steps):
-        monkeypatch.setattr(loop_of, "write_checkpoint", die)
+    monkeypatch.setattr(runs, "write_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path)
     monkeypatch.undo()

@@ -24,6 +24,7 @@ from featnorm.cli.options import (
     DataRoot,
     Device,
     LabelColumn,
+    Layer,
     OutFile,
     Precision,
     Ray,
@@ -69,6 +70,15 @@ def fit(
             "are at least 100 images."
         ),
     ] = "auto",
+    layer: Layer = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Output of a model with several heads to use as logits: a key, an attribute or a path such as "
+            "`heads.0`. Default: the one named `logits`, or the first.",
+        ),
+    ] = None,
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
@@ -140,6 +150,8 @@ def fit(
             loaded,
             detector=parsed,
             head=head,
+            layer=layer,
+            output=output,
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,

@@ -1,8 +1,10 @@
-"""``featnorm serve``: a detector as an HTTP service."""
+"""``featnorm serve``: detectors as an HTTP service."""
 
 import logging
 import os
 import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +12,37 @@ import typer
 
 from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.options import BatchSize, Device, OwnModel, OwnWeights, Precision, ScorerFile
+from featnorm.cli.options import BatchSize, Device, Precision, Tpr
 
 _TOKEN = "FEATNORM_TOKEN"
 
 
 def serve(
-    scorer_file: ScorerFile,
-    model: OwnModel = None,
-    weights: OwnWeights = None,
+    scorers: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SCORER...",
+            help="Files written by `featnorm fit`, or by `Scorer.save`. The name of a scorer is that of its file "
+            "without the ending; `NAME=FILE` to choose another.",
+        ),
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SPEC",
+            help="Required if a file does not contain its model, or if the model is your own: `MODULE:FUNCTION`, "
+            "or a library's model with `--weights`. Repeat with the names of the scorers if they differ.",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Weights file of `--model`, for a SCORER that does not contain its model. Repeat with the names "
+            "of the scorers if they differ.",
+        ),
+    ] = None,
+    tpr: Tpr = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 8000,
     allowed_host: Annotated[
@@ -36,6 +60,14 @@ def serve(
             "environment variable FEATNORM_TOKEN. If neither is given, no token is required.",
         ),
     ] = None,
+    root_path: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Path under which a proxy serves the service, such as `/ood`, whether or not the proxy removes "
+            "it from the requests.",
+        ),
+    ] = "",
     device: Device = "auto",
     precision: Precision = "32-true",
     batch_size: BatchSize = 32,
@@ -62,14 +94,16 @@ def serve(
     ] = 512,
     grace_seconds: Annotated[float, typer.Option(help="Maximum seconds from SIGTERM or Ctrl+C to exit.")] = 10.0,
 ) -> None:
-    """Serve a detector over HTTP, with a web page onto which images can be dropped.
+    """Serve detectors over HTTP, with a web page onto which images can be dropped.
 
-    `POST /v1/score` takes one image, or several as a form or as base64 in JSON; `/openapi.json` describes the API.
-    One line of JSON per request is logged to standard error. `/metrics` serves Prometheus metrics.
+    `POST /v1/score` takes one image, or several as a form or as base64 in JSON; with several scorers,
+    `POST /v1/NAME/score`. `/openapi.json` describes the API. A file that is replaced is loaded again, as all files
+    are after SIGHUP, without an interruption. One line of JSON per request is logged to standard error. `/metrics`
+    serves Prometheus metrics.
     """
     from featnorm.cli.runtime import runtime_of
-    from featnorm.scorer import load
-    from featnorm.serve import Limits, create_app
+    from featnorm.scorer import Scorer, load
+    from featnorm.serve import Limits, ScorerFile, create_app
     from featnorm.serve.server import bind, run_server
 
     limits = Limits(
@@ -86,16 +120,30 @@ def serve(
     token = _token(token_file)
     bound = bind(host, port)
     runtime = runtime_of(device, precision)
-    scorer = load(scorer_file, model, weights=weights)
-    scorer.to(runtime.torch_device)
+    files = _by_name(scorers)
+    models, weights_files = _per_scorer(model, files, "--model"), _per_scorer(weights, files, "--weights")
+
+    def opened(name: str, file: Path) -> Scorer:
+        scorer = load(file, models.get(name), weights=weights_files.get(name))
+        if tpr is not None:
+            scorer.set_tpr(tpr)
+        return scorer.to(runtime.torch_device)
+
+    served = {name: ScorerFile(file, partial(opened, name)) for name, file in files.items()}
     app = create_app(
-        scorer,
+        served,
         limits,
         token,
         allowed_hosts=allowed_host or [],
         bound_host=host,
+        root_path=root_path,
         runtime=runtime,
     )
+
+    def reload() -> None:
+        for file in served.values():
+            file.request_reload()
+
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         console.print(
             f"Anyone who can reach {host} can use this service: set a --token-file, or listen on 127.0.0.1.",
@@ -103,13 +151,15 @@ def serve(
         )
     host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{bound.getsockname()[1]}/"
+    titles = ", ".join(map(str, files.values()))
     _log_lines()
     try:
         run_server(
             app,
             bound,
             limits,
-            lambda: console.print(f"Serving {scorer_file} at {url} (Ctrl+C ends it).", soft_wrap=True),
+            lambda: console.print(f"Serving {titles} at {url} (Ctrl+C ends it).", soft_wrap=True),
+            reload,
         )
         status = 0
     except KeyboardInterrupt:
@@ -117,6 +167,40 @@ def serve(
     logging.shutdown()
     sys.stdout.flush()
     raise EndAtOnce(status)
+
+
+def _by_name(arguments: Iterable[Path]) -> dict[str, Path]:
+    """Return the files of the arguments ``FILE`` and ``NAME=FILE``, by name."""
+    files: dict[str, Path] = {}
+    for argument in arguments:
+        name, given, file = str(argument).partition("=")
+        # A path may contain a "=" too.
+        if not given or not name or "/" in name or os.sep in name or argument.exists():
+            name, file = argument.stem, str(argument)
+        if name in files:
+            raise ValueError(f"{files[name]} and {file} have the same name, {name!r}: choose one with NAME=FILE")
+        files[name] = Path(file)
+    return files
+
+
+def _per_scorer(values: Sequence[str] | None, names: Iterable[str], option: str) -> dict[str, str]:
+    """Return the values ``NAME=VALUE`` of an option by name; a ``VALUE`` alone is for the other scorers."""
+    found: dict[str, str] = {}
+    others: list[str] = []
+    for value in values or []:
+        name, given, rest = value.partition("=")
+        if given and name in names:
+            if name in found:
+                raise ValueError(f"{option} is given twice for {name!r}: omit one of them")
+            found[name] = rest
+        else:
+            others.append(value)
+    if len(others) > 1:
+        raise ValueError(
+            f"{option} is given as {' and as '.join(others)}: repeat it as NAME=..., with NAME one of "
+            f"{', '.join(names)}"
+        )
+    return {**dict.fromkeys(names, *others), **found} if others else found
 
 
 def _token(file: Path | None) -> str | None:

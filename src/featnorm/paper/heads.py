@@ -5,11 +5,10 @@ The backbone runs once on every image of the CIFAR-10 benchmark, not augmented; 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import Detector
@@ -17,10 +16,11 @@ from featnorm.evaluation import compare
 from featnorm.fitting import features_behind
 from featnorm.models import ProjectionHead, load_model
 from featnorm.models.heads import Activation
-from featnorm.paper.images import CLASSES, cifar10_images
+from featnorm.paper.images import CLASSES, Images, as_pixels, cifar10_images
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.scoring import inactive, percentages
 from featnorm.paper.study import Context
+from featnorm.runtime import Runtime
 from featnorm.training import train
 
 NETWORK = "cifar10-resnet18"
@@ -28,36 +28,21 @@ NETWORK = "cifar10-resnet18"
 FROZEN = PaperRecipe(epochs=20, batch_size=256, optimizer="sgd", lr=0.06)
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """The backbone's features (n, D) of the benchmark's images, with labels (n,) for ID."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    ood: dict[str, Tensor]
-    facts: dict[str, str]
-
-
 @torch.no_grad()
-def pooled_features(context: Context) -> Pooled:
-    """Run the backbone on every image."""
+def pooled_features(context: Context) -> Images:
+    """Return the backbone's features (n, D) in place of the benchmark's images."""
     images = context.once(cifar10_images)
     backbone = fast_layout(load_model(NETWORK)[:2])
 
     def features(pixels: Tensor) -> Tensor:
-        return torch.cat([backbone(fast_layout(batch).float().div(255)) for batch in pixels.split(250)])
+        return torch.cat([backbone(as_pixels(batch)) for batch in pixels.split(250)])
 
-    (train_images, train_labels), (test_images, test_labels) = images.train, images.test
-    return Pooled(
-        (features(train_images), train_labels),
-        (features(test_images), test_labels),
-        {name: features(pixels) for name, pixels in images.ood.items()},
-        images.facts,
-    )
+    train, test = ((features(pixels), labels) for pixels, labels in (images.train, images.test))
+    return Images(train, test, {name: features(pixels) for name, pixels in images.ood.items()}, images.facts)
 
 
 def fit_and_score(
-    pooled: Pooled,
+    pooled: Images,
     recipe: PaperRecipe,
     detectors: Sequence[Detector],
     *,
@@ -80,7 +65,7 @@ def fit_and_score(
     Returns
     -------
     Last loss and accuracy of the training, its seconds, and of what `featnorm.paper.scoring.score` returns
-    ``accuracy``, ``scores``, ``left_out`` and ``inactive``.
+    ``accuracy``, ``scores``, ``excluded`` and ``inactive``.
     """
     began = time.perf_counter()
     features, labels = pooled.train
@@ -89,12 +74,16 @@ def fit_and_score(
         head = ProjectionHead(
             features.shape[1], len(CLASSES), hidden=hidden, activation=activation, temperature=temperature
         )
-    last: dict[str, Any] = {}
-
-    def keep_last(entry: dict[str, Any], _: nn.Module) -> None:
-        last.update(entry)
-
-    train(head, features, labels, recipe, seed=seed, progress=progress, on_epoch=keep_last)
+    entries: list[dict[str, Any]] = []
+    train(
+        head,
+        features,
+        labels,
+        recipe,
+        runtime=Runtime(progress=progress),
+        seed=seed,
+        on_epoch=lambda entry, _: entries.append(entry),
+    )
     seconds = time.perf_counter() - began
     test = features_behind(head, pooled.test[0])
     ood = {name: features_behind(head, values) for name, values in pooled.ood.items()}
@@ -105,11 +94,11 @@ def fit_and_score(
         ood_sets={name: [values] for name, values in ood.items()},
     )
     return {
-        "train_loss": last["loss"],
-        "train_accuracy": last["accuracy"],
+        "train_loss": entries[-1]["loss"],
+        "train_accuracy": entries[-1]["accuracy"],
         "train_seconds": seconds,
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
-        "left_out": evaluation.excluded,
+        "excluded": evaluation.excluded,
         "inactive": {name: inactive([values]) for name, values in {"cifar10": test, **ood}.items()},
     }

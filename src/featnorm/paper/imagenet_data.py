@@ -11,6 +11,7 @@ from torch import Tensor
 from featnorm._utils.extras import vision_module
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 from featnorm.paper.checkpoints import CLASSES
+from featnorm.paper.study import MissingError
 
 _WISC = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 _OPENOOD = "OpenOOD (github.com/Jingkang50/OpenOOD, scripts/download/download.py"
@@ -142,34 +143,39 @@ class Data:
         return facts if self.side is None else {**facts, "resolution": f"all shrunk to {self.side} pixels"}
 
 
-def _imagenet(ood: Mapping[str, ImageSet]) -> Callable[["_Finder"], Data | None]:
-    def open_all(find: "_Finder") -> Data | None:
-        train, test = find(_TRAIN), find(_VAL)
-        found = {name: find(each) for name, each in ood.items()}
-        if train is None or test is None:
-            return None
-        return Data(train, test, _present(found), torch.arange(CLASSES))
+def _open(root: Path | None, *wanted: ImageSet) -> list[ImageSource]:
+    """Open data sets; a `MissingError` names all that are missing."""
+    found, missing = [], []
+    for data_set in wanted:
+        try:
+            found.append(data_set.find(root))
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingError(missing)
+    return found
+
+
+def _imagenet(ood: Mapping[str, ImageSet]) -> Callable[[Path | None], Data]:
+    def open_all(root: Path | None) -> Data:
+        train, test, *sets = _open(root, _TRAIN, _VAL, *ood.values())
+        return Data(train, test, dict(zip(ood, sets, strict=True)), torch.arange(CLASSES))
 
     return open_all
 
 
-def _sample(find: "_Finder") -> Data | None:
+def _sample(root: Path | None) -> Data:
     """One image per class: those of even classes to fit on, the others to test."""
-    sample, textures = find(_SAMPLE), find(_SOME_TEXTURES)
-    if sample is None or textures is None:
-        return None
+    sample, textures = _open(root, _SAMPLE, _SOME_TEXTURES)
     halves = [
         SlicedSource(sample, range(first, len(sample), 2), f"{sample.title}[{first}::2]") for first in range(2)
     ]
     return Data(halves[0], halves[1], {"textures": textures}, torch.arange(CLASSES))
 
 
-def _tiny(find: "_Finder") -> Data | None:
+def _tiny(root: Path | None) -> Data:
     """The 200 classes of Tiny ImageNet; OOD are the other classes of ImageNet-1k, and textures, shrunk alike."""
-    train, test = find(_TINY["train"]), find(_TINY["val"])
-    sample, textures = find(_SAMPLE), find(_SOME_TEXTURES)
-    if train is None or test is None or sample is None or textures is None:
-        return None
+    train, test, sample, textures = _open(root, _TINY["train"], _TINY["val"], _SAMPLE, _SOME_TEXTURES)
     numbers = {synset: i for i, synset in enumerate(vision_module("timm.data").ImageNetInfo().label_names())}
     if train.class_names is None or not set(train.class_names) <= set(numbers):
         raise DataError(
@@ -183,8 +189,8 @@ def _tiny(find: "_Finder") -> Data | None:
     return Data(_first(train, TINY_TRAIN), _first(test, TINY_TEST), ood, torch.tensor(tiny), TINY_SIDE)
 
 
-#: The data of each benchmark, by name.
-DATA: dict[str, Callable[["_Finder"], Data | None]] = {
+#: Functions that open the data of each benchmark, by name; a `MissingError` names all missing data sets.
+DATA: dict[str, Callable[[Path | None], Data]] = {
     "four OOD sets": _imagenet(OOD_SETS),
     "seven OOD sets": _imagenet({**OOD_SETS, **MORE_OOD_SETS}),
     "imagenet1k_sample": _sample,
@@ -192,39 +198,10 @@ DATA: dict[str, Callable[["_Finder"], Data | None]] = {
 }
 
 
-class _Finder:
-    """Opens each data set once, and collects what is missing."""
-
-    def __init__(self, root: Path | None) -> None:
-        self.root = root
-        self.problems: dict[ImageSet, str] = {}
-        self.found: dict[ImageSet, ImageSource] = {}
-
-    def __call__(self, wanted: ImageSet) -> ImageSource | None:
-        if wanted not in self.found and wanted not in self.problems:
-            try:
-                self.found[wanted] = wanted.find(self.root)
-            except DataError as error:
-                self.problems[wanted] = str(error)
-        return self.found.get(wanted)
-
-
-def open_data(name: str, root: Path | None) -> tuple[Data | None, list[str]]:
-    """Return the data of a benchmark, one of `DATA`, or None and a line for everything that is missing."""
-    find = _Finder(root)
-    data = DATA[name](find)
-    problems = list(find.problems.values())
-    return (None if problems else data), problems
-
-
 def _first(source: ImageSource, count: int) -> ImageSource:
     if len(source) <= count:
         return source
     return SlicedSource(source, range(count), f"{source.title}[:{count}]")
-
-
-def _present(found: Mapping[str, ImageSource | None]) -> dict[str, ImageSource]:
-    return {name: source for name, source in found.items() if source is not None}
 
 
 def _exists(root: Path, spec: str) -> bool:

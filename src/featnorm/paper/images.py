@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featnorm._utils.layout import fast_layout
 from featnorm.inputs import DataError, ImageSource, image_tensor, open_source
 from featnorm.paper.study import Context
 
 SIDE = 32
+_CPU = torch.device("cpu")
 #: CIFAR-10's, in the order of their labels.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -111,6 +113,11 @@ def labeled(
     if wrong is not None:
         raise DataError(f"{source.name(wrong)} of {source.title} has no label below {classes}")
     return image_tensor(source, side, progress=progress), torch.tensor(labels)
+
+
+def as_pixels(images: Tensor, device: torch.device = _CPU) -> Tensor:
+    """Return uint8 images as pixels in [0, 1] on a device, in the layout of `fast_layout`."""
+    return fast_layout(images.to(device)).float().div_(255)
 
 
 def spaced(values: Tensor, count: int | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +106,7 @@ class MoCo(_Contrastive):
     def _keys(self, views: Tensor, fabric: Any) -> Tensor:
         order = torch.randperm(len(views)).to(views.device)
         parts = views[order].tensor_split(max(1, len(views) // _KEYS_PER_PASS))
-        with _autocast(fabric):
+        with fabric.autocast():
             keys = torch.cat([self.encoder(part) for part in parts])
         return nn.functional.normalize(keys.float())[order.argsort()]
 
@@ -210,7 +209,7 @@ def supcon(outputs: Tensor, targets: Tensor, temperature: float, fabric: Any) ->
     It is averaged over the inputs that share their class with another one. The embeddings are normalized here.
     With several processes, every input is contrasted with the inputs of all of them.
     """
-    if fabric is not None and fabric.world_size > 1:
+    if fabric.world_size > 1:
         # With gradients: this sums the gradients of each process's own inputs over the processes, and the
         # data-parallel wrapper averages them again.
         outputs = fabric.all_gather(outputs, sync_grads=True).flatten(0, 1)
@@ -256,13 +255,9 @@ def _pixels(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).float() / 255
 
 
-def _autocast(fabric: Any) -> AbstractContextManager[Any]:
-    return nullcontext() if fabric is None else fabric.autocast()
-
-
 def _of_all(values: Tensor, views: int, fabric: Any) -> Tensor:
     """Return the values (views n, ...) of all processes, in the order of one process."""
-    if fabric is None or fabric.world_size == 1:
+    if fabric.world_size == 1:
         return values
     gathered = fabric.all_gather(values, sync_grads=values.requires_grad)
     return gathered.unflatten(1, (views, -1)).transpose(0, 1).flatten(0, 2)
@@ -273,7 +268,7 @@ def _embeddings(model: nn.Module, images: Tensor, fabric: Any) -> Tensor:
     """Return unit embeddings (n, e) of images (n, 3, h, w) uint8, in evaluation mode; the mode is restored."""
     device = next(model.parameters()).device
     training = model.training
-    with _autocast(fabric):
+    with fabric.autocast():
         embedding = model.eval()(_pixels(images, device))
     model.train(training)
     return nn.functional.normalize(embedding.float())

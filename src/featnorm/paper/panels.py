@@ -57,7 +57,7 @@ class Panel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Panel":
-        """Return the panel that `to_dict` made plain data of."""
+        """Return a panel from the output of `to_dict`."""
         image = data["image"]
         if image is not None:
             image = np.array([[bit == "1" for bit in row] for row in image])

@@ -119,6 +119,17 @@ class PaperRecipe(Recipe):
         return replace(self, augment=augment, crop=self.crop if augment else None)
 
 
+_SIMCLR = PaperRecipe(
+    epochs=1000,
+    batch_size=512,
+    optimizer="lars",
+    lr=1.0,
+    weight_decay=1e-6,
+    warmup=0.01,
+    augment=True,
+    objective="simclr",
+    temperature=0.5,
+)
 #: Settings by their source: sections of the paper ("Other setups follow the default setting in PyTorch": no weight
 #: decay for SGD, 0.01 for AdamW), and those of a framework's authors for CIFAR-10. Where the authors lower the
 #: learning rate in steps, it falls along a cosine here.
@@ -144,17 +155,7 @@ PRESETS = {
         queue=4096,
         ema=0.99,
     ),
-    "SimCLR": PaperRecipe(
-        epochs=1000,
-        batch_size=512,
-        optimizer="lars",
-        lr=1.0,
-        weight_decay=1e-6,
-        warmup=0.01,
-        augment=True,
-        objective="simclr",
-        temperature=0.5,
-    ),
+    "SimCLR": _SIMCLR,
     "RotNet": PaperRecipe(
         epochs=100,
         batch_size=128,
@@ -180,17 +181,7 @@ PRESETS = {
         ema=0.95,
         weight=2.0,
     ),
-    "CSI": PaperRecipe(
-        epochs=1000,
-        batch_size=128,
-        optimizer="lars",
-        lr=1.0,
-        weight_decay=1e-6,
-        warmup=0.01,
-        augment=True,
-        objective="csi",
-        temperature=0.5,
-    ),
+    "CSI": replace(_SIMCLR, batch_size=128, objective="csi"),
 }
 
 

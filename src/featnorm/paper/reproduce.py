@@ -73,34 +73,9 @@ def reproduce(
     """
     if list_:
         _print_list()
-    elif name is None:
+        return
+    if name is None:
         raise ValueError("NAME is missing: `featnorm reproduce --list` lists the names")
-    else:
-        _run(name, scale, data_root, weights, out, device, precision, compiled)
-
-
-def _print_list() -> None:
-    """Print the studies: name, title, scales, and roughly how long they take."""
-    from featnorm.paper.study import studies
-
-    grid = _grid(["Name", "What it is", "Scales", "Laptop, one core"], left=4)
-    for name, study in studies().items():
-        duration = study.duration or (f"as {study.shares}" if study.shares else "")
-        grid.add_row(name, study.title, ", ".join(study.scales), duration)
-    console.print(grid)
-
-
-def _run(
-    name: str,
-    scale: str,
-    data_root: Path | None,
-    weights: Path | None,
-    out: Path,
-    device: str,
-    precision: str,
-    compiled: bool,
-) -> None:
-    """Make a study, or all of them; write and print its tables."""
     from featnorm.cli.runtime import runtime_of
     from featnorm.inputs import DataError
     from featnorm.paper.study import Context, MissingError, studies
@@ -134,6 +109,17 @@ def _run(
             "missing (listed above)"
         ) from None
     console.print(f"Wrote {out / name}.md.", soft_wrap=True)
+
+
+def _print_list() -> None:
+    """Print the studies: name, title, scales, and roughly how long they take."""
+    from featnorm.paper.study import studies
+
+    grid = _grid(["Name", "What it is", "Scales", "Laptop, one core"], left=4)
+    for name, study in studies().items():
+        duration = study.duration or (f"as {study.shares}" if study.shares else "")
+        grid.add_row(name, study.title, ", ".join(study.scales), duration)
+    console.print(grid)
 
 
 def _make_all(available: Mapping[str, Study[Any, Any, Any]], context: Context) -> None:

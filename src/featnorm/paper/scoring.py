@@ -16,7 +16,7 @@ from featnorm.detectors import NAN, Detector, L1Norm, Sparsity, parse_detector
 from featnorm.evaluation import Evaluation, compare
 from featnorm.features import Features
 from featnorm.inputs import CachedFeatures, ImageSource
-from featnorm.paper.images import Images, spaced
+from featnorm.paper.images import Images, as_pixels, spaced
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.study import Context
 from featnorm.tap import AutocastTap, FeatureTap
@@ -36,16 +36,15 @@ def train_and_score(
     context: Context,
     *,
     labels: bool = True,
-    fit_images: int | None = None,
-    same_precision: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train a network, or resume its training, save its weights, and score every set of images with it.
 
     Parameters
     ----------
     model : network with its initial weights.
-    images, detectors, labels, fit_images, same_precision
-        See `score`; with ``labels`` False the network is trained without them too.
+    images, detectors, options : see `score`.
+    labels : see `score`; without them, the network is trained without them too.
     recipe, seed : settings of the training.
     folder : folder of the run; ``checkpoint.pt``, ``log.jsonl`` and ``model.safetensors`` go there.
     context : device, precision and progress bars.
@@ -55,16 +54,7 @@ def train_and_score(
     Last loss and accuracy of the training, its seconds, and what `score` returns.
     """
     inputs, targets = images.train
-    train(
-        model,
-        inputs,
-        targets if labels else None,
-        recipe,
-        folder=folder,
-        fabric=context.fabric,
-        seed=seed,
-        progress=context.progress,
-    )
+    train(model, inputs, targets if labels else None, recipe, folder=folder, runtime=context.runtime, seed=seed)
     with replacing(folder / "model.safetensors") as temporary:
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
     log = read_log(folder / LOG)
@@ -72,9 +62,7 @@ def train_and_score(
         "train_loss": log[-1]["loss"],
         "train_accuracy": log[-1]["accuracy"],
         "train_seconds": sum(entry["seconds"] for entry in log),
-        **score(
-            model, images, detectors, context, labels=labels, fit_images=fit_images, same_precision=same_precision
-        ),
+        **score(model, images, detectors, context, labels=labels, **options),
     }
 
 
@@ -105,12 +93,12 @@ def score(
     Returns
     -------
     ``accuracy`` in [0, 1]; ``scores`` and ``pooled``, AUROC and FPR95 in percent by detector and OOD set;
-    ``left_out``, detectors that cannot be used here, and why; ``inactive``, share of the hidden layer's units that
+    ``excluded``, detectors that cannot be used here, and why; ``inactive``, share of the hidden layer's units that
     are off, by set; ``score_seconds``.
     """
     began = time.perf_counter()
-    model = fast_layout(context.fabric.to_device(model))
-    tap = AutocastTap(model, context.fabric) if same_precision else FeatureTap(model)
+    model = fast_layout(model.to(context.runtime.torch_device))
+    tap = AutocastTap(model, context.runtime) if same_precision else FeatureTap(model)
 
     def stream(pixels: Tensor, targets: Tensor | None) -> Iterator[Features]:
         yield from tap.stream(_Batches(pixels, targets if labels else None), progress=context.progress)
@@ -130,7 +118,7 @@ def score(
         "accuracy": evaluation.accuracy,
         "scores": percentages(evaluation),
         "pooled": percentages(pooled),
-        "left_out": evaluation.excluded,
+        "excluded": evaluation.excluded,
         "inactive": {name: inactive(batches) for name, batches in {"cifar10": test, **ood}.items()},
         "score_seconds": time.perf_counter() - began,
     }
@@ -149,7 +137,7 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self.pixels), _BATCH):
             rows = slice(start, start + _BATCH)
-            inputs = fast_layout(self.pixels[rows]).float().div_(255)
+            inputs = as_pixels(self.pixels[rows])
             yield inputs if self.labels is None else (inputs, self.labels[rows])
 
 

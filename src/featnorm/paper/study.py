@@ -68,11 +68,6 @@ class Context:
     _loaded: dict[Callable[["Context"], Any], Any] = field(default_factory=dict, repr=False)
 
     @property
-    def fabric(self) -> Any:
-        """The launched `lightning_fabric.Fabric` of one process, which sets up training."""
-        return self.runtime.fabric
-
-    @property
     def progress(self) -> bool | None:
         """Whether to show progress bars; see `Runtime`."""
         return self.runtime.progress
@@ -114,7 +109,7 @@ class Study(ABC, Generic[Scale, Inputs, Job]):
 
     #: The page of ``docs/results`` that publishes it, and the folder beside the page that keeps its result.
     page: ClassVar[str]
-    #: Settings by name of the scale: "laptop", what two cores do, and "paper", the paper's protocol.
+    #: Settings by name of the scale: "laptop", for two CPU cores, and "paper", the paper's protocol.
     scales: ClassVar[Mapping[str, Any]]
     #: Whether tables can be made from some of the results, and are rewritten after every run.
     grows: ClassVar[bool] = False

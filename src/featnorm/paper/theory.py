@@ -104,7 +104,7 @@ def _digits(data: Data, context: Context) -> Images:
     return Images(splits[0], splits[1], facts=facts)
 
 
-#: What decodes each data set; with CIFAR-10 come the OOD sets of its benchmark.
+#: Functions that decode each data set, and for CIFAR-10 the OOD sets of its benchmark too.
 LOADERS: Mapping[Data, Callable[[Context], Images]] = {
     "cifar10": cifar10_images,
     "svhn": partial(_digits, "svhn"),
@@ -165,8 +165,7 @@ def train_with_probe(
         targets,
         job.recipe(scale),
         folder=folder,
-        fabric=context.fabric,
-        progress=context.progress,
+        runtime=context.runtime,
         on_epoch=probe,
     )
     return {"records": probe.records, "tensors": end(model, probe)}

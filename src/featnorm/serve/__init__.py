@@ -1,4 +1,4 @@
-"""A detector as an HTTP service: `create_app`, and the `Limits` on what a client may send."""
+"""Detectors as an HTTP service: `create_app`, the `Limits` on what a client may send, and `ScorerFile`."""
 
 try:
     import fastapi  # noqa: F401
@@ -10,5 +10,6 @@ except ImportError as error:
 
 from featnorm.serve.app import create_app
 from featnorm.serve.limits import Limits
+from featnorm.serve.scorers import ScorerFile
 
-__all__ = ["Limits", "create_app"]
+__all__ = ["Limits", "ScorerFile", "create_app"]

@@ -1,127 +1,61 @@
-"""The routes of a detector's service: `create_app`."""
+"""The routes of a service: `create_app`."""
 
 import asyncio
-import dataclasses
-import math
+import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import featnorm
-from featnorm._utils.ranks import shown_scores
-from featnorm.drift import DriftMonitor
-from featnorm.records import row_of
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
-from featnorm.serve.batching import Batcher, Pending
+from featnorm.serve.batching import Batcher
 from featnorm.serve.hosts import HostCheck, allowed_name
 from featnorm.serve.limits import RETRY, BodyLimit, Limits
 from featnorm.serve.metrics import Metrics
 from featnorm.serve.page import render_page
 from featnorm.serve.requests import ImageCounts, RequestLog, problem
+from featnorm.serve.responses import Detector, Problem, Results, Scorers, result_of
+from featnorm.serve.scorers import ScorerFile, ServedScorer, ServedScorers
 from featnorm.serve.uploads import DESCRIPTION, read_body, read_uploads
 from featnorm.serve.workers import Workers
 from featnorm.verdict import ItemVerdict
 
-_MIN_BINS, _MAX_BINS = 12, 40
-
-
-class Result(BaseModel):
-    """The result for one image."""
-
-    name: str = Field(description="File name of the image, or `image N` if the request has none.")
-    score: float | None = Field(
-        description="Score; higher is more in-distribution. Null if the image cannot be read, or if the score is "
-        "infinite, which JSON cannot represent; p-value and verdict are then valid all the same."
-    )
-    p_value: float | None = Field(description="Conformal p-value; a small one means out-of-distribution.")
-    verdict: Literal["ID", "OOD"] | None = Field(description="ID if the score reaches the threshold, else OOD.")
-    predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
-    error: str | None = Field(description="Why the image cannot be scored.")
-    why: list[tuple[str, str]] | None = Field(
-        default=None, description="With `explain=true`: rows of a property and its value."
-    )
-
-
-class Results(BaseModel):
-    """The results for the images of a request, in their order."""
-
-    results: list[Result]
-
-
-class Problem(BaseModel):
-    """Why a request is rejected as a whole."""
-
-    error: str
-    request_id: str
-
-
-class Histogram(BaseModel):
-    """A histogram: n counts between n + 1 edges. Values beyond an end are counted in the bin at that end."""
-
-    edges: list[float]
-    counts: list[int]
-
-
-class Drift(BaseModel):
-    """Whether the images scored since the service started have drifted from the calibration images as a whole."""
-
-    images: int = Field(description="Number of images scored so far.")
-    log10_evidence: float = Field(description="Evidence for drift, as a base-10 logarithm; 0 at the start.")
-    highest: float = Field(description="Maximum of `log10_evidence` so far.")
-    alarm_level: float = Field(description="The evidence at which the alarm is raised.")
-    alarmed_at: int | None = Field(description="Number of the image at which it was, from 1; null before.")
-
-
-class Detector(BaseModel):
-    """The detector that scores the images."""
-
-    detector: str
-    model: str | None = Field(description="Specification of the model; null if it is not known.")
-    facts: dict[str, str]
-    classes: list[str] | None
-    threshold: float | None = Field(description="Scores at or above this are ID; null if it is infinite.")
-    tpr: float = Field(description="Minimum share of in-distribution images that are accepted.")
-    calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
-    explains: bool = Field(description="Whether it can explain its verdicts.")
-    limits: dict[str, int | float]
-    drift: Drift | None = Field(
-        description="Null if the detector was calibrated by leaving images out of its fit in turn: there are no "
-        "calibration scores to compare others with."
-    )
+_ROOT_PATH = re.compile(r"(/[^/?#\s]+)*")
 
 
 def create_app(
-    scorer: Scorer,
+    scorers: Scorer | Mapping[str, Scorer | ScorerFile],
     limits: Limits | None = None,
     token: str | None = None,
     *,
     allowed_hosts: Sequence[str] = (),
     bound_host: str | None = None,
+    root_path: str = "",
     runtime: Runtime | None = None,
 ) -> FastAPI:
     """Create an ASGI application that scores images over HTTP.
 
     It logs to the logger ``featnorm.serve``. It starts with the server; mounted in another application, it starts
-    with the first request to ``/readyz`` or ``/v1/score``.
+    with the first request to ``/readyz`` or for a score.
 
     Parameters
     ----------
-    scorer : Scorer
-        A calibrated scorer.
+    scorers : Scorer, or mapping of str to Scorer or ScorerFile
+        Calibrated scorers by name. Each is at ``/v1/{name}/score`` and ``/v1/{name}/detector``; a single one is at
+        ``/v1/score`` and ``/v1/detector`` too, and needs no name. A `ScorerFile` is loaded again when it is
+        replaced: the new scorer is loaded beside the old one, and requests in progress finish on the old one.
     limits : Limits, optional
         Limits on what a client may send. Default: those of `Limits`.
     token : str, optional
@@ -134,27 +68,33 @@ def create_app(
     bound_host : str, optional
         Address or name that the server listens on. It is a host name of the service as well, but its pages must
         come from the same port.
+    root_path : str
+        Path under which a proxy serves the application, such as ``/ood``, whether or not the proxy removes it from
+        the requests. Mounted in another application, the service knows its path.
     runtime : Runtime, optional
-        Precision to score in. Default: 32-true. The scorer stays on its device.
+        Precision to score in. Default: 32-true. The scorers stay on their devices.
 
     Raises
     ------
     ValueError
-        If the scorer is not calibrated or has no preprocess, the token is empty or has characters that a header
-        cannot have, or an allowed host is not a host name.
+        If there is no scorer, a name is empty or contains ``/``, a scorer is not calibrated or has no preprocess,
+        the token is empty or has characters that a header cannot have, an allowed host is not a host name, or the
+        root path does not start with ``/`` or ends with it.
     """
     limits = limits or Limits()
-    calibration = scorer.calibration
-    if calibration is None:
-        raise ValueError("the scorer is not calibrated: it has no threshold for a verdict")
-    preprocess = scorer.require_preprocess()
+    if not _ROOT_PATH.fullmatch(root_path):
+        raise ValueError(f"the root path {root_path!r} must start with / and not end with it, such as /ood")
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise ValueError("the token must be printable ASCII without spaces, and not empty")
     hosts = [allowed_name(host) for host in allowed_hosts]
     bound = None if bound_host is None else allowed_name(bound_host)
-    metrics = Metrics(calibration.scores, limits.batch_size)
+    served = ServedScorers(scorers, limits, runtime)
     workers: dict[asyncio.AbstractEventLoop, Workers] = {}
-    metrics.set_queue(lambda: sum(running.batcher.pending for running in workers.values()))
+
+    def pending() -> Counter[str]:
+        return sum((running.batcher.pending for running in workers.values()), Counter())
+
+    metrics = Metrics(served, pending, limits.batch_size)
 
     def start() -> Workers:
         """Return the workers of the running event loop, and start them if necessary."""
@@ -162,8 +102,7 @@ def create_app(
         if loop not in workers:
             for closed in [other for other in workers if other.is_closed()]:
                 del workers[closed]
-            predict = partial(_predict, scorer, runtime)
-            workers[loop] = Workers(Batcher(preprocess, predict, limits, metrics.batch))
+            workers[loop] = Workers(Batcher(limits, metrics.batch), served)
         return workers[loop]
 
     @asynccontextmanager
@@ -186,7 +125,9 @@ def create_app(
     )
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(HostCheck, allowed=hosts, bound=bound)
-    app.add_middleware(RequestLog, metrics=metrics)  # the last is the outermost
+    app.add_middleware(RequestLog, metrics=metrics)
+    if root_path:
+        app.add_middleware(_RootPath, path=root_path)  # the last is the outermost
     bearer = HTTPBearer(auto_error=False)
 
     async def authenticate(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
@@ -201,6 +142,7 @@ def create_app(
         400: {"model": Problem, "description": "The body cannot be read, or contains no image."},
         401: {"model": Problem, "description": "The token is missing or wrong."},
         403: {"model": Problem, "description": "The request comes from a page of another origin."},
+        404: {"model": Problem, "description": "The service has no scorer of this name."},
         408: {"model": Problem, "description": "The request body did not arrive in time."},
         413: {"model": Problem, "description": "The body is too long, or contains too many images or pixels."},
         415: {
@@ -212,18 +154,29 @@ def create_app(
         503: {"model": Problem, "description": "The queue is full, or scoring took too long; see Retry-After."},
     }
 
-    @app.post(
-        "/v1/score",
-        summary="Score one or more images",
-        response_model=Results,
-        responses=rejections,
-        openapi_extra={"requestBody": DESCRIPTION},
-        dependencies=authenticated,
-    )
+    def selected(request: Request) -> ServedScorer:
+        """Return the scorer that a request is for, by its path."""
+        name = request.path_params.get("name", next(iter(served)) if len(served) == 1 else "")
+        if name not in served:
+            raise HTTPException(
+                404, f"there is no scorer at this address: use /v1/NAME, with NAME one of {', '.join(served)}"
+            )
+        request.state.scorer = name
+        return served[name]
+
     async def score(
-        request: Request, explain: Annotated[bool, Query(description="Whether to explain the verdicts.")] = False
+        request: Request,
+        explain: Annotated[bool, Query(description="Whether to explain the verdicts.")] = False,
+        group: Annotated[
+            str | None,
+            Query(description="Group of the images, for a scorer with thresholds by group other than `class`."),
+        ] = None,
     ) -> Response:
-        if explain and not scorer.explains:
+        scorer = selected(request)
+        if group not in (scorer.groups or [None]):
+            has = f"must be one of {', '.join(scorer.groups)}" if scorer.groups else "must be omitted"
+            raise HTTPException(400, f"the parameter group {has}")
+        if explain and not scorer.description.explains:
             raise HTTPException(400, "the detector's file has no statistics for explanations: fit it again")
         running = start()
         if running.stopped:
@@ -231,40 +184,55 @@ def create_app(
         body = await read_body(request)
 
         async def scored() -> list[ItemVerdict]:
-            return await running.batcher.score(await read_uploads(body, limits, running.parser), explain)
+            uploads = await read_uploads(body, limits, running.parser)
+            return await running.batcher.score(uploads, scorer, explain=explain, group=group)
 
         verdicts = await _unless_disconnected(request, scored(), limits)
         counts: ImageCounts = request.state.image_counts
         for verdict in verdicts:
-            metrics.image(verdict)
+            metrics.image(scorer, verdict)
             counts.images += 1
             counts.flagged += verdict.is_id is False
             counts.unreadable += verdict.error is not None
         status = 422 if counts.unreadable == counts.images else 200
-        return JSONResponse({"results": [_result(verdict, explain) for verdict in verdicts]}, status)
+        results = [result_of(verdict, explain) for verdict in verdicts]
+        return JSONResponse({"results": results, "digest": scorer.description.digest}, status)
+
+    async def detector(request: Request) -> Detector:
+        return selected(request).current
+
+    of_name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [*served]}}
+    for prefix, parameters, documented in (("/v1", [], len(served) == 1), ("/v1/{name}", [of_name], True)):
+        app.post(
+            f"{prefix}/score",
+            summary="Score one or more images",
+            response_model=Results,
+            responses=rejections,
+            openapi_extra={"requestBody": DESCRIPTION, "parameters": parameters},
+            dependencies=authenticated,
+            include_in_schema=documented,
+        )(score)
+        app.get(
+            f"{prefix}/detector",
+            summary="The detector that scores the images",
+            response_model=Detector,
+            responses={401: rejections[401], 404: rejections[404]},
+            openapi_extra={"parameters": parameters},
+            dependencies=authenticated,
+            include_in_schema=documented,
+        )(detector)
+        app.head(f"{prefix}/detector", include_in_schema=False, dependencies=authenticated)(detector)
 
     @app.get(
-        "/v1/detector",
-        summary="The detector that scores the images",
-        response_model=Detector,
-        dependencies=authenticated,
+        "/v1/scorers",
+        summary="The scorers by name",
+        response_model=Scorers,
         responses={401: rejections[401]},
+        dependencies=authenticated,
     )
-    @app.head("/v1/detector", include_in_schema=False, dependencies=authenticated)
-    async def detector() -> Detector:
-        assert calibration is not None
-        return Detector(
-            detector=repr(scorer.detector),
-            model=scorer.spec,
-            facts=scorer.facts,
-            classes=scorer.classes,
-            threshold=_finite(float(calibration.threshold)),
-            tpr=calibration.tpr,
-            calibration=histogram(calibration.scores, float(calibration.threshold)),
-            explains=scorer.explains,
-            limits=dataclasses.asdict(limits),
-            drift=None if metrics.drift is None else _drift(metrics.drift),
-        )
+    @app.head("/v1/scorers", include_in_schema=False, dependencies=authenticated)
+    async def list_scorers() -> dict[str, Any]:
+        return {"scorers": [scorer.description for scorer in served.values()]}
 
     @app.get(
         "/metrics",
@@ -308,6 +276,17 @@ def create_app(
     return app
 
 
+class _RootPath:
+    """Middleware that sets the root path, which need not be a part of the path of the request."""
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self.app = app
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, "root_path": self._path}, receive, send)
+
+
 async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> list[ItemVerdict]:
     """Await some work, but cancel it if the time is up or the client disconnects."""
     working = asyncio.ensure_future(work)
@@ -331,50 +310,3 @@ async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> l
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _predict(scorer: Scorer, runtime: Runtime | None, images: Sequence[Pending]) -> list[ItemVerdict]:
-    return scorer.predict_batch(
-        torch.stack([image.tensor for image in images]),
-        [image.upload.name for image in images],
-        explain=[i for i, image in enumerate(images) if image.explain],
-        runtime=runtime,
-    )
-
-
-def _result(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
-    row = row_of(verdict)
-    result = {"name": row.pop("path"), **row, "score": _finite(row["score"])}
-    return {**result, "why": verdict.why and verdict.why.rows()} if explain else result
-
-
-def _drift(monitor: DriftMonitor) -> Drift:
-    return Drift(
-        images=monitor.count,
-        log10_evidence=monitor.log10_evidence,
-        highest=monitor.highest,
-        alarm_level=monitor.alarm_level,
-        alarmed_at=None if monitor.alarmed_at is None else monitor.alarmed_at + 1,
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or math.isinf(value) else value
-
-
-def histogram(scores: torch.Tensor, threshold: float) -> Histogram:
-    """Return the histogram of calibration scores (n,), over the range of the middle 99 % of them."""
-    values = shown_scores(scores.cpu().numpy())
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        finite = np.zeros(1)
-    low = float(np.quantile(finite, 0.005, method="lower"))
-    high = float(np.quantile(finite, 0.995, method="higher"))
-    if math.isfinite(threshold):
-        low, high = min(low, threshold), max(high, threshold)
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
-        pad = 0.05 * abs(low) or 0.5
-        low, high = low - pad, high + pad
-    edges = np.linspace(low, high, int(np.clip(math.sqrt(len(values)), _MIN_BINS, _MAX_BINS)) + 1)
-    counts, _ = np.histogram(np.clip(values, low, high), edges)
-    return Histogram(edges=edges.tolist(), counts=counts.tolist())

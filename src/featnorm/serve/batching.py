@@ -1,13 +1,14 @@
-"""Batching of the images of all pending requests for one model."""
+"""Batching of the images of all pending requests."""
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from starlette.exceptions import HTTPException
@@ -21,6 +22,9 @@ from featnorm.serve.limits import RETRY, Limits
 from featnorm.serve.uploads import Upload
 from featnorm.verdict import ItemVerdict, unreadable
 
+if TYPE_CHECKING:
+    from featnorm.serve.scorers import ServedScorer
+
 log = logging.getLogger("featnorm.serve")
 
 # Minimum number of pixels that an encoded byte counts as. A photograph has more pixels per byte; a file made to be
@@ -30,54 +34,49 @@ _MIN_PIXELS_PER_BYTE = 4
 
 @dataclass(eq=False)
 class Pending:
-    """An image that waits for the model, and the future of its verdict."""
+    """An image that waits for a scorer's model, and the future of its verdict."""
 
     upload: Upload
+    scorer: "ServedScorer"
     explain: bool
+    group: str | None
     future: asyncio.Future[ItemVerdict]
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Batcher:
-    """Scores the images of any number of requests. Whenever the model is free, all pending images are one batch.
+    """Scores the images of any number of requests. All images that wait for a scorer are one batch.
 
-    Images are decoded in two threads, and scored in another. `run` must be running.
+    Images are decoded in two threads, and scored in a third, which all scorers share. They take turns after each
+    batch, so that a scorer waits for at most one batch of each other scorer, and only one batch is in the memory
+    of the device at a time. `run` must be running.
 
     Parameters
     ----------
-    transform : callable
-        From an image in RGB to a tensor.
-    predict : callable
-        From a batch of pending images with tensors to the verdict on each.
     limits : Limits
-        Limits on batches and on the queue.
+        Limits on batches, and on the queue of all scorers together.
     on_batch : callable
-        Called with the size of each batch.
+        Called with the name of the scorer and the size of each batch.
     """
 
-    def __init__(
-        self,
-        transform: Callable[..., Tensor],
-        predict: Callable[[Sequence[Pending]], list[ItemVerdict]],
-        limits: Limits,
-        on_batch: Callable[[int], None],
-    ) -> None:
-        self._transform = transform
-        self._predict = predict
+    def __init__(self, limits: Limits, on_batch: Callable[[str, int], None]) -> None:
         self._limits = limits
         self._on_batch = on_batch
         self._pending: set[Pending] = set()
-        self._ready: deque[Pending] = deque()
+        # The scorer whose turn is next comes first. A scorer that was replaced has the images of earlier requests.
+        self._ready: dict[ServedScorer, deque[Pending]] = {}
         self._any_ready = asyncio.Event()
         self._decoders = Decoders()
         self._model = ThreadPoolExecutor(1, "featnorm-model")
 
     @property
-    def pending(self) -> int:
-        """Number of images that were accepted but have not reached the model."""
-        return len(self._pending)
+    def pending(self) -> Counter[str]:
+        """Number of images, by name of the scorer, that were accepted but have not reached the model."""
+        return Counter(image.scorer.name for image in self._pending)
 
-    async def score(self, uploads: Sequence[Upload], explain: bool = False) -> list[ItemVerdict]:
+    async def score(
+        self, uploads: Sequence[Upload], scorer: "ServedScorer", *, explain: bool = False, group: str | None = None
+    ) -> list[ItemVerdict]:
         """Score the images of one request, in their order. If it is cancelled, pending images are dropped.
 
         Raises
@@ -102,11 +101,11 @@ class Batcher:
                 503, f"{self._decoders.pixels:,} pixels are already in the queue: try again later", RETRY
             )
         loop = asyncio.get_running_loop()
-        images = [Pending(upload, explain, loop.create_future()) for upload in uploads]
+        images = [Pending(upload, scorer, explain, group, loop.create_future()) for upload in uploads]
         self._pending.update(images)
         # All are submitted at once, so that they count for the next request.
         tensors = [
-            self._decoders.submit(partial(self._read, upload), cost, before)
+            self._decoders.submit(partial(self._read, upload, scorer), cost, before)
             for upload, cost, before in zip(uploads, costs, accumulate(costs, initial=0), strict=False)
         ]
         try:
@@ -126,7 +125,7 @@ class Batcher:
             if not batch:
                 self._any_ready.clear()
                 continue
-            self._on_batch(len(batch))
+            self._on_batch(batch[0].scorer.name, len(batch))
             results = await loop.run_in_executor(self._model, self._results, batch)
             for image, result in zip(batch, results, strict=True):
                 if image.future.done():  # cancelled
@@ -147,7 +146,7 @@ class Batcher:
             self._pending.discard(image)
             return unreadable(image.upload.name, tensor)
         image.tensor = tensor
-        self._ready.append(image)
+        self._ready.setdefault(image.scorer, deque()).append(image)
         self._any_ready.set()
         return await image.future
 
@@ -158,7 +157,7 @@ class Batcher:
         cost = opening + (decoding if pixels <= self._limits.pixels else 0)
         return min(max(cost, _MIN_PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
 
-    def _read(self, upload: Upload) -> Tensor | str:
+    def _read(self, upload: Upload, scorer: "ServedScorer") -> Tensor | str:
         """Return the transformed image, or why it cannot be scored."""
         if upload.error is not None:
             return upload.error
@@ -167,24 +166,30 @@ class Batcher:
         except ItemError as error:
             return error.reason
         try:
-            return self._transform(image)
+            return scorer.transform(image)
         except Exception:
             log.exception("the transform failed on an image of %d x %d pixels", *image.size)
             return "the transform failed on this image"
 
     def _next_batch(self) -> list[Pending]:
+        """Return images of the scorer whose turn it is; none if none is ready."""
         batch: list[Pending] = []
-        while self._ready and len(batch) < self._limits.batch_size:
-            image = self._ready.popleft()
-            if not image.future.done():
-                self._pending.discard(image)
-                batch.append(image)
+        while self._ready and not batch:
+            scorer, images = next(iter(self._ready.items()))
+            del self._ready[scorer]
+            while images and len(batch) < self._limits.batch_size:
+                image = images.popleft()
+                if not image.future.done():
+                    self._pending.discard(image)
+                    batch.append(image)
+            if images:
+                self._ready[scorer] = images
         return batch
 
     def _results(self, batch: Sequence[Pending]) -> list[ItemVerdict | Exception]:
         """Score a batch; if that fails, its images one by one, so that only the requests at fault fail."""
         try:
-            return [*self._predict(batch)]
+            return [*batch[0].scorer.predict(batch)]
         except Exception as error:
             if len(batch) > 1:
                 return [result for image in batch for result in self._results([image])]

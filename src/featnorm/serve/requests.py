@@ -48,7 +48,10 @@ class RequestLog:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request to the application, with ``request_id`` and ``image_counts`` in its state."""
+        """Pass a request to the application, with ``request_id``, ``image_counts`` and ``scorer`` in its state.
+
+        The application sets ``scorer`` to the name of the scorer that the request is for.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -56,7 +59,8 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         counts = ImageCounts()
-        scope.setdefault("state", {}).update(request_id=request_id, image_counts=counts)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, image_counts=counts, scorer="")
         status = _CLIENT_CLOSED
 
         async def send_with_id(message: Message) -> None:
@@ -83,10 +87,11 @@ class RequestLog:
             seconds = time.perf_counter() - began
             # Not the path, which a client could use to create any number of labels, or lines in the log.
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.request(route, status, seconds)
+            self.metrics.request(state["scorer"], route, status, seconds)
             line = {
                 "method": scope["method"],
                 "route": route,
+                "scorer": state["scorer"],
                 "status": status,
                 "milliseconds": round(1000 * seconds, 1),
                 **vars(counts),

@@ -42,7 +42,13 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Callable[[], None]) -> None:
+def run_server(
+    app: FastAPI,
+    bound: socket.socket,
+    limits: Limits,
+    on_start: Callable[[], None],
+    on_hangup: Callable[[], None],
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Pending requests that are not answered within 70 % of the grace period get 503.
@@ -57,6 +63,8 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
         The limits of the application.
     on_start : callable
         Called once clients can connect.
+    on_hangup : callable
+        Called on SIGHUP, which Windows does not have.
     """
     config = uvicorn.Config(
         app,
@@ -71,11 +79,14 @@ def run_server(app: FastAPI, bound: socket.socket, limits: Limits, on_start: Cal
         timeout_graceful_shutdown=math.ceil(limits.grace),
     )
     # At its end, uvicorn raises the signal again, which would make a regular exit look like a kill.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+    if hasattr(signal, "SIGHUP"):
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: on_hangup())
     try:
         _Server(config, on_start, limits.grace).run(sockets=[bound])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Server(uvicorn.Server):

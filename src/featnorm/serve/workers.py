@@ -8,35 +8,43 @@ from io import BytesIO
 from PIL import Image
 
 from featnorm.serve.batching import Batcher
+from featnorm.serve.scorers import ServedScorers
 from featnorm.serve.uploads import Upload
 
 log = logging.getLogger("featnorm.serve")
 
+# Seconds between two looks at the files of the scorers.
+_POLL = 1.0
+
 
 class Workers:
-    """Runs a batcher until `stop` or the end of the event loop.
+    """Runs a batcher and watches the files of scorers until `stop` or the end of the event loop.
 
     Parameters
     ----------
     batcher : Batcher
         A batcher that is not running yet.
+    scorers : ServedScorers
+        The scorers of the service.
 
     Attributes
     ----------
     parser : Executor
         Single thread for parsing bodies.
     ready : bool
-        Whether a first image has been scored.
+        Whether every scorer has scored a first image.
     stopped : bool
         Whether `stop` was called.
     """
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: Batcher, scorers: ServedScorers) -> None:
         self.batcher = batcher
         self.parser = ThreadPoolExecutor(1, "featnorm-parse")
         self.ready = False
         self.stopped = False
-        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._warm_up())]
+        self._scorers = scorers
+        self._loader = ThreadPoolExecutor(1, "featnorm-load")
+        self._tasks = [asyncio.create_task(work()) for work in (self._run, self._warm_up, self._watch)]
 
     def stop(self) -> None:
         """Drop pending images, and stop the threads."""
@@ -51,13 +59,20 @@ class Workers:
         finally:
             self.batcher.close()
             self.parser.shutdown(wait=False)
+            self._loader.shutdown(wait=False)
 
     async def _warm_up(self) -> None:
         picture = BytesIO()
         Image.new("RGB", (256, 256), "gray").save(picture, "PNG")
-        try:
-            await self.batcher.score([Upload("warm-up", picture.getvalue())])
-        except Exception:
-            log.exception("the first image failed: the service will not be ready")
-        else:
-            self.ready = not self.stopped
+        for scorer in self._scorers.values():
+            try:
+                await self.batcher.score([Upload("warm-up", picture.getvalue())], scorer, group=scorer.any_group)
+            except Exception:
+                log.exception("the first image of %r failed: the service will not be ready", scorer.name)
+                return
+        self.ready = not self.stopped
+
+    async def _watch(self) -> None:
+        while self._scorers.watched:
+            await asyncio.sleep(_POLL)
+            await asyncio.get_running_loop().run_in_executor(self._loader, self._scorers.reload)

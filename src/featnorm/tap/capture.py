@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
-from featnorm.tap.find import same_vector
-from featnorm.tap.trace import Node, Slot, Trace, is_on_top, on_top, tensors_in
+from featnorm.tap.batch import Call
+from featnorm.tap.find import Part
+from featnorm.tap.ops import same_vector
+from featnorm.tap.trace import ModuleIO, Node, Slot, Trace, is_on_top, on_top, tensor_at, tensors_in
 
 
 class PathError(RefusalError, RuntimeError):
@@ -33,16 +36,20 @@ class HookPoint:
     """A point in a forward pass at which a value can be captured.
 
     ``side`` is "in" or "out" for an argument or a result of the ``call``-th call of a module, at keys ``slot``. It
-    is "op" for a value that no module receives or returns: the result of the ``call``-th ATen operation named
-    ``module``.
+    is "op" for a value that no module receives or returns: the result of the ``call``-th ATen operation of a kind,
+    which ``module`` names as "module/operation". Only operations in the forward pass of the module itself count:
+    other parts of a model may run others, as a model of text does for a batch without padding.
     """
 
     side: str
     module: str
     call: int
     slot: Slot
-    total: int  # number of such operations in a pass; a pass with another number is rejected
+    total: int  # number of operations of this kind in a pass; a pass with another number is rejected
     copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
+    chain: tuple[tuple[str, int, int, int], ...] = ()
+    """Later operations that are applied to the value too: kind, call, total, and position of the argument."""
+    axis: int | None = None  # axis of the units, if the others are to be averaged
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as plain data, for a file."""
@@ -57,8 +64,9 @@ class HookPoint:
         KeyError, TypeError, ValueError
             The data are invalid.
         """
-        point = cls(data["side"], data["module"], data["call"], tuple(data["slot"]), data["total"], data["copy"])
-        counts = (point.call, point.total)
+        chain = tuple((str(op), *counts) for op, *counts in data["chain"])
+        point = cls(**{**data, "slot": tuple(data["slot"]), "chain": chain})
+        counts = [point.call, point.total, *(count for step in chain for count in step[1:])]
         if (
             point.side not in ("in", "out", "op")
             or not isinstance(point.module, str)
@@ -66,33 +74,66 @@ class HookPoint:
             or not all(type(count) is int and count >= 0 for count in counts)
             or (point.side == "op" and point.call >= point.total)
             or not isinstance(point.copy, bool)
+            or any(len(step) != 4 for step in chain)
+            or (chain and point.side != "op")
+            or any(
+                "/" not in kind for kind in ([point.module] * (point.side == "op") + [step[0] for step in chain])
+            )
+            or not (point.axis is None or (type(point.axis) is int and point.axis > 0))
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
         return point
 
 
-def locate(trace: Trace, node: Node) -> HookPoint:
-    """Choose the point at which to capture a value: preferably at a module that runs once, as late as possible."""
-    seen = [io for io in trace.module_io if io.node is node or same_vector(io.node) is node]
+def locate(trace: Trace, node: Node, *, exact: bool = False) -> HookPoint:
+    """Choose the point at which to capture a value.
+
+    It is preferably what the model returns, or else at a module that runs once, as late as possible. Unless it is
+    to be ``exact``, a vector may have another shape there.
+    """
+    seen = [io for io in trace.module_io if io.node is node or (not exact and same_vector(io.node) is node)]
     if not seen:
-        copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
-        total = max(other.call for other in trace.nodes if other.op == node.op) + 1
-        return HookPoint("op", node.op, node.call, (), total, copy)
+        return _operation(trace, node)
     calls = {io.module: io.call for io in trace.module_io}
-    io = max(seen, key=lambda io: (calls[io.module] == 0, io.side == "in", io.time))
+    io = max(seen, key=lambda io: (_is_returned(io), calls[io.module] == 0, io.side == "in", io.time))
     copy = trace.is_borrowed(io.node) or trace.written_after(io.node, io.time)
     return HookPoint(io.side, io.module, io.call, io.slot, 0, copy)
 
 
-def made(node: Node) -> HookPoint:
+def _is_returned(at: ModuleIO | HookPoint) -> bool:
+    return at.side == "out" and not at.module and not at.call
+
+
+def locate_part(trace: Trace, part: Part) -> HookPoint:
+    """Choose the point at which to capture a part of a field."""
+    if not part.chain:
+        return replace(locate(trace, part.node, exact=part.axis is not None), axis=part.axis)
+    steps = ((*_counted(trace, node), node.args.index(node.data[0])) for node in part.chain)
+    return replace(_operation(trace, part.node), chain=tuple(steps))
+
+
+def _operation(trace: Trace, node: Node) -> HookPoint:
+    copy = trace.is_borrowed(node) or trace.written_after(node, node.time + 1)
+    kind, call, total = _counted(trace, node)
+    return HookPoint("op", kind, call, (), total, copy)
+
+
+def _counted(trace: Trace, node: Node) -> tuple[str, int, int]:
+    """Return the kind of an operation, its index among those of the kind, and their number."""
+    calls = sorted({other.call for other in trace.nodes if (other.op, other.module) == (node.op, node.module)})
+    return f"{node.module}/{node.op}", calls.index(node.call), len(calls)
+
+
+def made(trace: Trace, node: Node) -> HookPoint:
     """Return the point of the operation that makes a value, before anything has read it."""
-    return HookPoint("op", node.op, node.call, (), 0, False)
+    kind, call, _ = _counted(trace, node)
+    return HookPoint("op", kind, call, (), 0, False)
 
 
 def capture(
     model: nn.Module,
     points: Mapping[str, HookPoint],
-    inputs: Tensor,
+    call: Call,
     *,
     fresh: list[HookPoint] | None = None,
     advice: str = TRACE_AGAIN,
@@ -101,7 +142,7 @@ def capture(
 
     Parameters
     ----------
-    model, points, inputs : the model, the points by name, and the batch.
+    model, points, call : the model, the points by name, and the call of the model.
     fresh
         List to which the point of each captured operation is appended when it has run, so that a function mode can
         replace its result. The number of operations is then not compared with that of the trace.
@@ -114,19 +155,28 @@ def capture(
     """
     caught: dict[HookPoint, Tensor] = {}
     wanted = set(points.values())
-    inputs = inputs.clone()  # the model may write to its input
+    call = call.clone()  # the model may write to its input
     operations = [point for point in wanted if point.side == "op"]
+    # What the model returns takes no hook, which would cost a small model a third of its time.
+    returned = [point for point in wanted if _is_returned(point)]
+    hooked = [point for point in wanted if point.side != "op" and point not in returned]
     me = object()
-    with on_top(me), _hooks(model, [point for point in wanted if point.side != "op"], caught, me):
+    with on_top(me), _hooks(model, hooked, caught, me):
         if operations:
-            # Hooks on every module, as in the trace: some modules of torch take another path if they have none.
-            with _idle_hooks(model), _Operations(operations, caught, me, fresh) as seen:
-                model(inputs)
+            kinds = [kind for point in operations for kind in (point.module, *(step[0] for step in point.chain))]
+            with (
+                _running(model, {kind.rpartition("/")[0] for kind in kinds}, me) as running,
+                _Operations(operations, caught, me, fresh, running) as seen,
+            ):
+                output = call.run(model)
             for point in operations if fresh is None else ():
-                if seen.calls.get(point.module, -1) + 1 != point.total:
+                totals = [(point.module, point.total), *((op, total) for op, _, total, _ in point.chain)]
+                if any(seen.calls.get(op, -1) + 1 != total for op, total in totals):
                     caught.pop(point, None)
         else:
-            model(inputs)
+            output = call.run(model)
+    for point in returned:
+        _keep(point, output, caught)
     missed = [point for point in wanted if point not in caught]
     if missed:
         raise PathError(
@@ -184,17 +234,33 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _idle_hooks(model: nn.Module) -> Iterator[None]:
-    handles = [module.register_forward_hook(_idle) for module in model.modules()]
+def _running(model: nn.Module, names: set[str], me: object) -> Iterator[list[str]]:
+    """Provide a list whose last item is the innermost module that runs, as far as these and their parts are."""
+    running = [""]
+    # Without hooks, torch's encoder layers run other operations than in the trace.
+    parts = {id(part) for name in names for part in model.get_submodule(name).modules()}
+    hooked = {
+        name: module
+        for name, module in model.named_modules()
+        if name and (id(module) in parts or isinstance(module, nn.TransformerEncoderLayer))
+    }
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name) if is_on_top(me) else None
+
+    def leave(*_: Any) -> None:
+        if is_on_top(me):
+            running.pop()
+
+    handles = []
     try:
-        yield
+        for name, module in hooked.items():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave))
+        yield running
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _idle(*_: Any) -> None:
-    """Do nothing."""
 
 
 @contextmanager
@@ -212,10 +278,9 @@ def _hooks(
             if not is_on_top(me):
                 return
             if calls == point.call:
-                where = (args, rest) if point.side == "in" else (rest,)
-                value = next((t for part in where for slot, t in tensors_in(part) if slot == point.slot), None)
-                if value is not None:
-                    caught[point] = value.clone() if point.copy else value
+                _keep(point, rest, caught)
+                if point.side == "in":
+                    _keep(point, args, caught)
             calls += 1
 
         return catch
@@ -233,6 +298,12 @@ def _hooks(
             handle.remove()
 
 
+def _keep(point: HookPoint, value: Any, caught: dict[HookPoint, Tensor]) -> None:
+    tensor = tensor_at(value, point.slot)
+    if tensor is not None:
+        caught[point] = tensor.clone() if point.copy else tensor
+
+
 class _Operations(TorchDispatchMode):
     """Captures results of operations, for values that no module receives or returns; slower than hooks."""
 
@@ -242,26 +313,36 @@ class _Operations(TorchDispatchMode):
         caught: dict[HookPoint, Tensor],
         owner: object,
         fresh: list[HookPoint] | None,
+        running: list[str],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.fresh = fresh
-        self.points = {(point.module, point.call): point for point in points}
+        self.running = running
+        self.points: dict[tuple[str, int], list[HookPoint]] = {}
+        self.steps: dict[tuple[str, int], list[tuple[HookPoint, int]]] = {}
+        for point in points:
+            self.points.setdefault((point.module, point.call), []).append(point)
+            for op, call, _, position in point.chain:
+                self.steps.setdefault((op, call), []).append((point, position))
         self.caught = caught
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         if not is_on_top(self.owner):
-            return result
-        op = func._schema.name.removeprefix("aten::")
+            return func(*args, **(kwargs or {}))
+        op = f"{self.running[-1]}/{func._schema.name.removeprefix('aten::')}"
         call = self.calls[op] = self.calls.get(op, -1) + 1
-        point = self.points.get((op, call))
-        value = None if point is None else next((tensor for _, tensor in tensors_in(result)), None)
-        if point is not None and value is not None:
-            self.caught[point] = value.clone() if point.copy and self.fresh is None else value
-            if self.fresh is not None:
-                self.fresh.append(point)
+        for step, position in self.steps.get((op, call), ()):
+            if step in self.caught:
+                given = (*args[:position], self.caught[step], *args[position + 1 :])
+                self.caught[step] = next(tensor for _, tensor in tensors_in(func(*given, **(kwargs or {}))))
+        result = func(*args, **(kwargs or {}))
+        for point in self.points.get((op, call), ()):
+            for _, value in islice(tensors_in(result), 1):
+                self.caught[point] = value.clone() if point.copy and self.fresh is None else value
+                if self.fresh is not None:
+                    self.fresh.append(point)
         return result

@@ -4,513 +4,563 @@ The search walks back from the logits through the values they were computed from
 registration of modules do not matter, and function calls are found like modules.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from featnorm.tap.ops import (
+    BATCH_NORMS,
+    LAYER_NORMS,
+    LINEARS,
+    POOLS,
+    RESHAPES,
+    affine_source,
+    affine_sources,
+    ancestors,
+    base_op,
+    common_source,
+    is_rectified,
+    is_rectifier,
+    is_squared_rectifier,
+    is_vector,
+    linear_layer,
+    linear_source,
+    normalized_source,
+    rms_source,
+    same_value,
+    same_vector,
+    stacked_terms,
+    unrectified,
+)
 from featnorm.tap.trace import Node, Trace
+from featnorm.tap.weights import NotLinearError, Step, linear_map
 
 Kind = Literal["hidden", "pooled", "none", "chosen"]
 
-_RESHAPES = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "squeeze", "unsqueeze", "alias", "detach",
-    "clone", "contiguous", "_to_copy", "permute", "transpose", "t", "dropout", "native_dropout", "expand",
-    "select", "slice", "lift_fresh", "as_strided",
-}  # fmt: skip
-_RECTIFIERS = {
-    "relu", "gelu", "silu", "leaky_relu", "hardswish", "elu", "celu", "selu", "mish", "threshold", "hardtanh",
-    "prelu", "_prelu_kernel", "rrelu_with_noise", "rrelu", "softplus", "clamp_min", "clamp", "relu6",
-}  # fmt: skip
-_POOLS = {
-    "mean", "amax", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "avg_pool1d",
-    "avg_pool2d", "_adaptive_avg_pool3d", "avg_pool3d", "adaptive_max_pool2d", "max_pool2d_with_indices",
-    "max_pool2d", "max", "sum",
-}  # fmt: skip
-_LINEARS = {"mm", "addmm", "linear", "matmul", "convolution", "conv2d"}
-_BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm"}
-_LAYER_NORMS = {"native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm", "native_group_norm"}
-_LENGTHS = {"linalg_vector_norm", "norm", "sum", "mean"}
-_AROUND_A_LENGTH = {"expand", "clamp_min", "clamp", "sqrt", "rsqrt", "reciprocal", "add", "pow"} | (
-    _RESHAPES - {"select", "slice"}
-)
 _PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax", "sigmoid", "log_sigmoid"}
-_GATES = {"sigmoid", "hardsigmoid", "hardtanh"}
+_AVERAGES = {
+    "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d",
+}  # fmt: skip
+_SELECTIONS = {"select", "slice", "index", "index_select"}
+# Operations over positions that do the same to the input of a linear layer as to its output.
+_REPLAYED = {
+    "mean",
+    "sum",
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "clone",
+    "alias",
+    "detach",
+} | _SELECTIONS
+_BOUNDS = {"tanh", "softplus", "softsign", "exp", "log", "clamp", "clamp_max", "minimum"}
+_ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg"}
+_NEVER_RECTIFIED = (
+    LINEARS | BATCH_NORMS | _ARITHMETIC | _BOUNDS | {"input", "sin", "cos", "abs", "sigmoid", "_softmax"}
+)
 
 
-@dataclass(frozen=True)
-class WeightRef:
-    """Path to the weights of a linear layer in the model, from which the current weights are read."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A value in a trace that is, alone or beside others, a field of the features.
 
-    weight: str  # dotted path of a parameter, buffer or attribute
-    transposed: bool
-    unit_rows: bool  # whether each class vector is normalized to unit length (cosine classifier)
-    bias: str | None
+    ``chain`` holds the operations over positions by which the model reduces its class scores, and which reduce the
+    value too. Otherwise, ``axis`` is the axis of the units if the others are averaged.
+    """
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "WeightRef":
-        """Create a reference from its attributes.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The data are invalid.
-        """
-        ref = cls(**data)
-        if not (
-            isinstance(ref.weight, str)
-            and isinstance(ref.transposed, bool)
-            and isinstance(ref.unit_rows, bool)
-            and (ref.bias is None or isinstance(ref.bias, str))
-        ):
-            raise ValueError(f"{dict(data)} does not refer to weights")
-        return ref
+    node: Node
+    chain: tuple[Node, ...] = ()
+    axis: int | None = None
 
 
 @dataclass
 class Anatomy:
-    """The layers found in a trace."""
+    """The layers found in a trace. The parts of a field are concatenated; a field without parts is absent."""
 
     kind: Kind
-    activation: Node | None
-    pooled: Node | None
-    embedding: Node | None
-    logits: Node | None
-    classifier: list[WeightRef] = field(default_factory=list)  # ordered from the logits back
+    activation: list[Part]
+    pooled: list[Part]
+    embedding: list[Part]
+    logits: list[Part]
+    classifier: list[Step] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    norm: str = ""  # normalization between the last hidden layer and the classifier
+    others: list[str] = field(default_factory=list)  # paths of the model's other heads
 
 
-def find(trace: Trace, model: nn.Module, layer: str | None = None) -> Anatomy:
-    """Find the layers in a model's trace; ``layer`` names the module whose output is the last hidden layer."""
-    walk = _Walk()
-    output = _choose_output(trace)
+def find(trace: Trace, model: nn.Module, layer: str | None = None, channel_axis: int | None = None) -> Anatomy:
+    """Find the layers in a model's trace.
+
+    Parameters
+    ----------
+    trace, model : the trace of the model.
+    layer : name of the module whose output is the last hidden layer. Default: found.
+    channel_axis : axis of the units in the output of ``layer``. Default: found.
+    """
+    output, named, others = _choose_output(trace, model)
     beside = _embedding_beside(trace, output)
-    walk.back(beside or output)
-    anatomy = _anatomy(walk, beside or output, model)
+    anatomy = _anatomy(beside or output, named and beside is None, model)
+    anatomy.others = others
     if beside is not None:
-        anatomy.embedding, anatomy.logits, anatomy.classifier = beside, output, []
+        anatomy.embedding, anatomy.logits, anatomy.classifier = [Part(beside)], [Part(output)], []
         anatomy.absent.pop("embedding", None)
         anatomy.absent["classifier"] = "the logits come from another head than the embedding and its hidden layer"
     if layer is not None:
-        _choose_layer(anatomy, trace, layer, walk.read_by_first)
+        _choose_layer(anatomy, trace, model, layer, channel_axis)
     return anatomy
 
 
-def same_vector(node: Node) -> Node:
-    """Return the earliest value with the same numbers per input, in whatever shape."""
-    while base_op(node) in _RESHAPES and node.data:
-        parent = node.data[0]
-        if (
-            parent.value.numel() != node.value.numel()
-            or len(parent.value) != len(node.value)
-            or not _is_vector(parent)
-        ):
-            break
-        node = parent
-    return node
+@dataclass(eq=False)
+class _Head:
+    """A linear layer whose output, or whose class scores over positions, are added up in the logits."""
+
+    output: Node
+    source: Node
+    chain: tuple[Node, ...]  # operations between its output and the sum, in the order of execution
+
+    def part(self) -> tuple[Part, list[Node]]:
+        """Return the input of the head, reduced over positions as the class scores are, and these reductions."""
+        source = self.source
+        if is_vector(source):
+            return Part(source), []
+        layer = linear_layer(self.output) or self.output
+        axis = 1 if base_op(layer) == "convolution" else source.value.ndim - 1
+        averaged = Part(source, axis=axis)
+        names = {base_op(node) for node in self.chain} - _ARITHMETIC
+        # A sum needs the weights and the division that make it a mean.
+        weights = {
+            n for n in self.chain if base_op(n) in ("mul", "div") and (len(n.data) > 1 and not is_vector(n))
+        }
+        weights |= {n for n in self.chain if base_op(n) in ("mul", "div") and "sum" in names}
+        averages = [node for node in self.chain if base_op(node) in _AVERAGES | (RESHAPES - _SELECTIONS)]
+        classes = self.output.shape[axis]
+        if any(node.value.numel() != len(source.value) * classes for node in self.chain if is_vector(node)):
+            return averaged, []  # some classes are selected
+        if names <= set(map(base_op, averages)) and not weights:
+            return averaged, averages
+        chain = [node for node in self.chain if base_op(node) in names or node in weights]
+        if names <= _REPLAYED and (weight := _total_weight(chain, source, axis)) is not None:
+            return Part(source, tuple(chain)), chain if abs(weight - 1) < 1e-2 else []
+        return averaged, averages
 
 
-def base_op(node: Node) -> str:
-    """Return the name of the operation, without the suffix of in-place operations."""
-    return node.op.removesuffix("_")
+class _Heads:
+    """The search for the linear layers whose outputs are added up in the logits."""
+
+    def __init__(self, named: bool) -> None:
+        self.named = named  # whether the output is known to be logits, whatever operation makes it
+        self.stopped: Node | None = None
+        self._failed: set[Node] = set()
+
+    def of(self, node: Node, chain: tuple[Node, ...] = ()) -> list[_Head] | None:
+        """Return the heads, or None if the value is no sum of their outputs."""
+        node = same_value(node)
+        op, data = base_op(node), node.data
+        if (source := linear_source(node)) is not None:
+            return [_Head(node, source, chain)]
+        if op == "convolution" and not is_vector(node) and chain:  # of more than one pixel
+            return [_Head(node, same_value(data[0]), chain)]
+        if data and node not in self._failed and normalized_source(node) is None:
+            terms = data if op in ("add", "sub") and len(data) > 1 else stacked_terms(node)
+            if terms is not None:
+                found = [self.of(term, chain) for term in terms]
+                if any(found) and not _is_residual(terms, found):
+                    return [head for heads in found for head in heads or ()]
+            elif op == "cat" and is_vector(node):
+                parts = [self.of(part, chain) for part in data]
+                if all(parts):
+                    return [head for heads in parts for head in heads or ()]
+            elif (scores := self._scores(node)) is not None:
+                return self.of(scores, (node, *chain))
+        self.stopped = self.stopped or node
+        self.named = self.named or _is_distance(node)
+        self._failed.add(node)
+        return None
+
+    def _scores(self, node: Node) -> Node | None:
+        """Return the class scores that an operation scales, shifts, masks, or reduces over positions, or None."""
+        op, data = base_op(node), node.data
+        if op in _ARITHMETIC and len(data) == 1:
+            return data[0]
+        if op in ("mul", "div") and len(data) == 2:  # by one number per input or position
+            large, small = sorted(data, key=lambda parent: -parent.value.numel())
+            classes = large.value.numel() // max(small.value.numel(), 1)
+            return large if classes > 1 and classes in large.shape and (op == "mul" or large is data[0]) else None
+        if op in POOLS | _SELECTIONS | RESHAPES and (not is_vector(data[0]) or op in _SELECTIONS):
+            return data[0]
+        if op in ("masked_fill", "where"):
+            return next((parent for parent in data if parent.value.is_floating_point()), None)
+        return data[0] if self.named and (op in _BOUNDS or is_rectifier(node)) else None
 
 
-def is_rectifier(node: Node) -> bool:
-    """Return whether a value is the output of a rectifier."""
-    op = base_op(node)
-    if op == "clamp":
-        return len(node.args) > 1 and node.args[1] == 0
-    if op == "clamp_min":
-        return node.args[1] == 0
-    if op == "hardtanh":  # ReLU6
-        return len(node.args) > 1 and node.args[1] == 0
-    if op == "mul" and len(node.data) == 2:  # x * sigmoid(x), written out
-        return any(_is_gate(gate, other) for gate, other in (node.data, node.data[::-1]))
-    if op in ("div", "mul") and len(node.data) == 1 and base_op(node.data[0]) == "mul":  # ... / 6
-        return len(node.parents) == 1 and is_rectifier(node.data[0])
-    if op == "maximum" and len(node.data) == 1:
-        return any(not bool(p.value.any()) for p in node.parents if not p.from_input)
-    if op == "where" and len(node.data) == 2:  # where(x > 0, x, 0)
-        test, x = node.data
-        return base_op(test) in ("gt", "ge") and test.data == [x] and test.args[1] == 0
-    return op in _RECTIFIERS
+def _is_residual(terms: list[Node], found: list[list[_Head] | None]) -> bool:
+    """Return whether one term of a sum is read to make another: a residual connection and not a sum of heads."""
+    ends = [{head.source for head in heads} if heads else {term} for term, heads in zip(terms, found, strict=True)]
+    read = [{id(node) for end in group for node in ancestors(end)} for group in ends]
+    return any(id(same_value(a)) in read[j] for i, a in enumerate(terms) for j in range(len(terms)) if i != j)
 
 
-def _is_gate(gate: Node, x: Node) -> bool:
-    """Return whether a factor is a sigmoid of x, or relu6(x + 3) / 6."""
-    while base_op(gate) in ("div", "mul") and len(gate.data) == 1:
-        gate = gate.data[0]
-    if base_op(gate) not in _GATES or not gate.data:
-        return False
-    source = gate.data[0]
-    return source is x or (base_op(source) == "add" and source.data == [x])
+def _is_distance(node: Node) -> bool:
+    """Return whether a value is a distance of every input from every prototype, which is a parameter's row."""
+    if base_op(node) in ("_cdist_forward", "_euclidean_dist"):
+        return len(node.data) == 1
+    while (
+        base_op(node) in {"linalg_vector_norm", "sum", "mean", "sqrt", "pow", "abs", "square", "mul"} and node.data
+    ):
+        node = node.data[0]
+    shape = node.shape
+    others = [parent for parent in node.parents if not parent.from_input]
+    return base_op(node) == "sub" and len(shape) == 3 and any(other.shape[-2:] == shape[1:] for other in others)
 
 
-def is_rectified(node: Node) -> bool:
-    """Return whether every unit of a value comes from a rectifier through pooling and concatenation alone."""
-    results: dict[int, bool] = {}
-
-    def of(node: Node) -> bool:
-        if id(node) not in results:
-            results[id(node)] = rectified(node)
-        return results[id(node)]
-
-    def rectified(node: Node) -> bool:
-        op = base_op(node)
-        if is_rectifier(node):
-            return True
-        if op in ("mul", "div") and len(node.data) == 1:  # by one positive number
-            return all(
-                a > 0 if isinstance(a, (int, float)) else a.value.numel() == 1 and bool(a.value > 0)
-                for a in node.args
-                if a is not node.data[0]
-            ) and of(node.data[0])
-        if op == "mul" and len(node.data) == 2:  # squeeze-excite: a positive gate
-            return any(_is_positive(gate) and of(x) for gate, x in (node.data, node.data[::-1]))
-        if op in _RESHAPES | _POOLS | {"cat", "add"} and node.data:
-            return len(node.data) == len(node.parents) and all(of(parent) for parent in node.data)
-        return False
-
-    return of(node)
-
-
-def _is_positive(gate: Node) -> bool:
-    while base_op(gate) in _RESHAPES and gate.data:
-        gate = gate.data[0]
-    return base_op(gate) in ("sigmoid", "hardsigmoid")
+def _total_weight(chain: Iterable[Node], source: Node, axis: int) -> float | None:
+    """Return the sum of the weights with which a chain of operations adds up positions, or None if it fails."""
+    value = torch.ones_like(source.value)
+    try:
+        for node in chain:
+            value = node.run({node.data[0]: value})
+    except (RuntimeError, IndexError):
+        return None
+    return float(value.mean()) if value.numel() == len(source.value) * source.shape[axis] else None
 
 
 class _Walk:
-    """The walk back from the logits to the trunk."""
+    """The walk back through vectors, from the input of the classifier or from the features, to the trunk."""
 
-    def __init__(self) -> None:
-        self.linears: list[tuple[Node, Node | None]] = []  # with the bias that is added after it, if any
-        self.read_by_first: Node | None = None  # input of the linear layer next to the trunk
+    def __init__(self, node: Node) -> None:
+        self.linears = 0
+        self.read: Node | None = None  # input of the linear layer next to the trunk
         self.normalized: Node | None = None  # vector that is divided by its length
-        self.normalized_output = False
-        self.arithmetic = False  # whether the logits are changed after the last linear layer
-        self.broken = ""  # operation between linear layers that their product does not contain
-        self.interrupted = ""  # such an operation between the trunk and the linear layers
         self.hidden: Node | None = None
         self.boundary: Node | None = None  # vector at which the trunk ends
         self.layer_norm: Node | None = None
-
-    def back(self, node: Node) -> None:
-        """Walk from the output to the first rectified vector, or to the end of the vectors."""
-        bias: Node | None = None
+        self.norm: Node | None = None  # last normalization before the classifier
         while True:
             node = same_vector(node)
             op = base_op(node)
             following: Node | None = None
-            if bias is not None and op not in _LINEARS:
-                self.interrupted, bias = "a shift of its units", None
-            if is_rectifier(node) and _is_vector(node):
+            if is_vector(node) and (is_rectifier(node) or is_squared_rectifier(node)):
                 self.hidden = node
                 return
-            if (source := _linear_source(node)) is not None:
-                own = base_op(node) == "addmm" or len(node.parents) > 2
-                self.arithmetic = self.arithmetic or (own and bias is not None)
-                self.linears.append((node, bias))
-                self.broken = self.broken or self.interrupted
-                self.read_by_first, bias, self.interrupted = source, None, ""
+            if (source := affine_source(node)) is not None:
+                self.linears += 1
+                self.read = following = source
+            elif (source := normalized_source(node)) is not None:
+                self.normalized = self.normalized or source
                 following = source
-            elif (source := _normalized_source(node)) is not None:
-                if self.linears:
-                    self.normalized = self.normalized or source
-                else:
-                    self.normalized_output, self.normalized = True, source
-                self.interrupted = ""  # a factor on the unit vector is a temperature
+            elif (source := rms_source(node)) is not None:
+                self.layer_norm = self.norm = node
                 following = source
-            elif op in ("add", "sub", "rsub", "div", "mul", "neg") and len(node.data) == 1:
-                constants = [parent for parent in node.parents if not parent.from_input]
-                if op == "add" and constants and constants[0].value.ndim >= 1:
-                    bias = constants[0]
-                elif not self.linears:
-                    self.arithmetic = True
-                elif is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
+            elif op in _ARITHMETIC and len(node.data) == 1:
+                if is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
                     self.boundary = node  # the classifier reads a scaled pool of rectified maps
                     return
-                else:
-                    self.interrupted = "a scaling of its units"
                 following = node.data[0]
-            elif op in _BATCH_NORMS and _is_vector(node.data[0]):
-                self.interrupted, following = "a batch normalization", node.data[0]
-            elif op in _LAYER_NORMS:
-                self.layer_norm = node
-                if _is_vector(node.data[0]):
-                    self.interrupted, following = "a layer normalization", node.data[0]
-            if following is None or not _is_vector(following):
+            elif op in BATCH_NORMS | LAYER_NORMS:
+                if op in LAYER_NORMS:
+                    self.layer_norm = node
+                if is_vector(node.data[0]):
+                    self.norm, following = node, node.data[0]
+            if following is None or not is_vector(following):
                 self.boundary = node
                 return
             node = following
 
 
-def _anatomy(walk: _Walk, output: Node, model: nn.Module) -> Anatomy:
-    logits: Node | None = output
-    absent: dict[str, str] = {}
-    if walk.normalized_output or not (walk.linears or _is_linear(output)):
-        logits = None
-        why = "embeddings of unit length" if walk.normalized_output else "features without a classifier"
-        absent["logits"] = absent["classifier"] = f"the model returns {why}"
-    embedding = walk.normalized
-    if embedding is None and len(walk.linears) > 1:
-        embedding = _linear_source(walk.linears[0][0])
-    if embedding is None:
-        absent["embedding"] = "the model has no embedding between its last hidden layer and its classifier"
-    read = walk.read_by_first or walk.hidden or walk.boundary
-    assert read is not None
-    if walk.normalized is not None and _normalized_source(read) is walk.normalized:
-        read = walk.normalized
-    activation: Node | None = None
-    if walk.hidden is not None:
-        activation = same_vector(walk.hidden)
-        kind: Kind = "hidden" if walk.linears else "pooled"
-        pooled = _head_input(walk.hidden) or same_vector(read)
+def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
+    search = _Heads(named)
+    heads = search.of(output)
+    named = search.named
+    anatomy = Anatomy("none", [], [], [], [Part(output)])
+    absent = anatomy.absent
+    if heads is None and named:
+        assert search.stopped is not None
+        why = f"the search for the classifier's input stopped at {place(search.stopped)}, which it cannot follow"
+        absent.update(activation=f"{why}. {_ADVICE}", pooled=why, embedding=why, classifier=why)
+        return anatomy
+    chain: list[Node] = []
+    walk: _Walk | None = None
+    if heads is None:
+        normalized = normalized_source(output)
+        why = "features without a classifier" if normalized is None else "embeddings of unit length"
+        anatomy.logits = []
+        stopped = "" if search.stopped is None else f" ({place(search.stopped)} is not a linear layer)"
+        absent["logits"] = absent["classifier"] = f"the model returns {why}{stopped}"
+        read, walk = output, _Walk(output)
     else:
-        assert walk.boundary is not None
-        kind, pooled = "none", same_vector(read)
-        if is_rectified(walk.boundary) and walk.layer_norm is None and (walk.linears or logits is None):
-            kind, activation = "pooled", same_vector(walk.boundary)
+        parts, chain = _parts(heads)
+        if len(parts) > 1 or not is_vector(parts[0].node):
+            anatomy.pooled = parts
         else:
-            absent["activation"] = _why_not_rectified(walk.boundary, walk.layer_norm)
-    classifier: list[WeightRef] = []
-    if logits is not None:
-        arithmetic = "arithmetic on the logits (a temperature, a prior)" if walk.arithmetic else ""
-        between = (
-            (arithmetic if walk.normalized is None else "")
-            or walk.broken
-            or (walk.interrupted if activation is not None else "")
+            read = parts[0].node
+            walk = _Walk(read)
+    if walk is None:
+        blocking = [node for part in anatomy.pooled if (node := unrectified(part.node)) is not None]
+        if blocking:
+            absent["activation"] = _why_not_rectified(blocking[0], None)
+        else:
+            hidden = all(is_vector(part.node) and is_rectifier(part.node) for part in anatomy.pooled)
+            anatomy.kind, anatomy.activation = "hidden" if hidden else "pooled", anatomy.pooled
+        absent["embedding"] = _NO_EMBEDDING
+    else:
+        _fill(anatomy, walk, read, heads is not None)
+    if anatomy.logits:
+        sources = [part.node for part in anatomy.activation or anatomy.pooled]
+        cosine = walk is not None and walk.normalized is not None
+        _set_classifier(anatomy, output, sources, chain, cosine, model)
+    return anatomy
+
+
+_NO_EMBEDDING = "the model has no embedding between its last hidden layer and its classifier"
+_ADVICE = (
+    "NAN and the other norms of the last hidden layer do not apply. Train an MLP head with a ReLU on top of the "
+    "model (paper D.4), choose a rectified layer with layer=, or use a detector that reads the pooled feature or "
+    "the logits (KNN, SSD, Energy)"
+)
+
+
+def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
+    """Return what the heads read, and the reductions over positions that the classifier may pass over.
+
+    If all heads read one value, directly or through further linear layers, it is the only part.
+    """
+    parts: dict[tuple[Node, tuple[Node, ...]], Part] = {}
+    chain: list[Node] = []
+    for head in heads:
+        part, reductions = head.part()
+        chain += reductions
+        node = part.node
+        while len(heads) > 1 and base_op(node) in BATCH_NORMS and is_vector(node) and is_vector(node.data[0]):
+            node = same_vector(node.data[0])
+        parts.setdefault((node, part.chain), replace(part, node=node))
+    found = list(parts.values())
+    common = common_source([[part.node, *affine_sources(part.node)] for part in found])
+    if common is not None and len({(part.chain, part.axis) for part in found}) == 1:
+        return [replace(found[0], node=common)], chain
+    # What a head reads at every position is left out beside heads that read one vector (token labeling of VOLO).
+    return [part for part in found if is_vector(part.node)] or found, chain
+
+
+def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool) -> None:
+    """Set the fields of a model whose heads read one vector, or which returns features."""
+    absent = anatomy.absent
+    embedding = walk.normalized or (read if has_head and walk.linears else None)
+    anatomy.embedding = [] if embedding is None else [Part(embedding)]
+    if embedding is None:
+        absent["embedding"] = _NO_EMBEDDING
+    if walk.read is not None:
+        read = walk.read
+    elif walk.hidden is not None and walk.norm is None and not has_head:
+        read = walk.hidden
+    if walk.normalized is not None and normalized_source(read) is walk.normalized:
+        read = walk.normalized
+    while base_op(read) in BATCH_NORMS and is_vector(read.data[0]) and has_head:
+        read = same_vector(read.data[0])
+    anatomy.pooled = [Part(same_vector(read))]
+    if walk.norm is not None:
+        anatomy.norm = place(walk.norm)
+    if walk.hidden is not None:
+        anatomy.activation = [Part(same_vector(walk.hidden))]
+        anatomy.kind = "hidden" if has_head or walk.linears else "pooled"
+        head = _head_input(walk.hidden)
+        anatomy.pooled = anatomy.pooled if head is None else [Part(head)]
+        return
+    assert walk.boundary is not None
+    if is_rectified(walk.boundary) and walk.layer_norm is None:
+        anatomy.kind, anatomy.activation = "pooled", [Part(same_vector(walk.boundary))]
+    else:
+        absent["activation"] = _why_not_rectified(walk.boundary, walk.layer_norm)
+
+
+def _set_classifier(
+    anatomy: Anatomy, logits: Node, sources: list[Node], chain: list[Node], cosine: bool, model: nn.Module
+) -> None:
+    try:
+        if len(set(sources)) < len(sources):
+            raise NotLinearError("a sum over positions")
+        anatomy.classifier = linear_map(logits, sources, chain, cosine, model)
+    except NotLinearError as error:
+        anatomy.absent["classifier"] = (
+            f"there is {error} between the last hidden layer and the logits, "
+            "so the classifier's weights do not apply to the hidden layer"
         )
-        if between:
-            absent["classifier"] = (
-                f"there is {between} between the last hidden layer and the logits, "
-                "so the classifier's weights do not apply to the hidden layer"
-            )
-        else:
-            refs = [_weight_ref(node, bias, model) for node, bias in walk.linears]
-            if refs and all(ref is not None for ref in refs):
-                classifier = [ref for ref in refs if ref is not None]
-            else:
-                absent["classifier"] = "its weights are neither parameters nor buffers of the model"
-    return Anatomy(kind, activation, pooled, embedding, logits, classifier, absent)
+    else:
+        anatomy.absent.pop("classifier", None)
 
 
-def _choose_layer(anatomy: Anatomy, trace: Trace, layer: str, read: Node | None) -> None:
+def _choose_layer(anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, channel_axis: int | None) -> None:
     seen = [io for io in trace.module_io if io.module == layer and io.side == "out"]
     if not seen:
         raise ValueError(f"layer {layer!r} did not run, or returned no tensor, in the model's forward pass")
-    last = seen[-1].node
-    shape = last.shape
-    if not (_is_vector(last) or (len(shape) == 4 and shape[0] == trace.batch)):
+    node = next(io.node for io in seen if io.call == seen[-1].call)  # of several, the first, as of `torch.nn.LSTM`
+    shape = node.shape
+    if len(shape) < 2 or shape[0] != trace.batch or not node.value.is_floating_point():
         raise ValueError(
             f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector per "
-            "input, (n, d), or maps (n, d, height, width), which are averaged over space"
+            "input, (n, d), or tokens or maps, which are averaged over their positions"
         )
-    anatomy.activation = same_vector(last) if _is_vector(last) else last
+    axis = _unit_axis(node, model.get_submodule(layer)) if channel_axis is None else channel_axis
+    if axis is None and not is_vector(node):
+        raise ValueError(
+            f"layer {layer!r} returns a tensor of shape {shape}, and which axis holds its units is not known: "
+            "pass channel_axis=1 for maps (n, d, ...), or channel_axis=-1 for tokens (n, ..., d)"
+        )
+    if axis is not None and (axis == 0 or not -len(shape) < axis < len(shape)):
+        raise ValueError(f"channel_axis is {axis}, and layer {layer!r} returns a tensor of shape {shape}")
+    # Maps of one pixel are vectors, until a larger image comes.
+    chosen = Part(same_vector(node)) if axis is None or len(shape) == 2 else Part(node, axis=axis % len(shape))
+    anatomy.activation = [chosen]
     anatomy.kind = "chosen"
     anatomy.absent.pop("activation", None)
-    if read is None or same_vector(read) is not anatomy.activation:
-        anatomy.classifier = []
+    anatomy.classifier = []
+    if anatomy.logits:
+        _set_classifier(anatomy, anatomy.logits[0].node, [same_value(node)], [], False, model)
+    if not anatomy.classifier:
         anatomy.absent["classifier"] = f"the classifier does not read {layer!r}, the layer that was chosen"
 
 
-def _choose_output(trace: Trace) -> Node:
-    """Return the logits among the outputs of the model."""
+_FIRST = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd,
+)  # fmt: skip
+_LAST = (
+    nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder,
+)  # fmt: skip
+
+
+def _unit_axis(node: Node, module: nn.Module | None = None) -> int | None:
+    """Return the axis of the units of tokens or maps, as the module or the operations before it imply, or None."""
+    if isinstance(module, _FIRST):
+        return 1
+    if isinstance(module, _LAST):
+        return node.value.ndim - 1
+    op, shape = base_op(node), node.shape
+    if op in ("bmm", "_softmax") or op.startswith("_scaled_dot_product"):
+        return None
+    if op in ("convolution", "native_group_norm") or op in BATCH_NORMS:
+        return 1
+    last = ("embedding", "mkldnn_rnn_layer", "mm", "addmm", "linear")
+    if op in last or (op in LAYER_NORMS and len(node.args[1]) == 1):
+        return len(shape) - 1
+    parents = [parent for parent in node.data if parent.value.is_floating_point() and parent.value.ndim >= 2]
+    for parent in parents:
+        axis = _unit_axis(parent)
+        if axis is not None:
+            return _moved(node, parent, axis)
+    return None
+
+
+def _moved(node: Node, parent: Node, axis: int) -> int | None:
+    """Return the axis at which an operation puts an axis of its argument, or None."""
+    op, shape, old = base_op(node), node.shape, parent.shape
+    if op == "permute":
+        return [dim % len(old) for dim in node.args[1]].index(axis)
+    if op in ("transpose", "t"):
+        a, b = (dim % len(old) for dim in (node.args[1:3] if op == "transpose" else (0, 1)))
+        return {a: b, b: a}.get(axis, axis)
+    if op == "select":
+        dim = node.args[1] % len(old)
+        return None if dim == axis else axis - (dim < axis)
+    if len(shape) == len(old) and op not in RESHAPES:
+        return axis
+    if node.value.numel() == parent.value.numel():
+        # The axis of the same length with as many numbers before it.
+        before = _product(old[:axis])
+        return next(
+            (i for i in range(len(shape)) if _product(shape[:i]) == before and shape[i] == old[axis]), None
+        )
+    return axis if len(shape) == len(old) and shape[axis] == old[axis] else None
+
+
+def _product(lengths: Iterable[int]) -> int:
+    return torch.Size(lengths).numel()
+
+
+def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str]]:
+    """Return the logits among the outputs of the model, whether they are so called, and paths of other heads.
+
+    They are so called by their name, or by their width, if it is the number of classes that the model holds.
+    """
     vectors = [
         (slot, node)
         for slot, node in trace.outputs
-        if node.value.is_floating_point() and node.value.ndim == 2 and len(node.value) == trace.batch
+        if node.value.is_floating_point() and node.value.ndim and len(node.value) == trace.batch
     ]
+    # Of all outputs, matrices come first; (n,) is one logit, (n, 1, C) has an axis too many.
+    matrices = [(slot, node) for slot, node in vectors if node.value.ndim == 2]
+    columns = [(slot, same_vector(node)) for slot, node in vectors if node.value.ndim == 1 or is_vector(node)]
+    vectors = matrices or columns
     if not vectors:
         shapes = [node.shape for _, node in trace.outputs]
         raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")
     named = [node for slot, node in vectors if slot and slot[-1] == "logits"]
     # If the outputs hold features and the logits made from them, choose the logits.
-    ancestors = {id(a) for _, node in vectors for a in _ancestors(node) if a is not node}
-    last = [node for _, node in vectors if id(node) not in ancestors]
-    plain = [node for node in last if _normalized_source(node) is None and id(same_vector(node)) not in ancestors]
+    made_from = {id(a) for _, node in vectors for a in ancestors(node) if a is not node}
+    last = [node for _, node in vectors if id(node) not in made_from]
+    plain = [node for node in last if normalized_source(node) is None and id(same_vector(node)) not in made_from]
     node = (named or plain or last or [vectors[0][1]])[0]
+    heads = [slot for slot, other in vectors if other in plain and other is not node and "embedding" not in slot]
+    classes = getattr(model, "num_classes", None)
+    is_named = bool(named) or (isinstance(classes, int) and classes > 1 and classes == node.shape[1])
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
-    return node
+    return node, is_named, [".".join(map(str, slot)) for slot in heads]
 
 
 def _embedding_beside(trace: Trace, logits: Node) -> Node | None:
     """Return an output named "embedding" from which the logits are not made, if there is one."""
     for slot, node in trace.outputs:
-        if slot and slot[-1] == "embedding" and _is_vector(node):
-            return None if any(node is other for other in _ancestors(logits)) else node
+        if slot and slot[-1] == "embedding" and is_vector(node):
+            return None if any(node is other for other in ancestors(logits)) else node
     return None
-
-
-def _ancestors(node: Node) -> list[Node]:
-    seen: dict[int, Node] = {}
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if id(current) not in seen:
-            seen[id(current)] = current
-            todo.extend(current.data)
-    return list(seen.values())
-
-
-def _is_vector(node: Node) -> bool:
-    """Return whether a value is one vector per input: (n, d), with any number of axes of length 1."""
-    shape = node.shape
-    return len(shape) >= 2 and max(shape[1:], default=0) * shape[0] == node.value.numel() and shape[1] > 0
-
-
-def _linear_source(node: Node) -> Node | None:
-    """Return the input of the linear layer on vectors whose output the value is, or None."""
-    op = base_op(node)
-    if op not in _LINEARS or len(node.data) != 1 or not _is_vector(node):
-        return None
-    data = node.data[0]
-    if op in ("convolution", "conv2d"):
-        weight = node.parents[1]
-        kernel = weight.shape[2:]
-        pointwise = all(k == 1 for k in kernel) and weight.shape[1] == data.shape[1]
-        return data if pointwise and _is_vector(data) else None
-    position = 1 if op == "addmm" else 0
-    reads_rows = node.args[position] is data and _is_vector(data)
-    return data if reads_rows else None
-
-
-def _normalized_source(node: Node) -> Node | None:
-    """Return x if the value is x divided by its length."""
-    if base_op(node) not in ("div", "mul") or len(node.data) != 2:
-        return None
-    for x, length in (node.data, node.data[::-1]) if base_op(node) == "mul" else (node.data,):
-        while base_op(length) in _AROUND_A_LENGTH and length.data:
-            length = length.data[0]
-        one_per_input = length.value.numel() == len(node.value)
-        if base_op(length) in _LENGTHS and one_per_input and x in _ancestors(length):
-            return x
-    return None
-
-
-def _is_linear(node: Node) -> bool:
-    """Return whether a value comes from linear layers through arithmetic and pooling alone."""
-    if base_op(node) in _LINEARS | {"bmm"}:
-        return True
-    passing = _RESHAPES | _POOLS | {"add", "sub", "mul", "div", "neg"}
-    return base_op(node) in passing and bool(node.data) and all(_is_linear(parent) for parent in node.data)
 
 
 def _head_input(hidden: Node) -> Node | None:
     """Return the input of an MLP head, where its chain of vectors begins; None if that is the model's input."""
     first: Node | None = None
     node = hidden
+    scaling = BATCH_NORMS | LAYER_NORMS | {"add", "mul", "div"}
     while True:
         node = same_vector(node)
         following: Node | None = None
-        if (source := _linear_source(node)) is not None:
+        if (source := affine_source(node)) is not None:
             first = following = source
-        elif is_rectifier(node) or base_op(node) in _BATCH_NORMS | _LAYER_NORMS | {"add", "mul", "div"}:
-            following = node.data[0] if len(node.data) == 1 or is_rectifier(node) else None
-        if following is None or not _is_vector(following):
+        elif (
+            is_rectifier(node) or is_squared_rectifier(node) or (len(node.data) == 1 and base_op(node) in scaling)
+        ):
+            following = node.data[0]
+        if following is None or not is_vector(following):
             break
         node = following
-    while base_op(node) in _RESHAPES and node.data:
+    while base_op(node) in RESHAPES and node.data:
         node = node.data[0]
     return None if first is None or node.op == "input" else same_vector(first)
 
 
+def place(node: Node) -> str:
+    """Describe where a value was made."""
+    return f"{base_op(node)} in `{node.module}`" if node.module else f"{base_op(node)} in the model's forward"
+
+
+def _scaled(node: Node) -> Node:
+    """Return the value that a constant multiplies, as the weight of a normalization."""
+    return node.data[0] if base_op(node) == "mul" and len(node.data) == 1 else node
+
+
 def _why_not_rectified(boundary: Node, layer_norm: Node | None) -> str:
-    trunk = boundary
-    while base_op(trunk) in _RESHAPES | _POOLS and len(trunk.data) == 1:
-        trunk = trunk.data[0]
-    if layer_norm is None and base_op(trunk) in _LAYER_NORMS:
-        layer_norm = trunk
+    blocking = unrectified(boundary) or boundary
+    if base_op(blocking) in LAYER_NORMS or rms_source(_scaled(blocking)) is not None:
+        layer_norm = layer_norm or blocking
     if layer_norm is not None:
         where = f" (`{layer_norm.module}`)" if layer_norm.module else ""
         cause = f"a layer normalization{where} before the head cancels the norm"
     else:
-        where = f" (from `{trunk.module}`)" if trunk.module else ""
-        cause = f"the input of the classifier{where} is not rectified"
-    return (
-        f"the model has no rectified hidden layer: {cause}. NAN and the other norms of the last hidden layer "
-        "do not apply. Train an MLP head with a ReLU on top of the model (paper D.4), choose a rectified layer "
-        "with layer=, or use a detector that reads the pooled feature or the logits (KNN, SSD, Energy)"
-    )
-
-
-def _weight_ref(node: Node, bias: Node | None, model: nn.Module) -> WeightRef | None:
-    op = base_op(node)
-    constants = [parent for parent in node.parents if not parent.from_input]
-    if op == "addmm":
-        bias, matrix = node.args[0], node.args[2].value.T
-    elif op in ("convolution", "conv2d"):
-        matrix = constants[0].value.flatten(1)
-        bias = constants[1] if len(constants) > 1 else bias
-    elif op == "linear":
-        matrix = constants[0].value
-        bias = constants[1] if len(constants) > 1 else bias
-    else:
-        matrix = constants[0].value.T
-    candidates = _tensors_of(model, node.module)
-    # The tensor that was read itself takes precedence over others of equal values.
-    root, normalized = _root(constants[-1] if op == "addmm" else constants[0])
-    held = {_pointer(root)} if root is not None else set()
-    if bias is not None:
-        bias_root, _ = _root(bias)
-        if bias_root is not None:
-            held.add(_pointer(bias_root))
-    candidates = dict(sorted(candidates.items(), key=lambda item: _pointer(item[1]) not in held))
-    bias_path = None
-    if bias is not None:
-        wanted = bias.value.reshape(-1)
-        bias_path = next((name for name, t in candidates.items() if _equal(t.reshape(-1), wanted)), None)
-        if bias_path is None:
-            return None
-    for name, tensor in candidates.items():
-        for transposed in (False, True):
-            if tensor.ndim < 2 or (transposed and tensor.ndim != 2):
-                continue
-            rows = tensor.T if transposed else tensor.flatten(1)
-            if rows.shape != matrix.shape:
-                continue
-            for unit_rows in (True, False) if normalized else (False, True):
-                if _equal(_normalize(rows) if unit_rows else rows, matrix):
-                    return WeightRef(name, transposed, unit_rows, bias_path)
-    return None
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
-
-
-def _root(constant: Node) -> tuple[Tensor | None, bool]:
-    """Return the model's tensor that a weight was reshaped or normalized from, and whether it was normalized."""
-    node, normalized = constant, False
-    while node.op != "constant":
-        if base_op(node) in ("div", "mul"):
-            normalized = True
-        elif base_op(node) not in _RESHAPES:
-            return None, False
-        node = node.parents[0]
-    return node.value, normalized
-
-
-def _tensors_of(model: nn.Module, owner: str) -> dict[str, Tensor]:
-    """Return the parameters and buffers of the model by path, starting with those of the module that ran."""
-    found: dict[str, Tensor] = {}
-    module = model.get_submodule(owner)
-    for attribute in ("weight", "bias"):
-        # Read as an attribute: a parametrized weight (weight norm, spectral norm) is not a parameter.
-        value = getattr(module, attribute, None)
-        if isinstance(value, Tensor):
-            found[f"{owner}.{attribute}" if owner else attribute] = value.detach()
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        found.setdefault(name, value.detach())
-    return found
-
-
-def _normalize(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows, dim=1)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.allclose(a.to(b.dtype), b, rtol=1e-3, atol=1e-6))
+        cause = f"the input of the classifier (from {place(blocking)}) is not rectified"
+        if base_op(blocking) not in _NEVER_RECTIFIED:
+            cause = f"the input of the classifier comes from {place(blocking)}, which is not known to keep signs"
+    return f"the model has no rectified hidden layer: {cause}. {_ADVICE}"

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from featnorm._utils.checks import check_type
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.tap.batch import Call
 from featnorm.tap.capture import HookPoint, capture, eval_mode, locate, made
-from featnorm.tap.find import base_op, find, is_rectifier
+from featnorm.tap.find import find
 from featnorm.tap.linear import hidden_classifiers
+from featnorm.tap.ops import base_op, is_rectifier
 from featnorm.tap.tap import unwrap
 from featnorm.tap.trace import Node, trace
 
@@ -49,7 +51,7 @@ class LayerTap:
         check_type(inputs, Tensor, "the inputs", "a tensor")
         self.model = unwrap(model)
         with eval_mode(self.model):
-            traced = trace(self.model, inputs[:_TRACED_ROWS])
+            traced = trace(self.model, Call((inputs[:_TRACED_ROWS],)))
         if layers is None:
             nodes = [node for node in traced.nodes if node.from_input and is_rectifier(node) and _is_layer(node)]
             # Of a gate that is written out in several operations, only the last counts as a layer.
@@ -71,16 +73,17 @@ class LayerTap:
             self._no_logits = str(error)  # only the hidden classifiers need them
         else:
             self._no_logits = anatomy.absent.get("logits", "")
-            if anatomy.logits is not None:
-                self._logits = locate(traced, anatomy.logits)
+            if anatomy.logits:
+                self._logits = locate(traced, anatomy.logits[0].node)
             if last is not None:
-                if anatomy.activation is None:
-                    raise ValueError(f"there is no last hidden layer: {anatomy.absent['activation']}")
-                found = {last: anatomy.activation, **found}
+                if len(anatomy.activation) != 1:
+                    why = anatomy.absent.get("activation", "it has several parts, one per head")
+                    raise ValueError(f"there is no last hidden layer: {why}")
+                found = {last: anatomy.activation[0].node, **found}
         if not found:
             raise ValueError("nothing in this model is rectified: pass the names of layers")
         self.points: dict[str, HookPoint] = {name: locate(traced, node) for name, node in found.items()}
-        self._made = {name: made(node) for name, node in found.items()}
+        self._made = {name: made(traced, node) for name, node in found.items()}
 
     @property
     def names(self) -> list[str]:
@@ -90,7 +93,7 @@ class LayerTap:
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the flattened output of every layer for a batch, (n, d) each."""
         with eval_mode(self.model), torch.no_grad():
-            caught = capture(self.model, self.points, inputs)
+            caught = capture(self.model, self.points, Call((inputs,)))
         return {name: value.flatten(1) for name, value in caught.items()}
 
     def hidden(self, inputs: Tensor) -> dict[str, HiddenClassifier]:
@@ -100,7 +103,7 @@ class LayerTap:
         """
         if self._logits is None:
             raise ValueError(f"there is no hidden classifier without logits: {self._no_logits}")
-        return hidden_classifiers(self.model, self._made, self._logits, inputs)
+        return hidden_classifiers(self.model, self._made, self._logits, Call((inputs,)))
 
 
 def _is_layer(node: Node) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from featnorm.hidden.classifier import HiddenClassifier
+from featnorm.tap.batch import Call
 from featnorm.tap.capture import HookPoint, capture, eval_mode
 
 _LOGITS = "logits of the model"
@@ -171,7 +172,7 @@ def hidden_classifiers(
     model: nn.Module,
     layers: Mapping[str, HookPoint],
     logits: HookPoint,
-    inputs: Tensor,
+    call: Call,
     *,
     pre_activation: bool = False,
 ) -> dict[str, HiddenClassifier]:
@@ -179,7 +180,7 @@ def hidden_classifiers(
 
     Parameters
     ----------
-    model, inputs : the model, and a batch on its device; both are left unchanged.
+    model, call : the model, and a call of it with tensors on its device; both are left unchanged.
     layers, logits : points of the operations that make the layers, see `made`, and the point of the logits.
     pre_activation : whether to use the input of the layer's rectifier; requires a single layer.
 
@@ -188,17 +189,17 @@ def hidden_classifiers(
     ValueError
         See `FeatureTap.hidden`.
     """
-    if not len(inputs):
+    if call.rows == 0:
         raise ValueError("there is no input in the batch")
     # Inference tensors cannot be differentiated, so the caller's inference mode is turned off.
     with torch.inference_mode(False), eval_mode(model, gradients=True), _frozen(model):
-        inputs = inputs.detach().clone()
-        rectifier = _rectifier(model, layers, logits, inputs) if pre_activation else None
-        first = _Run(model, layers, logits, inputs, rectifier)
+        call = call.detach().clone()
+        rectifier = _rectifier(model, layers, logits, call) if pre_activation else None
+        first = _Run(model, layers, logits, call, rectifier)
         for name, value in first.layers.items():
             _require_linear(first.logits, value, name)
         matrices = first.coefficients()
-        _require_same(first, matrices, _Run(model, layers, logits, inputs, rectifier, earlier=first))
+        _require_same(first, matrices, _Run(model, layers, logits, call, rectifier, earlier=first))
     found = {}
     for (name, value), matrix in zip(first.layers.items(), matrices, strict=True):
         bare = HiddenClassifier(value.detach().flatten(1), matrix)
@@ -214,7 +215,7 @@ class _Run:
         model: nn.Module,
         layers: Mapping[str, HookPoint],
         logits: HookPoint,
-        inputs: Tensor,
+        call: Call,
         rectifier: int | None,
         earlier: "_Run | None" = None,
     ) -> None:
@@ -236,8 +237,9 @@ class _Run:
         fresh: list[HookPoint] = []
         self.mode: _Linearized = _Linearized(held, put, fresh, start)
         with self.mode:
-            caught = capture(model, {**layers, _LOGITS: logits}, inputs, fresh=fresh)
-        self.logits = caught[_LOGITS].flatten(1)
+            caught = capture(model, {**layers, _LOGITS: logits}, call, fresh=fresh)
+        logits_of_run = caught[_LOGITS]
+        self.logits = logits_of_run[:, None] if logits_of_run.ndim == 1 else logits_of_run.flatten(1)
         self.layers = {name: self.layers[name] for name in layers}
         if not self.logits.requires_grad:
             raise ValueError("the logits do not depend on the layer, or are computed without gradients")
@@ -274,10 +276,10 @@ class _Run:
         return [torch.cat(parts).transpose(0, 1).contiguous() for parts in rows]
 
 
-def _rectifier(model: nn.Module, layers: Mapping[str, HookPoint], logits: HookPoint, inputs: Tensor) -> int:
+def _rectifier(model: nn.Module, layers: Mapping[str, HookPoint], logits: HookPoint, call: Call) -> int:
     """Return the index, among the rectifiers that run, of the one whose output is the layer."""
     ((_, point),) = layers.items()
-    index = _Run(model, layers, logits, inputs, None).mode.rectifiers.get(point)
+    index = _Run(model, layers, logits, call, None).mode.rectifiers.get(point)
     if index is None:
         raise ValueError("this layer is not the output of a rectifier, so it has no pre-activation")
     return index

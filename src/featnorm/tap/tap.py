@@ -1,24 +1,26 @@
 """`FeatureTap`, which finds and captures the features of a model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
-from featnorm.features import PER_INPUT, Classifier, Features
+from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
-from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, made
-from featnorm.tap.find import Anatomy, WeightRef, base_op, find
+from featnorm.runtime import Runtime
+from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.find import Anatomy, Part, find, place
 from featnorm.tap.linear import hidden_classifiers
-from featnorm.tap.trace import Node, Trace, trace
+from featnorm.tap.trace import Trace, trace
+from featnorm.tap.weights import Step, checked_step, classifier, paths
 
-_INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
-_LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
-_CLASS_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Batch size of the traced forward pass, which keeps every tensor it makes.
 _TRACED_ROWS = 2
 
@@ -32,106 +34,189 @@ class FeatureTap:
 
     Parameters
     ----------
-    model : module that maps a batch of inputs to logits, to features, or to a tuple or dict of them.
+    model
+        Module that maps a batch of inputs to logits, to features, or to a tuple, dict or object that holds them.
+        One logit z, of shape (n, 1) or (n,), is read as that of two classes, (-z / 2, z / 2).
     layer
         Module whose output is the last hidden layer, or its name, if the one found automatically is not the right
-        one. Maps (n, d, height, width) are averaged over space.
+        one. Tokens and maps are averaged over their positions.
+    output
+        Head of a model with several: a key or attribute of what the model returns, an index, or a path such as
+        "heads.0". Default: the output named "logits", or the first one.
+    channel_axis
+        Axis of the units in the output of ``layer``, if it is not a vector: 1 for maps (n, d, ...), -1 for tokens
+        (n, ..., d). Default: inferred from the module or the operations before it.
 
     Raises
     ------
     ValueError
-        ``layer`` is not in the model.
+        ``layer`` is not in the model, ``channel_axis`` is given without it, or a part of the model is a
+        TorchScript module, which takes no hooks.
     TypeError
-        The model is not a `torch.nn.Module`, or ``layer`` is neither a module nor a name.
+        The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
+        path nor an index.
     """
 
-    def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | nn.Module | None = None,
+        output: str | int | None = None,
+        channel_axis: int | None = None,
+    ) -> None:
+        if isinstance(model, torch.export.ExportedProgram):
+            raise TypeError("the model must be a torch.nn.Module, got an ExportedProgram: pass its module()")
+        if callable(model) and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the model must be a torch.nn.Module, got {type(model).__name__}: pass the module that it calls"
+            )
         check_type(model, nn.Module, "the model", "a torch.nn.Module")
         check_type(layer, (str, nn.Module, type(None)), "layer", "a module of the model or its name")
+        check_type(output, (str, int, type(None)), "output", "a key, an index or a path")
+        check_type(channel_axis, (int, type(None)), "channel_axis", "an integer")
+        if channel_axis is not None and layer is None:
+            raise ValueError("channel_axis is an axis of the output of a layer: pass layer= too")
         self.model = unwrap(model)
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"{f'{name!r} in the model' if name else 'the model'} is a TorchScript module, which takes no "
+                    "hooks: pass the model that it was made from"
+                )
         self.layer = self._name(layer)
+        self.output = output
+        self._signature = Signature.of(self.model)
+        self.channel_axis = channel_axis
         self._plan: _Plan | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
 
-    def trace(self, inputs: Tensor) -> "FeatureTap":
+    def trace(self, batch: Any) -> "FeatureTap":
         """Find the layers by tracing the model on a batch of inputs, and return self.
+
+        Parameters
+        ----------
+        batch : see `stream`.
 
         Raises
         ------
         ValueError
-            The model returns neither logits nor features of shape (n, width), or the chosen layer did not run.
-        TypeError
-            The inputs are not a tensor.
+            The model returns neither logits nor features of shape (n, width), the chosen layer did not run, the
+            chosen output does not exist, or the batch is not what the model takes; the weights are on the meta
+            device; or a batch normalization has no running statistics, so that scores would depend on the batch.
         """
-        check_type(inputs, Tensor, "the inputs", "a tensor")
-        self._trace(inputs)
+        self._trace(read_batch(batch, self._signature))
         return self
 
-    def __call__(self, inputs: Tensor) -> Features:
+    def __call__(self, batch: Any) -> Features:
         """Return the features of one batch, on the model's device, from one forward pass.
 
-        The caller may change the tensors: none shares memory with the model or the inputs.
+        A tensor is passed as ``model(x)``, a tuple as ``model(*args)``, a mapping as ``model(**kwargs)``; see
+        `stream`. The caller may change the tensors: none shares memory with the model or the inputs.
         """
-        return self.capture(inputs, classifier=True)
+        return self.capture(batch, classifier=True)
 
-    def capture(self, inputs: Tensor, *, classifier: bool) -> Features:
+    def capture(self, batch: Any, *, classifier: bool) -> Features:
         """Return the features of one batch, with or without a copy of the classifier's weights."""
-        check_type(inputs, Tensor, "the inputs", "a tensor")
-        inputs = inputs.to(self.device)
-        if self._plan is None:
-            return self._trace(inputs)
-        return self._capture(self._plan, inputs, classifier)
+        return self._features(read_batch(batch, self._signature), classifier)
 
-    def _trace(self, inputs: Tensor) -> Features:
-        inputs = inputs.to(self.device)
-        with eval_mode(self.model):
-            traced = trace(self.model, inputs[:_TRACED_ROWS])
-            plan = _Plan.of(find(traced, self.model, self.layer), traced)
-        features = self._capture(plan, inputs, classifier=True)
+    def _features(self, call: Call, classifier: bool = True) -> Features:
+        if self._plan is None:
+            return self._trace(call)
+        return self._capture(self._plan, call.to(self.device), classifier)
+
+    def _trace(self, call: Call) -> Features:
+        call = call.to(self.device)
+        traced = self._record(call)
+        plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis), traced)
+        features = self._capture(plan, call, classifier=True)
         self._plan = plan
         self._advice = TRACE_AGAIN
         activation = features.activation
         if activation is not None and activation.numel():
             share = float((activation <= 0).float().mean())
-            self._inactive = f"On average, {share:.0%} of its units were off for the {len(inputs)} inputs."
+            self._inactive = f"On average, {share:.0%} of its units were off for the {len(features)} inputs."
         return features
 
-    def _capture(self, plan: "_Plan", inputs: Tensor, classifier: bool) -> Features:
+    def _record(self, call: Call) -> Trace:
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError("the model's weights are on the meta device and have no values: load them first")
+        part, traced = call.head(_TRACED_ROWS), None
         with eval_mode(self.model):
-            return self._caught(inputs, plan, classifier)
+            if part is not call:
+                # Some models take only batches of one size, or tensors that are not rows of a batch.
+                with suppress(Exception):
+                    traced = trace(self.model, part)
+            traced = traced or trace(self.model, call)
+        ran = {io.module for io in traced.module_io}
+        for name, module in self.model.named_modules():
+            if name in ran and isinstance(module, _BatchNorm) and module.running_mean is None:
+                raise ValueError(
+                    f"`{name}` ({type(module).__name__}) has no running statistics, so that a score would depend "
+                    "on the rest of its batch: train the model with track_running_stats=True"
+                )
+        if self.output is not None:
+            path = str(self.output).split(".")
+            chosen = [(slot, node) for slot, node in traced.outputs if [*map(str, slot)][: len(path)] == path]
+            if not chosen:
+                names = ", ".join(repr(".".join(map(str, slot))) for slot, _ in traced.outputs)
+                raise ValueError(f"output {self.output!r} is none of the model's outputs: {names}")
+            traced.outputs = chosen
+        return traced
 
-    def traced(self, inputs: Tensor) -> Features:
+    def _capture(self, plan: "_Plan", call: Call, classifier: bool) -> Features:
+        with eval_mode(self.model):
+            return self._caught(call, plan, classifier)
+
+    def traced(self, batch: Any) -> Features:
         """Return the features of one batch without their classifier, as operations that torch can export.
 
         The model must have been traced, and be in evaluation mode.
         """
-        return self._caught(inputs, classifier=False)
+        return self._caught(read_batch(batch, self._signature), classifier=False)
 
-    def _caught(self, inputs: Tensor, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
+    def _caught(self, call: Call, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Return the features of one batch, in the current mode and with the current gradient setting."""
         plan = plan or self._planned()
-        caught = capture(self.model, plan.points, inputs, advice=self._advice)
+        caught = capture(self.model, plan.points, call, advice=self._advice)
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
-        vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
-        fields: dict[str, Any] = {name: vectors[plan.points[name]] for name in caught}
+        vectors = {plan.points[name]: _as_vectors(value, plan.points[name].axis) for name, value in caught.items()}
+        fields: dict[str, Any] = {}
+        for name, point in plan.points.items():
+            first, _, more = name.partition(".")
+            fields[first] = torch.cat([fields[first], vectors[point]], 1) if more else vectors[point]
         fields["classifier"] = plan.classifier(self.model) if classifier else None
-        return Features(**fields, absent=plan.absent, call=_ModelCall(self, inputs))
+        absent = plan.absent
+        if call.labels is not None:
+            labels, why = class_labels(call, len(next(iter(vectors.values()))))
+            fields["labels"] = None if labels is None else labels.to(self.device)
+            absent = absent if labels is not None else {**absent, "labels": why}
+        return Features(**fields, absent=absent, call=_ModelCall(self, call))
 
-    def stream(self, loader: Iterable[Any], *, progress: bool | None = None) -> Iterator[Features]:
+    def stream(
+        self, loader: Iterable[Any], labels: LabelsOf | None = None, *, progress: bool | None = None
+    ) -> Iterator[Features]:
         """Yield the features of a loader batch by batch, on the model's device.
 
         Parameters
         ----------
         loader
-            Iterable of batches. A batch is a tensor of inputs; a tuple of inputs and, optionally, labels; or a
-            dict with keys such as ``image`` and ``label``. Labels that are not one integer per input are ignored.
+            Iterable of batches. A tensor is passed as ``model(x)``; the items of a tuple or list as
+            ``model(*args)``; those of a mapping as ``model(**kwargs)``; anything else, such as a graph or a
+            `torch.nn.utils.rnn.PackedSequence`, as ``model(batch)``. If the model has a single argument, it is the
+            one tensor of a mapping, or a whole list of images (c, h, w).
+        labels
+            Where the labels of a batch are: a key or attribute, an index, or a function of the batch. Default: the
+            item of a tuple that the model does not take, or a last item of one integer per input; the item or
+            attribute named label, labels, y, target, targets or class, unless the model requires it. If labels
+            found this way are not one integer per input, the features have none.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
         ValueError
-            A batch holds no tensor of inputs, or the loader yields no batch.
+            A batch holds no tensor, or a tensor that the model does not take; ``labels`` points to nothing, or
+            not to one integer per input; or the loader yields no batch.
         TypeError
             The loader is not an iterable of batches.
         """
@@ -140,31 +225,32 @@ class FeatureTap:
         bar = progress_bar(loader, total=total, unit="batch", progress=progress)
         empty = True
         for i, batch in enumerate(bar):
-            inputs, labels, why = _split(batch, i)
-            if not len(inputs):
+            call = read_batch(batch, self._signature, labels, f"batch {i} of the loader")
+            if call.rows == 0:
                 continue
             try:
-                features = self(inputs)
+                features = self._features(call)
             except Exception as error:
                 error.add_note(f"(on batch {i} of the loader, counted from 0)")
                 raise
             empty = False
-            if labels is None:
-                yield features.replace(absent={**features.absent, "labels": why})
-            else:
-                yield features.replace(labels=labels.to(self.device))
+            if call.labels is None:
+                features = features.replace(absent={**features.absent, "labels": "the loader yields none"})
+            yield features
         if empty:
             used_up = ": it is an iterator, which one pass uses up; pass a list or a DataLoader"
             raise ValueError(f"the loader yielded no batch{used_up if iter(loader) is loader else ''}")
 
-    def extract(self, loader: Iterable[Any], *, progress: bool | None = None) -> Features:
+    def extract(
+        self, loader: Iterable[Any], labels: LabelsOf | None = None, *, progress: bool | None = None
+    ) -> Features:
         """Return the features of a whole loader, on the CPU: the batches of `stream`, concatenated.
 
         To fit a detector without holding all features in memory, pass the batches of `stream` to `partial_fit`.
         """
-        return Features.cat([features.to("cpu") for features in self.stream(loader, progress=progress)])
+        return Features.cat([features.to("cpu") for features in self.stream(loader, labels, progress=progress)])
 
-    def hidden(self, inputs: Tensor, *, pre_activation: bool = False) -> HiddenClassifier:
+    def hidden(self, batch: Any, *, pre_activation: bool = False) -> HiddenClassifier:
         """Return the classifier hidden in the layer for a batch: ``logits = C a + Gamma`` (paper Prop. 1, A.2.3).
 
         In one forward pass, every rectifier multiplies its input by the constant gate ``s(z) / z``; one backward
@@ -173,34 +259,37 @@ class FeatureTap:
 
         Parameters
         ----------
-        inputs : batch of n inputs, as the model takes them.
+        batch : batch of n inputs, see `stream`.
         pre_activation : whether to use the input of the layer's rectifier instead of its output (Prop. 6).
 
         Returns
         -------
         The hidden classifier of the last hidden layer, or of ``layer`` if it was given to the tap. For maps, d is
-        the number of all their values.
+        the number of all their values. One logit z is that of two classes, (-z / 2, z / 2).
 
         Raises
         ------
         ValueError
             The model has no logits or no such layer, or an operation after the layer, such as attention or a
             LayerNorm, is not linear even with its gates held fixed. The message names the operation.
-        TypeError
-            The inputs are not a tensor.
         """
-        check_type(inputs, Tensor, "the inputs", "a tensor")
-        inputs = inputs.to(self.device)
-        with eval_mode(self.model):
-            traced = trace(self.model, inputs[:_TRACED_ROWS])
-        anatomy = find(traced, self.model, self.layer)
-        if anatomy.activation is None or anatomy.logits is None:
-            missing = "activation" if anatomy.activation is None else "logits"
+        call = read_batch(batch, self._signature).to(self.device)
+        traced = self._record(call)
+        anatomy = find(traced, self.model, self.layer, self.channel_axis)
+        if not anatomy.activation or not anatomy.logits:
+            missing = "logits" if anatomy.activation else "activation"
             raise ValueError(f"there is no hidden classifier without {missing}: {anatomy.absent.get(missing)}")
+        if len(anatomy.activation) > 1:
+            raise ValueError(
+                f"the last hidden layer has {len(anatomy.activation)} parts, one per head: choose one with layer="
+            )
         name = self.layer or "the last hidden layer"
-        layers = {name: made(anatomy.activation)}
-        logits = locate(traced, anatomy.logits)
-        return hidden_classifiers(self.model, layers, logits, inputs, pre_activation=pre_activation)[name]
+        layers = {name: made(traced, anatomy.activation[0].node)}
+        logits = locate(traced, anatomy.logits[0].node)
+        found = hidden_classifiers(self.model, layers, logits, call, pre_activation=pre_activation)[name]
+        if found.coefficients.shape[1] > 1 or found.offset is None:
+            return found
+        return HiddenClassifier(found.activation, two_classes(found.coefficients, 1), two_classes(found.offset, 1))
 
     def describe(self) -> str:
         """Describe the features that were found, and whether the negative-aware norm works on them.
@@ -217,7 +306,7 @@ class FeatureTap:
             guess = _noise_for(self.model)
             try:
                 self.trace(guess)
-            except (RuntimeError, TypeError, AssertionError, IndexError) as error:
+            except (RuntimeError, TypeError, AssertionError, IndexError, BatchError) as error:
                 raise ValueError(
                     f"the model does not accept noise of shape {tuple(guess.shape)}, so its input size cannot be "
                     "inferred: call tap.trace with a batch first"
@@ -232,7 +321,13 @@ class FeatureTap:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state of the tap as plain data, for a file; see `from_dict`."""
-        return {"layer": self.layer, "inactive": self._inactive, "plan": self._planned().to_dict()}
+        return {
+            "layer": self.layer,
+            "output": self.output,
+            "channel_axis": self.channel_axis,
+            "inactive": self._inactive,
+            "plan": self._planned().to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, model: nn.Module, state: Mapping[str, Any]) -> "FeatureTap":
@@ -243,7 +338,7 @@ class FeatureTap:
         KeyError, TypeError, ValueError
             The data are not a state, or do not fit the model.
         """
-        tap = cls(model, state["layer"])
+        tap = cls(model, state["layer"], state["output"], state["channel_axis"])
         tap._plan = _Plan.from_dict(state["plan"])
         tap._plan.check(tap.model)
         tap._inactive = check_text(state["inactive"])
@@ -284,40 +379,43 @@ class FeatureTap:
 
 @dataclass(frozen=True)
 class _ModelCall:
-    """The inputs of a batch, and the tap that captured its features."""
+    """The call that made features, and the tap that captured them."""
 
     tap: FeatureTap
-    inputs: Tensor
+    call: Call
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.call.image
 
     def features(self, inputs: Tensor) -> Features:
-        return self.tap(inputs)
+        return self.tap._features(self.call.with_image(inputs))
 
     def gradient(self, loss: Callable[[Features], Tensor]) -> Tensor:
         # Inference tensors cannot be differentiated, so the caller's inference mode is turned off.
         with torch.inference_mode(False):
             inputs = self.inputs.detach().clone().requires_grad_()
             with eval_mode(self.tap.model, gradients=True):
-                features = self.tap._caught(inputs)
+                features = self.tap._caught(self.call.with_image(inputs))
                 return torch.autograd.grad(loss(features), inputs)[0]
 
 
 class AutocastTap(FeatureTap):
-    """A tap that runs the model in the precision of a Fabric, also for detectors that call the model again.
+    """A tap that runs the model in the precision of a runtime, also for detectors that call the model again.
 
     Parameters
     ----------
     model : see `FeatureTap`.
-    fabric : a `lightning_fabric.Fabric`.
+    runtime : its precision is used.
     """
 
-    def __init__(self, model: nn.Module, fabric: Any) -> None:
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model)
-        self._fabric = fabric
+        self._runtime = runtime
 
-    def capture(self, inputs: Tensor, *, classifier: bool) -> Features:
-        """See `FeatureTap`."""
-        with self._fabric.autocast():
-            return super().capture(inputs, classifier=classifier)
+    def _features(self, call: Call, classifier: bool = True) -> Features:
+        with self._runtime.autocast():
+            return super()._features(call, classifier)
 
 
 class _Plan:
@@ -326,12 +424,12 @@ class _Plan:
     def __init__(
         self,
         points: dict[str, HookPoint],
-        weights: list[WeightRef],
+        weights: list[Step],
         absent: dict[str, str],
         verdict: str,
         words: dict[str, str],
     ) -> None:
-        self.points = points
+        self.points = points  # by field; the further parts of a field follow as "pooled.1", ...
         self.weights = weights
         self.absent = absent
         self.verdict = verdict
@@ -339,47 +437,38 @@ class _Plan:
 
     @classmethod
     def of(cls, anatomy: Anatomy, traced: Trace) -> "_Plan":
-        nodes = {
-            name: node
+        parts: dict[str, list[Part]] = {
+            name: found
             for name in ("activation", "pooled", "embedding", "logits")
-            if (node := getattr(anatomy, name)) is not None
+            if (found := getattr(anatomy, name))
         }
-        points = {name: locate(traced, node) for name, node in nodes.items()}
-        words = {
-            name: f"{_width(node)} wide, from {_place(node)}"
-            for name, node in nodes.items()
-            if name != "activation"
+        points = {
+            f"{name}.{i}" if i else name: locate_part(traced, part)
+            for name, found in parts.items()
+            for i, part in enumerate(found)
         }
+        words = {name: _words(found) for name, found in parts.items() if name != "activation"}
+        if anatomy.logits and sum(map(_width, anatomy.logits)) == 1:
+            words["logits"] += ", read as two classes (-z / 2, z / 2)"
+        if anatomy.others:
+            words["other heads"] = f"{', '.join(map(repr, anatomy.others))}; choose one with output="
+        words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
 
     def classifier(self, model: nn.Module) -> Classifier | None:
         """Return the linear map from the hidden layer to the logits, from the model's current weights."""
-        product: Tensor | None = None
-        offset: Tensor | None = None
-        for ref in self.weights:
-            weight = _attribute(model, ref.weight).detach()
-            weight = weight.T if ref.transposed else weight.flatten(1)
-            weight = nn.functional.normalize(weight, dim=1) if ref.unit_rows else weight
-            bias = None if ref.bias is None else _attribute(model, ref.bias).detach().reshape(-1)
-            if product is None:
-                product, offset = weight, bias
-                continue
-            if bias is not None:
-                offset = product @ bias if offset is None else product @ bias + offset
-            product = product @ weight
-        if product is None:
-            return None
-        # Copies: features must neither change with the user's weights nor change them.
-        return product.clone(), None if offset is None else offset.clone()
+        return classifier(self.weights, model)
 
     def check(self, model: nn.Module) -> None:
         """Raise a ValueError if a plan from a file does not fit the model."""
         for name, point in self.points.items():
-            exists = point.side == "op" or (point.side in ("in", "out") and _has_module(model, point.module))
-            if name not in PER_INPUT or not exists:
+            kinds = [point.module.rpartition("/")[0], *(step[0].rpartition("/")[0] for step in point.chain)]
+            exists = all(_has_module(model, owner) for owner in (kinds if point.side == "op" else [point.module]))
+            first, _, more = name.partition(".")
+            if first not in PER_INPUT or (more and first not in self.points) or not exists:
                 raise ValueError(f"the hook point of {name!r} does not exist: {point.side!r} of {point.module!r}")
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for path in (path for ref in self.weights for path in (ref.weight, ref.bias) if path is not None):
+        for path in paths(self.weights):
             owner, _, attribute = path.rpartition(".")
             # A parametrized weight is an attribute of its module, but neither a parameter nor a buffer.
             if path not in tensors and not (attribute in ("weight", "bias") and _has_module(model, owner)):
@@ -389,7 +478,7 @@ class _Plan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "points": {name: point.to_dict() for name, point in self.points.items()},
-            "weights": [vars(ref) for ref in self.weights],
+            "weights": [list(step) for step in self.weights],
             "absent": self.absent,
             "verdict": self.verdict,
             "words": self.words,
@@ -399,7 +488,7 @@ class _Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> "_Plan":
         return cls(
             {name: HookPoint.from_dict(point) for name, point in data["points"].items()},
-            [WeightRef.from_dict(ref) for ref in data["weights"]],
+            [checked_step(step) for step in data["weights"]],
             _texts(data["absent"]),
             check_text(data["verdict"]),
             _texts(data["words"]),
@@ -436,10 +525,15 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def _verdict(anatomy: Anatomy) -> str:
-    node = anatomy.activation
-    if node is None:
+    parts = anatomy.activation
+    if not parts:
         return "No last hidden layer for NAN: " + anatomy.absent["activation"] + "."
-    found = f"Last hidden layer: {_width(node)} units, from {_place(node)}. "
+    found = f"Last hidden layer: {sum(map(_width, parts))} units, from {_places(parts)}. "
+    if anatomy.kind == "hidden" and anatomy.norm:
+        return found + (
+            f"It is the hidden layer of a head, but {anatomy.norm} rescales it before the classifier, so its norm "
+            "is not what the logits depend on. NAN may be less accurate there: measure it."
+        )
     if anatomy.kind == "hidden":
         return found + "It is the hidden layer of an MLP head, which is what the paper recommends for NAN."
     if anatomy.kind == "pooled":
@@ -451,26 +545,36 @@ def _verdict(anatomy: Anatomy) -> str:
     return found + "It was chosen by name; NAN expects the output of a rectifier."
 
 
-def _width(node: Node) -> int:
-    numbers = node.value.numel() // max(len(node.value), 1)
-    # Maps are pooled to one value per channel; a vector may lie along any axis.
-    return numbers if numbers in node.shape[1:] else int(node.shape[1])
+def _words(parts: list[Part]) -> str:
+    widths = " + ".join(str(_width(part)) for part in parts)
+    heads = f", the inputs of {len(parts)} heads whose outputs are summed" if len(parts) > 1 else ""
+    return f"{widths} wide, from {_places(parts)}{heads}"
 
 
-def _place(node: Node) -> str:
-    return f"{base_op(node)} in `{node.module}`" if node.module else f"{base_op(node)} in the model's forward"
+def _width(part: Part) -> int:
+    shape = part.node.shape
+    if part.axis is not None or part.chain:
+        return shape[-1 if part.axis is None else part.axis]
+    return part.node.value.numel() // max(shape[0], 1)
 
 
-def _attribute(model: nn.Module, path: str) -> Tensor:
-    value: Any = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def _places(parts: list[Part]) -> str:
+    averaged = ", averaged over positions" if parts[0].axis is not None else ""
+    reduced = ", reduced over positions as the logits are" if parts[0].chain else ""
+    return " and ".join(place(part.node) for part in parts) + averaged + reduced
 
 
-def _as_vectors(value: Tensor) -> Tensor:
-    if value.ndim == 4 and value.shape[2:].numel() > 1:
-        return value.mean((2, 3))
+def _as_vectors(value: Tensor, axis: int | None) -> Tensor:
+    value = value.dequantize() if value.is_quantized else value
+    if value.ndim == 1:
+        return value[:, None]
+    if axis is not None:
+        if value.ndim <= max(axis, 2):
+            raise PathError(
+                f"the model took a different path than when it was traced (its layer has the shape "
+                f"{tuple(value.shape)}, without an axis {axis}); {TRACE_AGAIN}"
+            )
+        value = value.movedim(axis, 1).flatten(2).mean(2)
     return value.flatten(1)
 
 
@@ -480,32 +584,6 @@ def _length(loader: Iterable[Any]) -> int | None:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:
         return None
-
-
-def _split(batch: Any, index: int) -> tuple[Tensor, Tensor | None, str]:
-    """Return the inputs, the labels or None, and the reason if there are no labels."""
-    inputs: Any = batch
-    labels: Any = None
-    if isinstance(batch, Mapping):
-        inputs = next((batch[key] for key in _INPUT_KEYS if isinstance(batch.get(key), Tensor)), None)
-        labels = next((batch[key] for key in _LABEL_KEYS if isinstance(batch.get(key), Tensor)), None)
-    elif isinstance(batch, (tuple, list)) and batch:
-        inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
-    if not isinstance(inputs, Tensor) or inputs.ndim == 0:
-        what = f"a dict with keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-        raise ValueError(
-            f"batch {index} of the loader is {what}; expected a tensor of inputs, a tuple that begins with "
-            f"one, or a dict with one under {', '.join(_INPUT_KEYS)}"
-        )
-    if labels is None:
-        return inputs, None, "the loader yields none"
-    is_classes = isinstance(labels, Tensor) and labels.dtype in _CLASS_TYPES and labels.shape == inputs.shape[:1]
-    if is_classes:
-        return inputs, labels, ""
-    found = (
-        f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-    )
-    return inputs, None, f"the loader's are {found}, and must be one integer per input"
 
 
 def _noise_for(model: nn.Module) -> Tensor:

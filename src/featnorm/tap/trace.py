@@ -1,16 +1,23 @@
 """The trace of one forward pass: which operation made which tensor, and where a hook can read it."""
 
+import dataclasses
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if TYPE_CHECKING:
+    from featnorm.tap.batch import Call
+
 Slot = tuple[str | int, ...]
+# Depth to which tensors are looked for in objects.
+_MAX_DEPTH = 6
 
 
 @dataclass(eq=False)
@@ -20,10 +27,12 @@ class Node:
     time: int
     op: str  # the ATen operation without its overload, "input" or "constant"
     call: int  # index among operations of this name, from 0
-    args: tuple[Any, ...]  # arguments of the operation, with tensors replaced by their nodes
+    args: tuple[Any, ...] = field(repr=False)  # arguments of the operation, with tensors replaced by their nodes
     module: str  # innermost module that was running
-    value: Tensor
+    value: Tensor = field(repr=False)
     from_input: bool  # whether the value depends on the input of the model
+    func: Any = None  # the operation itself
+    keywords: tuple[str, ...] = ()  # names of its last arguments
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,6 +48,13 @@ class Node:
     def data(self) -> list["Node"]:
         """The parents that depend on the model's input."""
         return [parent for parent in self.parents if parent.from_input]
+
+    def run(self, replaced: Mapping["Node", Tensor]) -> Tensor:
+        """Run the operation again with other values for some of its arguments, and return its first result."""
+        values = [_with_values(arg, replaced) for arg in self.args]
+        count = len(values) - len(self.keywords)
+        result = self.func(*values[:count], **dict(zip(self.keywords, values[count:], strict=True)))
+        return next(tensor for _, tensor in tensors_in(result))
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Trace:
     nodes: list[Node] = field(default_factory=list)
     module_io: list[ModuleIO] = field(default_factory=list)
     outputs: list[tuple[Slot, Node]] = field(default_factory=list)
-    batch: int = 0
+    batch: int = 0  # number of inputs
 
     def is_borrowed(self, node: Node) -> bool:
         """Return whether a value shares memory with the model's input, a weight or a buffer."""
@@ -77,12 +93,12 @@ class Trace:
         )
 
 
-def trace(model: nn.Module, inputs: Tensor) -> Trace:
+def trace(model: nn.Module, call: "Call") -> Trace:
     """Run the model once and record its trace. The caller sets the mode and gradients."""
-    inputs = inputs.clone()  # the model may write to its input, which is used again
-    traced = Trace(batch=len(inputs))
+    call = call.clone()  # the model may write to its input, which is used again
+    traced = Trace()
     me = object()
-    recorder = _Recorder(traced, inputs, me)
+    recorder = _Recorder(traced, call.tensors, me)
     calls: dict[str, int] = {}
     running: list[tuple[str, int]] = []
 
@@ -114,8 +130,9 @@ def trace(model: nn.Module, inputs: Tensor) -> Trace:
             handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
         with on_top(me), recorder:
-            output = model(inputs)
+            output = call.run(model)
         traced.outputs = [(slot, recorder.node(tensor)) for slot, tensor in tensors_in(output)]
+        traced.batch = call.inputs_of([node.value for _, node in traced.outputs])
     finally:
         for handle in handles:
             handle.remove()
@@ -152,22 +169,52 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
-def tensors_in(value: Any, slot: Slot = ()) -> Iterator[tuple[Slot, Tensor]]:
-    """Yield the tensors in nested tuples, lists and mappings, with the keys that lead to them."""
+def tensors_in(value: Any, slot: Slot = (), seen: set[int] | None = None) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield the tensors in nested tuples, lists, mappings and objects, with the keys that lead to them."""
     if isinstance(value, Tensor):
         yield slot, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_in(item, (*slot, key))
+        return
+    if is_record(value):  # objects may refer to each other
+        seen = set() if seen is None else seen
+        if id(value) in seen or len(slot) > _MAX_DEPTH:
+            return
+        seen.add(id(value))
+    for key, item in _items(value):
+        yield from tensors_in(item, (*slot, key), seen)
+
+
+def tensor_at(value: Any, slot: Slot) -> Tensor | None:
+    """Return the tensor to which the keys lead, or None if there is none."""
+    for key in slot:
+        value = next((item for name, item in _items(value) if name == key), None)
+    return value if isinstance(value, Tensor) else None
+
+
+def is_record(value: object) -> bool:
+    """Return whether a value is an object that may hold tensors in its attributes, such as a graph."""
+    return (hasattr(value, "__dict__") or dataclasses.is_dataclass(value)) and not (
+        isinstance(value, (Tensor, nn.Module, Mapping, tuple, list))
+        or inspect.isroutine(value)
+        or inspect.isclass(value)
+        or inspect.ismodule(value)
+    )
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
     elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from tensors_in(item, (*slot, i))
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value):
+        yield from ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
+    elif is_record(value):
+        yield from vars(value).items()
 
 
 class _Recorder(TorchDispatchMode):
     """Records every ATen operation, whether a module, a function or a method calls it."""
 
-    def __init__(self, traced: Trace, inputs: Tensor, owner: object) -> None:
+    def __init__(self, traced: Trace, inputs: Iterable[Tensor], owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.trace = traced
@@ -176,7 +223,8 @@ class _Recorder(TorchDispatchMode):
         # Nodes keep their tensors alive, so that no id and no memory is reused while tracing.
         self._made: dict[int, Node] = {}
         self._written: dict[int, Node] = {}
-        self._add("input", (), inputs, from_input=True)
+        for tensor in inputs:
+            self._add("input", (), tensor, from_input=True)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -190,6 +238,7 @@ class _Recorder(TorchDispatchMode):
         depends = any(node.from_input for node in _nodes(arguments))
         for _, tensor in tensors_in(result):
             node = self._add(op, arguments, tensor, depends)
+            node.func, node.keywords = func, tuple(kwargs or ())
             if func._schema.is_mutable:
                 self._written[_memory(tensor)] = node
         self._calls[op] = self._calls.get(op, -1) + 1
@@ -222,6 +271,12 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._with_nodes(item) for item in value)
         return value
+
+
+def _with_values(value: Any, replaced: Mapping[Node, Tensor]) -> Any:
+    if isinstance(value, Node):
+        return replaced.get(value, value.value)
+    return [_with_values(item, replaced) for item in value] if isinstance(value, tuple) else value
 
 
 def _nodes(value: Any) -> Iterator[Node]:

@@ -11,19 +11,10 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout, safe_gradients
 from featnorm._utils.progress import progress_bar
-from featnorm._utils.weights import load_weights
+from featnorm.runtime import Runtime
 from featnorm.training.objectives import Batch, Objective, Step
 from featnorm.training.recipe import Recipe
-from featnorm.training.runs import (
-    CHECKPOINT,
-    LOG,
-    check_log,
-    digest,
-    log,
-    read_checkpoint,
-    seeded,
-    write_checkpoint,
-)
+from featnorm.training.runs import Checkpoints, digest, seeded
 
 Callback = Callable[[dict[str, Any], nn.Module], None]
 
@@ -35,9 +26,8 @@ def train(
     recipe: Recipe,
     *,
     folder: str | Path | None = None,
-    fabric: Any = None,
+    runtime: Runtime | None = None,
     seed: int = 0,
-    progress: bool | None = None,
     on_epoch: Callback | None = None,
 ) -> nn.Module:
     """Train a model on images, or on extracted features.
@@ -56,11 +46,9 @@ def train(
     folder
         Folder in which ``checkpoint.pt`` and ``log.jsonl`` are written after every epoch. An existing checkpoint
         is resumed if its recipe, seed and data are the same. Default: no checkpoint and no log.
-    fabric
-        A launched `lightning_fabric.Fabric`, which determines device, precision and processes. Default: one
-        process on the CPU.
+    runtime
+        Device, precision and processes, and whether to show a progress bar. Default: `Runtime()`, on the CPU.
     seed : seed of the order and the augmentation; the initial weights are those of the model.
-    progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
     on_epoch
         Function called after every epoch with its log entry and the model, before the checkpoint is written; see
         `Probe`.
@@ -77,35 +65,31 @@ def train(
     """
     objective = recipe.make_objective().train()
     targets = _check(inputs, targets, recipe, objective)
-    world, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
-    device = torch.device("cpu") if fabric is None else fabric.device
+    runtime = runtime or Runtime()
+    fabric = runtime.fabric
+    world, rank, device = fabric.world_size, fabric.global_rank, fabric.device
     optimizer = recipe.make_optimizer(model.parameters())
     steps = len(inputs) // recipe.batch_size
     schedule = _schedule(optimizer, recipe, recipe.epochs * steps)
-    if fabric is None:
-        module: Any = model
-    else:
-        module, optimizer = fabric.setup(model, optimizer)
-    checkpoint = None if folder is None else Path(folder) / CHECKPOINT
+    module, optimizer = fabric.setup(model, optimizer)
     run: dict[str, Any] = {}
-    start = 0
-    if checkpoint is not None:
+    if folder is not None:
         run = {"recipe": recipe.to_dict(), "seed": seed, "world": world, "data": digest(inputs, targets)}
+    checkpoints = Checkpoints(
+        folder, run, model=model, objective=objective, optimizer=optimizer, schedule=schedule
+    )
     # State that lasts over steps must not be inference tensors, so the caller's inference mode is turned off.
     with torch.inference_mode(False), torch.no_grad():
         fast_layout(model)
         objective.begin(model, inputs, targets, seed, fabric)
-        if checkpoint is not None and checkpoint.exists():
-            start = _resume(checkpoint, run, model, objective, optimizer, schedule, device)
-        if checkpoint is not None:
-            check_log(checkpoint.with_name(LOG), start)
+        start = checkpoints.resume(device)
     gradients = safe_gradients(model)
     targets = targets.to(device)
     bar = progress_bar(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=start * steps * recipe.batch_size,
         unit="input",
-        progress=progress if rank == 0 else False,
+        progress=runtime.progress if rank == 0 else False,
     )
     with bar, torch.inference_mode(False), torch.enable_grad():
         for epoch in range(start, recipe.epochs):
@@ -129,10 +113,7 @@ def train(
                     optimizer.zero_grad(set_to_none=True)
                     found: Step = objective(module, Batch(views, targets[rows[mine]], indices), fabric)
                     with gradients:
-                        if fabric is None:
-                            found.loss.backward()
-                        else:
-                            fabric.backward(found.loss)
+                        fabric.backward(found.loss)
                     optimizer.step()
                     schedule.step()
                     meter.update(found)
@@ -148,10 +129,8 @@ def train(
             # Before the checkpoint, so that a resumed run calls it again and never misses it.
             if on_epoch is not None:
                 on_epoch(entry, model)
-            if rank == 0 and checkpoint is not None:
-                # The log first: if interrupted in between, the resumed run writes the line of this epoch again.
-                log(checkpoint.with_name(LOG), entry)
-                _save(checkpoint, run, epoch + 1, model, objective, optimizer, schedule)
+            if rank == 0:
+                checkpoints.write(entry)
     return model.eval()
 
 
@@ -161,9 +140,8 @@ def train_head(
     recipe: Recipe,
     *,
     folder: str | Path | None = None,
-    fabric: Any = None,
+    runtime: Runtime | None = None,
     seed: int = 0,
-    progress: bool | None = None,
 ) -> nn.Sequential:
     """Train the head alone, on features that the frozen backbone computes once (paper D.4).
 
@@ -173,7 +151,7 @@ def train_head(
     loader
         Iterable of inputs of the backbone and labels (n,). To resume a run, the order must be the same every time.
     recipe : settings of the run, such as ``PRESETS["D.4"]``.
-    folder, fabric, seed, progress : see `train`.
+    folder, runtime, seed : see `train`.
 
     Returns
     -------
@@ -189,25 +167,17 @@ def train_head(
             f"the model must be a backbone and a head, as returned by attach_head, not {len(model)} parts"
         )
     backbone, head = model
-    device = torch.device("cpu") if fabric is None else fabric.device
+    runtime = runtime or Runtime()
+    device = runtime.fabric.device
     backbone.to(device).eval()
     features, targets = [], []
     with torch.no_grad():
-        for inputs, labels in progress_bar(loader, desc="features", progress=progress):
+        for inputs, labels in progress_bar(loader, desc="features", progress=runtime.progress):
             features.append(backbone(inputs.to(device)).float().cpu())
             targets.append(labels.cpu())
     if not features:
         raise ValueError("the loader yielded no batch")
-    train(
-        head,
-        torch.cat(features),
-        torch.cat(targets),
-        recipe,
-        folder=folder,
-        fabric=fabric,
-        seed=seed,
-        progress=progress,
-    )
+    train(head, torch.cat(features), torch.cat(targets), recipe, folder=folder, runtime=runtime, seed=seed)
     head.to(device)
     return model.eval()
 
@@ -237,9 +207,7 @@ class _Meter:
         return text | ({"accuracy": f"{self.sums[1] / self.steps:.1%}"} if self.classifies else {})
 
     def means(self, fabric: Any, device: torch.device) -> dict[str, Any]:
-        means = torch.tensor(self.sums, device=device) / self.steps
-        if fabric is not None:
-            means = fabric.all_reduce(means, reduce_op="mean")
+        means = fabric.all_reduce(torch.tensor(self.sums, device=device) / self.steps, reduce_op="mean")
         return {"loss": float(means[0]), "accuracy": float(means[1]) if self.classifies else None}
 
 
@@ -283,40 +251,3 @@ def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Ob
     if len(inputs) < recipe.batch_size:
         raise ValueError(f"a batch of {recipe.batch_size} needs as many inputs, but there are only {len(inputs)}")
     return targets.long()
-
-
-def _resume(
-    path: Path,
-    run: dict[str, Any],
-    model: nn.Module,
-    objective: Objective,
-    optimizer: Any,
-    schedule: Any,
-    device: torch.device,
-) -> int:
-    saved = read_checkpoint(path, run, device)
-    load_weights(model, saved["model"])
-    objective.load_state_dict(saved["objective"])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    return int(saved["epoch"])
-
-
-def _save(
-    path: Path,
-    run: dict[str, Any],
-    epoch: int,
-    model: nn.Module,
-    objective: Objective,
-    optimizer: Any,
-    schedule: Any,
-) -> None:
-    state = {
-        "run": run,
-        "epoch": epoch,
-        "model": model.state_dict(),
-        "objective": objective.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-    }
-    write_checkpoint(path, state)

@@ -56,7 +56,8 @@ class Objective(nn.Module):
         Parameters
         ----------
         model : model on its device, without the wrapper for several processes.
-        inputs, targets, seed, fabric : see `featnorm.training.train`.
+        inputs, targets, seed : see `featnorm.training.train`.
+        fabric : see `featnorm.Runtime.fabric`.
         """
 
     def make_views(
@@ -83,7 +84,7 @@ class Objective(nn.Module):
         ----------
         module : the model, in its wrapper if there are several processes.
         batch : batch whose views are those of `make_views`, converted to the model's input type.
-        fabric : a `lightning_fabric.Fabric`, or None.
+        fabric : see `featnorm.Runtime.fabric`.
         """
         raise NotImplementedError
 

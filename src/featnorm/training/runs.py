@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featnorm._utils.files import replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
+from featnorm._utils.weights import load_weights
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -77,6 +78,54 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.write(_seal_of(content))
+
+
+class Checkpoints:
+    """The checkpoint and the log of a run, in a folder; without a folder, nothing is written.
+
+    Parameters
+    ----------
+    folder : folder of both files, or None.
+    run : settings that identify the run; a checkpoint of another run is refused.
+    parts : objects whose state dicts a checkpoint holds, by name.
+    """
+
+    def __init__(self, folder: str | Path | None, run: dict[str, Any], **parts: Any) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.run = run
+        self.parts = parts
+
+    def resume(self, device: torch.device) -> int:
+        """Load the checkpoint, if there is one, and return the number of finished epochs.
+
+        Raises
+        ------
+        ValueError
+            See `read_checkpoint` and `check_log`.
+        """
+        epoch = 0
+        if self.folder is None:
+            return epoch
+        if (self.folder / CHECKPOINT).exists():
+            saved = read_checkpoint(self.folder / CHECKPOINT, self.run, device)
+            for name, part in self.parts.items():
+                if isinstance(part, nn.Module):
+                    load_weights(part, saved[name])
+                else:
+                    part.load_state_dict(saved[name])
+            epoch = saved["epoch"]
+        check_log(self.folder / LOG, epoch)
+        return epoch
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Write the log entry of an epoch, and then its checkpoint.
+
+        If interrupted in between, the resumed run writes the line of this epoch again.
+        """
+        if self.folder is not None:
+            log(self.folder / LOG, entry)
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            write_checkpoint(self.folder / CHECKPOINT, {"run": self.run, "epoch": entry["epoch"], **states})
 
 
 def _seal_of(content: bytes | memoryview) -> bytes:

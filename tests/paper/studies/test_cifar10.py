@@ -45,7 +45,7 @@ def test_every_table_is_made_once_trained(root, tiny, tmp_path, monkeypatch):
     assert [result["seed"] for result in results] == [0, 1]
     assert set(results[0]["scores"]["NAN()"]) == {"SVHN", "noise", "large"}
     assert {repr(detector) for detector in cifar10.detectors()} == set(results[0]["scores"]) | set(
-        results[0]["left_out"]
+        results[0]["excluded"]
     )
     assert {"ODIN()", "Views(NAN())", "KNN() / NAN()"} <= set(results[0]["scores"])
     document = (out / "table3.md").read_text()

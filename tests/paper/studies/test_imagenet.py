@@ -106,7 +106,7 @@ def test_every_table_at_scale_paper(large, weights, paper, tmp_path, monkeypatch
     assert set(supcon["scores"]["NAN()"]) == {"iNaturalist", "SUN", "Places", "Textures"}
     assert supcon["computed"] == CLASSES * 25 + 4 * 12
     assert moco["accuracy"] is None
-    assert "trained without labels" in moco["left_out"]["MSP()"]
+    assert "trained without labels" in moco["excluded"]["MSP()"]
     assert set(moco["scores"]) >= {"NAN()", "SSD()", "KNN(k=20)"}
     assert "92.32 / 31.59" in text
     assert "(96.94 / 15.86)" in text
@@ -126,7 +126,7 @@ def test_every_table_at_scale_paper(large, weights, paper, tmp_path, monkeypatch
 def test_tables_of_other_networks(large, weights, paper, tmp_path):
     results, text = made("table6-imagenet", large, weights, tmp_path)
     assert [result["network"] for result in results] == ["resnet50", "supcon"]
-    assert "EmbeddingMagnitude()" in results[0]["left_out"]
+    assert "EmbeddingMagnitude()" in results[0]["excluded"]
     assert "57.99 / 95.22" in text
     assert "86.33 / 46.56" in text
     (vit,), text = made("table9", large, weights, tmp_path)
@@ -265,7 +265,7 @@ def test_laptop(laptop, tmp_path):
     # The backbone did not run again for the heads.
     assert [result["computed"] for result in tiny] == [8 * 20 + 16 + 10, 0, 0]
     sample = [result for result in results if result["data"] == "imagenet1k_sample"]
-    assert "found no variation within the 20 classes" in sample[0]["left_out"]["Mahalanobis()"]
+    assert "found no variation within the 20 classes" in sample[0]["excluded"]["Mahalanobis()"]
     assert sample[1]["accuracy"] is None
     # The pooled feature is the backbone's, whatever head is on it.
     assert sample[0]["scores"]["SSD()"] == sample[1]["scores"]["SSD()"]

@@ -58,7 +58,7 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
     results = {result["framework"]: result for result in json.loads((out / "table3-label-free.json").read_text())}
     assert [result.get("accuracy") for result in results.values()] == [None] * 4
     assert [result["fit_images"] for result in results.values()] == [None, None, 12, 12]
-    assert all(not result["left_out"] for result in results.values())
+    assert all(not result["excluded"] for result in results.values())
     paper = numbers("cifar10")["table3-label-free"]["rows"]
     found = {name for result in results.values() for name in result["scores"]}
     assert set(paper) <= found

@@ -13,6 +13,7 @@ from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.studies import moco_length, one_class
 from featnorm.paper.study import studies
 from featnorm.paper.systems import MoCo
+from featnorm.runtime import Runtime
 from featnorm.training import train as really_train
 from reproduction import reproduce
 
@@ -43,7 +44,7 @@ def test_the_network_is_scored_before_its_training_and_on_the_way(root, made):
     # Its last scores are those of the model of Table 4 on the same images.
     images = one_class.load_images(root, progress=False)
     (train, of), (test, labels) = images.train["CIFAR-10"], images.test["CIFAR-10"]
-    model = MODEL.train(train[of == 1], progress=False)
+    model = MODEL.train(train[of == 1], runtime=Runtime(progress=False))
     for name, scores in MODEL.scores(model, test).items():
         found = results[1]["history"][-1]["scores"][name]
         assert found["auroc"] == pytest.approx(100 * auroc(scores[labels == 1], scores[labels != 1]), abs=1e-6)

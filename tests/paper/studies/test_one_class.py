@@ -27,7 +27,7 @@ class Brightness(OneClassModel[nn.Linear]):
         nn.init.constant_(model.bias, float(images.float().mean()) + self.offset)
         return model
 
-    def _scores(self, model, images, context):
+    def _scores(self, model, images, runtime):
         mean = images.float().mean((1, 2, 3))
         return {"NAN": -(mean - model.bias.detach()).abs(), "brightness": mean}
 

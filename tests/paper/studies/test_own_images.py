@@ -40,7 +40,7 @@ def test_own_images(own_root, tmp_path, monkeypatch):
         "clusters": 2,
     }
     assert set(result["heads"]["labels"][0]["scores"]["NAN()"]) == {"other classes", "textures", "digits"}
-    assert "EmbeddingMagnitude()" in result["heads"]["no head"][0]["left_out"]
+    assert "EmbeddingMagnitude()" in result["heads"]["no head"][0]["excluded"]
     assert {"labels", "clusters of 10 images", "instances, 5 views each", "one class"} <= set(result["targets"])
     # The pooled feature is the backbone's, whatever head is on it.
     ssd = [runs[0]["scores"]["SSD()"] for runs in result["heads"].values()]
@@ -53,6 +53,6 @@ def test_views_are_parts_of_the_image():
 
     image = Image.new("RGB", (10, 20))
     image.putpixel((9, 0), (255, 0, 0))
-    seen = [own_images._Viewed(lambda part: part, view)(image) for view in own_images._VIEWS]
+    seen = [own_images._View(lambda part: part, *view)(image) for view in own_images._VIEWS]
     assert [part.size for part in seen] == [(10, 20), (8, 16), (8, 16), (8, 16)]
     assert seen[0].getpixel((0, 0)) == (255, 0, 0)

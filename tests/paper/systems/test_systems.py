@@ -11,14 +11,16 @@ from torch import nn
 from featnorm.metrics import auroc
 from featnorm.paper.recipe import PRESETS, PaperRecipe
 from featnorm.paper.systems import CSI, GOAD, OCGAN, SVM, AnoGAN, DeepSVDD, Geom, MoCo
-from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.frameworks import moco_detectors
 from featnorm.paper.systems.geom import dirichlet
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
 from featnorm.paper.systems.goad import log_probability, triplet_center_loss
+from featnorm.runtime import Runtime
+from featnorm.training import runs
 
 pytestmark = pytest.mark.slow
 
+QUIET = Runtime(progress=False)
 #: Small enough to train in seconds.
 SMALL = {
     "SVM": SVM(width=16, autoencoder_epochs=3, autoencoder_drop=2, batch_size=4, lr=1e-3),
@@ -84,7 +86,7 @@ class Trained(dict):
     """Models trained on `id_images`, each when it is first needed."""
 
     def __missing__(self, name):
-        self[name] = SMALL[name].train(id_images(), progress=False)
+        self[name] = SMALL[name].train(id_images(), runtime=QUIET)
         return self[name]
 
 
@@ -95,8 +97,8 @@ def trained():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_id_images_score_higher(trained, name):
-    inside = SMALL[name].scores(trained[name], id_images(6, seed=2), progress=False)
-    outside = SMALL[name].scores(trained[name], ood_images(), progress=False)
+    inside = SMALL[name].scores(trained[name], id_images(6, seed=2), runtime=QUIET)
+    outside = SMALL[name].scores(trained[name], ood_images(), runtime=QUIET)
     assert inside.keys() == outside.keys() == NAMES[name]
     for score, values in inside.items():
         assert values.shape == (6,)
@@ -107,19 +109,15 @@ def test_id_images_score_higher(trained, name):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_score_depends_on_no_other_image(trained, name):
     images = torch.cat([id_images(3, seed=2), ood_images(2)])
-    together = SMALL[name].scores(trained[name], images, progress=False)
-    alone = SMALL[name].scores(trained[name], images[3:4], progress=False)
+    together = SMALL[name].scores(trained[name], images, runtime=QUIET)
+    alone = SMALL[name].scores(trained[name], images[3:4], runtime=QUIET)
     for score, value in alone.items():
         torch.testing.assert_close(together[score][3:4], value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
-    from featnorm.paper.systems import steps
-    from featnorm.training import loop
-
-    module = loop if name in OF_THE_MAIN_LOOP else steps
-    write = module.write_checkpoint
+    write = runs.write_checkpoint
     kept = []
 
     def die(path, state):
@@ -130,12 +128,12 @@ def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_checkpoint", die)
+        patch.setattr(runs, "write_checkpoint", die)
         for _ in range(2 if name == "DeepSVDD" else 1):
             with pytest.raises(KeyboardInterrupt):
-                SMALL[name].train(id_images(), folder=tmp_path, progress=False)
+                SMALL[name].train(id_images(), folder=tmp_path, runtime=QUIET)
     torch.rand(3)
-    resumed = SMALL[name].train(id_images(), folder=tmp_path, progress=False).state_dict()
+    resumed = SMALL[name].train(id_images(), folder=tmp_path, runtime=QUIET).state_dict()
     unbroken = trained[name].state_dict()
     assert resumed.keys() == unbroken.keys()
     for key, value in unbroken.items():
@@ -145,22 +143,20 @@ def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_seed_decides_and_the_callers_random_state_stays(name):
     state = torch.random.get_rng_state()
-    first, other = (SHORT[name].train(id_images(4), seed=seed, progress=False) for seed in (0, 1))
+    first, other = (SHORT[name].train(id_images(4), seed=seed, runtime=QUIET) for seed in (0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     pairs = zip(first.parameters(), other.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_under_fabric_in_mixed_precision(name):
-    from lightning_fabric import Fabric
-
-    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+def test_in_mixed_precision(name):
+    mixed = Runtime(precision="bf16-mixed", progress=False)
     method, count = IN_MIXED_PRECISION.get(name, (SMALL[name], 8))
-    model = method.train(id_images(count), fabric=fabric, progress=False)
+    model = method.train(id_images(count), runtime=mixed)
     assert all(value.dtype == torch.float32 for value in model.parameters())
-    inside = method.scores(model, id_images(min(count, 6), seed=2), fabric=fabric, progress=False)
-    outside = method.scores(model, ood_images(count), fabric=fabric, progress=False)
+    inside = method.scores(model, id_images(min(count, 6), seed=2), runtime=mixed)
+    outside = method.scores(model, ood_images(count), runtime=mixed)
     for score, values in inside.items():
         assert score in BY_CHANCE.get(name, ()) or auroc(values, outside[score]) > 0.95, score
 
@@ -171,14 +167,14 @@ def test_bad_input_raises(trained, name, tmp_path):
         SHORT[name].train(id_images(4).float())
     with pytest.raises(ValueError, match=r"got torch.uint8 of shape \(8, 3, 32, 16\)"):
         SMALL[name].scores(trained[name], id_images()[..., :16])
-    SHORT[name].train(id_images(4), folder=tmp_path, progress=False)
+    SHORT[name].train(id_images(4), folder=tmp_path, runtime=QUIET)
     with pytest.raises(ValueError, match=r"another run \(different data\)"):
-        SHORT[name].train(id_images(4, seed=3), folder=tmp_path, progress=False)
+        SHORT[name].train(id_images(4, seed=3), folder=tmp_path, runtime=QUIET)
     if name not in OF_THE_MAIN_LOOP:
         with pytest.raises(ValueError, match=r"a batch of .* needs as many images, and there are 1"):
             SHORT[name].train(id_images(1))
         with pytest.raises(ValueError, match="not finite in epoch 1: lower the learning rate"):
-            replace(SHORT[name], lr=float("inf")).train(id_images(4), progress=False)
+            replace(SHORT[name], lr=float("inf")).train(id_images(4), runtime=QUIET)
 
 
 def test_deep_svdd_is_the_formula(trained):
@@ -206,8 +202,8 @@ def test_deep_svdd_is_the_formula(trained):
 
 def test_deep_svdd_maps_id_images_to_the_center_of_its_pretraining(trained, tmp_path):
     method = SMALL["DeepSVDD"]
-    before = replace(method, epochs=0).train(id_images(), progress=False)
-    after = method.train(id_images(), folder=tmp_path, progress=False)
+    before = replace(method, epochs=0).train(id_images(), runtime=QUIET)
+    after = method.train(id_images(), folder=tmp_path, runtime=QUIET)
     assert torch.equal(before.center, after.center)
     log = [json.loads(line) for line in (tmp_path / "sphere" / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6]
@@ -219,7 +215,7 @@ def test_anogan_is_the_formula(trained):
     model, method = trained["AnoGAN"], SMALL["AnoGAN"]
     images = id_images(6, seed=2)
     x = 2 * images.double() / 255 - 1
-    z, losses = method.search(model, x.float(), TrainContext())
+    z, losses = method.search(model, x.float(), QUIET)
     with torch.no_grad():
         made = model.generator.double()(z.double())
         features = [model.features.double()(batch) for batch in (x, made)]
@@ -230,7 +226,7 @@ def test_anogan_is_the_formula(trained):
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(method.scores(model, images)["AnoGAN"].double(), -expected, rtol=1e-4, atol=1e-3)
     # The search finds a better image than the one it starts from.
-    assert (replace(method, search_steps=0).search(model, x.float(), TrainContext())[1] > losses).all()
+    assert (replace(method, search_steps=0).search(model, x.float(), QUIET)[1] > losses).all()
 
 
 def test_ocgan_is_the_formula(trained):
@@ -256,7 +252,7 @@ def test_mining_finds_codes_that_the_classifier_rejects(trained):
         with torch.no_grad():
             return model.classifier(model.decoder(codes))
 
-    mined = replace(SMALL["OCGAN"], mining_steps=5, mining_lr=0.5).mine(model, start, TrainContext())
+    mined = replace(SMALL["OCGAN"], mining_steps=5, mining_lr=0.5).mine(model, start, QUIET)
     assert float(mined.abs().max()) < 1
     assert logits(mined).mean() < logits(start.tanh()).mean()
 
@@ -375,7 +371,7 @@ def test_moco_trains_on_every_rotation_and_scores_images_as_they_are(trained):
 
     model, method = trained["MoCo"], SMALL["MoCo"]
     turned = torch.cat(rotations(id_images()))
-    network = train(cifar_network(8, None, seed=0), turned, None, method.recipe, progress=False)
+    network = train(cifar_network(8, None, seed=0), turned, None, method.recipe, runtime=QUIET)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(model.network.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
     tap = FeatureTap(model.network)

@@ -210,13 +210,13 @@ def _make_table3(study: Cifar10Study, results: Sequence[Result]) -> Table:
         f"the paper's accuracy is {paper['accuracy']} %; its OOD sets are LSUN-fix, ImageNet-fix, CIFAR-100, "
         "SVHN and Places365" + (", its number is in brackets where the set is the same" if shared else "")
     )
-    notes += [f"left out {name}: {why}" for name, why in results[0]["left_out"].items()]
+    notes += [f"left out {name}: {why}" for name, why in results[0]["excluded"].items()]
     title = f"Table 3, {paper['where'].partition(', ')[2]}: {MEASURES}"
     return Table(title, ["Detector", "Mean, ours", "Average, paper", *sets], rows, notes)
 
 
 def _table_of(*chosen: str) -> _Make:
-    """Return what makes a table of some detectors' means."""
+    """Return a function that makes a table of the means of some detectors."""
 
     def make(study: Cifar10Study, results: Sequence[Result]) -> Table:
         rows = []

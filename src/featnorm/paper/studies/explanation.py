@@ -14,7 +14,7 @@ from featnorm.hidden.figure import explanation_figure
 from featnorm.models import load_model
 from featnorm.norms import negative_aware_norm
 from featnorm.paper.heads import NETWORK
-from featnorm.paper.images import CLASSES, Images, cifar10_images, spaced
+from featnorm.paper.images import CLASSES, Images, as_pixels, cifar10_images, spaced
 from featnorm.paper.study import Context, SingleRun, Whole
 from featnorm.paper.tables import Table, facts
 from featnorm.tap import FeatureTap
@@ -49,7 +49,7 @@ class Explanation(SingleRun[Images]):
         for name, pixels in {"cifar10": inputs.test[0], **inputs.ood}.items():
             nan = torch.cat([negative_aware_norm(tap(batch).tensor("activation")) for batch in _batches(pixels)])
             chosen = int(nan.argsort(stable=True)[len(nan) // 2])
-            why = explainer(_pixels(pixels[chosen : chosen + 1]))[0]
+            why = explainer(as_pixels(pixels[chosen : chosen + 1]))[0]
             rows.append(
                 {
                     "set": name,
@@ -108,11 +108,7 @@ class Explanation(SingleRun[Images]):
 
 
 def _batches(images: Tensor) -> list[Tensor]:
-    return [_pixels(batch) for batch in images.split(_BATCH)]
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return fast_layout(images).float().div_(255)
+    return [as_pixels(batch) for batch in images.split(_BATCH)]
 
 
 def _short(values: Tensor) -> list[float]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from featnorm.detectors import KNN, MSP, NAN, Energy, HiddenConfidence, KLUniform, L1Norm, Sparsity
-from featnorm.paper.heads import FROZEN, NETWORK, Pooled, fit_and_score, pooled_features
+from featnorm.paper.heads import FROZEN, NETWORK, fit_and_score, pooled_features
+from featnorm.paper.images import Images
 from featnorm.paper.study import Context, SingleRun, Whole
 from featnorm.paper.tables import Table, facts, mean_pair
 
@@ -22,7 +23,7 @@ _DETECTORS = (NAN, L1Norm, Sparsity, HiddenConfidence, MSP, Energy, KLUniform, K
 
 
 @dataclass(frozen=True, eq=False)
-class HeadStudy(SingleRun[Pooled]):
+class HeadStudy(SingleRun[Images]):
     """One head for each of `SETTINGS`, one seed each.
 
     Its result has ``rows``, one per setting: its name, recipe and what `featnorm.paper.heads.fit_and_score`
@@ -31,14 +32,14 @@ class HeadStudy(SingleRun[Pooled]):
 
     page: ClassVar[str] = "cifar10"
 
-    def load(self, scale: None, context: Context) -> Pooled:
+    def load(self, scale: None, context: Context) -> Images:
         return context.once(pooled_features)
 
-    def settings(self, job: Whole, scale: None, inputs: Pooled) -> dict[str, Any]:
+    def settings(self, job: Whole, scale: None, inputs: Images) -> dict[str, Any]:
         settings = {name: [t, width, recipe.to_dict()] for name, (t, width, recipe) in SETTINGS.items()}
         return {"settings": settings, "images": inputs.facts}
 
-    def run(self, job: Whole, scale: None, inputs: Pooled, folder: Path, context: Context) -> dict[str, Any]:
+    def run(self, job: Whole, scale: None, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
         rows = []
         for name, (temperature, width, recipe) in SETTINGS.items():
             outcome = fit_and_score(

@@ -42,7 +42,7 @@ from featnorm.fitting import backbone_features, cluster, features_behind, fit_he
 from featnorm.inputs import CachedFeatures, ImageSource
 from featnorm.models import DEFAULT_MODEL, LoadedModel, create_model, cut_classifier
 from featnorm.paper.checkpoints import load_contrastive
-from featnorm.paper.imagenet_data import LINEAR, WEIGHTS, Data, Shrunk, missing_weights, open_data
+from featnorm.paper.imagenet_data import DATA, LINEAR, WEIGHTS, Data, Shrunk, missing_weights
 from featnorm.paper.numbers import numbers
 from featnorm.paper.scoring import cached_labels, percentages
 from featnorm.paper.study import Context, MissingError, Study
@@ -216,24 +216,24 @@ def _fitted(
     norms: list[Detector] = [NAN(), L1Norm(), Sparsity(), EmbeddingMagnitude()]
     clipped = [PooledReAct(inner, read) for inner in (NAN(), L1Norm(), Sparsity(), Residual())]
     fitting += clipped
-    left_out: dict[str, str] = {}
+    excluded: dict[str, str] = {}
     for features in _stream(read, train, labels):
         for detector in list(fitting):
             try:
                 detector.partial_fit(features)
             except ValueError as error:
-                left_out[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
+                excluded[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
                 fitting.remove(detector)
     for share, knn in banks.items():
         count = max(1, round(share * len(train.stored_rows)))
         if count < knn.k:
-            left_out[repr(knn)] = f"there are only {count} training images in its bank"
+            excluded[repr(knn)] = f"there are only {count} training images in its bank"
             continue
         knn.use_bank(_bank(train, count, folder / f"{knn.k}.f32"))
     fitted = [MSP(), MaxLogit(), Energy(), KLUniform(), *norms, *fitting, *banks.values()]
     distances: list[Detector] = [whole, *(d for d in fitting if isinstance(d, SSD))]
     fitted += [distance / norm for distance in distances for norm in (norms[0], clipped[0])]
-    return [detector for detector in fitted if detector.is_fitted], left_out, shares
+    return [detector for detector in fitted if detector.is_fitted], excluded, shares
 
 
 def _bank(train: CachedFeatures, count: int, file: Path) -> Tensor:
@@ -261,7 +261,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
     the nearest neighbors. For ImageNet-1k the files take 8 kB per image and ResNet-50.
 
     A result has ``scores``, AUROC and FPR95 in percent by detector and OOD set; ``microseconds`` per input, by
-    detector; ``left_out``, detectors that cannot be used here, and why; ``accuracy`` in [0, 1] or None; ``shares``
+    detector; ``excluded``, detectors that cannot be used here, and why; ``accuracy`` in [0, 1] or None; ``shares``
     of the training images in the bank, by detector; ``seconds`` of each step; and ``computed``, the number of
     images that the backbone ran on.
 
@@ -286,16 +286,16 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
     def load(self, scale: Scale, context: Context) -> dict[str, Data]:
         """Open the data sets; all that is missing of them and of the checkpoints is named at once."""
         jobs = self.jobs(scale, {})
-        opened = {name: open_data(name, context.root) for name in dict.fromkeys(job.data for job in jobs)}
-        lines = [
-            line
-            for network in dict.fromkeys(job.network for job in jobs)
-            for line in missing_weights(network, context.weights)
-        ]
-        lines += [line for _, missing in opened.values() for line in missing]
+        lines = [line for job in jobs for line in missing_weights(job.network, context.weights)]
+        opened: dict[str, Data] = {}
+        for name in dict.fromkeys(job.data for job in jobs):
+            try:
+                opened[name] = DATA[name](context.root)
+            except MissingError as error:
+                lines += error.lines
         if lines:
             raise MissingError(list(dict.fromkeys(lines)))
-        return {name: data for name, (data, _) in opened.items() if data is not None}
+        return opened
 
     def jobs(self, scale: Scale, inputs: Mapping[str, Data]) -> list[Job]:
         return [
@@ -360,7 +360,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
             test_labels = cached_labels(data.test, test)
             target_logits = torch.where(test_labels < 0, -1, logit_of[test_labels.clamp(min=0)])
         with tempfile.TemporaryDirectory(dir=folder) as banks:
-            fitted, left_out, shares = _fitted(read, train, labels, scale, Path(banks))
+            fitted, excluded, shares = _fitted(read, train, labels, scale, Path(banks))
             evaluation = compare(
                 fitted,
                 fit=None,
@@ -372,7 +372,7 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
             "accuracy": evaluation.accuracy,
             "scores": percentages(evaluation),
             "microseconds": {outcome.detector: outcome.microseconds for outcome in evaluation.results},
-            "left_out": {**left_out, **evaluation.excluded},
+            "excluded": {**excluded, **evaluation.excluded},
             "shares": shares,
             "unread": {name: len(cached.corrupt) for name, cached in sets.items() if cached.corrupt},
             "computed": sum(cached.computed for cached in sets.values()),
@@ -404,20 +404,21 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         first = runs[0]
         paper = self._paper(first["network"])
         sets = list(next(iter(first["scores"].values())))
-        rows = []
-        for expected in self.detectors:
-            ours = _ours(expected, first)
-            if not all(ours in run["scores"] for run in runs):
-                continue
-            microseconds = statistics.fmean(run["microseconds"][ours] for run in runs)
-            rows.append([ours, *compared(runs, ours, paper.get(expected, {}), sets), f"{microseconds:.1f}"])
+        wanted = {_ours(expected, first): expected for expected in self.detectors}
+        shown = [(ours, ours) for ours in wanted]
         if self.shares_of_bank:
-            rows += _share_rows(runs, sets)
-        wanted = {_ours(expected, first) for expected in self.detectors}
-        left_out = [f"left out {ours}: {why}" for ours, why in first["left_out"].items() if ours in wanted]
+            shares = first["shares"].items()
+            shown += [(f"{ours}, {share:.0%} of the bank", ours) for ours, share in shares if share != 1]
+        rows = []
+        for label, ours in shown:
+            if all(ours in run["scores"] for run in runs):
+                microseconds = statistics.fmean(run["microseconds"][ours] for run in runs)
+                theirs = paper.get(wanted.get(ours, ""), {})
+                rows.append([label, *compared(runs, ours, theirs, sets), f"{microseconds:.1f}"])
+        excluded = [f"left out {ours}: {why}" for ours, why in first["excluded"].items() if ours in wanted]
         headers = ["Detector", "Mean, ours", "Average, paper", *sets, "µs / input"]
         title = f"{self.title}: {first['network']} on {first['data']}, {MEASURES}"
-        return Table(title, headers, rows, [*self._notes([runs]), *left_out])
+        return Table(title, headers, rows, [*self._notes([runs]), *excluded])
 
     def _means(self, blocks: Sequence[Sequence[Result]]) -> Table:
         """Return a table with one row per detector and two columns per network: ours and the paper's."""
@@ -464,17 +465,6 @@ class ImageNetStudy(Study[Scale, Mapping[str, Data], Job]):
         if found:
             ours = f"accuracy on ID {statistics.fmean(found):.1f} %"
         return ours + ("" if theirs is None else f", the paper's is {theirs} %")
-
-
-def _share_rows(runs: Sequence[Result], sets: Sequence[str]) -> list[list[str]]:
-    """Return rows of the nearest neighbors in shares of the bank."""
-    rows = []
-    for ours, share in runs[0]["shares"].items():
-        if share == 1 or ours not in runs[0]["scores"]:
-            continue
-        microseconds = statistics.fmean(run["microseconds"][ours] for run in runs)
-        rows.append([f"{ours}, {share:.0%} of the bank", *compared(runs, ours, {}, sets), f"{microseconds:.1f}"])
-    return rows
 
 
 def _ours(expected: str, result: Result) -> str:

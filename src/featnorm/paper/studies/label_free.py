@@ -188,7 +188,7 @@ class FrameworkStudy(Study[Scale, Images, Job]):
             f"the paper's: {paper['where'].partition(', ')[2]}; its number for a set is in brackets",
             *facts(content),
         ]
-        notes += [f"left out {what}: {why}" for result in content for what, why in result["left_out"].items()]
+        notes += [f"left out {what}: {why}" for result in content for what, why in result["excluded"].items()]
         headers = ["Detector", "trained by", "Mean, ours", "Average, paper", *sets]
         return {self.name: Table(f"{self.title}: {MEASURES}", headers, rows, notes)}
 
@@ -202,12 +202,11 @@ def _run_goad(
 ) -> dict[str, Any]:
     """Train GOAD on all classes as if they were one, and score every set."""
     began = time.perf_counter()
-    where: dict[str, Any] = {"fabric": context.fabric, "progress": context.progress}
-    model = goad.train(spaced(images.train[0], fit_images), folder=folder, seed=seed, **where)
+    model = goad.train(spaced(images.train[0], fit_images), folder=folder, runtime=context.runtime, seed=seed)
     trained = time.perf_counter()
 
     def scores(pixels: torch.Tensor) -> torch.Tensor:
-        return goad.scores(model, pixels, **where)["GOAD"]
+        return goad.scores(model, pixels, runtime=context.runtime)["GOAD"]
 
     id_scores = scores(images.test[0])
     found = {name: evaluate(id_scores, scores(pixels)) for name, pixels in images.ood.items()}
@@ -215,7 +214,7 @@ def _run_goad(
         "scores": {
             "GOAD()": {name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in found.items()}
         },
-        "left_out": {},
+        "excluded": {},
         "train_seconds": trained - began,
         "score_seconds": time.perf_counter() - trained,
     }

@@ -22,6 +22,7 @@ from featnorm.paper.studies.one_class import PAPER_ROWS, Images, one_class_image
 from featnorm.paper.study import Context, Study
 from featnorm.paper.systems import MoCo
 from featnorm.paper.tables import Result, Table, environment
+from featnorm.runtime import Runtime
 from featnorm.training import train
 from featnorm.training.runs import log, read_log
 
@@ -111,7 +112,7 @@ class MoCoLength(Study[Scale, Images, Job]):
 
         def record(entry: Mapping[str, Any], network: nn.Module) -> None:
             if entry["epoch"] in scale.epochs:
-                scores = _measure(model, network, train_images, test, is_id, context.fabric)
+                scores = _measure(model, network, train_images, test, is_id, context.runtime)
                 log(file, {"epoch": entry["epoch"], "loss": entry["loss"], "scores": scores})
 
         network = model.network(0)
@@ -123,8 +124,7 @@ class MoCoLength(Study[Scale, Images, Job]):
             None,
             model.recipe,
             folder=folder,
-            fabric=context.fabric,
-            progress=context.progress,
+            runtime=context.runtime,
             on_epoch=record,
         )
         return {"history": read_log(file)}
@@ -165,17 +165,17 @@ class MoCoLength(Study[Scale, Images, Job]):
 
 
 def _measure(
-    model: MoCo, network: nn.Module, train_images: Tensor, test: Tensor, is_id: Tensor, fabric: Any
+    model: MoCo, network: nn.Module, train_images: Tensor, test: Tensor, is_id: Tensor, runtime: Runtime
 ) -> dict[str, dict[str, float]]:
     """Return AUROC and means of the paper's scores, and of NAN's two parts, for a network in training."""
-    fitted = model.fit(network, train_images, [*model.detectors(), L1Norm(), Sparsity()], fabric=fabric)
+    fitted = model.fit(network, train_images, [*model.detectors(), L1Norm(), Sparsity()], runtime)
     return {
         name: {
             "auroc": 100 * auroc(values[is_id], values[~is_id]),
             "id_mean": float(values[is_id].double().mean()),
             "ood_mean": float(values[~is_id].double().mean()),
         }
-        for name, values in model.scores(fitted, test, fabric=fabric).items()
+        for name, values in model.scores(fitted, test, runtime=runtime).items()
     }
 
 

@@ -217,11 +217,10 @@ class OneClassStudy(Study[Scale, Images, Job]):
     def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
         train_images, id_images, ood_images = _select(job, scale, inputs)
         model = scale.models[job.model]
-        where: dict[str, Any] = {"fabric": context.fabric, "progress": context.progress}
         began = time.perf_counter()
-        trained_model = model.train(train_images, folder=folder, **where)
+        trained_model = model.train(train_images, folder=folder, runtime=context.runtime)
         trained = time.perf_counter()
-        scores = model.scores(trained_model, torch.cat([id_images, ood_images]), **where)
+        scores = model.scores(trained_model, torch.cat([id_images, ood_images]), runtime=context.runtime)
         n = len(id_images)
         return {
             "auroc": {name: 100 * auroc(values[:n], values[n:]) for name, values in scores.items()},

@@ -71,11 +71,11 @@ class _Backbone:
     model: nn.Module
     context: Context
 
-    def extract(self, source: ImageSource, view: "_View | None" = None) -> _Part:
-        """Return the features of images, or of one view of each."""
+    def extract(self, source: ImageSource, *view: Any) -> _Part:
+        """Return the features of images, or of one of the `_VIEWS` of each."""
         loaded = self.loaded
-        if view is not None:
-            loaded = replace(loaded, transform=_Viewed(loaded.transform, view))
+        if view:
+            loaded = replace(loaded, transform=_View(loaded.transform, *view))
         cached = backbone_features(source, loaded, self.model, runtime=self.context.runtime)
         return _Part(cached.values, cached_labels(source, cached), cached.digests)
 
@@ -110,7 +110,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
     ) -> dict[str, Any]:
         loaded = create_model(DEFAULT_MODEL)
         classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
-        model = fast_layout(cut_classifier(loaded.model)[0].to(context.fabric.device).eval())
+        model = fast_layout(cut_classifier(loaded.model)[0].to(context.runtime.torch_device).eval())
         backbone = _Backbone(loaded, model, context)
         train = backbone.extract(_below(inputs["train"], ID_CLASSES))
         val = backbone.extract(inputs["val"])
@@ -205,7 +205,7 @@ def _evaluate(
         id_set=("in-distribution", [features_of(test.values).replace(labels=test.labels)]),
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
-    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "left_out": evaluation.excluded}
+    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "excluded": evaluation.excluded}
 
 
 def _flagged(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
@@ -225,7 +225,7 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
         i for i in range(len(source)) if (source.label(i) or 0) < TARGET_CLASSES and source.digest(i) in wanted
     ]
     chosen = SlicedSource(source, rows, source.title)
-    views = torch.cat([fit.values, *(backbone.extract(chosen, view).values for view in _VIEWS)])
+    views = torch.cat([fit.values, *(backbone.extract(chosen, *view).values for view in _VIEWS)])
     kinds: dict[str, Any] = {"labels": lambda seed: (fit.values, fit.labels)}
     for size in CLUSTER_SIZES:
         kinds[f"clusters of {size} images"] = lambda seed, size=size: (
@@ -249,37 +249,25 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
 
 @dataclass(frozen=True)
 class _View:
-    """A part of an image: its corners as shares of the sides, and whether it is mirrored."""
+    """A transform of a part of an image: its corners as shares of the sides, and whether it is mirrored."""
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    transform: Any
+    corners: tuple[float, float, float, float]  # left, top, right, bottom
     mirrored: bool
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        left, top, right, bottom = (round(a * b) for a, b in zip(self.corners, 2 * image.size, strict=True))
+        part = image.crop((left, top, right, bottom))
+        return self.transform(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else part)
 
 
 # Fixed, not random as in training, so that their features can be cached.
 _VIEWS = (
-    _View(0, 0, 1, 1, True),
-    _View(0, 0, 0.8, 0.8, False),
-    _View(0.2, 0.2, 1, 1, True),
-    _View(0.1, 0.1, 0.9, 0.9, False),
+    ((0, 0, 1, 1), True),
+    ((0, 0, 0.8, 0.8), False),
+    ((0.2, 0.2, 1, 1), True),
+    ((0.1, 0.1, 0.9, 0.9), False),
 )
-
-
-@dataclass(frozen=True)
-class _Viewed:
-    """A transform of one view of an image."""
-
-    transform: Any
-    view: _View
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        width, height = image.size
-        v = self.view
-        box = (round(v.left * width), round(v.top * height), round(v.right * width), round(v.bottom * height))
-        part = image.crop(box)
-        return self.transform(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if v.mirrored else part)
 
 
 OwnImages("own-images", "What `featnorm fit` is worth on images of your own")

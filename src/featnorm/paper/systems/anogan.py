@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import safe_gradients
 from featnorm._utils.progress import progress_bar
-from featnorm.paper.systems.base import OneClassModel, TrainContext, as_pixels
+from featnorm.paper.images import as_pixels
+from featnorm.paper.systems.base import OneClassModel, TrainContext
 from featnorm.paper.systems.dcgan import (
     Convolutions,
     Generator,
@@ -18,6 +19,7 @@ from featnorm.paper.systems.dcgan import (
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
+from featnorm.runtime import Runtime
 
 
 class GAN(nn.Module):
@@ -69,9 +71,7 @@ class AnoGAN(OneClassModel[GAN]):
     weight: float = 0.1
 
     def _train(self, images: Tensor, context: TrainContext) -> GAN:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
-            model = GAN(self.latent, self.width)
+        model = GAN(self.latent, self.width)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
             def logits(images: Tensor) -> Tensor:
@@ -92,30 +92,28 @@ class AnoGAN(OneClassModel[GAN]):
                 ),
                 "generator": adam(model.generator.parameters(), self.lr, beta1=self.beta1),
             },
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            settings=asdict(self),
-            context=context,
+            asdict(self),
+            context,
         )
         return model
 
-    def _scores(self, model: GAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
-        device = context.device
+    def _scores(self, model: GAN, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
         found = []
-        with progress_bar(total=len(images), desc="search", progress=context.progress) as bar:
+        with progress_bar(total=len(images), desc="search", progress=runtime.progress) as bar:
             for batch in images.split(self.batch_size):
-                found.append(-self.search(model, centered(as_pixels(batch, device)), context)[1].cpu())
+                pixels = centered(as_pixels(batch, runtime.torch_device))
+                found.append(-self.search(model, pixels, runtime)[1].cpu())
                 bar.update(len(batch))
         return {"AnoGAN": torch.cat(found)}
 
-    def search(self, model: GAN, images: Tensor, context: TrainContext) -> tuple[Tensor, Tensor]:
+    def search(self, model: GAN, images: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
         """Find the latent vectors whose images are most similar.
 
         Parameters
         ----------
         model : what `train` returned.
-        images : (n, 3, 32, 32) between -1 and 1, on the device of the context.
-        context : device and precision.
+        images : (n, 3, 32, 32) between -1 and 1, on the device of the model.
+        runtime : precision.
 
         Returns
         -------
@@ -124,16 +122,16 @@ class AnoGAN(OneClassModel[GAN]):
         with torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
             z = model.start.repeat(len(images), 1).requires_grad_()
             optimizer = adam([z], self.search_lr)
-            with torch.no_grad(), context.autocast():
+            with torch.no_grad(), runtime.autocast():
                 target = model.features(images)
             for _ in range(self.search_steps):
-                (z.grad,) = torch.autograd.grad(self._loss(model, images, target, z, context).sum(), z)
+                (z.grad,) = torch.autograd.grad(self._loss(model, images, target, z, runtime).sum(), z)
                 optimizer.step()
             with torch.no_grad():
-                return z.detach(), self._loss(model, images, target, z, context)
+                return z.detach(), self._loss(model, images, target, z, runtime)
 
-    def _loss(self, model: GAN, images: Tensor, target: Tensor, z: Tensor, context: TrainContext) -> Tensor:
-        with context.autocast():
+    def _loss(self, model: GAN, images: Tensor, target: Tensor, z: Tensor, runtime: Runtime) -> Tensor:
+        with runtime.autocast():
             generated = model.generator(z)
             features = model.features(generated)
         residual = (images - generated.float()).abs().sum((1, 2, 3))

@@ -2,17 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from featnorm._utils.layout import fast_layout
-
-SIDE = 32
+from featnorm.paper.images import SIDE, as_pixels
+from featnorm.runtime import Runtime
 
 _BATCH = 250
 
@@ -21,21 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Where and how a model is trained or evaluated; the parameters of `OneClassModel.train`."""
+    """Where and how a model is trained; the parameters of `OneClassModel.train`."""
 
-    folder: Path | None = None
-    fabric: Any = None
-    seed: int = 0
-    progress: bool | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the networks."""
-        return torch.device("cpu") if self.fabric is None else self.fabric.device
-
-    def autocast(self) -> Any:
-        """Return the autocast context of the precision."""
-        return nullcontext() if self.fabric is None else self.fabric.autocast()
+    folder: Path | None
+    runtime: Runtime
+    seed: int
 
     def part(self, name: str) -> "TrainContext":
         """Return the context of one training of several, with a folder of its own."""
@@ -55,9 +43,8 @@ class OneClassModel(ABC, Generic[Model]):
         images: Tensor,
         *,
         folder: str | Path | None = None,
-        fabric: Any = None,
+        runtime: Runtime | None = None,
         seed: int = 0,
-        progress: bool | None = None,
     ) -> Model:
         """Train on images of one class.
 
@@ -67,9 +54,8 @@ class OneClassModel(ABC, Generic[Model]):
         folder
             Folder of the checkpoints; an interrupted run is resumed there, and ends with the weights of an
             uninterrupted one. Default: no checkpoints.
-        fabric : a `lightning_fabric.Fabric` of one process, for device and precision. Default: the CPU.
+        runtime : device and precision, and whether to show progress bars. Default: `Runtime()`, on the CPU.
         seed : seed of the initial weights, the order of the images, and all other random numbers.
-        progress : whether to show progress bars. Default: yes.
 
         Returns
         -------
@@ -82,18 +68,20 @@ class OneClassModel(ABC, Generic[Model]):
             the weights are no longer finite.
         """
         check_images(images)
-        return self._train(images, TrainContext(None if folder is None else Path(folder), fabric, seed, progress))
+        context = TrainContext(None if folder is None else Path(folder), runtime or Runtime(), seed)
+        # The caller's random state is restored.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._train(images, context)
 
-    def scores(
-        self, model: Model, images: Tensor, *, fabric: Any = None, progress: bool | None = None
-    ) -> dict[str, Tensor]:
+    def scores(self, model: Model, images: Tensor, *, runtime: Runtime | None = None) -> dict[str, Tensor]:
         """Score images.
 
         Parameters
         ----------
         model : fitted state that `train` returned.
         images : (m, 3, 32, 32) uint8.
-        fabric, progress : see `train`.
+        runtime : see `train`.
 
         Returns
         -------
@@ -105,13 +93,14 @@ class OneClassModel(ABC, Generic[Model]):
             The images have another shape or type.
         """
         check_images(images)
-        return self._scores(model, images, TrainContext(fabric=fabric, progress=progress))
+        return self._scores(model, images, runtime or Runtime())
 
     @abstractmethod
-    def _train(self, images: Tensor, context: TrainContext) -> Model: ...
+    def _train(self, images: Tensor, context: TrainContext) -> Model:
+        """Train on images; torch's random numbers are seeded with the seed of the context."""
 
     @abstractmethod
-    def _scores(self, model: Model, images: Tensor, context: TrainContext) -> dict[str, Tensor]: ...
+    def _scores(self, model: Model, images: Tensor, runtime: Runtime) -> dict[str, Tensor]: ...
 
 
 def check_images(images: Tensor, min_images: int = 1) -> None:
@@ -124,26 +113,21 @@ def check_images(images: Tensor, min_images: int = 1) -> None:
         raise ValueError(f"a batch of {min_images} needs as many images, and there are {len(images)}")
 
 
-def as_pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Return uint8 images as pixels in [0, 1] on a device, in the layout of `fast_layout`."""
-    return fast_layout(images.to(device)).float().div_(255)
-
-
 @torch.no_grad()
 def predict(
-    network: Callable[[Tensor], Tensor], images: Tensor, context: TrainContext, *, batch_size: int = _BATCH
+    network: Callable[[Tensor], Tensor], images: Tensor, runtime: Runtime, *, batch_size: int = _BATCH
 ) -> Tensor:
     """Return a network's outputs for images, on the CPU in single precision.
 
     Parameters
     ----------
-    network : maps pixels (b, 3, 32, 32) in [0, 1] to (b, ...), on the device and in the precision of the context.
+    network : maps pixels (b, 3, 32, 32) in [0, 1] to (b, ...).
     images : (n, 3, 32, 32) uint8.
-    context : device and precision.
+    runtime : device and precision; its batch size is not used.
     batch_size : number of images per batch.
     """
     parts = []
     for batch in images.split(batch_size):
-        with context.autocast():
-            parts.append(network(as_pixels(batch, context.device)).float().cpu())
+        with runtime.autocast():
+            parts.append(network(as_pixels(batch, runtime.torch_device)).float().cpu())
     return torch.cat(parts)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.lenet import train_autoencoder
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
+from featnorm.runtime import Runtime
 
 # Weights of 0 could reach a coordinate of the center that is smaller than this.
 _MIN_COORDINATE = 0.1
@@ -58,7 +59,7 @@ class DeepSVDD(OneClassModel[Sphere]):
     def _train(self, images: Tensor, context: TrainContext) -> Sphere:
         settings = asdict(self)
         pretrained = train_autoencoder(images, settings, context.part("autoencoder"))
-        center = predict(pretrained, images, context).mean(0)
+        center = predict(pretrained, images, context.runtime).mean(0)
         center = torch.where(
             center.abs() < _MIN_COORDINATE, torch.where(center < 0, -_MIN_COORDINATE, _MIN_COORDINATE), center
         )
@@ -67,18 +68,9 @@ class DeepSVDD(OneClassModel[Sphere]):
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
             yield "encoder", (parts["encoder"](sphere.normalize(pixels)) - sphere.center).square().sum(1).mean()
 
-        train_steps(
-            sphere,
-            images,
-            step,
-            {"encoder": adam(sphere.encoder.parameters(), self.lr, weight_decay=self.weight_decay)},
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            settings=settings,
-            context=context.part("sphere"),
-            drop=self.drop,
-        )
+        optimizer = adam(sphere.encoder.parameters(), self.lr, weight_decay=self.weight_decay)
+        train_steps(sphere, images, step, {"encoder": optimizer}, settings, context.part("sphere"))
         return sphere
 
-    def _scores(self, model: Sphere, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
-        return {"Deep-SVDD": -predict(model, images, context)}
+    def _scores(self, model: Sphere, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
+        return {"Deep-SVDD": -predict(model, images, runtime)}

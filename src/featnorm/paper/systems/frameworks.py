@@ -1,8 +1,9 @@
 """Networks that are trained without labels and scored by detectors: MoCo-v2 (paper 6.4) and CSI (Tack et al.)."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,14 @@ from featnorm._utils.layout import fast_layout
 from featnorm.augmentation import rotations
 from featnorm.detectors import CSI as CSIScore
 from featnorm.detectors import KNN, NAN, SSD, Detector, Views
+from featnorm.features import Features
 from featnorm.models import cifar_network, cifar_network_with
+from featnorm.paper.images import as_pixels
 from featnorm.paper.networks import CSIHead
 from featnorm.paper.recipe import PRESETS, PaperRecipe
-from featnorm.paper.systems.base import OneClassModel, TrainContext, as_pixels
-from featnorm.tap import AutocastTap, FeatureTap
+from featnorm.paper.systems.base import OneClassModel, TrainContext
+from featnorm.runtime import Runtime
+from featnorm.tap import AutocastTap
 from featnorm.training import train
 
 #: The paper's settings; an epoch here is four of the paper's, see `MoCo`.
@@ -46,6 +50,13 @@ class Scored(nn.Module):
         """The detectors."""
         return cast(list[Detector], list(self._detectors))
 
+    def stream(self, images: Tensor, runtime: Runtime) -> Iterator[Features]:
+        """Yield the network's features of images (n, 3, 32, 32) uint8, batch by batch."""
+        fast_layout(self.to(runtime.torch_device))
+        tap = AutocastTap(self.network, runtime)
+        for batch in images.split(_BATCH):
+            yield tap(as_pixels(batch, runtime.torch_device))
+
 
 @dataclass(frozen=True)
 class _Framework(OneClassModel[Scored]):
@@ -54,19 +65,11 @@ class _Framework(OneClassModel[Scored]):
 
     def _train(self, images: Tensor, context: TrainContext) -> Scored:
         network = self.network(context.seed)
-        train(
-            network,
-            self.inputs(images),
-            None,
-            self.recipe,
-            folder=context.folder,
-            fabric=context.fabric,
-            seed=context.seed,
-            progress=context.progress,
-        )
-        return self.fit(network, images, self.detectors(), fabric=context.fabric)
+        inputs, runtime = self.inputs(images), context.runtime
+        train(network, inputs, None, self.recipe, folder=context.folder, runtime=runtime, seed=context.seed)
+        return self.fit(network, images, self.detectors(), runtime)
 
-    def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], *, fabric: Any = None) -> Scored:
+    def fit(self, network: nn.Module, images: Tensor, detectors: list[Detector], runtime: Runtime) -> Scored:
         """Fit detectors to the features of a network, at any point of its training.
 
         Parameters
@@ -74,23 +77,18 @@ class _Framework(OneClassModel[Scored]):
         network : network made by `network`; it is put in evaluation mode.
         images : images of the class, (n, 3, 32, 32) uint8.
         detectors : detectors to fit.
-        fabric : see `train`.
+        runtime : device and precision.
         """
-        context = TrainContext(fabric=fabric)
         model = Scored(network, detectors).eval()
-        tap = _tap(model, context)
-        for batch in images.split(_BATCH):
-            features = tap(as_pixels(batch, context.device))
+        for features in model.stream(images, runtime):
             for detector in model.detectors:
                 if detector.needs_fit:
                     detector.partial_fit(features)
         return model
 
-    def _scores(self, model: Scored, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
-        tap = _tap(model, context)
+    def _scores(self, model: Scored, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {repr(detector): [] for detector in model.detectors}
-        for batch in images.split(_BATCH):
-            features = tap(as_pixels(batch, context.device))
+        for features in model.stream(images, runtime):
             for detector in model.detectors:
                 parts[repr(detector)].append(detector.score(features).cpu())
         return {name: torch.cat(scores) for name, scores in parts.items()}
@@ -159,8 +157,3 @@ class CSI(_Framework):
     def detectors(self) -> list[Detector]:
         """Return CSI's score."""
         return [CSIScore()]
-
-
-def _tap(model: Scored, context: TrainContext) -> FeatureTap:
-    fast_layout(model.to(context.device))
-    return FeatureTap(model.network) if context.fabric is None else AutocastTap(model.network, context.fabric)

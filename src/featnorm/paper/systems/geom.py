@@ -9,6 +9,7 @@ from featnorm._utils.layout import fast_layout
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
+from featnorm.runtime import Runtime
 from featnorm.training import train
 
 _COUNT = len(TRANSFORMATIONS)
@@ -63,26 +64,23 @@ class Geom(OneClassModel[Transformed]):
     recipe: PaperRecipe = RECIPE
 
     def _train(self, images: Tensor, context: TrainContext) -> Transformed:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
-            network = WideResNet(self.depth, self.width, _COUNT)
+        network = WideResNet(self.depth, self.width, _COUNT)
         train(
             network,
             torch.cat([transform(batch).flatten(0, 1) for batch in images.split(_IMAGES)]),
             torch.arange(_COUNT).repeat(len(images)),
             self.recipe,
             folder=context.folder,
-            fabric=context.fabric,
+            runtime=context.runtime,
             seed=context.seed,
-            progress=context.progress,
         )
         model = Transformed(network).eval()
-        logs = predict(model, images, context, batch_size=_IMAGES).double()
+        logs = predict(model, images, context.runtime, batch_size=_IMAGES).double()
         model.concentration.copy_(dirichlet(logs))
         return model
 
-    def _scores(self, model: Transformed, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
-        logs = predict(model, images, context, batch_size=_IMAGES).double()
+    def _scores(self, model: Transformed, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
+        logs = predict(model, images, runtime, batch_size=_IMAGES).double()
         weights = model.concentration.cpu() - 1
         return {
             "Geom": (weights * logs).sum(2).mean(1),

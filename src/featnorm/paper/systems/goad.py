@@ -11,6 +11,7 @@ from featnorm._utils.layout import fast_layout
 from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.geometry import TRANSFORMATIONS, WideResNet, transform
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
+from featnorm.runtime import Runtime
 
 _COUNT = len(TRANSFORMATIONS)
 # Images per batch of distances to all centers.
@@ -73,10 +74,8 @@ class GOAD(OneClassModel[Centers]):
     epsilon: float = 0.0
 
     def _train(self, images: Tensor, context: TrainContext) -> Centers:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
-            model = Centers(WideResNet(self.depth, self.width, _COUNT))
-        targets = torch.arange(_COUNT, device=context.device).repeat(self.batch_size)
+        model = Centers(WideResNet(self.depth, self.width, _COUNT))
+        targets = torch.arange(_COUNT, device=context.runtime.torch_device).repeat(self.batch_size)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
             features = _extract(parts["features"], pixels)
@@ -84,28 +83,16 @@ class GOAD(OneClassModel[Centers]):
             triplet = triplet_center_loss(features, self.margin)
             yield "network", entropy + self.triplet_weight * triplet + self.norm_weight * features.square().mean()
 
-        train_steps(
-            model,
-            images,
-            step,
-            {"network": adam(model.parameters(), self.lr)},
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            settings=asdict(self),
-            context=context,
-        )
-        features = predict(model, images, context, batch_size=self.batch_size)
+        train_steps(model, images, step, {"network": adam(model.parameters(), self.lr)}, asdict(self), context)
+        features = predict(model, images, context.runtime, batch_size=self.batch_size)
         model.centers.copy_(features.double().mean(0))
         return model
 
-    def _scores(self, model: Centers, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
-        centers = model.centers.cpu()
-        parts = [
-            log_probability(predict(model, batch, context, batch_size=self.batch_size), centers, self.epsilon).sum(
-                1
-            )
-            for batch in images.split(_QUERIES)
-        ]
+    def _scores(self, model: Centers, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
+        parts = []
+        for batch in images.split(_QUERIES):
+            features = predict(model, batch, runtime, batch_size=self.batch_size)
+            parts.append(log_probability(features, model.centers.cpu(), self.epsilon).sum(1))
         return {"GOAD": torch.cat(parts)}
 
 

@@ -100,29 +100,19 @@ def train_autoencoder(images: Tensor, settings: Mapping[str, Any], context: Trai
     width = settings["width"]
     if width % 16:
         raise ValueError(f"width must be a multiple of 16, since the code is reshaped to 4 x 4 maps, got {width}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)
-        model = nn.ModuleDict(
-            {"normalize": ContrastNormalize(images), "encoder": Encoder(width), "decoder": Decoder(width)}
-        )
-        for layer in model.modules():
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.xavier_uniform_(layer.weight, gain=nn.init.calculate_gain("leaky_relu"))
+    model = nn.ModuleDict(
+        {"normalize": ContrastNormalize(images), "encoder": Encoder(width), "decoder": Decoder(width)}
+    )
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_uniform_(layer.weight, gain=nn.init.calculate_gain("leaky_relu"))
 
     def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
         target = model["normalize"](pixels)
         output = parts["decoder"](parts["encoder"](target))
         yield "autoencoder", (output - target).square().sum((1, 2, 3)).mean()
 
-    train_steps(
-        model,
-        images,
-        step,
-        {"autoencoder": adam(model.parameters(), settings["lr"], weight_decay=settings["weight_decay"])},
-        epochs=settings["autoencoder_epochs"],
-        batch_size=settings["batch_size"],
-        settings=settings,
-        context=context,
-        drop=settings["autoencoder_drop"],
-    )
+    optimizer = adam(model.parameters(), settings["lr"], weight_decay=settings["weight_decay"])
+    settings = {**settings, "epochs": settings["autoencoder_epochs"], "drop": settings["autoencoder_drop"]}
+    train_steps(model, images, step, {"autoencoder": optimizer}, settings, context)
     return nn.Sequential(model["normalize"], model["encoder"])

@@ -16,6 +16,7 @@ from featnorm.paper.systems.dcgan import (
     uniform,
 )
 from featnorm.paper.systems.steps import Losses, Parts, adam, train_steps
+from featnorm.runtime import Runtime
 
 # Widths of the latent discriminator.
 _LAYERS = (128, 64, 32, 16)
@@ -88,9 +89,7 @@ class OCGAN(OneClassModel[OneClassGAN]):
     mining_lr: float = 2.0
 
     def _train(self, images: Tensor, context: TrainContext) -> OneClassGAN:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
-            model = OneClassGAN(self.latent, self.width, self.discriminator_width)
+        model = OneClassGAN(self.latent, self.width, self.discriminator_width)
 
         def step(parts: Parts, pixels: Tensor, epoch: int) -> Losses:
             clean = centered(pixels)
@@ -108,7 +107,7 @@ class OCGAN(OneClassModel[OneClassGAN]):
             visual = (real + adversarial(parts["visual_discriminator"](generated), False)) / 2
             yield "discriminators", latent + visual
             mined = epoch >= self.mining * self.epochs
-            negative = self.mine(model, random, context) if mined else random
+            negative = self.mine(model, random, context.runtime) if mined else random
             code = parts["encoder"](noisy)
             error = (parts["decoder"](code) - clean).square().mean()
             visual = adversarial(parts["visual_discriminator"](parts["decoder"](negative)), True)
@@ -128,31 +127,29 @@ class OCGAN(OneClassModel[OneClassGAN]):
                 "discriminators": optimizer(model.latent_discriminator, model.visual_discriminator),
                 "autoencoder": optimizer(model.encoder, model.decoder),
             },
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            settings=asdict(self),
-            context=context,
+            asdict(self),
+            context,
         )
         return model
 
-    def mine(self, model: OneClassGAN, start: Tensor, context: TrainContext) -> Tensor:
+    def mine(self, model: OneClassGAN, start: Tensor, runtime: Runtime) -> Tensor:
         """Return codes (n, latent) close to the given ones whose images the classifier rejects.
 
         Parameters
         ----------
         model : its decoder and classifier are used.
         start : codes (n, latent) in [-1, 1]; the result passes through a tanh.
-        context : precision.
+        runtime : precision.
         """
         codes = start.detach().requires_grad_()
         for _ in range(self.mining_steps):
             # Not the parts as fabric wraps them, which allow only the gradients of the training.
-            with context.autocast():
+            with runtime.autocast():
                 logits = model.classifier(model.decoder(codes.tanh()))
             # Each code has a loss of its own, however many there are.
             (gradient,) = torch.autograd.grad(len(codes) * adversarial(logits.float(), False), codes)
             codes = (codes - self.mining_lr * gradient).detach().requires_grad_()
         return codes.tanh().detach()
 
-    def _scores(self, model: OneClassGAN, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
-        return {"OCGAN": -predict(model, images, context)}
+    def _scores(self, model: OneClassGAN, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
+        return {"OCGAN": -predict(model, images, runtime)}

@@ -16,18 +16,9 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout, safe_gradients
 from featnorm._utils.progress import progress_bar
-from featnorm._utils.weights import load_weights
-from featnorm.paper.systems.base import TrainContext, as_pixels, check_images
-from featnorm.training.runs import (
-    CHECKPOINT,
-    LOG,
-    check_log,
-    digest,
-    log,
-    read_checkpoint,
-    seeded,
-    write_checkpoint,
-)
+from featnorm.paper.images import as_pixels
+from featnorm.paper.systems.base import TrainContext, check_images
+from featnorm.training.runs import Checkpoints, digest, seeded
 
 Parts = Mapping[str, Any]
 Losses = Iterator[tuple[str, Tensor]]
@@ -44,12 +35,8 @@ def train_steps(
     images: Tensor,
     step: Step,
     optimizers: Mapping[str, torch.optim.Optimizer],
-    *,
-    epochs: int,
-    batch_size: int,
     settings: Mapping[str, Any],
     context: TrainContext,
-    drop: int | None = None,
 ) -> None:
     """Train a model in place, and put it in evaluation mode.
 
@@ -64,46 +51,40 @@ def train_steps(
         Takes the parts by name, pixels (b, 3, 32, 32) in [0, 1] and the epoch from 0. Yields the name of an
         optimizer and the loss that it minimizes; the optimizer's step is taken before the generator continues.
     optimizers : optimizers by the names that the step yields.
-    epochs, batch_size : passes over the images, and images per step; an incomplete batch is left out.
-    settings : settings of the run; a checkpoint of a run with other settings is not resumed.
+    settings
+        Settings of the run; a checkpoint of a run with other settings is not resumed. ``epochs`` is the number of
+        passes over the images, ``batch_size`` the number of images per step (an incomplete batch is skipped), and
+        ``drop``, if given, the epoch from 0 at which the learning rates fall to a tenth.
     context : see `TrainContext`.
-    drop : epoch from 0 at which the learning rates fall to a tenth. Default: never.
 
     Raises
     ------
     ValueError
         See `featnorm.paper.systems.OneClassModel.train`.
     """
+    epochs, batch_size, drop = settings["epochs"], settings["batch_size"], settings.get("drop", math.inf)
     check_images(images, batch_size)
-    fabric, device = context.fabric, context.device
-    if fabric is not None and fabric.world_size > 1:
+    fabric = context.runtime.fabric
+    device = fabric.device
+    if fabric.world_size > 1:
         raise ValueError(f"this training runs in one process, and fabric has {fabric.world_size}: use devices=1")
     fast_layout(model.to(device))
-    parts: dict[str, Any] = dict(model.named_children())
-    active: dict[str, Any] = dict(optimizers)
-    if fabric is not None:
-        # Each part by itself, since a step calls them one by one.
-        parts = {name: fabric.setup_module(part) for name, part in parts.items()}
-        active = {name: fabric.setup_optimizers(optimizer) for name, optimizer in optimizers.items()}
+    # Each part by itself, since a step calls them one by one.
+    parts = {name: fabric.setup_module(part) for name, part in model.named_children()}
+    active = {name: fabric.setup_optimizers(optimizer) for name, optimizer in optimizers.items()}
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
-    identity: dict[str, Any] = {}
-    start = 0
-    checkpoint = None if context.folder is None else context.folder / CHECKPOINT
-    if checkpoint is not None:
-        identity = {"settings": dict(settings), "seed": context.seed, "data": digest(images)}
-        if checkpoint.exists():
-            saved = read_checkpoint(checkpoint, identity, device)
-            start = saved["epoch"]
-            load_weights(model, saved["model"])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
-        check_log(checkpoint.with_name(LOG), start)
+    run: dict[str, Any] = {}
+    if context.folder is not None:
+        run = {"settings": dict(settings), "seed": context.seed, "data": digest(images)}
+    saved = {f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}
+    checkpoints = Checkpoints(context.folder, run, model=model, **saved)
+    start = checkpoints.resume(device)
     steps = len(images) // batch_size
     bar = progress_bar(
         total=epochs * steps * batch_size,
         initial=start * steps * batch_size,
         unit="input",
-        progress=context.progress,
+        progress=context.runtime.progress,
     )
     with bar, torch.inference_mode(False), torch.enable_grad(), safe_gradients(model):
         for epoch in range(start, epochs):
@@ -112,17 +93,14 @@ def train_steps(
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
             for name, optimizer in optimizers.items():
                 for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
-                    group["lr"] = rate / 10 if drop is not None and epoch >= drop else rate
+                    group["lr"] = rate / 10 if epoch >= drop else rate
             sums: dict[str, float] = {}
             with seeded(context.seed, epoch, 0, device):
                 order = torch.randperm(len(images))[: steps * batch_size]
                 for rows in order.split(batch_size):
                     for name, loss in step(parts, as_pixels(images[rows], device), epoch):
                         active[name].zero_grad(set_to_none=True)
-                        if fabric is None:
-                            loss.backward()
-                        else:
-                            fabric.backward(loss)
+                        fabric.backward(loss)
                         active[name].step()
                         sums[name] = sums.get(name, 0.0) + float(loss.detach())
                     bar.update(len(rows))
@@ -131,15 +109,6 @@ def train_steps(
             finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
             if not (finite and all(math.isfinite(mean) for mean in means.values())):
                 raise ValueError(f"losses or weights are not finite in epoch {epoch + 1}: lower the learning rate")
-            if checkpoint is not None:
-                state = {
-                    "run": identity,
-                    "epoch": epoch + 1,
-                    "model": model.state_dict(),
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                }
-                # The log first: a run killed between the two writes rewrites the line of this epoch.
-                seconds = time.perf_counter() - began
-                log(checkpoint.with_name(LOG), {"epoch": epoch + 1, "losses": means, "seconds": seconds})
-                write_checkpoint(checkpoint, state)
+            seconds = time.perf_counter() - began
+            checkpoints.write({"epoch": epoch + 1, "losses": means, "seconds": seconds})
     model.eval()

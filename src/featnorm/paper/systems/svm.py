@@ -8,6 +8,7 @@ from featnorm.detectors import OneClassSVM
 from featnorm.features import Features
 from featnorm.paper.systems.base import OneClassModel, TrainContext, predict
 from featnorm.paper.systems.lenet import train_autoencoder
+from featnorm.runtime import Runtime
 
 _PIXELS = "OC-SVM on pixels"
 _CODE = "OC-SVM on an autoencoder"
@@ -49,13 +50,13 @@ class SVM(OneClassModel[Boundaries]):
         encoder = train_autoencoder(images, asdict(self), context)
         model = Boundaries(encoder, self.nu)
         model.of_pixels.fit(_pixels(images))
-        model.of_code.fit(Features(pooled=predict(encoder, images, context)))
+        model.of_code.fit(Features(pooled=predict(encoder, images, context.runtime)))
         return model.eval()
 
-    def _scores(self, model: Boundaries, images: Tensor, context: TrainContext) -> dict[str, Tensor]:
+    def _scores(self, model: Boundaries, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
         return {
             _PIXELS: model.of_pixels.score(_pixels(images)),
-            _CODE: model.of_code.score(Features(pooled=predict(model.encoder, images, context))),
+            _CODE: model.of_code.score(Features(pooled=predict(model.encoder, images, runtime))),
         }
 
 

@@ -1,0 +1,148 @@
+"""What the service returns: models of its responses, for the API's description, and `result_of`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from featnorm._utils.ranks import shown_scores
+from featnorm.drift import DriftMonitor
+from featnorm.records import row_of
+from featnorm.verdict import ItemVerdict
+
+_MIN_BINS, _MAX_BINS = 12, 40
+
+
+class Result(BaseModel):
+    """The result for one image."""
+
+    name: str = Field(description="File name of the image, or `image N` if the request has none.")
+    score: float | None = Field(
+        description="Score; higher is more in-distribution. Null if the image cannot be read, or if the score is "
+        "infinite, which JSON cannot represent; p-value and verdict are then valid all the same."
+    )
+    p_value: float | None = Field(description="Conformal p-value; a small one means out-of-distribution.")
+    verdict: Literal["ID", "OOD"] | None = Field(description="ID if the score reaches the threshold, else OOD.")
+    predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
+    error: str | None = Field(description="Why the image cannot be scored.")
+    group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
+    why: list[tuple[str, str]] | None = Field(
+        default=None, description="With `explain=true`: rows of a property and its value."
+    )
+
+
+class Results(BaseModel):
+    """The results for the images of a request, in their order."""
+
+    results: list[Result]
+    digest: str = Field(description="Digest of the scorer that gave the results.")
+
+
+class Problem(BaseModel):
+    """Why a request is rejected as a whole."""
+
+    error: str
+    request_id: str
+
+
+class Histogram(BaseModel):
+    """A histogram: n counts between n + 1 edges. Values beyond an end are counted in the bin at that end."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class ScorerSummary(BaseModel):
+    """A scorer of the service."""
+
+    name: str = Field(description="Name of the scorer in the addresses `/v1/{name}/score`, `/v1/{name}/detector`.")
+    detector: str
+    digest: str = Field(description="SHA-256 of everything that verdicts depend on.")
+
+
+class Scorers(BaseModel):
+    """The scorers of the service."""
+
+    scorers: list[ScorerSummary]
+
+
+class Drift(BaseModel):
+    """Whether the images scored since the file was loaded have drifted from the calibration images as a whole."""
+
+    images: int = Field(description="Number of images scored so far.")
+    log10_evidence: float = Field(description="Evidence for drift, as a base-10 logarithm; 0 at the start.")
+    highest: float = Field(description="Maximum of `log10_evidence` so far.")
+    alarm_level: float = Field(description="The evidence at which the alarm is raised.")
+    alarmed_at: int | None = Field(description="Number of the image at which it was, from 1; null before.")
+
+    @classmethod
+    def of(cls, monitor: DriftMonitor | None) -> Self | None:
+        """Return the state of a monitor, if there is one."""
+        return (
+            None
+            if monitor is None
+            else cls(
+                images=monitor.count,
+                log10_evidence=monitor.log10_evidence,
+                highest=monitor.highest,
+                alarm_level=monitor.alarm_level,
+                alarmed_at=None if monitor.alarmed_at is None else monitor.alarmed_at + 1,
+            )
+        )
+
+
+class Detector(ScorerSummary):
+    """A scorer in detail."""
+
+    model: str | None = Field(description="Specification of the model; null if it is not known.")
+    facts: dict[str, str]
+    classes: list[str] | None
+    threshold: float | None = Field(
+        description="Scores at or above this are ID; null if it is infinite, or if there are thresholds by group."
+    )
+    thresholds_by: str | None = Field(
+        description="What inputs are grouped by, if there are thresholds by group. `class` is the predicted "
+        "class; otherwise a request for a score needs the parameter `group`."
+    )
+    thresholds: dict[str, float | None] | None = Field(description="Thresholds by group, if there are groups.")
+    tpr: float = Field(description="Minimum share of in-distribution images that are accepted.")
+    calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
+    explains: bool = Field(description="Whether it can explain its verdicts.")
+    limits: dict[str, int | float]
+    drift: Drift | None = Field(
+        description="Null if the detector was calibrated by leaving images out of its fit in turn: there are no "
+        "calibration scores to compare others with."
+    )
+
+
+def result_of(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
+    """Return a verdict as the fields of a `Result`, with ``why`` if it was requested."""
+    row = row_of(verdict)
+    result = {"name": row.pop("path"), **row, "score": finite(row["score"])}
+    return {**result, "why": verdict.why and verdict.why.rows()} if explain else result
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number as JSON can represent it: None if it is infinite."""
+    return None if value is None or math.isinf(value) else value
+
+
+def histogram(scores: Tensor, thresholds: Sequence[float]) -> Histogram:
+    """Return the histogram of calibration scores (n,), over the middle 99 % of them and the thresholds."""
+    values = shown_scores(scores.cpu().numpy())
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        finite = np.zeros(1)
+    low = float(np.quantile(finite, 0.005, method="lower"))
+    high = float(np.quantile(finite, 0.995, method="higher"))
+    within = [low, high, *filter(math.isfinite, thresholds)]
+    low, high = min(within), max(within)
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        pad = 0.05 * abs(low) or 0.5
+        low, high = low - pad, high + pad
+    edges = np.linspace(low, high, int(np.clip(math.sqrt(len(values)), _MIN_BINS, _MAX_BINS)) + 1)
+    counts, _ = np.histogram(np.clip(values, low, high), edges)
+    return Histogram(edges=edges.tolist(), counts=counts.tolist())
