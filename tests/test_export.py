@@ -16,7 +16,7 @@ from featnorm import export
 from featnorm.evaluation import standard_detectors
 from featnorm.export import ExportError, export_onnx
 from featnorm.fitting import fit_source
-from featnorm.inputs import open_source
+from featnorm.inputs import SlicedSource, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
 
@@ -64,6 +64,25 @@ def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
         assert (
             (p_value - wanted.p_value).abs() <= (gaps <= 1e-4 * size).sum(1) / (len(calibration) + 1) + 1e-9
         ).all()
+
+
+@pytest.mark.parametrize("expression", ["KNN(k=1)", "SSD()", "KNN(k=2) / ReAct(NAN())"])
+def test_a_jackknife_is_one_graph(folder, tiny, cache, tmp_path, expression):
+    source = open_source(str(folder))
+    few = SlicedSource(source, range(0, 240, 6), "few")
+    runtime = fn.Runtime(progress=False, workers=0)
+    detector = fn.parse_detector(expression)
+    scorer = fit_source(few, tiny, detector=detector, cache=cache, runtime=runtime)[0]
+    assert scorer.is_jackknife
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    images = torch.stack([tiny.transform(source.item(row)) for row in range(1, 240, 6)])
+    session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
+    score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+    # Of 19: these pictures are so alike that rounding is felt where two of the left-out scores are close.
+    torch.testing.assert_close(score, scorer(images).score, rtol=0, atol=0.05)
+    assert len(score.floor().unique()) > 5
+    for found, wanted in zip((p_value, is_id), scorer.calibration.predict(score), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_its_metadata_names_the_classes(folder, loaded, cache, tmp_path):

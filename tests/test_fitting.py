@@ -252,8 +252,13 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
     random = np.random.default_rng(0)
     for i in range(150):
         paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
-    with pytest.raises(DataError, match=r"found 97 readable images in few \(duplicates excluded\)"):
-        fit(tmp_path / "few", loaded, cache)
+    scorer, report = fit(tmp_path / "few", loaded, cache)
+    assert (report.trained, report.held_out, report.computed) == (97, 19, 97)
+    assert repr(scorer.detector) == "Jackknife(KNN(k=1))"
+    with pytest.raises(
+        DataError, match=r"found fewer than 100 readable images in few .*, too few to train a head"
+    ):
+        fit(tmp_path / "few", loaded, cache, head="train")
 
 
 def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
@@ -284,7 +289,7 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     source = open_source(str(folder))
     few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
-        fit_source(few, loaded, cache=cache, runtime=fn.Runtime(progress=False))
+        fit_source(few, loaded, tpr=0.99, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match=r"239 groups of inputs are too few for tpr=0\.999: 999 are needed"):
         fit(folder, loaded, cache, tpr=0.999)
     flat = tmp_path / "flat"
@@ -296,6 +301,96 @@ def test_what_is_refused(folder, loaded, cache, tmp_path):
     assert fit(flat, loaded, cache)[1].accuracy is None
     with pytest.raises(DataError, match="is random: use its evaluation transform"):
         fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
+
+
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory):
+    """30 pictures of two of the four colors, and one of them once more."""
+    folder, random = tmp_path_factory.mktemp("thirty"), np.random.default_rng(0)
+    for i in range(30):
+        paint(folder / f"{i:02}.png", i % 2, random)
+    (folder / "copy.png").write_bytes((folder / "01.png").read_bytes())
+    return folder
+
+
+def test_thirty_images_are_left_out_in_turn(thirty, tiny, cache, tmp_path):
+    scorer, report = fit(thirty, tiny, cache)
+    assert repr(scorer.detector) == "Jackknife(KNN(k=1))"
+    assert (report.trained, report.held_out, report.head) == (30, 19, "none")
+    assert report.why.endswith("on other images, and fewer than 100 images are too few to train a head")
+    assert scorer.facts["images"].endswith(": 30 to fit on, 19 of them left out in turn for calibration")
+    assert scorer.is_jackknife
+    assert [len(knn.bank.rows) for knn in scorer.detector.copies] == [29] * 19
+    files = sorted(thirty.iterdir())
+    own = [verdict.is_id for verdict in scorer.predict(files)]
+    assert sum(own) >= 29
+    paint(tmp_path / "blue.png", 2, np.random.default_rng(1))
+    assert scorer.predict([tmp_path / "blue.png"])[0].is_id is False
+    again, _ = fit(thirty, tiny, cache, tpr=0.9)
+    assert (repr(again.detector), again.calibration.tpr) == ("Jackknife(KNN(k=1), count=9)", 0.9)
+    of_groups, _ = fit(thirty, tiny, cache, tpr=0.9, group_by=r"([^/\\])\.png$")
+    assert [len(knn.bank.rows) for knn in of_groups.detector.copies] == [27] * 9
+
+
+def test_thirty_images_calibrate_a_detector_that_needs_no_fit(thirty, loaded, cache):
+    scorer, report = fit(thirty, loaded, cache, head="keep", detector=fn.NAN())
+    assert repr(scorer.detector) == "NAN()"
+    assert (report.trained, report.held_out, report.head) == (30, 30, "keep")
+    assert scorer.facts["images"].endswith(": 30 for calibration, none to fit on")
+    assert not scorer.is_jackknife
+    verdicts = scorer.predict(sorted(thirty.iterdir())[:30])
+    scores = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)
+    torch.testing.assert_close(scores.sort().values, scorer.calibration.scores, rtol=1e-4, atol=1e-4)
+    by_class = fit(thirty, loaded, cache, head="keep", detector=fn.NAN(), thresholds_by="class")[0]
+    assert len(by_class.calibration.group_names) == 10
+
+
+def test_a_jackknife_is_saved_calibrated_again_and_not_added_to(thirty, loaded, cache, tmp_path):
+    scorer, _ = fit(thirty, loaded, cache)
+    scorer.save(tmp_path / "d.featnorm", weights=True)
+    again = fn.load(tmp_path / "d.featnorm")
+    assert again.is_jackknife
+    for mine, theirs in zip(scorer(noise(5)), again(noise(5)), strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="the earlier calibration left inputs out of the fit in turn"):
+        again.use_scores(torch.ones(5), update=True)
+    assert again.set_tpr(0.9).is_jackknife
+    assert not again.calibrate([(noise(30),)]).is_jackknife
+    again.use_scores(torch.ones(5), update=True)
+    assert len(again.calibration.scores) == 35
+
+
+def test_thirty_digits(loaded, cache, shared_data):
+    runtime = fn.Runtime(progress=False, workers=0)
+    scorer, report = fit_source(
+        open_source("mnist/test[:30]", root=shared_data), loaded, runtime=runtime, cache=cache
+    )
+    assert (report.trained, report.held_out) == (30, 19)
+    flagged = []
+    for name in ("mnist/test[30:330]", "ood32/textures[:100]"):
+        source = open_source(name, root=shared_data)
+        verdicts = [verdict for batch in scorer.stream(source, runtime=runtime) for verdict in batch]
+        flagged.append(sum(not verdict.is_id for verdict in verdicts) / len(verdicts))
+    digits, textures = flagged
+    assert digits <= 0.15
+    assert textures > 0.9
+
+
+def test_what_few_images_do_not_allow(thirty, tiny, loaded, cache):
+    source = open_source(str(thirty))
+    runtime = fn.Runtime(progress=False, workers=0)
+    for words, count, options in (
+        (r"found 19 readable images in few .*; at least 20 are needed for tpr=0.95: 19 to calibrate", 19, {}),
+        (r"found 9 readable images in few .*; at least 10 are needed for tpr=0.9", 9, {"tpr": 0.9}),
+        (r"found 30 readable images in few .*; at least 100 are needed for tpr=0.99", 31, {"tpr": 0.99}),
+        (r"found fewer than 100 readable .*, too few to train a head: use head='none'", 31, {"head": "train"}),
+        (r"left out of the fit in turn: a threshold per group", 31, {"thresholds_by": r"([^/\\])\.png$"}),
+        (r"left out of the fit in turn: Views\(KNN\(k=1\)\) runs", 31, {"detector": fn.Views(fn.KNN(k=1))}),
+        (r"has only 29 inputs in its bank: fit on more, or lower k", 31, {"detector": fn.KNN(k=30)}),
+        (r"3 groups of inputs are too few for tpr=0.95", 31, {"group_by": r"([^/\\])[^/\\]\.png$"}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit_source(SlicedSource(source, range(count), "few"), tiny, cache=cache, runtime=runtime, **options)
 
 
 @pytest.mark.usefixtures("heads_trained_once")

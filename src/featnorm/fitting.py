@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import featnorm
 from featnorm import archive
-from featnorm._utils.checks import check_share, check_type
+from featnorm._utils.checks import check_share, check_type, min_scores
 from featnorm._utils.errors import UserCodeError
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import single_precision
 from featnorm.calibration import Calibration
-from featnorm.detectors import KNN, Detector, KLUniform, parse_detector
+from featnorm.detectors import KNN, Detector, Jackknife, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.features import Features
 from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples, thumbnail_of
@@ -49,15 +49,15 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_m
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer
-from featnorm.splitting import HELD_OUT, first_of_groups, held_out, join_groups, near_duplicates
+from featnorm.splitting import first_of_groups, held_out, join_groups, left_out, near_duplicates
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
 Targets = Literal["auto", "labels", "clusters"]
 
-#: With fewer images, too few are held out for calibration.
-MIN_IMAGES = 100
+#: With fewer images, none are held out and no head is trained: images are left out of the fit in turn.
+MIN_HELD_OUT = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
 # How the paper trains heads on frozen backbones (D.4).
 RECIPE = Recipe(epochs=10, batch_size=256, optimizer="sgd", lr=0.03)
@@ -90,7 +90,7 @@ class FitReport:
     trained : int
         Number of images that the head and the detector were fitted to.
     held_out : int
-        Number of images that the threshold was calibrated on.
+        Number of images that the threshold was calibrated on; of a `Jackknife`, those left out in turn.
     computed : int
         Number of images whose features were computed; those of the others were in the cache.
     accuracy : float or None
@@ -142,18 +142,22 @@ def fit(
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others.
     Near-duplicates, such as the frames of a clip, are found by their features and kept on one side.
 
+    From 20 to 99 images, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
+    some images out of the fit in turn (19 at ``tpr=0.95``); one that needs no fit is calibrated on all images. No
+    head is trained. The stated rate holds as for more images.
+
     Parameters
     ----------
     data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
     model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
     detector
         Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
-        either; without a classifier, ``KNN(k=10)``.
+        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 images.
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
-        returns features.
+        returns features; with fewer than 100 images, it uses the features alone instead.
     layer, output : what is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has
@@ -187,11 +191,12 @@ def fit(
     Raises
     ------
     DataError
-        Fewer than 100 images can be read, labels are required and an image has none, or the cache raises one.
+        Fewer than 20 images can be read (at ``tpr=0.95``; 10 at 0.9, 100 at 0.99), or fewer than 100 and a head is
+        to be trained; labels are required and an image has none, or the cache raises one.
     ModelError
         There is no such model, or it does not work.
     ValueError
-        The detector cannot work here, or there are too few images for `tpr`.
+        The detector cannot work here, or there are too few groups of images for `tpr`.
 
     Examples
     --------
@@ -264,30 +269,53 @@ def fit_source(
     split_groups = None if group_by is None else group_items(source, group_by)
     groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
-    plan = _plan(source, loaded, head, (layer, output), runtime)
-    detector = detector or (KLUniform() if plan.head == "train" or plan.example.logits is not None else KNN(k=10))
-    if not labeled and "labels" in detector.learns:
-        raise DataError(
-            f"{detector!r} needs labels to fit, and {source.title} has none, or clusters are the targets: put the "
-            "images of each class in a subfolder of its own and use labels, or choose another detector"
-        )
-    if plan.head != "train":
-        for name in detector.reads:
-            plan.example.linear() if name == "classifier" else plan.example.tensor(name)
-    cached = backbone_features(source, loaded, plan.network, cache=cache, runtime=runtime)
-    several, read = cached.several, len(cached.rows)
-    cached = _without_duplicates(cached)
-    if (count := len(cached.rows)) < MIN_IMAGES:
+    computed = 0
+    # How many distinct images can be read is only known afterwards: if too few can, once more.
+    for few in (len(source) < MIN_HELD_OUT, True):
+        plan = _plan(source, loaded, head, (layer, output), runtime, few)
+        by_classifier = plan.head == "train" or plan.example.logits is not None
+        used = detector or (KLUniform() if by_classifier else KNN(k=1 if few else 10))
+        if not labeled and "labels" in used.learns:
+            raise DataError(
+                f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: put "
+                "the images of each class in a subfolder of its own and use labels, or choose another detector"
+            )
+        if few and used.needs_fit and (used.needs_model or thresholds_by is not None):
+            why = f"{used!r} runs the model again" if used.needs_model else "a threshold per group needs scores"
+            raise DataError(
+                f"found fewer than {MIN_HELD_OUT} readable images in {source.title} (duplicates excluded), which "
+                f"cannot be left out of the fit in turn: {why}; add images, or choose a detector that needs no fit"
+            )
+        if plan.head != "train":
+            for name in used.reads:
+                plan.example.linear() if name == "classifier" else plan.example.tensor(name)
+        cached = backbone_features(source, loaded, plan.network, cache=cache, runtime=runtime)
+        several, read = cached.several, len(cached.rows)
+        computed = max(computed, cached.computed)
+        cached = _without_duplicates(cached)
+        if few or len(cached.rows) >= MIN_HELD_OUT:
+            break
+    detector, jackknife = used, None
+    if few and (count := len(cached.rows)) <= (needed := min_scores(tpr)):
         raise DataError(
             f"found {count} readable image{'' if count == 1 else 's'} in {source.title} (duplicates excluded); at "
-            f"least {MIN_IMAGES} are needed, because 1 in {HELD_OUT} is held out for calibration"
+            f"least {needed + 1} are needed for tpr={tpr}: {needed} to calibrate on, and others to fit to; add "
+            "images, or lower tpr"
         )
     # Frames of a clip resemble each other more than they resemble new images.
     near = near_duplicates(plan.pooled(cached.values))
     sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
-    is_held_out = held_out(cached.digests, splits, tpr)
-    calibrates = is_held_out & first_of_groups(cached.digests, splits)
+    calibrates = first_of_groups(cached.digests, splits)
+    if few:
+        is_held_out = torch.zeros_like(calibrates)
+        if detector.needs_fit:
+            left = left_out(cached.digests, tpr, splits)
+            detector = jackknife = Jackknife(detector, len(left))
+            calibrates = torch.zeros_like(calibrates).index_fill(0, left, True)
+    else:
+        is_held_out = held_out(cached.digests, splits, tpr)
+        calibrates &= is_held_out
     Calibration(torch.zeros(int(calibrates.sum())), tpr)  # raises if they are too few, before the work
     train_values = cached.values[~is_held_out]
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
@@ -309,7 +337,11 @@ def fit_source(
     known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
     scorer = Scorer(model, detector, layer, output=output, preprocess=loaded.transform, **known)
     statistics = ActivationStatistics()
-    if runtime.cluster is None:
+    if jackknife is not None:
+        # Left-out images are scored as new ones will be, in the same precision.
+        with runtime.autocast():
+            jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
+    elif runtime.cluster is None or few:
         scorer.fit_features(training_features(features_of, statistics, parts))
     else:
         runtime.cluster.fit(parts, features_of, detector, statistics)
@@ -324,21 +356,29 @@ def fit_source(
         batches = [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
         accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
         held_out_groups = None if groups is None else [groups[row] for row in cached.rows[calibrates].tolist()]
-        if detector.needs_model:
+        if jackknife is not None:
+            scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
+        elif detector.needs_model:
             loader = ((batch.images,) for batch in images)
             scorer.calibrate(loader, tpr, groups=held_out_groups, progress=runtime.progress)
         else:
             scorer.calibrate_features(batches, tpr, groups=held_out_groups)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
+    if jackknife is not None:
+        split = f"{len(train_values)} to fit on, {len(chosen)} of them left out in turn for calibration"
+    elif few:
+        split = f"{len(chosen)} for calibration, none to fit on"
+    else:
+        split = f"{len(train_values)} to fit on, {len(chosen)} held out for calibration"
     scorer.facts = {
-        "images": f"{source.title}: {len(train_values)} to fit on, {len(chosen)} held out for calibration",
+        "images": f"{source.title}: {split}",
         **about,
         "precision": runtime.precision,
         "made": f"{version}, seed {seed}, from {read} images",
         "digest of the fitting data": _digest(cached.digests),
     }
     notes += _duplicate_notes(source, near, cached.rows)
-    counts = len(train_values), len(chosen), cached.computed
+    counts = len(train_values), len(chosen), computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
     )
@@ -370,9 +410,15 @@ def _plan(
     head: Head,
     chosen: tuple[str | None, str | int | None],
     runtime: Runtime,
+    few: bool,
 ) -> _Plan:
     """Choose what to do with the model's classifier, and trace the model on the first images."""
     why = ""
+    if head == "train" and few:
+        raise DataError(
+            f"found fewer than {MIN_HELD_OUT} readable images in {source.title} (duplicates excluded), too few to "
+            "train a head: use head='none' or, for a model with a classifier, head='keep' (--head), or add images"
+        )
     if head == "auto" and not loaded.own:
         head, why = "train", "the model is pretrained on other images"
     example = None
@@ -382,6 +428,8 @@ def _plan(
             has_logits = example[1].logits is not None
             head = "keep" if has_logits else "train"
             why = "the model is your own" if has_logits else "your model returns features, not logits"
+    if head == "train" and few:
+        head, why = "none", f"{why}, and fewer than {MIN_HELD_OUT} images are too few to train a head"
     notes = "".join(f"; {note}" for note in loaded.notes)
     if head != "keep" and chosen != (None, None):
         raise ValueError(

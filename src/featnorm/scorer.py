@@ -19,9 +19,10 @@ from featnorm._utils.checks import check_share, check_text
 from featnorm._utils.errors import UserCodeError, first_line
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.memory import in_parts
+from featnorm._utils.ranks import are_ranks
 from featnorm._utils.weights import load_weights
 from featnorm.calibration import Calibration
-from featnorm.detectors import Detector, parse_detector
+from featnorm.detectors import Detector, Jackknife, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.export import export_onnx
@@ -153,6 +154,12 @@ class Scorer(nn.Module):
                 "(fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
             )
         return self.preprocess
+
+    @property
+    def is_jackknife(self) -> bool:
+        """Whether the calibration is that of a `featnorm.Jackknife`, without scores of held-out inputs."""
+        fixed = self.calibration is not None and are_ranks(self.calibration.scores.cpu().numpy())
+        return fixed and isinstance(self.detector, Jackknife)
 
     @property
     def explains(self) -> bool:
@@ -305,6 +312,11 @@ class Scorer(nn.Module):
             See `calibrate`.
         """
         if update and self.calibration is not None:
+            if self.is_jackknife:
+                raise ValueError(
+                    "the earlier calibration left inputs out of the fit in turn, so it has no scores to add to: "
+                    "calibrate without update (--update)"
+                )
             made = self.calibration.with_scores(scores, groups)
             made = made if tpr is None else made.with_tpr(tpr)
         else:

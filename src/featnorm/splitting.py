@@ -249,7 +249,7 @@ def first_of_groups(digests: Sequence[bytes], groups: Tensor) -> Tensor:
 def left_out(digests: Sequence[bytes], tpr: float, groups: Tensor | None = None) -> Tensor:
     """Return the inputs of a small set that are left out in turn, one of each group: as many as the rate needs.
 
-    With each of them, its whole group is left out of the fit; see `featnorm.jackknife.JackknifeCalibration`.
+    With each of them, its whole group is left out of the fit; see `featnorm.detectors.Jackknife`.
 
     Parameters
     ----------

@@ -531,6 +531,57 @@ def test_export_writes_a_graph_and_says_what_it_takes(featnorm, detector, tmp_pa
     assert (tmp_path / "d.onnx").stat().st_size > 1e6
 
 
+def test_a_small_set_through_every_command(featnorm, tmp_path):
+    pictures(tmp_path / "few", 34, 0)
+    more = pictures(tmp_path / "more", 40, 1)
+    status, printed, _ = featnorm("fit", "few", "-o", "d.featnorm", "--cache", "cache", *BACKBONE)
+    assert status == 0
+    assert "fewer than 100 images are too few to train a head" in printed
+    assert (
+        "Jackknife(KNN(k=1)) is calibrated by leaving out 19 of 34 images in turn. Averaged over such calibration "
+        "sets, it flags at most 5.0 % of images like these.\n"
+    ) in printed
+    scored = ("score", "d.featnorm", more, "-o", "t.csv", "--html", "t.html", "--workers", "0")
+    assert featnorm(*scored)[0] == 0
+    for row in rows_of(tmp_path / "t.csv"):
+        count = int(float(row["score"]))
+        assert float(row["p_value"]) == pytest.approx(min(1, (2 * count + 1) / 20))
+        assert row["verdict"] == ("ID" if count else "OOD")
+    page = (tmp_path / "t.html").read_text("utf-8")
+    assert "a score is the number of them that score no higher than the image, plus a fraction" in page
+    shares = [float(share) for share in re.findall(r"below ([\d.]+).% of calibration images", page)]
+    scores = sorted(float(row["score"]) for row in rows_of(tmp_path / "t.csv"))
+    assert shares == pytest.approx([100 * (19 - int(score)) / 19 for score in scores], abs=0.06)
+    status, _, error = featnorm("monitor", "d.featnorm", "t.csv")
+    assert status == 2
+    assert error.startswith(
+        "featnorm: d.featnorm was calibrated by leaving images out of the fit in turn, so it has"
+    )
+    status, printed, _ = featnorm("calibrate", "d.featnorm", "-o", "90.featnorm", "--tpr", "0.9")
+    assert status == 0
+    assert "flags at most 10.0 %" in printed
+    assert featnorm("calibrate", "d.featnorm", "-o", "99.featnorm", "--tpr", "0.99")[0] == 2
+    data = ("calibrate", "d.featnorm", more, "-o", "other.featnorm", "--workers", "0")
+    status, _, error = featnorm(*data, "--update")
+    assert status == 2
+    assert "the earlier calibration left inputs out of the fit in turn, so it has no scores to add to" in error
+    assert featnorm(*data)[0] == 0
+    assert featnorm("score", "other.featnorm", more, "-o", "t.csv", "--workers", "0")[0] == 0
+    assert featnorm("monitor", "other.featnorm", "t.csv")[0] == 0
+    status, printed, _ = featnorm("inspect", "d.featnorm")
+    assert status == 0
+    assert ": 34 to fit on, 19 of them left out in turn for calibration" in printed
+    assert (
+        featnorm("evaluate", "d.featnorm", "--id", "few", "--ood", f"new={more}", "-o", "e", "--workers", 0)[0]
+        == 0
+    )
+    status, _, error = featnorm("fit", "few", "-o", "h.featnorm", "--cache", "cache", "--head", "train", *BACKBONE)
+    assert status == 2
+    assert (
+        "found fewer than 100 readable images in few (duplicates excluded), too few to train a head: use" in error
+    )
+
+
 def test_a_journal_is_of_these_images_and_one_process(tmp_path):
     row = ItemVerdict("a", 1.0, 0.5, True, None, None)
     with Journal(tmp_path / "t.csv", {"images": "x"}, 1) as first:

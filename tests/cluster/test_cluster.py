@@ -93,6 +93,18 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
         assert torch.equal(mine, theirs)
 
 
+def test_a_small_set_is_fitted_here_and_scored_by_the_workers(workers, folder, tiny, cache, tmp_path):
+    few, new = (SlicedSource(open_source(str(folder)), range(i, 240, 6), "some") for i in (0, 1))
+    found = []
+    for place, actors in ((cache, None), (tmp_path / "asked by the workers", workers)):
+        runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=actors, progress=False)
+        found.append(fit_source(few, tiny, cache=place, runtime=runtime)[0])
+    alone, merged = found
+    assert merged.is_jackknife
+    assert torch.allclose(merged.detector.left_out.scores, alone.detector.left_out.scores, rtol=1e-4)
+    assert_same(remote(workers, alone, new), local(alone, new))
+
+
 def test_some_batches_in_any_number(workers, folder, tiny, cache, monkeypatch):
     monkeypatch.setattr(cluster, "_SHARD", 2)
     scorer = fit(folder, tiny, cache)[0]

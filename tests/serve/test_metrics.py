@@ -78,6 +78,26 @@ def test_threads_lose_no_score():
     assert sum(scorers.seen.drift.state()["seen"].values()) == 600 + 1200
 
 
+def test_no_drift_is_watched_from_a_jackknife(app):
+    detector = fn.Jackknife(fn.KNN(k=1)).fit(fn.Features(pooled=torch.rand(30, 12)))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU())
+    scorer = fn.Scorer(model, detector, preprocess=lambda image: torch.full((3, 2, 2), image.width / 8))
+    with TestClient(
+        create_app(scorer.use_scores(detector.calibration_scores)),
+        base_url="http://localhost",
+        client=("127.0.0.1", 1),
+    ) as client:
+        response = client.post("/v1/score", content=encoded(200), headers={"content-type": "image/png"})
+        (result,) = response.json()["results"]
+        assert result["p_value"] == min(1, (2 * int(result["score"]) + 1) / 20)
+        found = client.get("/v1/detector").json()
+        assert found["drift"] is None
+        assert sum(found["calibration"]["counts"]) == found["calibration"]["edges"][-1] == 19
+        metrics = client.get("/metrics").text
+        assert drift(metrics) == {}
+        assert 'featnorm_score_count{scorer="default"} 1.0' in metrics
+
+
 @pytest.fixture(scope="module")
 def app():
     torch.manual_seed(0)

@@ -59,14 +59,15 @@ def fit(
         typer.Option(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
-            "for a model without a classifier.",
+            "for a model without a classifier (`KNN(k=1)` for fewer than 100 images).",
         ),
     ] = None,
     head: Annotated[
         Literal["auto", "keep", "train", "none"],
         typer.Option(
             help="`keep` the model's own classifier, `train` a head on its frozen features, or use the features "
-            "alone (`none`). `auto`: keep it for a model or weights of your own, otherwise train a head."
+            "alone (`none`). `auto`: keep it for a model or weights of your own, otherwise train a head if there "
+            "are at least 100 images."
         ),
     ] = "auto",
     layer: Layer = None,
@@ -126,8 +127,8 @@ def fit(
 ) -> None:
     """Fit a detector to your images, with your own model or a pretrained one, and save both to a file.
 
-    Labels are used if there are any. The features of the model are cached on disk: after an interruption, rerun
-    the same command to resume.
+    20 images are enough. Labels are used if there are any. The features of the model are cached on disk: after an
+    interruption, rerun the same command to resume.
     """
     require_file_place(out, [Path(data)])
     from featnorm.cli.runtime import runtime_of
@@ -190,9 +191,12 @@ def fit(
     _print_model(scorer, report)
     calibration = scorer.calibration
     assert calibration is not None
+    how = f"on {report.held_out} held-out images"
+    if scorer.is_jackknife:
+        how = f"by leaving out {report.held_out} of {report.trained} images in turn"
     console.print(
-        f"{scorer.detector!r} is calibrated on {report.held_out} held-out images. Averaged over such calibration "
-        f"sets, it flags at most {100 * (1 - tpr):.1f} % of images like these{_rate_words(calibration)}.",
+        f"{scorer.detector!r} is calibrated {how}. Averaged over such calibration sets, it flags at most "
+        f"{100 * (1 - tpr):.1f} % of images like these{'' if scorer.is_jackknife else _rate_words(calibration)}.",
         soft_wrap=True,
     )
     if report.head == "keep":

@@ -11,6 +11,7 @@ import typer
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.progress import progress_bar
+from featnorm._utils.ranks import are_ranks
 from featnorm._utils.sealed import read_sealed, write_sealed
 from featnorm.cli.console import console, counted, environment, require_file_place
 from featnorm.cli.options import ScorerFile
@@ -255,6 +256,12 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
     calibration = read_calibration(scorer_file)
     if calibration is None:
         raise ArchiveError(f"{scorer_file} holds no calibration scores: fit again, with featnorm fit")
+    if are_ranks(calibration.scores):
+        raise ArchiveError(
+            f"{scorer_file} was calibrated by leaving images out of the fit in turn, so it has no scores that a "
+            "stream can be compared with: calibrate it on other in-distribution images, with featnorm calibrate, "
+            "and score the stream again"
+        )
     return calibration
 
 

@@ -15,6 +15,7 @@ from featnorm.detectors.distance import SSD as SSD
 from featnorm.detectors.distance import Mahalanobis as Mahalanobis
 from featnorm.detectors.expression import parse_detector as parse_detector
 from featnorm.detectors.fusion import Fusion as Fusion
+from featnorm.detectors.jackknife import Jackknife as Jackknife
 from featnorm.detectors.neighbors import KNN as KNN
 from featnorm.detectors.norm import NAN as NAN
 from featnorm.detectors.norm import EmbeddingMagnitude as EmbeddingMagnitude

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
+from featnorm._utils.ranks import are_ranks, shown_scores
 from featnorm.hidden.examples import Neighbor
 from featnorm.inputs import ItemError
 from featnorm.report import plots
@@ -106,7 +107,7 @@ def write_scores_page(
     ----------
     path : file to write, in an existing folder; an existing file is replaced.
     title, summary, facts : heading of the page, a sentence under it, and provenance, as label -> text.
-    calibration_scores : scores of the calibration images (n,).
+    calibration_scores : scores of the calibration images (n,), ascending; or the fixed ones of a `Jackknife`.
     scores : scores of the images (m,); may be empty.
     threshold : score at or above which an image is ID.
     flagged : number of flagged images.
@@ -114,7 +115,8 @@ def write_scores_page(
     shown : the images to show, lowest score first; consumed one at a time.
     unread, unread_count : names and reasons of the first unreadable images, and the number of all of them.
     """
-    calibration_scores = np.sort(calibration_scores)
+    counted = are_ranks(calibration_scores)
+    calibration_scores = shown_scores(np.sort(calibration_scores))
     samples = [calibration_scores, scores] if len(scores) else [calibration_scores]
     names = ["calibration images", "these images"][: len(samples)]
     low, high = plots.span(samples)
@@ -144,6 +146,7 @@ def write_scores_page(
         ],
         threshold=number(threshold),
         cards=cards,
+        counted=counted,
         scored=len(scores),
         flagged=flagged,
         folders=counts[:_MAX_FOLDERS],

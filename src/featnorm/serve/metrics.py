@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from torch import Tensor
 
+from featnorm._utils.ranks import are_ranks
 from featnorm.drift import DriftMonitor
 from featnorm.verdict import ItemVerdict
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Number of most recent images in the share of flagged ones.
 _RECENT = 1000
+# Probability that a stream without drift ever raises the alarm.
+_FALSE_ALARM = 0.01
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _SCORES = "featnorm_score", "Scores of images; the buckets end at quantiles of the scorer's calibration set."
@@ -39,12 +42,13 @@ class ScoredImages:
 
     Attributes
     ----------
-    drift : DriftMonitor
-        Monitor of all scores, in the order in which their requests were completed.
+    drift : DriftMonitor or None
+        Monitor of all scores, in the order in which their requests were completed. None if the calibration scores
+        are the fixed ones of a `featnorm.Jackknife`, which new scores cannot be compared with.
     """
 
     def __init__(self, name: str, calibration: Tensor) -> None:
-        self.drift = DriftMonitor(calibration)
+        self.drift = None if are_ranks(calibration.cpu().numpy()) else DriftMonitor(calibration, _FALSE_ALARM)
         self._lock = threading.Lock()  # an application may run in several event loops
         self._recent: deque[bool] = deque(maxlen=_RECENT)
         self._bounds = score_buckets(calibration)
@@ -54,8 +58,9 @@ class ScoredImages:
     def image(self, score: float, flagged: bool) -> None:
         """Count an image."""
         self._recent.append(flagged)
-        with self._lock:
-            self.drift.update([score])
+        if self.drift is not None:
+            with self._lock:
+                self.drift.update([score])
         if math.isinf(score):  # the same bucket, and a finite sum
             score = math.nextafter(self._bounds[-1], math.inf) if score > 0 else self._bounds[0]
         self._scores.observe(score)
@@ -141,11 +146,10 @@ class Metrics(Collector):
             "Evidence that the scored images have drifted from the calibration set; 0 at the start.",
             labels=["scorer"],
         )
-        monitor = next(iter(self._scorers.values())).seen.drift
         alarm = GaugeMetricFamily(
             "featnorm_drift_alarm",
-            f"1 once the evidence has reached {monitor.alarm_level:g}, otherwise 0. If nothing drifts, the "
-            f"chance of that is at most {monitor.false_alarm:g}.",
+            f"1 once the evidence has reached {-math.log10(_FALSE_ALARM):g}, otherwise 0. If nothing drifts, the "
+            f"chance of that is at most {_FALSE_ALARM:g}.",
             labels=["scorer"],
         )
         pending = self._pending()
@@ -153,8 +157,9 @@ class Metrics(Collector):
             scores.samples += scorer.seen.scores.samples
             share.add_metric([name], scorer.seen.flagged_share)
             queue.add_metric([name], pending[name])
-            evidence.add_metric([name], scorer.seen.drift.log10_evidence)
-            alarm.add_metric([name], scorer.seen.drift.alarmed_at is not None)
+            if (drift := scorer.seen.drift) is not None:
+                evidence.add_metric([name], drift.log10_evidence)
+                alarm.add_metric([name], drift.alarmed_at is not None)
             for result in ("loaded", "failed"):
                 reloads.add_metric([name, result], self._scorers.reloads[name, result])
         yield from (scores, share, queue, evidence, alarm, reloads)

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from featnorm._utils.ranks import shown_scores
 from featnorm.drift import DriftMonitor
 from featnorm.records import row_of
 from featnorm.verdict import ItemVerdict
@@ -78,14 +79,18 @@ class Drift(BaseModel):
     alarmed_at: int | None = Field(description="Number of the image at which it was, from 1; null before.")
 
     @classmethod
-    def of(cls, monitor: DriftMonitor) -> Self:
-        """Return the state of a monitor."""
-        return cls(
-            images=monitor.count,
-            log10_evidence=monitor.log10_evidence,
-            highest=monitor.highest,
-            alarm_level=monitor.alarm_level,
-            alarmed_at=None if monitor.alarmed_at is None else monitor.alarmed_at + 1,
+    def of(cls, monitor: DriftMonitor | None) -> Self | None:
+        """Return the state of a monitor, if there is one."""
+        return (
+            None
+            if monitor is None
+            else cls(
+                images=monitor.count,
+                log10_evidence=monitor.log10_evidence,
+                highest=monitor.highest,
+                alarm_level=monitor.alarm_level,
+                alarmed_at=None if monitor.alarmed_at is None else monitor.alarmed_at + 1,
+            )
         )
 
 
@@ -107,7 +112,10 @@ class Detector(ScorerSummary):
     calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
     explains: bool = Field(description="Whether it can explain its verdicts.")
     limits: dict[str, int | float]
-    drift: Drift
+    drift: Drift | None = Field(
+        description="Null if the detector was calibrated by leaving images out of its fit in turn: there are no "
+        "calibration scores to compare others with."
+    )
 
 
 def result_of(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def finite(value: float | None) -> float | None:
 
 def histogram(scores: Tensor, thresholds: Sequence[float]) -> Histogram:
     """Return the histogram of calibration scores (n,), over the middle 99 % of them and the thresholds."""
-    values = scores.cpu().numpy()
+    values = shown_scores(scores.cpu().numpy())
     finite = values[np.isfinite(values)]
     if not len(finite):
         finite = np.zeros(1)
