@@ -5,7 +5,12 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "featnorm"
 #: Modules that other tests cover.
-ELSEWHERE = {"__main__": "cli/test_interrupt.py", "archive": "test_scorer.py", "verdict": "test_scorer.py"}
+ELSEWHERE = {
+    "__main__": "cli/test_interrupt.py",
+    "archive": "test_scorer.py",
+    "scorer_file": "test_scorer.py",
+    "verdict": "test_scorer.py",
+}
 #: Tests of the package as a whole, and of the tests.
 WHOLE = {"init", "running", "structure"}
 

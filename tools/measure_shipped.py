@@ -32,7 +32,8 @@ from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
 from featnorm.inputs import ImageSource, SlicedSource, image_loader, open_source
 from featnorm.runtime import Runtime
-from featnorm.scorer import Scorer, load
+from featnorm.scorer import Scorer
+from featnorm.scorer_file import load
 
 # Maximum number of images, which are all kept in memory as tensors.
 MAX_IMAGES = 512

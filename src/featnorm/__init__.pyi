@@ -35,7 +35,7 @@ from featnorm.norms import lp_norm as lp_norm
 from featnorm.norms import negative_aware_norm as negative_aware_norm
 from featnorm.runtime import Runtime as Runtime
 from featnorm.scorer import Scorer as Scorer
-from featnorm.scorer import load as load
+from featnorm.scorer_file import load as load
 from featnorm.scoring import ScoringSummary as ScoringSummary
 from featnorm.scoring import score_images as score_images
 from featnorm.tap import FeatureTap as FeatureTap

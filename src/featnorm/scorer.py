@@ -1,13 +1,11 @@
-"""`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes; and `load`."""
+"""`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from datetime import date
 from itertools import chain
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,15 +14,12 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_share, check_text
-from featnorm._utils.errors import UserCodeError, first_line
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.memory import in_parts
 from featnorm._utils.ranks import are_ranks
-from featnorm._utils.weights import load_weights
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, parse_detector
 from featnorm.detectors.base import check_detector
-from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.export import export_onnx
 from featnorm.features import Features
 from featnorm.hidden.classifier import HiddenClassifier
@@ -34,9 +29,8 @@ from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import DataError, ImageSource, ItemError, group_items, image_loader
 from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
 from featnorm.inputs.loading import named
-from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
-from featnorm.models.heads import head_of, head_settings
-from featnorm.models.loading import backbone_of, is_users, recreate_model, users_forward, users_transform
+from featnorm.models.heads import head_settings
+from featnorm.models.loading import users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
@@ -46,13 +40,10 @@ from featnorm.verdict import ItemVerdict, Verdict, unreadable
 
 HeadKind = Literal["keep", "train", "none"]
 
-# What the tap captures and an explanation needs.
-_EXPLAINED = ("activation", "logits", "classifier")
-_MODEL, _DETECTOR, _CALIBRATION = "model.", "detector.", "calibration."
-_STATISTICS, _EXAMPLES = "statistics.", "examples."
+#: Beginnings of the names of tensors in a scorer's file.
+MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
+STATISTICS, EXAMPLES = "statistics.", "examples."
 _BLOCKS = 8
-# Share of the largest value; versions of libraries resize a little differently.
-_TOLERANCE = 0.05
 
 
 class Scorer(nn.Module):
@@ -340,7 +331,7 @@ class Scorer(nn.Module):
         """Return the class names of a scorer of images, or words such as "class 0" if they are not known."""
         if self.classes is not None:
             return self.classes
-        image = self.require_preprocess()(_reference_image())[None].to(self.tap.device)
+        image = self.require_preprocess()(reference_image())[None].to(self.tap.device)
         return self._class_names(self.tap.capture(image, classifier=False).tensor("logits").shape[1])
 
     def set_tpr(self, tpr: float) -> Self:
@@ -671,7 +662,7 @@ class Scorer(nn.Module):
             members = state_dict.get(f"{prefix}calibration.members")
             made = Calibration(scores, extra["tpr"], members, extra["groups"])
             self.calibration = made.to(self.tap.device)
-        if self.statistics is None and any(key.startswith(f"{prefix}{_STATISTICS}") for key in state_dict):
+        if self.statistics is None and any(key.startswith(f"{prefix}{STATISTICS}") for key in state_dict):
             self.statistics = ActivationStatistics()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -698,13 +689,13 @@ class Scorer(nn.Module):
         """
         tensors, header = self._fitted_tensors(), self._header()
         if weights:
-            tensors |= {f"{_MODEL}{name}": value for name, value in self.tap.model.state_dict().items()}
+            tensors |= {f"{MODEL}{name}": value for name, value in self.tap.model.state_dict().items()}
         if self.preprocess is not None:
-            tensors["preprocessed"], tensors["response"] = self._reference_outputs()
+            tensors["preprocessed"], tensors["response"] = self.reference_outputs()
         if self.statistics is not None:
-            tensors |= {f"{_STATISTICS}{name}": value for name, value in self.statistics.state_dict().items()}
+            tensors |= {f"{STATISTICS}{name}": value for name, value in self.statistics.state_dict().items()}
         if self.examples is not None:
-            tensors |= {f"{_EXAMPLES}{name}": value for name, value in self.examples.tensors().items()}
+            tensors |= {f"{EXAMPLES}{name}": value for name, value in self.examples.tensors().items()}
         made: Any = self.model
         header["scorer"] = {
             "spec": self.spec,
@@ -732,10 +723,10 @@ class Scorer(nn.Module):
     def _fitted_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of detector and calibration, by name."""
         self.detector.require_fitted()
-        tensors = {f"{_DETECTOR}{name}": value for name, value in self.detector.state_dict().items()}
+        tensors = {f"{DETECTOR}{name}": value for name, value in self.detector.state_dict().items()}
         if self.calibration is not None:
             named_tensors = self.calibration.fitted_tensors().items()
-            tensors |= {f"{_CALIBRATION}{name}": value for name, value in named_tensors}
+            tensors |= {f"{CALIBRATION}{name}": value for name, value in named_tensors}
         return tensors
 
     def _header(self) -> dict[str, Any]:
@@ -753,285 +744,18 @@ class Scorer(nn.Module):
         }
 
     @torch.no_grad()
-    def _reference_outputs(self) -> tuple[Tensor, Tensor]:
+    def reference_outputs(self) -> tuple[Tensor, Tensor]:
         """Return the outputs for a fixed image: of preprocess, pooled to (c, 8, 8), and of the model, (D,).
 
         The latter are its pooled features, or else its logits.
         """
         inputs = "an image of two ramps"
         with users_transform(self.spec or "", inputs):
-            image = self.require_preprocess()(_reference_image())
+            image = self.require_preprocess()(reference_image())
         with self._users_forward(inputs):
             features = self.tap.capture(image[None].to(self.tap.device), classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
         return nn.functional.adaptive_avg_pool2d(image.float(), _BLOCKS), response[0].float().cpu()
-
-
-def load(
-    path: str | Path,
-    model: nn.Module | str | None = None,
-    *,
-    weights: str | Path | None = None,
-    preprocess: Callable[[Image.Image], Tensor] | None = None,
-) -> Scorer:
-    """Read a scorer that `Scorer.save` wrote. No code in the file is run, and no module it names is imported.
-
-    Parameters
-    ----------
-    path : file.
-    model
-        The model, or the specification that makes it. Required if the file does not contain the model, or if the
-        model is the user's own. If the file contains weights, the model gets them; a module whose weights differ
-        is copied first.
-    weights : weights file of the specification ``model``, for a file that contains no weights.
-    preprocess : see `Scorer`. Default: that of the specification.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    ArchiveError
-        The file is damaged, has another format, was made for another model, or does not fit the installed
-        libraries.
-    ModelError
-        The model is missing, or its specification does not work.
-    """
-    tensors, header = archive.read(path)
-    stored = _with_prefix(_MODEL, tensors)
-    try:
-        about = header["scorer"]
-        spec, kind, classes, facts = (about[name] for name in ("spec", "head", "classes", "facts"))
-        by = None if about["thresholds by"] is None else check_text(about["thresholds by"])
-        if kind not in get_args(HeadKind):
-            raise ValueError(f"its head is {kind!r}")
-        spec = None if spec is None else check_text(spec)
-        facts = {check_text(name): check_text(fact) for name, fact in facts.items()}
-        classes = None if classes is None else [check_text(name) for name in classes]
-        head = head_of(about["head settings"], _with_prefix("1.", stored)) if kind == "train" and stored else None
-        statistics = _statistics(tensors)
-        examples = _examples(tensors, about["example classes"])
-        _check_names(tensors)
-    except archive.MALFORMED as error:
-        raise archive.damaged(path, error) from None
-    if isinstance(model, nn.Module):
-        network = _given(model, stored, header, path)
-    else:
-        loaded = _created(path, spec, model, weights, stored)
-        network = _network(loaded, kind, head, path)
-        preprocess = preprocess or loaded.transform
-        if stored:
-            _fill(network, stored, path, loaded.name)
-        spec = spec or loaded.name
-    try:
-        detector = parse_detector(header["detector"])
-        detector.load_state_dict(_with_prefix(_DETECTOR, tensors))
-        detector.validate()
-        options: dict[str, Any] = {"spec": spec, "head": kind, "facts": facts, "thresholds_by": by}
-        options |= {"statistics": statistics, "examples": examples}
-        scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
-        archive.check_fingerprint(scorer.tap.model, header["model"], path)
-        scorer.tap = FeatureTap.from_dict(network, header["tap"])
-        scorer._weights = header["model"]["sha256"]
-        explained = (*(() if statistics is None else _EXPLAINED), *(() if examples is None else ("pooled",)))
-        scorer.tap.require((*detector.reads, *explained))
-        calibration = archive.calibration(tensors, header, path)
-        if calibration is not None:
-            scorer.calibration = calibration.to(scorer.tap.device)
-    except archive.ArchiveError:
-        raise
-    except UnknownDetectorError as error:
-        raise archive.ArchiveError(
-            f"{path} needs the detector class {error.name}, which is not defined here: import the module that "
-            "defines it, then load the file again"
-        ) from None
-    except archive.MALFORMED as error:
-        raise archive.damaged(path, error) from None
-    if preprocess is not None:
-        _check_outputs(scorer, tensors, path)
-    return scorer
-
-
-def summarize(path: str | Path) -> dict[str, Any]:
-    """Return what a file that `Scorer.save` wrote holds, as plain data. The model is not needed.
-
-    Raises
-    ------
-    FileNotFoundError, ArchiveError
-        See `load`.
-    """
-    tensors, header = archive.read(path)
-    calibration = archive.calibration(tensors, header, path)
-    stored, statistics = _with_prefix(_MODEL, tensors), _with_prefix(_STATISTICS, tensors)
-    try:
-        about, tap, model = header["scorer"], header["tap"], header["model"]
-        summary: dict[str, Any] = {
-            "file": str(path),
-            "bytes": Path(path).stat().st_size,
-            "written": f"{header['written']['date']}, with featnorm {header['written']['featnorm']}",
-            "detector": header["detector"],
-            "model": {
-                "specification": about["spec"],
-                "class": model["class"],
-                "weights in the file": bool(stored),
-                "values": model["values"],
-                "fingerprint": model["sha256"],
-                "head": about["head"],
-            },
-            "features": {
-                "activation" if i == 0 else line.partition(":")[0]: line if i == 0 else line.partition(": ")[2]
-                for i, line in enumerate([tap["plan"]["verdict"], *map(": ".join, tap["plan"]["words"].items())])
-            },
-            "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
-            "classes": about["classes"],
-            "explanations": {
-                "activation statistics": bool(statistics),
-                "example images": len(tensors.get(f"{_EXAMPLES}labels", ())),
-                "thumbnails of them": f"{_EXAMPLES}thumbnails" in tensors,
-            },
-            "calibration": None
-            if calibration is None
-            else {
-                "images": len(calibration.scores),
-                "share of in-distribution images to accept": calibration.tpr,
-                "thresholds by": about["thresholds by"],
-                **_thresholds(calibration),
-            },
-            "facts": about["facts"],
-            "tensors": {name: f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in tensors.items()},
-        }
-    except archive.MALFORMED as error:
-        raise archive.damaged(path, error) from None
-    return summary
-
-
-def _thresholds(calibration: Calibration) -> dict[str, Any]:
-    if not calibration.group_names:
-        return {"threshold": float(calibration.threshold)}
-    sizes = calibration.group_sizes()
-    return {
-        f"threshold of {name}": f"{value:.6g}, from {sizes[name]} images"
-        + ("" if len(calibration.pool(name)) == 1 else " and those of other small groups")
-        for name, value in zip(calibration.group_names, calibration.threshold.tolist(), strict=True)
-    }
-
-
-def replace_calibration(
-    path: str | Path, out: str | Path, calibration: Calibration, *, source: str | None = None, added: bool = False
-) -> None:
-    """Write a scorer's file again with another calibration. The model is not needed.
-
-    Parameters
-    ----------
-    path : file that `Scorer.save` wrote.
-    out : file to write, which may be the same.
-    calibration : the calibration.
-    source : name of the data that the calibration scores are from. Default: those of the file.
-    added : whether they were added to those of the file.
-
-    Raises
-    ------
-    FileNotFoundError, ArchiveError
-        See `load`.
-    OSError
-        The file cannot be written.
-    """
-    tensors, header = archive.read(path)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
-    made = {f"{_CALIBRATION}{name}": value for name, value in calibration.fitted_tensors().items()}
-    about = header["scorer"]
-    if source is not None:
-        earlier = f"{about['facts'].get('calibration', 'held-out images')}, then " if added else ""
-        fact = f"{earlier}{source}, {date.today().isoformat()}: {len(calibration.scores)} images"
-        about["facts"] = {**about["facts"], "calibration": fact}
-    archive.write(out, {**kept, **made}, {**header, **calibration.to_dict()})
-
-
-def _given(
-    model: nn.Module, stored: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path
-) -> nn.Module:
-    """Return the model that the caller passed, with the weights in the file if there are any."""
-    inner = FeatureTap(model).model
-    if not stored or archive.fingerprint(inner)["sha256"] == header["model"].get("sha256"):
-        return model
-    network = copy.deepcopy(inner)
-    _fill(network, stored, path, type(inner).__name__)
-    return network
-
-
-def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:
-    try:
-        load_weights(network, stored)
-    except RuntimeError as error:
-        raise archive.ArchiveError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
-
-
-def _created(
-    path: str | Path,
-    spec: str | None,
-    model: str | None,
-    weights: str | Path | None,
-    stored: Mapping[str, Tensor],
-) -> LoadedModel:
-    """Return the model of a specification; imports only what the caller has named."""
-    if stored and weights is not None:
-        raise ModelError(f"{path} contains the weights of its model: omit {weights}")
-    if model is not None:
-        if stored and spec is not None and not is_users(spec):
-            raise ModelError(f"{path} was fitted on {spec}, not on your own model: omit the model")
-        return create_model(model, weights=weights)
-    if not stored:
-        raise ModelError(
-            f"{path} does not contain its model: pass the model, or a specification of it and its weights "
-            "(--model, --weights)"
-        )
-    if spec is None or is_users(spec):
-        own = "your own model" if spec is None else f"your own model {spec}"
-        raise ModelError(
-            f"{path} was fitted on {own}, and opening a file imports nothing: pass it again (--model)"
-        )
-    try:
-        return recreate_model(spec, stored)
-    except ModelError as error:
-        raise archive.ArchiveError(f"{path} does not fit what is installed here: {error}") from None
-
-
-def _network(loaded: LoadedModel, kind: HeadKind, head: ProjectionHead | None, path: str | Path) -> nn.Module:
-    """Return the scorer's model, made from the specification's."""
-    if kind == "keep":
-        return fast_layout(loaded.model.eval())
-    backbone = backbone_of(loaded)[0]
-    if kind == "none":
-        return fast_layout(backbone.eval())
-    if head is None:
-        raise ModelError(f"{path} contains no weights, and its head was trained by featnorm: save it with weights")
-    return fast_layout(nn.Sequential(backbone, head).eval())
-
-
-def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Check that preprocess and model give what they gave when the file was written, and that verdicts work."""
-    if ("preprocessed" in tensors) != ("response" in tensors):
-        raise archive.damaged(path, ValueError("it has only one of preprocessed and response"))
-    try:
-        outputs = scorer._reference_outputs()
-        image = scorer.require_preprocess()(_reference_image())[None]
-        known = None if scorer.calibration is None else scorer.calibration.group_names[:1] or None
-        groups = None if scorer.thresholds_by == "class" else known
-        scorer.predict_batch(image, [""], groups=groups, explain=[0] if scorer.explains else ())
-    except UserCodeError:
-        raise
-    except archive.MALFORMED as error:
-        raise archive.ArchiveError(f"{path} is damaged: it cannot score an image ({first_line(error)})") from None
-    for what, new in zip(("preprocessed", "response"), outputs, strict=True):
-        old = tensors[what].float() if what in tensors else new
-        # Not "differ", which a NaN would pass.
-        alike = new.shape == old.shape and bool(
-            (new - old).abs().max() <= _TOLERANCE * old.abs().max().clamp(min=1e-6)
-        )
-        if not alike:
-            part = {"preprocessed": "preprocess", "response": "model"}[what]
-            raise archive.ArchiveError(
-                f"{path} was made with another {part} than that of {scorer.spec} here: fit again"
-            )
 
 
 def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:
@@ -1070,39 +794,8 @@ def _expression(detector: Detector) -> str:
     return expression
 
 
-def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
-    """Return the activation statistics in a file, if any; a RuntimeError or ValueError if they are damaged."""
-    state = _with_prefix(_STATISTICS, tensors)
-    if not state:
-        return None
-    statistics = ActivationStatistics()
-    statistics.load_state_dict(state)
-    statistics.validate()
-    return statistics
-
-
-def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:
-    """Return the examples in a file, if any; a LookupError, TypeError or ValueError if they are damaged."""
-    state = _with_prefix(_EXAMPLES, tensors)
-    if not state and classes is None:
-        return None
-    if not isinstance(classes, list):
-        raise ValueError("its example classes are not a list")
-    return Examples.from_tensors(state, classes)
-
-
-def _check_names(tensors: Mapping[str, Tensor]) -> None:
-    known = (_MODEL, _DETECTOR, _STATISTICS, _EXAMPLES)
-    others = {archive.CALIBRATION, archive.MEMBERS, "preprocessed", "response"}
-    if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
-        raise ValueError(f"it has an unknown tensor {unknown[0]!r}")
-
-
-def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _reference_image() -> Image.Image:
+def reference_image() -> Image.Image:
+    """Return the image whose outputs are kept in a scorer's file."""
     ramp = np.arange(256, dtype=np.uint8)
     red, green = np.meshgrid(ramp, ramp[::-1][:192])
     return Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))

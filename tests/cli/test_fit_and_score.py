@@ -336,7 +336,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
         raise AssertionError("worked before it looked")
 
     monkeypatch.setattr("featnorm.models.create_model", work)
-    monkeypatch.setattr("featnorm.scorer.load", work)
+    monkeypatch.setattr("featnorm.scorer_file.load", work)
     monkeypatch.setattr("featnorm.archive.read_calibration", work)
     table = known / "t.csv"
     for arguments, words in {

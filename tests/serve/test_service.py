@@ -1107,12 +1107,13 @@ def test_the_command_ends_in_time_whatever_its_threads_do(detector):
     code = """
 import signal, time
 from featnorm.__main__ import main
-from featnorm import scorer as module
+from featnorm import scorer_file as module
+from featnorm.scorer import Scorer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def load(*arguments, load=module.load, **options):
     scorer = load(*arguments, **options)
-    module.Scorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+    Scorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
     return scorer
 
 module.load = load

@@ -53,7 +53,7 @@ def calibrate(
     """
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
-    from featnorm.scorer import load, replace_calibration
+    from featnorm.scorer_file import load, replace_calibration
 
     if data is None:
         if tpr is None or update:

@@ -106,7 +106,7 @@ def evaluate(
     from featnorm.models.loading import import_users_module
     from featnorm.report.comparison import write_page
     from featnorm.report.tables import markdown_page
-    from featnorm.scorer import load
+    from featnorm.scorer_file import load
     from featnorm.tap import FeatureTap
 
     if scorer_file is None and model is None:

@@ -16,7 +16,7 @@ def export(
     """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
     require_file_place(out, [scorer_file])
     from featnorm.export import OUTPUTS
-    from featnorm.scorer import load
+    from featnorm.scorer_file import load
 
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
@@ -25,7 +25,8 @@ def export(
     shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
     console.print(f"  in:  images (n, {shape}) float32, as returned by the preprocess of {scorer.spec}")
-    console.print(f"  out: {', '.join(OUTPUTS)}")
+    outputs = OUTPUTS if "logits" in scorer.tap.captured else OUTPUTS[1:]
+    console.print(f"  out: {', '.join(outputs)}")
     console.print(
         f"The scores of onnxruntime and PyTorch differ by at most {difference:.1e} relative to their size."
     )

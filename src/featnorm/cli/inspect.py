@@ -42,7 +42,7 @@ def inspect(
     if scorer_file is not None:
         if data is not None or weights is not None or layer is not None:
             raise ValueError("--data, --weights and --layer are for --model, not for a file")
-        from featnorm.scorer import summarize
+        from featnorm.scorer_file import summarize
 
         summary = summarize(scorer_file)
         if as_json:

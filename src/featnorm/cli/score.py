@@ -76,7 +76,7 @@ def score(
         require_file_place(file, [scorer_file, *map(Path, images)])
     from featnorm.cli.runtime import runtime_of
     from featnorm.inputs import DataError, open_source
-    from featnorm.scorer import load
+    from featnorm.scorer_file import load
     from featnorm.scoring import score_images
 
     scorer = load(scorer_file, model, weights=weights)

@@ -102,7 +102,8 @@ def serve(
     serves Prometheus metrics.
     """
     from featnorm.cli.runtime import runtime_of
-    from featnorm.scorer import Scorer, load
+    from featnorm.scorer import Scorer
+    from featnorm.scorer_file import load
     from featnorm.serve import Limits, ScorerFile, create_app
     from featnorm.serve.server import bind, run_server
 

@@ -16,7 +16,8 @@ from PIL import Image
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
 from featnorm.runtime import Runtime
-from featnorm.scorer import Scorer, load
+from featnorm.scorer import Scorer
+from featnorm.scorer_file import load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
 from featnorm.serve.metrics import ScoredImages

@@ -352,6 +352,11 @@ class FeatureTap:
             if name not in plan.points and not (name == "classifier" and plan.weights):
                 raise ValueError(f"the tap captures no {name}")
 
+    @property
+    def captured(self) -> tuple[str, ...]:
+        """Fields of `Features` that the tap captures; the model must have been traced."""
+        return tuple(self._planned().points)
+
     def _planned(self) -> "_Plan":
         if self._plan is None:
             raise RuntimeError("the tap has not traced the model yet: call trace with a batch")
