@@ -46,7 +46,8 @@ def near_duplicates(values: Tensor, labels: Tensor | None = None) -> Tensor:
     link. The multiple is at least 1.5, and so large that independent inputs would hardly have it: among inputs of
     intrinsic dimension m, the distances d and D to the first and second neighbor have ``(d / D)^m`` uniform in
     [0, 1] (Facco et al., "Estimating the intrinsic dimension of datasets by a minimal neighborhood information",
-    Scientific Reports 7, 2017), and m is estimated from neighbors k and 2k, for several k. Of isolated clusters
+    Scientific Reports 7, 2017), and m is estimated from neighbors k and 2k, for several k. A larger group is less
+    likely by chance, and needs less isolation. Of isolated clusters
     inside each other, the group is the largest. Distances are only compared with each other, so that the rule
     works for every backbone and every density of inputs. A group holds at most one input in 20, at most 1000
     inputs, and never all inputs of a class: what is larger is a kind of input.
@@ -69,8 +70,8 @@ def near_duplicates(values: Tensor, labels: Tensor | None = None) -> Tensor:
     limit = min(n // _MAX_SHARE, _MAX_GROUP)
     if limit < 2:
         return torch.arange(n)
-    first, second, distances, isolation = _links(single_unit_rows(values).numpy(), limit)
-    groups = _isolated_clusters(first, second, distances, n, limit, isolation)
+    first, second, distances, of_a_pair = _links(single_unit_rows(values).numpy(), limit)
+    groups = _isolated_clusters(first, second, distances, n, limit, of_a_pair)
     if labels is not None:
         classes, members = labels[labels >= 0], groups[labels >= 0]
         pairs, sizes = torch.stack([classes, members]).unique(dim=1, return_counts=True)
@@ -82,7 +83,7 @@ def near_duplicates(values: Tensor, labels: Tensor | None = None) -> Tensor:
 def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array, float]:
     """Return the links of single-linkage clustering in ascending order: two inputs each, and their distance.
 
-    The last value is the isolation of a group, see `near_duplicates`.
+    The last value is that of `_isolation`.
 
     They are a minimum spanning tree of the graph of nearest neighbors. Where all neighbors of a cluster are inside
     it, more of them are searched, until its link to another input is known or it has more inputs than ``limit``.
@@ -117,7 +118,9 @@ def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array, float]:
 
 
 def _isolation(nearest: _Array) -> float:
-    """Return how isolated a group must be, from the squared distances of n inputs to their nearest neighbors.
+    """Return how isolated a pair must be, as the logarithm of a ratio of squared distances.
+
+    It follows from the squared distances of n inputs to their nearest neighbors, (n, k).
 
     Groups of near-duplicates distort the estimates of the dimension from few neighbors or from many: the highest
     estimate counts, which is the lowest ratio of distances.
@@ -129,14 +132,11 @@ def _isolation(nearest: _Array) -> float:
         if valid.any():
             # (d_k / d_2k)^m has the distribution Beta(k, k), whose median is 1/2.
             ratios.append(float(np.median(np.log(far[valid] / near[valid]))))
-    if not ratios:
-        return _ISOLATION
-    exponent = min(ratios) * np.log2(len(nearest) / _BY_CHANCE)
-    return float(max(_ISOLATION, np.exp(min(exponent, _MAX_EXPONENT))))
+    return float(min(ratios) * np.log2(len(nearest) / _BY_CHANCE)) if ratios else 0.0
 
 
 def _isolated_clusters(
-    first: _Array, second: _Array, distances: _Array, n: int, limit: int, isolation: float
+    first: _Array, second: _Array, distances: _Array, n: int, limit: int, of_a_pair: float
 ) -> Tensor:
     """Return the outermost isolated cluster of each of n inputs, by the index of its first input.
 
@@ -145,8 +145,10 @@ def _isolated_clusters(
     first, second, distances : links, see `_links`.
     n : number of inputs.
     limit : maximum number of inputs of a cluster.
-    isolation : least ratio of the distance to the nearest other input to the longest inner link.
+    of_a_pair : see `_isolation`.
     """
+    # That all neighbors of k + 1 inputs are as near by chance is the product of k probabilities.
+    needed = [1.0, 1.0, *(max(_ISOLATION, np.exp(min(of_a_pair / k, _MAX_EXPONENT))) for k in range(1, limit))]
     # Clusters 0 to n - 1 are single inputs; link t makes cluster n + t of two others.
     root, cluster = list(range(n)), list(range(n))
     size, height, parent = [1] * n, [0.0] * n, [-1] * (n + len(distances))
@@ -161,7 +163,7 @@ def _isolated_clusters(
     for new, (i, j, distance) in enumerate(links, n):
         i, j = find(i), find(j)
         for joined in (cluster[i], cluster[j]):
-            isolated[joined] = 1 < size[joined] <= limit and distance >= isolation * height[joined]
+            isolated[joined] = 1 < size[joined] <= limit and distance >= needed[size[joined]] * height[joined]
             parent[joined] = new
         size.append(size[cluster[i]] + size[cluster[j]])
         height.append(distance)

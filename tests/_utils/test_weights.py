@@ -19,8 +19,12 @@ SETTINGS = {
     "SSD": ["SSD()", "SSD(clusters=2)", "SSD() / L1Norm()"],
     "CSI": ["CSI(augmentations=1)"],
 }
+# A jackknife is fitted to all inputs at once, which a scorer does not do.
 EVERY = [
-    expression for name, kind in OWN.items() for expression in SETTINGS.get(name, kind.standard or [f"{name}()"])
+    expression
+    for name, kind in OWN.items()
+    if name != "Jackknife"
+    for expression in SETTINGS.get(name, kind.standard or [f"{name}()"])
 ]
 
 

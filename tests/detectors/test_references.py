@@ -29,7 +29,9 @@ from references import (
 
 def test_every_registered_detector_has_a_reference():
     detectors = [parse_detector(expression) for expression in (*REFERENCES, *MODEL_REFERENCES)]
-    assert {type(module).__name__ for detector in detectors for module in detector.modules()} >= set(OWN)
+    found = {type(module).__name__ for detector in detectors for module in detector.modules()}
+    # A jackknife neither streams nor merges: tests/detectors/test_jackknife.py compares it with its formula.
+    assert found >= set(OWN) - {"Jackknife"}
 
 
 @pytest.mark.parametrize("expression", MODEL_REFERENCES)

@@ -11,7 +11,6 @@ import typer
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.progress import progress_bar
-from featnorm._utils.ranks import are_ranks
 from featnorm._utils.sealed import read_sealed, write_sealed
 from featnorm.cli.console import console, counted, environment, require_file_place
 from featnorm.cli.options import ScorerFile
@@ -256,6 +255,8 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
     calibration = read_calibration(scorer_file)
     if calibration is None:
         raise ArchiveError(f"{scorer_file} holds no calibration scores: fit again, with featnorm fit")
+    from featnorm._utils.ranks import are_ranks
+
     if are_ranks(calibration.scores):
         raise ArchiveError(
             f"{scorer_file} was calibrated by leaving images out of the fit in turn, so it has no scores that a "
