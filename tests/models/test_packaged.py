@@ -52,7 +52,7 @@ def test_it_reaches_what_was_published(shared_data):
     def scored(spec):
         source = open_source(spec, root=shared_data)
         pixels = image_tensor(source, 32, progress=False)
-        features = [tap(fast_layout(batch).float() / 255) for batch in pixels.split(500)]
+        features = [tap(fast_layout(batch).float() / 255) for batch in pixels.split(64)]
         labels = torch.tensor([source.label(i) for i in range(len(source))]) if spec == "cifar10:test" else None
         return fn.Features.cat(features), labels
 
