@@ -54,7 +54,7 @@ class _Part:
         return replace(part, labels=part.labels - classes.start)
 
     def split(self) -> tuple["_Part", "_Part"]:
-        """Return the images to train on, and those held out, as `featnorm.fit_images` splits them."""
+        """Return the images to train on, and those held out, as `featnorm.fit` splits them by content."""
         apart = held_out(self.digests)
         return self._rows(~apart), self._rows(apart)
 
