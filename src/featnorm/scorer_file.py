@@ -48,7 +48,7 @@ def load(
         model is the user's own. If the file contains weights, the model gets them; a module whose weights differ
         is copied first.
     weights : weights file of the specification ``model``, for a file that contains no weights.
-    preprocess : see `Scorer`. Default: that of the specification.
+    preprocess : see `Scorer`. Default: that of the specification; none if ``model`` is a module.
 
     Raises
     ------

@@ -194,7 +194,7 @@ def test_public_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.models, "get_model", offline)
     refused(
         "torchvision:resnet18",
-        r"cannot get the public weights of torchvision:resnet18 \(no route to host\): pass weights=FILE",
+        r"cannot get the public weights of torchvision:resnet18 \(no route to host\): download the file",
     )
     refused("torchvision:resnet18", "determine the number of classes", num_classes=10)
 

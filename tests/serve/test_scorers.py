@@ -172,7 +172,10 @@ def test_thresholds_by_predicted_class(scorer):
         result = client.post("/v1/score", content=png(), headers=TYPE).json()["results"][0]
         assert result["group"] == result["predicted"]
         answer = client.post("/v1/score?group=a", content=png(), headers=TYPE)
-        assert (answer.status_code, answer.json()["error"]) == (400, "the parameter group must be omitted")
+        assert (answer.status_code, answer.json()["error"]) == (
+            400,
+            "the parameter group must be omitted: the scorer has no thresholds by group",
+        )
 
 
 class Held:

@@ -77,9 +77,10 @@ def calibrate(
         assert scorer.calibration is not None
         calibration = scorer.calibration
     replace_calibration(scorer_file, out, calibration, source=data, added=update)
-    count = counted(len(calibration.scores), "calibration image")
+    count = counted(len(calibration.scores), "image")
     console.print(
-        f"Averaged over calibration sets like this one of {count}, it flags at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images."
+        f"Calibrated on {count}. Averaged over such calibration sets, it flags at most "
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
+        soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)

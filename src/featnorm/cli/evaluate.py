@@ -79,7 +79,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="In-distribution inputs to fit the detectors on that need a fit. Default: skip those.",
+            help="In-distribution inputs on which to fit the detectors that need a fit. Default: skip those "
+            "detectors.",
         ),
     ] = None,
     weights: Weights = None,

@@ -65,8 +65,8 @@ def fit(
     head: Annotated[
         Literal["auto", "keep", "train", "none"],
         typer.Option(
-            help="`keep` the model's own classifier, `train` a head on its frozen features, or use the features "
-            "alone (`none`). `auto`: keep it for a model or weights of your own, otherwise train a head if there "
+            help="`keep`: the model's own classifier; `train`: a new head on its frozen features; `none`: the "
+            "features alone. `auto`: keep it for a model or weights of your own, otherwise train a head if there "
             "are at least 100 images."
         ),
     ] = "auto",
@@ -101,9 +101,9 @@ def fit(
         str | None,
         typer.Option(
             metavar="GROUP",
-            help="Images that belong together, such as the frames of a clip, and are all fitted to or all held "
-            "out: `folder`, a column of the table, or a regular expression whose parentheses match the group. "
-            "Default: near-duplicates alone are kept together.",
+            help="Keep images that belong together, such as the frames of a clip, on one side of the split "
+            "between fitting and calibration: `folder`, a column of the table, or a regular expression whose parentheses "
+            "match the group. Default: only near-duplicates are kept together.",
         ),
     ] = None,
     cache: Annotated[
@@ -192,6 +192,8 @@ def fit(
     calibration = scorer.calibration
     assert calibration is not None
     how = f"on {report.held_out} held-out images"
+    if report.held_out == report.trained:
+        how = f"on all {report.held_out} images, because it needs no fit"
     if scorer.is_jackknife:
         how = f"by leaving out {report.held_out} of {report.trained} images in turn"
     console.print(
@@ -224,6 +226,8 @@ def _rate_words(calibration: Calibration) -> str:
         low, high = calibration.false_alarm_range()
         return f"; with this one, between {100 * low:.1f} % and {100 * high:.1f} % (90 % confidence)"
     own = sum(len(calibration.pool(group)) == 1 for group in groups)
+    if own == 0:
+        return f" in all {len(groups)} groups together: each has too few images for a threshold of its own"
     if own == len(groups):
         return f" in each of {counted(own, 'group')}"
     return (
@@ -237,11 +241,8 @@ def _print_model(scorer: Scorer, report: FitReport) -> None:
     facts = scorer.facts
     where = "model" if report.head == "keep" else "backbone"
     console.print(f"{where.capitalize()}: {facts[where]}.", soft_wrap=True)
-    accuracy = (
-        ""
-        if report.accuracy is None
-        else f"; its accuracy on the held-out images is {100 * report.accuracy:.1f} %"
-    )
+    judged = "these images" if report.held_out == report.trained else "the held-out images"
+    accuracy = "" if report.accuracy is None else f"; its accuracy on {judged} is {100 * report.accuracy:.1f} %"
     why = f" (--head auto: {report.why})" if report.why else ""
     console.print(f"Head: {facts['head']}{accuracy}{why}.", soft_wrap=True)
     for note in report.notes:

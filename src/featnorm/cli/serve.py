@@ -97,9 +97,9 @@ def serve(
     """Serve detectors over HTTP, with a web page onto which images can be dropped.
 
     `POST /v1/score` takes one image, or several as a form or as base64 in JSON; with several scorers,
-    `POST /v1/NAME/score`. `/openapi.json` describes the API. A file that is replaced is loaded again, as all files
-    are after SIGHUP, without an interruption. One line of JSON per request is logged to standard error. `/metrics`
-    serves Prometheus metrics.
+    `POST /v1/NAME/score`. `/openapi.json` describes the API. A replaced file is reloaded without interrupting the
+    service; SIGHUP reloads all files. One line of JSON per request is logged to standard error. `/metrics` serves
+    Prometheus metrics.
     """
     from featnorm.cli.runtime import runtime_of
     from featnorm.scorer import Scorer

@@ -174,7 +174,8 @@ def _by_name(spec: str, weights: str | Path | None, pretrained: bool, num_classe
         # A download may fail with errors of the network, of the hub's client, or of the file.
         except Exception as error:
             raise ModelError(
-                f"cannot get the public weights of {full_name} ({first_line(error)}): pass weights=FILE"
+                f"cannot get the public weights of {full_name} ({first_line(error)}): download the file and "
+                "pass it with weights=FILE (--weights FILE)"
             ) from error
     model.eval()
     transform, input_size = (_timm_input if library == "timm" else _torchvision_input)(model, name)

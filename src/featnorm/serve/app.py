@@ -174,7 +174,11 @@ def create_app(
     ) -> Response:
         scorer = selected(request)
         if group not in (scorer.groups or [None]):
-            has = f"must be one of {', '.join(scorer.groups)}" if scorer.groups else "must be omitted"
+            has = (
+                f"must be one of {', '.join(scorer.groups)}"
+                if scorer.groups
+                else "must be omitted: the scorer has no thresholds by group"
+            )
             raise HTTPException(400, f"the parameter group {has}")
         if explain and not scorer.description.explains:
             raise HTTPException(400, "the detector's file has no statistics for explanations: fit it again")

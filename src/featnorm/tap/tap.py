@@ -50,7 +50,7 @@ class FeatureTap:
     Raises
     ------
     ValueError
-        ``layer`` is not in the model, ``channel_axis`` is given without it, or a part of the model is a
+        ``layer`` is not in the model, ``channel_axis`` is given without ``layer``, or a part of the model is a
         TorchScript module, which takes no hooks.
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
