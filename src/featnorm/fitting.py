@@ -377,6 +377,9 @@ def fit_source(
         "made": f"{version}, seed {seed}, from {read} images",
         "digest of the fitting data": _digest(cached.digests),
     }
+    scores = scorer.calibration.scores if scorer.calibration is not None else torch.zeros(0)
+    if len(scores) and not scorer.is_jackknife and bool(scores[0] == scores[-1]):
+        notes.append("all calibration images have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows)
     counts = len(train_values), len(chosen), computed
     report = FitReport(
@@ -633,10 +636,10 @@ def _duplicate_notes(source: ImageSource, near: Tensor, rows: Tensor) -> list[st
 
 
 def _most_by_chance(count: int, classes: int) -> int:
-    """Return how many of some images a random classifier gets right at most, with probability 0.999."""
+    """Return how many of some images a random classifier gets right at most, with probability 0.99."""
     from scipy.stats import binom
 
-    return int(binom.ppf(0.999, count, 1 / classes))
+    return int(binom.ppf(0.99, count, 1 / classes))
 
 
 def _digest(digests: Iterable[bytes]) -> str:

@@ -29,6 +29,7 @@ from featnorm.tap import FeatureTap
 _EXPLAINED = ("activation", "logits", "classifier")
 # Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
+_MAX_REASON = 300
 
 
 def load(
@@ -226,7 +227,9 @@ def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, na
     try:
         load_weights(network, stored)
     except RuntimeError as error:
-        raise archive.ArchiveError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
+        # torch lists every tensor.
+        *_, why = str(error).split("\n\t")[:2]
+        raise archive.ArchiveError(f"{path} does not fit {name}: {' '.join(why.split())[:_MAX_REASON]}") from None
 
 
 def _created(

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import featnorm as fn
 from featnorm.tap import FeatureTap
-from featnorm.tap.batch import Signature, read_batch
+from featnorm.tap.batch import BatchError, Signature, read_batch
 
 N, IN, D, C = 6, 5, 8, 3
 
@@ -358,3 +358,10 @@ def test_a_batch_of_another_precision_or_shape_is_named(form: str, x: Tensor) ->
     with pytest.raises(ValueError, match=message) as error:
         tap.extract([batch])
     assert "\n" not in str(error.value)
+
+
+def test_a_second_batch_of_inputs_is_no_labels():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    images = torch.randn(4, 3, 8, 8)
+    with pytest.raises(BatchError, match="does not take"):
+        FeatureTap(model)((images, images.clone()))

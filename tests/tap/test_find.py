@@ -1490,3 +1490,25 @@ def test_an_embedding_from_which_the_logits_are_made_is_found(x):
     features = FeatureTap(model)(x)
     torch.testing.assert_close(features.embedding, model(x)["embedding"])
     torch.testing.assert_close(features.linear()[0], model.classifier.weight @ model.embedding.weight)
+
+
+class Recurrent(nn.Module):
+    """A recurrent network whose class scores are picked at the last token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.recurrent = nn.GRU(16, 16, batch_first=True)
+        self.classifier = nn.Linear(16, 5, bias=False)
+
+    def forward(self, input_ids, attention_mask):
+        logits = self.classifier(self.recurrent(self.embedding(input_ids))[0])
+        return logits[torch.arange(len(logits)), attention_mask.sum(1) - 1]
+
+
+def test_features_that_do_not_make_the_logits_are_refused():
+    mask = torch.ones(7, 7, dtype=torch.long)
+    mask[1, 4:] = mask[2, 5:] = 0
+    batch = {"input_ids": torch.arange(49).reshape(7, 7) % 20, "attention_mask": mask}
+    with pytest.raises(ValueError, match="do not make the model's logits"):
+        FeatureTap(Recurrent().eval())(batch)

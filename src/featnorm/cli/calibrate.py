@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from featnorm.cli.console import console, counted, print_reading, print_skipped, require_file_place
+from featnorm.cli.console import (
+    console,
+    counted,
+    print_reading,
+    print_skipped,
+    rate_words,
+    require_file_place,
+)
 from featnorm.cli.options import (
     DATA,
     BatchSize,
@@ -80,7 +87,8 @@ def calibrate(
     count = counted(len(calibration.scores), "image")
     console.print(
         f"Calibrated on {count}. Averaged over such calibration sets, it flags at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images"
+        f"{rate_words(calibration) if calibration.group_names else ''}.",
         soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)

@@ -18,6 +18,7 @@ from featnorm._utils.files import check_folder_writable, check_writable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from featnorm.calibration import Calibration
     from featnorm.evaluation import Evaluation
     from featnorm.inputs import ImageSource
     from featnorm.inputs.formats import PassedOver
@@ -88,6 +89,23 @@ def print_reading(read: int, unreadable: int, several: int, passed_over: PassedO
     if several:
         said.append(f"{several:,} {'has' if several == 1 else 'have'} several frames or pages: the first is used")
     console.print("; ".join(filter(None, said)), soft_wrap=True)
+
+
+def rate_words(calibration: Calibration) -> str:
+    """Return for which groups the rate holds or, without groups, its range for this calibration set."""
+    groups = calibration.group_names
+    if not groups:
+        low, high = calibration.false_alarm_range()
+        return f"; with this one, between {100 * low:.1f} % and {100 * high:.1f} % (90 % confidence)"
+    own = sum(len(calibration.pool(group)) == 1 for group in groups)
+    if own == 0:
+        return f" in all {len(groups)} groups together: each has too few images for a threshold of its own"
+    if own == len(groups):
+        return f" in each of {counted(own, 'group')}"
+    return (
+        f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
+        "images for thresholds of their own"
+    )
 
 
 def print_label_columns(source: ImageSource, consequence: str) -> None:

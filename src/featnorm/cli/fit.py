@@ -16,6 +16,7 @@ from featnorm.cli.console import (
     print_reading,
     print_skipped,
     printable,
+    rate_words,
     require_file_place,
 )
 from featnorm.cli.options import (
@@ -34,7 +35,6 @@ from featnorm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from featnorm.calibration import Calibration
     from featnorm.fitting import FitReport
     from featnorm.inputs import ImageSource
     from featnorm.scorer import Scorer
@@ -102,8 +102,8 @@ def fit(
         typer.Option(
             metavar="GROUP",
             help="Keep images that belong together, such as the frames of a clip, on one side of the split "
-            "between fitting and calibration: `folder`, a column of the table, or a regular expression whose parentheses "
-            "match the group. Default: only near-duplicates are kept together.",
+            "between fitting and calibration: `folder`, a column of the table, or a regular expression whose "
+            "parentheses match the group. Default: only near-duplicates are kept together.",
         ),
     ] = None,
     cache: Annotated[
@@ -198,7 +198,7 @@ def fit(
         how = f"by leaving out {report.held_out} of {report.trained} images in turn"
     console.print(
         f"{scorer.detector!r} is calibrated {how}. Averaged over such calibration sets, it flags at most "
-        f"{100 * (1 - tpr):.1f} % of images like these{'' if scorer.is_jackknife else _rate_words(calibration)}.",
+        f"{100 * (1 - tpr):.1f} % of images like these{'' if scorer.is_jackknife else rate_words(calibration)}.",
         soft_wrap=True,
     )
     if report.head == "keep":
@@ -217,23 +217,6 @@ def fit(
     console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
     again = f" --model {model}" if is_users(model) else ""
     console.print(f"  featnorm score {shlex.quote(str(out))} IMAGES{again}", soft_wrap=True)
-
-
-def _rate_words(calibration: Calibration) -> str:
-    """Return for which groups the rate holds or, without groups, its range for this calibration set."""
-    groups = calibration.group_names
-    if not groups:
-        low, high = calibration.false_alarm_range()
-        return f"; with this one, between {100 * low:.1f} % and {100 * high:.1f} % (90 % confidence)"
-    own = sum(len(calibration.pool(group)) == 1 for group in groups)
-    if own == 0:
-        return f" in all {len(groups)} groups together: each has too few images for a threshold of its own"
-    if own == len(groups):
-        return f" in each of {counted(own, 'group')}"
-    return (
-        f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
-        "images for thresholds of their own"
-    )
 
 
 def _print_model(scorer: Scorer, report: FitReport) -> None:

@@ -20,7 +20,7 @@ OwnModel = Annotated[
         "--model",
         metavar="SPEC",
         help="Required if the file does not contain its model, or if the model is your own: `MODULE:FUNCTION`, or "
-        "a library's model with `--weights`.",
+        "a library's model with `--weights`. If the file contains weights, the model gets these.",
     ),
 ]
 OwnWeights = Annotated[

@@ -309,13 +309,25 @@ def _from_sequence(
                 items.pop()
     taken = len(items) if signature.any_positional else max(len(signature.positional), 1)
     over = items[taken:]
-    if labels is None and target is None and len(over) == 1:
+    # A second batch of inputs is no labels.
+    if labels is None and target is None and len(over) == 1 and not _are_inputs(over[0], items[0]):
         (target,) = over
     if len(items) == 1 and isinstance(items[0], Mapping) and not signature.by_name.isdisjoint(items[0]):
         call, left = _from_mapping(items[0], signature, None, name)
         return (call if target is None else replace(call, labels=target, labels_given=labels is not None)), left
     call = Call(tuple(items[:taken]), labels=target, labels_given=labels is not None)
     return call, {f"item {i}": item for i, item in enumerate(batch) if any(item is other for other in over)}
+
+
+def _are_inputs(item: Any, inputs: Any) -> bool:
+    """Whether an item is a batch of numbers of the shape of the inputs, beyond a vector per input."""
+    return (
+        isinstance(item, Tensor)
+        and isinstance(inputs, Tensor)
+        and item.is_floating_point()
+        and item.ndim > 2
+        and item.shape == inputs.shape
+    )
 
 
 def _from_mapping(

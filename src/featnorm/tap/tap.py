@@ -23,6 +23,9 @@ from featnorm.tap.weights import Step, checked_step, classifier, paths
 
 # Batch size of the traced forward pass, which keeps every tensor it makes.
 _TRACED_ROWS = 2
+# Cosine similarity of logits and the classifier's, in any precision; logits shorter than a share of the longest
+# are not compared.
+_ALIKE, _NEGLIGIBLE = 0.99, 1e-6
 
 
 class FeatureTap:
@@ -130,6 +133,7 @@ class FeatureTap:
         traced = self._record(call)
         plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis), traced)
         features = self._capture(plan, call, classifier=True)
+        _check_classifier(features)
         self._plan = plan
         self._advice = TRACE_AGAIN
         activation = features.activation
@@ -421,6 +425,30 @@ class AutocastTap(FeatureTap):
     def _features(self, call: Call, classifier: bool = True) -> Features:
         with self._runtime.autocast():
             return super()._features(call, classifier)
+
+
+def _check_classifier(features: Features) -> None:
+    """Raise a ValueError if the classifier that was found does not make the logits of any features.
+
+    The lengths of the rows are not compared: the classifier of a cosine head leaves them out.
+    """
+    if features.classifier is None or features.logits is None:
+        return
+    weight, bias = features.linear()
+    logits = features.logits.double()
+    for name in ("activation", "pooled", "embedding"):
+        value = getattr(features, name)
+        if value is None or value.shape[1] != weight.shape[1]:
+            continue
+        made = nn.functional.linear(value.double(), weight.double(), None if bias is None else bias.double())
+        length = logits.norm(dim=1)
+        likeness = nn.functional.cosine_similarity(made, logits)[length > _NEGLIGIBLE * length.max()]
+        if bool((likeness > _ALIKE).all()):
+            return
+    raise ValueError(
+        "the features that were found do not make the model's logits by its classifier, so the search went wrong: "
+        "choose the last hidden layer with layer="
+    )
 
 
 class _Plan:
