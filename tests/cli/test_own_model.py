@@ -237,6 +237,11 @@ def test_thresholds_by_class_and_by_folder(own, trained, tmp_path):
         np.testing.assert_allclose([float(row["p_value"]) for row in rows], p_values)
         assert own("monitor", path, table)[0] in (0, 3)
         assert own("export", path, *MODEL, "-o", tmp_path / "d.onnx")[0] == (0 if by == "class" else 2)
+    again = ("-o", tmp_path / "e.featnorm")
+    status, said, _ = own("calibrate", tmp_path / "folder.featnorm", "digits/train/3", *MODEL, *again)
+    assert status == 0
+    assert "No images of 9 groups" in said
+    assert "(0, 1, 2, 4, 5, ...)" in said
     status, _, error = own("score", tmp_path / "folder.featnorm", "patches", *MODEL, "-o", tmp_path / "t.csv")
     assert status == 2
     assert "is of the group 'patches', which was not in the calibration" in error

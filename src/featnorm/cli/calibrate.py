@@ -77,12 +77,20 @@ def calibrate(
 
         scorer = load(scorer_file, model, weights=weights)
         source = open_source(data, root=data_root, labels=False)
+        before = () if scorer.calibration is None else scorer.calibration.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
             summary = calibrate_images(scorer, source, tpr, update=update, runtime=runtime)
         print_skipped(source.title, summary.first_unread, summary.unread)
         print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
         assert scorer.calibration is not None
         calibration = scorer.calibration
+        if gone := [group for group in before if group not in calibration.group_names]:
+            console.print(
+                f"No images of {counted(len(gone), 'group')} of {scorer_file} ({', '.join(gone[:5])}"
+                f"{', ...' if len(gone) > 5 else ''}): images of {'it' if len(gone) == 1 else 'them'} cannot be "
+                "scored with the new file. Use --update to keep them.",
+                soft_wrap=True,
+            )
     replace_calibration(scorer_file, out, calibration, source=data, added=update)
     count = counted(len(calibration.scores), "image")
     console.print(
