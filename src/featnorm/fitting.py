@@ -48,7 +48,7 @@ from featnorm.inputs.loading import named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
-from featnorm.scorer import HeadKind, Scorer
+from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import first_of_groups, held_out, join_groups, left_out, near_duplicates
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
@@ -377,8 +377,8 @@ def fit_source(
         "made": f"{version}, seed {seed}, from {read} images",
         "digest of the fitting data": _digest(cached.digests),
     }
-    scores = scorer.calibration.scores if scorer.calibration is not None else torch.zeros(0)
-    if len(scores) and not scorer.is_jackknife and bool(scores[0] == scores[-1]):
+    assert scorer.calibration is not None
+    if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append("all calibration images have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows)
     counts = len(train_values), len(chosen), computed
@@ -659,8 +659,7 @@ def training_features(
     """
     for values, labels in parts:
         features: Features = features_of(values)
-        if features.activation is not None and features.logits is not None and features.classifier is not None:
-            statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
+        count_units(features, statistics)
         yield features if labels is None else features.replace(labels=labels.to(next(features.fields())[1].device))
 
 

@@ -762,8 +762,13 @@ def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> I
     """Yield features, and update the statistics with those that can be explained."""
     for features in batches:
         yield features
-        if features.classifier is not None and features.activation is not None and features.logits is not None:
-            statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
+        count_units(features, statistics)
+
+
+def count_units(features: Features, statistics: ActivationStatistics) -> None:
+    """Update statistics with features from which verdicts can be explained; others are not counted."""
+    if features.classifier is not None and features.activation is not None and features.logits is not None:
+        statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
 
 
 def _name(item: Any, i: int) -> str:

@@ -170,17 +170,16 @@ def evaluate(
     def image(name: str, index: int) -> Image.Image:
         return sources[name].item(reader.rows[name][index])
 
-    if scorer is not None:
-        evaluation.facts |= _flagged(scorer, evaluation)
+    flagged = {} if scorer is None else _flagged(scorer, evaluation)
+    evaluation.facts |= flagged
     title = f"What does {name or scorer_file} know?"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
     write_page(evaluation, page, title=title, summary=summary, image=image)
     write_text(document, markdown_page(evaluation, title=title, summary=summary), errors="backslashreplace")
 
     print_table(evaluation)
-    if scorer is not None:
-        for label, value in _flagged(scorer, evaluation).items():
-            console.print(f"{label}: {value}.", soft_wrap=True)
+    for label, value in flagged.items():
+        console.print(f"{label}: {value}.", soft_wrap=True)
     if evaluation.accuracy is not None:
         console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
     for name, files in evaluation.skipped.items():

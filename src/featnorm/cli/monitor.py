@@ -201,11 +201,12 @@ class _Stream:
         rows = [(self._count(image), image) for image in images]
         scored = [(row, image) for row, image in rows if image.score is not None]
         self.unscored += len(rows) - len(scored)
-        self._require_same_detector(scored)
+        groups = self._groups(scored)
+        self._require_same_detector(scored, groups)
         scores = _column(scored, "score")
         before, was_alarmed = self.monitor.count, self.monitor.alarmed_at is not None
         evidence = self.monitor.update(scores)
-        self.history.add(scores, evidence, self._calibration.p_value(scores, self._groups(scored)))
+        self.history.add(scores, evidence, self._calibration.p_value(scores, groups))
         if self.monitor.alarmed_at is not None and not was_alarmed:
             self.alarm = scored[self.monitor.alarmed_at - before][0]
 
@@ -225,12 +226,11 @@ class _Stream:
             groups.append(image.group)
         return groups
 
-    def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]]) -> None:
+    def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]], groups: list[str] | None) -> None:
         """Check that the scores are from this detector: those of another one would look like drift."""
         scores, errors = _column(scored, "score"), _column(scored, "score_error")
         stated, digits = _column(scored, "p_value"), _column(scored, "p_value_error")
         # A score may have been rounded when it was written: its p-value lies between those of the bounds.
-        groups = self._groups(scored)
         lowest, highest = (
             self._calibration.p_value(bound, groups) for bound in (scores - errors, scores + errors)
         )
