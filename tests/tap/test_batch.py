@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections import UserDict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +17,9 @@ import featnorm as fn
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import BatchError, Signature, read_batch
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, IN, D, C = 6, 5, 8, 3
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

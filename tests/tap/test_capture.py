@@ -16,14 +16,9 @@ from torch import Tensor, nn
 from featnorm.features import Features
 from featnorm.tap import FeatureTap
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, IN, D, C = 6, 5, 8, 3
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

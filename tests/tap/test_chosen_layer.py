@@ -1,6 +1,5 @@
 """`layer=`: vectors, tokens and maps in either layout, averaged over positions and never over units."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +10,9 @@ from torch import Tensor, nn
 from featnorm.tap import FeatureTap
 from networks import Net, same, tapped
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, D, C = 4, 6, 3
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 class Mark(nn.Module):

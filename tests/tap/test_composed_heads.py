@@ -3,7 +3,7 @@
 The pooled feature is what the heads read, never the logits or a part of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,14 +13,9 @@ from torch import Tensor, nn
 from featnorm.tap import FeatureTap
 from networks import Net, assert_absent, assert_reproduces, batch_norm, parameter, plain, same, tapped
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, IN, D, E, C, T = 5, 6, 8, 4, 3, 7
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

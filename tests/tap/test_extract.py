@@ -12,15 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from featnorm.features import Features
 from featnorm.tap import FeatureTap
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, IN, D, C = 10, 5, 8, 3
 Pair = namedtuple("Pair", "image target")
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

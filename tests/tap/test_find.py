@@ -3,7 +3,7 @@
 import re
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,9 @@ from featnorm.paper.networks import CSIHead
 from featnorm.tap import FeatureTap
 from networks import Net, assert_absent, assert_reproduces, batch_norm, parameter, plain, same, tapped
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, IN, D, E, C = 5, 6, 8, 4, 3
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

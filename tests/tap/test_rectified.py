@@ -1,6 +1,6 @@
 """Which operations keep the signs of rectified units, so that what the classifier reads is a last hidden layer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from featnorm.tap import FeatureTap
 from networks import Net, assert_absent, assert_reproduces, same, tapped
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, D, C, T = 5, 8, 3, 7
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def gem(h: Tensor, p: float | Tensor = 3.0) -> Tensor:

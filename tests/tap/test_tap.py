@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +15,9 @@ import featnorm as fn
 from featnorm.evaluation import standard_detectors
 from featnorm.tap import FeatureTap
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 N, IN, D, C = 6, 5, 8, 3
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture
