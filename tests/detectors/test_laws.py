@@ -426,6 +426,8 @@ def test_hidden_confidence_refuses_the_classifier_of_another_layer():
         (lambda: LpNorm(p=0), r"p must be a number in \(0, inf\], got 0"),
         (lambda: LpNorm(p=math.nan), r"p must be a number in \(0, inf\], got nan"),
         (lambda: Residual(dim=0), "Residual: dim must be an integer >= 1 or None, got 0"),
+        (lambda: Mahalanobis(normalize=1), "normalize must be True or False, got 1"),
+        (lambda: Residual(normalize=None), "normalize must be True or False, got None"),
         (lambda: ViM(dim=2.5), "ViM: dim must be an integer >= 1 or None"),
         (lambda: ReAct(NAN(), percentile=0), "percentile"),
         (lambda: ReAct(NAN(), percentile=100), "percentile"),
@@ -613,7 +615,10 @@ def test_training_with_zeros_ties_and_constant_units(expression):
         assert scores[test.activation.abs().sum(1) > 0].isfinite().all()
 
 
-@pytest.mark.parametrize("expression", ["KNN(k=3)", "SSD()", "KNN(k=3) / NAN()"])
+UNIT = ["KNN(k=3)", "SSD()", "KNN(k=3) / NAN()", "Mahalanobis(normalize=True)", "Residual(dim=4, normalize=True)"]
+
+
+@pytest.mark.parametrize("expression", UNIT)
 @pytest.mark.parametrize("scale", [1e15, 1e25])
 def test_the_direction_of_a_huge_feature_is_not_lost(expression, scale):
     huge_train, huge_test = (of_activation(f.activation.float() * scale, f.labels) for f in (TRAIN, TEST))
@@ -797,6 +802,7 @@ def test_squaring_changes_a_fusion_and_not_the_ranking_alone():
         (KNN(), HiddenConfidence(), "is not a norm"),
         (KNN() / NAN(), NAN(), "is not a distance"),
         (KNN(), ReAct(MSP()), "is not a norm"),
+        (Mahalanobis(relative=True), NAN(), "is not a distance"),
     ],
 )
 def test_only_a_distance_over_a_norm_makes_a_fusion(distance, norm, message):

@@ -83,6 +83,19 @@ def test_mahalanobis_with_dead_units_is_the_pseudo_inverse():
     assert_close(got, np_mahalanobis(z.numpy(), y.numpy(), q.numpy()), 1e-6)
 
 
+@pytest.mark.parametrize("expression", ["Mahalanobis(normalize=True)", "Residual(dim=4, normalize=True)"])
+def test_normalized_features_have_no_length(expression):
+    """Each row is scaled by itself, in training and at test; a zero vector stays one."""
+    g = torch.Generator().manual_seed(0)
+    train, test = (
+        Features(pooled=f.pooled * (0.1 + torch.rand(len(f), 1, generator=g)), labels=f.labels)
+        for f in (TRAIN, BOTH)
+    )
+    assert_close(fitted(expression, train).score(test), REFERENCES[expression](), 1e-8)
+    detector = fitted(expression, train)
+    assert detector.score(Features(pooled=torch.zeros(1, 12, dtype=torch.float64))).isfinite().all()
+
+
 def test_ssd_with_a_dead_unit_is_the_pseudo_inverse():
     z, q = TRAIN.pooled.clone(), BOTH.pooled.clone()
     z[:, 3] = 0.0

@@ -41,6 +41,10 @@ def np_mahalanobis(z, y, q):
     return -np.min([quadratic(q, m, precision) for m in means], axis=0)
 
 
+def np_relative(z, y, q):
+    return np_mahalanobis(z, y, q) - np_mahalanobis(z, np.zeros(len(z)), q)
+
+
 def np_ssd(z, q, groups=None):
     z, q = np_unit(z), np_unit(q)
     mean, std = z.mean(0), z.std(0)
@@ -114,6 +118,8 @@ def _table():
     ones = np.where(weight > 0, 1, -1)
     p90, p80, p70, p95 = (np.percentile(z, p) for p in (90, 80, 70, 95))
 
+    unit, q_unit = np_unit(z), np_unit(q)
+
     def vim(dim, clip=np.inf):
         x = np.minimum(q, clip)
         alpha = logits.max(1).mean() / np_residual(z, weight, bias, z, dim).mean()
@@ -138,6 +144,9 @@ def _table():
             ]
         ),
         "Mahalanobis()": lambda: np_mahalanobis(z, y, q),
+        "Mahalanobis(normalize=True)": lambda: np_mahalanobis(unit, y, q_unit),
+        "Mahalanobis(relative=True)": lambda: np_relative(z, y, q),
+        "Mahalanobis(normalize=True, relative=True)": lambda: np_relative(unit, y, q_unit),
         "SSD()": lambda: np_ssd(z, q),
         "SSD(clusters=3)": lambda: np_ssd(z, q, y),  # the classes are far apart: k-means finds them
         "SSD(clusters='labels')": lambda: np_ssd(z, q, y),
@@ -147,7 +156,14 @@ def _table():
         "OneClassSVM(nu=0.5)": lambda: np_svm(z, q, 0.5),
         "Residual()": lambda: -np_residual(z, weight, bias, q, 6),
         "Residual(dim=4)": lambda: -np_residual(z, weight, bias, q, 4),
+        "Residual(dim=4, normalize=True)": lambda: -np_residual(unit, weight, None, q_unit, 4),
         "ViM()": lambda: vim(6),
+        "ViM(dim=5, normalize=True)": lambda: (
+            np_lse(q_logits)
+            - logits.max(1).mean()
+            / np_residual(unit, weight, None, unit, 5).mean()
+            * np_residual(unit, weight, None, q_unit, 5)
+        ),
         "ViM(dim=5)": lambda: vim(5),
         "ReAct(NAN())": lambda: np_nan(np.minimum(q, p90)),
         "ReAct(HiddenConfidence())": lambda: (np.minimum(q, p90) @ ones.T).max(1),

@@ -189,6 +189,13 @@ class Moments(Statistic):
             for g in where.unique().tolist():
                 _add_products(self.gram[g], centered[where == g])
 
+    def update_unit(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """Add rows, each divided by its length (`unit_rows`); otherwise as `update`."""
+        row = 0
+        for unit in unit_blocks(rows):
+            self.update(unit, None if labels is None else labels[row : row + len(unit)], shift)
+            row += len(unit)
+
     def merge(self, other: Self) -> None:
         """Add the rows of another."""
         if other.is_empty:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from featnorm._utils.checks import Choice, Integer, table
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Moments, RowSample, Total
+from featnorm.detectors.statistics import Moments, RowSample, Total, single_unit_rows, unit_rows
 from featnorm.features import Features
 
 # Rows whose residual norms are averaged for ViM's alpha. With the control variate the relative error of the mean
@@ -33,14 +33,17 @@ class _Subspace(NamedTuple):
 
 
 class _SubspaceDetector(Detector):
-    """The principal subspace of the pooled features about the classifier's origin."""
+    """The principal subspace of the pooled features about the classifier's origin, or of unit features about 0."""
 
-    settings = table(dim=Integer(1) | Choice(None))
+    settings = table(dim=Integer(1) | Choice(None), normalize=Choice(True, False))
     dim: int | None
+    normalize: bool
 
-    def __init__(self, dim: int | None = None) -> None:
+    def __init__(self, dim: int | None = None, normalize: bool = False) -> None:
         super().__init__()
-        self._set(dim=dim)
+        self._set(dim=dim, normalize=normalize)
+        if self.normalize:
+            self.learns = tuple(name for name in self.learns if name != "classifier")
         self.moments = Moments()
 
     def _check_fit(self, features: Features) -> None:
@@ -48,8 +51,11 @@ class _SubspaceDetector(Detector):
         self._require_residual(features.tensor("pooled").shape[1])
 
     def _partial_fit(self, features: Features) -> None:
-        origin = _origin(features) if self.moments.is_empty else None
-        self.moments.update(features.tensor("pooled"), shift=origin)
+        pooled, origin = features.tensor("pooled"), None
+        if self.moments.is_empty:
+            origin = pooled.new_zeros(pooled.shape[1]) if self.normalize else _origin(features)
+        update = self.moments.update_unit if self.normalize else self.moments.update
+        update(pooled, shift=origin)
 
     def _validate(self) -> None:
         self._require_residual(self.moments.width)
@@ -76,6 +82,11 @@ class _SubspaceDetector(Detector):
             )
         return _Subspace(self.moments.shift, complement, variance)
 
+    def _residual(self, features: Features, subspace: _Subspace) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.moments.width)
+        return subspace.residual(unit_rows(pooled) if self.normalize else pooled)
+
 
 class Residual(_SubspaceDetector):
     """Distance to the principal subspace, ``||R'(z - u)||``, negated (ViM: Wang et al., CVPR 2022).
@@ -88,12 +99,16 @@ class Residual(_SubspaceDetector):
     Parameters
     ----------
     dim : principal dimension. Default: 1000 if D >= 2048, 512 if D >= 768, otherwise D // 2.
+    normalize
+        Whether to normalize z to unit length, in training and at test, as Müller and Hein (ICML 2025) do for
+        `Mahalanobis`. The origin is then 0, because the logits are no affine map of the unit feature, and no
+        classifier is needed.
 
     Raises
     ------
     ValueError
         ``dim`` is not a positive integer, or leaves no residual: it is at least D, or at least the number of
-        inputs.
+        inputs; ``normalize`` is not a boolean.
     """
 
     reads = ("pooled",)
@@ -107,9 +122,7 @@ class Residual(_SubspaceDetector):
         return self._subspace()
 
     def _score(self, features: Features) -> Tensor:
-        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        subspace: _Subspace = self._fitted_state()
-        return -subspace.residual(features.tensor("pooled"))
+        return -self._residual(features, self._fitted_state())
 
 
 class ViM(_SubspaceDetector):
@@ -121,7 +134,7 @@ class ViM(_SubspaceDetector):
 
     Parameters
     ----------
-    dim : principal dimension, as for `Residual`.
+    dim, normalize : as for `Residual`. The logits are not normalized.
 
     Raises
     ------
@@ -135,14 +148,15 @@ class ViM(_SubspaceDetector):
     cost = "O(D^2 + C)"
     standard = ("ViM()",)
 
-    def __init__(self, dim: int | None = None) -> None:
-        super().__init__(dim)
+    def __init__(self, dim: int | None = None, normalize: bool = False) -> None:
+        super().__init__(dim, normalize)
         self.max_logit = Total()
         self.sample = RowSample(_MAX_ALPHA_ROWS)
 
     def _partial_fit(self, features: Features) -> None:
         super()._partial_fit(features)
-        self.sample.update(features.tensor("pooled"))
+        pooled = features.tensor("pooled")
+        self.sample.update(single_unit_rows(pooled) if self.normalize else pooled)
         self.max_logit.update(features.tensor("logits").amax(1))
 
     def _finalize(self) -> tuple[_Subspace, Tensor]:
@@ -157,11 +171,8 @@ class ViM(_SubspaceDetector):
         return subspace, self.max_logit.mean() / mean
 
     def _score(self, features: Features) -> Tensor:
-        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
         subspace, alpha = self._fitted_state()
-        return features.tensor("logits").double().logsumexp(1) - alpha * subspace.residual(
-            features.tensor("pooled")
-        )
+        return features.tensor("logits").double().logsumexp(1) - alpha * self._residual(features, subspace)
 
 
 def _origin(features: Features) -> Tensor:
