@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featnorm._utils.checks import Choice, Integer, table
-from featnorm.detectors.base import Detector, Role
+from featnorm.detectors.base import Detector, Role, require_labels
 from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_rows, whitening
 from featnorm.features import Features
 
@@ -84,7 +84,7 @@ class Mahalanobis(Detector):
 
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
-        _require_labels(self, features.tensor("labels"))
+        require_labels(self, features.tensor("labels"))
 
     def _partial_fit(self, features: Features) -> None:
         update = self.moments.update_unit if self.normalize else self.moments.update
@@ -157,7 +157,7 @@ class SSD(Detector):
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
         if self.clusters == "labels":
-            _require_labels(self, features.tensor("labels"))
+            require_labels(self, features.tensor("labels"))
 
     def _partial_fit(self, features: Features) -> None:
         pooled = features.tensor("pooled")
@@ -226,12 +226,3 @@ class SSD(Detector):
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
         gaussians: _Gaussians = self._fitted_state()
         return -gaussians.nearest(unit_rows(features.tensor("pooled")))
-
-
-def _require_labels(detector: Detector, labels: Tensor) -> None:
-    without = (labels < 0).nonzero()
-    if len(without):
-        raise ValueError(
-            f"{detector!r} is fitted with labels, and {len(without)} of {len(labels)} inputs have none, "
-            f"the first at row {int(without[0])} (SSD and KNN need no labels)"
-        )

@@ -1,11 +1,11 @@
-"""Distances to the principal subspace of the training features."""
+"""Distances to the principal subspace of the training features, and shares of a feature within it."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import Choice, Integer, table
+from featnorm._utils.checks import Choice, Integer, Interval, table
 from featnorm.detectors.base import Detector
 from featnorm.detectors.statistics import Moments, RowSample, Total, single_unit_rows, unit_rows
 from featnorm.features import Features
@@ -146,7 +146,7 @@ class ViM(_SubspaceDetector):
     learns = ("pooled", "logits", "classifier")
     source = "Wang et al., CVPR 2022"
     cost = "O(D^2 + C)"
-    standard = ("ViM()",)
+    standard = ("ViM()", "ViM(normalize=True)")
 
     def __init__(self, dim: int | None = None, normalize: bool = False) -> None:
         super().__init__(dim, normalize)
@@ -173,6 +173,75 @@ class ViM(_SubspaceDetector):
     def _score(self, features: Features) -> Tensor:
         subspace, alpha = self._fitted_state()
         return features.tensor("logits").double().logsumexp(1) - alpha * self._residual(features, subspace)
+
+
+class NECO(Detector):
+    """Share of the length of a feature that lies in the principal subspace (Ammar et al., ICLR 2024).
+
+    ``||P h|| / ||h||``, where h is the pooled feature and P projects onto the first principal components of the
+    training features. The components are those of the covariance, about the mean; h itself is not centered. This
+    is the source's formula; its code also centers and standardizes the features of some networks, and multiplies
+    the score by the largest logit for some. A zero vector scores 0.
+
+    Parameters
+    ----------
+    dim
+        Number of principal components, or the share of the variance that they explain at least, in (0, 1). The
+        source tunes the number on OOD data for each network.
+
+    Raises
+    ------
+    ValueError
+        ``dim`` is neither a positive integer nor a share, or at least the width of the features; all training
+        inputs are the same.
+    """
+
+    reads = ("pooled",)
+    learns = ("pooled",)
+    source = "Ammar et al., ICLR 2024"
+    cost = "O(D^2)"
+    standard = ("NECO()",)
+    settings = table(dim=Integer(1) | Interval(0, 1))
+    dim: int | float
+
+    def __init__(self, dim: float = 0.9) -> None:
+        super().__init__()
+        self._set(dim=dim)
+        self.moments = Moments()
+
+    def _check_fit(self, features: Features) -> None:
+        super()._check_fit(features)
+        self._require_width(features.tensor("pooled").shape[1])
+
+    def _partial_fit(self, features: Features) -> None:
+        self.moments.update(features.tensor("pooled"))
+
+    def _validate(self) -> None:
+        self._require_width(self.moments.width)
+
+    def _require_width(self, width: int) -> None:
+        if self.dim >= width and isinstance(self.dim, int):
+            raise ValueError(
+                f"{self!r} keeps every direction: the features have {width} dimensions, use dim < {width}"
+            )
+
+    def _finalize(self) -> Tensor:
+        values, vectors = torch.linalg.eigh(self.moments.covariance())
+        if values[-1] <= self.moments.rounding().max():
+            raise ValueError(
+                f"{self!r} found no variation among its {int(self.moments.total)} inputs: "
+                "fit on inputs that differ"
+            )
+        explained = values.clamp_min(0).flip(0).cumsum(0)
+        dim = self.dim if isinstance(self.dim, int) else 1 + int((explained < self.dim * explained[-1]).sum())
+        return vectors[:, -dim:].contiguous()
+
+    def _score(self, features: Features) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.moments.width)
+        h = pooled.double()
+        inside, whole = (torch.linalg.vector_norm(rows, dim=1) for rows in (h @ self._fitted_state(), h))
+        return inside / whole.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _origin(features: Features) -> Tensor:
