@@ -896,10 +896,8 @@ def test_no_tensor_of_inputs_by_classes_by_units():
 def test_moments_do_not_keep_the_inputs():
     sizes = []
     for n in (300, 3000):
-        detectors = [
-            fitted(e, id_features(n))
-            for e in ("Mahalanobis()", "SSD()", "Residual()", "KLMatching()", "SHE()", "NECO()", "ReAct(NAN())")
-        ]
+        kinds = ("Mahalanobis", "SSD", "Residual", "KLMatching", "SHE", "NECO", "ReAct(NAN)")
+        detectors = [fitted(kind, id_features(n)) for kind in kinds]
         sizes.append(sum(v.numel() for d in detectors[:-1] for v in d.state_dict().values()))
         assert sum(v.numel() for v in detectors[-1].state_dict().values()) < 2**17
     assert sizes[0] == sizes[1]
