@@ -116,7 +116,7 @@ def test_mahalanobis():
 
 
 def test_relative_mahalanobis():
-    """As for `test_mahalanobis`, without the half. There is no NECO and no normalized Mahalanobis in pytorch-ood."""
+    """As for `test_mahalanobis`, but not halved. pytorch-ood has neither NECO nor a normalized Mahalanobis."""
     theirs = peers.RMD(None).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
     ours = Mahalanobis(relative=True).fit(TRAIN).score(BOTH)
     torch.testing.assert_close(-ours, len(TRAIN) * theirs, rtol=2e-2, atol=1.0)
