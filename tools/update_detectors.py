@@ -51,7 +51,8 @@ def _call(kind: type[Detector]) -> str:
     parameters = inspect.signature(kind).parameters.values()
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     if kind.operator:
-        return f" {kind.operator} ".join(required)
+        several = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        return f" {kind.operator} ".join([*required, "..."] if several else required)
     return f"{kind.__name__}({', '.join(required)})" if required else kind.__name__
 
 

@@ -20,6 +20,7 @@ from featnorm._utils.ranks import are_ranks
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, parse_detector
 from featnorm.detectors.base import check_detector
+from featnorm.detectors.held_out import fit_in_batches
 from featnorm.export import export_onnx
 from featnorm.features import Features
 from featnorm.hidden.classifier import HiddenClassifier
@@ -157,7 +158,14 @@ class Scorer(nn.Module):
         """Whether the scorer can explain verdicts, because it has activation statistics or examples."""
         return self.statistics is not None or self.examples is not None
 
-    def fit(self, loader: Iterable[Any], *, labels: LabelsOf | None = None, progress: bool | None = None) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        held_out: Iterable[Any] | None = None,
+        *,
+        labels: LabelsOf | None = None,
+        progress: bool | None = None,
+    ) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
         For a detector that needs no fit, only the first batch is read, to check that the detector works on this
@@ -167,6 +175,9 @@ class Scorer(nn.Module):
         Parameters
         ----------
         loader : iterable of batches as the model takes them, with or without labels; see `FeatureTap.stream`.
+        held_out
+            Batches of other in-distribution inputs, for a detector that `needs_held_out`, such as a sum. Calibrate
+            on a third set. Default: one input in five of ``loader`` is held out, at most 1024.
         labels
             Where the labels of a batch are: a key, an index or a function of the batch. Default: found by their
             position or name.
@@ -189,16 +200,18 @@ class Scorer(nn.Module):
                 break
             return self
         statistics = ActivationStatistics()
-        self.fit_features(_counted(self.tap.stream(loader, labels, progress=progress), statistics))
+        others = None if held_out is None else self.tap.stream(held_out, labels, progress=progress)
+        self.fit_features(_counted(self.tap.stream(loader, labels, progress=progress), statistics), others)
         self.statistics = None if statistics.is_empty else statistics
         return self
 
-    def fit_features(self, batches: Iterable[Features]) -> Self:
+    def fit_features(self, batches: Iterable[Features], held_out: Iterable[Features] | None = None) -> Self:
         """Fit the detector to features of in-distribution inputs, in one pass.
 
         Parameters
         ----------
         batches : features as `tap` extracts them, with labels for detectors that need them.
+        held_out : features of other in-distribution inputs, see `fit`.
 
         Raises
         ------
@@ -206,8 +219,8 @@ class Scorer(nn.Module):
             The features lack what the detector reads, or are not finite; an earlier fit is then kept.
         """
         with self.detector.refit():
-            for features in batches:
-                self.detector.partial_fit(features)
+            for error in fit_in_batches([self.detector], batches, held_out).values():
+                raise error
         if self.detector.needs_fit:
             self.calibration = None
             self._weights = archive.fingerprint(self.tap.model)["sha256"]

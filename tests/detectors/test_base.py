@@ -170,7 +170,7 @@ def test_fields_that_are_none_are_an_error_when_the_class_is_defined(attribute, 
 
 
 def test_a_wrapper_of_the_users_own_delegates_to_the_detectors_inside():
-    class Sum(Wrapper):
+    class Added(Wrapper):
         def __init__(self, first, second):
             super().__init__()
             self._wrap(first=first, second=second)
@@ -178,18 +178,18 @@ def test_a_wrapper_of_the_users_own_delegates_to_the_detectors_inside():
         def _score(self, features):
             return self.first.score(features) + self.second.score(features)
 
-    detector = fn.parse_detector("Sum(Mahalanobis(), Views(Energy()))")
+    detector = fn.parse_detector("Added(Mahalanobis(), Views(Energy()))")
     assert detector.reads == ("pooled", "logits")
     assert detector.learns == ("pooled", "labels")
     assert detector.needs_model
     assert not detector.is_fitted
     with pytest.raises(ValueError, match="`labels`"):
         detector.fit(TRAIN.replace(labels=None))
-    both = Sum(fn.KNN(k=3), fn.Energy()).fit(TRAIN)
+    both = Added(fn.KNN(k=3), fn.Energy()).fit(TRAIN)
     assert both.is_fitted
     torch.testing.assert_close(both.score(TEST), fn.KNN(k=3).fit(TRAIN).score(TEST) + fn.Energy().score(TEST))
-    with pytest.raises(TypeError, match=r"Sum takes a detector such as NAN\(\), got 3"):
-        Sum(fn.NAN(), 3)
+    with pytest.raises(TypeError, match=r"Added takes a detector such as NAN\(\), got 3"):
+        Added(fn.NAN(), 3)
 
 
 def test_a_wrapper_asks_the_detectors_inside_whether_they_are_fitted():

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featnorm.detectors import KNN, NAN, SSD, Detector, Fusion, LpNorm, Mahalanobis, ReAct, ViM, parse_detector
+from featnorm.detectors import (
+    KNN,
+    NAN,
+    SSD,
+    Detector,
+    Fusion,
+    LpNorm,
+    Mahalanobis,
+    ReAct,
+    Sum,
+    ViM,
+    parse_detector,
+)
 from references import EVERY, OWN
 
 
@@ -32,6 +44,13 @@ def test_an_expression_is_its_own_repr(expression):
         ("ReAct(KNN / NAN)", "ReAct(KNN() / NAN())"),
         ("ReAct(KNN) / ReAct(NAN)", "ReAct(KNN()) / ReAct(NAN())"),
         ("Residual(None)", "Residual()"),
+        ("NAN+MSP + Energy", "NAN() + MSP() + Energy()"),
+        ("NAN + (MSP + 2*Energy)", "NAN() + MSP() + 2 * Energy()"),
+        ("2 * (NAN + 1.5*MSP) + KNN/NAN", "2 * NAN() + 3.0 * MSP() + KNN() / NAN()"),
+        ("1e-3*(KNN/NAN)", "0.001 * (KNN() / NAN())"),
+        ("1 * NAN", "1 * NAN()"),
+        ("ReAct(NAN + MSP)", "ReAct(NAN() + MSP())"),
+        ("TemperatureScaling(GEN) + KNN", "TemperatureScaling(GEN()) + KNN()"),
         ("ReAct(ReAct(NAN), 50)", "ReAct(ReAct(NAN()), percentile=50)"),
     ],
 )
@@ -70,8 +89,13 @@ detectors = st.recursive(
 fusions = st.builds(Fusion, st.one_of(distances, clipped(distances)), st.one_of(size, clipped(size)))
 
 
-@settings(max_examples=80)
-@given(st.one_of(detectors, fusions, clipped(fusions)))
+weights = st.one_of(st.integers(1, 9), st.floats(1e-3, 1e3))
+weighted = st.builds(lambda weight, term: weight * term, weights, st.one_of(detectors, fusions))
+sums = st.lists(st.one_of(detectors, fusions, weighted), min_size=1, max_size=4).map(lambda terms: Sum(*terms))
+
+
+@settings(max_examples=120)
+@given(st.one_of(detectors, fusions, clipped(fusions), sums, clipped(sums)))
 def test_a_repr_is_read_back(detector):
     text = repr(detector)
     again = parse_detector(text)
@@ -105,6 +129,15 @@ CODE = [
     "NAN(), MSP()",
     "KNN() * NAN()",
     "KNN() // NAN()",
+    "KNN() - NAN()",
+    "KNN() + 1",
+    "2 + KNN()",
+    "NAN() * 2",
+    "-1 * NAN()",
+    "inf * NAN()",
+    "2 * 3",
+    "2 * (2 * 'NAN')",
+    "2 * NAN() / NAN()",
     "KNN() and NAN()",
     "not NAN()",
     "await NAN()",
@@ -136,6 +169,7 @@ def test_code_is_refused(expression):
         "(" * 240 + "NAN()" + ")" * 240,
         "-" * 490 + "1",
         "NAN/" * 120 + "NAN",
+        "2*" * 240 + "1",
         "1/" * 240 + "1",
         "NAN()" + " " * 10_000 + "/",
         "[" * 400,
@@ -147,6 +181,7 @@ def test_code_is_refused(expression):
         "parentheses within",
         "signs",
         "quotients",
+        "products",
         "numbers",
         "spaces",
         "lists",
@@ -201,10 +236,12 @@ def test_a_name_like_no_other_gets_the_list_of_all():
     available = str(raised.value).partition("available: ")[2].rstrip(")").split(", ")
     assert available == sorted(available)
     # Whatever else has been imported may have registered detectors of its own.
-    assert set(OWN) - {"Fusion"} <= set(available)
+    assert {name for name, kind in OWN.items() if not kind.operator} <= set(available)
 
 
-@pytest.mark.parametrize("expression", ["Detector", "Fusion(KNN(), NAN())", "_Norm", "Moments", "print", "KNN_"])
+@pytest.mark.parametrize(
+    "expression", ["Detector", "Fusion(KNN(), NAN())", "Sum(KNN(), NAN())", "_Norm", "Moments", "print", "KNN_"]
+)
 def test_only_detectors_have_names(expression):
     with pytest.raises(ValueError, match="unknown detector"):
         parse_detector(expression)

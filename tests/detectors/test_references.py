@@ -65,7 +65,7 @@ def test_formula_with_a_model(expression):
 
 @pytest.mark.parametrize("expression", EVERY)
 def test_formula(expression):
-    got = fitted(expression, TRAIN).score(BOTH)
+    got = fitted(expression).score(BOTH)
     assert got.dtype == torch.float64
     # The clip of ReAct is known to one part in 2^11; the neighbors, and the samples for k-means, the alpha of ViM
     # and the support vector machine, are float32.

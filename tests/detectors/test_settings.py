@@ -91,7 +91,11 @@ def bad(rule):
 
 def make(name, **settings):
     kind = NAMED[name]
-    inner = [fn.NAN()] if INNER in inspect.signature(kind).parameters else []
+    inner = (
+        [fn.MSP() if kind is fn.TemperatureScaling else fn.NAN()]
+        if INNER in inspect.signature(kind).parameters
+        else []
+    )
     return kind(*inner, **settings)
 
 

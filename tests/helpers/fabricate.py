@@ -44,15 +44,22 @@ def id_features(n=150, seed=0, dtype=torch.float64):
     return of_activation(a.to(dtype), labels)
 
 
+def held_out_features():
+    """ID inputs for the second phase of a fit."""
+    return id_features(60, seed=8)
+
+
 def ood_features(n=60, seed=1, dtype=torch.float64):
     """Every unit is weakly active, independently: no class, a low norm, far from training and its subspace."""
     g = torch.Generator().manual_seed(seed)
     return of_activation(0.6 * torch.rand(n, UNITS, generator=g).to(dtype))
 
 
-def fitted(expression, features=None):
-    """Return the fitted detector of an expression."""
-    return parse_detector(expression).fit(id_features() if features is None else features)
+def fitted(expression, features=None, held_out=None):
+    """Return the fitted detector of an expression; without features, held-out inputs are further ones."""
+    if features is None:
+        features, held_out = id_features(), held_out_features()
+    return parse_detector(expression).fit(features, held_out)
 
 
 def wide_as(features, width):

@@ -9,16 +9,18 @@ import math
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 from torchvision.transforms import functional as images_of
 
 import featnorm as fn
-from fabricate import id_features, of_activation, ood_features
+from fabricate import held_out_features, id_features, of_activation, ood_features
 from featnorm.augmentation import Distortion
 from featnorm.detectors import parse_detector, registered_detectors
 from featnorm.features import Features
 
 TRAIN, TEST, OOD = id_features(), id_features(40, seed=5), ood_features(40)
+HELD_OUT = held_out_features()
 BOTH = Features.cat([TEST.replace(labels=None), OOD])
 
 
@@ -184,6 +186,30 @@ def np_nan(a):
     return np.abs(a).sum(1) / np.maximum((a > 0).sum(1), 1)
 
 
+def np_kl_uniform(logits):
+    classes = logits.shape[1]
+    return np.array(
+        [
+            sum(1 / classes * (math.log(1 / classes) - (v - lse)) for v in r)
+            for r, lse in zip(logits, np_lse(logits), strict=True)
+        ]
+    )
+
+
+def np_sum(*terms):
+    """Add functions of features, each with its weight, standardized on the held-out inputs."""
+    return sum(w * (score(BOTH) - score(HELD_OUT).mean()) / score(HELD_OUT).std() for w, score in terms)
+
+
+def np_temperature(logits, y):
+    n, classes = logits.shape
+    target = (np.eye(classes)[y] * n + 1 / classes) / (n + 1)
+    found = minimize_scalar(
+        lambda t: -(target * np.log(np_softmax(logits / t))).sum(), bounds=(0.01, 100), options={"xatol": 1e-9}
+    )
+    return found.x
+
+
 def _parts(features):
     weight, bias = features.classifier
     a = features.activation.numpy()
@@ -204,6 +230,21 @@ def _table():
         alpha = logits.max(1).mean() / np_residual(z, weight, bias, z, dim).mean()
         return np_lse(x @ weight.T + bias) - alpha * np_residual(z, weight, bias, x, dim)
 
+    def clipped(p):
+        return lambda features: np.minimum(features.activation.numpy(), p) @ weight.T + bias
+
+    def temperature(p=np.inf):
+        return np_temperature(clipped(p)(HELD_OUT), HELD_OUT.labels.numpy())
+
+    def kl(features):
+        return np_kl_uniform(features.logits.numpy())
+
+    def knn(k, p=np.inf):
+        return lambda features: np_knn(z, np.minimum(features.pooled.numpy(), p), k)
+
+    def nan(features):
+        return np_nan(features.activation.numpy())
+
     return {
         "NAN()": lambda: np_nan(q),
         "L1Norm()": lambda: np.abs(q).sum(1),
@@ -216,12 +257,9 @@ def _table():
         "MSP()": lambda: np.array([np.exp(r - r.max()).max() / np.exp(r - r.max()).sum() for r in q_logits]),
         "MaxLogit()": lambda: q_logits.max(1),
         "Energy()": lambda: np_lse(q_logits),
-        "KLUniform()": lambda: np.array(
-            [
-                sum(1 / 3 * (math.log(1 / 3) - (v - lse)) for v in r)
-                for r, lse in zip(q_logits, np_lse(q_logits), strict=True)
-            ]
-        ),
+        "KLUniform()": lambda: np_kl_uniform(q_logits),
+        "TemperatureScaling(MSP())": lambda: np_softmax(q_logits / temperature()).max(1),
+        "ReAct(TemperatureScaling(Energy()))": lambda: np_lse(clipped(p90)(BOTH) / temperature(p90)),
         "GEN()": lambda: np_gen(q_logits, 0.1, 3),
         "GEN(gamma=0.5, top=2)": lambda: np_gen(q_logits, 0.5, 2),
         "KLMatching()": lambda: np_kl_matching(logits, q_logits),
@@ -269,6 +307,14 @@ def _table():
         "SSD() / L1Norm()": lambda: np_ssd(z, q) / np.abs(q).sum(1),
         "Residual() / EmbeddingMagnitude()": lambda: (
             -np_residual(z, weight, bias, q, 6) / np.linalg.norm(BOTH.embedding.numpy(), axis=1)
+        ),
+        "KLUniform() + KNN(k=5)": lambda: np_sum((1, kl), (1, knn(5))),
+        "2 * (KNN(k=5) / NAN()) + NAN() + 0.5 * KLUniform()": lambda: np_sum(
+            (2, lambda features: knn(5)(features) / nan(features)), (1, nan), (0.5, kl)
+        ),
+        "1 * KLUniform()": lambda: np_sum((1, kl)),
+        "ReAct(KLUniform() + KNN(k=3))": lambda: np_sum(
+            (1, lambda features: np_kl_uniform(clipped(p90)(features))), (1, knn(3, p90))
         ),
         "ReAct(SSD()) / Sparsity()": lambda: np_ssd(z, np.minimum(q, p90)) * np.maximum((q > 0).sum(1), 1),
         "Mahalanobis() / ReAct(NAN(), percentile=95)": lambda: (

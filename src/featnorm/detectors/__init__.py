@@ -18,6 +18,7 @@ from featnorm.detectors.distance import SSD as SSD
 from featnorm.detectors.distance import Mahalanobis as Mahalanobis
 from featnorm.detectors.expression import parse_detector as parse_detector
 from featnorm.detectors.fusion import Fusion as Fusion
+from featnorm.detectors.fusion import Sum as Sum
 from featnorm.detectors.jackknife import Jackknife as Jackknife
 from featnorm.detectors.margin import FDBD as FDBD
 from featnorm.detectors.margin import NCI as NCI
@@ -41,3 +42,4 @@ from featnorm.detectors.shaping import ReAct as ReAct
 from featnorm.detectors.subspace import NECO as NECO
 from featnorm.detectors.subspace import Residual as Residual
 from featnorm.detectors.subspace import ViM as ViM
+from featnorm.detectors.temperature import TemperatureScaling as TemperatureScaling

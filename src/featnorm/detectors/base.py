@@ -3,8 +3,9 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.checks import Constraint, shown, table
 from featnorm._utils.errors import RefusalError
+from featnorm.detectors.held_out import fit_in_batches
 from featnorm.detectors.statistics import Statistic
 from featnorm.features import FIELDS, Features
 
@@ -106,40 +108,44 @@ class Detector(nn.Module, ABC):
         super().__init__()
         self._finalized: Any = None
 
-    def fit(self, features: Features) -> Self:
+    def fit(self, features: Features, held_out: Features | Iterable[Features] | None = None) -> Self:
         """Fit to the features of in-distribution inputs, discarding any earlier fit.
+
+        Parameters
+        ----------
+        features : features of in-distribution inputs.
+        held_out
+            Features of other in-distribution inputs, in one batch or several, for a detector that needs them (see
+            `fit_held_out`). Default: one input in five of ``features`` is held out, chosen by its content.
 
         Raises
         ------
         ValueError
-            A field is missing or not finite; the earlier fit is kept.
+            A field is missing or not finite, or there are too few inputs to hold some out; the earlier fit is
+            kept.
         TypeError
             ``features`` is not a `Features`.
         """
+        batches = None if held_out is None else _batches(held_out)
         with self.refit():
-            self.partial_fit(features)
+            for error in fit_in_batches([self], [features], batches).values():
+                raise error
         return self
 
     @contextmanager
     def refit(self) -> Iterator[None]:
         """Discard the fit, for a new one in batches within the block; restore it if the block raises."""
-        statistics = list(self._statistics())
-        before = [dict(statistic.named_buffers()) for statistic in statistics]
         try:
-            for statistic in statistics:
-                statistic.reset()
-            yield
-        except BaseException:
-            for statistic, buffers in zip(statistics, before, strict=True):
-                statistic.reset()
-                for name, value in buffers.items():
-                    setattr(statistic, name, value)
-            raise
+            with _replaced(list(self._statistics())):
+                yield
         finally:
             self._drop_fitted_state()
 
     def partial_fit(self, features: Features) -> Self:
         """Add one more batch of in-distribution inputs to the fit.
+
+        What was fitted to held-out inputs is discarded: a detector that needs them is ready to score once
+        `fit_held_out` is called after the last batch.
 
         Raises
         ------
@@ -152,11 +158,41 @@ class Detector(nn.Module, ABC):
         # Sums made under inference mode could never be added to again.
         with torch.inference_mode(False), torch.no_grad():
             self._partial_fit(features)
+        if len(features):
+            self._reset_held_out()
         self._drop_fitted_state()
+        return self
+
+    def fit_held_out(self, held_out: Features | Iterable[Features]) -> Self:
+        """Fit to in-distribution inputs that were held out of `partial_fit`, discarding an earlier such fit.
+
+        It is the second phase of the fit of a detector that `needs_held_out`, such as a sum. On the inputs of the
+        first phase, the scores of a detector with a bank or a covariance are higher than on new inputs.
+
+        Parameters
+        ----------
+        held_out : features in one batch or several; about 100 inputs or more.
+
+        Raises
+        ------
+        NotFittedError
+            The first phase is missing.
+        ValueError
+            There are no inputs, or a field is missing or not finite; an earlier fit is kept.
+        """
+        batches = _batches(held_out)
+        for features in batches:
+            self._require(features, self.learns)
+        if not any(len(features) for features in batches):
+            raise ValueError(f"{self!r}: there are no held-out inputs to fit to")
+        with _replaced(list(self._held_out_statistics())), torch.inference_mode(False), torch.no_grad():
+            self._fit_held_out(batches)
         return self
 
     def merge(self, other: Self) -> Self:
         """Add the fit of another detector of the same settings; the result is the fit to the data of both.
+
+        If both have data, what was fitted to held-out inputs is discarded, as by `partial_fit`.
 
         Raises
         ------
@@ -174,8 +210,11 @@ class Detector(nn.Module, ABC):
                 continue
             if mine.width != theirs.width:
                 raise ValueError(f"cannot merge {other!r} of width {theirs.width} into one of width {mine.width}")
+        both = all(any(not part.is_empty for part in detector._statistics()) for detector in (self, other))
         for mine, theirs in pairs:
             mine.merge(theirs)
+        if both:
+            self._reset_held_out()
         self._drop_fitted_state()
         return self
 
@@ -215,20 +254,24 @@ class Detector(nn.Module, ABC):
         return any(True for _ in self._statistics())
 
     @property
+    def needs_held_out(self) -> bool:
+        """Whether the fit has a second phase, `fit_held_out`."""
+        return any(True for _ in self._held_out_statistics())
+
+    @property
     def is_fitted(self) -> bool:
         """Whether the detector is ready to score; always true for one that needs no fit."""
         # Detectors inside answer for themselves: the bank of one may lie in other processes.
-        return all(
-            child.is_fitted
-            if isinstance(child, Detector)
-            else not (isinstance(child, Statistic) and child.is_empty)
-            for child in self.children()
-        )
+        own = [child for child in self.children() if isinstance(child, Statistic)]
+        return not any(child.is_empty for child in own) and all(inner.is_fitted for inner in self._inner())
 
     def require_fitted(self) -> None:
         """Raise a NotFittedError if the detector needs a fit and has none."""
         if not torch.compiler.is_compiling() and not self.is_fitted:
-            raise NotFittedError(f"{self!r} is not fitted: call fit on in-distribution features")
+            after = (
+                "; after partial_fit or merge, call fit_held_out on held-out ones" if self.needs_held_out else ""
+            )
+            raise NotFittedError(f"{self!r} is not fitted: call fit on in-distribution features{after}")
 
     def validate(self) -> None:
         """Raise a ValueError if the state, loaded from a file, is none that a fit could have left."""
@@ -250,6 +293,24 @@ class Detector(nn.Module, ABC):
 
         return Fusion(self, other)
 
+    def __add__(self, other: "Detector") -> "Detector":
+        """Add the scores of two detectors, standardized on held-out in-distribution inputs."""
+        if not isinstance(other, Detector):
+            return NotImplemented
+        from featnorm.detectors.fusion import Sum
+
+        return Sum(self, other)
+
+    def __mul__(self, weight: float) -> "Detector":
+        """Return a sum of one term, with a weight for use in a longer sum."""
+        if not isinstance(weight, Real):
+            return NotImplemented
+        from featnorm.detectors.fusion import Sum
+
+        return Sum(self, weights=[weight])
+
+    __rmul__ = __mul__
+
     def __repr__(self) -> str:
         given = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
@@ -264,6 +325,16 @@ class Detector(nn.Module, ABC):
 
     def _partial_fit(self, features: Features) -> None:
         """Add one checked batch to the statistics."""
+
+    def _fit_held_out(self, batches: Sequence[Features]) -> None:
+        """Fit to checked batches of held-out inputs; by default, only the detectors inside are."""
+        for inner in self._inner():
+            if inner.needs_held_out:
+                inner._fit_held_out([self._changed(features) for features in batches])
+
+    def _changed(self, features: Features) -> Features:
+        """Return the features that the detectors inside score; by default, as they are."""
+        return features
 
     @abstractmethod
     def _score(self, features: Features) -> Tensor:
@@ -293,8 +364,20 @@ class Detector(nn.Module, ABC):
         """Raise unless one more batch can be added to the fit."""
         self._require(features, self.learns)
 
+    def _inner(self) -> list["Detector"]:
+        return [module for module in self.children() if isinstance(module, Detector)]
+
     def _statistics(self) -> Iterator[Statistic]:
         return (module for module in self.modules() if isinstance(module, Statistic))
+
+    def _held_out_statistics(self) -> Iterator[Statistic]:
+        yield from (child for child in self.children() if isinstance(child, Statistic) and child.held_out)
+        for inner in self._inner():
+            yield from inner._held_out_statistics()
+
+    def _reset_held_out(self) -> None:
+        for statistic in self._held_out_statistics():
+            statistic.reset()
 
     def _drop_fitted_state(self) -> None:
         for module in self.modules():
@@ -351,9 +434,14 @@ class Wrapper(Detector):
         for name, detector in detectors.items():
             check_detector(detector, type(self).__name__)
             setattr(self, name, detector)
-        self.reads = joined(*(detector.reads for detector in detectors.values()))
-        self.learns = joined(*(detector.learns for detector in detectors.values()))
-        self.needs_model = self.needs_model or any(detector.needs_model for detector in detectors.values())
+        self._read_as(detectors.values())
+
+    def _read_as(self, detectors: Iterable[Detector]) -> None:
+        """Read and learn what the detectors inside do."""
+        detectors = list(detectors)
+        self.reads = joined(*(detector.reads for detector in detectors))
+        self.learns = joined(*(detector.learns for detector in detectors))
+        self.needs_model = self.needs_model or any(detector.needs_model for detector in detectors)
 
     def _check_fit(self, features: Features) -> None:
         for detector in self._inner():
@@ -362,9 +450,6 @@ class Wrapper(Detector):
     def _partial_fit(self, features: Features) -> None:
         for detector in self._inner():
             detector._partial_fit(features)
-
-    def _inner(self) -> list[Detector]:
-        return [module for module in self.children() if isinstance(module, Detector)]
 
 
 def registered_detectors() -> Mapping[str, type[Detector]]:
@@ -391,13 +476,47 @@ def check_detector(value: object, owner: str) -> None:
         raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}")
 
 
-def require_labels(detector: Detector, labels: Tensor) -> None:
-    """Raise a ValueError if a row of labels (n,) has none; negative numbers stand for no label."""
+@contextmanager
+def _replaced(statistics: list[Statistic]) -> Iterator[None]:
+    """Empty statistics, for new ones within the block; restore them if the block raises."""
+    before = [dict(statistic.named_buffers()) for statistic in statistics]
+    try:
+        for statistic in statistics:
+            statistic.reset()
+        yield
+    except BaseException:
+        for statistic, buffers in zip(statistics, before, strict=True):
+            statistic.reset()
+            for name, value in buffers.items():
+                setattr(statistic, name, value)
+        raise
+
+
+def _batches(features: Features | Iterable[Features]) -> list[Features]:
+    return [features] if isinstance(features, Features) else list(features)
+
+
+def require_labels(detector: Detector, labels: Tensor, classes: int | None = None) -> None:
+    """Raise a ValueError if a row of labels (n,) has none, or one that is not the index of a logit.
+
+    Parameters
+    ----------
+    detector : the detector to name.
+    labels : labels (n,); negative numbers stand for no label.
+    classes : number of logits. Default: labels are not compared with logits.
+    """
     without = (labels < 0).nonzero()
     if len(without):
         raise ValueError(
             f"{detector!r} is fitted with labels, and {len(without)} of {len(labels)} inputs have none, "
             f"the first at row {int(without[0])} (SSD and KNN need no labels)"
+        )
+    wrong = (labels >= (classes or torch.inf)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{detector!r} compares labels with logits: row {row} has the label {int(labels[row])}, and there are "
+            f"only {classes} logits; fit with labels that are indices of logits"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from featnorm._utils.checks import check_type
 from featnorm.detectors.base import Detector, registered_detectors
-from featnorm.detectors.fusion import Fusion
+from featnorm.detectors.fusion import Fusion, Sum
 
 _MAX_CHARACTERS = 500
 
@@ -31,8 +31,8 @@ class UnknownDetectorError(ValueError):
 def parse_detector(expression: str) -> Detector:
     """Make the detector that an expression names; the inverse of ``repr``.
 
-    An expression consists of registered detectors (``NAN`` stands for ``NAN()``), literal settings and ``/``. It
-    is never run as code, so it may come from an untrusted source.
+    An expression consists of registered detectors (``NAN`` stands for ``NAN()``), literal settings, ``/``, ``+``
+    and numbers before ``*``. It is never run as code, so it may come from an untrusted source.
 
     Raises
     ------
@@ -59,6 +59,10 @@ def _build(node: ast.expr, expression: str) -> Any:
     match node:
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return Fusion(_build(left, expression), _build(right, expression))
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return Sum(_build(left, expression), _build(right, expression))
+        case ast.BinOp(left=ast.Constant(value=int() | float() as weight), op=ast.Mult(), right=right):
+            return Sum(_build(right, expression), weights=[weight])
         case ast.Name(id="inf"):
             return float("inf")
         case ast.UnaryOp(

@@ -1,10 +1,18 @@
-"""Combinations of two detectors."""
+"""Combinations of detectors: the fusion and the sum."""
+
+import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from featnorm.detectors.base import Detector, Wrapper, registered_detectors
+from featnorm._utils.checks import Interval, SequenceOf, table
+from featnorm.detectors.base import Detector, Wrapper, check_detector, joined, registered_detectors
+from featnorm.detectors.statistics import HeldOutConstants
 from featnorm.features import Features
+
+# Scores whose deviation is below this share of the largest are equal up to the rounding of float32.
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 class Fusion(Wrapper):
@@ -45,6 +53,110 @@ class Fusion(Wrapper):
         negated, norm = self.distance.score(features), self.norm.score(features)
         certain = torch.full_like(negated, -torch.inf)
         return torch.where(norm > 0, negated / norm, certain)
+
+
+class Sum(Wrapper):
+    """A sum of detectors, each standardized on ID inputs: ``KLUniform() + 2 * KNN(k=10)``.
+
+    ``sum_i w_i (s_i(x) - m_i) / d_i``, where m_i and d_i are the mean and the standard deviation of the scores of
+    detector i on in-distribution inputs that were held out of its fit. On the inputs of the fit itself, a detector
+    with a bank or a covariance scores higher than on new inputs. `fit` holds inputs out; after `partial_fit`,
+    `fit_held_out` takes them.
+
+    An infinite score, such as that of a `Fusion` whose norm is 0, does not count for m_i and d_i, and makes the
+    sum infinite.
+
+    Parameters
+    ----------
+    *terms : detectors to add, with scores of any kind; the terms of a sum become terms of this one.
+    weights : positive weight w_i of each detector. Default: 1.
+
+    Raises
+    ------
+    TypeError
+        There are no detectors, or a term is not a detector.
+    ValueError
+        A weight is not positive, or there is not one per detector. In a fit: the scores of a detector are equal
+        for all held-out inputs.
+    """
+
+    operator = "+"
+    source = "Jain, Nandakumar and Ross, Pattern Recognition 38(12), 2005"
+    cost = "that of all detectors"
+    standard = ("KLUniform() + KNN(k=10)",)
+    settings = table(weights=SequenceOf(Interval(0, math.inf)))
+    weights: tuple[float, ...]
+
+    def __init__(self, *terms: Detector, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if not terms:
+            raise TypeError("a Sum needs at least one detector: pass them one by one, as in Sum(MSP(), NAN())")
+        for term in terms:
+            check_detector(term, "Sum")
+        self._set(weights=[1] * len(terms) if weights is None else weights)
+        if len(self.weights) != len(terms):
+            raise ValueError(f"a Sum of {len(terms)} detectors got {len(self.weights)} weights")
+        flat = [
+            (part, weight * own)
+            for term, weight in zip(terms, self.weights, strict=True)
+            for part, own in (
+                zip(term._inner(), term.weights, strict=True) if isinstance(term, Sum) else [(term, 1)]
+            )
+        ]
+        self._set(weights=[weight for _, weight in flat])
+        self.terms = nn.ModuleList(part for part, _ in flat)
+        self._read_as(self._inner())
+        # A score is standardized in the fit.
+        self.learns = joined(self.learns, self.reads)
+        self.constants = HeldOutConstants()  # means and deviations, (2, terms)
+
+    def __repr__(self) -> str:
+        terms = zip(self._inner(), self.weights, strict=True)
+        return " + ".join(_weighted(term, weight, len(self.terms)) for term, weight in terms)
+
+    def _check_fit(self, features: Features) -> None:
+        self._require(features, self.learns)
+        super()._check_fit(features)
+
+    def _fit_held_out(self, batches: Sequence[Features]) -> None:
+        super()._fit_held_out(batches)
+        scores = torch.cat([self._scores(features) for features in batches])
+        constants = [self._standard(term, own) for term, own in zip(self._inner(), scores.T, strict=True)]
+        self.constants.values = torch.tensor(constants, dtype=torch.float64, device=scores.device).T.contiguous()
+
+    @staticmethod
+    def _standard(term: Detector, scores: Tensor) -> tuple[float, float]:
+        """Return mean and standard deviation of the finite scores (n,) of a term."""
+        finite = scores[scores.isfinite()]
+        deviation = float(finite.std(correction=0))
+        if len(finite) == 0 or deviation <= _ROUNDING * float(finite.abs().amax()):
+            raise ValueError(
+                f"the scores of {term!r} are the same for all {len(scores)} held-out inputs, so they cannot be "
+                "standardized: leave it out of the sum, or hold out other inputs"
+            )
+        return float(finite.mean()), deviation
+
+    def _scores(self, features: Features) -> Tensor:
+        return torch.stack([term.score(features).double() for term in self._inner()], 1)
+
+    def _score(self, features: Features) -> Tensor:
+        scores = self._scores(features)
+        mean, deviation = self.constants.values.to(scores.device)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=scores.device)
+        return ((scores - mean) * (weights / deviation)).sum(1)
+
+    def _validate(self) -> None:
+        if self.constants.values.shape != (2, len(self.terms)) or not (self.constants.values[1] > 0).all():
+            raise ValueError(f"{self!r} must have a mean and a positive deviation of each term")
+
+    def _inner(self) -> list[Detector]:
+        return list(self.terms)  # type: ignore[arg-type]
+
+
+def _weighted(term: Detector, weight: float, terms: int) -> str:
+    if weight == 1 and terms > 1:
+        return repr(term)
+    return f"{weight!r} * ({term!r})" if isinstance(term, Fusion) else f"{weight!r} * {term!r}"
 
 
 def _names(role: str) -> str:

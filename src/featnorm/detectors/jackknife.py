@@ -112,12 +112,7 @@ class Jackknife(Wrapper):
         """(J,) float64, the fixed scores for a `Calibration`: the first J of 1, 1, 2, 2, 3, 3, ..."""
         return torch.from_numpy(rank_scores(self.count))
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the detector is ready to score."""
-        return not self.left_out.is_empty and all(fitted.is_fitted for fitted in self._copies())
-
-    def fit(
+    def fit(  # type: ignore[override]  # it leaves inputs out itself
         self, features: Features, rows: Tensor | Sequence[int] | None = None, groups: Tensor | None = None
     ) -> Self:
         """Fit each copy without one of the inputs, discarding any earlier fit.
@@ -192,6 +187,10 @@ class Jackknife(Wrapper):
 
     def _inner(self) -> list[Detector]:
         return list(self._copies())
+
+    def _held_out_statistics(self) -> Iterator[Statistic]:
+        # Each copy holds inputs out of its own fit.
+        yield from ()
 
     def _copies(self) -> Iterator[Detector]:
         yield from self.copies  # type: ignore[misc]

@@ -64,6 +64,9 @@ class _Shaping(Wrapper):
         return features.tensor(features.last_layer)
 
     def _score(self, features: Features) -> Tensor:
+        return self.detector.score(self._changed(features))
+
+    def _changed(self, features: Features) -> Features:
         value = self._layer(features)
         # Without a fit, nothing else has compared the classifier with the layer.
         if not self.needs_fit and not torch.compiler.is_compiling():
@@ -74,7 +77,7 @@ class _Shaping(Wrapper):
             weight, bias = features.linear()
             bias = None if bias is None else bias.to(shaped)
             changed["logits"] = torch.nn.functional.linear(shaped, weight.to(shaped), bias)
-        return self.detector.score(features.replace(**changed))
+        return features.replace(**changed)
 
     @abstractmethod
     def _shape(self, h: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ the number of inputs, except that of `Bank`, which holds the inputs.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ _MAX_GRAMS_BYTES = 8 << 30
 
 class Statistic(nn.Module, ABC):
     """Buffers that summarize the inputs of a fit; empty until the first `update`."""
+
+    #: Whether the inputs are held out of the fit of all other statistics.
+    held_out: ClassVar[bool] = False
 
     def __init__(self, **empty: Tensor) -> None:
         super().__init__()
@@ -364,6 +367,26 @@ class RowMean(Statistic):
         self.count = self.count + count
 
 
+class HeldOutConstants(Statistic):
+    """Numbers that are computed from held-out inputs, all at once."""
+
+    held_out = True
+    values: Tensor  # (k, m)
+
+    def __init__(self) -> None:
+        super().__init__(values=torch.empty(0, 0, dtype=torch.float64))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been computed yet."""
+        return self.values.numel() == 0
+
+    def merge(self, other: Self) -> None:
+        """Copy the numbers of another if there are none yet: those of two fits hold for neither data nor both."""
+        if self.is_empty:
+            self.copy_from(other)
+
+
 class RowSample(Statistic):
     """A uniform sample of ``size`` rows, or of a share of all rows, that does not depend on their order.
 
@@ -417,7 +440,7 @@ class RowSample(Statistic):
         self.require_width(rows)
         for block in rows.split(_SAMPLED_ROWS):
             block = block.to(self.rows.device, torch.float32).contiguous()
-            self._keep(block, _row_keys(block), len(block))
+            self._keep(block, row_keys(block), len(block))
 
     def merge(self, other: Self) -> None:
         """Add the rows of another."""
@@ -644,7 +667,8 @@ def _rounding(second_moment: Tensor) -> Tensor:
     return len(second_moment) * torch.finfo(torch.float64).eps * second_moment.diagonal()
 
 
-def _row_keys(rows: Tensor) -> Tensor:
+def row_keys(rows: Tensor) -> Tensor:
+    """Return a pseudo-random key in [0, 2^63) of each of the rows (n, d) float32, computed from its bits."""
     generator = torch.Generator().manual_seed(0x5EED)
     weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
     weights = weights.to(rows.device)
