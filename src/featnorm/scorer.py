@@ -35,6 +35,7 @@ from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
 from featnorm.tap.capture import all_modules
+from featnorm.tap.find import Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
@@ -61,7 +62,7 @@ class Scorer(nn.Module):
     ----------
     model : user's model, on any device.
     detector : detector, which is moved to the model's device.
-    layer, output, channel_axis : what the tap captures, see `FeatureTap`. Default: found automatically.
+    layer, output, channel_axis, pooling : what the tap captures, see `FeatureTap`. Default: found automatically.
     preprocess
         Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
         With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
@@ -103,6 +104,7 @@ class Scorer(nn.Module):
         *,
         output: str | int | None = None,
         channel_axis: int | None = None,
+        pooling: Pooling = "mean",
         preprocess: Callable[[Image.Image], Tensor] | None = None,
         classes: Sequence[str] | None = None,
         spec: str | None = None,
@@ -117,7 +119,7 @@ class Scorer(nn.Module):
         if isinstance(classes, str):
             raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
-        self.tap = FeatureTap(model, layer, output, channel_axis)
+        self.tap = FeatureTap(model, layer, output, channel_axis, pooling)
         self.detector = detector.to(self.tap.device)
         self.calibration: Calibration | None = None
         self.classes = None if classes is None else [check_text(name) for name in classes]
