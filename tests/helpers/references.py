@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import functional as images_of
 
 import featnorm as fn
-from fabricate import id_features, ood_features
+from fabricate import id_features, of_activation, ood_features
 from featnorm.augmentation import Distortion
 from featnorm.detectors import parse_detector, registered_detectors
 from featnorm.features import Features
@@ -39,6 +39,10 @@ def np_mahalanobis(z, y, q):
             cov += np.outer(row - means[-1], row - means[-1])
     precision = np.linalg.pinv(cov / len(z), hermitian=True)
     return -np.min([quadratic(q, m, precision) for m in means], axis=0)
+
+
+def np_relative(z, y, q):
+    return np_mahalanobis(z, y, q) - np_mahalanobis(z, np.zeros(len(z)), q)
 
 
 def np_ssd(z, q, groups=None):
@@ -97,6 +101,85 @@ def np_lse(logits):
     return np.array([math.log(sum(math.exp(v - max(row)) for v in row)) + max(row) for row in logits])
 
 
+def np_softmax(logits):
+    return np.exp(logits - np_lse(logits)[:, None])
+
+
+def np_gen(logits, gamma, top):
+    return np.array([-sum((p * (1 - p)) ** gamma for p in sorted(row)[-top:]) for row in np_softmax(logits)])
+
+
+def np_kl_matching(logits, q_logits):
+    p, q = np_softmax(logits), np_softmax(q_logits)
+    typical = [p[p.argmax(1) == k].mean(0) for k in range(p.shape[1]) if (p.argmax(1) == k).any()]
+    return np.array([-min((row * np.log(row / other)).sum() for other in typical) for row in q])
+
+
+def np_she(z, y, logits, q, q_logits):
+    correct = logits.argmax(1) == y
+    patterns = [z[correct & (y == c)].mean(0) for c in range(logits.shape[1])]
+    return np.array([row @ patterns[c] for row, c in zip(q, q_logits.argmax(1), strict=True)])
+
+
+def np_nnguide(z, logits, q, q_logits, k):
+    guides = np_lse(logits)[:, None] * np_unit(z)
+    return np.array([np.sort(guides @ row)[-k:].mean() for row in np_unit(q)]) * np_lse(q_logits)
+
+
+def np_neco(z, q, dim):
+    principal = np.linalg.svd(z - z.mean(0))[2][:dim]
+    return np.linalg.norm(q @ principal.T, axis=1) / np.linalg.norm(q, axis=1)
+
+
+def np_margins(z, weight, logits, q):
+    """For each input: h - mu, and the boundaries of the predicted class as pairs of a margin and a difference."""
+    for row, scores in zip(q, logits, strict=True):
+        y = scores.argmax()
+        yield (
+            row - z.mean(0),
+            weight[y],
+            [(scores[y] - scores[c], weight[y] - weight[c]) for c in range(len(scores)) if c != y],
+        )
+
+
+def np_fdbd(z, weight, logits, q):
+    return np.array(
+        [
+            np.mean([margin / np.linalg.norm(w) if w.any() else 0.0 for margin, w in boundaries])
+            / np.linalg.norm(v)
+            for v, _, boundaries in np_margins(z, weight, logits, q)
+        ]
+    )
+
+
+def np_nci(z, weight, logits, q):
+    return np.array([w @ v / np.linalg.norm(v) for v, w, _ in np_margins(z, weight, logits, q)])
+
+
+def np_ora(z, weight, logits, q):
+    scores = []
+    for v, _, boundaries in np_margins(z, weight, logits, q):
+        points = [v - margin / (w @ w) * w for margin, w in boundaries if w.any()]
+        cosines = [v @ p / np.linalg.norm(v) / np.linalg.norm(p) for p in points]
+        scores.append(np.arccos(np.clip(min(cosines, default=1.0), -1, 1)))
+    return np.array(scores)
+
+
+def np_ras(z, q):
+    means = np.sort(z, axis=1).mean(0)
+    return np.array([means[np.argsort(np.argsort(row, kind="stable"), kind="stable")] for row in q])
+
+
+def np_scale(q, percentile, prune):
+    changed = []
+    for row in q:
+        kept = len(row) - int(np.round(len(row) * percentile / 100))
+        top = np.argsort(-row, kind="stable")[:kept]
+        factor = np.exp(row.sum() / row[top].sum()) if row.any() else 1.0
+        changed.append(factor * (row * np.isin(np.arange(len(row)), top) if prune else row))
+    return np.array(changed)
+
+
 def np_nan(a):
     return np.abs(a).sum(1) / np.maximum((a > 0).sum(1), 1)
 
@@ -113,6 +196,8 @@ def _table():
     y = TRAIN.labels.numpy()
     ones = np.where(weight > 0, 1, -1)
     p90, p80, p70, p95 = (np.percentile(z, p) for p in (90, 80, 70, 95))
+
+    unit, q_unit = np_unit(z), np_unit(q)
 
     def vim(dim, clip=np.inf):
         x = np.minimum(q, clip)
@@ -137,7 +222,18 @@ def _table():
                 for r, lse in zip(q_logits, np_lse(q_logits), strict=True)
             ]
         ),
+        "GEN()": lambda: np_gen(q_logits, 0.1, 3),
+        "GEN(gamma=0.5, top=2)": lambda: np_gen(q_logits, 0.5, 2),
+        "KLMatching()": lambda: np_kl_matching(logits, q_logits),
+        "SHE()": lambda: np_she(z, y, logits, q, q_logits),
+        "NNGuide()": lambda: np_nnguide(z, logits, q, q_logits, 10),
+        "NNGuide(k=3, share=0.5)": lambda: np_nnguide(z, logits, q, q_logits, 3),
+        "NECO()": lambda: np_neco(z, q, 2),  # the classes are far apart
+        "NECO(dim=3)": lambda: np_neco(z, q, 3),
         "Mahalanobis()": lambda: np_mahalanobis(z, y, q),
+        "Mahalanobis(normalize=True)": lambda: np_mahalanobis(unit, y, q_unit),
+        "Mahalanobis(relative=True)": lambda: np_relative(z, y, q),
+        "Mahalanobis(normalize=True, relative=True)": lambda: np_relative(unit, y, q_unit),
         "SSD()": lambda: np_ssd(z, q),
         "SSD(clusters=3)": lambda: np_ssd(z, q, y),  # the classes are far apart: k-means finds them
         "SSD(clusters='labels')": lambda: np_ssd(z, q, y),
@@ -147,7 +243,14 @@ def _table():
         "OneClassSVM(nu=0.5)": lambda: np_svm(z, q, 0.5),
         "Residual()": lambda: -np_residual(z, weight, bias, q, 6),
         "Residual(dim=4)": lambda: -np_residual(z, weight, bias, q, 4),
+        "Residual(dim=4, normalize=True)": lambda: -np_residual(unit, weight, None, q_unit, 4),
         "ViM()": lambda: vim(6),
+        "ViM(dim=5, normalize=True)": lambda: (
+            np_lse(q_logits)
+            - logits.max(1).mean()
+            / np_residual(unit, weight, None, unit, 5).mean()
+            * np_residual(unit, weight, None, q_unit, 5)
+        ),
         "ViM(dim=5)": lambda: vim(5),
         "ReAct(NAN())": lambda: np_nan(np.minimum(q, p90)),
         "ReAct(HiddenConfidence())": lambda: (np.minimum(q, p90) @ ones.T).max(1),
@@ -155,6 +258,13 @@ def _table():
         "ReAct(KNN(k=3), percentile=70)": lambda: np_knn(z, np.minimum(q, p70), 3),
         "ReAct(ViM(dim=4))": lambda: vim(4, p90),
         "ReAct(KNN(k=3) / NAN())": lambda: np_knn(z, np.minimum(q, p90), 3) / np_nan(np.minimum(q, p90)),
+        "FDBD()": lambda: np_fdbd(z, weight, q_logits, q),
+        "NCI()": lambda: np_nci(z, weight, q_logits, q),
+        "NCI(alpha=0.01)": lambda: np_nci(z, weight, q_logits, q) + 0.01 * np.abs(q).sum(1),
+        "ORA()": lambda: np_ora(z, weight, q_logits, q),
+        "ReAct(FDBD())": lambda: np_fdbd(z, weight, np.minimum(q, p90) @ weight.T + bias, np.minimum(q, p90)),
+        "RAS(Energy())": lambda: np_lse(np_ras(z, q) @ weight.T + bias),
+        "RAS(KNN(k=3))": lambda: np_knn(z, np_ras(z, q), 3),
         "KNN(k=5) / NAN()": lambda: np_knn(z, q, 5) / np_nan(q),
         "SSD() / L1Norm()": lambda: np_ssd(z, q) / np.abs(q).sum(1),
         "Residual() / EmbeddingMagnitude()": lambda: (
@@ -168,6 +278,32 @@ def _table():
 
 
 REFERENCES = _table()
+
+#: As `TRAIN`, `TEST` and `BOTH`, for detectors of rectified features.
+RECTIFIED_TRAIN, RECTIFIED_TEST, RECTIFIED_BOTH = (
+    of_activation(f.activation.clamp_min(0), f.labels) for f in (TRAIN, TEST, BOTH)
+)
+
+
+def _rectified_table():
+    z, _, weight, bias = _parts(RECTIFIED_TRAIN)
+    q, _, _, _ = _parts(RECTIFIED_BOTH)
+
+    def energy(percentile, *, prune):
+        return np_lse(np_scale(q, percentile, prune) @ weight.T + bias)
+
+    return {
+        "SCALE(Energy())": lambda: energy(85, prune=False),
+        "SCALE(Energy(), percentile=62.5)": lambda: energy(62.5, prune=False),
+        "SCALE(L1Norm(), percentile=50)": lambda: np.abs(np_scale(q, 50, False)).sum(1),
+        "ASH(Energy())": lambda: energy(90, prune=True),
+        "ASH(Energy(), percentile=37.5)": lambda: energy(37.5, prune=True),
+        "ASH(KNN(k=3), percentile=70)": lambda: np_knn(z, np_scale(q, 70, True), 3),
+    }
+
+
+#: Detectors that take rectified features alone, fitted to `RECTIFIED_TRAIN`, of `RECTIFIED_BOTH`.
+RECTIFIED_REFERENCES = _rectified_table()
 
 
 def net(head, seed=0):
