@@ -134,7 +134,7 @@ class Comparison:
             return [name for name, of in self.ood_groups.items() if of == group]
 
         groups = [("Mean", self.ood_names, True)] if len(self.ood_groups) > 1 else []
-        groups += [(group.title(), members(group), True) for group in ("near", "far") if members(group)]
+        groups += [(group.title(), members(group), True) for group in ("near", "far") if len(members(group)) > 1]
         groups += [(name, [name], False) for name in self.ood_groups]
         summaries, letters = [], None
         for title, names, is_mean in groups:
@@ -343,7 +343,7 @@ def compare(
     id_set : the ID test inputs, or their name and they.
     ood_sets
         The OOD test inputs by the name of their set. Names that begin with ``near:`` or ``far:`` put the set into
-        that group; the rest is then its name.
+        that group, over which the measures are averaged too; the rest is then its name.
     fit
         ID inputs to fit on. Default: none, which excludes the detectors that need a fit and are not fitted yet.
     model

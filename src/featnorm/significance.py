@@ -202,7 +202,7 @@ def cliques(value: Array, covariance: Array, *, alpha: float = 0.05) -> list[str
     first, second = np.triu_indices(k, 1)
     difference = np.abs(value[first] - value[second])
     deviation = np.sqrt(_variance_of_differences(covariance)[first, second])
-    ratio = np.divide(difference, deviation, out=np.full(len(first), np.inf), where=deviation > 0)
+    ratio = np.divide(difference, deviation, out=np.full(len(first), np.inf), where=deviation != 0)
     # Copies of one detector differ by rounding alone.
     p = np.where(difference < 1e-12, 1.0, 2 * ndtr(-ratio))
     differs = np.zeros((k, k), bool)

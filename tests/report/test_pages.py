@@ -4,6 +4,8 @@ import base64
 import io
 import math
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from featnorm.metrics import evaluate, roc_curve
 from featnorm.report import plots
 from featnorm.report.comparison import write_page
 from featnorm.report.html import THEMES
-from featnorm.report.tables import columns, markdown_page, markdown_table, table_rows
+from featnorm.report.tables import columns, latex_table, markdown_page, markdown_table, table_rows
 from pages import Page, check
 
 pytestmark = pytest.mark.slow
@@ -325,6 +327,56 @@ def test_patterns_are_drawn_to_the_pixel(tmp_path):
 def test_a_large_comparison_stays_light(tmp_path):
     page = written(tmp_path, evaluation([f"LpNorm(p={i})" for i in range(20)], n=5000), digit)
     assert len(page.source.encode()) < 3e6
+
+
+def test_mistakes_are_called_by_their_files(tmp_path):
+    result = Comparison("ID", {"OOD": ""})
+    result.results = [outcome("D", np.arange(100.0), {"OOD": np.arange(-50.0, 50.0)})]
+    result.items = {"ID": [f"cats/{i}/cat.jpg" for i in range(100)]}
+    page = written(tmp_path, result, digit)
+    assert page.values("title") == [
+        *(f"cats/{i}/cat.jpg" for i in range(5)),
+        *(f"input {i}" for i in range(99, 87, -1)),
+    ]
+    assert page.text.count("cat.jpg") == 5
+
+
+def test_a_table_in_latex_compiles(tmp_path):
+    result = evaluation(["NAN()", "X(a_b=1) / Y()"], ['50% & $x_1$ ~^\\{}#<>|"', "SVHN"])
+    result.ood_groups = dict.fromkeys(result.ood_groups, "near")
+    table = latex_table(result)
+    assert r"50\% \& \$x\_1\$ \textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\#" in table
+    assert r"\texttt{X(a\_b=1) / Y()}" in table
+    rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+    width = sum(int(n) for n in re.findall(r"multicolumn{(\d+)}", rows[0]))
+    assert rf"\begin{{tabular}}{{ll{'r' * width}}}" in table
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows[1:]} == {width + 1}
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no TeX here")
+    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + table + r"\end{document}"
+    (tmp_path / "t.tex").write_text(document, "utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "t.pdf").is_file()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_phone_scrolls_down_only(tmp_path, width):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    sets = [f"a set with a rather long name {'x' * 40} {i}" for i in range(5)]
+    result = evaluation([f"Mahalanobis(relative=True) + KNN(k={i})" for i in range(32)], sets, 60)
+    result.items = {name: [f"folder/{'y' * 70}{i}.png" for i in range(60)] for name in ["CIFAR-10", *sets]}
+    result.excluded = {"z" * 80: "w" * 200}
+    written(tmp_path, result, digit)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        browser.close()
 
 
 def test_markdown_page_says_what_it_was_made_with():
