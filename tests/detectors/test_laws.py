@@ -13,19 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricate import assert_close, assert_same_state, fitted, id_features, of_activation, state, wide_as
 from featnorm.detectors import (
+    GEN,
     KNN,
     MSP,
     NAN,
+    NECO,
+    SHE,
     SSD,
     EmbeddingMagnitude,
     Energy,
     Fusion,
     HiddenConfidence,
+    KLMatching,
     KLUniform,
     L1Norm,
     LpNorm,
     Mahalanobis,
     MaxLogit,
+    NNGuide,
     NotFittedError,
     OneClassSVM,
     ReAct,
@@ -126,7 +131,7 @@ def test_huge_logits(size):
     features = Features(logits=logits)
     exact = logits.double().softmax(1).amax(1).float()
     torch.testing.assert_close(MSP().score(features), exact, rtol=1e-5, atol=0)
-    for detector in (MaxLogit(), Energy(), KLUniform()):
+    for detector in (MaxLogit(), Energy(), KLUniform(), GEN(), KLMatching().fit(features)):
         scores = detector.score(features)
         assert scores.isfinite().all()
         torch.testing.assert_close(
@@ -156,14 +161,15 @@ def assert_same_fit(got, expected, rtol=1e-5):
         assert_close(got.score(features), expected.score(features), rtol)
 
 
-SAMPLED = [e for e in LEARNERS if "clusters=3" in e or "ViM" in e]
+SAMPLED = [e for e in LEARNERS if "clusters=3" in e or "ViM" in e or "NNGuide" in e]
 
 
 @pytest.mark.parametrize(("expression", "sampled"), [(e, False) for e in LEARNERS] + [(e, True) for e in SAMPLED])
 def test_batches_and_halves_make_the_whole(expression, sampled, monkeypatch):
-    if sampled:  # more inputs than SSD(clusters=3) and ViM keep
+    if sampled:  # more inputs than SSD(clusters=3), ViM and NNGuide keep
         monkeypatch.setattr("featnorm.detectors.distance._MAX_CLUSTERED_ROWS", 60)
         monkeypatch.setattr("featnorm.detectors.subspace._MAX_ALPHA_ROWS", 50)
+        monkeypatch.setattr("featnorm.detectors.neighbors._MIN_GUIDES", 20)
     whole = fitted(expression)
     again = fitted(expression).fit(TRAIN)
     streamed = parse_detector(expression)
@@ -426,7 +432,15 @@ def test_hidden_confidence_refuses_the_classifier_of_another_layer():
         (lambda: LpNorm(p=0), r"p must be a number in \(0, inf\], got 0"),
         (lambda: LpNorm(p=math.nan), r"p must be a number in \(0, inf\], got nan"),
         (lambda: Residual(dim=0), "Residual: dim must be an integer >= 1 or None, got 0"),
+        (lambda: Mahalanobis(normalize=1), "normalize must be True or False, got 1"),
+        (lambda: Residual(normalize=None), "normalize must be True or False, got None"),
         (lambda: ViM(dim=2.5), "ViM: dim must be an integer >= 1 or None"),
+        (lambda: GEN(gamma=0), r"GEN: gamma must be a number in \(0, inf\), got 0"),
+        (lambda: GEN(top=0), "GEN: top must be an integer >= 1, got 0"),
+        (lambda: NNGuide(share=0), r"NNGuide: share must be a number in \(0, 1\], got 0"),
+        (lambda: NNGuide(k=0), "NNGuide: k must be an integer >= 1, got 0"),
+        (lambda: NECO(dim=0), r"NECO: dim must be an integer >= 1 or a number in \(0, 1\), got 0"),
+        (lambda: NECO(dim=1.5), "NECO: dim"),
         (lambda: ReAct(NAN(), percentile=0), "percentile"),
         (lambda: ReAct(NAN(), percentile=100), "percentile"),
         (lambda: ReAct(NAN(), percentile=math.nan), "percentile"),
@@ -613,7 +627,10 @@ def test_training_with_zeros_ties_and_constant_units(expression):
         assert scores[test.activation.abs().sum(1) > 0].isfinite().all()
 
 
-@pytest.mark.parametrize("expression", ["KNN(k=3)", "SSD()", "KNN(k=3) / NAN()"])
+UNIT = ["KNN(k=3)", "SSD()", "KNN(k=3) / NAN()", "Mahalanobis(normalize=True)", "Residual(dim=4, normalize=True)"]
+
+
+@pytest.mark.parametrize("expression", UNIT)
 @pytest.mark.parametrize("scale", [1e15, 1e25])
 def test_the_direction_of_a_huge_feature_is_not_lost(expression, scale):
     huge_train, huge_test = (of_activation(f.activation.float() * scale, f.labels) for f in (TRAIN, TEST))
@@ -797,6 +814,7 @@ def test_squaring_changes_a_fusion_and_not_the_ranking_alone():
         (KNN(), HiddenConfidence(), "is not a norm"),
         (KNN() / NAN(), NAN(), "is not a distance"),
         (KNN(), ReAct(MSP()), "is not a norm"),
+        (Mahalanobis(relative=True), NAN(), "is not a distance"),
     ],
 )
 def test_only_a_distance_over_a_norm_makes_a_fusion(distance, norm, message):
@@ -864,8 +882,9 @@ def test_no_tensor_of_inputs_by_classes_by_units():
     n, classes, d = 2000, 500, 64
     g = torch.Generator().manual_seed(0)
     pooled = torch.randn(n, d, generator=g)
-    features = Features(pooled=pooled, labels=torch.arange(n) % classes)
-    for detector in (Mahalanobis(), SSD(clusters=1)):
+    labels = torch.arange(n) % classes
+    features = Features(pooled=pooled, logits=torch.randn(n, classes, generator=g), labels=labels)
+    for detector in (Mahalanobis(), Mahalanobis(relative=True), SSD(clusters=1), KLMatching(), SHE(), GEN()):
         with Largest() as largest:
             detector.fit(features).score(features)
         assert largest.elements <= 2 * n * classes
@@ -877,9 +896,12 @@ def test_no_tensor_of_inputs_by_classes_by_units():
 def test_moments_do_not_keep_the_inputs():
     sizes = []
     for n in (300, 3000):
-        detectors = [fitted(e, id_features(n)) for e in ("Mahalanobis()", "SSD()", "Residual()", "ReAct(NAN())")]
-        sizes.append(sum(v.numel() for d in detectors[:3] for v in d.state_dict().values()))
-        assert sum(v.numel() for v in detectors[3].state_dict().values()) < 2**17
+        detectors = [
+            fitted(e, id_features(n))
+            for e in ("Mahalanobis()", "SSD()", "Residual()", "KLMatching()", "SHE()", "NECO()", "ReAct(NAN())")
+        ]
+        sizes.append(sum(v.numel() for d in detectors[:-1] for v in d.state_dict().values()))
+        assert sum(v.numel() for v in detectors[-1].state_dict().values()) < 2**17
     assert sizes[0] == sizes[1]
 
 

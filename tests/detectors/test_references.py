@@ -6,7 +6,21 @@ import torch
 
 import featnorm as fn
 from fabricate import assert_close, fitted, of_activation
-from featnorm.detectors import KNN, SSD, HiddenConfidence, Mahalanobis, ReAct, Residual, ViM, parse_detector
+from featnorm.detectors import (
+    GEN,
+    KNN,
+    NECO,
+    SHE,
+    SSD,
+    HiddenConfidence,
+    KLMatching,
+    Mahalanobis,
+    NNGuide,
+    ReAct,
+    Residual,
+    ViM,
+    parse_detector,
+)
 from featnorm.features import Features
 from featnorm.paper.networks import CSIHead
 from references import (
@@ -20,6 +34,7 @@ from references import (
     np_knn,
     np_mahalanobis,
     np_nan,
+    np_nnguide,
     np_residual,
     np_ssd,
     np_unit,
@@ -48,10 +63,11 @@ def test_formula_with_a_model(expression):
 def test_formula(expression):
     got = fitted(expression, TRAIN).score(BOTH)
     assert got.dtype == torch.float64
-    # The clip of ReAct is known to one part in 2^11; the neighbors, and the samples for k-means and the support
-    # vector machine, are float32.
+    # The clip of ReAct is known to one part in 2^11; the neighbors, and the samples for k-means, the alpha of ViM
+    # and the support vector machine, are float32.
     rtol = 5e-3 if "ReAct" in expression else 1e-8
-    if any(kind in expression for kind in ("KNN", "clusters=3", "OneClassSVM")) and "ReAct" not in expression:
+    single = ("KNN", "NNGuide", "clusters=3", "OneClassSVM", "ViM(dim=5, normalize=True)")
+    if "ReAct" not in expression and any(part in expression for part in single):
         rtol = 1e-4
     assert_close(got, REFERENCES[expression](), rtol)
 
@@ -81,6 +97,19 @@ def test_mahalanobis_with_dead_units_is_the_pseudo_inverse():
     q[:, 3] += torch.arange(len(q))  # fires at test
     got = Mahalanobis().fit(Features(pooled=z, labels=y)).score(Features(pooled=q))
     assert_close(got, np_mahalanobis(z.numpy(), y.numpy(), q.numpy()), 1e-6)
+
+
+@pytest.mark.parametrize("expression", ["Mahalanobis(normalize=True)", "Residual(dim=4, normalize=True)"])
+def test_normalized_features_have_no_length(expression):
+    """Each row is scaled by itself, in training and at test; a zero vector stays one."""
+    g = torch.Generator().manual_seed(0)
+    train, test = (
+        Features(pooled=f.pooled * (0.1 + torch.rand(len(f), 1, generator=g)), labels=f.labels)
+        for f in (TRAIN, BOTH)
+    )
+    assert_close(fitted(expression, train).score(test), REFERENCES[expression](), 1e-8)
+    detector = fitted(expression, train)
+    assert detector.score(Features(pooled=torch.zeros(1, 12, dtype=torch.float64))).isfinite().all()
 
 
 def test_ssd_with_a_dead_unit_is_the_pseudo_inverse():
@@ -180,6 +209,90 @@ def test_react_of_a_model_without_a_hidden_layer_clips_the_pooled_feature():
     train, test = (f.replace(activation=None) for f in (TRAIN, BOTH))
     whole = fitted("ReAct(Energy(), percentile=80)", TRAIN).score(BOTH)
     assert_close(fitted("ReAct(Energy(), percentile=80)", train).score(test), whole, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gen_of_probabilities_that_round_to_zero_and_one(dtype):
+    """p = e^-m and 1 - p = 2 e^-m: at gamma = 0.1 they still count."""
+    margins = torch.tensor([1.0, 20.0, 100.0, 700.0, 3000.0])
+    logits = torch.stack([margins, margins * 0, margins * 0], 1).to(dtype)
+    expected = []
+    for m in margins.double().tolist():
+        rest = 2 * np.exp(np.longdouble(-m)) if m > 1 else np.longdouble(2 * np.exp(-m))
+        top = 1 / (1 + rest)
+        expected.append(-((top * rest * top) ** 0.1 + 2 * (rest / 2 * top * (1 - rest / 2 * top)) ** 0.1))
+    assert_close(GEN().score(Features(logits=logits)), np.array(expected, float), 1e-6)
+    assert (GEN().score(Features(logits=logits)).diff() > 0).all()
+
+
+def test_gen_takes_the_largest_probabilities():
+    logits = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = logits.softmax(1).sort(descending=True).values[:, :4]
+    expected = -(p * (1 - p)).pow(0.3).sum(1)
+    torch.testing.assert_close(GEN(gamma=0.3, top=4).score(Features(logits=logits)), expected)
+    every = GEN(top=6).score(Features(logits=logits))
+    assert torch.equal(GEN(top=100).score(Features(logits=logits)), every)
+
+
+def test_kl_matching_skips_a_class_that_is_never_predicted():
+    logits = torch.cat([TRAIN.logits, TRAIN.logits.new_full((len(TRAIN), 1), -40.0)], 1)
+    detector = KLMatching().fit(Features(logits=logits))
+    assert detector.softmax.groups.tolist() == [0, 1, 2]
+    wide = torch.cat([BOTH.logits, BOTH.logits.new_full((len(BOTH), 1), -40.0)], 1)
+    assert_close(detector.score(Features(logits=wide)), REFERENCES["KLMatching()"](), 1e-8)
+
+
+def test_kl_matching_of_certain_logits_is_finite():
+    train = Features(logits=torch.tensor([[9e3, 0, 0], [0, 9e3, 0]]))
+    scores = KLMatching().fit(train).score(Features(logits=torch.tensor([[9e3, 0, 0], [0, 0, 9e3], [0, 0, 0]])))
+    assert scores.isfinite().all()
+    assert scores[0] == 0
+    assert (scores[1:] < -100).all()
+    with pytest.raises(ValueError, match="`logits` of width 3, got width 2"):
+        KLMatching().fit(train).score(Features(logits=torch.ones(1, 2)))
+
+
+def test_she_of_classes_without_a_correct_input():
+    """Class 1 has no correctly classified input, class 2 no input at all."""
+    h = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 4.0], [9.0, 9.0]])
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 0, 2]), 4).float()
+    train = Features(pooled=h, logits=logits, labels=torch.tensor([0, 0, 1, 1, 0]))
+    test = Features(pooled=torch.ones(4, 2), logits=torch.eye(4))
+    assert SHE().fit(train).score(test).tolist() == [2, 3, 0, 0]
+    with pytest.raises(ValueError, match="row 3 has the label 4, and there are only 4 logits"):
+        SHE().fit(train.replace(labels=torch.tensor([0, 0, 1, 4, 4])))
+
+
+def test_nnguide_uses_energies_with_their_sign():
+    train, test = (f.replace(logits=f.logits - 100) for f in (TRAIN, BOTH))
+    parts = (f.numpy() for f in (train.pooled, train.logits, test.pooled, test.logits))
+    assert_close(NNGuide(k=4).fit(train).score(test), np_nnguide(*parts, 4), 1e-5)
+
+
+def test_the_bank_of_nnguide_is_a_share(monkeypatch):
+    monkeypatch.setattr("featnorm.detectors.neighbors._MIN_GUIDES", 20)
+    g = torch.Generator().manual_seed(0)
+    train = Features(pooled=torch.rand(4000, 6, generator=g), logits=torch.rand(4000, 3, generator=g))
+    sizes = {share: len(NNGuide(share=share).fit(train).bank.rows) for share in (0.001, 0.1, 0.5, 1)}
+    assert sizes[0.001] == 20
+    assert (350 < sizes[0.1] < 450, 1900 < sizes[0.5] < 2100, sizes[1]) == (True, True, 4000)
+    with pytest.raises(ValueError, match="only 20 inputs in its bank"):
+        NNGuide(k=21, share=0.001).fit(train).score(train)
+
+
+def test_the_components_of_neco():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(500, 4, generator=g, dtype=torch.float64)
+    z = torch.linalg.qr(z - z.mean(0)).Q * torch.tensor([5.0, 3, 2, 1]) + 7
+    axes = Features(pooled=torch.cat([torch.eye(4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)]))
+    # Variances 25, 9, 4 and 1 explain 64, 87, 97 and 100 %.
+    for dim, kept in ((0.6, 1), (0.85, 2), (0.9, 3), (0.99, 4), (1, 1), (3, 3)):
+        got = NECO(dim=dim).fit(Features(pooled=z)).score(axes)
+        assert got.tolist() == pytest.approx([1.0] * kept + [0.0] * (5 - kept), abs=1e-6)
+    with pytest.raises(ValueError, match="keeps every direction: the features have 4 dimensions, use dim < 4"):
+        NECO(dim=4).fit(Features(pooled=z))
+    with pytest.raises(ValueError, match="no variation among its 3 inputs"):
+        NECO().fit(Features(pooled=z[[0, 0, 0]])).score(axes)
 
 
 def test_hidden_confidence_counts_a_zero_weight_as_minus_one():

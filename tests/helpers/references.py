@@ -41,6 +41,10 @@ def np_mahalanobis(z, y, q):
     return -np.min([quadratic(q, m, precision) for m in means], axis=0)
 
 
+def np_relative(z, y, q):
+    return np_mahalanobis(z, y, q) - np_mahalanobis(z, np.zeros(len(z)), q)
+
+
 def np_ssd(z, q, groups=None):
     z, q = np_unit(z), np_unit(q)
     mean, std = z.mean(0), z.std(0)
@@ -97,6 +101,36 @@ def np_lse(logits):
     return np.array([math.log(sum(math.exp(v - max(row)) for v in row)) + max(row) for row in logits])
 
 
+def np_softmax(logits):
+    return np.exp(logits - np_lse(logits)[:, None])
+
+
+def np_gen(logits, gamma, top):
+    return np.array([-sum((p * (1 - p)) ** gamma for p in sorted(row)[-top:]) for row in np_softmax(logits)])
+
+
+def np_kl_matching(logits, q_logits):
+    p, q = np_softmax(logits), np_softmax(q_logits)
+    typical = [p[p.argmax(1) == k].mean(0) for k in range(p.shape[1]) if (p.argmax(1) == k).any()]
+    return np.array([-min((row * np.log(row / other)).sum() for other in typical) for row in q])
+
+
+def np_she(z, y, logits, q, q_logits):
+    correct = logits.argmax(1) == y
+    patterns = [z[correct & (y == c)].mean(0) for c in range(logits.shape[1])]
+    return np.array([row @ patterns[c] for row, c in zip(q, q_logits.argmax(1), strict=True)])
+
+
+def np_nnguide(z, logits, q, q_logits, k):
+    guides = np_lse(logits)[:, None] * np_unit(z)
+    return np.array([np.sort(guides @ row)[-k:].mean() for row in np_unit(q)]) * np_lse(q_logits)
+
+
+def np_neco(z, q, dim):
+    principal = np.linalg.svd(z - z.mean(0))[2][:dim]
+    return np.linalg.norm(q @ principal.T, axis=1) / np.linalg.norm(q, axis=1)
+
+
 def np_nan(a):
     return np.abs(a).sum(1) / np.maximum((a > 0).sum(1), 1)
 
@@ -113,6 +147,8 @@ def _table():
     y = TRAIN.labels.numpy()
     ones = np.where(weight > 0, 1, -1)
     p90, p80, p70, p95 = (np.percentile(z, p) for p in (90, 80, 70, 95))
+
+    unit, q_unit = np_unit(z), np_unit(q)
 
     def vim(dim, clip=np.inf):
         x = np.minimum(q, clip)
@@ -137,7 +173,18 @@ def _table():
                 for r, lse in zip(q_logits, np_lse(q_logits), strict=True)
             ]
         ),
+        "GEN()": lambda: np_gen(q_logits, 0.1, 3),
+        "GEN(gamma=0.5, top=2)": lambda: np_gen(q_logits, 0.5, 2),
+        "KLMatching()": lambda: np_kl_matching(logits, q_logits),
+        "SHE()": lambda: np_she(z, y, logits, q, q_logits),
+        "NNGuide()": lambda: np_nnguide(z, logits, q, q_logits, 10),
+        "NNGuide(k=3, share=0.5)": lambda: np_nnguide(z, logits, q, q_logits, 3),
+        "NECO()": lambda: np_neco(z, q, 2),  # the classes are far apart
+        "NECO(dim=3)": lambda: np_neco(z, q, 3),
         "Mahalanobis()": lambda: np_mahalanobis(z, y, q),
+        "Mahalanobis(normalize=True)": lambda: np_mahalanobis(unit, y, q_unit),
+        "Mahalanobis(relative=True)": lambda: np_relative(z, y, q),
+        "Mahalanobis(normalize=True, relative=True)": lambda: np_relative(unit, y, q_unit),
         "SSD()": lambda: np_ssd(z, q),
         "SSD(clusters=3)": lambda: np_ssd(z, q, y),  # the classes are far apart: k-means finds them
         "SSD(clusters='labels')": lambda: np_ssd(z, q, y),
@@ -147,7 +194,14 @@ def _table():
         "OneClassSVM(nu=0.5)": lambda: np_svm(z, q, 0.5),
         "Residual()": lambda: -np_residual(z, weight, bias, q, 6),
         "Residual(dim=4)": lambda: -np_residual(z, weight, bias, q, 4),
+        "Residual(dim=4, normalize=True)": lambda: -np_residual(unit, weight, None, q_unit, 4),
         "ViM()": lambda: vim(6),
+        "ViM(dim=5, normalize=True)": lambda: (
+            np_lse(q_logits)
+            - logits.max(1).mean()
+            / np_residual(unit, weight, None, unit, 5).mean()
+            * np_residual(unit, weight, None, q_unit, 5)
+        ),
         "ViM(dim=5)": lambda: vim(5),
         "ReAct(NAN())": lambda: np_nan(np.minimum(q, p90)),
         "ReAct(HiddenConfidence())": lambda: (np.minimum(q, p90) @ ones.T).max(1),

@@ -7,8 +7,11 @@ from featnorm.detectors.base import Detector as Detector
 from featnorm.detectors.base import NotFittedError as NotFittedError
 from featnorm.detectors.base import registered_detectors as registered_detectors
 from featnorm.detectors.boundary import OneClassSVM as OneClassSVM
+from featnorm.detectors.confidence import GEN as GEN
 from featnorm.detectors.confidence import MSP as MSP
+from featnorm.detectors.confidence import SHE as SHE
 from featnorm.detectors.confidence import Energy as Energy
+from featnorm.detectors.confidence import KLMatching as KLMatching
 from featnorm.detectors.confidence import KLUniform as KLUniform
 from featnorm.detectors.confidence import MaxLogit as MaxLogit
 from featnorm.detectors.distance import SSD as SSD
@@ -17,6 +20,7 @@ from featnorm.detectors.expression import parse_detector as parse_detector
 from featnorm.detectors.fusion import Fusion as Fusion
 from featnorm.detectors.jackknife import Jackknife as Jackknife
 from featnorm.detectors.neighbors import KNN as KNN
+from featnorm.detectors.neighbors import NNGuide as NNGuide
 from featnorm.detectors.norm import NAN as NAN
 from featnorm.detectors.norm import EmbeddingMagnitude as EmbeddingMagnitude
 from featnorm.detectors.norm import HiddenConfidence as HiddenConfidence
@@ -28,5 +32,6 @@ from featnorm.detectors.perturbation import Views as Views
 from featnorm.detectors.rotation import CSI as CSI
 from featnorm.detectors.rotation import RotNet as RotNet
 from featnorm.detectors.shaping import ReAct as ReAct
+from featnorm.detectors.subspace import NECO as NECO
 from featnorm.detectors.subspace import Residual as Residual
 from featnorm.detectors.subspace import ViM as ViM

@@ -391,6 +391,16 @@ def check_detector(value: object, owner: str) -> None:
         raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}")
 
 
+def require_labels(detector: Detector, labels: Tensor) -> None:
+    """Raise a ValueError if a row of labels (n,) has none; negative numbers stand for no label."""
+    without = (labels < 0).nonzero()
+    if len(without):
+        raise ValueError(
+            f"{detector!r} is fitted with labels, and {len(without)} of {len(labels)} inputs have none, "
+            f"the first at row {int(without[0])} (SSD and KNN need no labels)"
+        )
+
+
 def _equal(value: object, default: object) -> bool:
     try:
         return bool(value == default)

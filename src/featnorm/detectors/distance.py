@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from featnorm._utils.checks import Choice, Integer, table
-from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_blocks, unit_rows, whitening
+from featnorm.detectors.base import Detector, Role, require_labels
+from featnorm.detectors.statistics import Moments, RowSample, single_unit_rows, unit_rows, whitening
 from featnorm.features import Features
 
 # Above this number of rows k-means and its covariances are fitted to a sample.
@@ -50,32 +50,49 @@ class Mahalanobis(Detector):
     It reads the pooled feature. Class means and one class-centered covariance, pooled over the classes and divided
     by N, are computed in float64; directions without variance are dropped (pseudo-inverse).
 
+    Parameters
+    ----------
+    normalize
+        Whether to normalize features to unit length, in training and at test (Mahalanobis++: Müller and Hein, ICML
+        2025). Otherwise a short feature is near every class mean, whatever its direction.
+    relative
+        Whether to subtract the squared distance to the mean of all training inputs, under their total covariance
+        (Ren et al., 2021). The score may then be positive, and is not a distance that a `Fusion` takes.
+
     Raises
     ------
     ValueError
-        An input of the fit has no label, or no class has two inputs that differ.
+        An input of the fit has no label, or no class has two inputs that differ; an argument is not a boolean.
     """
 
     reads = ("pooled",)
     learns = ("pooled", "labels")
-    role = "distance"
-    source = "Lee et al., NeurIPS 2018"
+    role: Role = "distance"
+    source = "Lee et al., NeurIPS 2018; Ren et al., 2021; Müller and Hein, ICML 2025"
     cost = "O(D^2 + C D)"
-    standard = ("Mahalanobis()",)
+    standard = ("Mahalanobis()", "Mahalanobis(normalize=True)", "Mahalanobis(relative=True)")
+    settings = table(normalize=Choice(True, False), relative=Choice(True, False))
+    normalize: bool
+    relative: bool
 
-    def __init__(self) -> None:
+    def __init__(self, normalize: bool = False, relative: bool = False) -> None:
         super().__init__()
+        self._set(normalize=normalize, relative=relative)
+        if self.relative:
+            self.role = "confidence"
         self.moments = Moments()
 
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
-        _require_labels(self, features.tensor("labels"))
+        require_labels(self, features.tensor("labels"))
 
     def _partial_fit(self, features: Features) -> None:
-        self.moments.update(features.tensor("pooled"), features.labels)
+        update = self.moments.update_unit if self.normalize else self.moments.update
+        update(features.tensor("pooled"), features.labels)
 
-    def _finalize(self) -> _Gaussians:
-        factor = whitening(self.moments.within_covariance(), self.moments.rounding().max())
+    def _finalize(self) -> list[_Gaussians]:
+        rounding = self.moments.rounding().max()
+        factor = whitening(self.moments.within_covariance(), rounding)
         if factor.shape[1] == 0:
             raise ValueError(
                 f"{self!r} found no variation within the {len(self.moments.groups)} classes "
@@ -84,12 +101,19 @@ class Mahalanobis(Detector):
             )
         origin = self.moments.mean()
         centers = (self.moments.means() - origin) @ factor
-        return _Gaussians.about(origin, None, [factor], [centers])
+        gaussians = [_Gaussians.about(origin, None, [factor], [centers])]
+        if self.relative:
+            factor = whitening(self.moments.covariance(), rounding)
+            gaussians.append(_Gaussians.about(origin, None, [factor], [torch.zeros_like(factor[:1])]))
+        return gaussians
 
     def _score(self, features: Features) -> Tensor:
-        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        gaussians: _Gaussians = self._fitted_state()
-        return -gaussians.nearest(features.tensor("pooled"))
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.moments.width)
+        z = unit_rows(pooled) if self.normalize else pooled
+        classes, *background = self._fitted_state()
+        score: Tensor = -classes.nearest(z)
+        return score + background[0].nearest(z) if background else score
 
 
 class SSD(Detector):
@@ -133,14 +157,11 @@ class SSD(Detector):
     def _check_fit(self, features: Features) -> None:
         super()._check_fit(features)
         if self.clusters == "labels":
-            _require_labels(self, features.tensor("labels"))
+            require_labels(self, features.tensor("labels"))
 
     def _partial_fit(self, features: Features) -> None:
-        pooled, row = features.tensor("pooled"), 0
-        for unit in unit_blocks(pooled):
-            labels = features.tensor("labels")[row : row + len(unit)] if self.clusters == "labels" else None
-            self.moments.update(unit, labels)
-            row += len(unit)
+        pooled = features.tensor("pooled")
+        self.moments.update_unit(pooled, features.labels if self.clusters == "labels" else None)
         if self.sample is not None:
             self.sample.update(single_unit_rows(pooled))
 
@@ -205,12 +226,3 @@ class SSD(Detector):
         self._same_width("pooled", features.tensor("pooled"), self.moments.width)
         gaussians: _Gaussians = self._fitted_state()
         return -gaussians.nearest(unit_rows(features.tensor("pooled")))
-
-
-def _require_labels(detector: Detector, labels: Tensor) -> None:
-    without = (labels < 0).nonzero()
-    if len(without):
-        raise ValueError(
-            f"{detector!r} is fitted with labels, and {len(without)} of {len(labels)} inputs have none, "
-            f"the first at row {int(without[0])} (SSD and KNN need no labels)"
-        )

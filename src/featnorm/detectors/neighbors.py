@@ -1,4 +1,4 @@
-"""Distances to single training inputs."""
+"""Distances and similarities to single training inputs."""
 
 import math
 from typing import Self
@@ -9,13 +9,16 @@ from torch import Tensor
 
 from featnorm._utils.checks import Choice, Integer, Interval, shown, table
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Bank, unit_rows, write_unit_rows
+from featnorm.detectors.statistics import Bank, RowSample, single_unit_rows, unit_rows, write_unit_rows
 from featnorm.features import Features
 
 # Rows of a bank that are processed at a time.
 _CHECKED_ROWS = 1 << 14
 # A bank with fewer rows is searched exactly: an index would save little.
 _MIN_INDEXED_ROWS = 1 << 17
+# Minimum number of rows in the bank of NNGuide, and of inputs that are compared with it at a time.
+_MIN_GUIDES = 1000
+_QUERIES = 4096
 
 
 class KNN(Detector):
@@ -143,6 +146,66 @@ class KNN(Detector):
         bank = self.bank.rows.float()
         products = torch.addmm(bank.square().sum(1), queries, bank.T, alpha=-2)
         return products.topk(self.k, largest=False).values[:, -1] + queries.square().sum(1)
+
+
+class NNGuide(Detector):
+    """The energy times its mean over the nearest training inputs, by similarity (Park, Jung, Teoh, ICCV 2023).
+
+    ``E(x) mean_i E_i <h / ||h||, h_i / ||h_i||>`` over the k training inputs of a bank with the largest
+    ``E_i <h / ||h||, h_i / ||h_i||>``, where h is the pooled feature and ``E = logsumexp(l)``. As in the source,
+    energies are used with their sign: a training input with a negative energy counts more if its direction is
+    *unlike* that of x, and two negative factors make a positive score. The score is meant for models with positive
+    energies.
+
+    Parameters
+    ----------
+    k : number of training inputs.
+    share
+        Share of the training inputs in the bank, in (0, 1]. The bank has at least 1,000 inputs, or all if there
+        are fewer, and does not depend on their order.
+
+    Raises
+    ------
+    ValueError
+        ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``share`` is not in
+        (0, 1].
+    """
+
+    reads = ("pooled", "logits")
+    learns = ("pooled", "logits")
+    source = "Park, Jung and Teoh, ICCV 2023"
+    cost = "O(C + b D) for a bank of b inputs"
+    standard = ("NNGuide()",)
+    settings = table(k=Integer(1), share=Interval(0, 1, closed="right"))
+    k: int
+    share: float
+
+    def __init__(self, k: int = 10, share: float = 0.01) -> None:
+        super().__init__()
+        self._set(k=k, share=share)
+        self.bank = RowSample(_MIN_GUIDES, self.share)
+
+    def _partial_fit(self, features: Features) -> None:
+        rows = single_unit_rows(features.tensor("pooled"))
+        self.bank.update(rows.mul_(_energy(features).to(rows)[:, None]))
+
+    def _validate(self) -> None:
+        if len(self.bank.rows) < self.k:
+            raise ValueError(
+                f"{self!r} has only {len(self.bank.rows)} inputs in its bank: fit on more, or lower k"
+            )
+
+    def _score(self, features: Features) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.bank.width)
+        self._validate()
+        queries = unit_rows(pooled).float().split(_QUERIES)
+        guides = [(part @ self.bank.rows.T).topk(self.k).values.mean(1) for part in queries]
+        return _energy(features) * torch.cat(guides)
+
+
+def _energy(features: Features) -> Tensor:
+    return features.tensor("logits").detach().double().logsumexp(1)
 
 
 class Search:

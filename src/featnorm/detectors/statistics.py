@@ -107,7 +107,7 @@ class Statistic(nn.Module, ABC):
 
 
 class Moments(Statistic):
-    """Count, sum and Gram matrix of rows about a fixed point, by group.
+    """Count, sum and, by default, Gram matrix of rows about a fixed point, by group.
 
     Sums are taken about ``shift``, by default the mean of the first block, so that the covariance does not drown
     in the square of a large mean. A Gram matrix is summed from the diagonal down, in panels of columns, which
@@ -115,16 +115,17 @@ class Moments(Statistic):
 
     Parameters
     ----------
+    gram : whether to keep a Gram matrix; without it there are only means.
     gram_per_group : whether to keep one Gram matrix per group instead of one for all.
     """
 
     groups: Tensor  # (G,) sorted labels
     counts: Tensor  # (G,)
     sums: Tensor  # (G, d) about shift
-    gram: Tensor  # (1, d, d) or (G, d, d) about shift, valid from the diagonal down
+    gram: Tensor  # (0, d, d), (1, d, d) or (G, d, d) about shift, valid from the diagonal down
     shift: Tensor  # (d,)
 
-    def __init__(self, *, gram_per_group: bool = False) -> None:
+    def __init__(self, *, gram: bool = True, gram_per_group: bool = False) -> None:
         f64 = torch.float64
         super().__init__(
             groups=torch.empty(0, dtype=torch.int64),
@@ -133,6 +134,7 @@ class Moments(Statistic):
             gram=torch.empty(0, 0, 0, dtype=f64),
             shift=torch.empty(0, dtype=f64),
         )
+        self.has_gram = gram
         self.gram_per_group = gram_per_group
 
     @property
@@ -149,7 +151,7 @@ class Moments(Statistic):
         """Raise a ValueError if no fit could have left these buffers."""
         super().validate()
         groups, width = len(self.groups), self.width
-        grams = groups if self.gram_per_group else min(groups, 1)
+        grams = self._grams(groups)
         shapes = [tuple(t.shape) for t in (self.counts, self.sums, self.gram, self.shift)]
         if not self.is_empty and (
             shapes != [(groups,), (groups, width), (grams, width, width), (width,)] or not (self.counts > 0).all()
@@ -183,11 +185,20 @@ class Moments(Statistic):
         for block, where in zip(rows.split(_BLOCK_ROWS), position.split(_BLOCK_ROWS), strict=True):
             centered = buffer[: len(block)].copy_(block).sub_(self.shift)
             self.sums.index_add_(0, where, centered)
+            if not self.has_gram:
+                continue
             if not self.gram_per_group:
                 _add_products(self.gram[0], centered)
                 continue
             for g in where.unique().tolist():
                 _add_products(self.gram[g], centered[where == g])
+
+    def update_unit(self, rows: Tensor, labels: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """Add rows, each divided by its length (`unit_rows`); otherwise as `update`."""
+        row = 0
+        for unit in unit_blocks(rows):
+            self.update(unit, None if labels is None else labels[row : row + len(unit)], shift)
+            row += len(unit)
 
     def merge(self, other: Self) -> None:
         """Add the rows of another."""
@@ -201,16 +212,18 @@ class Moments(Statistic):
         delta = other.shift.to(device) - self.shift
         # z - s = (z - t) + delta, where s is this shift and t the other one.
         moved_sums = sums + counts[:, None] * delta
-        parts = sums if self.gram_per_group else sums.sum(0, keepdim=True)
-        sizes = counts if self.gram_per_group else counts.sum().reshape(1)
-        cross = delta[None, :, None] * parts[:, None, :]
-        outer = sizes[:, None, None] * (delta[:, None] * delta[None, :])
-        moved_gram = gram + cross + cross.transpose(1, 2) + outer
         groups = other.groups.to(device)
         self._open(groups, self.shift)
         position = torch.searchsorted(self.groups, groups)
         self.counts.index_add_(0, position, counts)
         self.sums.index_add_(0, position, moved_sums)
+        if not self.has_gram:
+            return
+        parts = sums if self.gram_per_group else sums.sum(0, keepdim=True)
+        sizes = counts if self.gram_per_group else counts.sum().reshape(1)
+        cross = delta[None, :, None] * parts[:, None, :]
+        outer = sizes[:, None, None] * (delta[:, None] * delta[None, :])
+        moved_gram = gram + cross + cross.transpose(1, 2) + outer
         self.gram.index_add_(0, position if self.gram_per_group else position.new_zeros(1), moved_gram)
 
     def means(self) -> Tensor:
@@ -245,6 +258,10 @@ class Moments(Statistic):
         """Return the variance of each unit, (d,), that may result from rounding of the sums alone."""
         return _rounding(self.second_moment())
 
+    def _grams(self, groups: int) -> int:
+        """Return the number of Gram matrices of some number of groups."""
+        return 0 if not self.has_gram else groups if self.gram_per_group else min(groups, 1)
+
     def _whole_gram(self) -> Tensor:
         return _fill_in(self.gram.sum(0))
 
@@ -254,9 +271,9 @@ class Moments(Statistic):
             return
         width = len(shift)
         groups = torch.cat([self.groups, labels]).unique()
-        grams = len(groups) if self.gram_per_group else 1
+        grams = self._grams(len(groups))
         need = width**2 * 8
-        if need > _MAX_GRAM_BYTES or grams * need > _MAX_GRAMS_BYTES:
+        if grams and (need > _MAX_GRAM_BYTES or grams * need > _MAX_GRAMS_BYTES):
             raise ValueError(
                 f"{grams} covariance(s) of {width} x {width} need {grams * need / 2**30:.1f} GiB; "
                 "use narrower features, or a detector without a covariance (KNN, NAN)"
@@ -307,24 +324,30 @@ class Total(Statistic):
 
 
 class RowSample(Statistic):
-    """A uniform sample of at most ``size`` rows that does not depend on their order.
+    """A uniform sample of ``size`` rows, or of a share of all rows, that does not depend on their order.
 
     Every row has a pseudo-random key, computed from its bits, and the rows with the lowest keys are kept (a
     bottom-k sketch). So the sample of a whole is exactly the merged sample of its parts; up to ``size`` rows it is
     all of them.
+
+    Parameters
+    ----------
+    size : number of rows that are kept.
+    share : share of all rows that are kept even if they are more than ``size``, in expectation. Default: 0.
     """
 
     rows: Tensor  # (k, d) float32, by ascending key
-    keys: Tensor  # (k,)
+    keys: Tensor  # (k,) in [0, 2^63)
     seen: Tensor  # 0-d
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, share: float = 0) -> None:
         super().__init__(
             rows=torch.empty(0, 0, dtype=torch.float32),
             keys=torch.empty(0, dtype=torch.int64),
             seen=torch.zeros((), dtype=torch.int64),
         )
         self.size = size
+        self._lowest = min(math.floor(share * 2**63), 2**63 - 1)
 
     @property
     def is_empty(self) -> bool:
@@ -339,7 +362,8 @@ class RowSample(Statistic):
     def validate(self) -> None:
         """Raise a ValueError if no fit could have left these buffers."""
         super().validate()
-        if not len(self.keys) == len(self.rows) <= min(self.size, int(self.seen)):
+        most = min(self._kept(self.keys), int(self.seen))
+        if not len(self.keys) == len(self.rows) <= most:
             raise ValueError(f"a sample has {len(self.keys)} keys for {len(self.rows)} rows of {int(self.seen)}")
 
     @property
@@ -364,18 +388,23 @@ class RowSample(Statistic):
         mine = len(self.keys)
         theirs = torch.arange(len(keys), device=keys.device)
         if mine >= self.size:
-            theirs = (keys < self.keys[-1]).nonzero().squeeze(1)
+            theirs = (keys < max(int(self.keys[-1]), self._lowest)).nonzero().squeeze(1)
         if len(theirs) == 0:
             return
         keys, order = torch.cat([self.keys, keys[theirs]]).sort(stable=True)
-        indices = torch.cat([torch.arange(mine, device=keys.device), theirs + mine])[order[: self.size]]
-        self.keys = keys[: self.size]
-        if len(indices) > mine:
+        kept = self._kept(keys)
+        indices = torch.cat([torch.arange(mine, device=keys.device), theirs + mine])[order[:kept]]
+        self.keys = keys[:kept]
+        if len(indices) != mine:
             self.rows = _joined_rows(self.rows, rows, indices)
             return
         parts = (table.split(_SAMPLED_COLUMNS, 1) for table in (self.rows, rows))
         for columns, others in zip(*parts, strict=True):
             columns.copy_(_joined_rows(columns, others, indices))
+
+    def _kept(self, keys: Tensor) -> int:
+        """Return the maximum number of rows to keep of those with these keys."""
+        return max(self.size, int((keys < self._lowest).sum()))
 
 
 class FloatHistogram(Statistic):
@@ -584,7 +613,8 @@ def _row_keys(rows: Tensor) -> Tensor:
     buffer = keys.new_empty(min(rows_per_part, len(rows)), rows.shape[1])
     for part, sums in zip(rows.view(torch.int32).split(rows_per_part), keys.split(rows_per_part), strict=True):
         torch.sum(buffer[: len(part)].copy_(part).mul_(weights), 1, out=sums)
-    # Multiplicative mixing, so that the high bits, which sort the keys, depend on every bit of the row.
+    # Multiplicative mixing, so that the high bits, which sort the keys, depend on every bit of the row. The last
+    # shift copies the sign into the bits that it flips: no key is negative.
     for multiplier in (-0x61C8864680B583EB, -0x3B314601E57A13AD):
         keys = (keys ^ (keys >> 32)) * multiplier
     return keys ^ (keys >> 29)

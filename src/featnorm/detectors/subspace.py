@@ -1,13 +1,13 @@
-"""Distances to the principal subspace of the training features."""
+"""Distances to the principal subspace of the training features, and shares of a feature within it."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from featnorm._utils.checks import Choice, Integer, table
+from featnorm._utils.checks import Choice, Integer, Interval, table
 from featnorm.detectors.base import Detector
-from featnorm.detectors.statistics import Moments, RowSample, Total
+from featnorm.detectors.statistics import Moments, RowSample, Total, single_unit_rows, unit_rows
 from featnorm.features import Features
 
 # Rows whose residual norms are averaged for ViM's alpha. With the control variate the relative error of the mean
@@ -33,14 +33,17 @@ class _Subspace(NamedTuple):
 
 
 class _SubspaceDetector(Detector):
-    """The principal subspace of the pooled features about the classifier's origin."""
+    """The principal subspace of the pooled features about the classifier's origin, or of unit features about 0."""
 
-    settings = table(dim=Integer(1) | Choice(None))
+    settings = table(dim=Integer(1) | Choice(None), normalize=Choice(True, False))
     dim: int | None
+    normalize: bool
 
-    def __init__(self, dim: int | None = None) -> None:
+    def __init__(self, dim: int | None = None, normalize: bool = False) -> None:
         super().__init__()
-        self._set(dim=dim)
+        self._set(dim=dim, normalize=normalize)
+        if self.normalize:
+            self.learns = tuple(name for name in self.learns if name != "classifier")
         self.moments = Moments()
 
     def _check_fit(self, features: Features) -> None:
@@ -48,8 +51,11 @@ class _SubspaceDetector(Detector):
         self._require_residual(features.tensor("pooled").shape[1])
 
     def _partial_fit(self, features: Features) -> None:
-        origin = _origin(features) if self.moments.is_empty else None
-        self.moments.update(features.tensor("pooled"), shift=origin)
+        pooled, origin = features.tensor("pooled"), None
+        if self.moments.is_empty:
+            origin = pooled.new_zeros(pooled.shape[1]) if self.normalize else _origin(features)
+        update = self.moments.update_unit if self.normalize else self.moments.update
+        update(pooled, shift=origin)
 
     def _validate(self) -> None:
         self._require_residual(self.moments.width)
@@ -76,6 +82,11 @@ class _SubspaceDetector(Detector):
             )
         return _Subspace(self.moments.shift, complement, variance)
 
+    def _residual(self, features: Features, subspace: _Subspace) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.moments.width)
+        return subspace.residual(unit_rows(pooled) if self.normalize else pooled)
+
 
 class Residual(_SubspaceDetector):
     """Distance to the principal subspace, ``||R'(z - u)||``, negated (ViM: Wang et al., CVPR 2022).
@@ -88,12 +99,16 @@ class Residual(_SubspaceDetector):
     Parameters
     ----------
     dim : principal dimension. Default: 1000 if D >= 2048, 512 if D >= 768, otherwise D // 2.
+    normalize
+        Whether to normalize z to unit length, in training and at test, as Müller and Hein (ICML 2025) do for
+        `Mahalanobis`. The origin is then 0, because the logits are no affine map of the unit feature, and no
+        classifier is needed.
 
     Raises
     ------
     ValueError
         ``dim`` is not a positive integer, or leaves no residual: it is at least D, or at least the number of
-        inputs.
+        inputs; ``normalize`` is not a boolean.
     """
 
     reads = ("pooled",)
@@ -107,9 +122,7 @@ class Residual(_SubspaceDetector):
         return self._subspace()
 
     def _score(self, features: Features) -> Tensor:
-        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
-        subspace: _Subspace = self._fitted_state()
-        return -subspace.residual(features.tensor("pooled"))
+        return -self._residual(features, self._fitted_state())
 
 
 class ViM(_SubspaceDetector):
@@ -121,7 +134,7 @@ class ViM(_SubspaceDetector):
 
     Parameters
     ----------
-    dim : principal dimension, as for `Residual`.
+    dim, normalize : as for `Residual`. The logits are not normalized.
 
     Raises
     ------
@@ -133,16 +146,17 @@ class ViM(_SubspaceDetector):
     learns = ("pooled", "logits", "classifier")
     source = "Wang et al., CVPR 2022"
     cost = "O(D^2 + C)"
-    standard = ("ViM()",)
+    standard = ("ViM()", "ViM(normalize=True)")
 
-    def __init__(self, dim: int | None = None) -> None:
-        super().__init__(dim)
+    def __init__(self, dim: int | None = None, normalize: bool = False) -> None:
+        super().__init__(dim, normalize)
         self.max_logit = Total()
         self.sample = RowSample(_MAX_ALPHA_ROWS)
 
     def _partial_fit(self, features: Features) -> None:
         super()._partial_fit(features)
-        self.sample.update(features.tensor("pooled"))
+        pooled = features.tensor("pooled")
+        self.sample.update(single_unit_rows(pooled) if self.normalize else pooled)
         self.max_logit.update(features.tensor("logits").amax(1))
 
     def _finalize(self) -> tuple[_Subspace, Tensor]:
@@ -157,11 +171,77 @@ class ViM(_SubspaceDetector):
         return subspace, self.max_logit.mean() / mean
 
     def _score(self, features: Features) -> Tensor:
-        self._same_width("pooled", features.tensor("pooled"), self.moments.width)
         subspace, alpha = self._fitted_state()
-        return features.tensor("logits").double().logsumexp(1) - alpha * subspace.residual(
-            features.tensor("pooled")
-        )
+        return features.tensor("logits").double().logsumexp(1) - alpha * self._residual(features, subspace)
+
+
+class NECO(Detector):
+    """Share of the length of a feature that lies in the principal subspace (Ammar et al., ICLR 2024).
+
+    ``||P h|| / ||h||``, where h is the pooled feature and P projects onto the first principal components of the
+    training features. The components are those of the covariance, about the mean; h itself is not centered. This
+    is the source's formula; its code also centers and standardizes the features of some networks, and multiplies
+    the score by the largest logit for some. A zero vector scores 0.
+
+    Parameters
+    ----------
+    dim
+        Number of principal components, or the share of the variance that they explain at least, in (0, 1). The
+        source tunes the number on OOD data for each network.
+
+    Raises
+    ------
+    ValueError
+        ``dim`` is neither a positive integer nor a share, or at least the width of the features; all training
+        inputs are the same.
+    """
+
+    reads = ("pooled",)
+    learns = ("pooled",)
+    source = "Ammar et al., ICLR 2024"
+    cost = "O(D^2)"
+    standard = ("NECO()",)
+    settings = table(dim=Integer(1) | Interval(0, 1))
+    dim: int | float
+
+    def __init__(self, dim: float = 0.9) -> None:
+        super().__init__()
+        self._set(dim=dim)
+        self.moments = Moments()
+
+    def _check_fit(self, features: Features) -> None:
+        super()._check_fit(features)
+        self._require_width(features.tensor("pooled").shape[1])
+
+    def _partial_fit(self, features: Features) -> None:
+        self.moments.update(features.tensor("pooled"))
+
+    def _validate(self) -> None:
+        self._require_width(self.moments.width)
+
+    def _require_width(self, width: int) -> None:
+        if self.dim >= width and isinstance(self.dim, int):
+            raise ValueError(
+                f"{self!r} keeps every direction: the features have {width} dimensions, use dim < {width}"
+            )
+
+    def _finalize(self) -> Tensor:
+        values, vectors = torch.linalg.eigh(self.moments.covariance())
+        if values[-1] <= self.moments.rounding().max():
+            raise ValueError(
+                f"{self!r} found no variation among its {int(self.moments.total)} inputs: "
+                "fit on inputs that differ"
+            )
+        explained = values.clamp_min(0).flip(0).cumsum(0)
+        dim = self.dim if isinstance(self.dim, int) else 1 + int((explained < self.dim * explained[-1]).sum())
+        return vectors[:, -dim:].contiguous()
+
+    def _score(self, features: Features) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.moments.width)
+        h = pooled.double()
+        inside, whole = (torch.linalg.vector_norm(rows, dim=1) for rows in (h @ self._fitted_state(), h))
+        return inside / whole.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _origin(features: Features) -> Tensor:
