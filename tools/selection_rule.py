@@ -1,7 +1,10 @@
-"""`select`: ranks detectors for a user's own inputs without any OOD data."""
+"""`select`: ranks detectors for a user's own inputs without any OOD data.
+
+It is not in the library because it does not beat a fixed sum, see docs/results/selection.md.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -9,32 +12,39 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featnorm.detectors import Detector, parse_detector
+from featnorm.detectors import parse_detector
 from featnorm.features import Features
 
-#: Detectors that are compared, from the cheapest to the most costly.
-CANDIDATES = (
-    "KLUniform()",
-    "Energy()",
-    "NAN()",
-    "SSD()",
-    "SSD() / NAN()",
-    "KLUniform() + SSD() / NAN()",
-    "KNN(k=10)",
-    "KLUniform() + KNN(k=10)",
-)
-#: Number of times that classes are held out.
-PARTITIONS = 3
-# Share of the classes that are held out each time, and shares of the rows of the others.
-_HELD_OUT = 0.2
-_FIT, _CONSTANTS = 0.7, 0.1
-_CLUSTERS, _MIN_CLUSTER = 20, 20
+# The settings were fixed before any score of an OOD set was computed.
+PARTITIONS, HELD_OUT = 3, 0.2
+# Shares of the inputs of the other classes.
+FIT, CONSTANTS = 0.7, 0.1
+CLUSTERS, MIN_CLUSTER = 20, 20
 # Two-sided, at 95 %.
-_NORMAL_QUANTILE = 1.96
+NORMAL_QUANTILE = 1.96
 
 _Array = npt.NDArray[np.float64]
-#: Fits what computes logits to features (pooled, with labels or without); the result adds them to others.
+#: Trains a classifier on pooled features, with labels or without; the result makes the features of others.
 Retrain = Callable[[Features], Callable[[Features], Features]]
+
+
+class FittedSum:
+    """A detector, or a sum of detectors, each standardized by its scores on held-out inputs."""
+
+    def __init__(self, expression: str, features: Features, held_out: Features) -> None:
+        self.terms = [parse_detector(term) for term in expression.split(" + ")]
+        self.constants = [(0.0, 1.0)]
+        for detector in self.terms:
+            if detector.needs_fit:
+                detector.fit(features)
+        if len(self.terms) > 1:
+            given = [detector.score(held_out).double() for detector in self.terms]
+            self.constants = [(float(scores.mean()), float(scores.std())) for scores in given]
+
+    def score(self, features: Features) -> Tensor:
+        """Return the scores (n,), float64."""
+        terms = zip(self.terms, self.constants, strict=True)
+        return torch.stack([(term.score(features).double() - mean) / std for term, (mean, std) in terms]).sum(0)
 
 
 class DestroyedCopies(NamedTuple):
@@ -91,23 +101,22 @@ class Selection:
     """
 
     detector: str
-    candidates: list[Candidate] = field(default_factory=list)
-    excluded: dict[str, str] = field(default_factory=dict)
+    candidates: list[Candidate]
+    excluded: dict[str, str]
 
 
 @torch.no_grad()
 def select(
     features: Features,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str],
     *,
     destroyed: DestroyedCopies | None = None,
     retrain: Retrain | None = None,
-    partitions: int = PARTITIONS,
     seed: int = 0,
 ) -> Selection:
     """Rank detectors by how well they tell held-out classes, and destroyed inputs, from ID inputs.
 
-    Three times (``partitions``), a fifth of the classes is held out as pseudo-OOD. Of the inputs of the other
+    Three times, a fifth of the classes is held out as pseudo-OOD. Of the inputs of the other
     classes, 70 % are fitted to, 10 % set the constants of sums, and 20 % are ID test inputs. Copies of ID inputs
     whose content is destroyed are a second kind of pseudo-OOD. Detectors are ranked by their AUROC, averaged over
     both kinds. Those that cannot be told apart from the best are the top clique, by standard errors of the paired
@@ -123,18 +132,12 @@ def select(
     retrain
         Trains a new classifier on the pooled features without the held-out classes. Default: the logits of the
         held-out classes are removed from those of a classifier, so that they have no logit of their own.
-    partitions : number of times that classes are held out, at most 5.
     seed : seed of the classes, the rows and the clusters.
 
     Raises
     ------
     ValueError
         No candidate can be used on these features.
-
-    Examples
-    --------
-    >>> selection = select(tap.extract(loader))
-    >>> selection.detector, [c.detector for c in selection.candidates if c.in_clique]
     """
     rng = np.random.default_rng(seed)
     classes = _classes(features, seed)
@@ -144,10 +147,10 @@ def select(
     share[copied] = 1  # a copy's original is never fitted to
     result: dict[str, list[tuple[float, float, _Array]]] = {}
     excluded: dict[str, str] = {}
-    for part in range(partitions):
-        out = np.isin(classes, names[part :: round(1 / _HELD_OUT)])
-        fit, constants = ~out & (share < _FIT), ~out & (share >= _FIT) & (share < _FIT + _CONSTANTS)
-        test = ~out & (share >= _FIT + _CONSTANTS)
+    for part in range(PARTITIONS):
+        out = np.isin(classes, names[part :: round(1 / HELD_OUT)])
+        fit, constants = ~out & (share < FIT), ~out & (share >= FIT) & (share < FIT + CONSTANTS)
+        test = ~out & (share >= FIT + CONSTANTS)
         if retrain is None:
             made = _without_logits(features, out)
         else:
@@ -160,10 +163,10 @@ def select(
             if expression in excluded:
                 continue
             try:
-                detector = _fitted(parse_detector(expression), fitted_to, rest)
-                scores = detector.score(inside).double().numpy()
-                cells = [_Cell.of(scores, detector.score(held_out).double().numpy())]
-                cells += [_Cell.of(scores, detector.score(copies).double().numpy()) for copies in kinds.values()]
+                detector = FittedSum(expression, fitted_to, rest)
+                scores = detector.score(inside).numpy()
+                cells = [_Cell.of(scores, detector.score(held_out).numpy())]
+                cells += [_Cell.of(scores, detector.score(copies).numpy()) for copies in kinds.values()]
             except (ValueError, TypeError) as error:
                 excluded[expression] = str(error).removeprefix(expression).removeprefix(":").strip()
                 result.pop(expression, None)
@@ -213,12 +216,12 @@ def _classes(features: Features, seed: int) -> npt.NDArray[np.int64]:
     from sklearn.cluster import KMeans
 
     directions = nn.functional.normalize(features.tensor("pooled").float()).cpu().numpy()
-    count = max(3, min(_CLUSTERS, len(directions) // _MIN_CLUSTER))
+    count = max(3, min(CLUSTERS, len(directions) // MIN_CLUSTER))
     return KMeans(count, n_init=1, random_state=seed).fit_predict(directions).astype(np.int64)
 
 
 def _without_logits(features: Features, out: npt.NDArray[np.bool_]) -> Callable[[Features], Features]:
-    """Return a function that removes the logits that the classifier gives to held-out inputs more than to others."""
+    """Return a function that removes the logits that are the largest for more held-out inputs than others."""
     if features.logits is None:
         return lambda given: given
     count = features.logits.shape[1]
@@ -234,12 +237,6 @@ def _without_logits(features: Features, out: npt.NDArray[np.bool_]) -> Callable[
         return given.replace(logits=given.tensor("logits")[:, keep], classifier=classifier)
 
     return masked
-
-
-def _fitted(detector: Detector, features: Features, held_out: Features) -> Detector:
-    if detector.needs_held_out:
-        return detector.fit(features, held_out)
-    return detector.fit(features) if detector.needs_fit else detector
 
 
 def _ranked(
@@ -262,7 +259,7 @@ def _ranked(
         of_classes = np.bincount(groups, influence - best[3])
         error = float(np.sqrt(np.square(of_classes).sum() * count / (count - 1)))
         behind = best[2] - mean
-        rows.append(Candidate(expression, mean, near, far, behind, error, behind <= _NORMAL_QUANTILE * error))
+        rows.append(Candidate(expression, mean, near, far, behind, error, behind <= NORMAL_QUANTILE * error))
     clique = {row.detector for row in rows if row.in_clique}
     chosen = next(expression for expression in candidates if expression in clique)
     return Selection(chosen, sorted(rows, key=lambda row: row.behind), excluded)
