@@ -190,6 +190,11 @@ class Features:
         current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call")}
         return Features(**{**current, **fields})
 
+    @property
+    def last_layer(self) -> str:
+        """Name of the field of the last layer: ``activation`` or, in a model without one, ``pooled``."""
+        return "pooled" if self.activation is None else "activation"
+
     def classifier_reads(self, name: str) -> bool:
         """Return whether the classifier's linear map is applied to the field ``name``.
 

@@ -6,7 +6,20 @@ import torch
 from sklearn import svm
 
 from fabricate import id_features, of_activation, ood_features
-from featnorm.detectors import KNN, MSP, Energy, Mahalanobis, MaxLogit, OneClassSVM, ReAct, ViM
+from featnorm.detectors import (
+    GEN,
+    KNN,
+    MSP,
+    SHE,
+    Energy,
+    KLMatching,
+    Mahalanobis,
+    MaxLogit,
+    NNGuide,
+    OneClassSVM,
+    ReAct,
+    ViM,
+)
 from featnorm.features import Features
 
 peers = pytest.importorskip("pytorch_ood.detector")
@@ -33,6 +46,35 @@ def test_confidences(ours, theirs, scale):
     logits = BOTH.logits * scale
     expected = -theirs(None).predict_logits(logits)
     torch.testing.assert_close(ours.score(Features(logits=logits)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "top"), [(0.1, 3), (0.5, 2)])
+def test_gen(gamma, top):
+    """Theirs is a mean, of probabilities that are clamped to 1e-7."""
+    theirs = peers.GEN(None, gamma=gamma, M=top).predict_logits(BOTH.logits)
+    torch.testing.assert_close(GEN(gamma, top).score(BOTH), -top * theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_matching():
+    theirs = peers.KLMatching(None).fit_logits(TRAIN.logits, TRAIN.labels).predict_logits(BOTH.logits)
+    torch.testing.assert_close(KLMatching().fit(TRAIN).score(BOTH), -theirs, rtol=1e-4, atol=1e-5)
+
+
+def linear(z):
+    weight, bias = TRAIN.classifier
+    return z @ weight.T + bias
+
+
+def test_she():
+    theirs = peers.SHE(None, linear).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
+    torch.testing.assert_close(SHE().fit(TRAIN).score(BOTH), -theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+def test_nnguide(k):
+    """Theirs has no sample: its bank holds every training input, as ours does of up to 1,000."""
+    theirs = peers.NNGuide(None, linear, k).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
+    torch.testing.assert_close(NNGuide(k).fit(TRAIN).score(BOTH), -theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 50])
@@ -70,6 +112,14 @@ def test_mahalanobis():
     theirs = peers.Mahalanobis(None).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
     ours = Mahalanobis().fit(TRAIN).score(BOTH)
     torch.testing.assert_close(-ours, 2 * len(TRAIN) * theirs, rtol=2e-2, atol=1.0)
+    assert_same_ranking(ours, theirs, 0.999)
+
+
+def test_relative_mahalanobis():
+    """As for `test_mahalanobis`, but not halved. pytorch-ood has neither NECO nor a normalized Mahalanobis."""
+    theirs = peers.RMD(None).fit_features(TRAIN.pooled, TRAIN.labels).predict_features(BOTH.pooled)
+    ours = Mahalanobis(relative=True).fit(TRAIN).score(BOTH)
+    torch.testing.assert_close(-ours, len(TRAIN) * theirs, rtol=2e-2, atol=1.0)
     assert_same_ranking(ours, theirs, 0.999)
 
 

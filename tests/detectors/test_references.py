@@ -28,6 +28,9 @@ from references import (
     EVERY,
     MODEL_REFERENCES,
     OWN,
+    RECTIFIED_BOTH,
+    RECTIFIED_REFERENCES,
+    RECTIFIED_TRAIN,
     REFERENCES,
     TRAIN,
     net,
@@ -43,7 +46,8 @@ from references import (
 
 
 def test_every_registered_detector_has_a_reference():
-    detectors = [parse_detector(expression) for expression in (*REFERENCES, *MODEL_REFERENCES)]
+    expressions = (*REFERENCES, *RECTIFIED_REFERENCES, *MODEL_REFERENCES)
+    detectors = [parse_detector(expression) for expression in expressions]
     found = {type(module).__name__ for detector in detectors for module in detector.modules()}
     # A jackknife neither streams nor merges: tests/detectors/test_jackknife.py compares it with its formula.
     assert found >= set(OWN) - {"Jackknife"}
@@ -70,6 +74,13 @@ def test_formula(expression):
     if "ReAct" not in expression and any(part in expression for part in single):
         rtol = 1e-4
     assert_close(got, REFERENCES[expression](), rtol)
+
+
+@pytest.mark.parametrize("expression", RECTIFIED_REFERENCES)
+def test_formula_of_rectified_features(expression):
+    got = fitted(expression, RECTIFIED_TRAIN).score(RECTIFIED_BOTH)
+    assert got.dtype == torch.float64
+    assert_close(got, RECTIFIED_REFERENCES[expression](), 1e-4 if "KNN" in expression else 1e-8)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

@@ -75,6 +75,15 @@ def test_moments_by_group_in_parts_and_merged(per_group):
                 torch.testing.assert_close(got, torch.from_numpy(cov))
 
 
+def test_moments_without_a_gram_matrix():
+    z, labels = rows_of(), torch.tensor([10**15, 3, 7])[torch.arange(200) % 3]
+    expected = torch.stack([z[labels == label].mean(0) for label in (3, 7, 10**15)])
+    for moments in split_fit(lambda: Moments(gram=False), z, SIZES, labels):
+        torch.testing.assert_close(moments.means(), expected)
+        assert moments.gram.numel() == 0
+        moments.validate()
+
+
 def test_moments_about_a_given_point():
     z, point = rows_of(), torch.arange(5.0)
     moments = Moments()
@@ -197,6 +206,24 @@ def test_a_sample_is_uniform(kind):
     assert ((sample.rows.std(0) / z.std(0) - 1).abs() < 0.15).all()
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 1])
+def test_a_sample_of_a_share_knows_no_order_and_no_halves(share):
+    z = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+
+    def of(rows):
+        sample = RowSample(50, share)
+        for batch in rows.split(3000):
+            sample.update(batch)
+        return sample
+
+    whole, first = of(z), of(z.flip(0)[:7000])
+    first.merge(of(z.flip(0)[7000:]))
+    assert torch.equal(first.rows, whole.rows)
+    assert abs(len(whole.rows) - share * 20_000) < 4 * (20_000 * share * (1 - share)) ** 0.5 + 1
+    assert len(of(z[:60]).rows) == (60 if share == 1 else 50)
+    whole.validate()
+
+
 def test_a_sample_of_identical_rows():
     sample = sample_of(torch.ones(50, 3), 10, 7)
     assert sample.rows.tolist() == [[1.0] * 3] * 10
@@ -303,7 +330,15 @@ def test_a_bank_that_loads_forgets_what_it_had():
     assert torch.equal(one.rows, other.rows)
 
 
-MAKERS = [Moments, lambda: Moments(gram_per_group=True), lambda: RowSample(50), FloatHistogram, Bank]
+MAKERS = [
+    Moments,
+    lambda: Moments(gram=False),
+    lambda: Moments(gram_per_group=True),
+    lambda: RowSample(50),
+    lambda: RowSample(50, 0.5),
+    FloatHistogram,
+    Bank,
+]
 
 
 @pytest.mark.parametrize("make", MAKERS)

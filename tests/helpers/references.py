@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import functional as images_of
 
 import featnorm as fn
-from fabricate import id_features, ood_features
+from fabricate import id_features, of_activation, ood_features
 from featnorm.augmentation import Distortion
 from featnorm.detectors import parse_detector, registered_detectors
 from featnorm.features import Features
@@ -131,6 +131,55 @@ def np_neco(z, q, dim):
     return np.linalg.norm(q @ principal.T, axis=1) / np.linalg.norm(q, axis=1)
 
 
+def np_margins(z, weight, logits, q):
+    """For each input: h - mu, and the boundaries of the predicted class as pairs of a margin and a difference."""
+    for row, scores in zip(q, logits, strict=True):
+        y = scores.argmax()
+        yield (
+            row - z.mean(0),
+            weight[y],
+            [(scores[y] - scores[c], weight[y] - weight[c]) for c in range(len(scores)) if c != y],
+        )
+
+
+def np_fdbd(z, weight, logits, q):
+    return np.array(
+        [
+            np.mean([margin / np.linalg.norm(w) if w.any() else 0.0 for margin, w in boundaries])
+            / np.linalg.norm(v)
+            for v, _, boundaries in np_margins(z, weight, logits, q)
+        ]
+    )
+
+
+def np_nci(z, weight, logits, q):
+    return np.array([w @ v / np.linalg.norm(v) for v, w, _ in np_margins(z, weight, logits, q)])
+
+
+def np_ora(z, weight, logits, q):
+    scores = []
+    for v, _, boundaries in np_margins(z, weight, logits, q):
+        points = [v - margin / (w @ w) * w for margin, w in boundaries if w.any()]
+        cosines = [v @ p / np.linalg.norm(v) / np.linalg.norm(p) for p in points]
+        scores.append(np.arccos(np.clip(min(cosines, default=1.0), -1, 1)))
+    return np.array(scores)
+
+
+def np_ras(z, q):
+    means = np.sort(z, axis=1).mean(0)
+    return np.array([means[np.argsort(np.argsort(row, kind="stable"), kind="stable")] for row in q])
+
+
+def np_scale(q, percentile, prune):
+    changed = []
+    for row in q:
+        kept = len(row) - int(np.round(len(row) * percentile / 100))
+        top = np.argsort(-row, kind="stable")[:kept]
+        factor = np.exp(row.sum() / row[top].sum()) if row.any() else 1.0
+        changed.append(factor * (row * np.isin(np.arange(len(row)), top) if prune else row))
+    return np.array(changed)
+
+
 def np_nan(a):
     return np.abs(a).sum(1) / np.maximum((a > 0).sum(1), 1)
 
@@ -209,6 +258,13 @@ def _table():
         "ReAct(KNN(k=3), percentile=70)": lambda: np_knn(z, np.minimum(q, p70), 3),
         "ReAct(ViM(dim=4))": lambda: vim(4, p90),
         "ReAct(KNN(k=3) / NAN())": lambda: np_knn(z, np.minimum(q, p90), 3) / np_nan(np.minimum(q, p90)),
+        "FDBD()": lambda: np_fdbd(z, weight, q_logits, q),
+        "NCI()": lambda: np_nci(z, weight, q_logits, q),
+        "NCI(alpha=0.01)": lambda: np_nci(z, weight, q_logits, q) + 0.01 * np.abs(q).sum(1),
+        "ORA()": lambda: np_ora(z, weight, q_logits, q),
+        "ReAct(FDBD())": lambda: np_fdbd(z, weight, np.minimum(q, p90) @ weight.T + bias, np.minimum(q, p90)),
+        "RAS(Energy())": lambda: np_lse(np_ras(z, q) @ weight.T + bias),
+        "RAS(KNN(k=3))": lambda: np_knn(z, np_ras(z, q), 3),
         "KNN(k=5) / NAN()": lambda: np_knn(z, q, 5) / np_nan(q),
         "SSD() / L1Norm()": lambda: np_ssd(z, q) / np.abs(q).sum(1),
         "Residual() / EmbeddingMagnitude()": lambda: (
@@ -222,6 +278,32 @@ def _table():
 
 
 REFERENCES = _table()
+
+#: As `TRAIN`, `TEST` and `BOTH`, for detectors of rectified features.
+RECTIFIED_TRAIN, RECTIFIED_TEST, RECTIFIED_BOTH = (
+    of_activation(f.activation.clamp_min(0), f.labels) for f in (TRAIN, TEST, BOTH)
+)
+
+
+def _rectified_table():
+    z, _, weight, bias = _parts(RECTIFIED_TRAIN)
+    q, _, _, _ = _parts(RECTIFIED_BOTH)
+
+    def energy(percentile, *, prune):
+        return np_lse(np_scale(q, percentile, prune) @ weight.T + bias)
+
+    return {
+        "SCALE(Energy())": lambda: energy(85, prune=False),
+        "SCALE(Energy(), percentile=62.5)": lambda: energy(62.5, prune=False),
+        "SCALE(L1Norm(), percentile=50)": lambda: np.abs(np_scale(q, 50, False)).sum(1),
+        "ASH(Energy())": lambda: energy(90, prune=True),
+        "ASH(Energy(), percentile=37.5)": lambda: energy(37.5, prune=True),
+        "ASH(KNN(k=3), percentile=70)": lambda: np_knn(z, np_scale(q, 70, True), 3),
+    }
+
+
+#: Detectors that take rectified features alone, fitted to `RECTIFIED_TRAIN`, of `RECTIFIED_BOTH`.
+RECTIFIED_REFERENCES = _rectified_table()
 
 
 def net(head, seed=0):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featnorm.evaluation import Evaluation, Result
+from featnorm.evaluation import Comparison, Result
 from featnorm.metrics import evaluate, roc_curve
 from featnorm.report import plots
 from featnorm.report.comparison import write_page
 from featnorm.report.html import THEMES
-from featnorm.report.tables import markdown_page, markdown_table, table_rows
+from featnorm.report.tables import columns, markdown_page, markdown_table, table_rows
 from pages import Page, check
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def outcome(name, id_scores, ood, microseconds=1.0):
 
 def evaluation(detectors=("NAN()", "KNN(k=50) / NAN()"), sets=("SVHN", "Textures"), n=200, seed=0):
     rng = np.random.default_rng(seed)
-    result = Evaluation("CIFAR-10", list(sets))
+    result = Comparison("CIFAR-10", dict.fromkeys(sets, ""))
     for place, name in enumerate(detectors):
         ood = {key: rng.normal(0.4 * place, 1, n).astype(np.float32) for key in sets}
         result.results.append(outcome(name, rng.normal(2, 1, n).astype(np.float32), ood, 1.5 + place))
@@ -43,7 +43,7 @@ def digit(set_name: str, index: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def written(tmp_path: Path, result: Evaluation, image=None, title="A title", summary="A summary.") -> Page:
+def written(tmp_path: Path, result: Comparison, image=None, title="A title", summary="A summary.") -> Page:
     path = tmp_path / "page.html"
     write_page(result, path, title=title, summary=summary, image=image)
     return Page(path.read_text("utf-8"))
@@ -65,7 +65,9 @@ def test_page_shows_everything(tmp_path):
         "share of OOD inputs accepted when 95 % of ID inputs are accepted",
     ):
         assert text in page.text
-    assert all(cell in page.text for row in table_rows(result)[1] for cell in row)
+    table = columns(result)
+    assert all(cell in page.text for row in table_rows(result)[1] for cell in row[:2])
+    assert all(text in page.text for column in table for text in (*column.cells, *column.intervals))
     radios = [attrs for tag, attrs in page.attributes if tag == "input" and attrs["type"] == "radio"]
     assert ["checked" in radio for radio in radios] == [True, False]
     assert page.tags["article"] == 2
@@ -83,7 +85,7 @@ def test_one_set_has_no_mean_and_no_empty_sections(tmp_path):
 
 def test_table_is_sorted_and_marks_ties():
     near, far = [0.0, 1.0, 2.0, 3.0], [-4.0, -3.0, -2.0, -1.0]
-    result = Evaluation("ID", ["A", "B"])
+    result = Comparison("ID", {"A": "", "B": ""})
     result.results = [
         outcome("poor", near, {"A": near, "B": far}, 2.0),
         outcome("good|1", near, {"A": far, "B": far}, 1234.56),
@@ -91,16 +93,22 @@ def test_table_is_sorted_and_marks_ties():
     ]
     headers, rows = table_rows(result)
     assert headers == [
-        "Detector",
-        *("Mean AUROC % ↑", "Mean FPR95 % ↓", "A AUROC % ↑", "A FPR95 % ↓", "B AUROC % ↑", "B FPR95 % ↓"),
+        *("Detector", "Clique", "Mean AUROC % ↑", "Mean Δ AUROC ↑", "Mean FPR95 % ↓"),
+        *("A AUROC % ↑", "A FPR95 % ↓", "B AUROC % ↑", "B FPR95 % ↓"),
         "µs / input ↓",
     ]
     assert [row[0] for row in rows] == ["good|1", "good_2", "poor"]
-    assert rows[2] == ["poor", "75.0", "50.0", "50.0", "100.0", "100.0", "0.0", "2.0"]
+    assert rows[2][:2] == ["poor", "a"]
+    assert [text.partition(" ")[0] for text in rows[2][2:5]] == ["75.0", "−25.0", "50.0"]
+    assert rows[2][5:] == ["50.0", "100.0", "100.0", "0.0", "2.0"]
     assert rows[0][-1] == "1,234.6"
     lines = markdown_table(result).splitlines()
-    assert lines[2].startswith(r"| good\|1 | **100.0** | **0.0** |")
-    assert lines[3].startswith(r"| good\_2 | **100.0** | **0.0** |")
+    assert lines[2].startswith(
+        r"| good\|1 | a | **100.0 [100.0, 100.0]** | +0.0 | **0.0 [0.0, 0.0]** | **100.0** | **0.0** |"
+    )
+    assert lines[3].startswith(
+        r"| good\_2 | a | **100.0 [100.0, 100.0]** | +0.0 [+0.0, +0.0] | **0.0 [0.0, 0.0]** |"
+    )
     assert lines[3].endswith("| **2.0** |")
     assert lines[4].endswith("| 50.0 | 100.0 | **100.0** | **0.0** | **2.0** |")
 
@@ -120,7 +128,7 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_mistakes_are_those_beyond_the_threshold(tmp_path):
-    result = Evaluation("ID", ["OOD"])
+    result = Comparison("ID", {"OOD": ""})
     result.results = [outcome("D", np.arange(100.0), {"OOD": np.arange(-50.0, 50.0)})]
     seen = []
 
@@ -206,7 +214,7 @@ INF = math.inf
     ],
 )
 def test_degenerate_scores(tmp_path, id_scores, ood_scores):
-    result = Evaluation("ID", ["OOD"])
+    result = Comparison("ID", {"OOD": ""})
     result.results = [outcome("D", id_scores, {"OOD": ood_scores})]
     page = written(tmp_path, result, digit)
     check(page)

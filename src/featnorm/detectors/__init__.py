@@ -19,6 +19,9 @@ from featnorm.detectors.distance import Mahalanobis as Mahalanobis
 from featnorm.detectors.expression import parse_detector as parse_detector
 from featnorm.detectors.fusion import Fusion as Fusion
 from featnorm.detectors.jackknife import Jackknife as Jackknife
+from featnorm.detectors.margin import FDBD as FDBD
+from featnorm.detectors.margin import NCI as NCI
+from featnorm.detectors.margin import ORA as ORA
 from featnorm.detectors.neighbors import KNN as KNN
 from featnorm.detectors.neighbors import NNGuide as NNGuide
 from featnorm.detectors.norm import NAN as NAN
@@ -31,6 +34,9 @@ from featnorm.detectors.perturbation import ODIN as ODIN
 from featnorm.detectors.perturbation import Views as Views
 from featnorm.detectors.rotation import CSI as CSI
 from featnorm.detectors.rotation import RotNet as RotNet
+from featnorm.detectors.shaping import ASH as ASH
+from featnorm.detectors.shaping import RAS as RAS
+from featnorm.detectors.shaping import SCALE as SCALE
 from featnorm.detectors.shaping import ReAct as ReAct
 from featnorm.detectors.subspace import NECO as NECO
 from featnorm.detectors.subspace import Residual as Residual

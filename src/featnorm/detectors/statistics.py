@@ -323,6 +323,47 @@ class Total(Statistic):
         return self.sum / self.count
 
 
+class RowMean(Statistic):
+    """Count and sum of rows."""
+
+    count: Tensor  # 0-d
+    sum: Tensor  # (d,)
+
+    def __init__(self) -> None:
+        f64 = torch.float64
+        super().__init__(count=torch.zeros((), dtype=f64), sum=torch.empty(0, dtype=f64))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been added yet."""
+        return bool(self.count == 0)
+
+    @property
+    def width(self) -> int:
+        """Width of a row."""
+        return len(self.sum)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows, (n, d)."""
+        self.require_width(rows)
+        if len(rows):
+            self._add(len(rows), rows.sum(0, dtype=torch.float64))
+
+    def merge(self, other: Self) -> None:
+        """Add the rows of another."""
+        if not other.is_empty:
+            self._add(other.count, other.sum)
+
+    def mean(self) -> Tensor:
+        """Return the mean, (d,)."""
+        return self.sum / self.count
+
+    def _add(self, count: Tensor | int, total: Tensor) -> None:
+        total = total.detach().to(self.sum.device)
+        self.sum = total.clone() if self.is_empty else self.sum + total
+        self.count = self.count + count
+
+
 class RowSample(Statistic):
     """A uniform sample of ``size`` rows, or of a share of all rows, that does not depend on their order.
 

@@ -196,7 +196,7 @@ def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     compiled = False
     try:
         with _MODES_LOCK:
-            for module in _modules(model):
+            for module in all_modules(model):
                 compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
                 # A module that is in evaluation mode already, and not because another thread set it, is left
                 # alone. For most models, nothing remains to be done.
@@ -218,7 +218,7 @@ def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                     del _MODES[module]
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield every module once.
 
     `torch.nn.Module.modules` also builds names, which takes noticeable time for a batch of one input.
