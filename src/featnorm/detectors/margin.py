@@ -52,7 +52,8 @@ class _Margin(Detector):
         h, mean = features.tensor(name), self.center.mean()
         self._same_width(name, h, len(mean))
         weight, bias = features.linear()
-        weight = weight.to(torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32))
+        dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
+        weight = weight.to(h.device, dtype)
         mean = mean.to(h.device)
         blocks = _blocks(h, len(mean))
         length = torch.cat([torch.linalg.vector_norm(rows.double() - mean, dim=1) for rows in blocks])
@@ -60,7 +61,7 @@ class _Margin(Detector):
         # W h is the logits without their bias, so W (h - mu) needs no product of its own.
         shift = (weight @ mean.to(weight)).double()
         if bias is not None:
-            shift = shift + bias.double()
+            shift = shift + bias.to(h.device, torch.float64)
         return self._of(h, length, features.tensor("logits"), shift, weight)
 
     @abstractmethod
