@@ -54,7 +54,7 @@ class _Margin(Detector):
         weight, bias = features.linear()
         weight = weight.to(torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32))
         mean = mean.to(h.device)
-        blocks = h.split(_block_rows(*h.shape))
+        blocks = _blocks(h, len(mean))
         length = torch.cat([torch.linalg.vector_norm(rows.double() - mean, dim=1) for rows in blocks])
         length = length.masked_fill(length <= _AT_MEAN * torch.linalg.vector_norm(mean), math.inf)
         # W h is the logits without their bias, so W (h - mu) needs no product of its own.
@@ -118,8 +118,8 @@ class _Boundary(_Margin):
         weight = weight - weight.mean(0)
         squares = torch.linalg.vector_norm(weight, dim=1).square()
         scores = []
-        size = _block_rows(len(logits), max(weight.shape))
-        for rows, lengths in zip(logits.split(size), length.split(size), strict=True):
+        width = max(weight.shape)
+        for rows, lengths in zip(_blocks(logits, width), _blocks(length, width), strict=True):
             values = rows.double()
             largest, top = values.max(1, keepdim=True)
             top = top.squeeze(1)
@@ -193,6 +193,8 @@ class ORA(_Boundary):
         return cosine.acos().masked_fill(length.isinf(), 0)
 
 
-def _block_rows(n: int, width: int) -> int:
-    """Return how many of n rows to compute at a time; all while tracing, where n is symbolic."""
-    return n if torch.compiler.is_compiling() else max(_BLOCK_ELEMENTS // width, _MIN_BLOCK_ROWS)
+def _blocks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Split rows into blocks for results of a width; not while tracing, where the number of rows is symbolic."""
+    if torch.compiler.is_compiling():
+        return (rows,)
+    return rows.split(max(_BLOCK_ELEMENTS // width, _MIN_BLOCK_ROWS))
