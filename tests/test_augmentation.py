@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
 
-from featnorm.augmentation import Distortion, augment, distort, flipped, rotations
+from featnorm.augmentation import Distortion, augment, distort, flipped, jigsaw, rotations
 
 
 def images(n=24, side=32, seed=0):
@@ -160,3 +160,25 @@ def test_what_is_wrong_is_named():
         distort(torch.rand(2, 1, 8, 8), drawn)
     with pytest.raises(ValueError, match=r"rotations need square images .* shape \(2, 3, 8, 6\)"):
         rotations(torch.rand(2, 3, 8, 6))
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 9), (32, 32), (3, 10)])
+def test_a_jigsaw_is_the_patches_of_an_image_in_another_order(height, width):
+    pixels = torch.arange(2 * 8 * height * width, dtype=torch.float32).reshape(8, 2, height, width)
+    shuffled = jigsaw(pixels, generator())
+    h, w = height // 3, width // 3
+    top, left = (height % 3) // 2, (width % 3) // 2
+    places = [(top + h * i, left + w * j) for i in range(3) for j in range(3)]
+    orders = set()
+    for before, after in zip(pixels, shuffled, strict=True):
+        patches = [before[:, y : y + h, x : x + w] for y, x in places]
+        moved = [after[:, y : y + h, x : x + w] for y, x in places]
+        order = tuple(next(i for i, p in enumerate(patches) if torch.equal(p, m)) for m in moved)
+        assert sorted(order) == list(range(9))
+        orders.add(order)
+        rest = torch.ones(height, width, dtype=torch.bool)
+        rest[top : top + 3 * h, left : left + 3 * w] = False
+        assert torch.equal(before[:, rest], after[:, rest])
+    assert len(orders) == 8
+    with pytest.raises(ValueError, match="at least 3 x 3 pixels"):
+        jigsaw(torch.rand(1, 3, 2, 5), generator())

@@ -1,8 +1,15 @@
 """The comparison of detectors, on synthetic features."""
 
+import csv
+import io
+import json
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 import featnorm as fn
 from featnorm.evaluation import compare, standard_detectors
@@ -102,3 +109,124 @@ def test_detectors_that_come_fitted_need_no_fit():
     (outcome,) = result.results
     np.testing.assert_array_equal(outcome.id_scores, fitted.score(known).numpy())
     assert "no in-distribution inputs were given to fit on" in result.excluded["SSD()"]
+
+
+@pytest.fixture(scope="module")
+def result():
+    sets = {
+        "near:a": features(40, 0.6, 1), "near:b": features(30, 0.7, 2), "far:c": features(50, 0.1, 3),
+        "d": features(20, 0.3, 4),
+    }  # fmt: skip
+    train, known = features(90, 1.0, 3, labels=True), features(60, 1.0, 0, labels=True)
+    return fn.compare(
+        ["NAN", fn.KNN(k=3), "EmbeddingMagnitude"], fit=train, id_set=known, ood_sets=sets, reference="KNN(k=3)"
+    )
+
+
+def test_groups_are_averaged(result):
+    assert (result.id_name, result.ood_groups) == ("ID", {"a": "near", "b": "near", "c": "far", "d": ""})
+    assert [summary.title for summary in result.summaries] == ["Mean", "Near", "a", "b", "c", "d"]
+    for place, outcome in enumerate(result.ranked):
+        near = np.mean([outcome.metrics[name].auroc for name in "ab"])
+        assert result.summaries[1].auroc.value[place] == pytest.approx(near)
+        assert result.summaries[0].fpr95.value[place] == outcome.mean.fpr95
+        for summary in result.summaries:
+            for estimate in (summary.auroc, summary.fpr95):
+                assert estimate.low[place] <= estimate.value[place] <= estimate.high[place]
+    place = [outcome.detector for outcome in result.ranked].index("KNN(k=3)")
+    assert result.reference == "KNN(k=3)"
+    assert result.summaries[0].auroc.difference[place] == 0
+
+
+def test_formats_hold_the_same_numbers(result, tmp_path):
+    records = result.records()
+    assert len(records) == 2 * 6
+    rows = list(csv.DictReader(io.StringIO(result.to_csv())))
+    assert [float(row["auroc_low"]) for row in rows] == [record["auroc_low"] for record in records]
+    loaded = json.loads(result.to_json())
+    assert loaded["results"] == records
+    assert loaded["accuracy"] == result.accuracy is not None
+    assert loaded["ood_inputs"] == {"a": 40, "b": 30, "c": 50, "d": 20}
+    assert "`embedding`" in loaded["excluded"]["EmbeddingMagnitude()"]
+    pandas = pytest.importorskip("pandas")
+    pandas.testing.assert_frame_equal(result.to_pandas(), pandas.DataFrame(records))
+    lines = result.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["Detector", *(one.detector for one in result.ranked)]
+    assert len(result.to_markdown().splitlines()) == 4
+    files = result.save(tmp_path)
+    assert all(file.stat().st_size for file in files)
+    first = (tmp_path / "results.svg").read_bytes()
+    assert [file.name for file in result.save(tmp_path)] == [file.name for file in files]
+    assert (tmp_path / "results.svg").read_bytes() == first
+    with pytest.raises(ValueError, match="xyz"):
+        result.plot(tmp_path / "plot.xyz")
+
+
+def test_scores_are_columns_of_every_input(result, tmp_path):
+    columns = result.scores
+    assert list(columns) == ["set", "group", "item", "row", "NAN()", "KNN(k=3)"]
+    assert {len(column) for column in columns.values()} == {60 + 40 + 30 + 50 + 20}
+    assert dict(zip(columns["set"], columns["group"], strict=True)) == {
+        "ID": "id", "a": "near", "b": "near", "c": "far", "d": "ood"
+    }  # fmt: skip
+    of_c = columns["set"] == "c"
+    np.testing.assert_array_equal(columns["NAN()"][of_c], result.results[0].ood_scores["c"])
+    np.testing.assert_array_equal(columns["row"][of_c], range(50))
+    result.to_parquet(tmp_path / "s.parquet")
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert table == {name: column.tolist() for name, column in columns.items()}
+
+
+def test_every_kind_of_set_gives_the_same_scores(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    images = torch.randint(0, 256, (12, 4, 4, 3), dtype=torch.uint8)
+    for name, part in (("known", images[:8]), ("other", images[8:])):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(part):
+            Image.fromarray(image.numpy()).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "other" / "broken.png").write_bytes(b"no")
+
+    def preprocess(image):
+        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+    inputs = torch.stack([preprocess(image) for image in images])
+    of_loaders = fn.compare(
+        ["NAN"], model=model, id_set=list(inputs[:8].split(3)), ood_sets={"other": [inputs[8:]]}
+    )
+    tap = fn.FeatureTap(model)
+    of_features = fn.compare(["NAN"], id_set=tap(inputs[:8]), ood_sets={"other": tap(inputs[8:])})
+    scorer = fn.Scorer(model, fn.NAN(), preprocess=preprocess)
+    of_folders = fn.compare(
+        ["Energy"], model=scorer, id_set=tmp_path / "known", ood_sets={"other": str(tmp_path / "other")}
+    )
+    assert (of_folders.id_name, list(of_folders.ood_names)) == ("known", ["other"])
+    assert of_folders.items["other"] == [str(tmp_path / "other" / f"{i}.png") for i in range(4)]
+    assert [file for file, _ in of_folders.skipped["other"]] == [str(tmp_path / "other" / "broken.png")]
+    assert [one.detector for one in of_folders.results] == ["NAN()", "Energy()"]
+    for one in (of_features, of_folders):
+        np.testing.assert_allclose(one.results[0].id_scores, of_loaders.results[0].id_scores, rtol=1e-5)
+        np.testing.assert_allclose(
+            one.results[0].ood_scores["other"], of_loaders.results[0].ood_scores["other"], rtol=1e-5
+        )
+    np.testing.assert_array_equal(of_folders.predicted["known"], model(inputs[:8]).argmax(1))
+
+
+def test_sets_that_cannot_be_used_are_errors():
+    known = features(30, 1.0, 0)
+    with pytest.raises(ValueError, match="two sets are called 'a'"):
+        fn.compare(["NAN"], id_set=("a", known), ood_sets={"near:a": known})
+    with pytest.raises(ValueError, match=r"the reference KNN\(\) is not among the detectors: NAN\(\)"):
+        fn.compare(["NAN"], id_set=known, ood_sets={"a": known}, reference="KNN")
+    with pytest.raises(TypeError, match="a must be Features, a loader, a source or a path, got Tensor of shape"):
+        fn.compare(["NAN"], id_set=known, ood_sets={"a": torch.zeros(3, 3)})
+    with pytest.raises(TypeError, match=r"batch 0 of a is not Features, but .*: pass model="):
+        fn.compare(["NAN"], id_set=known, ood_sets={"a": [torch.zeros(3, 3)]})
+
+
+def test_a_reference_without_a_result_gives_way_to_the_best():
+    known, far = features(30, 1.0, 0), features(30, 0.1, 2)
+    result = fn.compare(
+        ["NAN", "EmbeddingMagnitude"], id_set=known, ood_sets={"a": far}, reference="EmbeddingMagnitude"
+    )
+    assert result.reference == "NAN()"

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch.onnx._internal.exporter import _registration
+from torchvision.transforms import v2
 
 import featnorm as fn
 from featnorm import export
@@ -20,7 +21,10 @@ from featnorm.inputs import SlicedSource, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
 
-LEFT_OUT = {"ReAct(Energy())"}  # not of a cosine classifier's logits
+# Not of a cosine classifier's logits: see `test_scores_that_read_the_classifier`.
+LINEAR = ["ReAct(Energy())", "FDBD()", "NCI()", "NCI(alpha=0.1)", "ORA()", "RAS(Energy())", "SCALE(Energy())"]
+LINEAR += ["ASH(Energy())"]
+LEFT_OUT = set(LINEAR)
 DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT and not d.needs_model]
 DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)"]
 
@@ -64,6 +68,23 @@ def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
         assert (
             (p_value - wanted.p_value).abs() <= (gaps <= 1e-4 * size).sum(1) / (len(calibration) + 1) + 1e-9
         ).all()
+
+
+@pytest.mark.parametrize("expression", LINEAR)
+def test_scores_that_read_the_classifier(tmp_path, expression):
+    torch.manual_seed(0)
+    body = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*body, torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)).eval()
+    images = torch.rand(80, 3, 16, 16)
+    transform = v2.Compose([v2.ToImage(), v2.Resize((16, 16)), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(model, fn.parse_detector(expression), preprocess=transform)
+    scorer.fit(images.split(20)).calibrate(images.split(20))
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
+    name = session.get_inputs()[0].name
+    for batch in (images[:1], images):
+        score = torch.from_numpy(session.run(None, {name: batch.numpy()})[1])
+        assert torch.allclose(score.double(), scorer(batch).score.double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("expression", ["KNN(k=1)", "SSD()", "KNN(k=2) / ReAct(NAN())"])

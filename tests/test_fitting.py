@@ -345,6 +345,16 @@ def test_thirty_images_calibrate_a_detector_that_needs_no_fit(thirty, loaded, ca
     assert len(by_class.calibration.group_names) == 10
 
 
+def test_any_number_of_images_calibrates_a_detector_that_needs_no_fit(folder, loaded, cache):
+    scorer, report = fit(folder, loaded, cache, head="keep", detector=fn.Energy())
+    assert report.trained == report.held_out == len(scorer.calibration.scores) > 200
+    assert scorer.facts["images"].endswith(f": {report.held_out} for calibration, none to fit on")
+    _, trained = fit(folder, loaded, cache, head="keep", detector=fn.KNN())
+    assert trained.trained + trained.held_out == report.trained
+    with pytest.raises(ValueError, match=r"form 4 groups of images that belong together \(near-dup.* by 'folder'"):
+        fit(folder, loaded, cache, head="keep", detector=fn.Energy(), group_by="folder")
+
+
 def test_a_jackknife_is_saved_calibrated_again_and_not_added_to(thirty, loaded, cache, tmp_path):
     scorer, _ = fit(thirty, loaded, cache)
     scorer.save(tmp_path / "d.featnorm", weights=True)

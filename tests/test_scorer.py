@@ -722,12 +722,24 @@ def test_a_model_that_is_trained_further_is_noticed_when_it_is_saved(tmp_path):
         before = (tmp_path / "d.featnorm").read_bytes()
         with torch.no_grad():
             next(model.parameters()).mul_(1.01)
-        with pytest.raises(
-            ValueError, match="weights or their precision have changed since the detector was fitted"
-        ):
+        changed = "weights or their precision have changed since the detector was fitted"
+        with pytest.raises(ValueError, match=changed):
             scorer.save(tmp_path / "d.featnorm")
+        images = next(iter(loader()))[0]
+        for predict in (scorer, lambda x, scorer=scorer: scorer.predict_batch(x, range(len(x)))):
+            with pytest.raises(ValueError, match=changed):
+                predict(images)
+        if detector.needs_fit:
+            with pytest.raises(ValueError, match=changed):
+                scorer.calibrate(loader(seed=1))
         assert (tmp_path / "d.featnorm").read_bytes() == before
         scorer.fit(loader()).calibrate(loader(seed=1)).save(tmp_path / "d.featnorm")
+        parameter = next(model.parameters())
+        parameter.data = parameter.data.clone()  # elsewhere, and the same
+        scorer(images)
+        model.norm.running_mean = model.norm.running_mean + 1
+        with pytest.raises(ValueError, match=changed):
+            scorer(images)
 
 
 @pytest.mark.parametrize("by", ["class", "folder"])

@@ -10,7 +10,8 @@ name.
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,63 @@ def _quantity(value: float, unit: str) -> str:
     return f"{value / scale:.3g} {name}"
 
 
+def selection(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what tools/measure_selection.py measured: what the rule chose, and the scores of every candidate."""
+    facts = [
+        "AUROC in percent / percent of OOD inputs flagged where 5 % of ID inputs are; means over the OOD sets",
+        f"{len(next(iter(content['settings'].values())))} seeds",
+        *(f"{name}: {value}" for name, value in content["environment"].items()),
+    ]
+    found: dict[str, Table] = {}
+    rules = []
+    for name, runs in content["settings"].items():
+        sizes = ", ".join(f"{size:,} {kind}" for kind, size in runs[0]["sizes"].items())
+        # By detector, the mean AUROC and flagged share of each seed.
+        means = {
+            detector: [
+                [statistics.fmean(pair) for pair in zip(*run["ood"][detector].values(), strict=True)]
+                for run in runs
+            ]
+            for detector in runs[0]["ood"]
+        }
+        single = [detector for detector in means if " + " not in detector]
+        best = max(single, key=lambda detector: statistics.fmean(mean[0] for mean in means[detector]))
+        chosen = ", ".join(dict.fromkeys(run["chosen"] for run in runs))
+        by_rule = [means[run["chosen"]][seed] for seed, run in enumerate(runs)]
+        columns = [by_rule, means[_FIXED_SUM], means["KLUniform()"], means[best]]
+        rules.append([name, chosen, *map(_pair, columns[:3]), f"{_pair(columns[3])} {best}"])
+        rows = [
+            [
+                detector,
+                _mean(100 * row["held_out"] for row in ranks),
+                _mean(100 * row["destroyed"] for row in ranks),
+                f"{sum(row['in_clique'] for row in ranks)}",
+                _pair(means[detector]),
+                *(_pair([run["ood"][detector][kind] for run in runs]) for kind in runs[0]["ood"][detector]),
+            ]
+            for detector in sorted(means, key=lambda name: -statistics.fmean(mean[0] for mean in means[name]))
+            for ranks in [[row for run in runs for row in run["candidates"] if row["detector"] == detector]]
+        ]
+        seconds = (_mean(run["seconds"][i] for run in runs) for i in (0, 1))
+        notes = [f"inputs: {sizes}", "{} s to make the classifier, {} s for the rule".format(*seconds), *facts]
+        headers = ["Detector", "held-out classes", "destroyed", "times in the clique", "OOD mean"]
+        headers += list(runs[0]["ood"][best])
+        found[re.sub("[^a-z0-9]+", "-", name.lower())] = Table(name, headers, rows, notes)
+    headers = ["Setting", "chosen by the rule", "the rule", _FIXED_SUM, "KLUniform()", "best single, in hindsight"]
+    return {"rule": Table("The rule against a fixed sum", headers, rules, facts), **found}
+
+
+_FIXED_SUM = "KLUniform() + KNN(k=10)"
+
+
+def _pair(pairs: Sequence[Sequence[float]]) -> str:
+    return " / ".join(_mean(values) for values in zip(*pairs, strict=True))
+
+
+def _mean(values: Iterable[float]) -> str:
+    return f"{statistics.fmean(values):.1f}"
+
+
 #: Page -> results on it that are not a study's -> what makes their tables.
 OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     # From smaller networks that were trained for fewer epochs.
@@ -151,6 +209,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     "own-images": {"shipped": shipped},
     "speed": {"speed": speed},
     "drift": {"drift": drift},
+    "selection": {"selection": selection},
 }
 #: Page -> pictures on it that are not a study's, named as their results -> what draws them.
 PICTURES: dict[str, dict[str, Callable[[Any], str]]] = {"drift": {"drift": drift_curves}}

@@ -14,6 +14,8 @@ from featnorm.detectors import NotFittedError as NotFittedError
 from featnorm.detectors import parse_detector as parse_detector
 from featnorm.detectors import registered_detectors as registered_detectors
 from featnorm.drift import DriftMonitor as DriftMonitor
+from featnorm.evaluation import Comparison as Comparison
+from featnorm.evaluation import compare as compare
 from featnorm.explainer import Explainer as Explainer
 from featnorm.features import Features as Features
 from featnorm.fitting import fit as fit

@@ -173,6 +173,30 @@ def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
+def jigsaw(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (n, c, h, w) whose 3 x 3 patches are in random order, drawn for each image.
+
+    If a side is not a multiple of three, the one or two pixels that remain, split between both ends, stay.
+
+    Raises
+    ------
+    ValueError
+        The images have fewer than 3 x 3 pixels.
+    """
+    n, channels, *sides = images.shape
+    if len(sides) != 2 or min(sides) < 3:
+        raise ValueError(f"jigsaws need images (n, c, h, w) of at least 3 x 3 pixels, got {tuple(images.shape)}")
+    h, w = (side // 3 for side in sides)
+    top, left = ((side % 3) // 2 for side in sides)
+    inner = (..., slice(top, top + 3 * h), slice(left, left + 3 * w))
+    patches = images[inner].reshape(n, channels, 3, h, 3, w).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = _uniform(n, 9, generator=generator).argsort(1).to(images.device)
+    patches = patches[torch.arange(n, device=images.device)[:, None], order].unflatten(1, (3, 3))
+    shuffled = images.clone()
+    shuffled[inner] = patches.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, 3 * h, 3 * w)
+    return shuffled
+
+
 def rotations(images: Tensor) -> list[Tensor]:
     """Return images (n, c, h, w) rotated by 0, 90, 180 and 270 degrees.
 

@@ -1,18 +1,53 @@
 """Comparison of detectors, which are fitted, scored and measured in one pass over each set of inputs."""
 
+import csv
+import io
+import json
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import nn
 
+from featnorm._utils.checks import shown
+from featnorm._utils.files import replacing, write_text
+from featnorm._utils.layout import fast_layout
+from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.features import Features
+from featnorm.inputs import Source, image_loader, open_source
+from featnorm.inputs.loading import named
 from featnorm.metrics import Metrics, evaluate
+from featnorm.models.loading import users_forward
+from featnorm.runtime import Runtime
+from featnorm.scorer import Scorer
+from featnorm.significance import (
+    Estimate,
+    bootstrap_fpr95,
+    cliques,
+    delong,
+    from_covariance,
+    from_resamples,
+    placements,
+)
+from featnorm.tap import FeatureTap
+
+if TYPE_CHECKING:
+    import pandas
+
+Data: TypeAlias = Features | Iterable[Any] | Source[Any] | str | PathLike[str]
 
 # Inputs of each set whose patterns of active units are kept for the report.
 _MAX_PATTERNS = 50
+_FIT = "fit"
+_GROUP = re.compile(r"(?:(near|far):)?(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,23 +63,246 @@ class Result:
     @property
     def mean(self) -> Metrics:
         """The metrics, averaged over the OOD sets."""
-        sets = list(self.metrics.values())
-        names = Metrics.__dataclass_fields__
-        return Metrics(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in names})
+        return self.mean_over(list(self.metrics))
+
+    def mean_over(self, names: Sequence[str]) -> Metrics:
+        """Return the metrics, averaged over some of the OOD sets."""
+        sets = [self.metrics[name] for name in names]
+        fields = Metrics.__dataclass_fields__
+        return Metrics(**{name: float(np.mean([getattr(m, name) for m in sets])) for name in fields})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """AUROC and FPR95 of all detectors on one OOD set, or averaged over several, with confidence intervals."""
+
+    title: str  # "Mean", "Near" or "Far", or the name of the OOD set
+    sets: tuple[str, ...]
+    is_mean: bool
+    auroc: Estimate
+    fpr95: Estimate
 
 
 @dataclass
-class Evaluation:
-    """The outcome of a comparison, for a table and a page."""
+class Comparison:
+    """The outcome of a comparison of detectors: numbers, tables, scores, and a plot.
+
+    Confidence intervals are at 95 %, over test inputs: DeLong's for AUROC, a bootstrap's for FPR95. All detectors
+    score the same inputs, so differences from the reference are paired.
+    """
 
     id_name: str
-    ood_names: list[str]
+    ood_groups: dict[str, str]  # OOD set -> "near", "far" or "" for neither
     results: list[Result] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)  # detector -> reason
     accuracy: float | None = None  # share of the labeled ID inputs that the model classifies correctly
     patterns: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (k, d) bool, active units
+    items: dict[str, list[str]] = field(default_factory=dict)  # set -> names of its inputs, if it has them
+    rows: dict[str, list[int]] = field(default_factory=dict)  # set -> rows of its inputs in their source
+    predicted: dict[str, np.ndarray] = field(default_factory=dict)  # set -> (n,) index of the largest logit
     skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # set -> (file, reason)
+    several: int = 0  # number of files with several frames or pages, of which the first is used
     facts: dict[str, str] = field(default_factory=dict)  # how the numbers were made
+    chosen_reference: str | None = None
+
+    @property
+    def ood_names(self) -> list[str]:
+        """The names of the OOD sets, in order."""
+        return list(self.ood_groups)
+
+    @property
+    def ranked(self) -> list[Result]:
+        """The results by mean AUROC, best first; ties keep their order."""
+        return sorted(self.results, key=lambda result: -result.mean.auroc)
+
+    @property
+    def reference(self) -> str:
+        """The detector from which differences are taken: the chosen one, or the best if that has no result."""
+        names = [result.detector for result in self.ranked]
+        return self.chosen_reference if self.chosen_reference in names else names[0]
+
+    @cached_property
+    def _inference(self) -> tuple[list[Summary], list[str]]:
+        ranked = self.ranked
+        ids = np.stack([result.id_scores for result in ranked])
+        oods = {name: np.stack([result.ood_scores[name] for result in ranked]) for name in self.ood_groups}
+        parts = {name: placements(ids, scores) for name, scores in oods.items()}
+        resampled = bootstrap_fpr95(ids, list(oods.values()))
+        reference = [result.detector for result in ranked].index(self.reference)
+
+        def members(group: str) -> list[str]:
+            return [name for name, of in self.ood_groups.items() if of == group]
+
+        groups = [("Mean", self.ood_names, True)] if len(self.ood_groups) > 1 else []
+        groups += [(group.title(), members(group), True) for group in ("near", "far") if len(members(group)) > 1]
+        groups += [(name, [name], False) for name in self.ood_groups]
+        summaries, letters = [], None
+        for title, names, is_mean in groups:
+            means = [result.mean_over(names) for result in ranked]
+            covariance = delong([parts[name] for name in names])
+            auroc = np.array([mean.auroc for mean in means])
+            letters = letters or cliques(auroc, covariance)
+            of_sets = resampled[:, [self.ood_names.index(name) for name in names]].mean(1)
+            fpr95 = from_resamples(np.array([mean.fpr95 for mean in means]), of_sets, reference)
+            estimate = from_covariance(auroc, covariance, reference)
+            summaries.append(Summary(title, tuple(names), is_mean, estimate, fpr95))
+        return summaries, letters or []
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """AUROC and FPR95 in the order of `ranked`: the mean over the OOD sets, near, far, and each set."""
+        return self._inference[0]
+
+    @property
+    def cliques(self) -> list[str]:
+        """Letters of each detector, in the order of `ranked`: those that share one cannot be told apart.
+
+        Every pair is compared by DeLong's test of the mean AUROC, at a level of 5 % over all pairs (Holm).
+        """
+        return self._inference[1]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one row of numbers per detector and column of the table, as shares in [0, 1].
+
+        Every row has the measures of `Metrics`, 95 % intervals of AUROC and FPR95 (``auroc_low``, ``auroc_high``)
+        and of their differences from the reference (``auroc_difference``, ``auroc_difference_low``, ...), the
+        clique, and the microseconds per input.
+        """
+        rows = []
+        for summary in self.summaries:
+            for i, result in enumerate(self.ranked):
+                measures = asdict(result.mean_over(summary.sets))
+                row: dict[str, Any] = {"detector": result.detector, "set": summary.title}
+                row["group"] = summary.title.lower() if summary.is_mean else self.ood_groups[summary.title]
+                row["is_mean"] = summary.is_mean
+                for name, value in measures.items():
+                    row[name] = value
+                    estimate = getattr(summary, name, None)
+                    if estimate is not None:
+                        parts = ("low", "high", "difference", "difference_low", "difference_high")
+                        row |= {f"{name}_{part}": float(getattr(estimate, part)[i]) for part in parts}
+                row |= {"clique": self.cliques[i], "microseconds": result.microseconds}
+                rows.append(row)
+        return rows
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return `records` as a pandas DataFrame; needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.records())
+
+    def to_csv(self) -> str:
+        """Return `records` as CSV."""
+        records, out = self.records(), io.StringIO()
+        writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return out.getvalue()
+
+    def to_json(self) -> str:
+        """Return facts, accuracy, reference, excluded detectors and `records` as JSON; what is unknown is null."""
+        records = [
+            {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
+            for record in self.records()
+        ]
+        about = {
+            "id": self.id_name,
+            "id_inputs": len(self.results[0].id_scores),
+            "ood_inputs": {name: len(scores) for name, scores in self.results[0].ood_scores.items()},
+            "accuracy": self.accuracy,
+            "reference": self.reference,
+            "facts": self.facts,
+            "excluded": self.excluded,
+            "skipped": self.skipped,
+        }
+        return json.dumps({**about, "results": records}, indent=1) + "\n"
+
+    def table(self) -> str:
+        """Return the table as aligned text."""
+        from featnorm.report.tables import text_table
+
+        return text_table(self)
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown, with the best of each column in bold."""
+        from featnorm.report.tables import markdown_table
+
+        return markdown_table(self)
+
+    def to_latex(self) -> str:
+        """Return the table in LaTeX, for the package booktabs, with the best of each column in bold."""
+        from featnorm.report.tables import latex_table
+
+        return latex_table(self)
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """The scores of every input, as columns: set, group, item, row, and one per detector.
+
+        The group is "id", "near", "far" or "ood"; the item is the name of the input, empty if it has none.
+        """
+        first = self.results[0]
+        sets = {self.id_name: first.id_scores, **first.ood_scores}
+        groups = {self.id_name: "id"} | {name: group or "ood" for name, group in self.ood_groups.items()}
+        counts = {name: len(scores) for name, scores in sets.items()}
+        columns = {
+            "set": np.concatenate([np.full(n, name, object) for name, n in counts.items()]),
+            "group": np.concatenate([np.full(n, groups[name], object) for name, n in counts.items()]),
+            "item": np.concatenate([np.array(self.items.get(s, [""] * n), object) for s, n in counts.items()]),
+            "row": np.concatenate([np.array(self.rows.get(s, range(n)), np.int64) for s, n in counts.items()]),
+        }
+        for result in self.results:
+            of_sets = [result.id_scores, *(result.ood_scores[name] for name in self.ood_groups)]
+            columns[result.detector] = np.concatenate(of_sets)
+        return columns
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write `scores` to a parquet file; needs pyarrow."""
+        import pyarrow
+        import pyarrow.parquet
+
+        # File names may contain bytes that cannot be decoded.
+        columns = {
+            name: [text.encode(errors="backslashreplace").decode() for text in values]
+            if values.dtype == object
+            else values
+            for name, values in self.scores.items()
+        }
+        with replacing(Path(path)) as temporary:
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw AUROC and FPR95 of every detector with their intervals; the file's ending is the format.
+
+        Parameters
+        ----------
+        path : file to write, such as ``results.pdf`` or ``results.svg``; an existing file is replaced.
+        """
+        from featnorm.report.ranking import plot_ranking
+
+        plot_ranking(self, Path(path))
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write tables, scores and plots to a folder that exists; return the files.
+
+        They are ``results.csv``, ``results.json``, ``results.tex``, ``scores.parquet``, ``results.svg`` and
+        ``results.pdf``.
+        """
+        files = [Path(folder) / name for name in FILES]
+        for file in files:
+            match file.suffix:
+                case ".parquet":
+                    self.to_parquet(file)
+                case ".svg" | ".pdf":
+                    self.plot(file)
+                case suffix:
+                    text = {".csv": self.to_csv, ".json": self.to_json, ".tex": self.to_latex}[suffix]()
+                    write_text(file, text, errors="backslashreplace")
+        return files
+
+
+#: Files that `Comparison.save` writes.
+FILES = ("results.csv", "results.json", "results.tex", "scores.parquet", "results.svg", "results.pdf")
 
 
 def standard_detectors() -> list[Detector]:
@@ -54,33 +312,88 @@ def standard_detectors() -> list[Detector]:
 
 
 def compare(
-    detectors: Sequence[Detector],
+    detectors: Sequence[Detector | str] | None = None,
     *,
-    fit: Iterable[Features] | None,
-    id_set: tuple[str, Iterable[Features]],
-    ood_sets: Mapping[str, Iterable[Features]],
-) -> Evaluation:
-    """Fit detectors to one stream of features, then score them all on others.
+    id_set: tuple[str, Data] | Data,
+    ood_sets: Mapping[str, Data],
+    fit: Data | None = None,
+    model: nn.Module | FeatureTap | Scorer | None = None,
+    preprocess: Any = None,
+    spec: str = "",
+    reference: Detector | str | None = None,
+    runtime: Runtime | None = None,
+) -> Comparison:
+    """Fit detectors to one set of in-distribution inputs, then score and measure them all on others.
 
-    Every stream is read once, batch by batch, for all detectors. A detector that cannot score these features, or
-    needs a fit while there are no features to fit on, is excluded and listed with the reason. A detector that is
+    Every set is read once, batch by batch, for all detectors. A detector that cannot score these features, or
+    needs a fit while there is nothing to fit on, is excluded and listed with the reason. A detector that is
     fitted already stays as it is.
+
+    A set is one of
+
+    - `Features`, or an iterable of them, batch by batch;
+    - a loader of batches as the model takes them, with or without labels, see `FeatureTap.stream`;
+    - a source of images, or a specification as `featnorm.inputs.open_source` takes it, such as a folder; images
+      that cannot be read are skipped and listed.
 
     Parameters
     ----------
-    detectors : detectors to compare.
-    fit : ID features to fit on. None excludes the detectors that need a fit and are not fitted yet.
-    id_set : name and features of the ID test inputs.
-    ood_sets : features of the OOD test inputs, by name of the set.
+    detectors
+        Detectors to compare, or their expressions. Default: `standard_detectors`.
+    id_set : the ID test inputs, or their name and they.
+    ood_sets
+        The OOD test inputs by the name of their set. Names that begin with ``near:`` or ``far:`` put the set into
+        that group, over which the measures are averaged too; the rest is then its name.
+    fit
+        ID inputs to fit on. Default: none, which excludes the detectors that need a fit and are not fitted yet.
+    model
+        The model, a tap on it, or a `Scorer`, whose detector is compared too. Default: none, for sets of features.
+    preprocess : function from an image to what the model takes. Default: that of the `Scorer`.
+    spec : specification of the model, by which messages name it if it is the user's own.
+    reference
+        Detector from which differences are taken. Default: the one with the best mean AUROC.
+    runtime : precision, batch size and workers for sources of images. Default: `Runtime()`.
 
     Raises
     ------
     ValueError
-        A set yields no features, or every detector is excluded.
+        A set yields no inputs, every detector is excluded, the reference is not among the detectors, two sets have
+        one name, or a set needs a model or a preprocess that is not given.
+    TypeError
+        A set is of another type.
+
+    Examples
+    --------
+    >>> result = fn.compare(
+    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("cifar10", test_loader),
+    ...     ood_sets={"near:cifar100": cifar100_loader, "far:svhn": svhn_loader},
+    ... )
+    >>> print(result.table())
     """
-    id_name, id_features = id_set
-    result = Evaluation(id_name, list(ood_sets))
-    active = {repr(detector): detector for detector in detectors}
+    chosen = standard_detectors() if detectors is None else list(detectors)
+    active = {repr(detector): detector for detector in map(_parsed, chosen)}
+    if isinstance(model, Scorer):
+        active = {repr(model.detector): model.detector} | active
+        active[repr(model.detector)] = model.detector
+        preprocess, spec = preprocess or model.preprocess, spec or model.spec or ""
+        model = model.tap
+    tap = FeatureTap(model) if isinstance(model, nn.Module) else model
+    id_name, id_data = id_set if isinstance(id_set, tuple) else (_title(id_set), id_set)
+    groups, sets = {}, {id_name: id_data}
+    for given, data in ood_sets.items():
+        match = _GROUP.fullmatch(given)
+        group, name = match.groups() if match else (None, given)
+        if name in sets:
+            raise ValueError(f"two sets are called {name!r}: every set needs a name of its own")
+        groups[name], sets[name] = group or "", data
+    result = Comparison(id_name, groups)
+    if reference is not None:
+        result.chosen_reference = repr(_parsed(reference))
+        if result.chosen_reference not in active:
+            raise ValueError(
+                f"the reference {result.chosen_reference} is not among the detectors: {', '.join(active)}"
+            )
+    reader = _Reader(result, tap, preprocess, spec, runtime or Runtime())
 
     def exclude(name: str, reason: Exception | str) -> None:
         # Errors begin with the detector's name, which is listed already, next to the reason.
@@ -92,7 +405,7 @@ def compare(
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     fitted = {name for name, detector in active.items() if detector.needs_fit and detector.is_fitted}
     if fit is not None:
-        for features in fit:
+        for features in reader.stream(_FIT, fit, fitting=True):
             for name, detector in list(active.items()):
                 if name in fitted:
                     continue
@@ -104,9 +417,10 @@ def compare(
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0
     correct = labeled = 0
-    for set_name, stream in ((id_name, id_features), *ood_sets.items()):
+    for set_name, data in sets.items():
         seen = 0
-        for features in stream:
+        predicted = []
+        for features in reader.stream(set_name, data):
             for name, detector in list(active.items()):
                 try:
                     if inputs == 0 and detector.needs_fit:
@@ -122,6 +436,8 @@ def compare(
                 on = (features.activation[: _MAX_PATTERNS - seen] > 0).cpu().numpy()
                 kept = result.patterns.get(set_name)
                 result.patterns[set_name] = on if kept is None else np.concatenate([kept, on])
+            if features.logits is not None:
+                predicted.append(features.logits.argmax(1).cpu().numpy())
             if set_name == id_name and features.labels is not None and features.logits is not None:
                 known = (features.labels >= 0) & (features.labels < features.logits.shape[1])
                 correct += int((features.logits.argmax(1) == features.labels)[known].sum())
@@ -130,11 +446,13 @@ def compare(
             inputs += len(features)
         if seen == 0:
             raise ValueError(f"there is no usable input in {set_name}")
+        if predicted:
+            result.predicted[set_name] = np.concatenate(predicted)
     result.accuracy = correct / labeled if labeled else None
     for name in active:
         joined = {set_name: np.concatenate(parts) for set_name, parts in scores[name].items()}
-        ood = {set_name: joined[set_name] for set_name in ood_sets}
-        metrics = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in ood_sets}
+        ood = {set_name: joined[set_name] for set_name in groups}
+        metrics = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in groups}
         result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))
     if not result.results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in result.excluded.items())
@@ -147,3 +465,86 @@ def _now(features: Features) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _parsed(detector: Detector | str) -> Detector:
+    return parse_detector(detector) if isinstance(detector, str) else detector
+
+
+def _title(data: Data) -> str:
+    return open_source(fspath(data)).title if isinstance(data, (str, PathLike)) else getattr(data, "title", "ID")
+
+
+@dataclass
+class _Reader:
+    """Computes the features of sets of inputs; keeps names and rows of images, and what could not be read."""
+
+    comparison: Comparison
+    tap: FeatureTap | None
+    preprocess: Any
+    spec: str
+    runtime: Runtime
+
+    def stream(self, name: str, data: Data, *, fitting: bool = False) -> Iterator[Features]:
+        """Yield the features of a set, batch by batch."""
+        if isinstance(data, Features):
+            return iter([data])
+        if isinstance(data, (str, PathLike)):
+            data = open_source(fspath(data))
+        if isinstance(data, Source):
+            return self._images(name, data, fitting)
+        if not isinstance(data, Iterable) or isinstance(data, (torch.Tensor, np.ndarray)):
+            raise TypeError(f"{name} must be Features, a loader, a source or a path, got {shown(data)}")
+        if self.tap is None or (isinstance(data, Sequence) and data and isinstance(data[0], Features)):
+            return self._features(name, data)
+        return self.tap.stream(data, progress=self.runtime.progress)
+
+    def _features(self, name: str, batches: Iterable[Any]) -> Iterator[Features]:
+        for i, features in enumerate(batches):
+            if not isinstance(features, Features):
+                raise TypeError(f"batch {i} of {name} is not Features, but {shown(features)}: pass model=")
+            yield features
+
+    def _images(self, name: str, source: Source[Any], fitting: bool) -> Iterator[Features]:
+        """Yield the features of a source; images that cannot be read are skipped."""
+        if self.tap is None or self.preprocess is None:
+            raise ValueError(f"{name} holds images: pass model= and preprocess=, or a Scorer that has both")
+        loader = image_loader(
+            source,
+            self.preprocess,
+            batch_size=self.runtime.batch_size,
+            workers=self.runtime.workers,
+            on_corrupt=lambda file, why: self.comparison.skipped.setdefault(name, []).append((file, why)),
+        )
+        rows = self.comparison.rows.setdefault(name, [])
+        items = self.comparison.items.setdefault(name, [])
+        classes = source.class_names
+        why = None
+        if classes is None and source.label(0) is None:
+            why = "the images have no classes (SSD and KNN need none)"
+        elif classes is not None and len(classes) == 1:
+            why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
+        bar = progress_bar(
+            loader.parts(), total=len(loader), desc=name, unit="batch", progress=self.runtime.progress
+        )
+        for part in bar:
+            batch = part.batch
+            if batch is None:
+                continue
+            self.comparison.several += len(part.several)
+            indices = batch.indices.tolist()
+            rows.extend(indices)
+            items.extend(map(source.name, indices))
+            images = fast_layout(batch.images)
+            where = users_forward(self.spec, self.tap.model, named(source, indices))
+            with where, self.runtime.autocast():
+                features = self.tap(images)
+            # The accuracy of the model is defined only for labels of its own classes.
+            logits = features.logits
+            others = classes is not None and (None if logits is None else logits.shape[1]) != len(classes)
+            if why is None and (fitting or not others):
+                yield features.replace(labels=batch.labels.to(self.tap.device))
+            else:
+                yield features.replace(
+                    absent={**features.absent, "labels": why or "its classes are not the model's"}
+                )

@@ -24,7 +24,6 @@ from featnorm._utils.checks import check_share, check_type, min_scores
 from featnorm._utils.errors import UserCodeError
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import single_precision
-from featnorm.calibration import Calibration
 from featnorm.detectors import KNN, Detector, Jackknife, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.features import Features
@@ -140,11 +139,12 @@ def fit(
 
     The features of the images are computed once and cached on disk. Duplicate images are used once. One image in
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others.
-    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side.
+    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side. A detector
+    that needs no fit is calibrated on all images if no head is trained.
 
     From 20 to 99 images, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
-    some images out of the fit in turn (19 at ``tpr=0.95``); one that needs no fit is calibrated on all images. No
-    head is trained. The stated rate holds as for more images.
+    some images out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
+    images.
 
     Parameters
     ----------
@@ -307,7 +307,8 @@ def fit_source(
     sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
     calibrates = first_of_groups(cached.digests, splits)
-    if few:
+    fits = detector.needs_fit or plan.head == "train"
+    if few or not fits:
         is_held_out = torch.zeros_like(calibrates)
         if detector.needs_fit:
             left = left_out(cached.digests, tpr, splits)
@@ -316,7 +317,13 @@ def fit_source(
     else:
         is_held_out = held_out(cached.digests, splits, tpr)
         calibrates &= is_held_out
-    Calibration(torch.zeros(int(calibrates.sum())), tpr)  # raises if they are too few, before the work
+    if (count := int(calibrates.sum())) < (needed := min_scores(tpr)):
+        raise ValueError(
+            f"the {len(cached.rows)} images of {source.title} form {count} groups of images that belong together "
+            f"(near-duplicates{'' if group_by is None else f' and groups by {group_by!r}'}), too few for "
+            f"tpr={tpr}: calibration needs one image of each of {needed} groups; add images of other groups, or "
+            "lower tpr"
+        )
     train_values = cached.values[~is_held_out]
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
     features_of: nn.Module = plan.features_of
@@ -366,7 +373,7 @@ def fit_source(
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     if jackknife is not None:
         split = f"{len(train_values)} to fit on, {len(chosen)} of them left out in turn for calibration"
-    elif few:
+    elif not fits:
         split = f"{len(chosen)} for calibration, none to fit on"
     else:
         split = f"{len(train_values)} to fit on, {len(chosen)} held out for calibration"

@@ -35,6 +35,8 @@ from featnorm.models.loading import users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
+from featnorm.tap.capture import all_modules
+from featnorm.tap.find import Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
@@ -45,6 +47,10 @@ HeadKind = Literal["keep", "train", "none"]
 MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
 STATISTICS, EXAMPLES = "statistics.", "examples."
 _BLOCKS = 8
+_CHANGED = (
+    "the model's weights or their precision have changed since the detector was fitted or calibrated: fit and "
+    "calibrate it again"
+)
 
 
 class Scorer(nn.Module):
@@ -57,7 +63,7 @@ class Scorer(nn.Module):
     ----------
     model : user's model, on any device.
     detector : detector, which is moved to the model's device.
-    layer, output, channel_axis : what the tap captures, see `FeatureTap`. Default: found automatically.
+    layer, output, channel_axis, pooling : what the tap captures, see `FeatureTap`. Default: found automatically.
     preprocess
         Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
         With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
@@ -99,6 +105,7 @@ class Scorer(nn.Module):
         *,
         output: str | int | None = None,
         channel_axis: int | None = None,
+        pooling: Pooling = "mean",
         preprocess: Callable[[Image.Image], Tensor] | None = None,
         classes: Sequence[str] | None = None,
         spec: str | None = None,
@@ -113,7 +120,7 @@ class Scorer(nn.Module):
         if isinstance(classes, str):
             raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
-        self.tap = FeatureTap(model, layer, output, channel_axis)
+        self.tap = FeatureTap(model, layer, output, channel_axis, pooling)
         self.detector = detector.to(self.tap.device)
         self.calibration: Calibration | None = None
         self.classes = None if classes is None else [check_text(name) for name in classes]
@@ -123,7 +130,9 @@ class Scorer(nn.Module):
         self.examples = examples
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
-        self._weights: str | None = None  # digest of the weights that the fit and the calibration are for
+        # Digest of the weights that the fit and the calibration are for, and the versions that have it.
+        self._weights: str | None = None
+        self._versions: list[tuple[int, int, int]] = []
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
 
@@ -223,7 +232,7 @@ class Scorer(nn.Module):
                 raise error
         if self.detector.needs_fit:
             self.calibration = None
-            self._weights = archive.fingerprint(self.tap.model)["sha256"]
+            self.keep_weights()
         return self
 
     def calibrate(
@@ -325,9 +334,29 @@ class Scorer(nn.Module):
             made = made if tpr is None else made.with_tpr(tpr)
         else:
             made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
+        if self.detector.needs_fit:
+            self._check_weights()
         self.calibration = made.to(self.tap.device)
-        self._weights = archive.fingerprint(self.tap.model)["sha256"]
+        self.keep_weights()
         return self
+
+    def keep_weights(self, digest: str | None = None) -> None:
+        """Take the model's present weights for those of the fit and the calibration.
+
+        Parameters
+        ----------
+        digest : their SHA-256, if it is known.
+        """
+        self._versions = _versions(self.tap.model)
+        self._weights = digest or archive.fingerprint(self.tap.model)["sha256"]
+
+    def _check_weights(self) -> None:
+        """Raise a ValueError if the weights have changed since the fit; a change through ``.data`` is not seen."""
+        if self._weights is None or self._versions == (versions := _versions(self.tap.model)):
+            return
+        if archive.fingerprint(self.tap.model)["sha256"] != self._weights:
+            raise ValueError(_CHANGED)
+        self._versions = versions
 
     def _check_rate(self, tpr: float | None, update: bool) -> None:
         if tpr is not None:
@@ -374,8 +403,10 @@ class Scorer(nn.Module):
         NotFittedError
             The detector needs a fit and has none.
         ValueError
-            The model has no layer that the detector reads, or one of its outputs is not finite.
+            The model has no layer that the detector reads, one of its outputs is not finite, or its weights have
+            changed since the fit or the calibration.
         """
+        self._check_weights()
         features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads)
         return self.predict_features(features, groups)
 
@@ -591,6 +622,7 @@ class Scorer(nn.Module):
         heat: bool = False,
         runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
+        self._check_weights()
         inputs = fast_layout(inputs.to(self.tap.device))
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
         with (runtime or Runtime()).autocast():
@@ -670,6 +702,7 @@ class Scorer(nn.Module):
         """Accept what `get_extra_state` returned; the calibration is made when its scores are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._weights = None  # they are loaded too
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
         if scores is not None and extra is not None and extra["tpr"] is not None:
             members = state_dict.get(f"{prefix}calibration.members")
@@ -745,10 +778,7 @@ class Scorer(nn.Module):
     def _header(self) -> dict[str, Any]:
         model = archive.fingerprint(self.tap.model)
         if self._weights not in (None, model["sha256"]):
-            raise ValueError(
-                "the model's weights or their precision have changed since the detector was fitted or calibrated: "
-                "fit and calibrate it again"
-            )
+            raise ValueError(_CHANGED)
         return {
             "detector": _expression(self.detector),
             **({} if self.calibration is None else self.calibration.to_dict()),
@@ -769,6 +799,24 @@ class Scorer(nn.Module):
             features = self.tap.capture(image[None].to(self.tap.device), classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
         return nn.functional.adaptive_avg_pool2d(image.float(), _BLOCKS), response[0].float().cpu()
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Return the identity, the number of writes and the address of each tensor in the state of a model."""
+    return [
+        (id(tensor), 0 if tensor.is_inference() else tensor._version, _address(tensor))
+        for module in all_modules(model)
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a sparse tensor, or one of a subclass
+        return 0
 
 
 def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:

@@ -96,7 +96,7 @@ def load(
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
-        scorer._weights = header["model"]["sha256"]
+        scorer.keep_weights(header["model"]["sha256"])
         explained = (*(() if statistics is None else _EXPLAINED), *(() if examples is None else ("pooled",)))
         scorer.tap.require((*detector.reads, *explained))
         calibration = archive.calibration(tensors, header, path)

@@ -1,14 +1,18 @@
 """The command line as a user types it: what it prints and writes, and its errors."""
 
+import json
+import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -99,7 +103,12 @@ def test_evaluate_without_a_fit_names_who_is_left_out(featnorm, weights, tmp_pat
         "evaluate", "--model", MODEL, "--weights", weights, "--id", known, "--ood", other
     )
     assert status == 0
-    assert "skipped KNN(): it needs a fit, and no in-distribution inputs were given to fit on" in printed
+    lines = [line for line in printed.splitlines() if "it needs a fit" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("skipped ")
+    assert "KNN()" in lines[0]
+    assert "SSD()" in lines[0]
+    assert lines[0].endswith(": it needs a fit, and no in-distribution inputs were given to fit on")
 
 
 def test_a_fit_on_one_class_leaves_out_what_needs_classes(featnorm, weights, tmp_path):
@@ -134,6 +143,36 @@ def test_a_set_called_fit_is_not_what_is_fitted_on(featnorm, weights, tmp_path):
     assert "fit: none" in document
     assert "other:test AUROC" in document
     assert "third:test AUROC" in document
+
+
+def test_evaluate_writes_every_format_and_groups_sets(featnorm, weights, tmp_path):
+    known, other = pictures(tmp_path / "test", 8, 0, ["a", "b", "c", "d"]), pictures(tmp_path / "other", 6, 1)
+    options = ["--model", MODEL, "--weights", weights, "--id", "test", "--detector", "NAN", "--reference", "MSP"]
+    sets = [f"near:one={other}[:3]", f"near:two={other}[3:]", f"far:three={known}[:2]"]
+    status, printed, error = featnorm("evaluate", *options, *(part for one in sets for part in ("--ood", one)))
+    assert status == 0, error
+    assert re.search(r"The model classifies [\d.]+ % of test correctly", printed)  # not NAME-OF-FOLDER:test
+    out = tmp_path / "featnorm-evaluation"
+    document = (out / "results.md").read_text()
+    for column in ("Mean AUROC", "Near AUROC", "one AUROC", "two AUROC", "three FPR95", "µs / input"):
+        assert column in document
+    assert "Far AUROC" not in document  # it is the single set
+    assert "Δ AUROC is the difference from MSP()" in document.replace("\\", "")
+    results = json.loads((out / "results.json").read_text())
+    assert results["reference"] == "MSP()"
+    assert {row["set"]: row["group"] for row in results["results"]} == {
+        "Mean": "mean", "Near": "near", "one": "near", "two": "near", "three": "far"
+    }  # fmt: skip
+    assert len((out / "results.csv").read_text().splitlines()) == 1 + len(results["results"])
+    table = pq.read_table(out / "scores.parquet").to_pydict()
+    assert list(table) == ["set", "group", "item", "row", "NAN()", "MSP()"]
+    assert Counter(table["set"]) == {"test": 8, "one": 3, "two": 3, "three": 2}
+    assert table["item"][8] == str(other / "0.png")
+    assert (out / "results.svg").read_text().startswith("<?xml")
+    assert (out / "results.pdf").read_bytes().startswith(b"%PDF")
+    page = (out / "index.html").read_text()
+    assert "<h1>OOD detection with " in page
+    assert re.search(r'<span title="[^"]*\.png">\d\.png</span>', page)
 
 
 def test_names_with_markup_and_narrow_images_cost_nothing(featnorm, weights, tmp_path):

@@ -236,6 +236,13 @@ def test_thresholds_by_class_and_by_folder(own, trained, tmp_path):
         assert [row["verdict"] for row in rows] == ["ID" if known else "OOD" for known in is_id.tolist()]
         np.testing.assert_allclose([float(row["p_value"]) for row in rows], p_values)
         assert own("monitor", path, table)[0] in (0, 3)
+        sets = ("--id", "held=digits/new", "--ood", "patches", "--detector", "Energy", "-o", tmp_path / by)
+        status, said, error = own("evaluate", path, *MODEL, *sets)
+        assert status == 0, error
+        share = 100 * (1 - is_id.double().mean())
+        assert f"in-distribution images, with thresholds by {by}: {share:.1f} % of held, " in said
+        unknown = "unknown for patches (it has groups without a threshold)."
+        assert (unknown in said) == (by == "folder")
         assert own("export", path, *MODEL, "-o", tmp_path / "d.onnx")[0] == (0 if by == "class" else 2)
     again = ("-o", tmp_path / "e.featnorm")
     status, said, _ = own("calibrate", tmp_path / "folder.featnorm", "digits/train/3", *MODEL, *again)

@@ -14,11 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricate import assert_close, assert_same_state, fitted, id_features, of_activation, state, wide_as
 from featnorm.detectors import (
+    FDBD,
     GEN,
     KNN,
     MSP,
     NAN,
+    NCI,
     NECO,
+    ORA,
     SHE,
     SSD,
     EmbeddingMagnitude,
@@ -899,8 +902,10 @@ def test_no_tensor_of_inputs_by_classes_by_units():
     g = torch.Generator().manual_seed(0)
     pooled = torch.randn(n, d, generator=g)
     labels = torch.arange(n) % classes
-    features = Features(pooled=pooled, logits=torch.randn(n, classes, generator=g), labels=labels)
-    for detector in (Mahalanobis(), Mahalanobis(relative=True), SSD(clusters=1), KLMatching(), SHE(), GEN()):
+    weight = torch.randn(classes, d, generator=g)
+    features = Features(pooled=pooled, logits=pooled @ weight.T, labels=labels, classifier=(weight, None))
+    distances = (Mahalanobis(), Mahalanobis(relative=True), SSD(clusters=1))
+    for detector in (*distances, KLMatching(), SHE(), GEN(), FDBD(), NCI(), ORA()):
         with Largest() as largest:
             detector.fit(features).score(features)
         assert largest.elements <= 2 * n * classes

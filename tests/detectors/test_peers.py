@@ -7,9 +7,13 @@ from sklearn import svm
 
 from fabricate import id_features, of_activation, ood_features
 from featnorm.detectors import (
+    ASH,
+    FDBD,
     GEN,
     KNN,
     MSP,
+    NCI,
+    SCALE,
     SHE,
     Energy,
     KLMatching,
@@ -147,3 +151,33 @@ def test_react(percentile):
         ours.score(BOTH), -theirs.predict_feature_maps(BOTH.activation), rtol=1e-2, atol=1e-2
     )
     assert torch.equal(BOTH.logits, of_activation(BOTH.activation).logits)
+
+
+@pytest.mark.parametrize("percentile", [50, 65, 85, 90])
+@pytest.mark.parametrize(("ours", "theirs"), [(SCALE, peers.SCALE), (ASH, peers.ASH)])
+def test_scale_and_ash(ours, theirs, percentile):
+    """Theirs is of feature maps, and its default percentile is 65."""
+    features = of_activation(BOTH.activation.relu())
+    weight, bias = features.classifier
+    peer = theirs(
+        backbone=torch.nn.Identity(),
+        head=lambda maps: maps.flatten(1) @ weight.T + bias,
+        percentile=percentile / 100,
+    )
+    expected = -peer.predict_feature_maps(features.activation[:, :, None, None])
+    torch.testing.assert_close(ours(Energy(), percentile).score(features), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings"),
+    [(FDBD, peers.fDBD, {}), (NCI, peers.NCI, {}), (NCI, peers.NCI, {"alpha": 0.1})],
+)
+def test_margins(ours, theirs, settings):
+    """It has neither ORA nor RAS."""
+    weight, bias = TRAIN.classifier
+    head = torch.nn.Linear(*weight.T.shape).requires_grad_(False)
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
+    peer = theirs(None, head, **settings).fit_features(TRAIN.pooled)
+    expected = -peer.predict_features(BOTH.pooled)
+    torch.testing.assert_close(ours(**settings).fit(TRAIN).score(BOTH), expected, rtol=1e-4, atol=1e-5)

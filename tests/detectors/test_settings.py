@@ -73,6 +73,10 @@ def bad(rule):
         case Either(first, second):
             options = [option for part in (first, second) if isinstance(part, Choice) for option in part.options]
             wrong = [value for part in (first, second) if not isinstance(part, Choice) for value in bad(part)]
+            if isinstance(first, Integer) and isinstance(second, Interval):
+                # A count or a share: above the share's end, an integer is a count.
+                counts = [v for v in wrong if type(v) is int and v >= first.least]
+                wrong = [v for v in wrong if not any(v is count for count in counts)]
             return [value for value in wrong if not any(value is option for option in options)]
         case Integer(least):
             flags = True, np.True_, torch.tensor(True)

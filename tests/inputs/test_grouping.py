@@ -61,7 +61,8 @@ def test_a_column_is_read_from_every_file_and_row(tmp_path: Path) -> None:
     ("by", "message"),
     [
         ("camera", r"has no column 'camera' to group by \(it is not a table\): name a column, write folder, or"),
-        ("clip(", r"^cannot group by 'clip\(': it is not a regular expression"),
+        ("clip(", r"^cannot group by 'clip\(': it is neither a column nor a regular expression"),
+        ("[", r"^cannot group by .\[.: it is neither a column nor a regular expression \(unterminated"),
         (r"(\w)(\w)", r"^cannot group by .*: it has 2 groups, but"),
         (r"\(x\)", r"^cannot group by .*: it has 0 groups, but"),
         (r"clip(\d+)", r"b[\\/]x\.png has no match of .*, and so no group: every item needs one"),

@@ -4,6 +4,8 @@ import base64
 import io
 import math
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featnorm.evaluation import Evaluation, Result
+from featnorm.evaluation import Comparison, Result
 from featnorm.metrics import evaluate, roc_curve
 from featnorm.report import plots
 from featnorm.report.comparison import write_page
 from featnorm.report.html import THEMES
-from featnorm.report.tables import markdown_page, markdown_table, table_rows
+from featnorm.report.tables import columns, latex_table, markdown_page, markdown_table, table_rows
 from pages import Page, check
 
 pytestmark = pytest.mark.slow
@@ -31,7 +33,7 @@ def outcome(name, id_scores, ood, microseconds=1.0):
 
 def evaluation(detectors=("NAN()", "KNN(k=50) / NAN()"), sets=("SVHN", "Textures"), n=200, seed=0):
     rng = np.random.default_rng(seed)
-    result = Evaluation("CIFAR-10", list(sets))
+    result = Comparison("CIFAR-10", dict.fromkeys(sets, ""))
     for place, name in enumerate(detectors):
         ood = {key: rng.normal(0.4 * place, 1, n).astype(np.float32) for key in sets}
         result.results.append(outcome(name, rng.normal(2, 1, n).astype(np.float32), ood, 1.5 + place))
@@ -43,7 +45,7 @@ def digit(set_name: str, index: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def written(tmp_path: Path, result: Evaluation, image=None, title="A title", summary="A summary.") -> Page:
+def written(tmp_path: Path, result: Comparison, image=None, title="A title", summary="A summary.") -> Page:
     path = tmp_path / "page.html"
     write_page(result, path, title=title, summary=summary, image=image)
     return Page(path.read_text("utf-8"))
@@ -65,7 +67,9 @@ def test_page_shows_everything(tmp_path):
         "share of OOD inputs accepted when 95 % of ID inputs are accepted",
     ):
         assert text in page.text
-    assert all(cell in page.text for row in table_rows(result)[1] for cell in row)
+    table = columns(result)
+    assert all(cell in page.text for row in table_rows(result)[1] for cell in row[:2])
+    assert all(text in page.text for column in table for text in (*column.cells, *column.intervals))
     radios = [attrs for tag, attrs in page.attributes if tag == "input" and attrs["type"] == "radio"]
     assert ["checked" in radio for radio in radios] == [True, False]
     assert page.tags["article"] == 2
@@ -83,7 +87,7 @@ def test_one_set_has_no_mean_and_no_empty_sections(tmp_path):
 
 def test_table_is_sorted_and_marks_ties():
     near, far = [0.0, 1.0, 2.0, 3.0], [-4.0, -3.0, -2.0, -1.0]
-    result = Evaluation("ID", ["A", "B"])
+    result = Comparison("ID", {"A": "", "B": ""})
     result.results = [
         outcome("poor", near, {"A": near, "B": far}, 2.0),
         outcome("good|1", near, {"A": far, "B": far}, 1234.56),
@@ -91,16 +95,22 @@ def test_table_is_sorted_and_marks_ties():
     ]
     headers, rows = table_rows(result)
     assert headers == [
-        "Detector",
-        *("Mean AUROC % ↑", "Mean FPR95 % ↓", "A AUROC % ↑", "A FPR95 % ↓", "B AUROC % ↑", "B FPR95 % ↓"),
+        *("Detector", "Clique", "Mean AUROC % ↑", "Mean Δ AUROC ↑", "Mean FPR95 % ↓"),
+        *("A AUROC % ↑", "A FPR95 % ↓", "B AUROC % ↑", "B FPR95 % ↓"),
         "µs / input ↓",
     ]
     assert [row[0] for row in rows] == ["good|1", "good_2", "poor"]
-    assert rows[2] == ["poor", "75.0", "50.0", "50.0", "100.0", "100.0", "0.0", "2.0"]
+    assert rows[2][:2] == ["poor", "a"]
+    assert [text.partition(" ")[0] for text in rows[2][2:5]] == ["75.0", "−25.0", "50.0"]
+    assert rows[2][5:] == ["50.0", "100.0", "100.0", "0.0", "2.0"]
     assert rows[0][-1] == "1,234.6"
     lines = markdown_table(result).splitlines()
-    assert lines[2].startswith(r"| good\|1 | **100.0** | **0.0** |")
-    assert lines[3].startswith(r"| good\_2 | **100.0** | **0.0** |")
+    assert lines[2].startswith(
+        r"| good\|1 | a | **100.0 [100.0, 100.0]** | +0.0 | **0.0 [0.0, 0.0]** | **100.0** | **0.0** |"
+    )
+    assert lines[3].startswith(
+        r"| good\_2 | a | **100.0 [100.0, 100.0]** | +0.0 [+0.0, +0.0] | **0.0 [0.0, 0.0]** |"
+    )
     assert lines[3].endswith("| **2.0** |")
     assert lines[4].endswith("| 50.0 | 100.0 | **100.0** | **0.0** | **2.0** |")
 
@@ -120,7 +130,7 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_mistakes_are_those_beyond_the_threshold(tmp_path):
-    result = Evaluation("ID", ["OOD"])
+    result = Comparison("ID", {"OOD": ""})
     result.results = [outcome("D", np.arange(100.0), {"OOD": np.arange(-50.0, 50.0)})]
     seen = []
 
@@ -206,7 +216,7 @@ INF = math.inf
     ],
 )
 def test_degenerate_scores(tmp_path, id_scores, ood_scores):
-    result = Evaluation("ID", ["OOD"])
+    result = Comparison("ID", {"OOD": ""})
     result.results = [outcome("D", id_scores, {"OOD": ood_scores})]
     page = written(tmp_path, result, digit)
     check(page)
@@ -317,6 +327,56 @@ def test_patterns_are_drawn_to_the_pixel(tmp_path):
 def test_a_large_comparison_stays_light(tmp_path):
     page = written(tmp_path, evaluation([f"LpNorm(p={i})" for i in range(20)], n=5000), digit)
     assert len(page.source.encode()) < 3e6
+
+
+def test_mistakes_are_called_by_their_files(tmp_path):
+    result = Comparison("ID", {"OOD": ""})
+    result.results = [outcome("D", np.arange(100.0), {"OOD": np.arange(-50.0, 50.0)})]
+    result.items = {"ID": [f"cats/{i}/cat.jpg" for i in range(100)]}
+    page = written(tmp_path, result, digit)
+    assert page.values("title") == [
+        *(f"cats/{i}/cat.jpg" for i in range(5)),
+        *(f"input {i}" for i in range(99, 87, -1)),
+    ]
+    assert page.text.count("cat.jpg") == 5
+
+
+def test_a_table_in_latex_compiles(tmp_path):
+    result = evaluation(["NAN()", "X(a_b=1) / Y()"], ['50% & $x_1$ ~^\\{}#<>|"', "SVHN"])
+    result.ood_groups = dict.fromkeys(result.ood_groups, "near")
+    table = latex_table(result)
+    assert r"50\% \& \$x\_1\$ \textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\#" in table
+    assert r"\texttt{X(a\_b=1) / Y()}" in table
+    rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+    width = sum(int(n) for n in re.findall(r"multicolumn{(\d+)}", rows[0]))
+    assert rf"\begin{{tabular}}{{ll{'r' * width}}}" in table
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows[1:]} == {width + 1}
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no TeX here")
+    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + table + r"\end{document}"
+    (tmp_path / "t.tex").write_text(document, "utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "t.pdf").is_file()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_phone_scrolls_down_only(tmp_path, width):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    sets = [f"a set with a rather long name {'x' * 40} {i}" for i in range(5)]
+    result = evaluation([f"Mahalanobis(relative=True) + KNN(k={i})" for i in range(32)], sets, 60)
+    result.items = {name: [f"folder/{'y' * 70}{i}.png" for i in range(60)] for name in ["CIFAR-10", *sets]}
+    result.excluded = {"z" * 80: "w" * 200}
+    written(tmp_path, result, digit)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        browser.close()
 
 
 def test_markdown_page_says_what_it_was_made_with():

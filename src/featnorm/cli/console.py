@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from featnorm.calibration import Calibration
-    from featnorm.evaluation import Evaluation
+    from featnorm.evaluation import Comparison
     from featnorm.inputs import ImageSource
     from featnorm.inputs.formats import PassedOver
 
@@ -29,19 +29,19 @@ MAX_COLUMNS_SHOWN = 6
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
-def print_table(evaluation: Evaluation) -> None:
-    """Print the metrics of the detectors, and the detectors that were skipped, with the reasons."""
-    from featnorm.report.tables import table_rows
+def print_table(comparison: Comparison) -> None:
+    """Print the metrics of the detectors, and the detectors that were skipped, one line per reason."""
+    from featnorm.report.tables import by_reason, table_rows
 
-    headers, rows = table_rows(evaluation)
+    headers, rows = table_rows(comparison)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(header, justify="left" if i < 2 else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for name, reason in evaluation.excluded.items():
-        console.print(f"skipped {name}: {reason}", soft_wrap=True)
+    for reason, names in by_reason(comparison.excluded).items():
+        console.print(f"skipped {', '.join(names)}: {reason}", soft_wrap=True)
 
 
 def printable(name: str) -> str:

@@ -45,13 +45,13 @@ def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
     tap = FeatureTap(model).trace(data.test[0])
     console.print(tap.describe().splitlines()[0], soft_wrap=True)
     console.print()
-    evaluation = compare(
+    comparison = compare(
         standard_detectors(),
         fit=_stream(tap, *data.train),
         id_set=("digits 0 to 6", _stream(tap, *data.test)),
         ood_sets={name: _stream(tap, images) for name, images in data.ood.items()},
     )
-    evaluation.facts = {
+    comparison.facts = {
         "model": f"three convolutions and a head, {digits.RECIPE.epochs} epochs in {trained - started:.0f} s",
         "in-distribution": f"{len(data.test[0])} digits 0 to 6 that the network was not trained on",
         **{name: f"{len(images)} inputs" for name, images in data.ood.items()},
@@ -59,23 +59,23 @@ def demo(out: OutFolder = Path("featnorm-demo"), seed: Seed = 0) -> None:
         "seed": str(seed),
         **environment(),
     }
-    print_table(evaluation)
+    print_table(comparison)
 
-    inputs = {evaluation.id_name: data.test[0], **data.ood}
+    inputs = {comparison.id_name: data.test[0], **data.ood}
     scorer = Scorer(model, NAN()).calibrate(data.calibrate[0].split(_BATCH), tpr=_TPR, progress=False)
     flagged = {name: float(1 - scorer(images).is_id.double().mean()) for name, images in inputs.items()}
-    verdicts = ", ".join(f"{share:.1%} of {name}" for name, share in flagged.items())
+    verdicts = ", ".join(f"{100 * share:.1f} % of {name}" for name, share in flagged.items())
     # Standard error of the first share, due to the random choice of calibration and test digits.
     deviation = ((1 - _TPR) * _TPR * (1 / len(data.calibrate[0]) + 1 / len(data.test[0]))) ** 0.5
     console.print()
     console.print(
-        f"NAN, calibrated on {len(data.calibrate[0])} other digits to flag {1 - _TPR:.0%} of "
+        f"NAN, calibrated on {len(data.calibrate[0])} other digits to flag {100 * (1 - _TPR):.0f} % of "
         f"in-distribution inputs as OOD, flags {verdicts} (the standard error of the first is "
-        f"{deviation:.1%}).",
+        f"{100 * deviation:.1f} %).",
         soft_wrap=True,
     )
     write_page(
-        evaluation,
+        comparison,
         page,
         title="Does the model know this digit?",
         summary=(

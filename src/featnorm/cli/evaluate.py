@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featnorm._utils.files import write_text
-from featnorm._utils.progress import progress_bar
 from featnorm.cli.console import (
     console,
     environment,
@@ -35,30 +33,32 @@ from featnorm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from PIL import Image
 
-    from featnorm.evaluation import Evaluation
-    from featnorm.features import Features
+    from featnorm.evaluation import Comparison
     from featnorm.inputs import ImageSource
-    from featnorm.runtime import Runtime
     from featnorm.scorer import Scorer
-    from featnorm.tap import FeatureTap
 
 # Name of the set to fit on. Another set of that name is called by its specification.
 _FIT = "fit"
-_NAME = re.compile(r"[\w .+-]+")
+_NAME = re.compile(r"((?:near|far):)?([\w .+-]+)")
 
 
 def evaluate(
-    id_data: Annotated[str, typer.Option("--id", metavar="DATA", help=f"In-distribution inputs: {DATA}.")],
+    id_data: Annotated[
+        str,
+        typer.Option(
+            "--id",
+            metavar="[NAME=]DATA",
+            help=f"In-distribution inputs, after a name for the table if you like: {DATA}.",
+        ),
+    ],
     ood: Annotated[
         list[str],
         typer.Option(
-            metavar="[NAME=]DATA",
-            help="Out-of-distribution inputs, specified as for --id, with a name for the table. Repeat for "
-            "several.",
+            metavar="[[near:|far:]NAME=]DATA",
+            help="Out-of-distribution inputs, specified as for --id. Repeat for several. Sets whose names begin "
+            "with `near:` or `far:` are also averaged as a group.",
         ),
     ],
     scorer_file: Annotated[
@@ -85,6 +85,13 @@ def evaluate(
     ] = None,
     weights: Weights = None,
     detector: Detectors = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPR",
+            help="Detector from which differences in AUROC are taken; it is compared too. Default: the best one.",
+        ),
+    ] = None,
     layer: Layer = None,
     label_column: LabelColumn = None,
     out: OutFolder = Path("featnorm-evaluation"),
@@ -94,13 +101,15 @@ def evaluate(
     batch_size: BatchSize = 64,
     workers: Workers = None,
 ) -> None:
-    """Compare detectors on your model and data, in a table and on a page."""
-    page, document = out / "index.html", out / "results.md"
-    prepare_folder(out, [page, document])
+    """Compare detectors on your model and data.
+
+    The folder gets a page (index.html), the table (results.md, .csv, .json, .tex), a plot (results.svg, .pdf) and
+    the scores of every input (scores.parquet).
+    """
     from featnorm._utils.layout import fast_layout
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
-    from featnorm.evaluation import compare, standard_detectors
+    from featnorm.evaluation import FILES, compare, standard_detectors
     from featnorm.inputs import open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
@@ -110,13 +119,17 @@ def evaluate(
     from featnorm.scorer_file import load
     from featnorm.tap import FeatureTap
 
+    page, document = out / "index.html", out / "results.md"
+    prepare_folder(out, [page, document, *(out / file for file in FILES)])
     if scorer_file is None and model is None:
         raise ValueError("pass a file SCORER, or a model with --model")
     if model is not None:
         # The module of the user's own model may define detectors.
         import_users_module(model)
     detectors = [parse_detector(expression) for expression in detector] if detector else standard_detectors()
-    given_names, ood = _split_names(ood)
+    if reference is not None:
+        detectors.append(parse_detector(reference))
+    given_names, groups, (id_data, *ood) = _split_names([id_data, *ood])
     _refuse_twice([*([] if fit is None else [fit]), id_data, *ood])
 
     def labeled(spec: str) -> ImageSource:
@@ -130,166 +143,133 @@ def evaluate(
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
     runtime = runtime_of(device, precision, batch_size, workers)
+    subject: Any
     scorer = None
     if scorer_file is None:
         assert model is not None
         loaded = create_model(model, weights=weights)
-        tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
+        subject = tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
         name, transform, about = model, loaded.transform, loaded.name + "".join(f"; {n}" for n in loaded.notes)
     else:
         if layer is not None:
             raise ValueError("--layer is for a model without SCORER, whose layer is in its file")
-        scorer = load(scorer_file, model, weights=weights).to(runtime.torch_device)
+        subject = scorer = load(scorer_file, model, weights=weights).to(runtime.torch_device)
         tap, transform, name = scorer.tap, scorer.require_preprocess(), scorer.spec or ""
         about = "; ".join(scorer.facts.get(fact, "") for fact in ("model", "backbone", "head")).strip("; ")
         about = about or name
-        expression = repr(scorer.detector)
-        detectors = [scorer.detector, *(other for other in detectors if repr(other) != expression)]
-    reader = _Reader(name, tap, transform, runtime)
 
-    evaluation = compare(
+    comparison = compare(
         detectors,
-        fit=None if fit_source is None else reader.stream(_FIT, fit_source),
-        id_set=(id_name, reader.stream(id_name, sources[id_name])),
-        ood_sets={name: reader.stream(name, sources[name]) for name in ood_names},
+        model=subject,
+        preprocess=transform,
+        spec=name,
+        fit=fit_source,
+        id_set=(id_name, sources[id_name]),
+        ood_sets={groups.get(spec, "") + name: sources[name] for spec, name in zip(ood, ood_names, strict=True)},
+        reference=reference,
+        runtime=runtime,
     )
-    evaluation.skipped = reader.skipped
-    evaluation.facts = {
+    rows = comparison.rows
+    comparison.facts = {
         "model": about,
         "last hidden layer": tap.describe().splitlines()[0].removeprefix("Last hidden layer: "),
-        "in-distribution": f"{id_data}, {len(reader.rows[id_name])} inputs",
-        **{
-            f"OOD, {name}": f"{spec}, {len(reader.rows[name])} inputs"
-            for name, spec in zip(ood_names, ood, strict=True)
-        },
-        "fit": "none" if fit is None else f"{fit}, {len(reader.rows[_FIT])} inputs",
+        "in-distribution": f"{id_data}, {len(rows[id_name])} inputs",
+        **{f"OOD, {name}": f"{spec}, {len(rows[name])} inputs" for name, spec in zip(ood_names, ood, strict=True)},
+        "fit": "none" if fit is None else f"{fit}, {len(rows[_FIT])} inputs",
         "device": f"{tap.device}, {precision}",
         **environment(),
     }
 
     def image(name: str, index: int) -> Image.Image:
-        return sources[name].item(reader.rows[name][index])
+        return sources[name].item(rows[name][index])
 
-    flagged = {} if scorer is None else _flagged(scorer, evaluation)
-    evaluation.facts |= flagged
-    title = f"What does {name or scorer_file} know?"
+    flagged = {} if scorer is None else _flagged(scorer, comparison, sources)
+    comparison.facts |= flagged
+    title = f"OOD detection with {name or scorer_file}"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
-    write_page(evaluation, page, title=title, summary=summary, image=image)
-    write_text(document, markdown_page(evaluation, title=title, summary=summary), errors="backslashreplace")
+    write_page(comparison, page, title=title, summary=summary, image=image)
+    write_text(document, markdown_page(comparison, title=title, summary=summary), errors="backslashreplace")
+    comparison.save(out)
 
-    print_table(evaluation)
+    print_table(comparison)
     for label, value in flagged.items():
         console.print(f"{label}: {value}.", soft_wrap=True)
-    if evaluation.accuracy is not None:
-        console.print(f"The model classifies {evaluation.accuracy:.1%} of {id_name} correctly.")
-    for name, files in evaluation.skipped.items():
+    if comparison.accuracy is not None:
+        console.print(f"The model classifies {100 * comparison.accuracy:.1f} % of {id_name} correctly.")
+    for name, files in comparison.skipped.items():
         print_skipped(name, files)
     every = opened if fit is None or fit_source is None else [(fit, fit_source), *opened]
     # Sets may be slices of one folder.
     beside = {spec.partition("[")[0]: source.passed_over for spec, source in every}
     print_reading(
-        sum(map(len, reader.rows.values())),
-        sum(map(len, reader.skipped.values())),
-        reader.several,
+        sum(map(len, rows.values())),
+        sum(map(len, comparison.skipped.values())),
+        comparison.several,
         sum(beside.values(), PassedOver()),
     )
-    console.print(f"Wrote {page} and {document}.", soft_wrap=True)
-
-
-@dataclass
-class _Reader:
-    """Computes the features of sets of images, and keeps the rows of the images that could be read."""
-
-    model: str
-    tap: FeatureTap
-    transform: Any
-    runtime: Runtime
-    skipped: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    several: int = 0
-
-    def stream(self, name: str, source: ImageSource) -> Iterator[Features]:
-        """Yield the features of a source in batches; images that cannot be read are skipped."""
-        from featnorm._utils.layout import fast_layout
-        from featnorm.inputs import image_loader
-        from featnorm.inputs.loading import named
-        from featnorm.models.loading import users_forward
-
-        loader = image_loader(
-            source,
-            self.transform,
-            batch_size=self.runtime.batch_size,
-            workers=self.runtime.workers,
-            on_corrupt=lambda file, why: self.skipped.setdefault(name, []).append((file, why)),
-        )
-        rows = self.rows.setdefault(name, [])
-        classes = source.class_names
-        why = None
-        if classes is None and source.label(0) is None:
-            why = "the images have no classes (SSD and KNN need none)"
-        elif classes is not None and len(classes) == 1:
-            why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
-        for part in progress_bar(loader.parts(), total=len(loader), desc=name, unit="batch"):
-            batch = part.batch
-            if batch is None:
-                continue
-            self.several += len(part.several)
-            rows.extend(batch.indices.tolist())
-            images = fast_layout(batch.images)
-            where = users_forward(self.model, self.tap.model, named(source, batch.indices.tolist()))
-            with where, self.runtime.autocast():
-                features = self.tap(images)
-            # The accuracy of the model is defined only for labels of its own classes.
-            others = name != _FIT and classes is not None and _classes_of(features) != len(classes)
-            if why is None and not others:
-                yield features.replace(labels=batch.labels.to(self.tap.device))
-            else:
-                yield features.replace(
-                    absent={**features.absent, "labels": why or "its classes are not the model's"}
-                )
-
-
-def _classes_of(features: Features) -> int | None:
-    return None if features.logits is None else features.logits.shape[1]
+    console.print(f"Wrote {page}, {document}, {', '.join(FILES)}.", soft_wrap=True)
 
 
 def _named(opened: list[tuple[str, ImageSource]], given: dict[str, str]) -> dict[str, ImageSource]:
     """Return the sets by their given or short names or, where two share one, by their specifications."""
-    titles = [given.get(spec, source.title) for spec, source in opened]
+    titles = [given.get(spec, _short(spec, source.title)) for spec, source in opened]
     return {
         title if titles.count(title) == 1 and title != _FIT else spec: source
         for title, (spec, source) in zip(titles, opened, strict=True)
     }
 
 
-def _split_names(specs: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split ``NAME=DATA`` specifications; return the names by specification, and the specifications."""
+def _short(spec: str, title: str) -> str:
+    """Return the title of a set, without the name of the working directory if the set lies there."""
+    base = spec.partition("[")[0]
+    lies_here = Path(base).exists() and Path(base).parent == Path()
+    return title.removeprefix(f"{Path.cwd().name}:") if lies_here else title
+
+
+def _split_names(specs: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Split ``near:NAME=DATA``; return names and groups ("near:") by specification, and the specifications."""
     names: dict[str, str] = {}
+    groups: dict[str, str] = {}
     plain = []
     for spec in specs:
-        name, equals, data = spec.partition("=")
-        if not equals or not data or not _NAME.fullmatch(name) or Path(spec).exists():
+        name, _, data = spec.partition("=")
+        match = _NAME.fullmatch(name)
+        if not data or match is None or Path(spec).exists():
             plain.append(spec)
             continue
-        names[data] = name
+        groups[data], names[data] = match[1] or "", match[2]
         plain.append(data)
-    return names, plain
+    return names, groups, plain
 
 
-def _flagged(scorer: Scorer, evaluation: Evaluation) -> dict[str, str]:
-    """Return which shares of the sets the fitted detector flags at its threshold, as a fact."""
+def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, ImageSource]) -> dict[str, str]:
+    """Return which shares of the sets the fitted detector flags at its threshold, or thresholds, as a fact."""
     import torch
 
-    found = [result for result in evaluation.results if result.detector == repr(scorer.detector)]
-    if not found or scorer.calibration is None or scorer.thresholds_by is not None:
+    from featnorm.inputs import DataError, group_items
+
+    found = [result for result in comparison.results if result.detector == repr(scorer.detector)]
+    if not found or scorer.calibration is None:
         return {}
-    sets = {evaluation.id_name: found[0].id_scores, **found[0].ood_scores}
-    shares = (
-        f"{100 * (1 - scorer.calibration.is_id(torch.from_numpy(scores)).double().mean()):.1f} % of {name}"
-        for name, scores in sets.items()
-    )
+    shares = []
+    for name, scores in {comparison.id_name: found[0].id_scores, **found[0].ood_scores}.items():
+        members: Any = None
+        try:
+            if scorer.calibration.group_names and scorer.thresholds_by == "class":
+                members = torch.from_numpy(comparison.predicted[name])
+            elif scorer.calibration.group_names and scorer.thresholds_by is not None:
+                groups = group_items(sources[name], scorer.thresholds_by)
+                members = [groups[row] for row in comparison.rows[name]]
+            is_id = scorer.calibration.is_id(torch.from_numpy(scores), members)
+        except DataError as error:
+            shares.append(f"unknown for {name} ({error})")
+        except ValueError:
+            shares.append(f"unknown for {name} (it has groups without a threshold)")
+        else:
+            shares.append(f"{100 * (1 - is_id.double().mean()):.1f} % of {name}")
     rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution images"
-    return {f"flagged by the fitted {scorer.detector!r}, {rate}": ", ".join(shares)}
+    by = f", with thresholds by {scorer.thresholds_by}" if scorer.calibration.group_names else ""
+    return {f"flagged by the fitted {scorer.detector!r}, {rate}{by}": ", ".join(shares)}
 
 
 def _refuse_twice(specs: list[str]) -> None:

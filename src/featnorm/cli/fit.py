@@ -192,8 +192,8 @@ def fit(
     calibration = scorer.calibration
     assert calibration is not None
     how = f"on {report.held_out} held-out images"
-    if report.held_out == report.trained:
-        how = f"on all {report.held_out} images, because it needs no fit"
+    if not (report.head == "train" or scorer.detector.needs_fit):
+        how = f"on {report.held_out} of {report.trained} images, none of them held out, because it needs no fit"
     if scorer.is_jackknife:
         how = f"by leaving out {report.held_out} of {report.trained} images in turn"
     console.print(
@@ -224,7 +224,7 @@ def _print_model(scorer: Scorer, report: FitReport) -> None:
     facts = scorer.facts
     where = "model" if report.head == "keep" else "backbone"
     console.print(f"{where.capitalize()}: {facts[where]}.", soft_wrap=True)
-    judged = "these images" if report.held_out == report.trained else "the held-out images"
+    judged = "the held-out images" if report.head == "train" or scorer.detector.needs_fit else "these images"
     accuracy = "" if report.accuracy is None else f"; its accuracy on {judged} is {100 * report.accuracy:.1f} %"
     why = f" (--head auto: {report.why})" if report.why else ""
     console.print(f"Head: {facts['head']}{accuracy}{why}.", soft_wrap=True)

@@ -48,7 +48,8 @@ def inspect(
         if as_json:
             console.print(json.dumps(summary, indent=2), soft_wrap=True)
         else:
-            _print_summary(summary)
+            tensors = len(summary.pop("tensors"))
+            _print_summary({**summary, "tensors": f"{tensors}, which --json lists"})
         return
     if as_json:
         raise ValueError("--json is for a file SCORER, not for --model")
@@ -104,6 +105,7 @@ def _inspect_model(
     with users_forward(model, tap.model, f"noise of shape (2, {', '.join(map(str, loaded.input_size))})"):
         tap.trace(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
     console.print(tap.describe(), soft_wrap=True)
+    on = "noise" if weights is not None or needed else "noise, with random weights instead of the pretrained ones"
     console.print(
-        "Traced on noise. Use --data to measure the share of inactive units on real inputs.", style="dim"
+        f"Traced on {on}. Use --data to measure the share of inactive units on real inputs.", style="dim"
     )

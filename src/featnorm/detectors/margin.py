@@ -52,15 +52,16 @@ class _Margin(Detector):
         h, mean = features.tensor(name), self.center.mean()
         self._same_width(name, h, len(mean))
         weight, bias = features.linear()
-        weight = weight.to(torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32))
+        dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
+        weight = weight.to(h.device, dtype)
         mean = mean.to(h.device)
-        blocks = h.split(_block_rows(*h.shape))
+        blocks = _blocks(h, len(mean))
         length = torch.cat([torch.linalg.vector_norm(rows.double() - mean, dim=1) for rows in blocks])
         length = length.masked_fill(length <= _AT_MEAN * torch.linalg.vector_norm(mean), math.inf)
         # W h is the logits without their bias, so W (h - mu) needs no product of its own.
         shift = (weight @ mean.to(weight)).double()
         if bias is not None:
-            shift = shift + bias.double()
+            shift = shift + bias.to(h.device, torch.float64)
         return self._of(h, length, features.tensor("logits"), shift, weight)
 
     @abstractmethod
@@ -118,8 +119,8 @@ class _Boundary(_Margin):
         weight = weight - weight.mean(0)
         squares = torch.linalg.vector_norm(weight, dim=1).square()
         scores = []
-        size = _block_rows(len(logits), max(weight.shape))
-        for rows, lengths in zip(logits.split(size), length.split(size), strict=True):
+        width = max(weight.shape)
+        for rows, lengths in zip(_blocks(logits, width), _blocks(length, width), strict=True):
             values = rows.double()
             largest, top = values.max(1, keepdim=True)
             top = top.squeeze(1)
@@ -193,6 +194,8 @@ class ORA(_Boundary):
         return cosine.acos().masked_fill(length.isinf(), 0)
 
 
-def _block_rows(n: int, width: int) -> int:
-    """Return how many of n rows to compute at a time; all while tracing, where n is symbolic."""
-    return n if torch.compiler.is_compiling() else max(_BLOCK_ELEMENTS // width, _MIN_BLOCK_ROWS)
+def _blocks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Split rows into blocks for results of a width; not while tracing, where the number of rows is symbolic."""
+    if torch.compiler.is_compiling():
+        return (rows,)
+    return rows.split(max(_BLOCK_ELEMENTS // width, _MIN_BLOCK_ROWS))

@@ -97,7 +97,7 @@ class Explanation:
             (
                 "the hidden classifier predicts",
                 f"{self.hidden_predicted_name}, with a confidence of {self.hidden_confidence:.4g} "
-                f"({self.hidden_confidence / max(self.norm, 1e-30):.0%} of the norm)",
+                f"({round(100 * self.hidden_confidence / max(self.norm, 1e-30))}% of the norm)",
             ),
             (
                 "l1-norm; units on; NAN",

@@ -39,8 +39,13 @@ def group_items(source: Source[Any], by: str) -> list[str]:
         return [str(value) for value in values]
     if by == "folder":
         pattern, what = re.compile(r"([^\\/]+)[\\/][^\\/]*$" if os.sep == "\\" else r"([^/]+)/[^/]*$"), "folder"
-    elif "(" in by:
-        pattern, what = _compiled(by), f"match of {by!r}"
+    elif (pattern := _compiled(by)).groups or "(" in by:
+        what = f"match of {by!r}"
+        if pattern.groups != 1:
+            raise DataError(
+                f"cannot group by {by!r}: it has {pattern.groups} groups, but the group of an item is what one "
+                "pair of parentheses matches; write (?:...) for the others"
+            )
     else:
         has = f"its columns are {', '.join(columns)}" if columns else "it is not a table"
         raise DataError(
@@ -59,12 +64,8 @@ def group_items(source: Source[Any], by: str) -> list[str]:
 
 def _compiled(by: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(by)
+        return re.compile(by)
     except re.error as error:
-        raise DataError(f"cannot group by {by!r}: it is not a regular expression ({error})") from None
-    if pattern.groups != 1:
         raise DataError(
-            f"cannot group by {by!r}: it has {pattern.groups} groups, but the group of an item is what one pair "
-            "of parentheses matches; write (?:...) for the others"
-        )
-    return pattern
+            f"cannot group by {by!r}: it is neither a column nor a regular expression ({error})"
+        ) from None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featnorm._utils.files import replacing
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import NAN, Detector, L1Norm, Sparsity, parse_detector
-from featnorm.evaluation import Evaluation, compare
+from featnorm.evaluation import Comparison, compare
 from featnorm.features import Features
 from featnorm.inputs import CachedFeatures, ImageSource
 from featnorm.paper.images import Images, as_pixels, spaced
@@ -165,11 +165,11 @@ def cached_labels(source: ImageSource, cached: CachedFeatures) -> Tensor:
     return torch.tensor([-1 if (label := source.label(row)) is None else label for row in cached.rows.tolist()])
 
 
-def percentages(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+def percentages(comparison: Comparison) -> dict[str, dict[str, list[float]]]:
     """Return AUROC and FPR95 in percent, by detector and OOD set."""
     return {
         outcome.detector: {
             name: [100 * measures.auroc, 100 * measures.fpr95] for name, measures in outcome.metrics.items()
         }
-        for outcome in evaluation.results
+        for outcome in comparison.results
     }

@@ -1,9 +1,12 @@
 """The page that compares detectors: one HTML file that needs no network, no server and no script."""
 
-from collections.abc import Callable, Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +14,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from featnorm._utils.checks import count_for_share
-from featnorm.evaluation import Evaluation, Result
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, data_uri, number, percent, render, thumbnail, write
-from featnorm.report.tables import columns, ranked, table_rows
+from featnorm.report.tables import by_reason, columns, note
+
+if TYPE_CHECKING:
+    from featnorm.evaluation import Comparison, Result
 
 __all__ = ["write_page"]
 
@@ -31,7 +36,8 @@ _PATTERN_WIDTH = 200
 class _Mistake:
     """An input that a detector gets wrong."""
 
-    index: int
+    name: str  # its file, or its number if it has no name
+    full_name: str
     score: str
     picture: Picture | None
 
@@ -102,12 +108,12 @@ class _Pictures:
         return [picture for picture in self.seen.values() if picture is not None]
 
 
-def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, image: ImageOf | None) -> None:
+def write_page(comparison: Comparison, path: Path, *, title: str, summary: str, image: ImageOf | None) -> None:
     """Write a comparison of detectors as one HTML file that works offline.
 
     Parameters
     ----------
-    evaluation : result of `featnorm.evaluation.compare`.
+    comparison : result of `featnorm.compare`.
     path : file to write, in an existing directory; an existing file is replaced.
     title, summary : heading of the page, and a sentence under it.
     image
@@ -115,33 +121,37 @@ def write_page(evaluation: Evaluation, path: Path, *, title: str, summary: str, 
         It may raise `OSError` or `ValueError` if the image cannot be read. None for no thumbnails.
     """
     keys = [
-        Key(name, *plots.series(index)) for index, name in enumerate([evaluation.id_name, *evaluation.ood_names])
+        Key(name, *plots.series(index)) for index, name in enumerate([comparison.id_name, *comparison.ood_names])
     ]
     pictures = _Pictures(image)
-    panels = [_panel(result, keys, pictures, f"d{i}") for i, result in enumerate(ranked(evaluation))]
-    table = columns(evaluation)
-    share = evaluation.accuracy
-    accuracy = {} if share is None else {f"accuracy on {evaluation.id_name}": percent(share)}
+    panels = [
+        _panel(result, keys, pictures, comparison.items, f"d{i}") for i, result in enumerate(comparison.ranked)
+    ]
+    table = columns(comparison)
+    share = comparison.accuracy
+    accuracy = {} if share is None else {f"accuracy on {comparison.id_name}": percent(share)}
     html = render(
         "comparison.html",
         title=title,
         summary=summary,
-        evaluation=evaluation,
-        facts=accuracy | evaluation.facts,
+        comparison=comparison,
+        facts=accuracy | comparison.facts,
         groups=[(group, len(list(members))) for group, members in groupby(column.group for column in table)],
         columns=table,
-        rows=table_rows(evaluation)[1],
-        best=list(zip(*(column.best for column in table), strict=True)),
+        note=note(comparison),
+        excluded=by_reason(comparison.excluded),
         panels=panels,
         pictures=pictures.all(),
         has_images=image is not None,
-        patterns=_patterns(evaluation, keys),
+        patterns=_patterns(comparison, keys),
         pattern_height=_PATTERN_HEIGHT,
     )
     write(path, html)
 
 
-def _panel(result: Result, sets: Sequence[Key], pictures: _Pictures, prefix: str) -> _Panel:
+def _panel(
+    result: Result, sets: Sequence[Key], pictures: _Pictures, items: Mapping[str, Sequence[str]], prefix: str
+) -> _Panel:
     id_key, *ood_keys = sets
     id_scores = np.asarray(result.id_scores, np.float64)
     ood_scores = [np.asarray(result.ood_scores[key.name], np.float64) for key in ood_keys]
@@ -167,9 +177,9 @@ def _panel(result: Result, sets: Sequence[Key], pictures: _Pictures, prefix: str
         + "; ".join(f"{key.name} {auroc}" for key, auroc in zip(ood_keys, aurocs, strict=True)),
     )
     low, high = plots.span(samples)
-    mistakes = [_mistakes(id_key, id_scores, id_scores < threshold, pictures, is_id=True)]
+    mistakes = [_mistakes(id_key, id_scores, id_scores < threshold, pictures, items, is_id=True)]
     mistakes += [
-        _mistakes(key, scores, scores >= threshold, pictures, is_id=False)
+        _mistakes(key, scores, scores >= threshold, pictures, items, is_id=False)
         for key, scores in zip(ood_keys, ood_scores, strict=True)
     ]
     return _Panel(
@@ -187,11 +197,20 @@ def _panel(result: Result, sets: Sequence[Key], pictures: _Pictures, prefix: str
 
 
 def _mistakes(
-    key: Key, scores: npt.NDArray[np.float64], wrong: npt.NDArray[np.bool_], pictures: _Pictures, *, is_id: bool
+    key: Key,
+    scores: npt.NDArray[np.float64],
+    wrong: npt.NDArray[np.bool_],
+    pictures: _Pictures,
+    items: Mapping[str, Sequence[str]],
+    *,
+    is_id: bool,
 ) -> _Mistakes:
     indices = np.flatnonzero(wrong)
     worst = indices[np.argsort(scores[indices] if is_id else -scores[indices], kind="stable")][:_MAX_MISTAKES]
-    shown = [_Mistake(int(i), number(float(scores[i])), pictures.get(key.name, int(i))) for i in worst]
+    shown = []
+    for i in map(int, worst):
+        full = items[key.name][i] if key.name in items else f"input {i}"
+        shown.append(_Mistake(PurePath(full).name, full, number(float(scores[i])), pictures.get(key.name, i)))
     return _Mistakes(key, is_id, len(indices), len(scores), shown)
 
 
@@ -207,9 +226,9 @@ def _beyond(key: Key, out: plots.Outside) -> str:
     return f"{key.name}: {', '.join(parts)}"
 
 
-def _patterns(evaluation: Evaluation, keys: Sequence[Key]) -> list[_Pattern]:
+def _patterns(comparison: Comparison, keys: Sequence[Key]) -> list[_Pattern]:
     """Draw activation patterns: one column per input, one row per unit, one pixel each."""
-    present = [(key, evaluation.patterns[key.name]) for key in keys if key.name in evaluation.patterns]
+    present = [(key, comparison.patterns[key.name]) for key in keys if key.name in comparison.patterns]
     if not present:
         return []
     # All sets use the order of the ID set, so that a row is the same unit in every picture.

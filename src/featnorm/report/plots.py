@@ -138,11 +138,11 @@ def histogram(
             largest = max(getattr(out, word) for out in outside)
             if largest:
                 limits[side] = end[side]
-                text = f"{word}, up to {largest:.0%}" if largest > top else word
+                text = f"{word}, up to {100 * largest:.0f}\N{NO-BREAK SPACE}%" if largest > top else word
                 ax.text(
                     end[side],
                     1.05 * top,
-                    text.replace("%", "\N{NO-BREAK SPACE}%"),
+                    text,
                     ha=("left", "right")[side],
                     color=_ROLES["muted"],
                     fontsize=_FONT_SIZE - 2,

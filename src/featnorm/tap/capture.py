@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
 from featnorm.tap.batch import Call
-from featnorm.tap.find import Part
+from featnorm.tap.find import Part, Pooling
 from featnorm.tap.ops import same_vector
 from featnorm.tap.trace import ModuleIO, Node, Slot, Trace, is_on_top, on_top, tensor_at, tensors_in
 
@@ -49,7 +49,8 @@ class HookPoint:
     copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
     chain: tuple[tuple[str, int, int, int], ...] = ()
     """Later operations that are applied to the value too: kind, call, total, and position of the argument."""
-    axis: int | None = None  # axis of the units, if the others are to be averaged
+    axis: int | None = None  # axis of the units, if the others are positions, which are pooled at once
+    pooling: Pooling = "mean"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as plain data, for a file."""
@@ -80,6 +81,7 @@ class HookPoint:
                 "/" not in kind for kind in ([point.module] * (point.side == "op") + [step[0] for step in chain])
             )
             or not (point.axis is None or (type(point.axis) is int and point.axis > 0))
+            or point.pooling not in get_args(Pooling)
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
         return point
@@ -107,7 +109,7 @@ def _is_returned(at: ModuleIO | HookPoint) -> bool:
 def locate_part(trace: Trace, part: Part) -> HookPoint:
     """Choose the point at which to capture a part of a field."""
     if not part.chain:
-        return replace(locate(trace, part.node, exact=part.axis is not None), axis=part.axis)
+        return replace(locate(trace, part.node, exact=part.axis is not None), axis=part.axis, pooling=part.pooling)
     steps = ((*_counted(trace, node), node.args.index(node.data[0])) for node in part.chain)
     return replace(_operation(trace, part.node), chain=tuple(steps))
 
@@ -196,7 +198,7 @@ def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     compiled = False
     try:
         with _MODES_LOCK:
-            for module in _modules(model):
+            for module in all_modules(model):
                 compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
                 # A module that is in evaluation mode already, and not because another thread set it, is left
                 # alone. For most models, nothing remains to be done.
@@ -218,7 +220,7 @@ def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                     del _MODES[module]
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield every module once.
 
     `torch.nn.Module.modules` also builds names, which takes noticeable time for a batch of one input.
@@ -301,7 +303,23 @@ def _hooks(
 def _keep(point: HookPoint, value: Any, caught: dict[HookPoint, Tensor]) -> None:
     tensor = tensor_at(value, point.slot)
     if tensor is not None:
-        caught[point] = tensor.clone() if point.copy else tensor
+        caught[point] = _kept(point, tensor)
+
+
+def _kept(point: HookPoint, value: Tensor) -> Tensor:
+    """Return a value without its positions, if it has any, or else a copy where the model may overwrite it."""
+    if point.axis is None:
+        return value.clone() if point.copy else value
+    if value.ndim <= max(point.axis, 2):
+        raise PathError(
+            f"the model took a different path than when it was traced (its layer has the shape "
+            f"{tuple(value.shape)}, without an axis {point.axis}); {TRACE_AGAIN}"
+        )
+    with on_top(point):  # so that these operations are not taken for the model's
+        positions = (value.dequantize() if value.is_quantized else value).movedim(point.axis, 1).flatten(2)
+        if point.pooling == "mean":
+            return positions.mean(2)
+        return torch.linalg.vector_norm(positions.relu(), dim=2)
 
 
 class _Operations(TorchDispatchMode):
@@ -342,7 +360,7 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for point in self.points.get((op, call), ()):
             for _, value in islice(tensors_in(result), 1):
-                self.caught[point] = value.clone() if point.copy and self.fresh is None else value
+                self.caught[point] = value if self.fresh is not None else _kept(point, value)
                 if self.fresh is not None:
                     self.fresh.append(point)
         return result

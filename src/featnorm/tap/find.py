@@ -39,6 +39,8 @@ from featnorm.tap.trace import Node, Trace
 from featnorm.tap.weights import NotLinearError, Step, linear_map
 
 Kind = Literal["hidden", "pooled", "none", "chosen"]
+Pooling = Literal["mean", "norm"]
+"""How the positions of a unit become one number: their mean, or the L2 norm of their positive parts."""
 
 _PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax", "sigmoid", "log_sigmoid"}
 _AVERAGES = {
@@ -70,12 +72,13 @@ class Part:
     """A value in a trace that is, alone or beside others, a field of the features.
 
     ``chain`` holds the operations over positions by which the model reduces its class scores, and which reduce the
-    value too. Otherwise, ``axis`` is the axis of the units if the others are averaged.
+    value too. Otherwise, ``axis`` is the axis of the units if the others are pooled.
     """
 
     node: Node
     chain: tuple[Node, ...] = ()
     axis: int | None = None
+    pooling: Pooling = "mean"
 
 
 @dataclass
@@ -93,7 +96,13 @@ class Anatomy:
     others: list[str] = field(default_factory=list)  # paths of the model's other heads
 
 
-def find(trace: Trace, model: nn.Module, layer: str | None = None, channel_axis: int | None = None) -> Anatomy:
+def find(
+    trace: Trace,
+    model: nn.Module,
+    layer: str | None = None,
+    channel_axis: int | None = None,
+    pooling: Pooling = "mean",
+) -> Anatomy:
     """Find the layers in a model's trace.
 
     Parameters
@@ -101,6 +110,7 @@ def find(trace: Trace, model: nn.Module, layer: str | None = None, channel_axis:
     trace, model : the trace of the model.
     layer : name of the module whose output is the last hidden layer. Default: found.
     channel_axis : axis of the units in the output of ``layer``. Default: found.
+    pooling : how the positions of the output of ``layer`` become one number per unit.
     """
     output, named, others = _choose_output(trace, model)
     beside = _embedding_beside(trace, output)
@@ -111,7 +121,7 @@ def find(trace: Trace, model: nn.Module, layer: str | None = None, channel_axis:
         anatomy.absent.pop("embedding", None)
         anatomy.absent["classifier"] = "the logits come from another head than the embedding and its hidden layer"
     if layer is not None:
-        _choose_layer(anatomy, trace, model, layer, channel_axis)
+        _choose_layer(anatomy, trace, model, layer, channel_axis, pooling)
     return anatomy
 
 
@@ -393,7 +403,9 @@ def _set_classifier(
         anatomy.absent.pop("classifier", None)
 
 
-def _choose_layer(anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, channel_axis: int | None) -> None:
+def _choose_layer(
+    anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, channel_axis: int | None, pooling: Pooling
+) -> None:
     seen = [io for io in trace.module_io if io.module == layer and io.side == "out"]
     if not seen:
         raise ValueError(f"layer {layer!r} did not run, or returned no tensor, in the model's forward pass")
@@ -404,7 +416,7 @@ def _choose_layer(anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, 
             f"layer {layer!r} returns a tensor of shape {shape}; the last hidden layer must be one vector per "
             "input, (n, d), or tokens or maps, which are averaged over their positions"
         )
-    axis = _unit_axis(node, model.get_submodule(layer)) if channel_axis is None else channel_axis
+    axis = unit_axis(node, model.get_submodule(layer)) if channel_axis is None else channel_axis
     if axis is None and not is_vector(node):
         raise ValueError(
             f"layer {layer!r} returns a tensor of shape {shape}, and which axis holds its units is not known: "
@@ -412,13 +424,22 @@ def _choose_layer(anatomy: Anatomy, trace: Trace, model: nn.Module, layer: str, 
         )
     if axis is not None and (axis == 0 or not -len(shape) < axis < len(shape)):
         raise ValueError(f"channel_axis is {axis}, and layer {layer!r} returns a tensor of shape {shape}")
+    if pooling == "norm" and (axis is None or len(shape) == 2):
+        raise ValueError(
+            f"layer {layer!r} returns a tensor of shape {shape}, without positions: pooling='norm' is for maps "
+            "and tokens"
+        )
     # Maps of one pixel are vectors, until a larger image comes.
-    chosen = Part(same_vector(node)) if axis is None or len(shape) == 2 else Part(node, axis=axis % len(shape))
+    chosen = (
+        Part(same_vector(node))
+        if axis is None or len(shape) == 2
+        else Part(node, axis=axis % len(shape), pooling=pooling)
+    )
     anatomy.activation = [chosen]
     anatomy.kind = "chosen"
     anatomy.absent.pop("activation", None)
     anatomy.classifier = []
-    if anatomy.logits:
+    if anatomy.logits and pooling == "mean":
         _set_classifier(anatomy, anatomy.logits[0].node, [same_value(node)], [], False, model)
     if not anatomy.classifier:
         anatomy.absent["classifier"] = f"the classifier does not read {layer!r}, the layer that was chosen"
@@ -433,7 +454,7 @@ _LAST = (
 )  # fmt: skip
 
 
-def _unit_axis(node: Node, module: nn.Module | None = None) -> int | None:
+def unit_axis(node: Node, module: nn.Module | None = None) -> int | None:
     """Return the axis of the units of tokens or maps, as the module or the operations before it imply, or None."""
     if isinstance(module, _FIRST):
         return 1
@@ -449,7 +470,7 @@ def _unit_axis(node: Node, module: nn.Module | None = None) -> int | None:
         return len(shape) - 1
     parents = [parent for parent in node.data if parent.value.is_floating_point() and parent.value.ndim >= 2]
     for parent in parents:
-        axis = _unit_axis(parent)
+        axis = unit_axis(parent)
         if axis is not None:
             return _moved(node, parent, axis)
     return None

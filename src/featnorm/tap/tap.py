@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
+from featnorm.augmentation import jigsaw
 from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
-from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
-from featnorm.tap.find import Anatomy, Part, find, place
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.find import Anatomy, Part, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
+from featnorm.tap.ranking import LayerRanking, Ratios, candidates
 from featnorm.tap.trace import Trace, trace
 from featnorm.tap.weights import Step, checked_step, classifier, paths
 
@@ -49,12 +51,15 @@ class FeatureTap:
     channel_axis
         Axis of the units in the output of ``layer``, if it is not a vector: 1 for maps (n, d, ...), -1 for tokens
         (n, ..., d). Default: inferred from the module or the operations before it.
+    pooling
+        How the positions of a unit in the output of ``layer`` become one number: "mean", or "norm", the L2 norm of
+        their positive parts, of which `L1Norm` makes the FeatureNorm of Yu et al., CVPR 2023; see `rank_layers`.
 
     Raises
     ------
     ValueError
-        ``layer`` is not in the model, ``channel_axis`` is given without ``layer``, or a part of the model is a
-        TorchScript module, which takes no hooks.
+        ``layer`` is not in the model, ``channel_axis`` or another ``pooling`` than "mean" is given without
+        ``layer``, or a part of the model is a TorchScript module, which takes no hooks.
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
@@ -66,6 +71,7 @@ class FeatureTap:
         layer: str | nn.Module | None = None,
         output: str | int | None = None,
         channel_axis: int | None = None,
+        pooling: Pooling = "mean",
     ) -> None:
         if isinstance(model, torch.export.ExportedProgram):
             raise TypeError("the model must be a torch.nn.Module, got an ExportedProgram: pass its module()")
@@ -79,6 +85,10 @@ class FeatureTap:
         check_type(channel_axis, (int, type(None)), "channel_axis", "an integer")
         if channel_axis is not None and layer is None:
             raise ValueError("channel_axis is an axis of the output of a layer: pass layer= too")
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling must be one of {', '.join(map(repr, get_args(Pooling)))}, got {pooling!r}")
+        if pooling != "mean" and layer is None:
+            raise ValueError("pooling is of the positions in the output of a layer: pass layer= too")
         self.model = unwrap(model)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -90,6 +100,7 @@ class FeatureTap:
         self.output = output
         self._signature = Signature.of(self.model)
         self.channel_axis = channel_axis
+        self.pooling: Pooling = pooling
         self._plan: _Plan | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
@@ -131,7 +142,7 @@ class FeatureTap:
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
         traced = self._record(call)
-        plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis), traced)
+        plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis, self.pooling), traced)
         features = self._capture(plan, call, classifier=True)
         _check_classifier(features)
         self._plan = plan
@@ -184,7 +195,7 @@ class FeatureTap:
         plan = plan or self._planned()
         caught = capture(self.model, plan.points, call, advice=self._advice)
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
-        vectors = {plan.points[name]: _as_vectors(value, plan.points[name].axis) for name, value in caught.items()}
+        vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
         fields: dict[str, Any] = {}
         for name, point in plan.points.items():
             first, _, more = name.partition(".")
@@ -242,8 +253,7 @@ class FeatureTap:
                 features = features.replace(absent={**features.absent, "labels": "the loader yields none"})
             yield features
         if empty:
-            used_up = ": it is an iterator, which one pass uses up; pass a list or a DataLoader"
-            raise ValueError(f"the loader yielded no batch{used_up if iter(loader) is loader else ''}")
+            raise ValueError(_no_batch(loader))
 
     def extract(
         self, loader: Iterable[Any], labels: LabelsOf | None = None, *, progress: bool | None = None
@@ -253,6 +263,56 @@ class FeatureTap:
         To fit a detector without holding all features in memory, pass the batches of `stream` to `partial_fit`.
         """
         return Features.cat([features.to("cpu") for features in self.stream(loader, labels, progress=progress)])
+
+    def rank_layers(self, loader: Iterable[Any], *, seed: int = 0, progress: bool | None = None) -> LayerRanking:
+        """Rank the layers of a model of images by how well a norm of their maps may detect OOD inputs.
+
+        No OOD data are needed: every image is compared with its jigsaw, 3 x 3 patches of it in random order. The
+        NormRatio of a layer is the mean over the images of ``norm(image) / norm(jigsaw)``, where the norm is the
+        FeatureNorm, the mean over the channels of ``||ReLU(map)||_2`` (Yu et al., CVPR 2023). Candidates are the
+        rectified maps and tokens that modules return. A large ratio is a hint, not a measurement: confirm the
+        choice with OOD data if you have any.
+
+        Parameters
+        ----------
+        loader : iterable of batches of in-distribution images, see `stream`; a few hundred images are enough.
+        seed : seed of the jigsaws. The result does not depend on how the images are batched.
+        progress : see `stream`.
+
+        Raises
+        ------
+        ValueError
+            The batches hold no images (n, c, h, w) of at least 3 x 3 pixels, or several; the model has no
+            rectified maps or tokens; or the loader yields no batch.
+
+        Examples
+        --------
+        >>> ranking = FeatureTap(model).rank_layers(train_loader)
+        >>> scorer = Scorer(model, L1Norm(), ranking.best, pooling="norm")  # L1Norm is FeatureNorm times the width
+        """
+        check_loader(loader)
+        generator = torch.Generator().manual_seed(seed)
+        points: dict[str, HookPoint] = {}
+        ratios = Ratios()
+        for i, batch in enumerate(progress_bar(loader, total=_length(loader), unit="batch", progress=progress)):
+            call = read_batch(batch, self._signature, name=f"batch {i} of the loader")
+            if call.rows == 0:
+                continue
+            try:
+                image = _image(call)
+                points = points or candidates(self._record(call.to(self.device)), self.model)
+                with eval_mode(self.model):
+                    plain, shuffled = (
+                        capture(self.model, points, call.with_image(x).to(self.device))
+                        for x in (image, jigsaw(image, generator))
+                    )
+            except Exception as error:
+                error.add_note(f"(on batch {i} of the loader, counted from 0)")
+                raise
+            ratios.add(plain, shuffled)
+        if not points:
+            raise ValueError(_no_batch(loader))
+        return ratios.ranking()
 
     def hidden(self, batch: Any, *, pre_activation: bool = False) -> HiddenClassifier:
         """Return the classifier hidden in the layer for a batch: ``logits = C a + Gamma`` (paper Prop. 1, A.2.3).
@@ -329,6 +389,7 @@ class FeatureTap:
             "layer": self.layer,
             "output": self.output,
             "channel_axis": self.channel_axis,
+            "pooling": self.pooling,
             "inactive": self._inactive,
             "plan": self._planned().to_dict(),
         }
@@ -342,7 +403,7 @@ class FeatureTap:
         KeyError, TypeError, ValueError
             The data are not a state, or do not fit the model.
         """
-        tap = cls(model, state["layer"], state["output"], state["channel_axis"])
+        tap = cls(model, state["layer"], state["output"], state["channel_axis"], state["pooling"])
         tap._plan = _Plan.from_dict(state["plan"])
         tap._plan.check(tap.model)
         tap._inactive = check_text(state["inactive"])
@@ -542,6 +603,22 @@ def check_loader(loader: object) -> None:
         )
 
 
+def _no_batch(loader: Iterable[Any]) -> str:
+    used_up = ": it is an iterator, which one pass uses up; pass a list or a DataLoader"
+    return f"the loader yielded no batch{used_up if iter(loader) is loader else ''}"
+
+
+def _image(call: Call) -> Tensor:
+    """Return the images (n, c, h, w) of a call; raise a ValueError if it has none, or several."""
+    tensors = [tensor for tensor in call.tensors if tensor.is_floating_point()]
+    if len(tensors) != 1 or tensors[0].ndim != 4 or tensors[0] is not call.image:
+        shapes = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in call.tensors)
+        raise ValueError(
+            f"layers are ranked on images: the batch must hold one (n, c, h, w), and it holds {shapes}"
+        )
+    return tensors[0]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, data-parallel and Fabric wrappers."""
     while True:
@@ -592,23 +669,15 @@ def _width(part: Part) -> int:
 
 
 def _places(parts: list[Part]) -> str:
-    averaged = ", averaged over positions" if parts[0].axis is not None else ""
+    pooled = {"mean": ", averaged over positions", "norm": ", the norm over positions"}[parts[0].pooling]
+    averaged = pooled if parts[0].axis is not None else ""
     reduced = ", reduced over positions as the logits are" if parts[0].chain else ""
     return " and ".join(place(part.node) for part in parts) + averaged + reduced
 
 
-def _as_vectors(value: Tensor, axis: int | None) -> Tensor:
+def _as_vectors(value: Tensor) -> Tensor:
     value = value.dequantize() if value.is_quantized else value
-    if value.ndim == 1:
-        return value[:, None]
-    if axis is not None:
-        if value.ndim <= max(axis, 2):
-            raise PathError(
-                f"the model took a different path than when it was traced (its layer has the shape "
-                f"{tuple(value.shape)}, without an axis {axis}); {TRACE_AGAIN}"
-            )
-        value = value.movedim(axis, 1).flatten(2).mean(2)
-    return value.flatten(1)
+    return value[:, None] if value.ndim == 1 else value.flatten(1)
 
 
 def _length(loader: Iterable[Any]) -> int | None:
