@@ -10,10 +10,10 @@ from PIL import Image
 
 import featnorm as fn
 from featnorm import archive, fitting
-from featnorm.fitting import fit_source
-from featnorm.inputs import DataError, SlicedSource, open_source
+from featnorm.fitting import backbone_features, fit_source
+from featnorm.inputs import DataError, SlicedSource, image_loader, open_source
 from featnorm.models import ModelError, create_model
-from featnorm.splitting import held_out
+from featnorm.splitting import MIN_CONSTANTS, first_of_groups, for_constants, held_out, near_duplicates
 from painted import paint
 
 
@@ -28,10 +28,14 @@ def noise(n, seed=1):
 
 @pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
-@pytest.mark.parametrize("detector", ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())"])
+@pytest.mark.parametrize(
+    "detector",
+    ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())", "KLUniform() + KNN(k=3)"],
+)
 def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
     scorer, fitted = fit(folder, loaded, cache, targets=targets, detector=fn.parse_detector(detector))
-    assert (fitted.trained, fitted.held_out) == (191, 48)  # without the corrupt one and the copy
+    # Without the corrupt one and the copy; of 48 that are held out, 12 are for the constants of a sum.
+    assert (fitted.trained, fitted.held_out) == (191, 36 if "+" in detector else 48)
     assert [Path(name).name for name, _ in fitted.corrupt] == ["000.png"]
     assert (fitted.accuracy is None) == (targets == "clusters")
     if fitted.accuracy is not None:
@@ -140,6 +144,38 @@ def test_a_file_is_bounded_by_its_thumbnails(folder, loaded, cache, monkeypatch)
 
 
 @pytest.mark.usefixtures("heads_trained_once")
+@pytest.mark.usefixtures("heads_trained_once")
+@pytest.mark.parametrize(
+    "detector", ["KLUniform() + KNN(k=3)", "ODIN() + 2 * (KNN(k=3) / NAN())", "TemperatureScaling(MSP()) + SSD()"]
+)
+def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, loaded, cache, detector):
+    scorer, report = fit(folder, loaded, cache, detector=fn.parse_detector(detector))
+    source = open_source(str(folder))
+    cached = backbone_features(source, loaded, scorer.model[0], cache=cache)
+    cached = fn.fitting._without_duplicates(cached)
+    digests, groups = cached.digests, near_duplicates(cached.values)
+    apart = held_out(digests, groups, 0.95, MIN_CONSTANTS)
+    constants = for_constants(digests, groups, apart, 0.95)
+    calibrates = first_of_groups(digests, groups) & apart & ~constants
+    assert (int((~apart).sum()), int(calibrates.sum())) == (report.trained, report.held_out)
+    assert (
+        f"{report.trained} to fit on, 12 held out for the detector's constants, 36 held out for"
+        in (scorer.facts["images"])
+    )
+
+    def batch(chosen):
+        rows = cached.rows[chosen].tolist()
+        images = next(
+            iter(image_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
+        ).images
+        return images, torch.tensor([source.label(row) for row in rows])
+
+    again = fn.Scorer(scorer.model, fn.parse_detector(detector)).fit([batch(~apart)], [batch(constants)])
+    torch.testing.assert_close(again(noise(5)).score, scorer(noise(5)).score, rtol=1e-3, atol=1e-3)
+    expected = again.calibrate([batch(calibrates)]).calibration.scores
+    torch.testing.assert_close(scorer.calibration.scores, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
     scorer, _ = fit(folder, loaded, cache, detector=fn.KNN(k=3))
     foreign = open_source("ood32/textures[:100]", root=shared_data)
@@ -353,6 +389,15 @@ def test_any_number_of_images_calibrates_a_detector_that_needs_no_fit(folder, lo
     assert trained.trained + trained.held_out == report.trained
     with pytest.raises(ValueError, match=r"form 4 groups of images that belong together \(near-dup.* by 'folder'"):
         fit(folder, loaded, cache, head="keep", detector=fn.Energy(), group_by="folder")
+
+
+def test_thirty_images_are_left_out_of_a_sum_in_turn(thirty, loaded, cache):
+    scorer, report = fit(thirty, loaded, cache, detector=fn.parse_detector("NAN() + KNN(k=1)"))
+    assert repr(scorer.detector) == "Jackknife(NAN() + KNN(k=1))"
+    assert (report.trained, report.held_out) == (30, 19)
+    # Each copy holds 5 of 29 images out of its own fit.
+    assert {len(part.terms[1].bank.rows) for part in scorer.detector.copies} == {24}
+    assert not scorer(noise(5)).is_id.any()
 
 
 def test_a_jackknife_is_saved_calibrated_again_and_not_added_to(thirty, loaded, cache, tmp_path):

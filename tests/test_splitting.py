@@ -9,15 +9,23 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 from scipy.cluster.hierarchy import linkage
+from scipy.stats import binom
 
 from featnorm import splitting
 from featnorm.calibration import Calibration
-from featnorm.detectors import KNN
+from featnorm.detectors import KNN, KLUniform
 from featnorm.features import Features
 from featnorm.inputs import open_source
 from featnorm.models import DEFAULT_MODEL, create_model
 from featnorm.models.loading import backbone_of
-from featnorm.splitting import first_of_groups, held_out, join_groups, near_duplicates
+from featnorm.splitting import (
+    MIN_CONSTANTS,
+    first_of_groups,
+    for_constants,
+    held_out,
+    join_groups,
+    near_duplicates,
+)
 
 
 def digests_of(n):
@@ -154,6 +162,54 @@ def test_as_many_groups_are_held_out_as_the_rate_needs():
         held_out(digests[:19], tpr=0.95)
     with pytest.raises(ValueError, match=r"^6 groups of inputs are too few for tpr=0\.95"):
         held_out(digests, torch.arange(60) // 10, 0.95)
+
+
+def test_constants_come_from_groups_of_their_own_and_leave_as_many_as_the_rate_needs(generator):
+    digests, groups = digests_of(3000), torch.randint(1000, (3000,), generator=generator)
+    apart = held_out(digests, groups, 0.95, MIN_CONSTANTS)
+    assert torch.equal(apart, held_out(digests, groups))
+    chosen = for_constants(digests, groups, apart, 0.95)
+    count = len(groups[apart].unique())
+    assert int(chosen.sum()) == len(groups[chosen].unique()) == count // 4
+    assert not (chosen & ~apart).any()
+    order = torch.randperm(3000, generator=generator)
+    shuffled = [digests[i] for i in order.tolist()]
+    assert torch.equal(for_constants(shuffled, groups[order], apart[order], 0.95), chosen[order])
+    alone = torch.arange(3000)
+    for n, tpr, expected in (
+        (30, 0.95, (10, 19)),
+        (100, 0.95, (10, 19)),
+        (200, 0.95, (10, 30)),
+        (120, 0.99, (10, 99)),
+    ):
+        apart = held_out(digests[:n], alone[:n], tpr, MIN_CONSTANTS)
+        made = for_constants(digests[:n], alone[:n], apart, tpr)
+        assert (int(made.sum()), int((apart & ~made).sum())) == expected
+    many = for_constants(digests, alone, alone >= 0, 0.95)
+    assert int(many.sum()) == 750
+    few = torch.zeros(3000, dtype=torch.bool).index_fill(0, torch.arange(22), True)
+    assert int(for_constants(digests, alone, few, 0.95).sum()) == 3
+    with pytest.raises(
+        ValueError, match=r"^29 groups of inputs are too few for tpr=0\.95: 29 are needed for calibration and c"
+    ):
+        held_out(digests[:29], None, 0.95, MIN_CONSTANTS)
+
+
+def test_a_sum_flags_new_inputs_as_stated(generator):
+    """With constants from other inputs than the threshold, the rate is that of 20 exchangeable scores."""
+    rate, draws = 0.05, 400
+    flagged = 0
+    for draw in range(draws):
+        values = torch.randn(45, 4, generator=generator)
+        features, new = Features(pooled=values[:40], logits=2 * values[:40]), values[40:41]
+        digests = [hashlib.sha256(f"{draw} {i}".encode()).digest() for i in range(40)]
+        apart = held_out(digests, None, 1 - rate, MIN_CONSTANTS)
+        constants = for_constants(digests, torch.arange(40), apart, 1 - rate)
+        detector = (KLUniform() + KNN(k=1)).fit(features[~apart], features[constants])
+        calibration = Calibration(detector.score(features[apart & ~constants]), 1 - rate)
+        flagged += int(not calibration.is_id(detector.score(Features(pooled=new, logits=2 * new))))
+    low, high = binom.ppf([0.0005, 0.9995], draws, rate)
+    assert low <= flagged <= high
 
 
 def flagged_by_split(draw, count):

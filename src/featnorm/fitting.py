@@ -43,12 +43,20 @@ from featnorm.inputs import (
     open_source,
 )
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.loading import named
+from featnorm.inputs.loading import ImageLoader, named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
 from featnorm.models.loading import backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
-from featnorm.splitting import first_of_groups, held_out, join_groups, left_out, near_duplicates
+from featnorm.splitting import (
+    MIN_CONSTANTS,
+    first_of_groups,
+    for_constants,
+    held_out,
+    join_groups,
+    left_out,
+    near_duplicates,
+)
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
 
@@ -308,6 +316,7 @@ def fit_source(
     splits = join_groups(near, *sides)
     calibrates = first_of_groups(cached.digests, splits)
     fits = detector.needs_fit or plan.head == "train"
+    constants = torch.zeros_like(calibrates)
     if few or not fits:
         is_held_out = torch.zeros_like(calibrates)
         if detector.needs_fit:
@@ -315,8 +324,10 @@ def fit_source(
             detector = jackknife = Jackknife(detector, len(left))
             calibrates = torch.zeros_like(calibrates).index_fill(0, left, True)
     else:
-        is_held_out = held_out(cached.digests, splits, tpr)
-        calibrates &= is_held_out
+        is_held_out = held_out(cached.digests, splits, tpr, MIN_CONSTANTS if detector.needs_held_out else 0)
+        if detector.needs_held_out:
+            constants = for_constants(cached.digests, splits, is_held_out, tpr)
+        calibrates &= is_held_out & ~constants
     if (count := int(calibrates.sum())) < (needed := min_scores(tpr)):
         raise ValueError(
             f"the {len(cached.rows)} images of {source.title} form {count} groups of images that belong together "
@@ -340,6 +351,20 @@ def fit_source(
         (train_values[rows], None if labels is None else labels[~is_held_out][rows])
         for rows in torch.arange(len(train_values)).split(_ROWS)
     )
+
+    def loader_of(chosen: Tensor) -> ImageLoader:
+        images = SlicedSource(source, cached.rows[chosen].tolist(), source.title)
+        return image_loader(images, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
+
+    def held_out_features(chosen: Tensor) -> Iterator[Features]:
+        own = None if labels is None else labels[chosen]
+        if not detector.needs_model:
+            yield from training_features(features_of, ActivationStatistics(), [(cached.values[chosen], own)])
+            return
+        for batch in loader_of(chosen):
+            features = scorer.tap.capture(batch.images.to(scorer.tap.device), classifier=True)
+            yield features if own is None else features.replace(labels=own[batch.indices])
+
     spec = loaded.name or None
     known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
     scorer = Scorer(model, detector, layer, output=output, preprocess=loaded.transform, **known)
@@ -349,17 +374,22 @@ def fit_source(
         with runtime.autocast():
             jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
     elif runtime.cluster is None or few:
-        scorer.fit_features(training_features(features_of, statistics, parts))
+        with detector.refit():
+            for features in training_features(features_of, statistics, parts):
+                detector.partial_fit(features)
     else:
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
     scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
-    chosen = SlicedSource(source, cached.rows[calibrates].tolist(), source.title)
-    images = image_loader(chosen, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
+    images, chosen = loader_of(calibrates), int(calibrates.sum())
     scorer.tap.trace(next(iter(images)).images)
     # In the precision in which new images will be scored.
     with runtime.autocast():
+        if detector.needs_held_out:
+            if labels is not None and "labels" in detector.learns:
+                constants &= labels >= 0  # the head does not know a class without training images
+            detector.fit_held_out(held_out_features(constants))
         batches = [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
         accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
         held_out_groups = None if groups is None else [groups[row] for row in cached.rows[calibrates].tolist()]
@@ -372,11 +402,13 @@ def fit_source(
             scorer.calibrate_features(batches, tpr, groups=held_out_groups)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     if jackknife is not None:
-        split = f"{len(train_values)} to fit on, {len(chosen)} of them left out in turn for calibration"
+        split = f"{len(train_values)} to fit on, {chosen} of them left out in turn for calibration"
     elif not fits:
-        split = f"{len(chosen)} for calibration, none to fit on"
+        split = f"{chosen} for calibration, none to fit on"
     else:
-        split = f"{len(train_values)} to fit on, {len(chosen)} held out for calibration"
+        count = int(constants.sum())
+        others = f"{count} held out for the detector's constants, " if count else ""
+        split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
     scorer.facts = {
         "images": f"{source.title}: {split}",
         **about,
@@ -388,7 +420,7 @@ def fit_source(
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append("all calibration images have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows)
-    counts = len(train_values), len(chosen), computed
+    counts = len(train_values), chosen, computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
     )

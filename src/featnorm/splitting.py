@@ -16,11 +16,16 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from torch import Tensor
 
 from featnorm._utils.checks import min_scores
+from featnorm.detectors.held_out import MAX_HELD_OUT
 from featnorm.detectors.neighbors import Index, Search
 from featnorm.detectors.statistics import single_unit_rows
 
 #: One group in five is held out for calibration.
 HELD_OUT = 5
+#: Number of held-out groups that the constants of a detector need.
+MIN_CONSTANTS = 10
+# One held-out group in this number is for constants.
+_CONSTANTS = 4
 # How much farther the nearest other input is, at least, from a group than its members are from each other
 # (squared), and the number of groups that may look isolated by chance.
 _ISOLATION, _BY_CHANCE = 1.5, 0.05
@@ -206,7 +211,9 @@ def _numbered_by_first(groups: _Array) -> Tensor:
     return torch.from_numpy(firsts[numbers])
 
 
-def held_out(digests: Sequence[bytes], groups: Tensor | None = None, tpr: float | None = None) -> Tensor:
+def held_out(
+    digests: Sequence[bytes], groups: Tensor | None = None, tpr: float | None = None, constants: int = 0
+) -> Tensor:
     """Return which inputs are held out for calibration: every fifth group, in the order of their digests.
 
     A group is held out as a whole, or fitted on. Calibrate on one input of each group (`first_of_groups`): inputs
@@ -220,6 +227,7 @@ def held_out(digests: Sequence[bytes], groups: Tensor | None = None, tpr: float 
     tpr
         Share of new ID inputs to accept. More than every fifth group is held out if it needs them: 19 at 0.95.
         Default: every fifth group, however few they are.
+    constants : number of groups that are needed in addition, for `for_constants`.
 
     Returns
     -------
@@ -233,9 +241,34 @@ def held_out(digests: Sequence[bytes], groups: Tensor | None = None, tpr: float 
     """
     groups, ordered = _ordered(digests, groups)
     chosen = ordered[::HELD_OUT]
-    if tpr is not None and len(chosen) < (needed := _needed(ordered, tpr)):
+    if tpr is not None and len(chosen) < (needed := _needed(ordered, tpr, constants)):
         chosen = [ordered[i * len(ordered) // needed] for i in range(needed)]
     return torch.isin(groups, torch.tensor(chosen))
+
+
+def for_constants(digests: Sequence[bytes], groups: Tensor, is_held_out: Tensor, tpr: float) -> Tensor:
+    """Return which held-out inputs a detector's constants are fitted to; the threshold is set on the others.
+
+    The detector's scores of both are then alike, and like those of new inputs: the stated rate holds.
+
+    Parameters
+    ----------
+    digests, groups : see `held_out`.
+    is_held_out : (n,) bool, the inputs that are held out.
+    tpr : share of new ID inputs to accept.
+
+    Returns
+    -------
+    Tensor
+        (n,) bool, one input of every fourth group that is held out; of at least `MIN_CONSTANTS` groups and at most
+        `featnorm.detectors.held_out.MAX_HELD_OUT`, as long as as many are left as the rate needs.
+    """
+    groups, ordered = _ordered(digests, groups)
+    members = set(groups[is_held_out].tolist())
+    held = [group for group in ordered if group in members]
+    count = min(max(len(held) // _CONSTANTS, MIN_CONSTANTS), MAX_HELD_OUT, len(held) - min_scores(tpr))
+    chosen = [held[i * len(held) // count] for i in range(count)]
+    return first_of_groups(digests, groups) & torch.isin(groups, torch.tensor(chosen))
 
 
 def first_of_groups(digests: Sequence[bytes], groups: Tensor) -> Tensor:
@@ -269,7 +302,7 @@ def left_out(digests: Sequence[bytes], tpr: float, groups: Tensor | None = None)
         There are too few groups for ``tpr``.
     """
     groups, ordered = _ordered(digests, groups)
-    chosen = torch.tensor(ordered[: _needed(ordered, tpr)])
+    chosen = torch.tensor(ordered[: _needed(ordered, tpr, 0)])
     return (first_of_groups(digests, groups) & torch.isin(groups, chosen)).nonzero().squeeze(1)
 
 
@@ -282,12 +315,13 @@ def _ordered(digests: Sequence[bytes], groups: Tensor | None) -> tuple[Tensor, l
     return groups, sorted(keys, key=keys.__getitem__)
 
 
-def _needed(groups: Sequence[int], tpr: float) -> int:
-    """Return the number of calibration inputs that a rate needs; a ValueError if there are too few groups."""
-    needed = min_scores(tpr)
+def _needed(groups: Sequence[int], tpr: float, constants: int) -> int:
+    """Return the number of held-out groups that a rate needs; a ValueError if there are too few groups."""
+    needed = min_scores(tpr) + constants
     if len(groups) <= needed:
         raise ValueError(
-            f"{len(groups)} groups of inputs are too few for tpr={tpr}: {needed} are needed for calibration, and "
-            "others to fit on; add inputs of other groups, or lower tpr"
+            f"{len(groups)} groups of inputs are too few for tpr={tpr}: {needed} are needed for calibration"
+            f"{' and constants' if constants else ''}, and others to fit on; add inputs of other groups, or lower "
+            "tpr"
         )
     return needed

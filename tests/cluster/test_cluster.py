@@ -72,7 +72,10 @@ def fit(folder, loaded, cache, workers=None, **options):
     return fit_source(open_source(str(folder)), loaded, head="train", cache=cache, runtime=runtime, **options)
 
 
-@pytest.mark.parametrize("detector", ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()"])
+@pytest.mark.parametrize(
+    "detector",
+    ["KLUniform()", "Views(NAN())", "KNN(k=3) / NAN()", "SSD()", "Mahalanobis()", "NAN() + 2 * KNN(k=3) + MSP()"],
+)
 def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, tmp_path, monkeypatch, detector):
     targets = "clusters" if detector == "SSD()" else "labels"
     # Several parts to merge.
@@ -173,7 +176,7 @@ def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cach
     assert set(again.tolist()) <= set(range(24, 32))
 
 
-@pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))"])
+@pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))", "KLUniform() + KNN(k=3)"])
 def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
     scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector))[0]
     source = SlicedSource(open_source(str(folder)), range(1, 21), "some")

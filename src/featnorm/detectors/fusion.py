@@ -128,8 +128,8 @@ class Sum(Wrapper):
     def _standard(term: Detector, scores: Tensor) -> tuple[float, float]:
         """Return mean and standard deviation of the finite scores (n,) of a term."""
         finite = scores[scores.isfinite()]
-        deviation = float(finite.std(correction=0))
-        if len(finite) == 0 or deviation <= _ROUNDING * float(finite.abs().amax()):
+        deviation = float(finite.std(correction=0)) if len(finite) else 0.0
+        if deviation <= _ROUNDING * float(finite.abs().sum()) / max(len(finite), 1):
             raise ValueError(
                 f"the scores of {term!r} are the same for all {len(scores)} held-out inputs, so they cannot be "
                 "standardized: leave it out of the sum, or hold out other inputs"
