@@ -1,5 +1,6 @@
 """The comparison of detectors, on synthetic features."""
 
+import copy
 import csv
 import io
 import json
@@ -31,15 +32,16 @@ def batches(whole, size=7):
 def test_scores_are_those_of_the_detectors_alone():
     known, near, far = features(60, 1.0, 0), features(40, 0.6, 1), features(50, 0.1, 2)
     train = features(90, 1.0, 3, labels=True)
-    detectors = [fn.NAN(), fn.KNN(k=3), fn.Mahalanobis()]
+    detectors = [fn.NAN(), fn.KNN(k=3), fn.Mahalanobis(), fn.KLUniform() + fn.KNN(k=3)]
+    fresh_ones = copy.deepcopy(detectors)
     result = compare(
         detectors,
         fit=batches(train),
         id_set=("known", batches(known)),
         ood_sets={"near": batches(near), "far": batches(far)},
     )
-    assert [outcome.detector for outcome in result.results] == ["NAN()", "KNN(k=3)", "Mahalanobis()"]
-    for outcome, fresh in zip(result.results, [fn.NAN(), fn.KNN(k=3), fn.Mahalanobis()], strict=True):
+    assert [outcome.detector for outcome in result.results] == [repr(detector) for detector in fresh_ones]
+    for outcome, fresh in zip(result.results, fresh_ones, strict=True):
         fresh.fit(train)
         np.testing.assert_allclose(outcome.id_scores, fresh.score(known).numpy(), rtol=1e-5)
         np.testing.assert_allclose(outcome.ood_scores["far"], fresh.score(far).numpy(), rtol=1e-5)
@@ -67,9 +69,12 @@ def test_streams_are_read_once():
 def test_detectors_that_cannot_work_are_left_out_by_name():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     detectors = [fn.NAN(), fn.KNN(k=50), fn.EmbeddingMagnitude(), fn.Mahalanobis()]
+    detectors += [fn.NAN() + fn.KNN(k=25), fn.NAN() + fn.ODIN()]
     result = compare(detectors, fit=[known], id_set=("known", [known]), ood_sets={"far": [far]})
     assert [outcome.detector for outcome in result.results] == ["NAN()"]
     assert "only 30 inputs in its bank" in result.excluded["KNN()"]
+    assert "only 24 inputs in its bank" in result.excluded["NAN() + KNN(k=25)"]
+    assert result.excluded["NAN() + ODIN()"].startswith("runs the model again, so no inputs can be held out")
     assert "`embedding`" in result.excluded["EmbeddingMagnitude()"]
     assert "`labels`" in result.excluded["Mahalanobis()"]
 

@@ -465,6 +465,13 @@ class TestFile:
             ("ReAct(NAN())", "activations.counts", lambda t: t[:2]),
             ("ViM()", "sample.rows", lambda t: t[:, :3].contiguous()),
             ("ViM()", "sample.keys", lambda t: t[:4]),
+            ("NAN() + KNN(k=3)", "constants.values", lambda t: t * float("nan")),
+            ("NAN() + KNN(k=3)", "constants.values", lambda t: -t.abs()),
+            ("NAN() + KNN(k=3)", "constants.values", lambda t: t[:, :1].contiguous()),
+            ("NAN() + KNN(k=3)", "constants.values", lambda t: t[:0]),
+            ("NAN() + KNN(k=3)", "terms.1.bank.rows", lambda t: t[:2]),
+            ("TemperatureScaling(MSP())", "constants.values", lambda t: 0 * t),
+            ("TemperatureScaling(MSP())", "constants.values", lambda t: t.expand(1, 2).contiguous()),
         ],
     )
     def test_what_no_fit_could_have_learned_is_refused(self, tmp_path, detector, name, change):
@@ -513,7 +520,8 @@ class TestFile:
     def test_whatever_a_header_says_it_is_refused_or_works(self, path, monkeypatch):
         monkeypatch.setattr("os.fsync", lambda handle: None)
         model = Functional()
-        fn.Scorer(model, fn.parse_detector("KNN(k=3) / NAN()")).fit(loader()).calibrate(loader(seed=1)).save(path)
+        detector = fn.parse_detector("2 * NAN() + KNN(k=3) / NAN()")
+        fn.Scorer(model, detector).fit(loader()).calibrate(loader(seed=1)).save(path)
         tensors, header = archive.read(path)
         assert {point["side"] for point in header["tap"]["plan"]["points"].values()} == {"in", "out", "op"}
         header["tap"]["layer"] = "hidden"

@@ -35,6 +35,7 @@ from featnorm.detectors import (
     ViM,
 )
 from featnorm.detectors.base import Wrapper, joined
+from featnorm.detectors.held_out import fit_in_batches
 from featnorm.detectors.statistics import FloatHistogram, single_unit_rows
 from featnorm.evaluation import compare
 from featnorm.features import Features
@@ -216,14 +217,12 @@ def _fitted(
     norms: list[Detector] = [NAN(), L1Norm(), Sparsity(), EmbeddingMagnitude()]
     clipped = [PooledReAct(inner, read) for inner in (NAN(), L1Norm(), Sparsity(), Residual())]
     fitting += clipped
-    excluded: dict[str, str] = {}
-    for features in _stream(read, train, labels):
-        for detector in list(fitting):
-            try:
-                detector.partial_fit(features)
-            except ValueError as error:
-                excluded[repr(detector)] = str(error).removeprefix(repr(detector)).removeprefix(":").strip()
-                fitting.remove(detector)
+    failed = fit_in_batches(fitting, _stream(read, train, labels))
+    fitting = [detector for detector in fitting if detector not in failed]
+    excluded = {
+        repr(detector): str(error).removeprefix(repr(detector)).removeprefix(":").strip()
+        for detector, error in failed.items()
+    }
     for share, knn in banks.items():
         count = max(1, round(share * len(train.stored_rows)))
         if count < knn.k:

@@ -12,6 +12,7 @@ from featnorm._utils.layout import fast_layout
 from featnorm.augmentation import rotations
 from featnorm.detectors import CSI as CSIScore
 from featnorm.detectors import KNN, NAN, SSD, Detector, Views
+from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
 from featnorm.models import cifar_network, cifar_network_with
 from featnorm.paper.images import as_pixels
@@ -80,10 +81,8 @@ class _Framework(OneClassModel[Scored]):
         runtime : device and precision.
         """
         model = Scored(network, detectors).eval()
-        for features in model.stream(images, runtime):
-            for detector in model.detectors:
-                if detector.needs_fit:
-                    detector.partial_fit(features)
+        for error in fit_in_batches(detectors, model.stream(images, runtime)).values():
+            raise error
         return model
 
     def _scores(self, model: Scored, images: Tensor, runtime: Runtime) -> dict[str, Tensor]:
