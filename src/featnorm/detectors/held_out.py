@@ -61,8 +61,8 @@ def fit_in_batches(
         # Before the rows are split, so that an error names the row of the batch.
         split = fitted(split, methodcaller("_check_fit", features))
         if split:
-            rest = rows.update(features)
-            split = fitted(split, methodcaller("partial_fit", rest)) if len(rest) else split
+            for part in rows.update(features):
+                split = fitted(split, methodcaller("partial_fit", part))
         if not whole and not split:
             return failed
     if held_out is not None:
@@ -90,32 +90,43 @@ class _LowestRows:
     """The rows with the lowest pseudo-random keys, at most `MAX_HELD_OUT`; a key depends on the row's content."""
 
     def __init__(self) -> None:
-        self._rows: Features | None = None
-        self._keys = torch.empty(0, dtype=torch.int64)
+        # Twice as many rows are kept, so that they are seldom sorted.
+        self._parts: list[Features] = []
+        self._keys: list[Tensor] = []
+        self._bound = 2**63 - 1
         self._seen = 0
 
-    def update(self, features: Features) -> Features:
+    def update(self, features: Features) -> list[Features]:
         """Add rows; return those that are no longer, or not, among the lowest."""
-        self._seen += len(features)
         keys = _keys(features)
-        if self._rows is not None:
-            if len(self._keys) == MAX_HELD_OUT and not bool((keys < self._keys[-1]).any()):
-                return features
-            features, keys = Features.cat([self._rows, features]), torch.cat([self._keys, keys])
+        low = keys < self._bound
+        self._seen += len(keys)
+        if not low.any():
+            return [features]
+        self._parts.append(features[low])
+        self._keys.append(keys[low])
+        rest = [features[~low]]
+        if sum(map(len, self._keys)) > 2 * MAX_HELD_OUT:
+            rest.append(self._keep(MAX_HELD_OUT))
+            self._bound = int(self._keys[0][-1])
+        return [part for part in rest if len(part)]
+
+    def _keep(self, count: int) -> Features:
+        """Keep the rows with the lowest keys, and return the others."""
+        rows, keys = Features.cat(self._parts), torch.cat(self._keys)
         order = keys.argsort(stable=True)
-        self._keys = keys[order[:MAX_HELD_OUT]]
-        self._rows = features[order[:MAX_HELD_OUT]]
-        return features[order[MAX_HELD_OUT:]]
+        self._parts, self._keys = [rows[order[:count]]], [keys[order[:count]]]
+        return rows[order[count:]]
 
     def halves(self) -> tuple[Features, Features]:
         """Return the rows that are left to fit to, and those that are held out."""
-        count = min(max(self._seen // HELD_OUT, MIN_HELD_OUT), MAX_HELD_OUT)
-        if self._rows is None or self._seen < 2 * MIN_HELD_OUT:
+        if self._seen < 2 * MIN_HELD_OUT:
             raise ValueError(
                 f"at least {2 * MIN_HELD_OUT} inputs are needed to hold {MIN_HELD_OUT} of them out, got "
                 f"{self._seen}: add inputs, or pass held_out"
             )
-        return self._rows[count:], self._rows[:count]
+        rest = self._keep(min(max(self._seen // HELD_OUT, MIN_HELD_OUT), MAX_HELD_OUT))
+        return rest, self._parts[0]
 
 
 def _keys(features: Features) -> Tensor:
