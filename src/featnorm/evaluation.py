@@ -21,6 +21,7 @@ from featnorm._utils.files import replacing, write_text
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
+from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
 from featnorm.inputs import Source, image_loader, open_source
 from featnorm.inputs.loading import named
@@ -405,14 +406,9 @@ def compare(
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     fitted = {name for name, detector in active.items() if detector.needs_fit and detector.is_fitted}
     if fit is not None:
-        for features in reader.stream(_FIT, fit, fitting=True):
-            for name, detector in list(active.items()):
-                if name in fitted:
-                    continue
-                try:
-                    detector.partial_fit(features)
-                except ValueError as error:
-                    exclude(name, error)
+        unfitted = {detector: name for name, detector in active.items() if name not in fitted}
+        for detector, error in fit_in_batches(unfitted, reader.stream(_FIT, fit, fitting=True)).items():
+            exclude(unfitted[detector], error)
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0

@@ -348,7 +348,7 @@ def fit_source(
         # Left-out images are scored as new ones will be, in the same precision.
         with runtime.autocast():
             jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
-    elif runtime.cluster is None or few:
+    elif runtime.cluster is None or few or detector.needs_held_out:
         scorer.fit_features(training_features(features_of, statistics, parts))
     else:
         runtime.cluster.fit(parts, features_of, detector, statistics)

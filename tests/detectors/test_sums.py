@@ -296,7 +296,7 @@ def test_detectors_that_run_the_model_again_take_their_held_out_inputs_from_a_lo
 
 
 def test_the_false_alarm_rate_is_exact_if_three_sets_are_apart():
-    """With the fit, the constants and the calibration on different inputs, calibration and new scores are alike."""
+    """With fit, constants and calibration on different inputs, calibration and new scores are alike."""
     rng = torch.Generator().manual_seed(0)
     rate, draws = 0.05, 1500
 

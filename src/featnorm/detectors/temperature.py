@@ -16,8 +16,8 @@ class TemperatureScaling(Wrapper):
     """Divide the logits by a temperature T that calibrates the softmax, then score (Guo et al., ICML 2017).
 
     T minimizes the negative log-likelihood of the labels of held-out in-distribution inputs, which is convex in
-    1 / T. `fit` holds inputs out; after `partial_fit`, `fit_held_out` takes them. Of the n inputs' targets, a share
-    of 1 / (n + 1) is spread over all classes, much as in Platt's scaling: so T is positive even if the model
+    1 / T. `fit` holds inputs out; after `partial_fit`, `fit_held_out` takes them. Of the n inputs' targets, a
+    share of 1 / (n + 1) is spread over all classes, much as in Platt's scaling: so T is positive even if the model
     classifies all inputs correctly.
 
     Parameters
