@@ -406,9 +406,9 @@ def compare(
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     fitted = {name for name, detector in active.items() if detector.needs_fit and detector.is_fitted}
     if fit is not None:
-        unfitted = [detector for name, detector in active.items() if name not in fitted]
+        unfitted = {detector: name for name, detector in active.items() if name not in fitted}
         for detector, error in fit_in_batches(unfitted, reader.stream(_FIT, fit, fitting=True)).items():
-            exclude(repr(detector), error)
+            exclude(unfitted[detector], error)
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0
