@@ -146,7 +146,8 @@ def fit(
     """Make a calibrated scorer from in-distribution images.
 
     The features of the images are computed once and cached on disk. Duplicate images are used once. One image in
-    five, chosen by its content, is held out for calibration, and the detector is fitted to the others.
+    five, chosen by its content, is held out for calibration, and the detector is fitted to the others. For a
+    detector such as a sum, one in four of the held-out images sets its constants, and the others calibrate.
     Near-duplicates, such as the frames of a clip, are found by their features and kept on one side. A detector
     that needs no fit is calibrated on all images if no head is trained.
 
