@@ -109,4 +109,4 @@ def _cell(sets: Mapping[str, float] | None) -> str:
     return f"{mean:.1f} ({', '.join(f'{value:.1f}' for value in sets.values())})"
 
 
-FeatureLength("feature_length", "Why Mahalanobis, Residual and ViM fail: AUROC in percent, mean (each OOD set)")
+FeatureLength("feature-length", "Why Mahalanobis, Residual and ViM fail: AUROC in percent, mean (each OOD set)")
