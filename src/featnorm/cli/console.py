@@ -37,8 +37,9 @@ def print_table(comparison: Comparison) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i < 2 else "right", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*row)
+    for name, clique, *cells in rows:
+        # An interval below its number leaves room for more columns.
+        table.add_row(name, clique, *(cell.replace(" [", "\n[") for cell in cells))
     console.print(table)
     for reason, names in by_reason(comparison.excluded).items():
         console.print(f"skipped {', '.join(names)}: {reason}", soft_wrap=True)
