@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from selection_rule import DestroyedCopies, FittedSum, select
+from selection_rule import DestroyedCopies, select
 from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
 from featnorm.cli.console import environment
+from featnorm.detectors import parse_detector
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
 from featnorm.inputs import ImageSource, SlicedSource, open_source
@@ -159,7 +160,7 @@ class Store:
         file = self.folder / f"{name}.npz"
         if not file.exists():
             print(f"computing the features of {name}", flush=True)
-            part = self._texts(name) if name.startswith("text") else self._images(*name.partition(".")[::2])
+            part = self._texts(name) if name.startswith("text-") else self._images(*name.partition(".")[::2])
             with replacing(file) as temporary, open(temporary, "wb") as stream:
                 np.savez(stream, **{field: value.numpy() for field, value in part._asdict().items()})
         arrays = np.load(file)
@@ -172,7 +173,7 @@ class Store:
 
     def destroyed(self, name: str) -> dict[str, Tensor]:
         """Return the features of the destroyed copies, by kind."""
-        kinds = TEXT_KINDS if name.startswith("text") else IMAGE_KINDS
+        kinds = TEXT_KINDS if name.startswith("text-") else IMAGE_KINDS
         return {kind: self.get(f"{name}.{kind}").values for kind in kinds}
 
     def _images(self, name: str, kind: str) -> Part:
@@ -311,16 +312,17 @@ def run(name: str, seed: int, store: Store) -> dict[str, Any]:
     )
     select_seconds = time.perf_counter() - began
     # Of the held-out rows, one in four sets the constants of sums.
-    apart = part.values[part.held_out]
-    apart = apart[torch.randperm(len(apart), generator=torch.Generator().manual_seed(seed))]
-    constants, calibration = apart[: len(apart) // 4], apart[len(apart) // 4 :]
+    rows = part.held_out.nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    apart, calibration = part.of(rows[: len(rows) // 4]), part.of(rows[len(rows) // 4 :])
+    constants = of(Features(pooled=apart.values, labels=None if labels is None else apart.labels))
     sets = {kind: of(Features(pooled=store.get(stored).values)) for kind, stored in setting.ood.items()}
     inside = of(Features(pooled=store.get(setting.test).values))
     behind = of(Features(pooled=fitted.values, labels=labels))
     ood: dict[str, dict[str, list[float]]] = {}
     for candidate in selection.candidates:
-        detector = FittedSum(candidate.detector, behind, of(Features(pooled=constants)))
-        threshold = Calibration(detector.score(of(Features(pooled=calibration))), 0.95)
+        detector = parse_detector(candidate.detector).fit(behind, constants)
+        threshold = Calibration(detector.score(of(Features(pooled=calibration.values))), 0.95)
         scores = detector.score(inside)
         for kind, outside in sets.items():
             given = detector.score(outside)
@@ -349,7 +351,7 @@ def main() -> None:
     store = Store(arguments.folder, arguments.data_root, arguments.texts)
     found: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.settings:
-        if SETTINGS[name].fit.startswith("text") and arguments.texts is None:
+        if SETTINGS[name].fit.startswith("text-") and arguments.texts is None:
             continue
         for seed in range(SEEDS):
             file = arguments.folder / f"{name}-{seed}.json"

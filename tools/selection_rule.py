@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from featnorm.detectors import parse_detector
 from featnorm.features import Features
+from featnorm.significance import placements
 
 # The settings were fixed before any score of an OOD set was computed.
 PARTITIONS, HELD_OUT = 3, 0.2
@@ -26,25 +27,6 @@ NORMAL_QUANTILE = 1.96
 _Array = npt.NDArray[np.float64]
 #: Trains a classifier on pooled features, with labels or without; the result makes the features of others.
 Retrain = Callable[[Features], Callable[[Features], Features]]
-
-
-class FittedSum:
-    """A detector, or a sum of detectors, each standardized by its scores on held-out inputs."""
-
-    def __init__(self, expression: str, features: Features, held_out: Features) -> None:
-        self.terms = [parse_detector(term) for term in expression.split(" + ")]
-        self.constants = [(0.0, 1.0)]
-        for detector in self.terms:
-            if detector.needs_fit:
-                detector.fit(features)
-        if len(self.terms) > 1:
-            given = [detector.score(held_out).double() for detector in self.terms]
-            self.constants = [(float(scores.mean()), float(scores.std())) for scores in given]
-
-    def score(self, features: Features) -> Tensor:
-        """Return the scores (n,), float64."""
-        terms = zip(self.terms, self.constants, strict=True)
-        return torch.stack([(term.score(features).double() - mean) / std for term, (mean, std) in terms]).sum(0)
 
 
 class DestroyedCopies(NamedTuple):
@@ -163,7 +145,7 @@ def select(
             if expression in excluded:
                 continue
             try:
-                detector = FittedSum(expression, fitted_to, rest)
+                detector = parse_detector(expression).fit(fitted_to, rest)
                 scores = detector.score(inside).numpy()
                 cells = [_Cell.of(scores, detector.score(held_out).numpy())]
                 cells += [_Cell.of(scores, detector.score(copies).numpy()) for copies in kinds.values()]
@@ -196,17 +178,9 @@ class _Cell(NamedTuple):
 
     @classmethod
     def of(cls, inside: _Array, outside: _Array) -> "_Cell":
-        above = _share_below(outside, inside)
-        below = 1 - _share_below(inside, outside)
+        above, below = (shares[0] for shares in placements(inside[None], outside[None]))
         auroc = float(above.mean())
         return cls(auroc, (above - auroc) / len(above), (below - auroc) / len(below))
-
-
-def _share_below(values: _Array, scores: _Array) -> _Array:
-    """Return the share of the values that are below each score; ties count half."""
-    ordered = np.sort(values)
-    sides = np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")
-    return sides / (2 * len(values))
 
 
 def _classes(features: Features, seed: int) -> npt.NDArray[np.int64]:
