@@ -74,6 +74,7 @@ class _Card:
     predicted: str | None
     group: str | None
     score: str
+    terms: str
     p_value: str
     share: str
     x: str
@@ -186,6 +187,7 @@ def _card(
         predicted=verdict.predicted,
         group=verdict.group,
         score=number(verdict.score),
+        terms="" if why is None else why.score_by_term,
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
         share=percent(above),
         x=_place(verdict.score, low, high),
