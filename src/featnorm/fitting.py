@@ -78,6 +78,8 @@ _ROWS = 8192
 _TRACED = 8
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
+# Numbers in the bank of the default detector: 26,214 rows of 1280 features.
+_MAX_BANK = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,11 @@ def fit(
     data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
     model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
     detector
-        Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
-        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 images.
+        Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
+        from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
+        for fewer than 100 images, or if less than half of them would be left to fit to (218 at ``tpr=0.99``).
+        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 images. A bank of the default is at
+        most 134 MB: of more images, a sample (``size``, see `KNN`).
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
@@ -282,8 +287,7 @@ def fit_source(
     # How many distinct images can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
         plan = _plan(source, loaded, head, (layer, output), runtime, few)
-        by_classifier = plan.head == "train" or plan.example.logits is not None
-        used = detector or (KLUniform() if by_classifier else KNN(k=1 if few else 10))
+        used = detector or _default_detector(plan, few)
         if not labeled and "labels" in used.learns:
             raise DataError(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: put "
@@ -304,7 +308,6 @@ def fit_source(
         cached = _without_duplicates(cached)
         if few or len(cached.rows) >= MIN_HELD_OUT:
             break
-    detector, jackknife = used, None
     if few and (count := len(cached.rows)) <= (needed := min_scores(tpr)):
         raise DataError(
             f"found {count} readable image{'' if count == 1 else 's'} in {source.title} (duplicates excluded); at "
@@ -312,9 +315,17 @@ def fit_source(
             "images, or lower tpr"
         )
     # Frames of a clip resemble each other more than they resemble new images.
-    near = near_duplicates(plan.pooled(cached.values))
+    pooled = plan.pooled(cached.values)
+    near = near_duplicates(pooled)
     sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
+    if detector is None and not few:
+        if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
+            used = KLUniform()
+        elif used.needs_fit and pooled.numel() > _MAX_BANK:
+            knn = KNN(k=10, size=_MAX_BANK // pooled.shape[1])
+            used = KLUniform() + knn if used.needs_held_out else knn
+    detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
     fits = detector.needs_fit or plan.head == "train"
     constants = torch.zeros_like(calibrates)
@@ -500,6 +511,14 @@ def _plan(
     backbone = fast_layout(backbone.to(runtime.torch_device).eval())
     about = {"backbone": f"{loaded.name}{notes}; {removed}"}
     return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
+
+
+def _default_detector(plan: _Plan, few: bool) -> Detector:
+    """Return the detector of `fit` for a plan, by whether there are few images."""
+    if plan.head != "train" and plan.example.logits is None:
+        return KNN(k=1 if few else 10)
+    # The example of a head that is yet to be trained has pooled features.
+    return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10)
 
 
 class _Columns(nn.Module):

@@ -58,8 +58,9 @@ def fit(
         str | None,
         typer.Option(
             metavar="EXPR",
-            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
-            "for a model without a classifier (`KNN(k=1)` for fewer than 100 images).",
+            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform + KNN(k=10)`, or "
+            "`KLUniform` for fewer than 100 images; without a classifier, `KNN(k=10)`, or `KNN(k=1)` for fewer "
+            "than 100 images.",
         ),
     ] = None,
     head: Annotated[
