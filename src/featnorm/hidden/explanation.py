@@ -170,7 +170,7 @@ class Why:
     @property
     def score_by_term(self) -> str:
         """What each term of a sum adds to the score, in words; empty for other detectors."""
-        return ", ".join(f"{term} {value:+.2f}" for term, value in self.terms)
+        return ", ".join(f"{term} {value:+.2f}".replace(" -", " \u2212") for term, value in self.terms)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the explanation as a table of two columns, label and value."""
