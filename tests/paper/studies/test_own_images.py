@@ -32,7 +32,7 @@ def test_own_images(own_root, tmp_path, monkeypatch):
     assert reproduce("own-images", own_root, out).exit_code == 0
     result = json.loads((out / "laptop" / "own-images.json").read_text())
     assert result["sizes"] == {
-        "training": 96, "calibration": 24, "ID test": 48, "other classes": 48, "textures": 20, "digits": 10,
+        "training": 96, "held out": 24, "ID test": 48, "other classes": 48, "textures": 20, "digits": 10,
     }  # fmt: skip
     assert {name: len(runs) for name, runs in result["heads"].items()} == {
         "no head": 1,

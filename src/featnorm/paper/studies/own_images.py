@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
-from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
+from featnorm.detectors import KNN, NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
@@ -27,14 +27,15 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_m
 from featnorm.paper.recipe import scheme_labels
 from featnorm.paper.scoring import cached_labels, compared_detectors, percentages
 from featnorm.paper.study import Context, SingleRun, Whole
-from featnorm.paper.tables import MEASURES, Table, cell, environment, mean_and_deviation
-from featnorm.splitting import held_out
+from featnorm.paper.tables import MEASURES, Table, cell, environment, left_out, mean_and_deviation
+from featnorm.splitting import for_constants, held_out
 
 ID_CLASSES = 100
 #: Number of ID classes that heads are trained on when their targets are compared; the others are held out.
 TARGET_CLASSES = 80
 SEEDS = 3
 CLUSTER_SIZES = (50, 20, 10, 5)
+_TPR = 0.95
 _TRAIN, _VAL = "tiny_imagenet:train", "tiny_imagenet:val"
 _FAR = {"textures": "ood224/textures", "digits": "mnist:test[::4]"}
 _CHOICE = (NAN, L1Norm, HiddenConfidence, Energy, KLUniform)
@@ -87,7 +88,8 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
     Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
     per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
     ``targets``, by name a list with one entry per seed, AUROC in percent by detector; ``flagged``, by head and
-    seed the share of ID images that are flagged at a threshold that accepts 95 %; and ``sizes``.
+    seed the share of ID images that are flagged at the threshold of the default detector of
+    `featnorm.fit`; and ``sizes``.
     """
 
     page: ClassVar[str] = "own-images"
@@ -116,7 +118,7 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         val = backbone.extract(inputs["val"])
         test, near = val.of(range(ID_CLASSES)), val.of(range(ID_CLASSES, 2 * ID_CLASSES))
         ood = {"other classes": near.values} | {name: backbone.extract(inputs[name]).values for name in _FAR}
-        fit, calibrate = train.split()
+        fit, apart = train.split()
         heads: dict[str, list[dict[str, Any]]] = {
             "no head": [_evaluate(lambda values: features_behind(classifier, values), fit, test, ood)]
         }
@@ -131,14 +133,14 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
                 if name == "clusters":
                     entry["accuracy"] = None
                 heads.setdefault(name, []).append({**entry, "seconds": seconds})
-                flagged.setdefault(name, []).append(_flagged(head, calibrate.values, test.values))
+                flagged.setdefault(name, []).append(_flagged(head, fit, apart, test.values))
         return {
             "heads": heads,
             "targets": _compare_targets(train, inputs["train"], backbone),
             "flagged": flagged,
             "sizes": {
                 "training": len(fit.values),
-                "calibration": len(calibrate.values),
+                "held out": len(apart.values),
                 "ID test": len(test.values),
                 **{name: len(values) for name, values in ood.items()},
             },
@@ -150,14 +152,15 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         facts = [f"images: {sizes}", *environment([content])]
         found = {}
         for head, runs in content["heads"].items():
-            notes = list(facts)
+            notes = [*facts, *left_out(runs[0])]
             if head in content["flagged"]:
                 seconds = mean_and_deviation([entry["seconds"] for entry in runs])
                 flagged = mean_and_deviation([100 * share for share in content["flagged"][head]])
                 notes = [
                     f"{len(runs)} heads, mean ± standard deviation; {seconds} s to train one",
-                    f"{flagged} % of ID images are flagged at 95 %",
-                    *facts,
+                    f"KLUniform() + KNN(k=10), calibrated as by `featnorm fit`, flags {flagged} % of ID images "
+                    f"at tpr={_TPR}",
+                    *notes,
                 ]
             if head == "labels":
                 accuracy = mean_and_deviation([100 * entry["accuracy"] for entry in runs])
@@ -208,10 +211,13 @@ def _evaluate(
     return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "excluded": evaluation.excluded}
 
 
-def _flagged(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
-    """Return the share of new ID images that are flagged at the default detector's threshold."""
-    detector = KLUniform()
-    calibration = Calibration(detector.score(features_behind(head, calibrate)))
+def _flagged(head: ProjectionHead, fit: _Part, apart: _Part, test: Tensor) -> float:
+    """Return the share of new ID images that are flagged at the threshold of `featnorm.fit`'s default detector."""
+    every = torch.arange(len(apart.values))
+    constants = for_constants(apart.digests, every, every >= 0, _TPR)
+    detector = KLUniform() + KNN(k=10)
+    detector.fit(features_behind(head, fit.values), features_behind(head, apart.values[constants]))
+    calibration = Calibration(detector.score(features_behind(head, apart.values[~constants])), _TPR)
     return float(1 - calibration.is_id(detector.score(features_behind(head, test))).double().mean())
 
 
