@@ -154,7 +154,7 @@ def _read_list(path: Path, classes: int | None) -> tuple[list[str], list[int]]:
             (value,) = map(int, label)
         except ValueError:
             raise DataError(f"{path}, line {number}: expected a path and a label, got {line.strip()!r}") from None
-        if Path(file).is_absolute():
+        if file.startswith("/") or Path(file).is_absolute():
             raise DataError(f"{path}, line {number}: the path {file!r} must be relative to the folder of images")
         if classes is not None and not 0 <= value < classes:
             raise DataError(f"{path}, line {number}: the label {value} is not one of the {classes} classes")
