@@ -190,7 +190,8 @@ class Cluster:
             first, last = rows_of(shard[0], size, len(source))[0], rows_of(shard[-1], size, len(source))[-1]
             raise DataError(
                 f"the process that read {source.name(first)} to {source.name(last)} of {source.title} ended "
-                f"{_RETRIES + 1} times, perhaps for want of memory: lower --batch-size, or leave these {source.kind.name} out"
+                f"{_RETRIES + 1} times, perhaps for want of memory: lower --batch-size, or leave these "
+                f"{source.kind.name} out"
             ) from died.__cause__
 
     def _results(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
