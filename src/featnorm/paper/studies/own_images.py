@@ -82,15 +82,8 @@ class _Backbone:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnImages(SingleRun[dict[str, ImageSource]]):
-    """What the head is worth, what labels are, and what to train it on without any.
-
-    Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
-    per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
-    ``targets``, by name a list with one entry per seed, AUROC in percent by detector; ``flagged``, by head and
-    seed the share of ID images that are flagged at the threshold of the default detector of
-    `featnorm.fit`; and ``sizes``.
-    """
+class _OwnImages(SingleRun[dict[str, ImageSource]]):
+    """A study of the default backbone on Tiny ImageNet."""
 
     page: ClassVar[str] = "own-images"
 
@@ -107,18 +100,51 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
             "images": {name: f"{source.title}, {len(source)}" for name, source in inputs.items()},
         }
 
+
+class HeadTargets(_OwnImages):
+    """What to train the head on without labels, by ID classes that are held out.
+
+    Its result has ``targets``, by name a list with one entry per seed, AUROC in percent by
+    detector; and ``sizes``.
+    """
+
     def run(
         self, job: Whole, scale: None, inputs: Mapping[str, ImageSource], folder: Path, context: Context
     ) -> dict[str, Any]:
-        loaded = create_model(DEFAULT_MODEL)
-        classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
-        model = fast_layout(cut_classifier(loaded.model)[0].to(context.runtime.torch_device).eval())
-        backbone = _Backbone(loaded, model, context)
-        train = backbone.extract(_below(inputs["train"], ID_CLASSES))
+        backbone = _backbone(context)[0]
+        return _compare_targets(_train_images(backbone, inputs), inputs["train"], backbone)
+
+    def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
+        detectors = list(next(iter(content["targets"].values()))[0])
+        rows = [
+            [name, *(mean_and_deviation([run[detector] for run in runs]) for detector in detectors)]
+            for name, runs in content["targets"].items()
+        ]
+        title = (
+            f"What the head is trained on: AUROC in percent of classes 1 to {TARGET_CLASSES} against "
+            f"{TARGET_CLASSES + 1} to {ID_CLASSES}"
+        )
+        notes = [f"{SEEDS} heads each, mean ± standard deviation; no OOD data", *_facts(content)]
+        return {self.name: Table(title, ["Targets", *detectors], rows, notes)}
+
+
+class OwnImages(_OwnImages):
+    """What the head is worth, and what labels are.
+
+    Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
+    per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
+    ``flagged``, by head and seed the share of ID images that are flagged at the threshold of the default detector
+    of `featnorm.fit`; and ``sizes``.
+    """
+
+    def run(
+        self, job: Whole, scale: None, inputs: Mapping[str, ImageSource], folder: Path, context: Context
+    ) -> dict[str, Any]:
+        backbone, classifier = _backbone(context)
         val = backbone.extract(inputs["val"])
         test, near = val.of(range(ID_CLASSES)), val.of(range(ID_CLASSES, 2 * ID_CLASSES))
         ood = {"other classes": near.values} | {name: backbone.extract(inputs[name]).values for name in _FAR}
-        fit, apart = train.split()
+        fit, apart = _train_images(backbone, inputs).split()
         heads: dict[str, list[dict[str, Any]]] = {
             "no head": [_evaluate(lambda values: features_behind(classifier, values), fit, test, ood)]
         }
@@ -136,7 +162,6 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
                 flagged.setdefault(name, []).append(_flagged(head, fit, apart, test.values))
         return {
             "heads": heads,
-            "targets": _compare_targets(train, inputs["train"], backbone),
             "flagged": flagged,
             "sizes": {
                 "training": len(fit.values),
@@ -147,9 +172,8 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
         }
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
-        """See `Study`; one table per head, and "targets"."""
-        sizes = ", ".join(f"{size} {name}" for name, size in content["sizes"].items())
-        facts = [f"images: {sizes}", *environment([content])]
+        """See `Study`; one table per head."""
+        facts = _facts(content)
         found = {}
         for head, runs in content["heads"].items():
             notes = [*facts, *left_out(runs[0])]
@@ -179,18 +203,24 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
             found[head.replace(" ", "-")] = Table(
                 f"EfficientNet-Lite0 {called}: {MEASURES}", ["Detector", "Mean", *sets], rows, notes
             )
-        detectors = list(next(iter(content["targets"].values()))[0])
-        rows = [
-            [name, *(mean_and_deviation([run[detector] for run in runs]) for detector in detectors)]
-            for name, runs in content["targets"].items()
-        ]
-        title = (
-            f"What the head is trained on: AUROC in percent of classes 1 to {TARGET_CLASSES} against "
-            f"{TARGET_CLASSES + 1} to {ID_CLASSES}"
-        )
-        notes = [f"{SEEDS} heads each, mean ± standard deviation; no OOD data", *facts]
-        found["targets"] = Table(title, ["Targets", *detectors], rows, notes)
         return found
+
+
+def _facts(content: Mapping[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{size} {name}" for name, size in content["sizes"].items())
+    return [f"images: {sizes}", *environment([content])]
+
+
+def _backbone(context: Context) -> tuple[_Backbone, nn.Module]:
+    """Return the default backbone, and the classifier that is cut off it."""
+    loaded = create_model(DEFAULT_MODEL)
+    classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
+    model = fast_layout(cut_classifier(loaded.model)[0].to(context.runtime.torch_device).eval())
+    return _Backbone(loaded, model, context), classifier
+
+
+def _train_images(backbone: _Backbone, inputs: Mapping[str, ImageSource]) -> _Part:
+    return backbone.extract(_below(inputs["train"], ID_CLASSES))
 
 
 def _below(source: ImageSource, classes: int) -> ImageSource:
@@ -221,7 +251,7 @@ def _flagged(head: ProjectionHead, fit: _Part, apart: _Part, test: Tensor) -> fl
     return float(1 - calibration.is_id(detector.score(features_behind(head, test))).double().mean())
 
 
-def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> dict[str, list[dict[str, float]]]:
+def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> dict[str, Any]:
     """Compare what a head may be trained on, by the ID classes that are held out."""
     fit, test = train.of(range(TARGET_CLASSES)).split()
     held_out_classes = train.of(range(TARGET_CLASSES, ID_CLASSES)).split()[1]
@@ -250,7 +280,8 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
             found.setdefault(name, []).append(
                 {repr(d): 100 * auroc(d.score(inside), d.score(outside)) for d in (kind() for kind in _CHOICE)}
             )
-    return found
+    parts = {"training": fit.values, "ID test": test.values, "held-out classes": held_out_classes.values}
+    return {"targets": found, "sizes": {name: len(values) for name, values in parts.items()}}
 
 
 @dataclass(frozen=True)
@@ -277,3 +308,4 @@ _VIEWS = (
 
 
 OwnImages("own-images", "What `featnorm fit` is worth on images of your own")
+HeadTargets("head-targets", "What to train a head on, by held-out classes")
