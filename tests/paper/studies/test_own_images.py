@@ -44,6 +44,8 @@ def test_own_images(own_root, tmp_path, monkeypatch):
     }
     assert set(result["heads"]["labels"][0]["scores"]["NAN()"]) == {"other classes", "textures", "digits"}
     assert "EmbeddingMagnitude()" in result["heads"]["no head"][0]["excluded"]
+    matching = {name: "SHE()" in runs[0]["scores"] for name, runs in result["heads"].items()}
+    assert matching == {"no head": False, "labels": True, "clusters": False}
     assert all(len(shares) == 2 for shares in result["flagged"].values())
     assert {"labels", "clusters of 10 images", "instances, 5 views each", "one class"} <= set(targets["targets"])
     assert targets["sizes"] == {"training": 72, "ID test": 18, "held-out classes": 6}

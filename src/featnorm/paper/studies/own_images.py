@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,7 +147,7 @@ class OwnImages(_OwnImages):
         ood = {"other classes": near.values} | {name: backbone.extract(inputs[name]).values for name in _FAR}
         fit, apart = _train_images(backbone, inputs).split()
         heads: dict[str, list[dict[str, Any]]] = {
-            "no head": [_evaluate(lambda values: features_behind(classifier, values), fit, test, ood)]
+            "no head": [_evaluate(partial(features_behind, classifier), fit, test, ood, False)]
         }
         flagged: dict[str, list[float]] = {}
         for name in ("labels", "clusters"):
@@ -155,9 +156,7 @@ class OwnImages(_OwnImages):
                 targets = fit.labels if name == "labels" else cluster(fit.values, seed)
                 head = fit_head(fit.values, targets, seed=seed, progress=context.progress)
                 seconds = time.perf_counter() - began
-                entry = _evaluate(lambda values, head=head: features_behind(head, values), fit, test, ood)
-                if name == "clusters":
-                    entry["accuracy"] = None
+                entry = _evaluate(partial(features_behind, head), fit, test, ood, name == "labels")
                 heads.setdefault(name, []).append({**entry, "seconds": seconds})
                 flagged.setdefault(name, []).append(_flagged(head, fit, apart, test.values))
         return {
@@ -230,15 +229,20 @@ def _below(source: ImageSource, classes: int) -> ImageSource:
 
 
 def _evaluate(
-    features_of: Callable[..., Features], fit: _Part, test: _Part, ood: Mapping[str, Tensor]
+    features_of: Callable[..., Features], fit: _Part, test: _Part, ood: Mapping[str, Tensor], of_classes: bool
 ) -> dict[str, Any]:
+    """Compare detectors; those that match labels with logits only if the logits are of the classes."""
+    detectors = compared_detectors()
+    matching = [repr(d) for d in detectors if {"labels", "logits"} <= {*d.learns}] if not of_classes else []
     evaluation = compare(
-        compared_detectors(),
+        [detector for detector in detectors if repr(detector) not in matching],
         fit=[features_of(fit.values).replace(labels=fit.labels)],
         id_set=("in-distribution", [features_of(test.values).replace(labels=test.labels)]),
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
-    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "excluded": evaluation.excluded}
+    excluded = evaluation.excluded | dict.fromkeys(matching, "the logits are not those of the labels")
+    accuracy = evaluation.accuracy if of_classes else None
+    return {"scores": percentages(evaluation), "accuracy": accuracy, "excluded": excluded}
 
 
 def _flagged(head: ProjectionHead, fit: _Part, apart: _Part, test: Tensor) -> float:
