@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featnorm.tap.ops import (
     BATCH_NORMS,
@@ -47,7 +47,7 @@ _AVERAGES = {
     "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
     "avg_pool1d", "avg_pool2d", "avg_pool3d",
 }  # fmt: skip
-_SELECTIONS = {"select", "slice", "index", "index_select"}
+_SELECTIONS = {"select", "slice", "index", "index_select", "gather"}
 # Operations over positions that do the same to the input of a linear layer as to its output.
 _REPLAYED = {
     "mean",
@@ -72,12 +72,14 @@ class Part:
     """A value in a trace that is, alone or beside others, a field of the features.
 
     ``chain`` holds the operations over positions by which the model reduces its class scores, and which reduce the
-    value too. Otherwise, ``axis`` is the axis of the units if the others are pooled.
+    value too. Otherwise, ``axis`` is the axis of the units if the others are pooled, except ``inputs``, that of
+    the inputs.
     """
 
     node: Node
     chain: tuple[Node, ...] = ()
     axis: int | None = None
+    inputs: int = 0
     pooling: Pooling = "mean"
 
 
@@ -133,14 +135,15 @@ class _Head:
     source: Node
     chain: tuple[Node, ...]  # operations between its output and the sum, in the order of execution
 
-    def part(self) -> tuple[Part, list[Node]]:
-        """Return the input of the head, reduced over positions as the class scores are, and these reductions."""
+    def part(self, n: int) -> tuple[Part, list[Node]]:
+        """Return the input of the head for n inputs, reduced as the class scores are, and these reductions."""
         source = self.source
-        if is_vector(source):
+        if is_vector(source) and len(source.value) == n:
             return Part(source), []
         layer = linear_layer(self.output) or self.output
         axis = 1 if base_op(layer) == "convolution" else source.value.ndim - 1
-        averaged = Part(source, axis=axis)
+        inputs = _inputs_axis(self.chain, source, axis, n)
+        averaged = Part(source, axis=axis, inputs=inputs)
         names = {base_op(node) for node in self.chain} - _ARITHMETIC
         # A sum needs the weights and the division that make it a mean.
         weights = {
@@ -148,13 +151,13 @@ class _Head:
         }
         weights |= {n for n in self.chain if base_op(n) in ("mul", "div") and "sum" in names}
         averages = [node for node in self.chain if base_op(node) in _AVERAGES | (RESHAPES - _SELECTIONS)]
-        classes = self.output.shape[axis]
-        if any(node.value.numel() != len(source.value) * classes for node in self.chain if is_vector(node)):
+        classes = self.output.shape[1 if axis == 1 else -1]
+        if any(len(v.value) == n and v.value.numel() != n * classes for v in self.chain if is_vector(v)):
             return averaged, []  # some classes are selected
-        if names <= set(map(base_op, averages)) and not weights:
+        if names <= set(map(base_op, averages)) and not weights and inputs == 0:
             return averaged, averages
         chain = [node for node in self.chain if base_op(node) in names or node in weights]
-        if names <= _REPLAYED and (weight := _total_weight(chain, source, axis)) is not None:
+        if names <= _REPLAYED and (weight := _total_weight(chain, source, n * source.shape[axis])) is not None:
             return Part(source, tuple(chain)), chain if abs(weight - 1) < 1e-2 else []
         return averaged, averages
 
@@ -162,7 +165,8 @@ class _Head:
 class _Heads:
     """The search for the linear layers whose outputs are added up in the logits."""
 
-    def __init__(self, named: bool) -> None:
+    def __init__(self, n: int, named: bool) -> None:
+        self.n = n  # number of inputs
         self.named = named  # whether the output is known to be logits, whatever operation makes it
         self.stopped: Node | None = None
         self._failed: set[Node] = set()
@@ -201,8 +205,12 @@ class _Heads:
             large, small = sorted(data, key=lambda parent: -parent.value.numel())
             classes = large.value.numel() // max(small.value.numel(), 1)
             return large if classes > 1 and classes in large.shape and (op == "mul" or large is data[0]) else None
-        if op in POOLS | _SELECTIONS | RESHAPES and (not is_vector(data[0]) or op in _SELECTIONS):
-            return data[0]
+        if op in POOLS | _SELECTIONS | RESHAPES:
+            shape = data[0].shape
+            has_positions = (
+                not is_vector(data[0]) or shape[0] != self.n or node.value.numel() == torch.Size(shape).numel()
+            )
+            return data[0] if has_positions or op in _SELECTIONS else None
         if op in ("masked_fill", "where"):
             return next((parent for parent in data if parent.value.is_floating_point()), None)
         return data[0] if self.named and (op in _BOUNDS or is_rectifier(node)) else None
@@ -228,15 +236,38 @@ def _is_distance(node: Node) -> bool:
     return base_op(node) == "sub" and len(shape) == 3 and any(other.shape[-2:] == shape[1:] for other in others)
 
 
-def _total_weight(chain: Iterable[Node], source: Node, axis: int) -> float | None:
-    """Return the sum of the weights with which a chain of operations adds up positions, or None if it fails."""
-    value = torch.ones_like(source.value)
+def _replayed(chain: Iterable[Node], value: Tensor) -> Tensor | None:
+    """Return a value after the operations of a chain, or None if they fail on it."""
     try:
         for node in chain:
             value = node.run({node.data[0]: value})
     except (RuntimeError, IndexError):
         return None
-    return float(value.mean()) if value.numel() == len(source.value) * source.shape[axis] else None
+    return value
+
+
+def _total_weight(chain: Iterable[Node], source: Node, numbers: int) -> float | None:
+    """Return the total weight with which a chain adds up positions, or None unless so many numbers remain."""
+    value = _replayed(chain, torch.ones_like(source.value))
+    return None if value is None or value.numel() != numbers else float(value.mean())
+
+
+def _inputs_axis(chain: Iterable[Node], source: Node, axis: int, n: int) -> int:
+    """Return the axis of the n inputs in what a head reads: 1 if its positions come first, or else 0.
+
+    Sequences may have as many positions as there are inputs. Numbers that differ along the axis of the inputs
+    alone are, after the chain, in the order of the inputs.
+    """
+    if axis != 2 or source.value.ndim != 3 or source.shape[1] != n:
+        return 0
+    reductions = [node for node in chain if base_op(node) in POOLS | _SELECTIONS | RESHAPES]
+    order = torch.arange(1.0, n + 1, device=source.value.device)
+    numbers = torch.zeros_like(source.value, dtype=order.dtype) + order[:, None]
+    ends = [_replayed(reductions, value) for value in (numbers, torch.ones_like(numbers))]
+    if ends[0] is None or ends[1] is None or len(ends[0]) != n:
+        return 0
+    by_input = (ends[0] / ends[1]).reshape(n, -1)
+    return int(torch.allclose(by_input, order[:, None].expand_as(by_input)))
 
 
 class _Walk:
@@ -283,7 +314,7 @@ class _Walk:
 
 
 def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
-    search = _Heads(named)
+    search = _Heads(len(output.value), named)
     heads = search.of(output)
     named = search.named
     anatomy = Anatomy("none", [], [], [], [Part(output)])
@@ -303,7 +334,7 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
         absent["logits"] = absent["classifier"] = f"the model returns {why}{stopped}"
         read, walk = output, _Walk(output)
     else:
-        parts, chain = _parts(heads)
+        parts, chain = _parts(heads, search.n)
         if len(parts) > 1 or not is_vector(parts[0].node):
             anatomy.pooled = parts
         else:
@@ -334,7 +365,7 @@ _ADVICE = (
 )
 
 
-def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
+def _parts(heads: list[_Head], n: int) -> tuple[list[Part], list[Node]]:
     """Return what the heads read, and the reductions over positions that the classifier may pass over.
 
     If all heads read one value, directly or through further linear layers, it is the only part.
@@ -342,7 +373,7 @@ def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
     parts: dict[tuple[Node, tuple[Node, ...]], Part] = {}
     chain: list[Node] = []
     for head in heads:
-        part, reductions = head.part()
+        part, reductions = head.part(n)
         chain += reductions
         node = part.node
         while len(heads) > 1 and base_op(node) in BATCH_NORMS and is_vector(node) and is_vector(node.data[0]):
@@ -350,7 +381,7 @@ def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
         parts.setdefault((node, part.chain), replace(part, node=node))
     found = list(parts.values())
     common = common_source([[part.node, *affine_sources(part.node)] for part in found])
-    if common is not None and len({(part.chain, part.axis) for part in found}) == 1:
+    if common is not None and len({(part.chain, part.axis, part.inputs) for part in found}) == 1:
         return [replace(found[0], node=common)], chain
     # What a head reads at every position is left out beside heads that read one vector (token labeling of VOLO).
     return [part for part in found if is_vector(part.node)] or found, chain

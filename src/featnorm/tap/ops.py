@@ -19,6 +19,7 @@ POOLS = {
     "avg_pool2d", "_adaptive_avg_pool3d", "avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
     "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "max", "sum",
 }  # fmt: skip
+_TRANSPOSES = {"permute", "transpose", "t"}
 # Operations that move, select, repeat or interpolate units, and so keep their signs.
 _SELECTIONS = {
     "index", "index_select", "gather", "topk", "sort", "median", "kthvalue", "flip", "roll", "repeat",
@@ -84,7 +85,7 @@ def same_value(node: Node) -> Node:
     """Return the earliest value with the same numbers, in whatever shape for a vector, else in the same shape."""
     if is_vector(node):
         return same_vector(node)
-    while base_op(node) in RESHAPES and node.data and node.data[0].shape == node.shape:
+    while base_op(node) in RESHAPES - _TRANSPOSES and node.data and node.data[0].shape == node.shape:
         node = node.data[0]
     return node
 

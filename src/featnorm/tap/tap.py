@@ -16,7 +16,7 @@ from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
-from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
 from featnorm.tap.find import Anatomy, Part, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.ranking import LayerRanking, Ratios, candidates
@@ -28,6 +28,11 @@ _TRACED_ROWS = 2
 # Cosine similarity of logits and the classifier's, in any precision; logits shorter than a share of the longest
 # are not compared.
 _ALIKE, _NEGLIGIBLE = 0.99, 1e-6
+
+_MIXED_UP = (
+    "inputs and positions were taken for each other, or a single position for none, when the model was traced: "
+    "trace a new FeatureTap on a batch of at least two inputs with several positions"
+)
 
 
 class FeatureTap:
@@ -196,6 +201,9 @@ class FeatureTap:
         caught = capture(self.model, plan.points, call, advice=self._advice)
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
         vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
+        rows = [value.shape[0] for value in vectors.values()]  # an export keeps them symbolic
+        if any(row != rows[0] for row in rows):
+            raise PathError(_MIXED_UP)
         fields: dict[str, Any] = {}
         for name, point in plan.points.items():
             first, _, more = name.partition(".")
@@ -677,6 +685,8 @@ def _places(parts: list[Part]) -> str:
 
 def _as_vectors(value: Tensor) -> Tensor:
     value = value.dequantize() if value.is_quantized else value
+    if sum(length > 1 for length in value.shape[1:]) > 1:
+        raise PathError(_MIXED_UP)
     return value[:, None] if value.ndim == 1 else value.flatten(1)
 
 
