@@ -22,6 +22,7 @@ from featnorm.tap.ops import (
     ancestors,
     base_op,
     common_source,
+    is_mask,
     is_rectified,
     is_rectifier,
     is_squared_rectifier,
@@ -297,6 +298,9 @@ class _Walk:
             elif (source := rms_source(node)) is not None:
                 self.layer_norm = self.norm = node
                 following = source
+            elif is_mask(node) and is_rectifier(same_vector(node.data[0])):
+                self.hidden = node
+                return
             elif op in _ARITHMETIC and len(node.data) == 1:
                 if is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
                     self.boundary = node  # the classifier reads a scaled pool of rectified maps
