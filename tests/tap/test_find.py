@@ -1467,6 +1467,7 @@ def test_an_embedding_beside_logits_of_another_head(images):
     torch.testing.assert_close(features.embedding, head(pooled))
     torch.testing.assert_close(features.logits, model[1].rotation(pooled))
     assert "hidden layer of an MLP head" in tap.describe()
+    assert "if the network was trained on the in-distribution data" in tap.describe()
     with pytest.raises(ValueError, match="the logits come from another head"):
         features.linear()
 

@@ -275,7 +275,7 @@ class FeatureTap:
     def rank_layers(self, loader: Iterable[Any], *, seed: int = 0, progress: bool | None = None) -> LayerRanking:
         """Rank the layers of a model of images by how well a norm of their maps may detect OOD inputs.
 
-        No OOD data are needed: every image is compared with its jigsaw, 3 x 3 patches of it in random order. The
+        No OOD data are needed: every image is compared with its jigsaw, its 3 x 3 patches in random order. The
         NormRatio of a layer is the mean over the images of ``norm(image) / norm(jigsaw)``, where the norm is the
         FeatureNorm, the mean over the channels of ``||ReLU(map)||_2`` (Yu et al., CVPR 2023). Candidates are the
         rectified maps and tokens that modules return. A large ratio is a hint, not a measurement: confirm the
@@ -653,7 +653,11 @@ def _verdict(anatomy: Anatomy) -> str:
             "is not what the logits depend on. NAN may be less accurate there: measure it."
         )
     if anatomy.kind == "hidden":
-        return found + "It is the hidden layer of an MLP head, which is what the paper recommends for NAN."
+        return found + (
+            "It is the hidden layer of an MLP head, which is what the paper recommends for NAN if the network was "
+            "trained on the in-distribution data. For a new head on the frozen features of a network that was "
+            "trained on other data, NAN may be worse than chance: measure it."
+        )
     if anatomy.kind == "pooled":
         return found + (
             "It is a pool of rectified maps, not the hidden layer of an MLP head. NAN is less accurate there, "
