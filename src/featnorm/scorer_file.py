@@ -26,6 +26,7 @@ from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, 
 from featnorm.tap import FeatureTap
 
 # What the tap captures and an explanation of the units needs.
+from featnorm.tap.batch import BatchError
 _EXPLAINED = ("activation", "logits", "classifier")
 # Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
@@ -310,6 +311,8 @@ def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:
     statistics.load_state_dict(state)
     statistics.validate()
     return statistics
+    except BatchError as error:
+        raise archive.ArchiveError(f"the preprocess of {scorer.spec} does not fit {path}: {error}") from None
 
 
 def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:

@@ -25,6 +25,9 @@ _READS_MAPPING = re.compile(
     "too many indices for tensor|'Tensor' object (is not a mapping|has no attribute '(get|items|keys|values)')|"
     "__contains__ only supports Tensor"
 )
+# torch's errors of a layer that takes a batch of another width.
+_CHANNELS = re.compile(r"expected input\[([\d, ]+)\] to have (\d+) channels")
+_COLUMNS = re.compile(r"cannot be multiplied \((\d+x\d+) and (\d+)x")
 _BY_MAPPING = (TypeError, AttributeError, LookupError)
 _COLORS = (1, 3, 4)  # numbers of channels by which a list of tensors is known to hold images
 
@@ -160,7 +163,7 @@ class Call:
         Raises
         ------
         BatchError
-            The model raised an error that the batch explains: its precision, a missing axis, or a mapping.
+            The model raised an error that the batch explains: its precision, width or axes, or a mapping.
         """
         try:
             return model(*self.args, **self.kwargs)
@@ -182,6 +185,15 @@ class Call:
                 return f"the batch is torch.uint8 and the model {held}: convert it, for example x.float() / 255"
         if len(tensors) == 1 and tensors[0].ndim == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules()):
             return _one_input(tensors[0])
+        for shape in (tuple(tensor.shape) for tensor in tensors):
+            channels, columns = _CHANNELS.search(str(error)), _COLUMNS.search(str(error))
+            if channels is not None and channels[1] == ", ".join(map(str, shape)):
+                return (
+                    f"the batch has shape {shape}, and the model takes {channels[2]} channels, not {shape[1]}: "
+                    "preprocess it as the model's training images were"
+                )
+            if columns is not None and columns[1] == "x".join(map(str, shape)):
+                return f"the batch has shape {shape}, and the model takes vectors of {columns[2]} numbers"
         if self.args and isinstance(self.args[0], Tensor) and _READS_MAPPING.search(str(error)):
             return self.doubt or (
                 "the model takes a mapping, and the batch is a tensor: pass a mapping; for images, wrap the model "
