@@ -96,6 +96,7 @@ class Anatomy:
     classifier: list[Step] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     norm: str = ""  # normalization between the last hidden layer and the classifier
+    output: str = ""  # path of the logits in what the model returns
     others: list[str] = field(default_factory=list)  # paths of the model's other heads
 
 
@@ -115,10 +116,10 @@ def find(
     channel_axis : axis of the units in the output of ``layer``. Default: found.
     pooling : how the positions of the output of ``layer`` become one number per unit.
     """
-    output, named, others = _choose_output(trace, model)
+    output, named, paths = _choose_output(trace, model)
     beside = _embedding_beside(trace, output)
     anatomy = _anatomy(beside or output, named and beside is None, model)
-    anatomy.others = others
+    anatomy.output, *anatomy.others = paths
     if beside is not None:
         anatomy.embedding, anatomy.logits, anatomy.classifier = [Part(beside)], [Part(output)], []
         anatomy.absent.pop("embedding", None)
@@ -538,9 +539,10 @@ def _product(lengths: Iterable[int]) -> int:
 
 
 def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str]]:
-    """Return the logits among the outputs of the model, whether they are so called, and paths of other heads.
+    """Return the logits among the outputs of the model, whether they are so called, and paths of all heads.
 
-    They are so called by their name, or by their width, if it is the number of classes that the model holds.
+    The path of the logits comes first. They are so called by their name, or by their width, if it is the number of
+    classes that the model holds.
     """
     vectors = [
         (slot, node)
@@ -560,12 +562,13 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str
     last = [node for _, node in vectors if id(node) not in made_from]
     plain = [node for node in last if normalized_source(node) is None and id(same_vector(node)) not in made_from]
     node = (named or plain or last or [vectors[0][1]])[0]
+    chosen = next(slot for slot, other in vectors if other is node)
     heads = [slot for slot, other in vectors if other in plain and other is not node and "embedding" not in slot]
     classes = getattr(model, "num_classes", None)
     is_named = bool(named) or (isinstance(classes, int) and classes > 1 and classes == node.shape[1])
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
-    return node, is_named, [".".join(map(str, slot)) for slot in heads]
+    return node, is_named, [".".join(map(str, slot)) for slot in (chosen, *heads)]
 
 
 def _embedding_beside(trace: Trace, logits: Node) -> Node | None:

@@ -391,6 +391,11 @@ class FeatureTap:
             lines.append(f"{name}: {words}")
         return "\n".join(lines)
 
+    def describe_heads(self) -> str:
+        """Describe which head of several the logits are from; empty if there is one. The model must be traced."""
+        words = self._planned().words
+        return f"logits: {words['logits']}; other heads: {words['other heads']}" if "other heads" in words else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Return the state of the tap as plain data, for a file; see `from_dict`."""
         return {
@@ -553,6 +558,7 @@ class _Plan:
         if anatomy.logits and sum(map(_width, anatomy.logits)) == 1:
             words["logits"] += ", read as two classes (-z / 2, z / 2)"
         if anatomy.others:
+            words["logits"] += f", the model's output {anatomy.output!r}"
             words["other heads"] = f"{', '.join(map(repr, anatomy.others))}; choose one with output="
         words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
