@@ -128,8 +128,8 @@ def test_a_model_that_takes_a_mapping_is_fitted_by_a_wrapper(own):
     assert status == 2
     assert error == (
         "featnorm: the model takes a mapping, and the batch is a tensor: pass a mapping; for images, wrap the "
-        "model in a module whose forward(x) calls it with the mapping, such as model({'image': x}) (IndexError: too "
-        "many indices for tensor of dimension 4)\n"
+        "model in a module whose forward(x) calls it with the mapping, such as model({'image': x}) (IndexError: "
+        "too many indices for tensor of dimension 4)\n"
     )
 
 
