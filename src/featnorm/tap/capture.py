@@ -82,7 +82,7 @@ class HookPoint:
                 "/" not in kind for kind in ([point.module] * (point.side == "op") + [step[0] for step in chain])
             )
             or not (point.axis is None or (type(point.axis) is int and point.axis > point.inputs))
-            or point.inputs not in (0, 1)
+            or not (type(point.inputs) is int and 0 <= point.inputs <= 1)
             or point.pooling not in get_args(Pooling)
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
