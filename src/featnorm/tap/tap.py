@@ -228,8 +228,8 @@ class FeatureTap:
             ``model(*args)``; those of a mapping as ``model(**kwargs)``; anything else, such as a graph or a
             `torch.nn.utils.rnn.PackedSequence`, as ``model(batch)``. If the model has a single argument, and
             a mapping has no item of its name, it is the one tensor of the mapping; or the mapping itself, if the
-            argument is annotated as a mapping, the mapping has several tensors, or a tuple holds it. It may also be
-            a whole list of images (c, h, w).
+            argument is annotated as a mapping, the mapping has several tensors, or a tuple holds it. It may also
+            be a whole list of images (c, h, w).
         labels
             Where the labels of a batch are: a key or attribute, an index, or a function of the batch. Default: the
             item of a tuple that the model does not take, or a last item of one integer per input; the item or
