@@ -43,19 +43,19 @@ class OfMapping(Net):
         return super().forward(batch["image"])
 
 
-class Tokens(Net):
+class Transposed(nn.Module):
     def forward(self, x):
-        tokens = self.token(self.conv(x).relu().flatten(2))
-        return self.animal(tokens.mean(1)[:, :8])
+        return x.mT.contiguous().repeat(1, 1, 2)
 
+
+class Tokens(Net):
     def __init__(self):
         super().__init__()
         self.token = Transposed()
 
-
-class Transposed(nn.Module):
     def forward(self, x):
-        return x.mT.contiguous().repeat(1, 1, 2)
+        tokens = self.token(self.conv(x).relu().flatten(2))
+        return self.animal(tokens.mean(1)[:, :8])
 
 
 def make():
