@@ -278,7 +278,8 @@ def _hooks(
     def catcher(point: HookPoint) -> Callable[..., None]:
         calls = 0
 
-        def catch(_: nn.Module, args: Any, rest: Any) -> None:
+        # Another thread may call the hook before torch has noted that it takes keyword arguments.
+        def catch(_: nn.Module, args: Any, rest: Any = None) -> None:
             nonlocal calls
             if not is_on_top(me):
                 return

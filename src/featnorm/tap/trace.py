@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +104,8 @@ def trace(model: nn.Module, call: "Call") -> Trace:
     running: list[tuple[str, int]] = []
 
     def entering(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Another thread may call the hook before torch has noted that it takes keyword arguments.
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
             if not is_on_top(me):
                 return
             call = calls[name] = calls.get(name, -1) + 1
