@@ -366,6 +366,14 @@ def test_under_a_path(page, scorer, folder, place):
             tally(page, "1 image scored, 0 flagged as OOD.")
 
 
+def test_a_wrong_address_leads_to_the_page(page, url):
+    answer = page.goto(f"{url}v1/nothing")
+    assert answer.status == 404
+    playwright.expect(page.get_by_role("heading", name="There is nothing at this address")).to_be_visible()
+    page.get_by_text("a page on which images can be dropped").get_by_role("link").click()
+    playwright.expect(page.locator("#about")).to_be_visible()
+
+
 def test_the_theme(page, url):
     page.emulate_media(color_scheme="dark")
     page.goto(url)

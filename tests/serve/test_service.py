@@ -228,8 +228,8 @@ def test_invalid_bodies(client, body, headers, status, words):
 def test_other_invalid_requests(client):
     for method, path, status, words in (
         ("GET", "/v1/score", 405, "Method Not Allowed"),
-        ("GET", "/nothing", 404, "Not Found"),
-        ("GET", "/docs", 404, "Not Found"),
+        ("GET", "/nothing", 404, "use /v1/NAME/score, with NAME one of default"),
+        ("GET", "/docs", 404, "use /v1/NAME/score, with NAME one of default"),
         ("POST", "/v1/score?explain=perhaps", 400, "explain: Input should be a valid boolean"),
     ):
         answer = client.request(method, path)

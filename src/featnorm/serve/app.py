@@ -24,7 +24,7 @@ from featnorm.serve.batching import Batcher
 from featnorm.serve.hosts import HostCheck, allowed_name
 from featnorm.serve.limits import RETRY, BodyLimit, Limits
 from featnorm.serve.metrics import Metrics
-from featnorm.serve.page import render_page
+from featnorm.serve.page import home_page, not_found
 from featnorm.serve.requests import ImageCounts, RequestLog, problem
 from featnorm.serve.responses import Detector, Problem, Results, Scorers, result_of
 from featnorm.serve.scorers import ScorerFile, ServedScorer, ServedScorers
@@ -158,9 +158,7 @@ def create_app(
         """Return the scorer that a request is for, by its path."""
         name = request.path_params.get("name", next(iter(served)) if len(served) == 1 else "")
         if name not in served:
-            raise HTTPException(
-                404, f"there is no scorer at this address: use /v1/NAME, with NAME one of {', '.join(served)}"
-            )
+            raise HTTPException(404)
         request.state.scorer = name
         return served[name]
 
@@ -261,15 +259,17 @@ def create_app(
             raise HTTPException(503, "the service is not ready: it is starting, or shutting down", RETRY)
         return {"status": "ready"}
 
-    page, policy = render_page()
+    page = home_page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     @app.head("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        return page
 
     @app.exception_handler(HTTPException)
     async def rejected(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return not_found(request, [*served])
         return problem(error.status_code, error.detail, request.state.request_id, error.headers)
 
     @app.exception_handler(RequestValidationError)
