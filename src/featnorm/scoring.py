@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource
@@ -340,11 +340,11 @@ def _shown(
     scorer: Scorer, source: ImageSource, chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
 ) -> "Iterator[ScoredImage]":
     """Yield the images with their explanations; few at a time, as they may be large."""
+    from featnorm.report.explanation import gray_inputs
     from featnorm.report.scores import ScoredImage
 
     preprocess = scorer.require_preprocess()
-    # Between these two, a normalization maps the values of pixels.
-    black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
+    gray = gray_inputs(preprocess)
     for start in range(0, len(chosen), _EXPLAINED_BATCH):
         part = chosen[start : start + _EXPLAINED_BATCH]
         images: dict[int, Image.Image] = {}
@@ -362,16 +362,8 @@ def _shown(
             verdicts = scorer.predict_batch(batch, names, groups=groups, explain=rows, heat=True, runtime=runtime)
             whys = {row: verdict.why for row, verdict in zip(images, verdicts, strict=True)}
             if batch.ndim == 4:
-                inputs = dict(zip(images, _grayscale(batch, black, white), strict=True))
+                inputs = dict(zip(images, gray(batch), strict=True))
         for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
             yield ScoredImage(verdict, folder_of(verdict.item), images.get(row), inputs.get(row))
-
-
-def _grayscale(inputs: Tensor, black: Tensor, white: Tensor) -> npt.NDArray[np.float32]:
-    """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w), by a black and a white one."""
-    low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
-    if not bool((high > low).all()):
-        low, high = inputs.amin(), inputs.amax()
-    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()

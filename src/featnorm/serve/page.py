@@ -65,7 +65,7 @@ def _page(template: str, status: int = 200, **values: Any) -> HTMLResponse:
             "default-src 'none'",
             f"script-src {' '.join(hashes['script'])}",
             f"style-src {' '.join(hashes['style'])}",
-            "img-src blob:",
+            "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
             "form-action 'none'",

@@ -15,13 +15,15 @@ from PIL import Image
 
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
+from featnorm.report.explanation import gray_inputs, heat_map
+from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.scorer_file import load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
 from featnorm.serve.metrics import ScoredImages
-from featnorm.serve.responses import Detector, Drift, finite, histogram
+from featnorm.serve.responses import Detector, Drift, HeatMap, Why, finite, histogram, why_of
 from featnorm.verdict import ItemVerdict
 
 log = logging.getLogger("featnorm.serve")
@@ -156,15 +158,29 @@ class ServedScorer:
         """A group for the image of a warm-up."""
         return next(iter(self.groups), None)
 
-    def predict(self, images: Sequence[Pending]) -> list[ItemVerdict]:
-        """Return the verdict on each image of a batch."""
+    def predict(self, images: Sequence[Pending], *, heat: bool = False) -> list[ItemVerdict]:
+        """Return the verdict on each image of a batch; with ``heat``, explanations have heat maps."""
         return self._scorer.predict_batch(
             torch.stack([image.tensor for image in images]),
             [image.upload.name for image in images],
             groups=[image.group or "" for image in images] if self.groups else None,
             explain=[i for i, image in enumerate(images) if image.explain],
+            heat=heat,
             runtime=self._runtime,
         )
+
+    def explain(self, images: Sequence[Pending]) -> list[Why]:
+        """Return the explanation of the verdict on each image of a batch, with pictures."""
+        gray = gray_inputs(self.transform)
+        explanations = []
+        for image, verdict in zip(images, self.predict(images, heat=True), strict=True):
+            assert verdict.why is not None
+            why = why_of(verdict.why, thumbnails=True)
+            if verdict.why.heat is not None and image.tensor.ndim == 3:
+                picture = thumbnail(heat_map(verdict.why.heat, gray(image.tensor[None])[0]), "")
+                why.heat = HeatMap(picture=picture.uri, reference=verdict.why.reference)
+            explanations.append(why)
+        return explanations
 
     def warm_up(self) -> None:
         """Score a picture, because the first one takes longer than others."""
