@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -182,11 +183,19 @@ class ServedScorer:
             explanations.append(why)
         return explanations
 
-    def warm_up(self) -> None:
-        """Score a picture, because the first one takes longer than others."""
+    def warm_up(self, **how: Any) -> None:
+        """Score a picture, because the first one takes longer; ``how`` is passed to `Scorer.predict_batch`."""
         image = self.transform(_PICTURE)[None]
         groups = None if self.any_group is None else [self.any_group]
-        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime)
+        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime, **how)
+
+    def warm_up_explanations(self) -> None:
+        """Explain a picture, because the first one takes seconds. If that fails, images are scored anyway."""
+        if self.description.explains:
+            try:
+                self.warm_up(explain=[0], heat=True)
+            except Exception:
+                log.exception("an explanation failed")
 
 
 class ServedScorers(Mapping[str, ServedScorer]):
@@ -250,6 +259,7 @@ class ServedScorers(Mapping[str, ServedScorer]):
             try:
                 scorer = self._serve(name, file.reload())
                 scorer.warm_up()
+                scorer.warm_up_explanations()
             except Exception as error:
                 self.reloads[name, "failed"] += 1
                 log.error(
