@@ -968,9 +968,8 @@ def test_the_lowest_flagged_images_have_pictures(halved, new):
     for (result, _), one in zip(found, plain, strict=True):
         assert result == {**one, "score": pytest.approx(one["score"], rel=1e-5)}
     assert counted[("featnorm_score_count",)] == 2 * len(images), "an explanation is not another image"
-    flagged = sorted(
-        (i for i, one in enumerate(plain) if one["verdict"] == "OOD"), key=lambda i: plain[i]["score"]
-    )
+    flagged = [i for i, (one, _) in enumerate(found) if one["verdict"] == "OOD"]
+    flagged.sort(key=lambda i: found[i][0]["score"])
     assert 8 < len(flagged) < len(images) - 8
     pictured = [i for i, (_, why) in enumerate(found) if why["heat"] is not None]
     assert pictured == sorted(flagged[:8])

@@ -24,7 +24,7 @@ def heat_map(heat: Tensor, model_input: Gray) -> Image.Image:
     Parameters
     ----------
     heat : heat (h, w), see `featnorm.tap.heat.heat_maps`.
-    model_input : gray values in [0, 1], (height, width), see `gray_inputs`.
+    model_input : gray values in [0, 1], (height, width), see `grayscale`.
     """
     gray = Image.fromarray(np.uint8(255 * model_input))
     gray = gray.resize((THUMBNAIL, round(THUMBNAIL * gray.height / gray.width)), Image.Resampling.BICUBIC)
@@ -36,18 +36,14 @@ def heat_map(heat: Tensor, model_input: Gray) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def gray_inputs(preprocess: Callable[[Image.Image], Tensor]) -> Callable[[Tensor], Gray]:
-    """Return a function from preprocessed images (n, c, h, w) to gray values in [0, 1], (n, h, w)."""
+def grayscale(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Gray:
+    """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w)."""
     # Between these two, a normalization maps the values of pixels.
     black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
-
-    def gray(inputs: Tensor) -> Gray:
-        low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
-        if not bool((high > low).all()):
-            low, high = inputs.amin(), inputs.amax()
-        return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()
-
-    return gray
+    low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
+    if not bool((high > low).all()):
+        low, high = inputs.amin(), inputs.amax()
+    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()
 
 
 def neighbor_picture(neighbor: Neighbor, id_: str) -> Picture | None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
-from featnorm.report.explanation import gray_inputs, heat_map
+from featnorm.report.explanation import grayscale, heat_map
 from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
@@ -172,13 +172,14 @@ class ServedScorer:
 
     def explain(self, images: Sequence[Pending]) -> list[Why]:
         """Return the explanation of the verdict on each image of a batch, with pictures."""
-        gray = gray_inputs(self.transform)
         explanations = []
         for image, verdict in zip(images, self.predict(images, heat=True), strict=True):
             assert verdict.why is not None
             why = why_of(verdict.why, thumbnails=True)
             if verdict.why.heat is not None and image.tensor.ndim == 3:
-                picture = thumbnail(heat_map(verdict.why.heat, gray(image.tensor[None])[0]), "")
+                picture = thumbnail(
+                    heat_map(verdict.why.heat, grayscale(image.tensor[None], self.transform)[0]), ""
+                )
                 why.heat = HeatMap(picture=picture.uri, reference=verdict.why.reference)
             explanations.append(why)
         return explanations
