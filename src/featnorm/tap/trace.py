@@ -233,6 +233,10 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         given = (*args, *(kwargs or {}).values())
         arguments = self._with_nodes(given)
+        if (
+            torch.Tag.inplace_view in func.tags
+        ):  # `transpose_` and others would change the shape of the recorded value
+            self.node(args[0]).value = args[0].detach()
         result = func(*args, **(kwargs or {}))
         op = func._schema.name.removeprefix("aten::")
         depends = any(node.from_input for node in _nodes(arguments))
