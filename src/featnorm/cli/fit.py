@@ -125,7 +125,7 @@ def fit(
         bool,
         typer.Option(
             help="Store thumbnails (at most 64 x 64 pixels) of up to 512 of the images in the file, to show "
-            "similar ones on the page of `featnorm score --html`."
+            "similar ones on the page of `featnorm score --html`, and to the clients of `featnorm serve`."
         ),
     ] = True,
 ) -> None:
