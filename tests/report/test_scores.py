@@ -77,8 +77,8 @@ def test_everything_is_on_the_page(tmp_path):
     for text in (
         *("Folders", "new/a", "new/b", "5.0", "2.5", "broken.png", "not an image", "dog", "0.83", ODD),
         "Then the other 5 images with the lowest scores.",
-        "What each adds stands beside the score.",
-        "score 3: MSP() +1.50, KNN() −3.00",
+        "The score is the sum of MSP() and KNN(), in this order,",
+        "score 3 = +1.50 −3.00",
         "the image lowers the score here",
         "compared with the average of the most similar images",
         "most similar ones of a sample of the images that the detector was fitted to",

@@ -43,6 +43,10 @@ class Why(BaseModel):
         description="Comparison of the last hidden layer with in-distribution images: rows of a property and its "
         "value. Empty if the model has no such layer."
     )
+    terms: list[tuple[str, float | None]] = Field(
+        description="What each term of a sum of detectors adds to the score; null if that is infinite. Empty for "
+        "other detectors."
+    )
     nearest: list[SimilarImage] = Field(
         description="Most similar images of a sample of those that the detector was fitted to, best first."
     )
@@ -164,7 +168,8 @@ def why_of(why: hidden.Why, *, thumbnails: bool = False) -> Why:
         uri = None if picture is None else picture.uri
         nearest.append(SimilarImage(label=neighbor.label, similarity=neighbor.similarity, thumbnail=uri))
     units = [] if why.units is None else why.units.rows()
-    return Why(units=units, nearest=nearest, heat=None, no_heat=why.no_heat or None)
+    terms = [(term, finite(value)) for term, value in why.terms]
+    return Why(units=units, terms=terms, nearest=nearest, heat=None, no_heat=why.no_heat or None)
 
 
 def finite(value: float | None) -> float | None:
