@@ -21,7 +21,7 @@ from featnorm.hidden.examples import Examples
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
 from featnorm.models.heads import head_of
-from featnorm.models.loading import backbone_of, is_users, recreate_model
+from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model
 from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, HeadKind, Scorer, reference_image
 from featnorm.tap import FeatureTap
 
@@ -243,7 +243,8 @@ def _created(
     if stored and weights is not None:
         raise ModelError(f"{path} contains the weights of its model: omit {weights}")
     if model is not None:
-        if stored and spec is not None and not is_users(spec):
+        moved = spec is not None and is_folder(spec) and is_folder(model)
+        if stored and spec is not None and not is_users(spec) and not moved:
             raise ModelError(f"{path} was fitted on {spec}, not on your own model: omit the model")
         return create_model(model, weights=weights)
     if not stored:
