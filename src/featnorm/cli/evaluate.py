@@ -85,8 +85,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`. Required without "
-            "SCORER, or if SCORER does not contain its model, or if the model is your own.",
+            help="Model: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, `hf:FOLDER` or `MODULE:FUNCTION`. "
+            "Required without SCORER, or if SCORER does not contain its model, or if the model is your own.",
         ),
     ] = None,
     fit: Annotated[

@@ -50,7 +50,7 @@ def fit(
         typer.Option(
             metavar="SPEC",
             help="Model: `MODULE:FUNCTION`, your own function that returns a model and its transform, or "
-            "`timm:NAME`, `torchvision:NAME` or `featnorm:NAME`.",
+            "`timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `hf:FOLDER`.",
         ),
     ] = "featnorm:efficientnet-lite0",
     weights: Weights = None,
