@@ -44,9 +44,9 @@ from featnorm.inputs import (
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES, Inputs, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
-from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
+from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
-from featnorm.models.loading import backbone_of, users_forward, users_transform
+from featnorm.models.loading import backbone_of, default_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -126,7 +126,7 @@ class FitReport:
 
 def fit(
     data: str | Path | Source[Any],
-    model: str = DEFAULT_MODEL,
+    model: str | None = None,
     *,
     weights: str | Path | None = None,
     detector: Detector | str | None = None,
@@ -159,7 +159,9 @@ def fit(
     Parameters
     ----------
     data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
-    model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
+    model, weights
+        Specification of the model, and its weights file; see `featnorm.models.create_model`. Default:
+        EfficientNet-Lite0 for images, MiniLM for texts.
     detector
         Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
         either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items.
@@ -221,7 +223,13 @@ def fit(
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
     options["thumbnails"] = thumbnails
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
+    scorer, report = fit_source(
+        data,
+        create_model(model or default_model(data.kind), weights=weights),
+        detector=parsed,
+        head=head,
+        **options,
+    )
     if report.corrupt:
         name, reason = report.corrupt[0]
         warnings.warn(

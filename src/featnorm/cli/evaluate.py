@@ -171,6 +171,7 @@ def evaluate(
             if fit_source is None:
                 console.print(f"No image of {fit} exists: detectors that need a fit are skipped without --fit.")
     id_name, *ood_names = sources
+    kind = sources[id_name].kind
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
     runtime = runtime_of(device, precision, batch_size, workers)
@@ -242,13 +243,14 @@ def evaluate(
     if comparison.accuracy is not None:
         console.print(f"The model classifies {100 * comparison.accuracy:.1f} % of {id_name} correctly.")
     for name, files in comparison.skipped.items():
-        print_skipped(name, files)
+        print_skipped(name, kind, files)
     every = [*zip(specs, sources.values(), strict=True)]
     if fit is not None and fit_source is not None:
         every.append((fit, fit_source))
     # Sets may be slices of one folder.
     beside = {spec.partition("[")[0]: source.passed_over for spec, source in every}
     print_reading(
+        kind,
         sum(map(len, rows.values())),
         sum(map(len, comparison.skipped.values())),
         comparison.several,

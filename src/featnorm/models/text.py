@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -77,6 +77,7 @@ class TextTransform:
         where the model needs them, ``token_type_ids``.
     """
 
+    kind: ClassVar[str] = "texts"
     tokenizer: Any
     max_tokens: int
     padding: Mapping[str, int]
