@@ -135,6 +135,7 @@ def fit(
     output: str | int | None = None,
     targets: Targets = "auto",
     label_column: str | None = None,
+    text_column: str | None = None,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -158,7 +159,7 @@ def fit(
 
     Parameters
     ----------
-    data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
+    data : images or texts as `featnorm.inputs.open_source` opens them, or a source.
     model, weights
         Specification of the model, and its weights file; see `featnorm.models.create_model`. Default:
         EfficientNet-Lite0 for images, MiniLM for texts.
@@ -175,7 +176,7 @@ def fit(
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
-    label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
+    label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -218,7 +219,9 @@ def fit(
     """
     labels = targets != "clusters" or label_column is not None
     if not isinstance(data, Source):
-        data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
+        data = open_source(
+            str(data), root=data_root, labels=labels, label_column=label_column, text_column=text_column
+        )
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
     options["thumbnails"] = thumbnails

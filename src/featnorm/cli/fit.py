@@ -30,6 +30,7 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     Seed,
+    TextColumn,
     Weights,
     Workers,
 )
@@ -88,6 +89,7 @@ def fit(
         ),
     ] = "auto",
     label_column: LabelColumn = None,
+    text_column: TextColumn = None,
     tpr: Annotated[float, typer.Option(help="Share of in-distribution items to accept.")] = 0.95,
     thresholds_by: Annotated[
         str | None,
@@ -149,6 +151,7 @@ def fit(
         root=data_root,
         labels=targets != "clusters" or label_column is not None,
         label_column=label_column,
+        text_column=text_column,
     )
     items = source.kind.name
     loaded = create_model(model or default_model(source.kind), weights=weights)
