@@ -36,7 +36,7 @@ from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
-from featnorm.scoring import score_images
+from featnorm.scoring import score_source
 from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
 from featnorm.serve.metrics import score_buckets
@@ -998,7 +998,7 @@ def test_the_lowest_flagged_images_have_pictures(halved, new):
 def test_the_heat_map_of_the_service_is_that_of_the_page_of_scores(halved, new, tmp_path):
     with client_of(create_app(halved)) as client:
         found = explained(client, [(new / f"{i}.png").read_bytes() for i in range(9)])
-    score_images(halved, open_source(str(new)), page=tmp_path / "page.html", runtime=fn.Runtime(workers=0))
+    score_source(halved, open_source(str(new)), page=tmp_path / "page.html", runtime=fn.Runtime(workers=0))
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     on_page = {kind: set() for kind in "tme"}
     for tag, attrs in page.attributes:
