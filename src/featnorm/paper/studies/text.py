@@ -33,12 +33,20 @@ _TUNED = (
     "KLUniform+KNN(k=10)"
 )
 _HIDDEN = 512
-#: How networks are trained: heads on frozen features, encoders from MiniLM, and encoders from random weights.
+#: How networks are trained: heads on frozen features, and encoders from MiniLM together with their head.
 RECIPES = {
-    "frozen": Recipe(epochs=30, batch_size=64, optimizer="adamw", lr=1e-3, weight_decay=0.01),
-    "fine-tuned": Recipe(epochs=4, batch_size=32, optimizer="adamw", lr=2e-4, weight_decay=0.01, warmup=0.1),
+    "frozen": Recipe(epochs=30, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.01),
+    "fine-tuned": Recipe(epochs=6, batch_size=32, optimizer="adamw", lr=3e-4, weight_decay=0.01, warmup=0.1),
 }
 _BATCH, _CHUNK = 512, 16
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many seeds `FineTunedStudy` has, and how many training texts of each intent; None for all of them."""
+
+    seeds: int
+    texts: int | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,12 @@ class Texts:
         """Return the texts of some classes, whose labels are their places among these."""
         rows = torch.isin(self.labels, classes)
         return Texts(self.ids[rows], (self.labels[rows, None] == classes).int().argmax(1))
+
+    def first(self, count: int | None) -> "Texts":
+        """Return the first texts of each class; all of them for None."""
+        places = nn.functional.one_hot(self.labels).cumsum(0).gather(1, self.labels[:, None])[:, 0]
+        rows = places <= (len(places) if count is None else count)
+        return Texts(self.ids[rows], self.labels[rows])
 
 
 def load_texts(context: Context) -> dict[str, Texts]:
@@ -283,7 +297,7 @@ class Network:
 
 
 @dataclass(frozen=True, eq=False)
-class FineTunedStudy(Study[int, dict[str, Texts], Network]):
+class FineTunedStudy(Study[Scale, dict[str, Texts], Network]):
     """What NAN needs on texts: the same heads on MiniLM as it is, and trained together with it.
 
     Its result has one entry per network: ``scores``, ``accuracy``, ``excluded``, ``train_accuracy``,
@@ -291,44 +305,50 @@ class FineTunedStudy(Study[int, dict[str, Texts], Network]):
     """
 
     page: ClassVar[str] = "text"
-    scales: ClassVar[Mapping[str, int]] = {"laptop": 2, "paper": SEEDS}
+    scales: ClassVar[Mapping[str, Scale]] = {"laptop": Scale(seeds=2, texts=30), "paper": Scale(SEEDS, None)}
     grows: ClassVar[bool] = True
 
-    def load(self, scale: int, context: Context) -> dict[str, Texts]:
+    def load(self, scale: Scale, context: Context) -> dict[str, Texts]:
         return context.once(load_texts)
 
-    def jobs(self, scale: int, inputs: Mapping[str, Texts]) -> list[Network]:
-        frozen = [Network("frozen", head, seed) for head in ("MLP", "projection") for seed in range(scale)]
-        tuned = [Network("fine-tuned", head, seed) for seed in range(scale) for head in ("MLP", "projection")]
+    def jobs(self, scale: Scale, inputs: Mapping[str, Texts]) -> list[Network]:
+        frozen = [Network("frozen", head, seed) for head in ("MLP", "projection") for seed in range(scale.seeds)]
+        tuned = [
+            Network("fine-tuned", head, seed) for seed in range(scale.seeds) for head in ("MLP", "projection")
+        ]
         return [*frozen, *tuned]
 
-    def settings(self, job: Network, scale: int, inputs: Mapping[str, Texts]) -> dict[str, Any]:
+    def settings(self, job: Network, scale: Scale, inputs: Mapping[str, Texts]) -> dict[str, Any]:
         return {
             "network": asdict(job),
             "recipe": RECIPES[job.encoder].to_dict(),
             "id_intents": ID_INTENTS,
+            "training_texts": scale.texts,
             "hidden": _HIDDEN,
             "texts": _sizes(inputs),
         }
 
     def run(
-        self, job: Network, scale: int, inputs: dict[str, Texts], folder: Path, context: Context
+        self, job: Network, scale: Scale, inputs: dict[str, Texts], folder: Path, context: Context
     ) -> dict[str, Any]:
+        fit, test, ood = split_intents(
+            context.once(frozen_features) if job.encoder == "frozen" else inputs, job.seed
+        )
+        fit = fit.first(scale.texts)
+        sets = {"fit": fit, "ID": test, **ood}
         options: dict[str, Any] = {"folder": folder, "runtime": context.runtime, "seed": job.seed}
         recipe = RECIPES[job.encoder]
         if job.encoder == "frozen":
-            fit, test, ood = split_intents(context.once(frozen_features), job.seed)
             head = train(job.make_head(fit.ids.shape[1]), fit.ids, fit.labels, recipe, **options)
-            values = {"fit": fit.ids, "ID": test.ids, **{name: part.ids for name, part in ood.items()}}
+            values = {name: part.ids for name, part in sets.items()}
         else:
-            fit, test, ood = split_intents(inputs, job.seed)
             packed = Packed(create_model(DEFAULT_TEXT_MODEL).model)
             words: Any = packed.encoder.get_submodule("encoder.embeddings.word_embeddings")
             # Half of all weights, most of which no training text uses.
             words.requires_grad_(False)
             head = job.make_head(words.embedding_dim)
             train(nn.Sequential(packed, head), fit.ids.float(), fit.labels, recipe, **options)
-            values = {name: packed.features(part.ids) for name, part in {"fit": fit, "ID": test, **ood}.items()}
+            values = {name: packed.features(part.ids) for name, part in sets.items()}
         log = read_log(folder / LOG)
         head.cpu()
         found = _measured(
@@ -340,7 +360,13 @@ class FineTunedStudy(Study[int, dict[str, Texts], Network]):
         )
         off = {name: inactive([features_behind(head, values[name])]) for name in ("ID", *ood)}
         seconds = sum(entry["seconds"] for entry in log)
-        return {**found, "train_accuracy": log[-1]["accuracy"], "train_seconds": seconds, "inactive": off}
+        return {
+            **found,
+            "fit_texts": len(fit.ids),
+            "train_accuracy": log[-1]["accuracy"],
+            "train_seconds": seconds,
+            "inactive": off,
+        }
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
         """See `Study`; one table per OOD set."""
@@ -368,7 +394,8 @@ class FineTunedStudy(Study[int, dict[str, Texts], Network]):
                 for (encoder, head), runs in networks.items()
             ]
             headers = ["Encoder, head", "seeds", "accuracy, %", "units on, %, ID / OOD", *content[0]["scores"]]
-            notes = ["mean ± standard deviation over seeds", *environment(content)]
+            count = content[0]["fit_texts"]
+            notes = [f"mean ± standard deviation over seeds; {count:,} training texts", *environment(content)]
             name = f"fine-tuned-{ood.replace(' ', '-')}"
             found[name] = Table(f"{self.title}, against {ood}: AUROC in percent", headers, rows, notes)
         return found
