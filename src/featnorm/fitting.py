@@ -44,9 +44,9 @@ from featnorm.inputs import (
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES, Inputs, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
-from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
+from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
-from featnorm.models.loading import backbone_of, users_forward, users_transform
+from featnorm.models.loading import backbone_of, default_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -132,7 +132,7 @@ class FitReport:
 
 def fit(
     data: str | Path | Source[Any],
-    model: str = DEFAULT_MODEL,
+    model: str | None = None,
     *,
     weights: str | Path | None = None,
     detector: Detector | str | None = None,
@@ -143,6 +143,7 @@ def fit(
     pooling: Pooling = "mean",
     targets: Targets = "auto",
     label_column: str | None = None,
+    text_column: str | None = None,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -166,8 +167,10 @@ def fit(
 
     Parameters
     ----------
-    data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
-    model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
+    data : images or texts as `featnorm.inputs.open_source` opens them, or a source.
+    model, weights
+        Specification of the model, and its weights file; see `featnorm.models.create_model`. Default:
+        EfficientNet-Lite0 for images, MiniLM for texts.
     detector
         Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
         from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
@@ -185,7 +188,7 @@ def fit(
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
-    label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
+    label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -228,12 +231,20 @@ def fit(
     """
     labels = targets != "clusters" or label_column is not None
     if not isinstance(data, Source):
-        data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
+        data = open_source(
+            str(data), root=data_root, labels=labels, label_column=label_column, text_column=text_column
+        )
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
     options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
+    scorer, report = fit_source(
+        data,
+        create_model(model or default_model(data.kind), weights=weights),
+        detector=parsed,
+        head=head,
+        **options,
+    )
     if report.corrupt:
         name, reason = report.corrupt[0]
         warnings.warn(

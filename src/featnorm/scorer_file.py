@@ -23,7 +23,7 @@ from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import kind_of
 from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
 from featnorm.models.heads import head_of, with_head
-from featnorm.models.loading import backbone_of, is_users, recreate_model
+from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model
 from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, HeadKind, Scorer
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import BatchError
@@ -275,7 +275,8 @@ def _created(
     if stored and weights is not None:
         raise ModelError(f"{path} contains the weights of its model: omit {weights}")
     if model is not None:
-        if stored and spec is not None and not is_users(spec):
+        moved = spec is not None and is_folder(spec) and is_folder(model)
+        if stored and spec is not None and not is_users(spec) and not moved:
             raise ModelError(f"{path} was fitted on {spec}, not on your own model: omit the model")
         return create_model(model, weights=weights)
     if not stored:
