@@ -200,7 +200,7 @@ def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
     queries = torch.nn.functional.normalize(torch.randn(5, 6))
     whole = fn.KNN(7).use_bank(bank)
     # More neighbors than a part has rows.
-    parts = [ray.remote(BankPart).remote(part.numpy(), 7, None) for part in bank.tensor_split(2)]
+    parts = [ray.remote(BankPart).remote(part.numpy(), repr(whole)) for part in bank.tensor_split(2)]
     found = ShardedKNN(whole, parts).nearest(queries, 7)
     exact = torch.cdist(queries.double(), bank.double()).square().sort(1).values[:, :7]
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
