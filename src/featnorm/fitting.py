@@ -33,7 +33,6 @@ from featnorm.inputs import (
     CachedFeatures,
     DataError,
     FeatureCache,
-    ImageSource,
     ItemError,
     SlicedSource,
     Source,
@@ -42,10 +41,11 @@ from featnorm.inputs import (
     image_loader,
     open_source,
 )
+from featnorm.inputs.arrays import row_features
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.loading import ImageLoader, named
 from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
-from featnorm.models.loading import backbone_of, users_forward, users_transform
+from featnorm.models.loading import ROWS, backbone_of, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -124,7 +124,7 @@ class FitReport:
 
 
 def fit(
-    data: str | Path | ImageSource,
+    data: str | Path | Source[Any],
     model: str = DEFAULT_MODEL,
     *,
     weights: str | Path | None = None,
@@ -232,7 +232,7 @@ def fit(
 
 
 def fit_source(
-    source: ImageSource,
+    source: Source[Any],
     loaded: LoadedModel,
     *,
     detector: Detector | None = None,
@@ -448,7 +448,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    source: ImageSource,
+    source: Source[Any],
     loaded: LoadedModel,
     head: Head,
     chosen: tuple[str | None, str | int | None],
@@ -462,6 +462,8 @@ def _plan(
             f"found fewer than {MIN_HELD_OUT} readable images in {source.title} (duplicates excluded), too few to "
             "train a head: use head='none' or, for a model with a classifier, head='keep' (--head), or add images"
         )
+    if head == "auto" and loaded.name == ROWS:
+        head, why = "none", "rows are features already"
     if head == "auto" and not loaded.own:
         head, why = "train", "the model is pretrained on other images"
     example = None
@@ -514,7 +516,7 @@ class _Columns(nn.Module):
     def of(
         cls,
         model: nn.Module,
-        source: ImageSource,
+        source: Source[Any],
         loaded: LoadedModel,
         runtime: Runtime,
         chosen: tuple[str | None, str | int | None] = (None, None),
@@ -586,7 +588,7 @@ class HeadFeatures(nn.Module):
 
 
 def _classes(
-    source: ImageSource,
+    source: Source[Any],
     batches: Sequence[Features],
     labels: Tensor | None,
     names: list[str] | None,
@@ -616,7 +618,7 @@ def _classes(
 
 
 def _examples(
-    source: ImageSource,
+    source: Source[Any],
     rows: Tensor,
     values: Tensor,
     features_of: nn.Module,
@@ -652,14 +654,14 @@ def _examples(
     return Examples(pooled[kept], words, [files[chosen[i]] for i in kept] if thumbnails else None)
 
 
-def _thumbnail(source: ImageSource, row: int) -> bytes:
+def _thumbnail(source: Source[Any], row: int) -> bytes:
     try:
         return thumbnail_of(source.item(row))
     except ItemError:
         return b""
 
 
-def _duplicate_notes(source: ImageSource, near: Tensor, rows: Tensor) -> list[str]:
+def _duplicate_notes(source: Source[Any], near: Tensor, rows: Tensor) -> list[str]:
     """Return a note on the near-duplicates, if there are any."""
     groups, sizes = near.unique(return_counts=True)
     groups, sizes = groups[sizes > 1], sizes[sizes > 1]
@@ -798,7 +800,7 @@ def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tenso
 
 
 def _labels(
-    source: ImageSource, rows: Tensor, is_train: Tensor, targets: Targets
+    source: Source[Any], rows: Tensor, is_train: Tensor, targets: Targets
 ) -> tuple[Tensor | None, list[str] | None]:
     """Return labels (n,), from 0 for the classes of training images and -1 for others, and the class names."""
     if targets == "clusters":
@@ -822,7 +824,7 @@ def _labels(
 
 
 def backbone_features(
-    source: ImageSource,
+    source: Source[Any],
     loaded: LoadedModel,
     backbone: nn.Module,
     *,
@@ -843,6 +845,8 @@ def backbone_features(
     DataError
         See `FeatureCache.features`; or the transform is random.
     """
+    if loaded.name == ROWS:
+        return row_features(source)
     runtime = runtime or Runtime()
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
 

