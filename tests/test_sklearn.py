@@ -68,8 +68,8 @@ def test_a_detector_that_is_passed_is_left_unfitted():
 
 
 def test_too_few_rows_lower_the_share_with_a_warning():
-    with pytest.warns(UserWarning, match=r"tpr=0\.95 needs 20 different rows, and X has 10: tpr=0\.9 is used"):
-        fitted = OODDetector().fit(np.r_[ROWS[:10], ROWS[:10]])
+    with pytest.warns(UserWarning, match=r"tpr=0\.95 needs 20 rows, and X has 10: tpr=0\.9 is used"):
+        fitted = OODDetector().fit(ROWS[:10])
     assert fitted.tpr_ == 0.9
     assert fitted.tpr == 0.95
     assert fitted.predict(100 + ROWS[:1]).tolist() == [-1]
@@ -78,7 +78,7 @@ def test_too_few_rows_lower_the_share_with_a_warning():
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        (np.ones((30, 2)), "all rows of X are equal, which is one sample"),
+        (np.ones((1, 2)), "1 sample"),
         (np.full((30, 2), np.nan), "NaN"),
         (np.full((30, 2), 1e300), "too large for dtype"),
         (np.zeros((30, 2, 2)), "dim 3"),
@@ -106,3 +106,13 @@ def test_a_pickled_copy_and_a_saved_scorer_score_alike(tmp_path):
     fitted = OODDetector().fit(ROWS)
     scores = fitted.score_samples(ROWS)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).score_samples(ROWS), scores)
+
+
+def test_equal_rows_are_independent_records():
+    # Three booleans: eight different rows, of which each is drawn often.
+    rows = RNG.integers(0, 2, (600, 3))
+    fitted = OODDetector().fit(rows)
+    assert fitted.scorer_.facts["rows"].startswith("X: 480 to fit on, 120 held out")
+    assert (fitted.predict(rows) == 1).all()
+    assert fitted.predict([[5, 0, 0]]).tolist() == [-1]
+    assert (OODDetector().fit(np.ones((30, 2))).predict([[1, 1], [1, 2]]) == [1, -1]).all()

@@ -12,9 +12,10 @@ from sklearn.utils import check_consistent_length, check_random_state, column_or
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featnorm._utils.checks import min_scores
-from featnorm.detectors import KNN, Detector, parse_detector
-from featnorm.fitting import MIN_HELD_OUT, Head, fit_source
+from featnorm.detectors import Detector, parse_detector
+from featnorm.fitting import Head, fit_source
 from featnorm.inputs.arrays import ArrayRows, class_labels
+from featnorm.inputs.rows import Vector
 from featnorm.models.loading import rows_model
 from featnorm.runtime import Runtime
 
@@ -38,8 +39,8 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         Detector or its expression, such as ``"KNN(k=10)"`` for embeddings, whose direction alone counts. Default:
         ``KNN(k=10, normalize=False)``, or ``k=1`` for fewer than 100 rows.
     tpr
-        Share of new in-distribution rows to accept, between 0 and 1. At least 20 different rows are needed at
-        0.95, and 100 at 0.99. If there are fewer, the highest share that they allow is used, with a warning.
+        Share of new in-distribution rows to accept, between 0 and 1. At least 20 rows are needed at 0.95,
+        and 100 at 0.99. If there are fewer, the highest share that they allow is used, with a warning.
     head
         "none" uses rows as features. "train" trains a `featnorm.models.ProjectionHead` on them, for detectors that
         read its hidden layer or logits, such as ``"NAN()"``; 100 rows are needed.
@@ -93,7 +94,7 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         Raises
         ------
         ValueError
-            ``X`` has a value that is not finite, fewer than two different rows, or the detector cannot work here.
+            ``X`` has a value that is not finite, or fewer than two rows, or the detector cannot work here.
         """
         X = validate_data(self, X, dtype=np.float32, ensure_min_samples=2)
         labels: Any = (None, None)
@@ -101,24 +102,17 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             y = column_or_1d(y)
             check_consistent_length(X, y)
             labels = class_labels(y)
-        rows = len(np.unique(X, axis=0))
-        if rows < 2:
-            raise ValueError("all rows of X are equal, which is one sample: at least 2 different rows are needed")
         self.tpr_ = self.tpr
-        if rows <= (needed := min_scores(self.tpr)):
-            self.tpr_ = (rows - 1) / rows
+        if len(X) <= (needed := min_scores(self.tpr)):
+            self.tpr_ = (len(X) - 1) / len(X)
             warnings.warn(
-                f"tpr={self.tpr} needs {needed + 1} different rows, and X has {rows}: tpr={self.tpr_:.3g} is used",
+                f"tpr={self.tpr} needs {needed + 1} rows, and X has {len(X)}: tpr={self.tpr_:.3g} is used",
                 stacklevel=2,
             )
-        detector = self.detector
-        if detector is None and self.head == "none":
-            detector = KNN(k=10 if rows >= MIN_HELD_OUT else 1, normalize=False)
-        elif isinstance(detector, str):
-            detector = parse_detector(detector)
+        detector = parse_detector(self.detector) if isinstance(self.detector, str) else self.detector
         self.scorer_, report = fit_source(
             ArrayRows(X, "X", *labels),
-            rows_model(),
+            rows_model(Vector(X.shape[1], embeds=False)),
             detector=copy.deepcopy(detector),
             head=self.head,
             tpr=self.tpr_,

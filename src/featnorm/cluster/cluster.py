@@ -1,4 +1,4 @@
-"""`Cluster`: scores images, extracts features and fits detectors on the actors of a Ray cluster."""
+"""`Cluster`: scores items, extracts features and fits detectors on the actors of a Ray cluster."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ from featnorm.cluster.tasks import Extraction, Scoring, Task
 from featnorm.detectors import KNN, Detector
 from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import Extracted, ImageSource, SlicedSource
+from featnorm.inputs import Extracted, SlicedSource, Source
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel
 from featnorm.runtime import Runtime
@@ -40,7 +40,7 @@ class Actors:
     ----------
     count : maximum number of actors.
     device : "cpu" or "cuda".
-    cpus, gpus : number of CPUs and GPUs per actor; with a GPU, the CPUs decode images.
+    cpus, gpus : number of CPUs and GPUs per actor; with a GPU, the CPUs decode items.
     """
 
     count: int
@@ -50,15 +50,15 @@ class Actors:
 
     @property
     def workers(self) -> int:
-        """Number of threads that decode images; 0 for the actor's own."""
+        """Number of threads that decode items; 0 for the actor's own."""
         return self.cpus if self.gpus else 0
 
 
 class Cluster:
     """A Ray cluster: the one at ``RAY_ADDRESS``, or one started here with all CPUs of this machine.
 
-    There is one actor per GPU, with an equal share of the CPUs to decode images, or else one per CPU, which
-    decodes its images itself. An actor that dies is restarted with the shard it was working on.
+    There is one actor per GPU, with an equal share of the CPUs to decode items, or else one per CPU, which
+    decodes its items itself. An actor that dies is restarted with the shard it was working on.
 
     Actors are started for the first task and kept, with their CPUs and GPUs, for later ones, until `close` is
     called or the ``with`` block ends.
@@ -107,19 +107,19 @@ class Cluster:
     def score(
         self,
         scorer: Scorer,
-        source: ImageSource,
+        source: Source[Any],
         batches: Sequence[int],
         *,
         runtime: Runtime,
     ) -> Iterator[tuple[int, list[ItemVerdict]]]:
-        """Score batches of a source's images.
+        """Score batches of a source's items.
 
         A bank of KNN that is too large for a copy in every actor is split, one part per actor.
 
         Parameters
         ----------
         scorer : scorer with a preprocess, which is not changed.
-        source : images, which every machine of the cluster must be able to read.
+        source : items, which every machine of the cluster must be able to read.
         batches : numbers of the batches to score.
         runtime : precision and batch size.
 
@@ -130,7 +130,7 @@ class Cluster:
         Raises
         ------
         DataError
-            The transform fails on an image.
+            The transform fails on an item.
         ValueError
             An output of the model is not finite.
         """
@@ -139,29 +139,29 @@ class Cluster:
 
     def extract(
         self, loaded: LoadedModel, backbone: nn.Module, *, runtime: Runtime
-    ) -> Callable[[ImageSource], Iterator[Extracted]]:
-        """Return a function that extracts the features of images, for `featnorm.inputs.FeatureCache`.
+    ) -> Callable[[Source[Any]], Iterator[Extracted]]:
+        """Return a function that extracts the features of items, for `featnorm.inputs.FeatureCache`.
 
         Parameters
         ----------
         loaded : model whose transform is applied.
-        backbone : module from transformed images (n, 3, H, W) to features (n, D).
+        backbone : module from transformed items to features (n, D).
         runtime : see `score`.
         """
         task = Extraction(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
 
-        def extract(images: ImageSource) -> Iterator[Extracted]:
-            batches = range(-(-len(images) // runtime.batch_size))
-            # In order, so that the features are stored in the order of the images.
-            for number, part in self._over_batches(task, images, batches, ordered=True):
+        def extract(source: Source[Any]) -> Iterator[Extracted]:
+            batches = range(-(-len(source) // runtime.batch_size))
+            # In order, so that the features are stored in the order of the items.
+            for number, part in self._over_batches(task, source, batches, ordered=True):
                 yield part.moved(number * runtime.batch_size)
 
         return extract
 
     def _over_batches(
-        self, task: Task, source: ImageSource, batches: Sequence[int], *, ordered: bool
+        self, task: Task, source: Source[Any], batches: Sequence[int], *, ordered: bool
     ) -> Iterator[tuple[int, Any]]:
-        """Run a task on batches of a source's images; yield number and result of each.
+        """Run a task on batches of a source's items; yield number and result of each.
 
         Parameters
         ----------
@@ -238,7 +238,7 @@ class Cluster:
         detector: Detector,
         statistics: ActivationStatistics,
     ) -> None:
-        """Fit a detector to features of images, part by part, and merge the fits.
+        """Fit a detector to features of items, part by part, and merge the fits.
 
         Parameters
         ----------
@@ -279,7 +279,7 @@ class _Actor:
     def __init__(self, device: str, workers: int) -> None:
         keep_freed_memory()
         self._device, self._workers = device, workers
-        self._started: tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]] | None = None
+        self._started: tuple[Task, Source[Any], Callable[[Source[Any]], Iterator[Any]]] | None = None
         self._names: list[str] = []
 
     def run(self, references: list[Any], numbers: Sequence[int]) -> tuple[list[tuple[int, Any]], Exception | None]:
@@ -294,8 +294,8 @@ class _Actor:
             return results, error
         return results, None
 
-    def _start(self, references: list[Any]) -> tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]]:
-        """Return the task, the images, and the started task: once for all shards of the same."""
+    def _start(self, references: list[Any]) -> tuple[Task, Source[Any], Callable[[Source[Any]], Iterator[Any]]]:
+        """Return the task, the source, and the started task: once for all shards of the same."""
         import ray
 
         names = [reference.hex() for reference in references]
@@ -310,7 +310,7 @@ class _Actor:
     def fit(
         self, unfitted: tuple[nn.Module, Detector], values: Tensor, labels: Tensor | None
     ) -> tuple[Detector, ActivationStatistics]:
-        """Return the fit to one part of the images."""
+        """Return the fit to one part of the items."""
         features_of, detector = copy.deepcopy(unfitted)
         statistics = ActivationStatistics()
         for features in training_features(features_of, statistics, [(values, labels)]):

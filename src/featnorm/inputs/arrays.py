@@ -1,7 +1,13 @@
-"""Rows of arrays as a source: features that any encoder has computed."""
+"""Rows of arrays and tables as sources: outputs of any encoder, or records with named columns."""
 
 import hashlib
-from collections.abc import Sequence
+import io
+import threading
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -9,15 +15,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featnorm._utils.errors import first_line
+from featnorm._utils.extras import vision_module
 from featnorm.inputs.cache import CachedFeatures
-from featnorm.inputs.source import DataError, ItemError, Source
+from featnorm.inputs.errors import DataError, ItemError
+from featnorm.inputs.files import Folder, LocalFolder
+from featnorm.inputs.kinds import ROWS
+from featnorm.inputs.openers import Opener, Options
+from featnorm.inputs.parquet import open_parquet
+from featnorm.inputs.rows import Rows
+from featnorm.inputs.source import SlicedSource, Source
 
-#: A source of rows, as float32 tensors (D,).
-RowSource = Source[Tensor]
+# Rows of a table in memory that are converted at a time.
+_BLOCK = 1024
+#: Names of the arrays of an .npz file that hold its labels.
+_LABELS = ("labels", "label", "targets", "y")
 
 
-class ArrayRows(Source[Tensor]):
-    """Rows of an array, in single precision. A row that is not finite is an unreadable item.
+class ArrayRows(Source[Any]):
+    """Rows of an array, in single precision.
 
     Parameters
     ----------
@@ -30,6 +46,8 @@ class ArrayRows(Source[Tensor]):
     DataError
         The values have another shape or type, or there is no row or no column.
     """
+
+    kind = ROWS
 
     def __init__(
         self,
@@ -44,65 +62,323 @@ class ArrayRows(Source[Tensor]):
                 "(n, D), one row per input"
             )
         super().__init__(title, [None] * len(values) if labels is None else labels, class_names)
+        self.width = int(values.shape[1])
         self._values = values
 
-    @property
-    def width(self) -> int:
-        """Number of columns."""
-        return int(self._values.shape[1])
-
-    def _read(self, i: int) -> tuple[Tensor, bytes]:
+    def _read(self, i: int) -> tuple[Any, bytes]:
         with np.errstate(over="ignore"):
             # -0.0 and 0.0 are one value, and have one digest.
             row = self._values[i].astype(np.float32) + np.float32(0)
-        digest = hashlib.sha256(row.tobytes()).digest()
-        if not np.isfinite(row).all():
-            column = int(np.flatnonzero(~np.isfinite(row))[0])
-            error = ItemError(self._name(i), f"column {column} is {self._values[i, column]}, not a finite float32")
-            error.digest = digest
-            raise error
-        return torch.from_numpy(row), digest
+        return row, hashlib.sha256(row.tobytes()).digest()
 
     def _name(self, i: int) -> str:
         return f"row {i}"
 
 
-def row_features(source: RowSource) -> CachedFeatures:
-    """Return the rows of a source as features, in memory.
+class TableRows(Source[Any]):
+    """Rows of tables with named columns, which are read block by block.
+
+    If one column holds vectors, each row is its vector. Otherwise a row is a mapping of the names of the columns,
+    without that of the labels, to values; None for missing.
+
+    Parameters
+    ----------
+    title : name for tables.
+    schema : `pyarrow.Schema` of the tables.
+    sizes : number of rows of each block.
+    options : how labels are read.
+
+    Raises
+    ------
+    DataError
+        There is no row, several columns hold vectors, or there is no column for the labels.
+    """
+
+    kind = ROWS
+
+    def __init__(self, title: str, schema: Any, sizes: Sequence[int], options: Options) -> None:
+        self.title = title
+        names = schema.names
+        if len(set(names)) < len(names):
+            raise DataError(f"{title} has several columns named {max(names, key=names.count)!r}")
+        vectors = vector_columns(schema)
+        if len(vectors) > 1:
+            raise DataError(f"{title} holds several columns of vectors ({', '.join(vectors)}): keep one")
+        self._vector = vectors[0] if vectors else None
+        label = options.label_column or "label"
+        if options.label_column is not None and label not in names:
+            raise DataError(f"no column {label!r} in {title}: it has {', '.join(names)}")
+        nested = vision_module("pyarrow").types.is_nested
+        self.columns = tuple(f.name for f in schema if not nested(f.type) and f.name not in ("", label))
+        self._ends = list(accumulate(sizes))
+        if not self._ends or not self._ends[-1]:
+            raise DataError(f"no rows in {title}")
+        self._blocks = _Blocks()
+        labels: Any = ([None] * self._ends[-1], None)
+        if options.labels and label in names:
+            labels = class_labels(self.column(label))
+        super().__init__(title, *labels)
+        self.width = None if self._vector is None else len(self._first_vector())
+
+    @abstractmethod
+    def _block(self, number: int, columns: Sequence[str]) -> Any:
+        """Return columns of a block as a `pyarrow.Table`; raise a `DataError` if it cannot be read."""
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        return [value for number in range(len(self._ends)) for value in _python(self._block(number, [name])[name])]
+
+    def _first_vector(self) -> npt.NDArray[Any]:
+        for i in range(self._ends[-1]):
+            try:
+                return self._read(i)[0]
+            except ItemError:
+                continue
+        raise DataError(f"no row of {self.title} has a vector")
+
+    def _read(self, i: int) -> tuple[Any, bytes]:
+        number = bisect_right(self._ends, i)
+        items = self._blocks.find(number, lambda: self._items(number))
+        item = items[i - (self._ends[number - 1] if number else 0)]
+        if isinstance(item, str):
+            raise ItemError(self._name(i), item)
+        content = item.tobytes() if self._vector is not None else repr(list(item.values())).encode()
+        return item, hashlib.sha256(content).digest()
+
+    def _items(self, number: int) -> "_Items":
+        """Return the rows of a block; for a row that cannot be read, the reason."""
+        if self._vector is not None:
+            vectors = self._block(number, [self._vector])[self._vector]
+            return _Items("no vector in this row" if v is None else v for v in _arrays(vectors))
+        values = [_python(column) for column in self._block(number, self.columns).columns]
+        return _Items(dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True))
+
+    def _name(self, i: int) -> str:
+        return f"row {i}"
+
+
+class ArrowRows(TableRows):
+    """Rows of a table in memory.
+
+    Parameters
+    ----------
+    table : `pyarrow.Table`.
+    title, options : see `TableRows`.
+    ragged : rows that are not in the table because they have another number of values, and their reasons.
+    """
+
+    def __init__(self, table: Any, title: str, options: Options, ragged: Mapping[int, str] | None = None) -> None:
+        self._table = table
+        self._ragged = dict(ragged or {})
+        total = table.num_rows + len(self._ragged)
+        # Row of the table of each row of the source; None for one that is ragged.
+        taken = np.ones(total, bool)
+        taken[list(self._ragged)] = False
+        self._places = np.where(taken, np.cumsum(taken) - 1, -1)
+        super().__init__(title, table.schema, [min(_BLOCK, total - k) for k in range(0, total, _BLOCK)], options)
+
+    def _block(self, number: int, columns: Sequence[str]) -> Any:
+        places = self._places[number * _BLOCK : (number + 1) * _BLOCK]
+        indices = vision_module("pyarrow").array(places, mask=places < 0)
+        return self._table.select(columns).take(indices)
+
+    def _read(self, i: int) -> tuple[Any, bytes]:
+        if i in self._ragged:
+            raise ItemError(self._name(i), self._ragged[i])
+        return super()._read(i)
+
+
+class ParquetRows(TableRows):
+    """Rows of parquet files, read one row group at a time, as images of parquet files are.
+
+    Parameters
+    ----------
+    folder : folder of the files.
+    files : one file, or the shards of one data set, in order.
+    title, options : see `TableRows`.
+    """
+
+    def __init__(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> None:
+        self._folder, self._files = folder, list(files)
+        self._groups, sizes, starts = [], [], [0]
+        first = None
+        for number, file in enumerate(files):
+            with self._errors(file), open_parquet(folder, file) as table:
+                first = first or table.schema_arrow
+                if table.schema_arrow.names != first.names:
+                    raise DataError(
+                        f"{folder.name(file)} has other columns than {folder.name(files[0])}: the shards of a "
+                        "data set must agree"
+                    )
+                groups = range(table.metadata.num_row_groups)
+                sizes += [table.metadata.row_group(g).num_rows for g in groups]
+                self._groups += [(number, g) for g in groups]
+                starts.append(starts[-1] + table.metadata.num_rows)
+        self._starts = starts
+        super().__init__(title, first, sizes, options)
+
+    def _errors(self, file: str) -> "_Errors":
+        return _Errors(self._folder.name(file))
+
+    def _block(self, number: int, columns: Sequence[str]) -> Any:
+        file, group = self._groups[number]
+        with self._errors(self._files[file]), open_parquet(self._folder, self._files[file]) as table:
+            return table.read_row_group(group, columns=list(columns), use_threads=False)
+
+    def _name(self, i: int) -> str:
+        file = bisect_right(self._starts, i) - 1
+        row = f"row {i - self._starts[file]}"
+        return row if len(self._files) == 1 else f"{PurePath(self._files[file]).name} {row}"
+
+    def _identity(self, i: int) -> str:
+        file, _ = self._groups[bisect_right(self._ends, i)]
+        return f"{self._folder.absolute().identity(self._files[file])} {i}"
+
+
+class ArrayOpener(Opener):
+    """A .npy file, which is mapped into memory, or an .npz file. Python objects in them are not loaded."""
+
+    endings = (".npy", ".npz")
+
+    def open(self, location: Any, title: str, options: Options) -> ArrayRows:
+        """See `Opener`."""
+        folder, (path,) = location.folder, location.paths
+        labels: Any = (None, None)
+        try:
+            if not path.endswith(".npz"):
+                options.require_no_column(location)
+                return ArrayRows(_array(folder, path), title)
+            with np.load(io.BytesIO(folder.read(path)), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (ValueError, EOFError) as error:
+            raise error if isinstance(error, DataError) else _not_an_array(folder.name(path), error) from None
+        label = options.label_column or next((name for name in _LABELS if name in arrays), None)
+        if label is not None and label not in arrays:
+            raise DataError(f"no array {label!r} in {title}: it has {', '.join(arrays)}")
+        if label is not None:
+            given = arrays.pop(label)
+            labels = class_labels(given) if options.labels else labels
+        matrices = [name for name, array in arrays.items() if array.ndim == 2] if len(arrays) > 1 else [*arrays]
+        if len(matrices) != 1:
+            raise DataError(
+                f"{title} holds {len(matrices)} arrays of shape (n, D) ({', '.join(arrays) or 'none'}): keep one, "
+                f"and beside it one of labels, named {' or '.join(_LABELS)}"
+            )
+        values = arrays[matrices[0]]
+        if labels[0] is not None and len(labels[0]) != len(values):
+            raise DataError(f"{title} holds {len(values)} rows, and {len(labels[0])} labels")
+        return ArrayRows(values, title, *labels)
+
+
+class CsvOpener(Opener):
+    """A .csv file with a line of column names, as a table in memory, whose values are strings."""
+
+    endings = (".csv",)
+
+    def open(self, location: Any, title: str, options: Options) -> ArrowRows:
+        """See `Opener`."""
+        folder, (path,) = location.folder, location.paths
+        table, ragged = read_csv(folder, path)
+        return ArrowRows(table, title, options, ragged)
+
+
+def row_source(data: Any, title: str = "the array") -> Source[Any]:
+    """Return rows as a source.
+
+    Parameters
+    ----------
+    data
+        An array, tensor or sequence (n, D) of numbers, which are used as they are; or a `pandas.DataFrame`, whose
+        columns are those of a `featnorm.inputs.rows.Table`.
+    title : name for tables.
+
+    Raises
+    ------
+    DataError
+        The data have another shape or type.
+    """
+    if hasattr(data, "columns") and hasattr(data, "iloc"):
+        pa = vision_module("pyarrow")
+        try:
+            table = pa.Table.from_pandas(data, preserve_index=False)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(f"cannot use {title} as a table: {first_line(error)}") from None
+        return ArrowRows(table, title, Options(False, None))
+    return ArrayRows(matrix_of(data), title)
+
+
+def matrix_of(data: Any) -> npt.NDArray[Any]:
+    """Return an array or a tensor, on any device, as an array."""
+    if isinstance(data, Tensor):
+        data = data.detach().cpu()
+        data = data.float() if data.dtype == torch.bfloat16 else data
+    return np.asarray(data)
+
+
+def row_features(source: Source[Any], rows: Rows) -> CachedFeatures:
+    """Return the rows of a source as features, in memory; see `Rows` for those that do not fit.
 
     Raises
     ------
     DataError
         No row can be read.
     """
-    rows, values, digests = [], [], []
-    corrupt = []
+    values = torch.empty(len(source), rows.width)
+    kept: list[int] = []
+    digests: list[bytes] = []
+    corrupt: list[tuple[str, str]] = []
+    copies: dict[bytes, int] = {}
     for i in range(len(source)):
         try:
-            row, digest = source.read(i)
+            item, digest = source.read(i)
+            values[len(kept)] = rows(item)
         except ItemError as error:
             corrupt.append((source.name(i), error.reason))
             continue
-        rows.append(i)
-        values.append(row)
+        if not rows.embeds:
+            # Equal records are different inputs.
+            copies[digest] = copy = copies.get(digest, -1) + 1
+            digest = hashlib.sha256(digest + copy.to_bytes(8)).digest()
+        kept.append(i)
         digests.append(digest)
-    if not rows:
+    if not kept:
         raise DataError(f"none of the {len(source):,} rows of {source.title} can be read: {corrupt[0][1]}")
-    return CachedFeatures(
-        stored=torch.stack(values),
-        stored_rows=torch.arange(len(rows)),
-        rows=torch.tensor(rows),
-        digests=digests,
-        corrupt=corrupt,
-        computed=0,
-        changed=0,
-        damaged=0,
-        several=0,
-    )
+    places = torch.arange(len(kept))
+    return CachedFeatures(values[: len(kept)], places, torch.tensor(kept), digests, corrupt, 0, 0, 0, 0)
 
 
-def class_labels(values: Sequence[Any] | npt.NDArray[Any]) -> tuple[list[int | None], list[str] | None]:
-    """Return labels as class indices, and the names of the classes.
+class LabeledSource(SlicedSource[Any]):
+    """All items of another source, with other labels.
+
+    Parameters
+    ----------
+    source : the other source.
+    labels
+        One label per item: see `class_labels`; or a file with them: an array in a .npy file, a .csv file with one
+        column and its name in the first line, or a .txt file with one label per line.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or there is not one label per item.
+    """
+
+    def __init__(self, source: Source[Any], labels: Any) -> None:
+        super().__init__(source, range(len(source)), source.title)
+        where = "labels"
+        if isinstance(labels, (str, Path)):
+            where = str(labels)
+            labels = _read_labels(Path(labels).expanduser())
+        labels, self.class_names = class_labels(matrix_of(labels))
+        if len(labels) != len(source):
+            raise DataError(
+                f"{where} has {len(labels):,} labels, and {source.title} has {len(source):,} {source.kind.name}"
+            )
+        self._labels = [None if label is None or label < 0 else label for label in labels]
+
+
+def class_labels(values: Any) -> tuple[list[int | None], list[str] | None]:
+    """Return labels as class indices, and the names of the classes, or None if the labels are integers.
 
     Parameters
     ----------
@@ -110,14 +386,167 @@ def class_labels(values: Sequence[Any] | npt.NDArray[Any]) -> tuple[list[int | N
         One label per row: integers, of which negative ones mean no label, or anything else whose sorted strings
         are the classes. None and NaN mean no label.
 
-    Returns
-    -------
-    labels : list of int or None
-    class_names : list of str, or None if the labels are integers
+    Raises
+    ------
+    DataError
+        There is more than one value per row.
     """
-    given = [None if value is None or value != value else value for value in np.asarray(values).tolist()]
+    values = values if isinstance(values, list) else np.asarray(values)
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1:
+            raise DataError(f"labels have shape {values.shape}: expected one label per row")
+        values = values.tolist()
+    given = [None if value is None or value != value else value for value in values]
     if all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in given):
         return given, None
     names = sorted({str(value) for value in given if value is not None})
     numbers = {name: number for number, name in enumerate(names)}
     return [None if value is None else numbers[str(value)] for value in given], names
+
+
+def vector_columns(schema: Any) -> list[str]:
+    """Return the names of the columns of a `pyarrow.Schema` that hold vectors: lists of numbers."""
+    types = vision_module("pyarrow").types
+    lists = [f for f in schema if types.is_list(f.type) or types.is_large_list(f.type)]
+    lists += [f for f in schema if types.is_fixed_size_list(f.type)]
+    return [f.name for f in lists if types.is_floating(f.type.value_type) or types.is_integer(f.type.value_type)]
+
+
+def read_csv(folder: Folder, path: str) -> tuple[Any, dict[int, str]]:
+    """Return a CSV file as a `pyarrow.Table` of strings, and the rows with another number of values.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, or has no line of column names.
+    """
+    pa, csv = vision_module("pyarrow"), vision_module("pyarrow.csv")
+    ragged: dict[int, str] = {}
+    name = folder.name(path)
+
+    def skip(row: Any) -> str:
+        # The first row has number 2.
+        ragged[row.number - 2] = f"it has {row.actual_columns} values in {row.expected_columns} columns"
+        return "skip"
+
+    read = csv.ReadOptions(use_threads=False)
+    parse = csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
+    with _Errors(name):
+        with folder.open(path) as file, csv.open_csv(file, csv.ReadOptions(), parse) as reader:
+            names = reader.schema.names
+        ragged.clear()
+        convert = csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, check_utf8=False
+        )
+        with folder.open(path) as file:
+            table = csv.read_csv(file, read, parse, convert)
+    if names and all(_is_number(name) for name in names) and not all(map(str.isdecimal, names)):
+        raise DataError(f"the first line of {name} holds numbers: add a line with the names of the columns")
+    return table, ragged
+
+
+class _Errors:
+    """Names the file in errors of pyarrow."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (vision_module("pyarrow").ArrowException, OSError)):
+            raise DataError(f"cannot read {self._name}: {first_line(error)}") from error
+
+
+class _Items(list[Any]):
+    """Rows of a block; unlike a list, they can be referred to weakly."""
+
+
+class _Blocks:
+    """The block that each thread has read last. A pickled copy holds none."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def __reduce__(self) -> tuple[type["_Blocks"], tuple[()]]:
+        return _Blocks, ()
+
+    def find(self, number: int, read: Callable[[], _Items]) -> _Items:
+        """Return a block, which is read if this thread has read another one last."""
+        if getattr(self._own, "number", None) != number:
+            self._own.number = self._own.items = None
+            self._own.items = read()
+            self._own.number = number
+        return self._own.items
+
+
+def _python(column: Any) -> list[Any]:
+    """Return a column as Python values; None for bytes that are not UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(value) for value in column]
+
+
+def _decoded(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _arrays(column: Any) -> list[npt.NDArray[Any] | None]:
+    """Return a column of vectors as arrays of float32."""
+    found: list[npt.NDArray[Any] | None] = []
+    for value in column:
+        numbers = None if value.values is None else value.values.to_numpy(zero_copy_only=False)
+        with np.errstate(over="ignore"):
+            found.append(None if numbers is None else numbers.astype(np.float32) + np.float32(0))
+    return found
+
+
+def _array(folder: Folder, path: str) -> npt.NDArray[Any]:
+    if isinstance(folder, LocalFolder):
+        return np.load(folder.full_path(path), mmap_mode="r", allow_pickle=False)
+    return np.load(io.BytesIO(folder.read(path)), allow_pickle=False)
+
+
+def _not_an_array(name: str, error: Exception) -> DataError:
+    if "allow_pickle" in str(error):
+        return DataError(f"{name} holds Python objects, which are not loaded: save an array of numbers")
+    return DataError(f"cannot read {name}: {first_line(error)}")
+
+
+def _read_labels(path: Path) -> Any:
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix == ".csv":
+            table, ragged = read_csv(LocalFolder(""), str(path))
+            if table.num_columns != 1 or ragged:
+                raise DataError(f"{path} has {table.num_columns} columns: expected one, with a label per row")
+            return _integers(_python(table.column(0)))
+        if path.suffix == ".txt":
+            return _integers(path.read_text("utf-8-sig").splitlines())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {first_line(error)}") from None
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else _not_an_array(str(path), error) from None
+    raise DataError(f"cannot read labels from {path}: name a .npy, .csv or .txt file")
+
+
+def _integers(words: Sequence[str | None]) -> list[Any]:
+    """Return words as integers, if all are; an empty word is None."""
+    words = [word or None for word in words]
+    try:
+        return [None if word is None else int(word) for word in words]
+    except ValueError:
+        return list(words)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from featnorm._utils.errors import first_line
+from featnorm.inputs.errors import ItemError
 from featnorm.inputs.formats import FORMATS, HEAD_BYTES, reason_not_read, register_format
-from featnorm.inputs.source import ItemError
 
 #: Version of the rule by which a file becomes RGB pixels. Whatever is kept of decoded images depends on it.
 DECODING = 2
@@ -83,7 +83,7 @@ def decode_with_digest(data: bytes, name: str) -> tuple[Image.Image, bytes]:
 
 def is_first_of_several(image: Image.Image) -> bool:
     """Whether a decoded image is the first of several frames or pages of its file."""
-    return _FIRST_OF_SEVERAL in getattr(image, "info", ())
+    return _FIRST_OF_SEVERAL in image.info
 
 
 def reason_of(error: Exception) -> str:

