@@ -405,9 +405,8 @@ def compare(
     for name, detector in list(active.items()):
         if fit is None and not detector.is_fitted:
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
-    fitted = {name for name, detector in active.items() if detector.needs_fit and detector.is_fitted}
-    if fit is not None:
-        unfitted = {detector: name for name, detector in active.items() if name not in fitted}
+    unfitted = {detector: name for name, detector in active.items() if not detector.is_fitted}
+    if fit is not None and unfitted:
         for detector, error in fit_in_batches(unfitted, reader.stream(_FIT, fit, fitting=True)).items():
             exclude(unfitted[detector], error)
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}

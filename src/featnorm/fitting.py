@@ -45,11 +45,12 @@ from featnorm.inputs.arrays import LabeledSource, row_features, row_source
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
+from featnorm.inputs.openers import Options
 from featnorm.inputs.rows import Rows, fit_rows
-from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
+from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
-from featnorm.models.loading import backbone_of, rows_model, users_forward, users_transform
+from featnorm.models.loading import backbone_of, default_model, rows_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -153,8 +154,9 @@ def fit(
     The features of the items are computed once and cached on disk. Duplicate items are used once. One item in
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others. For a
     detector such as a sum, one in four of the held-out items sets its constants, and the others calibrate.
-    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side. A detector
-    that needs no fit is calibrated on all items if no head is trained.
+    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side; the rows of a
+    table, which are records, are neither searched for duplicates nor for near-duplicates. A detector that needs no
+    fit is calibrated on all items if no head is trained.
 
     From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
     some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
@@ -162,22 +164,31 @@ def fit(
 
     Parameters
     ----------
-    data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
-    model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
+    data
+        Image folder, file or name of a data set, see `featnorm.inputs.open_source`; a source; an array, tensor or
+        sequence (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+    labels
+        One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
+        Default: those of ``data``.
+    model, weights
+        Specification of the model, and its weights file; see `featnorm.models.create_model`. Default:
+        EfficientNet-Lite0 for images, MiniLM for texts; none for rows, which are features already: vectors as they
+        are, and tables as a `featnorm.inputs.rows.Table` encodes them.
     detector
         Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
-        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items.
+        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items, and with
+        ``normalize=False`` for a table.
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
-        returns features; with fewer than 100 items, it uses the features alone instead.
+        returns features; with fewer than 100 items, and for rows without a model, it uses the features alone.
     layer, output : what is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
-    label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
+    label_column : column of a table that holds the labels. Default: ``label``, if there is one.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -218,11 +229,11 @@ def fit(
     >>> scorer = fit("photos/")
     >>> scorer.predict(["new.jpg"])[0].is_id
     """
+    reads = targets != "clusters" or label_column is not None
     if isinstance(data, (str, Path)):
-        reads = targets != "clusters" or label_column is not None
         data = open_source(str(data), root=data_root, labels=reads, label_column=label_column)
     elif not isinstance(data, Source):
-        data = row_source(data)
+        data = row_source(data, Options(reads, label_column))
     if labels is not None:
         data = LabeledSource(data, labels)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
@@ -260,7 +271,7 @@ def model_for(
     """
     if model is None and source.kind is ROWS:
         return rows_model(fit_rows(source, {name for name in left_out if name is not None}))
-    return create_model(model or DEFAULT_MODEL, weights=weights)
+    return create_model(model or default_model(source.kind), weights=weights)
 
 
 def fit_source(
@@ -420,7 +431,8 @@ def fit_source(
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
-    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
+    previews = thumbnails and source.kind is not ROWS
+    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, previews, runtime)
     loader, chosen = loader_of(calibrates), int(calibrates.sum())
     scorer.tap.trace(next(iter(loader)).inputs)
     # In the precision in which new items will be scored.
@@ -534,12 +546,13 @@ def _plan(
         return _Plan("keep", why, columns, ColumnFeatures(features), features, about)
     backbone, cut = backbone_of(loaded)
     removed = "its classifier removed" if cut else _headless_note(backbone)
+    description = str(loaded.transform) if loaded.name == ROWS_SPEC else f"{loaded.name}{notes}; {removed}"
     if head == "none":
         columns, features = _Columns.of(backbone, source, loaded, runtime)
-        about = {"head": "none", "backbone": f"{loaded.name}{notes}; {removed}"}
+        about = {"head": "none", "backbone": description}
         return _Plan("none", why, columns, ColumnFeatures(features), features, about)
     backbone = fast_layout(backbone.to(runtime.torch_device).eval())
-    about = {"backbone": f"{loaded.name}{notes}; {removed}"}
+    about = {"backbone": description}
     return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
 
 

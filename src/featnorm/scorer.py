@@ -193,8 +193,9 @@ class Scorer(nn.Module):
         ----------
         loader : iterable of batches as the model takes them, with or without labels; see `FeatureTap.stream`.
         held_out
-            Batches of other in-distribution inputs, for a detector that `needs_held_out`, such as a sum. Calibrate
-            on a third set. Default: one input in five of ``loader`` is held out, at most 1024.
+            Batches of other in-distribution inputs, for a detector that `needs_held_out`, such as a sum; with
+            labels only for `TemperatureScaling`. Calibrate on a third set. Default: one input in five of
+            ``loader`` is held out, at most 1024.
         labels
             Where the labels of a batch are: a key, an index or a function of the batch. Default: found by their
             position or name.

@@ -23,7 +23,7 @@ from featnorm.inputs.rows import rows_of
 from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
 from featnorm.models.heads import head_of, with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
-from featnorm.models.loading import backbone_of, is_users, recreate_model, rows_model
+from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model, rows_model
 from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, ROWS, STATISTICS, HeadKind, Scorer
 from featnorm.tap import FeatureTap
 
@@ -257,7 +257,8 @@ def _created(
     if stored and weights is not None:
         raise ModelError(f"{path} contains the weights of its model: omit {weights}")
     if model is not None:
-        if stored and spec is not None and not is_users(spec):
+        moved = spec is not None and is_folder(spec) and is_folder(model)
+        if stored and spec is not None and not is_users(spec) and not moved:
             raise ModelError(f"{path} was fitted on {spec}, not on your own model: omit the model")
         return create_model(model, weights=weights)
     if not stored:

@@ -60,6 +60,7 @@ def calibrate(
     """
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
+    from featnorm.inputs import kind_of
     from featnorm.scorer_file import load, replace_calibration
 
     if data is None:
@@ -69,7 +70,7 @@ def calibrate(
         stored = archive.calibration(tensors, header, scorer_file)
         if stored is None:
             raise ValueError(f"{scorer_file} is not calibrated: pass DATA")
-        calibration = stored.with_tpr(tpr)
+        calibration, kind = stored.with_tpr(tpr), kind_of(header["scorer"]["kind"])
     else:
         from featnorm.cli.runtime import runtime_of
         from featnorm.inputs import open_source
@@ -80,23 +81,22 @@ def calibrate(
         before = () if scorer.calibration is None else scorer.calibration.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
             summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)
-        print_skipped(source.title, summary.first_unread, summary.unread)
-        print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
+        print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
+        print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
         assert scorer.calibration is not None
-        calibration = scorer.calibration
+        calibration, kind = scorer.calibration, scorer.kind
         if gone := [group for group in before if group not in calibration.group_names]:
             console.print(
-                f"No images of {counted(len(gone), 'group')} of {scorer_file} ({', '.join(gone[:5])}"
-                f"{', ...' if len(gone) > 5 else ''}): images of {'it' if len(gone) == 1 else 'them'} cannot be "
-                "scored with the new file. Use --update to keep them.",
+                f"No {kind.name} of {counted(len(gone), 'group')} of {scorer_file} ({', '.join(gone[:5])}"
+                f"{', ...' if len(gone) > 5 else ''}): {kind.name} of {'it' if len(gone) == 1 else 'them'} cannot "
+                "be scored with the new file. Use --update to keep them.",
                 soft_wrap=True,
             )
     replace_calibration(scorer_file, out, calibration, source=data, added=update)
-    count = counted(len(calibration.scores), "image")
     console.print(
-        f"Calibrated on {count}. Averaged over such calibration sets, it flags at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images"
-        f"{rate_words(calibration) if calibration.group_names else ''}.",
+        f"Calibrated on {kind.counted(len(calibration.scores))}. Averaged over such calibration sets, it flags at "
+        f"most {100 * (1 - calibration.tpr):.1f} % of in-distribution {kind.name}"
+        f"{rate_words(calibration, kind.name) if calibration.group_names else ''}.",
         soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)

@@ -21,7 +21,8 @@ def inspect(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Model to inspect: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `MODULE:FUNCTION`.",
+            help="Model to inspect: `timm:NAME`, `torchvision:NAME`, `featnorm:NAME`, `hf:FOLDER` or "
+            "`MODULE:FUNCTION`.",
         ),
     ] = None,
     weights: Weights = None,

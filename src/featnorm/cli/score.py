@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featnorm.cli.console import (
     console,
-    counted,
     print_reading,
     print_skipped,
     printable,
@@ -31,6 +30,7 @@ from featnorm.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from featnorm.inputs import Source
     from featnorm.records import Journal
     from featnorm.runtime import Runtime
     from featnorm.scoring import ScoringSummary
@@ -89,7 +89,7 @@ def score(
             f"the detector was fitted in {fitted_in}: scores in {precision} differ slightly", style="dim"
         )
     if not files:
-        console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
+        console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  {source.kind.noun}")
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
         summary = score_source(
             scorer,
@@ -98,11 +98,11 @@ def score(
             page=html,
             made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
-            on_start=lambda journal: _print_start(journal, len(source)),
+            on_start=lambda journal: _print_start(journal, source),
             on_batch=None if files else _print_batch,
         )
-    print_skipped(source.title, summary.first_unread, summary.unread)
-    print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
+    print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
+    print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
     if summary.scores:
         console.print(str(summary))
         if summary.computed:
@@ -112,7 +112,8 @@ def score(
     if not summary.scores:
         name, why = summary.first_unread[0]
         raise DataError(
-            f"none of the {summary.unread:,} images could be read; the first is {printable(name)}: {why}"
+            f"none of the {summary.unread:,} {source.kind.name} could be read; the first is {printable(name)}: "
+            f"{why}"
         )
 
 
@@ -121,20 +122,21 @@ def _pace(summary: ScoringSummary, runtime: Runtime) -> str:
         where = f"{summary.model_seconds / summary.seconds:.0%} of the time in the model"
     else:
         where = f"on at most {runtime.cluster.actors.count} actors ({runtime.cluster.actors.device})"
-    return f"{summary.computed / summary.seconds:.0f} images per second, {where}."
+    return f"{summary.computed / summary.seconds:.0f} {summary.kind.name} per second, {where}."
 
 
-def _print_start(journal: Journal, total: int) -> None:
+def _print_start(journal: Journal, source: Source[Any]) -> None:
+    items = source.kind.name
     if journal.restarted:
-        console.print("the previous run used different images, detector or options; starting over", style="dim")
+        console.print(f"the previous run used different {items}, detector or options; starting over", style="dim")
     if journal.damaged is not None:
         console.print(
-            f"line {journal.damaged} of {journal.path} is damaged: scoring the images from there on again",
+            f"line {journal.damaged} of {journal.path} is damaged: scoring the {items} from there on again",
             style="dim",
             soft_wrap=True,
         )
     if journal.done:
-        console.print(f"resuming after {journal.done:,} of {counted(total, 'image')}", style="dim")
+        console.print(f"resuming after {journal.done:,} of {source.kind.counted(len(source))}", style="dim")
 
 
 def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:

