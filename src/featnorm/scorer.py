@@ -23,7 +23,7 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import DataError, ItemError, Source, group_items, kind_of, source_loader
+from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
 from featnorm.inputs.kinds import Inputs, rows_in, to_device
 from featnorm.inputs.loading import named
 from featnorm.inputs.rows import Rows
@@ -691,7 +691,7 @@ class Scorer(nn.Module):
             try:
                 if self.detector.needs_model:
                     raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
-                if not isinstance(inputs, Tensor):
+                if self.kind is not IMAGES:
                     raise NoHeatError(f"the scorer takes {self.kind.name}")
                 maps, compared = heat_maps(self.tap, inputs[chosen], self.detector.score, reference)
                 for part, one in zip(parts, maps.cpu(), strict=True):

@@ -372,7 +372,8 @@ def _shown(
         for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
-            yield ScoredImage(verdict, folder_of(verdict.item), items.get(row), inputs.get(row))
+            picture = items.get(row) if source.kind is IMAGES else None
+            yield ScoredImage(verdict, folder_of(verdict.item), picture, inputs.get(row))
 
 
 def _grayscale(inputs: Tensor, preprocess: Callable[[Any], Tensor]) -> npt.NDArray[np.float32]:

@@ -512,8 +512,10 @@ def _array(folder: Folder, path: str) -> npt.NDArray[Any]:
 
 
 def _not_an_array(name: str, error: Exception) -> DataError:
-    if "allow_pickle" in str(error):
+    if "Python objects" in str(error) or "Object arrays" in str(error):
         return DataError(f"{name} holds Python objects, which are not loaded: save an array of numbers")
+    if "pickled" in str(error):
+        return DataError(f"cannot read {name}: it was not written by numpy.save or numpy.savez")
     return DataError(f"cannot read {name}: {first_line(error)}")
 
 
