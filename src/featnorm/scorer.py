@@ -691,7 +691,7 @@ class Scorer(nn.Module):
             try:
                 if self.detector.needs_model:
                     raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
-                if self.kind is not IMAGES:
+                if self.kind is not IMAGES or not isinstance(inputs, Tensor):
                     raise NoHeatError(f"the scorer takes {self.kind.name}")
                 maps, compared = heat_maps(self.tap, inputs[chosen], self.detector.score, reference)
                 for part, one in zip(parts, maps.cpu(), strict=True):

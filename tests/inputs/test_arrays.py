@@ -209,7 +209,7 @@ def test_shards_are_one_table(tmp_path):
     np.testing.assert_array_equal(stack(source), ROWS)
     assert source.name(130) == "part-1.parquet row 10"
     pq.write_table(pa.table({"a": [1]}), tmp_path / "part-1.parquet")
-    with pytest.raises(DataError, match="part-1.parquet has other columns than"):
+    with pytest.raises(DataError, match=r"part-1\.parquet has other columns than"):
         open_source(str(tmp_path))
 
 

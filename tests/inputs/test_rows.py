@@ -54,14 +54,11 @@ def test_a_table_is_encoded_as_by_the_transformers_of_scikit_learn():
     rows = Table.fit(source_of(train))
     numbers, words = ["age", "children", "income", "unit"], ["country", "member", "color"]
     assert rows.columns == numbers + words
-    as_words = lambda table: (
-        table[words]
-        .astype(object)
-        .where(table[words].notna(), None)
-        .map(
-            lambda value: None if value is None else str(value)
-        )
-    )
+
+    def as_words(table):
+        given = table[words].astype(object)
+        return given.where(given.notna(), None).map(lambda value: None if value is None else str(value))
+
     expected = ColumnTransformer(
         [
             ("number", make_pipeline(StandardScaler(), SimpleImputer(strategy="constant", fill_value=0)), numbers),
@@ -136,7 +133,7 @@ def test_a_row_may_be_a_list_in_the_order_of_the_columns():
 def test_columns_of_other_types_are_refused_by_name():
     table = pd.DataFrame({"when": pd.date_range("2026-01-01", periods=50), "a": range(50)})
     with pytest.raises(
-        DataError, match="column 'when' of the DataFrame holds values of type (datetime|Timestamp): "
+        DataError, match=r"column 'when' of the DataFrame holds values of type (datetime|Timestamp): "
     ):
         Table.fit(source_of(table))
 
