@@ -1,4 +1,4 @@
-"""`export_onnx`: one ONNX graph from image tensor to verdict."""
+"""`export_onnx`: one ONNX graph from the tensor that preprocess returns to verdict."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
+from featnorm.inputs.rows import Rows
 
 if TYPE_CHECKING:
     from featnorm.scorer import Scorer
@@ -62,7 +63,9 @@ class ScoringGraph(nn.Module):
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
         by = scorer.thresholds_by
         if by is not None and by != "class":
-            raise ExportError(f"the scorer has thresholds by {by!r}, and an image does not show its group")
+            raise ExportError(
+                f"the scorer has thresholds by {by!r}, and {scorer.kind.one} does not show its group"
+            )
         self.tap = copy.deepcopy(scorer.tap)
         self.model = self.tap.model.eval()
         self.detector = scorer.detector
@@ -78,13 +81,13 @@ class ScoringGraph(nn.Module):
         self.register_buffer("bias", bias)
         self.outputs = OUTPUTS if features.logits is not None else OUTPUTS[1:]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of images (n, c, h, w).
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of inputs (n, ...).
 
         The logits are left out for a model without a classifier.
         """
         classifier = None if self.weight is None else (self.weight, self.bias)
-        features = self.tap.traced(images).replace(classifier=classifier)
+        features = self.tap.traced(inputs).replace(classifier=classifier)
         score = self.detector.score(features)
         exact = score.double()
         # What `Calibration` computes by searchsorted, which ONNX lacks.
@@ -99,10 +102,11 @@ class ScoringGraph(nn.Module):
 def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input ``images`` is (n, c, h, w) float32, as the scorer's preprocess makes it; the outputs are `OUTPUTS`,
-    without the logits for a model without a classifier. The metadata hold, as JSON under "featnorm", the detector,
-    the class names, the threshold, the share of in-distribution images to accept, the size of the input, the mean
-    and deviation by which the preprocess normalizes channels, if it does, and facts about the scorer.
+    The input, ``images`` (n, c, h, w) or ``rows`` (n, D), is float32, as the scorer's preprocess makes it; the
+    outputs are `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as JSON under
+    "featnorm", the detector, the class names, the threshold, the share of in-distribution inputs to accept, the
+    size of the input, the mean and deviation by which the preprocess normalizes channels, if it does, the columns
+    of a table with what encodes them, and facts about the scorer.
 
     Parameters
     ----------
@@ -132,18 +136,18 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
-    size = scorer.input_size
+    size, name = scorer.input_size, scorer.kind.name
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_TRACED, *size, generator=generator, dtype=torch.float32)
+    inputs = torch.randn(_TRACED, *size, generator=generator, dtype=torch.float32)
     with torch.no_grad():
-        graph(images)  # what a detector derives once per fit is not part of the graph
+        graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
             program = torch.onnx.export(
                 graph,
-                (images,),
+                (inputs,),
                 dynamo=True,
-                input_names=["images"],
+                input_names=[name],
                 output_names=list(graph.outputs),
                 dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
                 verbose=False,
@@ -160,15 +164,21 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         difference = 0.0
         for n in (1, 5):
-            images = torch.randn(n, *size, generator=generator, dtype=torch.float32)
-            outputs = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
-            difference = max(difference, _check(dict(zip(graph.outputs, outputs, strict=True)), scorer, images))
+            inputs = torch.randn(n, *size, generator=generator, dtype=torch.float32)
+            outputs = [torch.from_numpy(value) for value in session.run(None, {name: inputs.numpy()})]
+            difference = max(difference, _check(dict(zip(graph.outputs, outputs, strict=True)), scorer, inputs))
     return difference
 
 
 def _metadata(scorer: "Scorer") -> dict[str, Any]:
     calibration = scorer.calibration
     assert calibration is not None
+    preprocess = scorer.require_preprocess()
+    if isinstance(preprocess, Rows):
+        settings, fitted = preprocess.state()
+        encoding: dict[str, Any] = {"rows": settings | {key: value.tolist() for key, value in fitted.items()}}
+    else:
+        encoding = _normalization(preprocess)
     return {
         **scorer.facts,
         "detector": repr(scorer.detector),
@@ -177,7 +187,7 @@ def _metadata(scorer: "Scorer") -> dict[str, Any]:
         "thresholds by": scorer.thresholds_by,
         "tpr": calibration.tpr,
         "input size": scorer.input_size,
-        **_normalization(scorer.require_preprocess()),
+        **encoding,
     }
 
 
@@ -192,9 +202,9 @@ def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, lis
     return {"mean": (-black[:, 0] * deviation).tolist(), "deviation": deviation.tolist()}
 
 
-def _check(found: dict[str, Tensor], scorer: "Scorer", images: Tensor) -> float:
+def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Tensor) -> float:
     """Compare the outputs of the graph with PyTorch's, and return the largest relative difference of scores."""
-    expected = scorer(images)
+    expected = scorer(inputs)
     for name in found:
         value = getattr(expected, name)
         assert value is not None  # the scorer is calibrated
@@ -217,7 +227,9 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", images: Tensor) -> float:
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")
     if wrong := int((found["is_id"] != is_id).sum()):
-        raise ExportError(f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} images")
+        raise ExportError(
+            f"the graph's is_id is not that of its score for {wrong} of {scorer.kind.counted(len(is_id))}"
+        )
     return gaps["score"]
 
 

@@ -307,7 +307,7 @@ def fit_source(
     """
     check_type(source, Source, "the data", "a source made by featnorm.inputs.open_source")
     check_type(loaded, LoadedModel, "the model", "a LoadedModel made by featnorm.models.create_model")
-    source.require(loaded.kind, loaded.name or "the model")
+    source.require(loaded.kind, loaded.name or "the model", loaded.transform)
     items, noun = source.kind.name, source.kind.noun
     embeds = getattr(loaded.transform, "embeds", True)
     check_share(tpr, "tpr")

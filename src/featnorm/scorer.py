@@ -538,7 +538,7 @@ class Scorer(nn.Module):
             calibration.
         """
         runtime = runtime or Runtime()
-        self.require_source(source)
+        source.require(self.kind, "this scorer", self.preprocess)
         groups = self.groups_of(source)
 
         def predict(inputs: Inputs, rows: Tensor) -> list[ItemVerdict]:
@@ -555,12 +555,6 @@ class Scorer(nn.Module):
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     verdicts[row] = verdict._replace(first_of_several=row in part.several)
             yield [verdicts[row] for row in part.rows]
-
-    def require_source(self, source: Source[Any]) -> None:
-        """Check that a source holds what the scorer takes; raise a DataError if it does not."""
-        source.require(self.kind, "this scorer")
-        if isinstance(self.preprocess, Rows):
-            self.preprocess.check(source)
 
     def groups_of(self, source: Source[Any]) -> list[str] | None:
         """Return the group of each item of a source; None if the scorer has no groups, or those of classes.

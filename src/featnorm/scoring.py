@@ -177,7 +177,7 @@ def score_source(
     if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
         scorer.to(runtime.torch_device)
     place = out or page
-    scorer.require_source(source)
+    source.require(scorer.kind, "this scorer", scorer.preprocess)
     summary = ScoringSummary(scorer.kind)
     with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
         if journal is not None and on_start is not None:

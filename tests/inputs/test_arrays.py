@@ -319,3 +319,33 @@ def test_slices_keep_columns_and_widths(tmp_path):
     source = SlicedSource(open_source(str(tmp_path / "x.npy")), [5, 3], "two")
     assert source.width == 6
     np.testing.assert_array_equal(stack(source), ROWS[[5, 3]])
+
+
+def test_the_commands_export_evaluate_and_monitor_rows(featnorm, tmp_path):
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    np.save(tmp_path / "known.npy", ROWS)
+    np.save(tmp_path / "odd.npy", 5 + ROWS[:50])
+    assert featnorm("fit", "known.npy", "--detector", "KNN(k=3, normalize=False)")[0] == 0
+    code, out, error = featnorm("export", "detector.featnorm", "-o", "d.onnx")
+    assert code == 0, error
+    assert "in:  rows (n, 6) float32, as returned by the preprocess of featnorm:rows" in out
+    scorer = fn.load(tmp_path / "detector.featnorm")
+    graph = session(tmp_path / "d.onnx")
+    names = [output.name for output in graph.get_outputs()]
+    found = dict(zip(names, graph.run(None, {"rows": ROWS[:7]}), strict=True))
+    verdicts = scorer.predict(ROWS[:7])
+    np.testing.assert_allclose(found["score"], [v.score for v in verdicts], rtol=1e-3)
+    assert found["is_id"].tolist() == [v.is_id for v in verdicts]
+    metadata = json.loads(graph.get_modelmeta().custom_metadata_map["featnorm"])
+    assert metadata["rows"] == {"vector": 6, "embeds": True}
+    for name in ("known", "odd"):
+        assert featnorm("score", "detector.featnorm", f"{name}.npy", "-o", f"{name}.csv")[0] == 0
+    _, out, _ = featnorm("monitor", "detector.featnorm", "odd.csv")
+    assert "drift" in out
+    code, out, error = featnorm("evaluate", "detector.featnorm", "--id", "known.npy", "--ood", "odd.npy")
+    assert code == 0, error
+    results = json.loads((tmp_path / "featnorm-evaluation" / "results.json").read_text())
+    assert "KNN(k=3, normalize=False)" in json.dumps(results)
+    code, _, error = featnorm("evaluate", "detector.featnorm", "--id", "known.csv", "--ood", "odd.npy")
+    assert code != 0
+    assert "known has named columns, and vectors of 6 numbers are needed" in error

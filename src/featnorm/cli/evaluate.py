@@ -126,7 +126,7 @@ def evaluate(
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.evaluation import FILES, compare, standard_detectors
-    from featnorm.inputs import open_source
+    from featnorm.inputs import IMAGES, open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
     from featnorm.models.loading import import_users_module
@@ -227,7 +227,8 @@ def evaluate(
     comparison.facts |= flagged
     title = f"OOD detection with {name or scorer_file}"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
-    write_page(comparison, page, title=title, summary=summary, image=image)
+    pictures = image if kind is IMAGES else None
+    write_page(comparison, page, title=title, summary=summary, image=pictures)
     write_text(document, markdown_page(comparison, title=title, summary=summary), errors="backslashreplace")
     comparison.save(out)
     if protocol is not None:

@@ -13,7 +13,7 @@ def export(
     weights: OwnWeights = None,
     tpr: Tpr = None,
 ) -> None:
-    """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
+    """Export the detector as one ONNX graph (input tensor to logits, score, p-value and verdict), and check it."""
     require_file_place(out, [scorer_file])
     from featnorm.export import OUTPUTS
     from featnorm.scorer_file import load
@@ -24,7 +24,9 @@ def export(
     difference = scorer.export(out)
     shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
-    console.print(f"  in:  images (n, {shape}) float32, as returned by the preprocess of {scorer.spec}")
+    console.print(
+        f"  in:  {scorer.kind.name} (n, {shape}) float32, as returned by the preprocess of {scorer.spec}"
+    )
     outputs = OUTPUTS if "logits" in scorer.tap.captured else OUTPUTS[1:]
     console.print(f"  out: {', '.join(outputs)}")
     console.print(

@@ -121,6 +121,9 @@ class Kind(ABC):
                 f"{tuple(first.shape)}: use a transform that {self._to_one_shape}"  # type: ignore[union-attr]
             )
 
+    def check_source(self, source: Any, preprocess: Any) -> None:  # noqa: B027  most kinds have no columns
+        """Check that a source has the columns that a preprocess takes; raise a `DataError` if it does not."""
+
     _to_one_shape = "returns one shape"
 
     def collate(self, prepared: Sequence[Any], preprocess: Any = None) -> Inputs:
@@ -268,6 +271,10 @@ class _Rows(Kind):
 
     def reference(self, preprocess: Any = None) -> Any:
         return preprocess.reference()
+
+    def check_source(self, source: Any, preprocess: Any) -> None:
+        if hasattr(preprocess, "check"):
+            preprocess.check(source)
 
 
 IMAGES, TEXTS, ROWS = _KINDS["images"], _KINDS["texts"], _KINDS["rows"]

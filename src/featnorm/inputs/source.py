@@ -126,8 +126,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         """Return what identifies item `i` without reading its content: name, size and modification time."""
         return self._identity(self._checked(i))
 
-    def require(self, kind: Kind, taker: str) -> None:
-        """Check that the items are of a kind.
+    def require(self, kind: Kind, taker: str, preprocess: Any = None) -> None:
+        """Check that the items are of a kind, and have the columns that a preprocess takes.
 
         Parameters
         ----------
@@ -135,14 +135,17 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
             The kind.
         taker : str
             What takes only these, for the message.
+        preprocess : callable, optional
+            The preprocess.
 
         Raises
         ------
         DataError
-            If they are of another kind.
+            If they are of another kind, or have other columns.
         """
         if self.kind is not kind:
             raise DataError(f"{self.title} holds {self.kind.name}, and {taker} takes {kind.name}")
+        kind.check_source(self, preprocess)
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
