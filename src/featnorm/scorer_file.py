@@ -160,6 +160,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
             },
             "inputs": items,
             "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
+            **({} if about["rows"] is None else {"rows": _columns(about["rows"])}),
             "classes": about["classes"],
             "explanations": {
                 "activation statistics": bool(statistics),
@@ -180,6 +181,13 @@ def summarize(path: str | Path) -> dict[str, Any]:
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
     return summary
+
+
+def _columns(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a `featnorm.inputs.Rows` by its settings."""
+    if "vector" in rows:
+        return {"vectors": f"{rows['vector']} numbers"}
+    return {"numbers": rows["numbers"], "categories": [*rows["categories"]], "left out": rows["left out"]}
 
 
 def _thresholds(calibration: Calibration, items: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import torch
 import featnorm as fn
 from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
+from featnorm.inputs.arrays import row_source
+from featnorm.inputs.openers import Options
 
 ray = pytest.importorskip("ray")
 
@@ -94,6 +96,20 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
         assert_same(remote(workers, alone, source), expected)
     for mine, theirs in zip(merged.statistics.buffers(), alone.statistics.buffers(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_rows_are_fitted_and_scored_as_by_one_process(workers):
+    rows = np.random.default_rng(0).normal(size=(240, 6))
+    detector = "KNN(k=3, normalize=False)"
+    alone, merged = (
+        fn.fit(rows, detector=detector, runtime=fn.Runtime(batch_size=BATCH, workers=0, cluster=actors))
+        for actors in (None, workers)
+    )
+    new = row_source(np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]), Options(False, None))
+    expected = local(alone, new)
+    assert expected[7][2].error == "column 0 is nan in float32, which is not finite"
+    assert_same(local(merged, new), expected)
+    assert_same(remote(workers, alone, new), expected)
 
 
 def test_a_small_set_is_fitted_here_and_scored_by_the_workers(workers, folder, tiny, cache, tmp_path):

@@ -291,7 +291,7 @@ def test_the_commands_take_an_array(featnorm, tmp_path):
     assert featnorm("calibrate", "detector.featnorm", "known.npy", "--tpr", "0.9", "-o", "again.featnorm")[0] == 0
     code, out, _ = featnorm("inspect", "again.featnorm")
     assert code == 0
-    assert "rows" in out
+    assert "vectors: 6 numbers" in out
     np.save(tmp_path / "wide.npy", np.zeros((30, 7)))
     code, _, error = featnorm("score", "detector.featnorm", "wide.npy")
     assert code != 0
@@ -303,7 +303,7 @@ def test_the_commands_take_a_table(featnorm, tmp_path):
     table.to_csv(tmp_path / "known.csv", index=False)
     code, out, error = featnorm("fit", "known.csv", "--label-column", "word", "--group-by", "f")
     assert code == 0, error
-    assert "none, the rows are 5 columns of numbers, standardized, and 0 of categories" in out
+    assert "none, the rows are 5 features of 'a', 'b', 'c', 'd', 'e'; 'f', 'word' left out" in out
     assert "KNN(k=10, normalize=False)" in out
     code, out, error = featnorm("score", "detector.featnorm", "known.csv", "--html", "page.html", "-o", "out.csv")
     assert code == 0, error
@@ -312,6 +312,30 @@ def test_the_commands_take_a_table(featnorm, tmp_path):
     code, _, error = featnorm("score", "detector.featnorm", "out.csv")
     assert code != 0
     assert "missing columns 'a', 'b', 'c', 'd', 'e'; unknown columns 'error'" in error
+
+
+def test_a_model_of_ones_own_takes_rows(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom featnorm.inputs import Vector\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    mlp = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))\n"
+        "    return mlp, Vector(6)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    odd = ROWS.copy()
+    odd[3] = np.inf
+    with pytest.warns(
+        UserWarning, match="1 rows of the array cannot be read; the first is row 3: column 0 is inf"
+    ):
+        scorer = fn.fit(odd, "mine:make", labels=LABELS, detector="NAN", cache=tmp_path / "cache")
+    assert scorer.head == "keep"
+    found = scorer.predict(ROWS[:20])
+    assert len({v.score for v in found}) == 20
+    assert scorer.predict(np.full((1, 6), np.nan))[0].error == "column 0 is nan in float32, which is not finite"
+    scorer.save(tmp_path / "d.featnorm", weights=True)
+    assert fn.load(tmp_path / "d.featnorm", "mine:make").predict(ROWS[:20]) == found
 
 
 def test_slices_keep_columns_and_widths(tmp_path):

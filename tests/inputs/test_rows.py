@@ -71,7 +71,7 @@ def test_a_table_is_encoded_as_by_the_transformers_of_scikit_learn():
         np.testing.assert_allclose(encoded(rows, table), wanted, rtol=1e-5, atol=1e-6)
     assert rows.width == 4 + 1 + 32 + 2 + 3
     assert str(rows) == (
-        "none, the rows are 4 columns of numbers, standardized, and 3 of categories, one-hot encoded: 42 features"
+        "none, the rows are 42 features of 'age', 'children', 'income', 'unit', 'country' and 2 more"
     )
 
 

@@ -7,6 +7,7 @@ from featnorm.inputs.grouping import group_items
 from featnorm.inputs.kinds import IMAGES, ROWS, TEXTS, Kind, kind_of
 from featnorm.inputs.loading import Batch, Extracted, SourceLoader, extract_features, image_tensor, source_loader
 from featnorm.inputs.openers import Opener, open_source
+from featnorm.inputs.rows import Rows, Table, Vector
 from featnorm.inputs.source import ImageSource, JoinedSource, SlicedSource, Source
 
 __all__ = [
@@ -23,9 +24,12 @@ __all__ = [
     "JoinedSource",
     "Kind",
     "Opener",
+    "Rows",
     "SlicedSource",
     "Source",
     "SourceLoader",
+    "Table",
+    "Vector",
     "extract_features",
     "group_items",
     "image_tensor",

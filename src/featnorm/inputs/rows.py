@@ -208,11 +208,9 @@ class Table(Rows):
         return self._width
 
     def __str__(self) -> str:
+        encoded = f"{self.width} features of {_listed(self.numbers + [*self.categories])}"
         unused = f"; {_listed(self.left_out)} left out" if self.left_out else ""
-        return (
-            f"none, the rows are {len(self.numbers)} columns of numbers, standardized, and {len(self.categories)} "
-            f"of categories, one-hot encoded: {self.width} features{unused}"
-        )
+        return f"none, the rows are {encoded}{unused}"
 
     def __call__(self, item: Any) -> Tensor:
         """See `Rows`."""

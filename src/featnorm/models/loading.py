@@ -30,6 +30,7 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
+from featnorm.inputs.errors import ItemError
 from featnorm.inputs.kinds import IMAGES, TEXTS, Kind, kind_of
 from featnorm.inputs.rows import Rows
 from featnorm.models.errors import ModelError, UserModelError
@@ -358,7 +359,8 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     """Return the model and transform that the user's own function creates."""
     module, _, function = spec.partition(":")
     what = (
-        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to tensor"
+        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to "
+        "tensor, or featnorm.inputs.Vector(width) for rows"
     )
     imported = import_users_module(spec)
     if not callable(make := getattr(imported, function, None)):
@@ -375,6 +377,8 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     if weights is not None:
         path = Path(weights).expanduser()
         notes = _load(model, _read(path, _tensors(model).keys()), path, spec)
+    if isinstance(transform, Rows):
+        return LoadedModel(model.eval(), transform, (transform.width,), spec, notes, own=True)
     with users_transform(spec, "a black image of 256 x 256 pixels"):
         example = transform(Image.new("RGB", (256, 256)))
     if not isinstance(example, Tensor) or example.ndim != 3:
@@ -404,7 +408,7 @@ def users_transform(spec: str, inputs: str) -> Iterator[None]:
     try:
         yield
     except RAISED_BY_USERS as error:
-        if not is_users(spec):
+        if not is_users(spec) or isinstance(error, ItemError):
             raise
         raise _users_fault(f"the transform of {spec}", error).on(inputs) from error
 
