@@ -208,7 +208,7 @@ class Table(Rows):
         return self._width
 
     def __str__(self) -> str:
-        encoded = f"{self.width} features of {_listed(self.numbers + [*self.categories])}"
+        encoded = f"{self.width} features of {_listed(self.columns)}"
         unused = f"; {_listed(self.left_out)} left out" if self.left_out else ""
         return f"none, the rows are {encoded}{unused}"
 
