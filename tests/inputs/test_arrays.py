@@ -1,6 +1,7 @@
 """Rows of arrays and tables: opening, labels, hostile files, and what the commands make of them."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -184,6 +185,7 @@ def test_rows_of_a_csv_file_that_cannot_be_read_cost_no_other(tmp_path):
         with pytest.raises(ItemError, match=f"row {i}: {why}"):
             source.item(i)
     rows = fit_rows(source)
+    assert not rows.gaps.any()
     features = row_features(source, rows)
     assert features.rows.tolist() == [i for i in range(50) if i not in (2, 4, 10)]
     assert [name for name, _ in features.corrupt] == ["row 2", "row 4", "row 10"]
@@ -336,6 +338,24 @@ def test_a_model_of_ones_own_takes_rows(tmp_path, monkeypatch):
     assert scorer.predict(np.full((1, 6), np.nan))[0].error == "column 0 is nan in float32, which is not finite"
     scorer.save(tmp_path / "d.featnorm", weights=True)
     assert fn.load(tmp_path / "d.featnorm", "mine:make").predict(ROWS[:20]) == found
+
+
+def test_a_changed_file_has_other_identities(tmp_path):
+    def identities():
+        source = open_source(str(tmp_path / f"x.{ending}"))
+        return {source.identity(i) for i in range(len(source))}
+
+    for ending, write in (("npy", np.save), ("npz", np.savez), ("csv", np.savetxt)):
+        found = []
+        for values in (ROWS[:9], ROWS[9:18]):
+            write(
+                tmp_path / f"x.{ending}",
+                values,
+                **({"delimiter": ",", "header": "a,b,c,d,e,f", "comments": ""} if ending == "csv" else {}),
+            )
+            os.utime(tmp_path / f"x.{ending}", (len(found), len(found)))
+            found.append(identities())
+        assert len(found[0] | found[1]) == 18
 
 
 def test_slices_keep_columns_and_widths(tmp_path):

@@ -40,6 +40,7 @@ class ArrayRows(Source[Any]):
     values : (n, D) numbers of any real type, in memory or mapped from a file.
     title : name for tables.
     labels, class_names : see `Source`.
+    place : what identifies the file of the array, with its size and modification time. Default: no file.
 
     Raises
     ------
@@ -55,6 +56,7 @@ class ArrayRows(Source[Any]):
         title: str,
         labels: Sequence[int | None] | None = None,
         class_names: list[str] | None = None,
+        place: str = "",
     ) -> None:
         if values.ndim != 2 or values.dtype.kind not in "fiub" or 0 in values.shape:
             raise DataError(
@@ -64,6 +66,7 @@ class ArrayRows(Source[Any]):
         super().__init__(title, [None] * len(values) if labels is None else labels, class_names)
         self.width = int(values.shape[1])
         self._values = values
+        self._place = place
 
     def _read(self, i: int) -> tuple[Any, bytes]:
         with np.errstate(over="ignore"):
@@ -73,6 +76,9 @@ class ArrayRows(Source[Any]):
 
     def _name(self, i: int) -> str:
         return f"row {i}"
+
+    def _identity(self, i: int) -> str:
+        return f"{self._place} {i}" if self._place else self._digest(i).hex()
 
 
 class TableRows(Source[Any]):
@@ -187,6 +193,12 @@ class ArrowRows(TableRows):
             raise ItemError(self._name(i), self._ragged[i])
         return super()._read(i)
 
+    def _identity(self, i: int) -> str:
+        try:
+            return self._digest(i).hex()
+        except ItemError as error:
+            return error.reason
+
 
 class ParquetRows(TableRows):
     """Rows of parquet files, read one row group at a time, as images of parquet files are.
@@ -243,11 +255,12 @@ class ArrayOpener(Opener):
     def open(self, location: Any, title: str, options: Options) -> ArrayRows:
         """See `Opener`."""
         folder, (path,) = location.folder, location.paths
+        place = folder.absolute().identity(path)
         labels: Any = (None, None)
         try:
             if not path.endswith(".npz"):
                 options.require_no_column(location)
-                return ArrayRows(_array(folder, path), title)
+                return ArrayRows(_array(folder, path), title, place=place)
             with np.load(io.BytesIO(folder.read(path)), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except (ValueError, EOFError) as error:
@@ -267,7 +280,7 @@ class ArrayOpener(Opener):
         values = arrays[matrices[0]]
         if labels[0] is not None and len(labels[0]) != len(values):
             raise DataError(f"{title} holds {len(values)} rows, and {len(labels[0])} labels")
-        return ArrayRows(values, title, *labels)
+        return ArrayRows(values, title, labels[0], labels[1], place)
 
 
 class CsvOpener(Opener):

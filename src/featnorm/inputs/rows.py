@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
+from itertools import compress
 from typing import Any, Self
 
 import numpy as np
@@ -136,6 +137,7 @@ class Table(Rows):
     ) -> None:
         self.numbers, self.categories, self.left_out = list(numbers), dict(categories), list(left_out)
         self.mean, self.scale, self.gaps = mean.numpy(), scale.numpy(), gaps.numpy()
+        self._names = {*self.numbers, *self.categories}
         self._width = len(self.numbers) + int(self.gaps.sum())
         self._units: dict[str, dict[str | None, int]] = {}
         for name, units in self.categories.items():
@@ -164,10 +166,13 @@ class Table(Rows):
 
         numbers, categories, unused = [], {}, sorted(left_out)
         means, scales, gaps = [], [], []
-        for name in source.columns:
-            if name in left_out:
-                continue
-            values = source.column(name)
+        used = [name for name in source.columns if name not in left_out]
+        # Rows without any value, such as those that cannot be read, say nothing about the columns.
+        known = np.zeros(len(source), bool)
+        for name in used:
+            known |= [value is not None for value in source.column(name)]
+        for name in used:
+            values = list(compress(source.column(name), known))
             column = _as_numbers(values)
             if column is not None:
                 missing = np.isnan(column)
@@ -218,7 +223,7 @@ class Table(Rows):
             if len(item) != len(self.columns):
                 raise ItemError("", f"it has {len(item)} values: {len(self.columns)} are needed, one per column")
             item = dict(zip(self.columns, item, strict=True))
-        if why := self._misfit(item.keys()):
+        if item.keys() != self._names and (why := self._misfit(item.keys())):
             raise ItemError("", why)
         numbers = _numbers([item[name] for name in self.numbers], self.numbers, np.float64)
         if np.isinf(numbers).any():
@@ -255,7 +260,7 @@ class Table(Rows):
     def _misfit(self, names: Set[str]) -> str:
         """Return which columns are missing or unknown; an empty string if the names fit."""
         missing = [name for name in self.columns if name not in names]
-        unknown = sorted(str(name) for name in names - set(self.columns) - set(self.left_out))
+        unknown = sorted(str(name) for name in names - self._names - set(self.left_out))
         return "; ".join(
             f"{what} {_listed(found)}"
             for what, found in (("missing columns", missing), ("unknown columns", unknown))
