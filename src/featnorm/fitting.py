@@ -140,6 +140,7 @@ def fit(
     output: str | int | None = None,
     targets: Targets = "auto",
     label_column: str | None = None,
+    text_column: str | None = None,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -165,8 +166,8 @@ def fit(
     Parameters
     ----------
     data
-        Image folder, file or name of a data set, see `featnorm.inputs.open_source`; a source; an array, tensor or
-        sequence (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+        Images, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or sequence
+        (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
     labels
         One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
         Default: those of ``data``.
@@ -188,7 +189,7 @@ def fit(
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
-    label_column : column of a table that holds the labels. Default: ``label``, if there is one.
+    label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -231,9 +232,11 @@ def fit(
     """
     reads = targets != "clusters" or label_column is not None
     if isinstance(data, (str, Path)):
-        data = open_source(str(data), root=data_root, labels=reads, label_column=label_column)
+        data = open_source(
+            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column
+        )
     elif not isinstance(data, Source):
-        data = row_source(data, Options(reads, label_column))
+        data = row_source(data, Options(reads, label_column, text_column))
     if labels is not None:
         data = LabeledSource(data, labels)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}

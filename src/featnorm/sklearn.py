@@ -14,8 +14,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from featnorm._utils.checks import min_scores
 from featnorm.detectors import Detector, parse_detector
 from featnorm.fitting import Head, fit_source
-from featnorm.inputs.arrays import ArrayRows, class_labels
+from featnorm.inputs.arrays import ArrayRows
 from featnorm.inputs.rows import Vector
+from featnorm.inputs.source import class_labels
 from featnorm.models.loading import rows_model
 from featnorm.runtime import Runtime
 

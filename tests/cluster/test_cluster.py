@@ -105,7 +105,9 @@ def test_rows_are_fitted_and_scored_as_by_one_process(workers):
         fn.fit(rows, detector=detector, runtime=fn.Runtime(batch_size=BATCH, workers=0, cluster=actors))
         for actors in (None, workers)
     )
-    new = row_source(np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]), Options(False, None))
+    new = row_source(
+        np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]), Options(False, None, None)
+    )
     expected = local(alone, new)
     assert expected[7][2].error == "column 0 is nan in float32, which is not finite"
     assert_same(local(merged, new), expected)

@@ -40,7 +40,7 @@ def people(n=600, seed=0):
 
 
 def source_of(table, label=None):
-    return row_source(table, Options(True, label))
+    return row_source(table, Options(True, label, None))
 
 
 def encoded(rows, table):

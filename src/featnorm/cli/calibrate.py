@@ -24,6 +24,7 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScorerFile,
+    TextColumn,
     Workers,
 )
 
@@ -35,18 +36,20 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[DATA]",
-            help=f"In-distribution images that the model was not trained on: {DATA}. Default: the stored scores.",
+            help=f"In-distribution images or texts that the model was not trained on: {DATA}. Default: the stored "
+            "scores.",
         ),
     ] = None,
     tpr: Annotated[
         float | None,
-        typer.Option(help="Share of in-distribution images to accept. Default: that of SCORER."),
+        typer.Option(help="Share of in-distribution items to accept. Default: that of SCORER."),
     ] = None,
     update: Annotated[
-        bool, typer.Option("--update", help="Add the images to the earlier calibration images of SCORER.")
+        bool, typer.Option("--update", help="Add the items to the earlier calibration items of SCORER.")
     ] = False,
     model: OwnModel = None,
     weights: OwnWeights = None,
+    text_column: TextColumn = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
@@ -54,7 +57,7 @@ def calibrate(
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:
-    """Calibrate a fitted scorer again: for another rate, or on other in-distribution images.
+    """Calibrate a fitted scorer again: for another rate, or on other in-distribution data.
 
     Without DATA the model is not needed, because the calibration scores are in the file.
     """
@@ -77,7 +80,7 @@ def calibrate(
         from featnorm.scoring import calibrate_source
 
         scorer = load(scorer_file, model, weights=weights)
-        source = open_source(data, root=data_root, labels=False)
+        source = open_source(data, root=data_root, labels=False, text_column=text_column)
         before = () if scorer.calibration is None else scorer.calibration.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
             summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)

@@ -1,4 +1,4 @@
-"""``featnorm evaluate``: a comparison of detectors on the user's model and images."""
+"""``featnorm evaluate``: a comparison of detectors on the user's model and data."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from featnorm.cli.options import (
     Layer,
     OutFolder,
     Precision,
+    TextColumn,
     Weights,
     Workers,
 )
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from featnorm.evaluation import Comparison
-    from featnorm.inputs import ImageSource
+    from featnorm.inputs import Source
     from featnorm.scorer import Scorer
 
 # Name of the set to fit on. Another set of that name is called by its specification.
@@ -108,6 +109,7 @@ def evaluate(
     ] = None,
     layer: Layer = None,
     label_column: LabelColumn = None,
+    text_column: TextColumn = None,
     out: OutFolder = Path("featnorm-evaluation"),
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -147,8 +149,8 @@ def evaluate(
     if reference is not None:
         detectors.append(parse_detector(reference))
 
-    def labeled(spec: str) -> ImageSource:
-        return open_source(spec, root=data_root, label_column=label_column)
+    def labeled(spec: str) -> Source[Any]:
+        return open_source(spec, root=data_root, label_column=label_column, text_column=text_column)
 
     fit_source = None if fit is None else labeled(fit)
     if protocol is None:
@@ -156,7 +158,8 @@ def evaluate(
             raise ValueError("pass --id and --ood, or --protocol with --benchmark and --data-root")
         given_names, groups, specs = _split_names([id_data, *ood])
         _refuse_twice([*([] if fit is None else [fit]), *specs])
-        opened = [labeled(specs[0]), *(open_source(spec, root=data_root, labels=False) for spec in specs[1:])]
+        others = (open_source(spec, root=data_root, labels=False, text_column=text_column) for spec in specs[1:])
+        opened = [labeled(specs[0]), *others]
         sources = _named(list(zip(specs, opened, strict=True)), given_names)
         grouped = [groups.get(spec, "") + name for spec, name in zip(specs, sources, strict=True)]
     else:
@@ -227,8 +230,7 @@ def evaluate(
     comparison.facts |= flagged
     title = f"OOD detection with {name or scorer_file}"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
-    pictures = image if kind is IMAGES else None
-    write_page(comparison, page, title=title, summary=summary, image=pictures)
+    write_page(comparison, page, title=title, summary=summary, image=image if kind is IMAGES else None)
     write_text(document, markdown_page(comparison, title=title, summary=summary), errors="backslashreplace")
     comparison.save(out)
     if protocol is not None:
@@ -260,7 +262,7 @@ def evaluate(
     console.print(f"Wrote {page}, {document}, {', '.join(written)}.", soft_wrap=True)
 
 
-def _named(opened: list[tuple[str, ImageSource]], given: dict[str, str]) -> dict[str, ImageSource]:
+def _named(opened: list[tuple[str, Source[Any]]], given: dict[str, str]) -> dict[str, Source[Any]]:
     """Return the sets by their given or short names or, where two share one, by their specifications."""
     titles = [given.get(spec, _short(spec, source.title)) for spec, source in opened]
     return {
@@ -292,7 +294,7 @@ def _split_names(specs: list[str]) -> tuple[dict[str, str], dict[str, str], list
     return names, groups, plain
 
 
-def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, ImageSource]) -> dict[str, str]:
+def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, Source[Any]]) -> dict[str, str]:
     """Return which shares of the sets the fitted detector flags at its threshold, or thresholds, as a fact."""
     import torch
 
@@ -317,7 +319,7 @@ def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, ImageSou
             shares.append(f"unknown for {name} (it has groups without a threshold)")
         else:
             shares.append(f"{100 * (1 - is_id.double().mean()):.1f} % of {name}")
-    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution images"
+    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution inputs"
     by = f", with thresholds by {scorer.thresholds_by}" if scorer.calibration.group_names else ""
     return {f"flagged by the fitted {scorer.detector!r}, {rate}{by}": ", ".join(shares)}
 

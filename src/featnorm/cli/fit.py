@@ -30,6 +30,7 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     Seed,
+    TextColumn,
     Weights,
     Workers,
 )
@@ -96,6 +97,7 @@ def fit(
             "(.csv), or one label per line (.txt). Default: the labels in DATA.",
         ),
     ] = None,
+    text_column: TextColumn = None,
     tpr: Annotated[float, typer.Option(help="Share of in-distribution items to accept.")] = 0.95,
     thresholds_by: Annotated[
         str | None,
@@ -157,6 +159,7 @@ def fit(
         root=data_root,
         labels=targets != "clusters" or label_column is not None,
         label_column=label_column,
+        text_column=text_column,
     )
     source = source if labels is None else LabeledSource(source, labels)
     items = source.kind.name

@@ -1,4 +1,4 @@
-"""``featnorm score``: the verdicts of a fitted detector on images."""
+"""``featnorm score``: the verdicts of a fitted detector on images or texts."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScorerFile,
+    TextColumn,
     Tpr,
     Workers,
 )
@@ -39,26 +40,27 @@ if TYPE_CHECKING:
 
 def score(
     scorer_file: ScorerFile,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=f"Image files, or {DATA}.")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help=f"Image files, or {DATA}.")],
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             "-o",
             metavar="FILE",
-            help="Output file (.csv, .jsonl or .parquet), one row per image. Default: print to the terminal.",
+            help="Output file (.csv, .jsonl or .parquet), one row per item. Default: print to the terminal.",
         ),
     ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="HTML page to write: the flagged images, each beside the most similar in-distribution images, a "
-            "heat map of where its score comes from, and the calibration scores.",
+            help="HTML page to write: the flagged items, each beside the most similar in-distribution ones, for "
+            "images a heat map of where the score comes from, and the calibration scores.",
         ),
     ] = None,
     model: OwnModel = None,
     weights: OwnWeights = None,
+    text_column: TextColumn = None,
     tpr: Tpr = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -67,13 +69,13 @@ def score(
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:
-    """Score images: score, p-value, verdict (ID or OOD) and predicted class, one row per image.
+    """Score images or texts: score, p-value, verdict (ID or OOD) and predicted class, one row per item.
 
     With `--out` or `--html`, rerun the same command to resume after an interruption.
     """
     files = [file for file in (out, html) if file is not None]
     for file in files:
-        require_file_place(file, [scorer_file, *map(Path, images)])
+        require_file_place(file, [scorer_file, *map(Path, data)])
     from featnorm.cli.runtime import runtime_of
     from featnorm.inputs import DataError, open_source
     from featnorm.scorer_file import load
@@ -82,7 +84,7 @@ def score(
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
         scorer.set_tpr(tpr)
-    source = open_source(*images, root=data_root, labels=False, mix_splits=True)
+    source = open_source(*data, root=data_root, labels=False, text_column=text_column, mix_splits=True)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
         console.print(

@@ -1,6 +1,6 @@
 """The user's data: opening it by path, address or name, decoding it, and loading it in batches."""
 
-from featnorm.inputs import arrays, images, parquet, torchvision_sets  # noqa: F401  each registers its openers
+from featnorm.inputs import arrays, images, tables, torchvision_sets  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.grouping import group_items

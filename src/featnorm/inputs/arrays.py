@@ -2,11 +2,10 @@
 
 import hashlib
 import io
-import threading
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,9 +21,10 @@ from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
 from featnorm.inputs.kinds import ROWS
 from featnorm.inputs.openers import Opener, Options
-from featnorm.inputs.parquet import open_parquet
+from featnorm.inputs.parquet import LastGroups, open_parquet
 from featnorm.inputs.rows import Rows
-from featnorm.inputs.source import SlicedSource, Source
+from featnorm.inputs.source import SlicedSource, Source, class_labels
+from featnorm.inputs.texts import FORMATS, RowFile, is_number
 
 # Rows of a table in memory that are converted at a time.
 _BLOCK = 1024
@@ -119,7 +119,7 @@ class TableRows(Source[Any]):
         self._ends = list(accumulate(sizes))
         if not self._ends or not self._ends[-1]:
             raise DataError(f"no rows in {title}")
-        self._blocks = _Blocks()
+        self._blocks = LastGroups()
         labels: Any = ([None] * self._ends[-1], None)
         if options.labels and label in names:
             labels = class_labels(self.column(label))
@@ -132,7 +132,9 @@ class TableRows(Source[Any]):
 
     def column(self, name: str) -> list[Any]:
         """See `Source`."""
-        return [value for number in range(len(self._ends)) for value in _python(self._block(number, [name])[name])]
+        return [
+            value for number in range(len(self._ends)) for value in self._block(number, [name])[name].to_pylist()
+        ]
 
     def _first_vector(self) -> npt.NDArray[Any]:
         for i in range(self._ends[-1]):
@@ -156,7 +158,7 @@ class TableRows(Source[Any]):
         if self._vector is not None:
             vectors = self._block(number, [self._vector])[self._vector]
             return _Items("no vector in this row" if v is None else v for v in _arrays(vectors))
-        values = [_python(column) for column in self._block(number, self.columns).columns]
+        values = [column.to_pylist() for column in self._block(number, self.columns).columns]
         return _Items(dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True))
 
     def _name(self, i: int) -> str:
@@ -169,17 +171,17 @@ class ArrowRows(TableRows):
     Parameters
     ----------
     table : `pyarrow.Table`.
+    unread : rows of the source that are not in the table because they cannot be read, and the reasons.
     title, options : see `TableRows`.
-    ragged : rows that are not in the table because they have another number of values, and their reasons.
     """
 
-    def __init__(self, table: Any, title: str, options: Options, ragged: Mapping[int, str] | None = None) -> None:
+    def __init__(self, table: Any, unread: Mapping[int, str], title: str, options: Options) -> None:
         self._table = table
-        self._ragged = dict(ragged or {})
-        total = table.num_rows + len(self._ragged)
-        # Row of the table of each row of the source; None for one that is ragged.
+        self._unread = unread
+        total = table.num_rows + len(self._unread)
+        # Row of the table of each row of the source; None for one that cannot be read.
         taken = np.ones(total, bool)
-        taken[list(self._ragged)] = False
+        taken[list(self._unread)] = False
         self._places = np.where(taken, np.cumsum(taken) - 1, -1)
         super().__init__(title, table.schema, [min(_BLOCK, total - k) for k in range(0, total, _BLOCK)], options)
 
@@ -189,8 +191,8 @@ class ArrowRows(TableRows):
         return self._table.select(columns).take(indices)
 
     def _read(self, i: int) -> tuple[Any, bytes]:
-        if i in self._ragged:
-            raise ItemError(self._name(i), self._ragged[i])
+        if i in self._unread:
+            raise ItemError(self._name(i), self._unread[i])
         return super()._read(i)
 
     def _identity(self, i: int) -> str:
@@ -283,18 +285,6 @@ class ArrayOpener(Opener):
         return ArrayRows(values, title, labels[0], labels[1], place)
 
 
-class CsvOpener(Opener):
-    """A .csv file with a line of column names, as a table in memory, whose values are strings."""
-
-    endings = (".csv",)
-
-    def open(self, location: Any, title: str, options: Options) -> ArrowRows:
-        """See `Opener`."""
-        folder, (path,) = location.folder, location.paths
-        table, ragged = read_csv(folder, path)
-        return ArrowRows(table, title, options, ragged)
-
-
 def row_source(data: Any, options: Options) -> Source[Any]:
     """Return rows as a source.
 
@@ -316,7 +306,7 @@ def row_source(data: Any, options: Options) -> Source[Any]:
             table = pa.Table.from_pandas(data, preserve_index=False)
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DataError(f"cannot use the DataFrame: {first_line(error)}") from None
-        return ArrowRows(table, "the DataFrame", options)
+        return ArrowRows(table, {}, "the DataFrame", options)
     return ArrayRows(matrix_of(data), "the array")
 
 
@@ -382,39 +372,12 @@ class LabeledSource(SlicedSource[Any]):
         if isinstance(labels, (str, Path)):
             where = str(labels)
             labels = _read_labels(Path(labels).expanduser())
-        labels, self.class_names = class_labels(matrix_of(labels))
+        labels, self.class_names = class_labels(labels if isinstance(labels, list) else matrix_of(labels))
         if len(labels) != len(source):
             raise DataError(
                 f"{where} has {len(labels):,} labels, and {source.title} has {len(source):,} {source.kind.name}"
             )
         self._labels = [None if label is None or label < 0 else label for label in labels]
-
-
-def class_labels(values: Any) -> tuple[list[int | None], list[str] | None]:
-    """Return labels as class indices, and the names of the classes, or None if the labels are integers.
-
-    Parameters
-    ----------
-    values
-        One label per row: integers, of which negative ones mean no label, or anything else whose sorted strings
-        are the classes. None and NaN mean no label.
-
-    Raises
-    ------
-    DataError
-        There is more than one value per row.
-    """
-    values = values if isinstance(values, list) else np.asarray(values)
-    if isinstance(values, np.ndarray):
-        if values.ndim != 1:
-            raise DataError(f"labels have shape {values.shape}: expected one label per row")
-        values = values.tolist()
-    given = [None if value is None or value != value else value for value in values]
-    if all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in given):
-        return given, None
-    names = sorted({str(value) for value in given if value is not None})
-    numbers = {name: number for number, name in enumerate(names)}
-    return [None if value is None else numbers[str(value)] for value in given], names
 
 
 def vector_columns(schema: Any) -> list[str]:
@@ -425,37 +388,65 @@ def vector_columns(schema: Any) -> list[str]:
     return [f.name for f in lists if types.is_floating(f.type.value_type) or types.is_integer(f.type.value_type)]
 
 
-def read_csv(folder: Folder, path: str) -> tuple[Any, dict[int, str]]:
-    """Return a CSV file as a `pyarrow.Table` of strings, and the rows with another number of values.
+def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
+    """Return a file of rows as a `pyarrow.Table` in memory, and the rows that cannot be read, with the reasons.
+
+    Words for missing values, such as ``NA`` and ``nan``, are null. Columns of JSON values of several types are
+    those of their strings.
 
     Raises
     ------
     DataError
-        It cannot be read, or has no line of column names.
+        The file cannot be read, or its first row holds numbers in place of the names of the columns.
     """
-    pa, csv = vision_module("pyarrow"), vision_module("pyarrow.csv")
-    ragged: dict[int, str] = {}
-    name = folder.name(path)
+    if all(map(is_number, file.columns)) and not all(map(str.isdecimal, file.columns)):
+        raise DataError(f"the first row of {file.name} holds numbers: add a row with the names of the columns")
+    pa = vision_module("pyarrow")
+    missing = frozenset(vision_module("pyarrow.csv").ConvertOptions().null_values)
+    unread: dict[int, str] = {}
+    tables = []
+    numbered = enumerate(row for _, row in file.rows())
+    while block := list(islice(numbered, _BLOCK)):
+        read = []
+        for number, row in block:
+            values = {k: None if isinstance(v, str) and v in missing else v for k, v in row.values.items()}
+            error = row.error
+            if any(isinstance(value, str) and not _is_utf8(value) for value in values.values()):
+                error = "it is not valid UTF-8"
+            if error is None:
+                read.append(values)
+            else:
+                unread[number] = error
+        columns = {name: [row.get(name) for row in read] for name in file.columns}
+        tables.append(pa.table({name: _column(values) for name, values in columns.items()}))
+    if not tables:
+        raise DataError(f"no rows in {file.name}")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive"), unread
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        words = [pa.table({n: _words(t[n].to_pylist()) for n in t.column_names}) for t in tables]
+        return pa.concat_tables(words, promote_options="permissive"), unread
 
-    def skip(row: Any) -> str:
-        # The first row has number 2.
-        ragged[row.number - 2] = f"it has {row.actual_columns} values in {row.expected_columns} columns"
-        return "skip"
 
-    read = csv.ReadOptions(use_threads=False)
-    parse = csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
-    with _Errors(name):
-        with folder.open(path) as file, csv.open_csv(file, csv.ReadOptions(), parse) as reader:
-            names = reader.schema.names
-        ragged.clear()
-        convert = csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, check_utf8=False
-        )
-        with folder.open(path) as file:
-            table = csv.read_csv(file, read, parse, convert)
-    if names and all(_is_number(name) for name in names) and not all(map(str.isdecimal, names)):
-        raise DataError(f"the first line of {name} holds numbers: add a line with the names of the columns")
-    return table, ragged
+def _column(values: list[Any]) -> Any:
+    pa = vision_module("pyarrow")
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return _words(values)
+
+
+def _words(values: list[Any]) -> Any:
+    pa = vision_module("pyarrow")
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Errors:
@@ -472,40 +463,7 @@ class _Errors:
 
 
 class _Items(list[Any]):
-    """Rows of a block; unlike a list, they can be referred to weakly."""
-
-
-class _Blocks:
-    """The block that each thread has read last. A pickled copy holds none."""
-
-    def __init__(self) -> None:
-        self._own = threading.local()
-
-    def __reduce__(self) -> tuple[type["_Blocks"], tuple[()]]:
-        return _Blocks, ()
-
-    def find(self, number: int, read: Callable[[], _Items]) -> _Items:
-        """Return a block, which is read if this thread has read another one last."""
-        if getattr(self._own, "number", None) != number:
-            self._own.number = self._own.items = None
-            self._own.items = read()
-            self._own.number = number
-        return self._own.items
-
-
-def _python(column: Any) -> list[Any]:
-    """Return a column as Python values; None for bytes that are not UTF-8."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_decoded(value) for value in column]
-
-
-def _decoded(value: Any) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return None
+    """Rows of a block, to which weak references are possible."""
 
 
 def _arrays(column: Any) -> list[npt.NDArray[Any] | None]:
@@ -536,32 +494,13 @@ def _read_labels(path: Path) -> Any:
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
-        if path.suffix == ".csv":
-            table, ragged = read_csv(LocalFolder(""), str(path))
-            if table.num_columns != 1 or ragged:
-                raise DataError(f"{path} has {table.num_columns} columns: expected one, with a label per row")
-            return _integers(_python(table.column(0)))
-        if path.suffix == ".txt":
-            return _integers(path.read_text("utf-8-sig").splitlines())
+        if path.suffix not in (".csv", ".txt"):
+            raise DataError(f"cannot read labels from {path}: name a .npy, .csv or .txt file")
+        file = FORMATS[path.suffix](LocalFolder(""), str(path))
+        if len(file.columns) != 1:
+            raise DataError(f"{path} has {len(file.columns)} columns: expected one, with a label per row")
+        return [row.values.get(file.columns[0]) for _, row in file.rows()]
     except OSError as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
     except ValueError as error:
         raise error if isinstance(error, DataError) else _not_an_array(str(path), error) from None
-    raise DataError(f"cannot read labels from {path}: name a .npy, .csv or .txt file")
-
-
-def _integers(words: Sequence[str | None]) -> list[Any]:
-    """Return words as integers, if all are; an empty word is None."""
-    words = [word or None for word in words]
-    try:
-        return [None if word is None else int(word) for word in words]
-    except ValueError:
-        return list(words)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

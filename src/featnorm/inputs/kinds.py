@@ -206,6 +206,14 @@ class _Texts(Kind):
     def item_of(self, raw: Any, name: str) -> str:
         if not isinstance(raw, str):
             raise TypeError(f"{name} is of type {type(raw).__name__}: expected a str, or a mapping of tensors")
+        if not raw or raw.isspace():
+            raise ItemError(name, "an empty text")
+        if "\0" in raw:
+            raise ItemError(name, "it has a NUL character, so it is not text")
+        try:
+            raw.encode()
+        except UnicodeEncodeError:
+            raise ItemError(name, "it is not valid UTF-8") from None
         return raw
 
     def reference(self, preprocess: Any = None) -> str:

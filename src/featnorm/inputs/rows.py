@@ -198,7 +198,10 @@ class Table(Rows):
             frequent = [[word] for word in encoder.categories_[0].tolist() if word not in rare]
             categories[name] = [*frequent, rare] if rare else frequent
         if not numbers and not categories:
-            raise DataError(f"no column of {source.title} can be used ({_listed(unused)} left out)")
+            raise DataError(
+                f"no column of {source.title} can be used ({_listed(unused)} left out); if one holds texts, "
+                "choose it with text_column (--text-column)"
+            )
         mean, scale = (torch.tensor(values, dtype=torch.float64) for values in (means, scales))
         return cls(numbers, mean, scale, torch.tensor(gaps, dtype=torch.bool), categories, unused)
 

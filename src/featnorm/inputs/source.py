@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -275,3 +276,30 @@ class JoinedSource(Source[T]):
     def _identity(self, i: int) -> str:
         source, row = self._locate(i)
         return source.identity(row)
+
+
+def class_labels(values: Any) -> tuple[list[int | None], list[str] | None]:
+    """Return labels as class indices, and the names of the classes, or None if the labels are integers.
+
+    Parameters
+    ----------
+    values
+        One label per item, a sequence or an array (n,): integers, also as strings, of which negative ones mean no
+        label; or anything else, whose sorted strings are the classes. None, NaN and "" mean no label.
+
+    Raises
+    ------
+    DataError
+        The array has another shape.
+    """
+    if not isinstance(values, list):
+        values = np.asarray(values)
+        if values.ndim != 1:
+            raise DataError(f"labels have shape {values.shape}: expected one label per item")
+        values = values.tolist()
+    words = [None if value is None or value != value or value == "" else str(value) for value in values]
+    if all(word is None or word.lstrip("-").isdecimal() for word in words):
+        return [None if word is None else int(word) for word in words], None
+    names = sorted({word for word in words if word is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    return [None if word is None else numbers[word] for word in words], names
