@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_share, check_text
-from featnorm._utils.memory import in_parts
 from featnorm._utils.ranks import are_ranks
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, parse_detector
@@ -25,7 +23,7 @@ from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
 from featnorm.inputs.kinds import Inputs, rows_in, to_device
-from featnorm.inputs.loading import named
+from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
@@ -551,7 +549,7 @@ class Scorer(nn.Module):
             verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    found = chain(*in_parts(predict, part.batch.inputs, part.batch.indices))
+                    found = over_parts(predict, part.batch.inputs, part.batch.indices)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     verdicts[row] = verdict._replace(first_of_several=row in part.several)
             yield [verdicts[row] for row in part.rows]

@@ -17,7 +17,7 @@ from featnorm.cluster.tasks import Extraction, Scoring, Task
 from featnorm.detectors import KNN, Detector
 from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import Extracted, SlicedSource, Source
+from featnorm.inputs import DataError, Extracted, SlicedSource, Source
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel
 from featnorm.runtime import Runtime
@@ -26,6 +26,8 @@ from featnorm.verdict import ItemVerdict
 
 #: Batches per shard: the maximum number to repeat when an actor dies.
 _SHARD = 16
+#: Times that a shard is repeated. One that ends its actor every time, for want of memory say, would never end.
+_RETRIES = 3
 #: Calls per actor that run, are done but not yet read, or wait.
 _CALLS = 2
 #: Share of Ray's memory that all actors' copies of a bank of KNN may take.
@@ -58,7 +60,8 @@ class Cluster:
     """A Ray cluster: the one at ``RAY_ADDRESS``, or one started here with all CPUs of this machine.
 
     There is one actor per GPU, with an equal share of the CPUs to decode items, or else one per CPU, which
-    decodes its items itself. An actor that dies is restarted with the shard it was working on.
+    decodes its items itself. If an actor dies, a new one repeats the shard that it was working on, at most 3
+    times.
 
     Actors are started for the first task and kept, with their CPUs and GPUs, for later ones, until `close` is
     called or the ``with`` block ends.
@@ -130,7 +133,7 @@ class Cluster:
         Raises
         ------
         DataError
-            The transform fails on an item.
+            The transform fails on an item, or some items end every process that reads them.
         ValueError
             An output of the model is not finite.
         """
@@ -174,12 +177,22 @@ class Cluster:
         if not batches:
             return
         shards = (batches[i : i + _SHARD] for i in range(0, len(batches), _SHARD))
-        # Kept in a variable, because restarted actors read them again.
+
+        # Kept in a variable, because every actor that is started reads them.
         references = [ray.put(task), ray.put(source)]
-        for results, error in self._results("run", ((references, shard) for shard in shards), ordered):
-            yield from results
-            if error is not None:
-                raise error
+        try:
+            for results, error in self._results("run", ((references, shard) for shard in shards), ordered):
+                yield from results
+                if error is not None:
+                    raise error
+        except _ActorDiedError as died:
+            size, (_, shard) = task.runtime.batch_size, died.call
+            first, last = rows_of(shard[0], size, len(source))[0], rows_of(shard[-1], size, len(source))[-1]
+            raise DataError(
+                f"the process that read {source.name(first)} to {source.name(last)} of {source.title} ended "
+                f"{_RETRIES + 1} times, perhaps for want of memory: lower --batch-size, or leave these "
+                f"{source.kind.name} out"
+            ) from died.__cause__
 
     def _results(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
         """Call a method of the actors, each of which runs one call at a time; yield the results.
@@ -189,46 +202,61 @@ class Cluster:
         method : name of a method of `_Actor`.
         calls : arguments of each call, read as actors become free.
         ordered : see `_over_batches`.
+
+        Raises
+        ------
+        _ActorDiedError
+            A call ended its actor each time that it was made.
         """
         import ray
 
         max_actors = self.actors.count
-        calls, waiting = iter(calls), deque[tuple[Any, ...]]()
-        busy: dict[Any, Any] = {}
-        unread: list[Any] = []
+        calls, waiting = iter(calls), deque[_Call]()
+        busy: dict[Any, tuple[Any, _Call]] = {}
+        unread: list[_Call] = []
         while True:
-            waiting.extend(islice(calls, _CALLS * max_actors - len(unread) - len(waiting)))
-            running = set(busy.values())
+            free = _CALLS * max_actors - len(unread) - len(waiting)
+            waiting.extend(map(_Call, islice(calls, max(0, free))))
+            running = {actor for actor, _ in busy.values()}
             idle = [actor for actor in self._ready if actor not in running]
             while waiting and idle:
-                actor = idle.pop()
-                result = getattr(actor, method).remote(*waiting.popleft())
-                busy[result] = actor
-                unread.append(result)
+                actor, call = idle.pop(), waiting.popleft()
+                busy[getattr(actor, method).remote(*call.arguments)] = actor, call
+                if not call.deaths:
+                    unread.append(call)
             while len(self._starting) < min(len(waiting), max_actors - len(self._ready)):
                 actor = self._start_actor()
                 self._starting[actor.__ray_ready__.remote()] = actor
             if not unread and not waiting:
                 return
             for found in ray.wait([*busy, *self._starting])[0]:
-                if found in busy:
-                    del busy[found]
-                else:
+                if found not in busy:
                     ray.get(found)
                     self._ready.append(self._starting.pop(found))
+                    continue
+                actor, call = busy.pop(found)
+                try:
+                    call.result, call.done = ray.get(found), True
+                except ray.exceptions.RayActorError as error:
+                    self._ready.remove(actor)
+                    ray.kill(actor)  # it may only be out of reach
+                    call.deaths += 1
+                    if call.deaths > _RETRIES:
+                        raise _ActorDiedError(call.arguments) from error
+                    waiting.appendleft(call)
             if ordered:
-                first_busy = next((i for i, result in enumerate(unread) if result in busy), len(unread))
-                done, unread = unread[:first_busy], unread[first_busy:]
+                first = next((i for i, call in enumerate(unread) if not call.done), len(unread))
+                done, unread = unread[:first], unread[first:]
             else:
-                done, unread = [result for result in unread if result not in busy], list(busy)
-            for result in done:
-                yield ray.get(result)
+                done, unread = [call for call in unread if call.done], [call for call in unread if not call.done]
+            for call in done:
+                yield call.result
 
     def _start_actor(self) -> Any:
         import ray
 
         actors = self.actors
-        kind = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
+        kind = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus)(_Actor)
         return kind.remote(actors.device, actors.workers)
 
     def fit(
@@ -260,7 +288,8 @@ class Cluster:
         """Return a scorer whose large banks of KNN are split over processes."""
         import ray
 
-        part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(BankPart)
+        options: dict[str, Any] = {"max_restarts": _RETRIES, "max_task_retries": -1}
+        part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **options)(BankPart)
         memo: dict[int, Any] = {}
         for knn in scorer.detector.modules():
             if isinstance(knn, KNN) and self._is_large(knn):
@@ -271,6 +300,29 @@ class Cluster:
     def _is_large(self, knn: KNN) -> bool:
         rows, width = knn.bank_shape
         return 4 * rows * width * self.actors.count > _BANK_SHARE * _resources().get("memory", np.inf)
+
+
+@dataclass
+class _Call:
+    """A call of a method of an actor: its arguments, its result, and how many actors have died of it."""
+
+    arguments: tuple[Any, ...]
+    result: Any = None
+    done: bool = False
+    deaths: int = 0
+
+
+class _ActorDiedError(RuntimeError):
+    """A call ended its actor each time that it was made; the cause is Ray's error.
+
+    Parameters
+    ----------
+    call : arguments of the call.
+    """
+
+    def __init__(self, call: tuple[Any, ...]) -> None:
+        super().__init__("a worker process of the cluster ended each time that it was restarted")
+        self.call = call
 
 
 class _Actor:

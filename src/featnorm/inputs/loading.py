@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +30,9 @@ _MAX_WORKERS = 8
 _AHEAD = 2
 # On Windows, a wait without a timeout cannot be interrupted.
 _POLL_SECONDS = 0.5
+
+# Number of parts of similar lengths in which a batch of texts is run, and the minimum number of texts in one.
+_SIMILAR_PARTS, _MIN_SIMILAR = 4, 16
 
 _T = TypeVar("_T")
 
@@ -250,6 +254,38 @@ def _result(future: Future[_T]) -> _T:
     return future.result()
 
 
+def over_parts(function: Callable[..., Any], inputs: Inputs, *others: Tensor) -> Any:
+    """Return the results of a function for the rows of a batch, which is run in parts.
+
+    Texts of similar lengths are run together, without the padding that longer ones of the batch need. If the
+    device runs out of memory, smaller parts are run.
+
+    Parameters
+    ----------
+    function : callable
+        From some of the rows to one result per row, a tensor or a list.
+    inputs, *others : Tensor or mapping of str to Tensor, Tensor
+        The rows.
+    """
+    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    if mask is None:
+        return _joined(in_parts(function, inputs, *others))
+    lengths = mask.sum(1)
+    order = lengths.argsort()
+    found = []
+    for rows in order.split(max(_MIN_SIMILAR, math.ceil(len(order) / _SIMILAR_PARTS))):
+        part = {name: tensor[rows, : int(lengths[rows].max())] for name, tensor in inputs.items()}  # type: ignore[union-attr]
+        found += in_parts(function, part, *(other[rows] for other in others))
+    results, places = _joined(found), order.argsort()
+    return results[places] if isinstance(results, Tensor) else [results[place] for place in places.tolist()]
+
+
+def _joined(found: list[Any]) -> Any:
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found) if isinstance(found[0], Tensor) else list(chain(*found))
+
+
 def named(source: Source[Any], rows: Sequence[int]) -> str:
     """Return a name of some items of a source for errors: of the only one, or of the first and the last."""
     if len(rows) == 1:
@@ -291,10 +327,9 @@ def extract_features(
             yield Extracted(part.rows, None, part.unread, part.digests, part.several)
             continue
         try:
-            found = in_parts(backbone, part.batch.inputs)
+            values = over_parts(backbone, part.batch.inputs)
         except UserCodeError as error:
             raise error.on(named(source, part.batch.indices.tolist())) from error.__cause__
-        values = found[0] if len(found) == 1 else torch.cat(found)
         yield Extracted(part.rows, values, part.unread, part.digests, part.several)
 
 
