@@ -44,7 +44,7 @@ _CLUSTERS = "clusters of the features are used instead of classes"
 
 
 def fit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images or texts: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images, texts or rows: {DATA}.")],
     out: OutFile = Path("detector.featnorm"),
     model: Annotated[
         str | None,
@@ -52,7 +52,7 @@ def fit(
             metavar="SPEC",
             help="Model: `MODULE:FUNCTION`, your own function that returns a model and its transform, or "
             "`timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `hf:FOLDER`. Default: "
-            "`featnorm:efficientnet-lite0` for images, `featnorm:minilm` for texts.",
+            "`featnorm:efficientnet-lite0` for images, `featnorm:minilm` for texts, none for rows.",
         ),
     ] = None,
     weights: Weights = None,
@@ -61,7 +61,7 @@ def fit(
         typer.Option(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
-            "for a model without a classifier (`KNN(k=1)` for fewer than 100 items).",
+            "without a classifier (`KNN(k=1)` for fewer than 100 items), with `normalize=False` for tables.",
         ),
     ] = None,
     head: Annotated[

@@ -4,7 +4,7 @@ import hashlib
 import io
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate, islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -150,7 +150,7 @@ class TableRows(Source[Any]):
         item = items[i - (self._ends[number - 1] if number else 0)]
         if isinstance(item, str):
             raise ItemError(self._name(i), item)
-        content = item.tobytes() if self._vector is not None else repr(list(item.values())).encode()
+        content = item.tobytes() if self._vector is not None else "\0".join(map(str, item.values())).encode()
         return item, hashlib.sha256(content).digest()
 
     def _items(self, number: int) -> "_Items":
@@ -409,16 +409,15 @@ def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
     while block := list(islice(numbered, _BLOCK)):
         read = []
         for number, row in block:
-            values = {k: None if isinstance(v, str) and v in missing else v for k, v in row.values.items()}
             error = row.error
-            if any(isinstance(value, str) and not _is_utf8(value) for value in values.values()):
+            if not _is_utf8("".join(value for value in row.values.values() if isinstance(value, str))):
                 error = "it is not valid UTF-8"
             if error is None:
-                read.append(values)
+                read.append(row.values)
             else:
                 unread[number] = error
         columns = {name: [row.get(name) for row in read] for name in file.columns}
-        tables.append(pa.table({name: _column(values) for name, values in columns.items()}))
+        tables.append(pa.table({name: _column(values, missing) for name, values in columns.items()}))
     if not tables:
         raise DataError(f"no rows in {file.name}")
     try:
@@ -428,10 +427,10 @@ def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
         return pa.concat_tables(words, promote_options="permissive"), unread
 
 
-def _column(values: list[Any]) -> Any:
+def _column(values: list[Any], missing: Set[str]) -> Any:
     pa = vision_module("pyarrow")
     try:
-        return pa.array(values)
+        return pa.array([None if isinstance(value, str) and value in missing else value for value in values])
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return _words(values)
 

@@ -168,11 +168,13 @@ class Table(Rows):
         means, scales, gaps = [], [], []
         used = [name for name in source.columns if name not in left_out]
         # Rows without any value, such as those that cannot be read, say nothing about the columns.
-        known = np.zeros(len(source), bool)
+        empty = np.ones(len(source), bool)
         for name in used:
-            known |= [value is not None for value in source.column(name)]
+            if not empty.any():
+                break
+            empty &= [value is None for value in source.column(name)]
         for name in used:
-            values = list(compress(source.column(name), known))
+            values = list(compress(source.column(name), ~empty))
             column = _as_numbers(values)
             if column is not None:
                 missing = np.isnan(column)
@@ -321,7 +323,7 @@ def _numbers(values: Any, names: Sequence[Any], dtype: Any) -> np.ndarray[Any, A
     try:
         with np.errstate(over="ignore"):
             found = np.asarray(values, dtype)
-        if found.ndim == 1 and not any(isinstance(value, bool) for value in values):
+        if found.ndim == 1 and (isinstance(values, np.ndarray) or bool not in map(type, values)):
             return found
     except (TypeError, ValueError, OverflowError):
         pass
@@ -333,7 +335,7 @@ def _numbers(values: Any, names: Sequence[Any], dtype: Any) -> np.ndarray[Any, A
 
 def _as_numbers(values: Sequence[Any]) -> np.ndarray[Any, Any] | None:
     """Return values as float64, NaN for those that are missing; None if one is not a number."""
-    if any(isinstance(value, (bool, np.bool_)) for value in values):
+    if not {bool, np.bool_}.isdisjoint(map(type, values)):
         return None
     try:
         found = np.array([math.nan if value is None else float(value) for value in values], np.float64)
