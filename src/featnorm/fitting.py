@@ -201,8 +201,8 @@ def fit(
     seed : seed of the head's initial weights, its training, the clusters, and the choice of examples.
     thumbnails
         Whether the scorer, and a file that it is saved to, hold thumbnails of at most 64 x 64 pixels of up to 512
-        of the images, or the first 200 characters of as many texts, to show similar ones beside an item that is
-        scored.
+        of the images, or the first 200 characters of as many texts or rows, to show similar ones beside an item
+        that is scored.
     runtime : where and how the model runs. Default: `Runtime()`, on the CPU.
 
     Returns
@@ -434,8 +434,7 @@ def fit_source(
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
-    previews = thumbnails and source.kind is not ROWS
-    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, previews, runtime)
+    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
     loader, chosen = loader_of(calibrates), int(calibrates.sum())
     scorer.tap.trace(next(iter(loader)).inputs)
     # In the precision in which new items will be scored.

@@ -29,7 +29,7 @@ from featnorm.verdict import ItemVerdict
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
     from featnorm.hidden import Why
-    from featnorm.report.scores import ScoredImage
+    from featnorm.report.scores import ScoredItem
 
 MAX_SHOWN = 100  # items on the page
 _OTHERS = 5  # items on the page that are not flagged, those with the lowest scores
@@ -328,6 +328,7 @@ def _write_page(
     shown += [item for item in lowest if item[1].is_id][:_OTHERS]
     write_scores_page(
         path,
+        kind=source.kind,
         title=source.title,
         summary=f"{summary} {scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
@@ -345,10 +346,10 @@ def _write_page(
 
 def _shown(
     scorer: Scorer, source: Source[Any], chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
-) -> "Iterator[ScoredImage]":
+) -> "Iterator[ScoredItem]":
     """Yield the items with their explanations; few at a time, as they may be large."""
     from featnorm.report.explanation import grayscale
-    from featnorm.report.scores import ScoredImage
+    from featnorm.report.scores import ScoredItem
 
     preprocess = scorer.require_preprocess()
     for start in range(0, len(chosen), _EXPLAINED_BATCH):
@@ -372,5 +373,5 @@ def _shown(
         for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
-            picture = items.get(row) if source.kind is IMAGES else None
-            yield ScoredImage(verdict, folder_of(verdict.item), picture, inputs.get(row))
+            shown = source.kind.shown(items[row]) if row in items else None
+            yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row))

@@ -13,7 +13,7 @@ from PIL import Image
 from featnorm.hidden import Why
 from featnorm.hidden.examples import Neighbor
 from featnorm.inputs import IMAGES
-from featnorm.report.scores import ScoredImage, write_scores_page
+from featnorm.report.scores import ScoredItem, write_scores_page
 from featnorm.verdict import ItemVerdict
 from pages import Page, check
 
@@ -35,7 +35,7 @@ def shown(i, *, flagged, folder="new/a", predicted="cat", heat=True, name=None, 
     verdict = ItemVerdict(
         name or f"{folder}/{i}.png", float(i), 0.01 * (i + 1), not flagged, predicted, None, group
     )
-    return ScoredImage(verdict._replace(why=why), folder, picture(i), np.full((30, 40), 0.5, np.float32))
+    return ScoredItem(verdict._replace(why=why), folder, picture(i), np.full((30, 40), 0.5, np.float32))
 
 
 def written(tmp_path, cards, *, flagged=None, folders=None, unread=()):
@@ -43,6 +43,7 @@ def written(tmp_path, cards, *, flagged=None, folders=None, unread=()):
     folders = folders or {"new/a": (60, 3), "new/b": (40, 1)}
     write_scores_page(
         path,
+        kind=IMAGES,
         title="new",
         summary="4 of 100 images flagged as OOD (4.0 %).",
         facts={"images": "x" * 80, ODD: ODD},

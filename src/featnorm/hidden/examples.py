@@ -27,7 +27,9 @@ class Neighbor:
     index : position in the sample.
     similarity : cosine similarity of the pooled features, at most 1.
     label : class of the image, or None.
-    thumbnail : encoded thumbnail, or None. It comes from a file: use `image`, which decodes it safely.
+    thumbnail
+        Encoded thumbnail of an image, or the beginning of a text, or None. It comes from a file: use `image` or
+        `text`, which decode it safely.
     """
 
     index: int
@@ -41,6 +43,10 @@ class Neighbor:
             return None
         return decode(self.thumbnail, f"thumbnail {self.index}", max_pixels=THUMBNAIL**2)
 
+    def text(self) -> str | None:
+        """Return the beginning of a text, or None."""
+        return None if self.thumbnail is None else self.thumbnail.decode("utf-8", "replace")
+
     def __str__(self) -> str:
         return f"{'' if self.label is None else f'{self.label}, '}similarity {self.similarity:.2f}"
 
@@ -52,7 +58,8 @@ class Examples:
     ----------
     features : pooled features (m, D) in float32, on the CPU; 1 to 512 of them.
     labels : class of each image, or None for an image without one.
-    thumbnails : encoded thumbnail of each image, 1.5 MB in all. Default: none.
+    thumbnails
+        Encoded thumbnail of each image, or the beginning of each text in UTF-8, 1.5 MB in all. Default: none.
 
     Raises
     ------

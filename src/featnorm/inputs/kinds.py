@@ -97,8 +97,12 @@ class Kind(ABC):
         return prepared.float().cpu()
 
     def preview(self, item: Any) -> bytes:
-        """Return what a page shows of an item; nothing by default."""
+        """Return what a page shows of an item beside others; nothing by default."""
         return b""
+
+    def shown(self, item: Any) -> Any:
+        """Return what a page shows of an item: an image, or text."""
+        return item
 
     def is_first_of_several(self, item: Any) -> bool:
         """Whether an item is the first of several in its file."""
@@ -279,6 +283,19 @@ class _Rows(Kind):
 
     def reference(self, preprocess: Any = None) -> Any:
         return preprocess.reference()
+
+    def shown(self, item: Any) -> str:
+        """Return the columns with their values, or the numbers."""
+        pairs = item.items() if isinstance(item, Mapping) else None
+        values = (
+            [f"{x:.3g}" for x in item] if pairs is None else [f"{k}: {'' if v is None else v}" for k, v in pairs]
+        )
+        return ", ".join(values)
+
+    def preview(self, item: Any) -> bytes:
+        """Return the first 200 characters of `shown` in UTF-8."""
+        text = self.shown(item)
+        return (text if len(text) <= PREVIEW else text[:PREVIEW] + "…").encode()
 
     def check_source(self, source: Any, preprocess: Any) -> None:
         if hasattr(preprocess, "check"):

@@ -91,7 +91,7 @@ class Vector(Rows):
 
     def reference(self) -> Any:
         """Return a ramp."""
-        return np.linspace(-1, 1, self.width, dtype=np.float32)
+        return np.linspace(-1, 1, self.width).tolist()
 
     def check(self, source: Source[Any]) -> None:
         """See `Rows`."""

@@ -1,4 +1,4 @@
-"""The page of scored images: lowest scores first, each with its place, similar images and a heat map."""
+"""The page of scored images or texts: lowest scores first, each with its place, similar images and a heat map."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from PIL import Image
 
 from featnorm._utils.ranks import are_ranks, shown_scores
 from featnorm.hidden.examples import Neighbor
+from featnorm.inputs import Kind
 from featnorm.report import plots
 from featnorm.report.explanation import heat_map, neighbor_picture
 from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
@@ -20,25 +21,27 @@ Array = npt.NDArray[np.float64]
 
 # Size of the small histogram beside an image, in SVG units, and its number of bins.
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
+# Characters of a text that are shown.
+_MAX_TEXT = 500
 # Folders in the table.
 _MAX_FOLDERS = 200
 
 
 @dataclass(frozen=True)
-class ScoredImage:
-    """An image on the page.
+class ScoredItem:
+    """An image or text on the page.
 
     Attributes
     ----------
     verdict : its verdict, with the explanation.
-    folder : folder of the image.
-    image : the image, or None if it can no longer be read.
+    folder : folder of the item.
+    item : the image or text, or None if it can no longer be read.
     model_input : what the model sees of it as gray values in [0, 1], (height, width), for the heat map; or None.
     """
 
     verdict: ItemVerdict
     folder: str
-    image: Image.Image | None
+    item: Image.Image | str | None
     model_input: npt.NDArray[np.float32] | None
 
 
@@ -58,6 +61,7 @@ class _Similar:
     label: str
     similarity: str
     picture: Picture | None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class _Card:
     share: str
     x: str
     picture: Picture | None
+    text: str
     heat: Picture | None
     reference: str
     no_heat: str
@@ -84,6 +89,7 @@ class _Card:
 def write_scores_page(
     path: Path,
     *,
+    kind: Kind,
     title: str,
     summary: str,
     facts: Mapping[str, str],
@@ -92,28 +98,29 @@ def write_scores_page(
     threshold: float,
     flagged: int,
     folders: Mapping[str, Sequence[int]],
-    shown: Iterable[ScoredImage],
+    shown: Iterable[ScoredItem],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
 ) -> None:
-    """Write the page of scored images as one HTML file that works offline, and without JavaScript.
+    """Write the page of scored items as one HTML file that works offline, and without JavaScript.
 
     Parameters
     ----------
     path : file to write, in an existing folder; an existing file is replaced.
+    kind : what was scored.
     title, summary, facts : heading of the page, a sentence under it, and provenance, as label -> text.
-    calibration_scores : scores of the calibration images (n,), ascending; or the fixed ones of a `Jackknife`.
-    scores : scores of the images (m,); may be empty.
-    threshold : score at or above which an image is ID.
-    flagged : number of flagged images.
-    folders : number of images scored, and of images flagged, by folder.
-    shown : the images to show, lowest score first; consumed one at a time.
-    unread, unread_count : names and reasons of the first unreadable images, and the number of all of them.
+    calibration_scores : scores of the calibration items (n,), ascending; or the fixed ones of a `Jackknife`.
+    scores : scores of the items (m,); may be empty.
+    threshold : score at or above which an item is ID.
+    flagged : number of flagged items.
+    folders : number of items scored, and of items flagged, by folder.
+    shown : the items to show, lowest score first; consumed one at a time.
+    unread, unread_count : names and reasons of the first unreadable items, and the number of all of them.
     """
     counted = are_ranks(calibration_scores)
     calibration_scores = shown_scores(np.sort(calibration_scores))
     samples = [calibration_scores, scores] if len(scores) else [calibration_scores]
-    names = ["calibration images", "these images"][: len(samples)]
+    names = [f"calibration {kind.name}", f"these {kind.name}"][: len(samples)]
     low, high = plots.span(samples)
     histogram, outside = plots.histogram(
         samples,
@@ -129,6 +136,8 @@ def write_scores_page(
     pictures = [picture for card in cards for picture in (card.picture, card.heat)]
     html = render(
         "scores.html",
+        items=kind.name,
+        noun=kind.noun,
         title=title,
         summary=summary,
         facts=dict(facts),
@@ -160,13 +169,13 @@ def write_scores_page(
 
 def _card(
     i: int,
-    one: ScoredImage,
+    one: ScoredItem,
     calibration_scores: Array,
     low: float,
     high: float,
     examples: dict[int, Picture | None],
 ) -> _Card:
-    """Return the card of an image; add the pictures of similar images to ``examples``."""
+    """Return the card of an item; add the pictures of similar images to ``examples``."""
     verdict, why = one.verdict, one.verdict.why
     assert verdict.score is not None
     heat = None
@@ -184,20 +193,28 @@ def _card(
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
         share=percent(above),
         x=_place(verdict.score, low, high),
-        picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
+        picture=thumbnail(one.item, f"t{i}") if isinstance(one.item, Image.Image) else None,
+        text=_shortened(one.item) if isinstance(one.item, str) else "",
         heat=heat,
         reference="" if why is None else why.reference,
-        no_heat="" if why is None else why.no_heat,
-        similar=[] if why is None else [_similar(neighbor, examples) for neighbor in why.nearest],
+        no_heat="" if why is None or isinstance(one.item, str) else why.no_heat,
+        similar=[] if why is None else [_similar(neighbor, one, examples) for neighbor in why.nearest],
         sentence="" if why is None or why.units is None else why.units.sentence,
         rows=[] if why is None or why.units is None else why.units.rows(),
     )
 
 
-def _similar(neighbor: Neighbor, examples: dict[int, Picture | None]) -> _Similar:
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+
+
+def _similar(neighbor: Neighbor, one: ScoredItem, examples: dict[int, Picture | None]) -> _Similar:
+    label, similarity = neighbor.label or "", f"{neighbor.similarity:.2f}"
+    if isinstance(one.item, str):
+        return _Similar(label, similarity, None, neighbor.text() or "")
     if neighbor.index not in examples:
         examples[neighbor.index] = neighbor_picture(neighbor, f"e{neighbor.index}")
-    return _Similar(neighbor.label or "", f"{neighbor.similarity:.2f}", examples[neighbor.index])
+    return _Similar(label, similarity, examples[neighbor.index])
 
 
 def _place(score: float, low: float, high: float) -> str:

@@ -1,22 +1,22 @@
 """Batching of the images of all pending requests."""
 
 import asyncio
+import json
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import torch
 from starlette.exceptions import HTTPException
-from torch import Tensor
 
 from featnorm._utils.errors import first_line
 from featnorm.inputs.decoding import decode
 from featnorm.inputs.errors import ItemError
+from featnorm.inputs.kinds import IMAGES, ROWS
 from featnorm.serve.decoding import Decoders
 from featnorm.serve.limits import MAX_PICTURED, RETRY, Limits
 from featnorm.serve.responses import Why, why_of
@@ -57,7 +57,7 @@ class Pending:
     explain: bool
     group: str | None
     future: asyncio.Future[Any]
-    tensor: Tensor = field(default_factory=lambda: torch.empty(0))
+    prepared: Any = None
     why: Why | None = None
 
 
@@ -164,12 +164,12 @@ class Batcher:
         self._decoders.close()
         self._model.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Pending, decoded: asyncio.Future[Tensor | str]) -> ItemVerdict:
+    async def _follow(self, image: Pending, decoded: asyncio.Future[Any]) -> ItemVerdict:
         tensor = await decoded
         if isinstance(tensor, str):
             self._pending.discard(image)
             return unreadable(image.upload.name, tensor)
-        image.tensor = tensor
+        image.prepared = tensor
         self._enqueue(image)
         verdict: ItemVerdict = await image.future
         return verdict
@@ -180,7 +180,10 @@ class Batcher:
 
     async def _explained(self, images: Sequence[Pending], verdicts: Sequence[ItemVerdict]) -> dict[int, Why]:
         """Return the explanations of one request by position; those of the lowest flagged images have pictures."""
-        whys = {i: why_of(verdict.why) for i, verdict in enumerate(verdicts) if verdict.why is not None}
+        kind = images[0].scorer.kind
+        whys = {i: why_of(verdict.why, kind) for i, verdict in enumerate(verdicts) if verdict.why is not None}
+        if kind is not IMAGES:
+            return whys
         flagged = sorted((i for i in whys if verdicts[i].is_id is False), key=lambda i: verdicts[i].score or 0.0)
         for place, i in enumerate(flagged):
             whys[i].no_heat = _BUSY if place < MAX_PICTURED else _TOO_MANY
@@ -207,19 +210,28 @@ class Batcher:
         cost = opening + (decoding if pixels <= self._limits.pixels else 0)
         return min(max(cost, _MIN_PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
 
-    def _read(self, upload: Upload, scorer: "ServedScorer") -> Tensor | str:
-        """Return the transformed image, or why it cannot be scored."""
+    def _read(self, upload: Upload, scorer: "ServedScorer") -> Any:
+        """Return the transformed item, or why it cannot be scored."""
         if upload.error is not None:
             return upload.error
+        kind = scorer.kind
         try:
-            image = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
+            if kind is IMAGES:
+                item: Any = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
+            else:
+                text = upload.data.decode("utf-8", "surrogatepass")
+                item = kind.item_of(json.loads(text) if kind is ROWS else text, upload.name)
         except ItemError as error:
             return error.reason
         try:
-            return scorer.transform(image)
+            return scorer.transform(item)
+        except ItemError as error:
+            return error.reason
         except Exception:
-            log.exception("the transform failed on an image of %d x %d pixels", *image.size)
-            return "the transform failed on this image"
+            log.exception(
+                "the transform failed on %s of size %s", kind.one, getattr(item, "size", len(upload.data))
+            )
+            return f"the transform failed on this {kind.noun}"
 
     def _next_batch(self) -> list[Pending]:
         """Return images of the scorer whose turn it is; none if none is ready."""

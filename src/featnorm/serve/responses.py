@@ -11,6 +11,7 @@ from torch import Tensor
 from featnorm import hidden
 from featnorm._utils.ranks import shown_scores
 from featnorm.drift import DriftMonitor
+from featnorm.inputs.kinds import IMAGES, Kind
 from featnorm.records import row_of
 from featnorm.report.explanation import neighbor_picture
 from featnorm.verdict import ItemVerdict
@@ -18,14 +19,18 @@ from featnorm.verdict import ItemVerdict
 _MIN_BINS, _MAX_BINS = 12, 40
 
 
-class SimilarImage(BaseModel):
-    """An image that the detector was fitted to, among a sample of those."""
+class SimilarItem(BaseModel):
+    """An image or text that the detector was fitted to, among a sample of those."""
 
-    label: str | None = Field(description="Class of the image, if it has one.")
+    label: str | None = Field(description="Class of the item, if it has one.")
     similarity: float = Field(description="Cosine similarity of the features, at most 1.")
     thumbnail: str | None = Field(
         description="Thumbnail of at most 64 x 64 pixels as a `data:` URL. Null if the explanation has no "
         "pictures, or if the detector was fitted with `--no-thumbnails`."
+    )
+    text: str | None = Field(
+        description="The first 200 characters of a text. Null for an image, or if the detector was fitted with "
+        "`--no-thumbnails`."
     )
 
 
@@ -43,7 +48,7 @@ class Why(BaseModel):
         description="Comparison of the last hidden layer with in-distribution images: rows of a property and its "
         "value. Empty if the model has no such layer."
     )
-    nearest: list[SimilarImage] = Field(
+    nearest: list[SimilarItem] = Field(
         description="Most similar images of a sample of those that the detector was fitted to, best first."
     )
     heat: HeatMap | None = Field(description="Heat map, if the explanation has pictures.")
@@ -53,7 +58,7 @@ class Why(BaseModel):
 class Result(BaseModel):
     """The result for one image."""
 
-    name: str = Field(description="File name of the image, or `image N` if the request has none.")
+    name: str = Field(description="File name of the image, or `image N` or `text N` if the request has none.")
     score: float | None = Field(
         description="Score; higher is more in-distribution. Null if the image cannot be read, or if the score is "
         "infinite, which JSON cannot represent; p-value and verdict are then valid all the same."
@@ -129,6 +134,7 @@ class Drift(BaseModel):
 class Detector(ScorerSummary):
     """A scorer in detail."""
 
+    inputs: str = Field(description="What it scores: `images`, `texts` or `rows`.")
     model: str | None = Field(description="Specification of the model; null if it is not known.")
     facts: dict[str, str]
     classes: list[str] | None
@@ -156,13 +162,14 @@ def result_of(verdict: ItemVerdict) -> dict[str, Any]:
     return {"name": row.pop("path"), **row, "score": finite(row["score"])}
 
 
-def why_of(why: hidden.Why, *, thumbnails: bool = False) -> Why:
-    """Return an explanation without a heat map, with or without thumbnails of the similar images."""
+def why_of(why: hidden.Why, kind: Kind, *, thumbnails: bool = False) -> Why:
+    """Return an explanation without a heat map, with or without thumbnails of similar images."""
     nearest = []
     for neighbor in why.nearest:
-        picture = neighbor_picture(neighbor, "") if thumbnails else None
+        picture = neighbor_picture(neighbor, "") if thumbnails and kind is IMAGES else None
         uri = None if picture is None else picture.uri
-        nearest.append(SimilarImage(label=neighbor.label, similarity=neighbor.similarity, thumbnail=uri))
+        text = None if kind is IMAGES else neighbor.text()
+        nearest.append(SimilarItem(label=neighbor.label, similarity=neighbor.similarity, thumbnail=uri, text=text))
     units = [] if why.units is None else why.units.rows()
     return Why(units=units, nearest=nearest, heat=None, no_heat=why.no_heat or None)
 

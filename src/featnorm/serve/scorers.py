@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
 from featnorm.report.explanation import grayscale, heat_map
@@ -30,7 +27,6 @@ from featnorm.verdict import ItemVerdict
 log = logging.getLogger("featnorm.serve")
 
 _ALONE = "default"
-_PICTURE = Image.new("RGB", (256, 256), "gray")
 
 
 class ScorerFile:
@@ -102,8 +98,10 @@ class ServedScorer:
 
     Attributes
     ----------
+    kind : Kind
+        What it scores.
     transform : callable
-        From an image in RGB to a tensor.
+        From an item to what the model takes.
     description : Detector
         What `/v1/detector` returns, with the drift when the scorer was loaded; see `current`.
     seen : ScoredImages
@@ -124,18 +122,20 @@ class ServedScorer:
             raise ValueError(f"the scorer {name!r} is not calibrated: it has no threshold for a verdict")
         self.name = name
         self.transform = scorer.require_preprocess()
+        self.kind = scorer.kind
         self.seen = ScoredImages(name, calibration.scores)
         self.groups = () if scorer.thresholds_by == "class" else calibration.group_names
         self._scorer = scorer
         self._runtime = runtime
         # The digest contains the trace of the model, which a scorer calibrated on features does not have yet.
-        scorer.tap.capture(self.transform(_PICTURE)[None].to(scorer.tap.device), classifier=False)
+        scorer.tap.capture(scorer.reference_inputs(), classifier=False)
         thresholds = calibration.threshold.reshape(-1).tolist()
         names = calibration.group_names
         self.description = Detector(
             name=name,
             detector=repr(scorer.detector),
             digest=scorer.digest(),
+            inputs=scorer.kind.name,
             model=scorer.spec,
             facts=scorer.facts,
             classes=scorer.classes,
@@ -156,13 +156,13 @@ class ServedScorer:
 
     @property
     def any_group(self) -> str | None:
-        """A group for the image of a warm-up."""
+        """A group for the item of a warm-up."""
         return next(iter(self.groups), None)
 
     def predict(self, images: Sequence[Pending], *, heat: bool = False) -> list[ItemVerdict]:
         """Return the verdict on each image of a batch; with ``heat``, explanations have heat maps."""
         return self._scorer.predict_batch(
-            torch.stack([image.tensor for image in images]),
+            self.kind.collate([image.prepared for image in images], self.transform),
             [image.upload.name for image in images],
             groups=[image.group or "" for image in images] if self.groups else None,
             explain=[i for i, image in enumerate(images) if image.explain],
@@ -175,23 +175,23 @@ class ServedScorer:
         explanations = []
         for image, verdict in zip(images, self.predict(images, heat=True), strict=True):
             assert verdict.why is not None
-            why = why_of(verdict.why, thumbnails=True)
-            if verdict.why.heat is not None and image.tensor.ndim == 3:
+            why = why_of(verdict.why, self.kind, thumbnails=True)
+            if verdict.why.heat is not None and image.prepared.ndim == 3:
                 picture = thumbnail(
-                    heat_map(verdict.why.heat, grayscale(image.tensor[None], self.transform)[0]), ""
+                    heat_map(verdict.why.heat, grayscale(image.prepared[None], self.transform)[0]), ""
                 )
                 why.heat = HeatMap(picture=picture.uri, reference=verdict.why.reference)
             explanations.append(why)
         return explanations
 
     def warm_up(self, **how: Any) -> None:
-        """Score a picture, because the first one takes longer; ``how`` is passed to `Scorer.predict_batch`."""
-        image = self.transform(_PICTURE)[None]
+        """Score the item of reference, as the first takes longer; ``how`` is passed to `Scorer.predict_batch`."""
         groups = None if self.any_group is None else [self.any_group]
-        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime, **how)
+        inputs = self._scorer.reference_inputs()
+        self._scorer.predict_batch(inputs, ["warm-up"], groups=groups, runtime=self._runtime, **how)
 
     def warm_up_explanations(self) -> None:
-        """Explain a picture, because the first one takes seconds. If that fails, images are scored anyway."""
+        """Explain the item of reference, as the first takes seconds. If that fails, items are scored anyway."""
         if self.description.explains:
             try:
                 self.warm_up(explain=[0], heat=True)
