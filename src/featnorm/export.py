@@ -1,4 +1,4 @@
-"""`export_onnx`: one ONNX graph from the tensor that preprocess returns to verdict."""
+"""`export_onnx`: one ONNX graph from preprocessed inputs to verdict."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
+from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
 from featnorm.inputs.rows import Rows
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class ScoringGraph(nn.Module):
     Raises
     ------
     ExportError
-        The scorer is not calibrated, its thresholds are by groups that images do not show, or its detector runs
+        The scorer is not calibrated, its thresholds are by groups that inputs do not show, or its detector runs
         the model again.
     """
 
@@ -74,15 +75,14 @@ class ScoringGraph(nn.Module):
         self.register_buffer("scores", scorer.calibration.scores)
         self.register_buffer("compared", compared)
         self.register_buffer("ranks", ranks)
-        example = torch.zeros(1, *scorer.input_size, device=scorer.tap.device, dtype=torch.float32)
-        features = scorer.tap.capture(example, classifier=True)
+        features = scorer.tap.capture(scorer.reference_inputs(), classifier=True)
         weight, bias = features.classifier or (None, None)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.outputs = OUTPUTS if features.logits is not None else OUTPUTS[1:]
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of inputs (n, ...).
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of a batch.
 
         The logits are left out for a model without a classifier.
         """
@@ -102,11 +102,12 @@ class ScoringGraph(nn.Module):
 def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input, ``images`` (n, c, h, w) or ``rows`` (n, D), is float32, as the scorer's preprocess makes it; the
-    outputs are `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as JSON under
-    "featnorm", the detector, the class names, the threshold, the share of in-distribution inputs to accept, the
-    size of the input, the mean and deviation by which the preprocess normalizes channels, if it does, the columns
-    of a table with what encodes them, and facts about the scorer.
+    The input ``images`` (n, c, h, w) or ``rows`` (n, D) is float32, as the scorer's preprocess makes it. For
+    texts, the inputs are the tensors (n, L) that the preprocess returns, by name; the tokenizer is not in the
+    graph. The outputs are `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as
+    JSON under "featnorm", the detector, the class names, the threshold, the share of in-distribution inputs to
+    accept, facts about the scorer, and the size of an image or row; for images, also the mean and deviation by
+    which the preprocess normalizes channels, if it does, and for tables the columns with what encodes them.
 
     Parameters
     ----------
@@ -136,20 +137,24 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
-    size, name = scorer.input_size, scorer.kind.name
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(_TRACED, *size, generator=generator, dtype=torch.float32)
+    inputs = _example(scorer, _TRACED, generator)
+    names, axes = [scorer.kind.name], {0: torch.export.Dim("n", min=1)}
+    shapes: Any = axes
+    if not isinstance(inputs, Tensor):
+        names, axes = list(inputs), axes | {1: torch.export.Dim("length", min=2)}
+        shapes = dict.fromkeys(names, axes)
     with torch.no_grad():
         graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
             program = torch.onnx.export(
                 graph,
-                (inputs,),
+                kwargs={"inputs": inputs},
                 dynamo=True,
-                input_names=[name],
+                input_names=names,
                 output_names=list(graph.outputs),
-                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                dynamic_shapes={"inputs": shapes},
                 verbose=False,
             )
         # The exporter wraps every error, in messages of many lines.
@@ -164,21 +169,17 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         difference = 0.0
         for n in (1, 5):
-            inputs = torch.randn(n, *size, generator=generator, dtype=torch.float32)
-            outputs = [torch.from_numpy(value) for value in session.run(None, {name: inputs.numpy()})]
-            difference = max(difference, _check(dict(zip(graph.outputs, outputs, strict=True)), scorer, inputs))
+            inputs = _example(scorer, n, generator)
+            given = {scorer.kind.name: inputs} if isinstance(inputs, Tensor) else inputs
+            found = session.run(None, {name: value.numpy() for name, value in given.items()})
+            outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
+            difference = max(difference, _check(outputs, scorer, inputs))
     return difference
 
 
 def _metadata(scorer: "Scorer") -> dict[str, Any]:
     calibration = scorer.calibration
     assert calibration is not None
-    preprocess = scorer.require_preprocess()
-    if isinstance(preprocess, Rows):
-        settings, fitted = preprocess.state()
-        encoding: dict[str, Any] = {"rows": settings | {key: value.tolist() for key, value in fitted.items()}}
-    else:
-        encoding = _normalization(preprocess)
     return {
         **scorer.facts,
         "detector": repr(scorer.detector),
@@ -186,9 +187,32 @@ def _metadata(scorer: "Scorer") -> dict[str, Any]:
         "threshold": calibration.threshold.tolist(),
         "thresholds by": scorer.thresholds_by,
         "tpr": calibration.tpr,
-        "input size": scorer.input_size,
-        **encoding,
+        "inputs": scorer.kind.name,
+        **_preprocessing(scorer),
     }
+
+
+def _example(scorer: "Scorer", n: int, generator: torch.Generator) -> Inputs:
+    """Return a batch of n different inputs: images or rows of noise, or parts of the fixed texts."""
+    if scorer.kind is not TEXTS:
+        return torch.randn(n, *scorer.input_size, generator=generator, dtype=torch.float32)
+    preprocess = scorer.require_preprocess()
+    texts = [text[: len(text) // (1 + i // 2)] for i in range(n) for text in scorer.kind.probes()][:n]
+    return scorer.kind.collate(list(map(preprocess, texts)), preprocess)
+
+
+def _preprocessing(scorer: "Scorer") -> dict[str, Any]:
+    """Return what is known of the preprocess of images and rows."""
+    if scorer.kind is TEXTS:
+        return {}
+    preprocess = scorer.require_preprocess()
+    about: dict[str, Any] = {"input size": scorer.input_size}
+    if scorer.kind is IMAGES:
+        return about | _normalization(preprocess)
+    if not isinstance(preprocess, Rows):
+        return about
+    settings, fitted = preprocess.state()
+    return about | {"rows": settings | {name: value.tolist() for name, value in fitted.items()}}
 
 
 def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, list[float]]:
@@ -202,7 +226,7 @@ def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, lis
     return {"mean": (-black[:, 0] * deviation).tolist(), "deviation": deviation.tolist()}
 
 
-def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Tensor) -> float:
+def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Inputs) -> float:
     """Compare the outputs of the graph with PyTorch's, and return the largest relative difference of scores."""
     expected = scorer(inputs)
     for name in found:
@@ -227,9 +251,7 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Tensor) -> float:
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")
     if wrong := int((found["is_id"] != is_id).sum()):
-        raise ExportError(
-            f"the graph's is_id is not that of its score for {wrong} of {scorer.kind.counted(len(is_id))}"
-        )
+        raise ExportError(f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} inputs")
     return gaps["score"]
 
 

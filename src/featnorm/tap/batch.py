@@ -343,12 +343,13 @@ def _from_mapping(
         target = labels(batch)
         items = {key: value for key, value in items.items() if value is not target}
     else:
-        rows = next((_rows(value) for key, value in items.items() if key not in _LABEL_NAMES), None)
-        for key in _LABEL_NAMES:
+        # The number of rows is read only if there may be labels: in an exported graph it would become a constant.
+        for key in [key for key in _LABEL_NAMES if key in items]:
+            rows = next((_rows(value) for key, value in items.items() if key not in _LABEL_NAMES), None)
             is_argument = key in signature.required or (
-                key in signature.by_name and not _is_classes(items.get(key), rows)
+                key in signature.by_name and not _is_classes(items[key], rows)
             )
-            if key in items and not is_argument:
+            if not is_argument:
                 target = items.pop(key)
                 break
     kwargs = {key: value for key, value in items.items() if key in signature.by_name}
