@@ -17,33 +17,9 @@ from featnorm.models import text as text_module
 from featnorm.models.loading import backbone_of, recreate_model
 from featnorm.models.text import TextEncoder, TextTransform
 from featnorm.tap import FeatureTap
+from tiny_texts import WORDS, saved
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "my", "card", "was", "lost", "where", "is", "it", "?", "the", "news"]
 TEXTS = ["my card was lost", "where is it?", "", "the news " * 20]
-
-
-def save_tokenizer(folder: Path, **options: object) -> None:
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    ends = [("[CLS]", 2), ("[SEP]", 3)]
-    backend.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
-    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **{**marks, **options}).save_pretrained(folder)
-
-
-def config(name: str = "Bert", **options: object) -> transformers.PretrainedConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    options = {"vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": 0, **options}
-    return getattr(transformers, f"{name}Config")(**sizes, **options)
-
-
-def saved(folder: Path, name: str = "BertModel", **options: object) -> Path:
-    torch.manual_seed(0)
-    family = name.removesuffix("ForSequenceClassification").removesuffix("Model")
-    getattr(transformers, name)(config(family, **options)).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 def batch_of(loaded, texts):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from featnorm.cli.console import console
-from featnorm.cli.options import DATA, DataRoot, Layer, TextColumn, Weights
+from featnorm.cli.options import DATA, ChannelAxis, DataRoot, Layer, LayerPooling, TextColumn, Weights
 
 _INPUTS = 64
 
@@ -30,6 +30,8 @@ def inspect(
         str | None, typer.Option(metavar="DATA", help=f"Inputs to trace the model on: {DATA}. Default: noise.")
     ] = None,
     layer: Layer = None,
+    channel_axis: ChannelAxis = None,
+    pooling: LayerPooling = "mean",
     text_column: TextColumn = None,
     data_root: DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what SCORER holds as JSON.")] = False,
@@ -42,8 +44,10 @@ def inspect(
     if (scorer_file is None) == (model is None):
         raise ValueError("pass either a file SCORER or a model with --model")
     if scorer_file is not None:
-        if data is not None or weights is not None or layer is not None:
-            raise ValueError("--data, --weights and --layer are for --model, not for a file")
+        if (data, weights, layer, channel_axis, pooling) != (None, None, None, None, "mean"):
+            raise ValueError(
+                "--data, --weights, --layer, --channel-axis and --pooling are for --model, not for a file"
+            )
         from featnorm.scorer_file import summarize
 
         summary = summarize(scorer_file)
@@ -56,7 +60,7 @@ def inspect(
     if as_json:
         raise ValueError("--json is for a file SCORER, not for --model")
     assert model is not None
-    _inspect_model(model, weights, data, layer, data_root, text_column)
+    _inspect_model(model, weights, data, (layer, channel_axis, pooling), data_root, text_column)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -82,7 +86,7 @@ def _inspect_model(
     model: str,
     weights: Path | None,
     data: str | None,
-    layer: str | None,
+    captured: tuple[Any, ...],
     data_root: Path | None,
     text_column: str | None,
 ) -> None:
@@ -97,7 +101,8 @@ def _inspect_model(
     # Pretrained weights would have to be downloaded, and the layers do not depend on them.
     needed = data is not None or brings_weights(model)
     loaded = create_model(model, weights=weights, pretrained=weights is None and needed)
-    tap = FeatureTap(loaded.model, layer)
+    layer, channel_axis, pooling = captured
+    tap = FeatureTap(loaded.model, layer, channel_axis=channel_axis, pooling=pooling)
     if data is not None:
         source = open_source(data, root=data_root, labels=False, text_column=text_column)
         source.require(loaded.kind, model)

@@ -177,9 +177,8 @@ class ServedScorer:
             assert verdict.why is not None
             why = why_of(verdict.why, self.kind, thumbnails=True)
             if verdict.why.heat is not None and image.prepared.ndim == 3:
-                picture = thumbnail(
-                    heat_map(verdict.why.heat, grayscale(image.prepared[None], self.transform)[0]), ""
-                )
+                (gray,) = grayscale(image.prepared[None], self.transform)
+                picture = thumbnail(heat_map(verdict.why.heat, gray), "")
                 why.heat = HeatMap(picture=picture.uri, reference=verdict.why.reference)
             explanations.append(why)
         return explanations

@@ -1,0 +1,42 @@
+"""Tiny models of texts with random weights, as `save_pretrained` writes them, and a data root with texts."""
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import tokenizers
+import torch
+import transformers
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "my", "card", "was", "lost", "where", "is", "it", "?", "the", "news"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    backend.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
+
+
+def saved(folder: Path, name: str = "BertModel", **options: object) -> Path:
+    """Save a model of a class of transformers, with 16 features and at most 24 tokens, and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    options = {"vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": 0, **options}
+    family = name.removesuffix("ForSequenceClassification").removesuffix("Model")
+    config = getattr(transformers, f"{family}Config")(**sizes, **options)
+    getattr(transformers, name)(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def write_texts(path: Path, classes: int, count: int, words: list[str]) -> None:
+    """Write a parquet file of distinct texts with the columns text and label, ``count`` per class."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(c, i) for i in range(count) for c in range(classes)]
+    texts = [" ".join(words[(c + i * k) % len(words)] for k in range(1 + i % 7)) + f" {words[c]}" for c, i in rows]
+    table = pyarrow.table({"text": texts, "label": [c for c, _ in rows]})
+    pyarrow.parquet.write_table(table, path)
