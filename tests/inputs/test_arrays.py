@@ -206,6 +206,21 @@ def test_vectors_that_are_missing_or_ragged_cost_no_other(tmp_path):
     ]
 
 
+def test_rows_of_json_lines(tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({"vector": row, "id": i}) for i, row in enumerate(ROWS.tolist()))
+    )
+    np.testing.assert_array_equal(stack(open_source(str(tmp_path / "x.jsonl"))), ROWS)
+    lines = [{"a": i, "b": "x" if i % 2 else None, "c": [True, "yes", 3][i % 3]} for i in range(30)]
+    (tmp_path / "x.jsonl").write_text("\n".join([*map(json.dumps, lines), "no JSON", '{"a": "NA"}']))
+    source = open_source(str(tmp_path / "x.jsonl"))
+    assert source.item(1) == {"a": 1, "b": "x", "c": "yes"}
+    assert source.item(31) == {"a": None, "b": None, "c": None}
+    rows = fit_rows(source)
+    assert (rows.numbers, [*rows.categories]) == (["a"], ["b", "c"])
+    assert [name for name, _ in row_features(source, rows).corrupt] == ["row 30"]
+
+
 def test_shards_are_one_table(tmp_path):
     for k in range(2):
         parquet_of(tmp_path / f"part-{k}.parquet", lists(ROWS[k * 120 : (k + 1) * 120]))
