@@ -252,7 +252,7 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Inputs) -> float:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")
     if wrong := int((found["is_id"] != is_id).sum()):
         raise ExportError(
-            f"the graph's is_id is not that of its score for {wrong} of {scorer.kind.counted(len(is_id))}"
+            f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} {scorer.kind.name}"
         )
     return gaps["score"]
 

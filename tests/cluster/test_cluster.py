@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import featnorm as fn
+import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 from featnorm.inputs.arrays import row_source
@@ -359,3 +360,15 @@ def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monke
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
         list(scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)))
+
+
+def test_texts(workers, tmp_path):
+    tiny_texts.write_texts(tmp_path / "known.parquet", 2, 60, tiny_texts.WORDS[4:])
+    (tmp_path / "new.txt").write_text("my card was lost\n\nis it ?\n" + "the news\n" * 9)
+    runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=workers, progress=False)
+    model = f"hf:{tiny_texts.saved(tmp_path / 'encoder')}"
+    scorer = fn.fit(tmp_path / "known.parquet", model, cache=tmp_path / "cache", runtime=runtime)
+    source = open_source(str(tmp_path / "new.txt"))
+    found = remote(workers, scorer, source)
+    assert_same(found, local(scorer, source))
+    assert found[0][1].error == "an empty text"

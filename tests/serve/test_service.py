@@ -33,6 +33,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
+import tiny_texts
 from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.inputs import SlicedSource, open_source
@@ -1469,3 +1470,46 @@ def test_rows_that_cannot_be_scored(body, status, why):
         assert why is None or answer.json()["error"].startswith(why)
         image = client.post("/v1/score", content=b"png", headers={"Content-Type": "image/png"})
         assert (image.status_code, "this scorer takes rows: send application/json" in image.text) == (415, True)
+
+
+@pytest.fixture(scope="module")
+def text_scorer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("texts")
+    tiny_texts.write_texts(root / "known.parquet", 2, 60, tiny_texts.WORDS[4:])
+    runtime = fn.Runtime(progress=False, workers=0)
+    model = f"hf:{tiny_texts.saved(root / 'encoder')}"
+    return fn.fit(root / "known.parquet", model, detector="KNN(k=3)", cache=root / "cache", runtime=runtime)
+
+
+def test_texts_are_scored_as_outside_the_service(text_scorer):
+    good = ["my card was lost", "is it lost ?, [{:}]" * 900]
+    expected = [verdict.score for verdict in text_scorer.predict(good)]
+    with client_of(create_app(text_scorer)) as client:
+        assert client.get("/v1/detector").json()["inputs"] == "texts"
+        body = {"texts": [good[0], {"name": "n", "text": good[1]}, " ", "a\0b", "\ud800"]}
+        answer = client.post("/v1/score?explain=true", content=json.dumps(body), headers=JSON)
+        assert answer.status_code == 200
+        results = answer.json()["results"]
+        assert [result["name"] for result in results] == ["text 1", "n", "text 3", "text 4", "text 5"]
+        assert [result["score"] for result in results[:2]] == pytest.approx(expected, abs=1e-4)
+        nul = "it has a NUL character, so it is not text"
+        assert [r["error"] for r in results] == [None, None, "an empty text", nul, "it is not valid UTF-8"]
+        nearest = results[0]["why"]["nearest"]
+        assert len(nearest) == 3
+        assert all(item["text"] and item["thumbnail"] is None for item in nearest)
+        for status, words, sent in (
+            (400, "the body contains no list of texts: send", {"json": {"images": []}}),
+            (400, "the request contains no text", {"json": {"texts": []}}),
+            (400, "text 1 must be a string or an object with `name` and `text`", {"json": {"texts": [5]}}),
+            (413, "the request contains more than 64 texts", {"json": {"texts": ["a"] * 65}}),
+            (400, "the body contains more than 7,400 values", {"json": {"texts": [[]] * 9000}}),
+            (415, "this scorer takes texts: send application/json", {"content": png()}),
+        ):
+            rejected = client.post("/v1/score", **sent)
+            assert (rejected.status_code, words in rejected.json()["error"]) == (status, True), rejected.text
+
+
+def test_a_service_of_images_takes_no_texts(client):
+    answer = client.post("/v1/score", json={"texts": ["a"]})
+    assert answer.status_code == 400
+    assert "the body contains no list of images" in answer.json()["error"]

@@ -130,8 +130,8 @@ class Kind(ABC):
 
     _to_one_shape = "returns one shape"
 
-    def collate(self, prepared: Sequence[Any], preprocess: Any = None) -> Inputs:
-        """Return preprocessed items as a batch.
+    def collate(self, prepared: Sequence[Any], preprocess: Any = None) -> Any:
+        """Return preprocessed items as a batch, `Inputs`.
 
         Parameters
         ----------

@@ -91,15 +91,6 @@ class TextTransform:
         empty = {"input_ids": self.padding["input_ids"], "attention_mask": 1, "token_type_ids": 0}
         return {name: torch.tensor(values[name] or [empty[name]]) for name in self.padding}
 
-    def collate(self, items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the batch (n, L) of texts, padded on the right to the longest."""
-        return {
-            name: nn.utils.rnn.pad_sequence(
-                [item[name] for item in items], batch_first=True, padding_value=float(value)
-            )
-            for name, value in self.padding.items()
-        }
-
 
 class FolderModel(NamedTuple):
     """A model in a folder: the model, its transform, the shape of its input, and whether it has a classifier."""
