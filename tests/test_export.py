@@ -1,6 +1,5 @@
 """One ONNX graph says what the detector says."""
 
-import functools
 import json
 import sys
 
@@ -9,7 +8,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch.onnx._internal.exporter import _registration
 from torchvision.transforms import v2
 
 import featnorm as fn
@@ -27,15 +25,6 @@ LINEAR += ["ASH(Energy())"]
 LEFT_OUT = set(LINEAR)
 DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT and not d.needs_model]
 DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)"]
-
-
-@pytest.fixture(scope="module")
-def torchlib_read_once():
-    """Keep torch's table of operators, for which each export parses the source of all of them again."""
-    registry = _registration.ONNXRegistry
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
-        yield
 
 
 def fit(folder, loaded, cache, detector):
