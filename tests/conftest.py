@@ -56,7 +56,7 @@ def featnorm(monkeypatch, capsys, tmp_path):
     """Run the command in an empty folder; returns exit status, standard output and error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FEATNORM_DATA", raising=False)
-    # No lines of progress in its errors, however busy the machine is.
+    # On a busy machine, what takes over 30 seconds would write lines of progress.
     monkeypatch.setattr(progress, "_SECONDS", 3600.0)
 
     def run(*arguments):

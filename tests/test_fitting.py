@@ -11,7 +11,7 @@ from PIL import Image
 import featnorm as fn
 from featnorm import archive, fitting
 from featnorm.fitting import backbone_features, fit_source
-from featnorm.inputs import DataError, SlicedSource, image_loader, open_source
+from featnorm.inputs import DataError, SlicedSource, open_source, source_loader
 from featnorm.models import ModelError, create_model
 from featnorm.splitting import MIN_CONSTANTS, first_of_groups, for_constants, held_out, near_duplicates
 from painted import paint
@@ -166,7 +166,7 @@ def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, 
     def batch(chosen):
         rows = cached.rows[chosen].tolist()
         images = next(
-            iter(image_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
+            iter(source_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
         ).images
         return images, torch.tensor([source.label(row) for row in rows])
 

@@ -138,16 +138,16 @@ def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tin
 
 
 class Deadly(ImageSource):
-    """Images of which one ends the process that reads it, once; it writes down what is read."""
+    """Images of which one ends the process that reads it, once or always; it writes down what is read."""
 
-    def __init__(self, source, row, place):
+    def __init__(self, source, row, place, always=False):
         super().__init__("deadly", [None] * len(source), None)
-        self.source, self.row, self.place = source, row, place
+        self.source, self.row, self.place, self.always = source, row, place, always
 
     def _read(self, i):
         with (self.place / "read").open("a") as file:
             file.write(f"{i}\n")
-        if i == self.row and not (self.place / "died").exists():
+        if i == self.row and (self.always or not (self.place / "died").exists()):
             (self.place / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.source.read(i)
@@ -177,7 +177,21 @@ def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cach
     assert set(again.tolist()) <= set(range(24, 32))
 
 
-def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch):
+def test_images_that_end_every_worker_are_named(workers, folder, tiny, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 2)
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    scorer = fit(folder, tiny, cache)[0]
+    source = SlicedSource(open_source(str(folder)), range(1, 49), "some")
+    with pytest.raises(DataError) as raised:
+        remote(workers, scorer, Deadly(source, 29, tmp_path, always=True))
+    first, last = source.name(24), source.name(31)
+    assert f"the process that read {first} to {last} of deadly ended 2 times" in str(raised.value)
+    assert (tmp_path / "read").read_text().split().count("29") == 2
+    # The actors work on.
+    assert_same(remote(workers, scorer, source), local(scorer, source))
+
+
+def test_a_large_bank_lies_in_parts_and_one_that_dies_is_started_again(workers, folder, tiny, cache, monkeypatch):
     # Within a fusion, within views, within a sum: each part is a process, which takes seconds to start.
     detector = "KLUniform() + Views(KNN(k=3) / NAN())"
     scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector))[0]
@@ -194,6 +208,11 @@ def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch):
     assert len(within) == detector.count("KNN")
     assert repr(parts.detector) == repr(scorer.detector)
     assert all(not knn.bank.is_empty for knn in scorer.detector.modules() if type(knn) is fn.KNN)
+    # A part that dies is started again.
+    queries = torch.nn.functional.normalize(torch.randn(5, within[0].bank_shape[1]))
+    before = within[0].nearest(queries, 3)
+    ray.kill(within[0].parts[0], no_restart=False)
+    assert torch.equal(within[0].nearest(queries, 3), before)
 
 
 class PartHere:

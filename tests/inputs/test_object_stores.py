@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pyarrow import fs
 
-from featnorm.inputs import DataError, ItemError, image_loader, open_source
+from featnorm.inputs import DataError, ItemError, open_source, source_loader
 from featnorm.inputs.formats import PassedOver
 
 server = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
@@ -206,8 +206,8 @@ def to_tensor(image):
 def test_read_in_workers(at):
     source = open_source(at("flat"), at("tables"))
     source.item(1)  # what this process has opened must not disturb the workers
-    loader = image_loader(source, to_tensor, batch_size=5, workers=2)
-    assert [int(image[0, 0, 0]) for batch in loader for image in batch.images] == [*range(12), *range(12)]
+    loader = source_loader(source, to_tensor, batch_size=5, workers=2)
+    assert [int(image[0, 0, 0]) for batch in loader for image in batch.inputs] == [*range(12), *range(12)]
 
 
 def test_sources_can_be_pickled(at):

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from featnorm.hidden import Why
-from featnorm.hidden.examples import Neighbor, thumbnail_of
+from featnorm.hidden.examples import Neighbor
+from featnorm.inputs import IMAGES
 from featnorm.report.scores import ScoredImage, write_scores_page
 from featnorm.verdict import ItemVerdict
 from pages import Page, check
@@ -27,7 +28,7 @@ def picture(i, size=(120, 90)):
 
 
 def shown(i, *, flagged, folder="new/a", predicted="cat", heat=True, name=None, group=None):
-    thumbnail = None if i % 4 == 3 else thumbnail_of(picture(i % 2))
+    thumbnail = None if i % 4 == 3 else IMAGES.preview(picture(i % 2))
     nearest = [Neighbor(i % 2, 0.83, "dog", thumbnail), Neighbor(5, 0.5, ODD, b"damaged")]
     map_ = -torch.eye(3) if heat else None
     why = Why(nearest=nearest, heat=map_, compared=heat, no_heat="" if heat else "the model does not average maps")

@@ -73,13 +73,13 @@ def calibrate(
     else:
         from featnorm.cli.runtime import runtime_of
         from featnorm.inputs import open_source
-        from featnorm.scoring import calibrate_images
+        from featnorm.scoring import calibrate_source
 
         scorer = load(scorer_file, model, weights=weights)
         source = open_source(data, root=data_root, labels=False)
         before = () if scorer.calibration is None else scorer.calibration.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
-            summary = calibrate_images(scorer, source, tpr, update=update, runtime=runtime)
+            summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)
         print_skipped(source.title, summary.first_unread, summary.unread)
         print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
         assert scorer.calibration is not None

@@ -31,7 +31,7 @@ console = Console(highlight=False, markup=False, emoji=False, width=None if sys.
 
 def print_table(comparison: Comparison) -> None:
     """Print the metrics of the detectors, and the detectors that were skipped, one line per reason."""
-    from featnorm.report.tables import by_reason, table_rows
+    from featnorm.report.tables import table_rows
 
     headers, rows = table_rows(comparison)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -41,6 +41,13 @@ def print_table(comparison: Comparison) -> None:
         # An interval below its number leaves room for more columns.
         table.add_row(name, clique, *(cell.replace(" [", "\n[") for cell in cells))
     console.print(table)
+    print_excluded(comparison)
+
+
+def print_excluded(comparison: Comparison) -> None:
+    """Print the detectors that were skipped, one line per reason."""
+    from featnorm.report.tables import by_reason
+
     for reason, names in by_reason(comparison.excluded).items():
         console.print(f"skipped {', '.join(names)}: {reason}", soft_wrap=True)
 

@@ -81,7 +81,7 @@ def _inspect_model(
 ) -> None:
     import torch
 
-    from featnorm.inputs import image_loader, open_source
+    from featnorm.inputs import open_source, source_loader
     from featnorm.inputs.loading import named
     from featnorm.models import create_model
     from featnorm.models.loading import brings_weights, users_forward
@@ -94,12 +94,12 @@ def _inspect_model(
     if data is not None:
         source = open_source(data, root=data_root, labels=False)
         # One batch of readable images is enough.
-        loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
+        loader = source_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
         batch = next(islice(loader, 1), None)
         if batch is None:
             raise ValueError(f"none of the first {_INPUTS} images of {data} can be read")
         with users_forward(model, tap.model, named(source, batch.indices.tolist())):
-            tap.trace(batch.images)
+            tap.trace(batch.inputs)
         console.print(tap.describe(), soft_wrap=True)
         return
     with users_forward(model, tap.model, f"noise of shape (2, {', '.join(map(str, loaded.input_size))})"):

@@ -37,16 +37,13 @@ Weights = Annotated[
         metavar="FILE", help="Weights file (.pth or .safetensors). Default: the library's pretrained weights."
     ),
 ]
-Detector = Annotated[
-    str, typer.Option(metavar="EXPR", help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`.")
-]
 Detectors = Annotated[
     list[str] | None,
     typer.Option(
         "--detector",
         metavar="EXPR",
-        help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Repeat for several. Default: the standard "
-        "set.",
+        help="Detector expression, such as `NAN`, `KNN(k=50)/NAN` or `KLUniform + KNN(k=10)`. Repeat for several. "
+        "Default: the standard set.",
     ),
 ]
 Layer = Annotated[

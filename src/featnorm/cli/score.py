@@ -77,7 +77,7 @@ def score(
     from featnorm.cli.runtime import runtime_of
     from featnorm.inputs import DataError, open_source
     from featnorm.scorer_file import load
-    from featnorm.scoring import score_images
+    from featnorm.scoring import score_source
 
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
@@ -91,7 +91,7 @@ def score(
     if not files:
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
-        summary = score_images(
+        summary = score_source(
             scorer,
             source,
             out,

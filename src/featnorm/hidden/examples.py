@@ -1,6 +1,5 @@
 """A small sample of the images that a scorer was fitted to, among which the most similar ones are found."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,12 @@ from torch.nn.functional import normalize
 
 from featnorm._utils.checks import check_text
 from featnorm.inputs.decoding import decode
+from featnorm.inputs.kinds import THUMBNAIL
 
 #: Maximum number of images in a sample.
 MAX_EXAMPLES = 512
 #: Maximum size of all thumbnails together, in bytes.
 MAX_BYTES = 1_500_000
-#: Longer side of a thumbnail, in pixels.
-THUMBNAIL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +138,3 @@ def _split(data: Tensor, sizes: Tensor) -> Iterator[bytes]:
     if not fits or bool((sizes < 1).any()) or int(sizes.sum()) != len(data):
         raise ValueError("the thumbnails of its examples do not fit their sizes")
     return (part.numpy().tobytes() for part in data.split(sizes.tolist()))
-
-
-def thumbnail_of(image: Image.Image) -> bytes:
-    """Return the thumbnail of an RGB image, as a JPEG file of at most 64 x 64 pixels."""
-    small = image.copy()  # `thumbnail` works in place
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=75, optimize=True)
-    return buffer.getvalue()

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from featnorm._utils.errors import first_line
+from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import SPLIT_NAMES, Files, Folder, LocalFolder, title_of
 from featnorm.inputs.object_stores import is_address, list_address
-from featnorm.inputs.source import DataError, JoinedSource, SlicedSource, Source
+from featnorm.inputs.source import JoinedSource, SlicedSource, Source
 
 _SLICE = re.compile(r"(?P<spec>.+)\[(?P<slice>[^\[\]]*)\]", re.DOTALL)
 _BOUND = re.compile(r"(?P<number>[+-]?\d+)(?P<percent>%?)")

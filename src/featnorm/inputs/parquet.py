@@ -14,11 +14,11 @@ from weakref import WeakValueDictionary
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm.inputs.decoding import reason_of
+from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
 from featnorm.inputs.formats import PassedOver
 from featnorm.inputs.images import EncodedImages
 from featnorm.inputs.openers import Location, Opener, Options
-from featnorm.inputs.source import DataError, ItemError
 
 
 class ParquetImages(EncodedImages):

@@ -34,6 +34,7 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
+from featnorm.inputs.kinds import Kind, kind_of
 from featnorm.models.heads import cut_classifier
 from featnorm.models.packaged import load_model
 
@@ -94,6 +95,11 @@ class LoadedModel:
     name: str
     notes: list[str] = field(default_factory=list)
     own: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What the transform takes: its attribute ``kind``; images if it has none."""
+        return kind_of(self.transform)
 
 
 def create_model(

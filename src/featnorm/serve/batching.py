@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featnorm._utils.errors import first_line
 from featnorm.inputs.decoding import decode
-from featnorm.inputs.source import ItemError
+from featnorm.inputs.errors import ItemError
 from featnorm.serve.decoding import Decoders
 from featnorm.serve.limits import RETRY, Limits
 from featnorm.serve.uploads import Upload
