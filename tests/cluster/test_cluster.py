@@ -30,6 +30,8 @@ def workers():
     # By default its processes wait for everything else that runs, and so for the other process of tests.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
+        # By default they are killed where other programs fill the memory.
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     # Workers do not import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
