@@ -167,7 +167,7 @@ def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, 
         rows = cached.rows[chosen].tolist()
         images = next(
             iter(source_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
-        ).images
+        ).inputs
         return images, torch.tensor([source.label(row) for row in rows])
 
     again = fn.Scorer(scorer.model, fn.parse_detector(detector)).fit([batch(~apart)], [batch(constants)])
@@ -300,7 +300,7 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
 def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
     source = open_source(str(folder))
     for words, arguments, options in (
-        ("the images must be a source", (str(folder), loaded), {}),
+        ("the data must be a source", (str(folder), loaded), {}),
         ("the model must be a LoadedModel", (source, "timm:test_resnet"), {}),
         ("fit takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
     ):

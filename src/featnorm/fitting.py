@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
@@ -59,6 +59,7 @@ from featnorm.splitting import (
     near_duplicates,
 )
 from featnorm.tap import FeatureTap
+from featnorm.tap.find import Pooling
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
@@ -77,6 +78,8 @@ _MAX_CLUSTERS = 1000
 _ROWS = 8192
 # Images on which a model is traced.
 _TRACED = 8
+# What a tap captures by default.
+_FOUND: Mapping[str, Any] = {"layer": None, "output": None, "channel_axis": None, "pooling": "mean"}
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
 
@@ -133,6 +136,8 @@ def fit(
     head: Head = "auto",
     layer: str | None = None,
     output: str | int | None = None,
+    channel_axis: int | None = None,
+    pooling: Pooling = "mean",
     targets: Targets = "auto",
     label_column: str | None = None,
     tpr: float = 0.95,
@@ -168,7 +173,8 @@ def fit(
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
         returns features; with fewer than 100 items, it uses the features alone instead.
-    layer, output : what is captured of a model whose classifier is kept, see `FeatureTap`.
+    layer, output, channel_axis, pooling
+        What is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
@@ -218,8 +224,8 @@ def fit(
     if not isinstance(data, Source):
         data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
-    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
-    options["thumbnails"] = thumbnails
+    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
+    options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
     if report.corrupt:
@@ -242,6 +248,8 @@ def fit_source(
     head: Head = "auto",
     layer: str | None = None,
     output: str | int | None = None,
+    channel_axis: int | None = None,
+    pooling: Pooling = "mean",
     targets: Targets = "auto",
     tpr: float = 0.95,
     thresholds_by: str | None = None,
@@ -257,8 +265,9 @@ def fit_source(
     ----------
     source : in-distribution images or texts.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, layer, output, targets, tpr, thresholds_by, group_by, cache, seed, thumbnails, runtime
+    detector, head, layer, output, channel_axis, pooling, targets, tpr, thresholds_by, group_by, cache, seed
         See `fit`.
+    thumbnails, runtime : see `fit`.
 
     Raises
     ------
@@ -283,10 +292,11 @@ def fit_source(
     split_groups = None if group_by is None else group_items(source, group_by)
     groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
+    captured: dict[str, Any] = {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     computed = 0
     # How many distinct items can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
-        plan = _plan(source, loaded, head, (layer, output), runtime, few)
+        plan = _plan(source, loaded, head, captured, runtime, few)
         by_classifier = plan.head == "train" or plan.example.logits is not None
         used = detector or (KLUniform() if by_classifier else KNN(k=1 if few else 10))
         if not labeled and "labels" in used.learns:
@@ -376,7 +386,7 @@ def fit_source(
 
     spec = loaded.name or None
     known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
-    scorer = Scorer(model, detector, layer, output=output, preprocess=loaded.transform, **known)
+    scorer = Scorer(model, detector, preprocess=loaded.transform, **known, **captured)
     statistics = ActivationStatistics()
     if jackknife is not None:
         # Left-out items are scored as new ones will be, in the same precision.
@@ -426,6 +436,7 @@ def fit_source(
         "digest of the fitting data": _digest(cached.digests),
     }
     assert scorer.calibration is not None
+    notes += plan.notes
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows)
@@ -448,6 +459,7 @@ class _Plan(NamedTuple):
     features_of: nn.Module
     example: Features
     about: dict[str, str]
+    notes: Sequence[str] = ()
 
     def pooled(self, values: Tensor) -> Tensor:
         """Return the pooled features in cached values (n, D), or all of them where there are none."""
@@ -459,7 +471,7 @@ def _plan(
     source: Source[Any],
     loaded: LoadedModel,
     head: Head,
-    chosen: tuple[str | None, str | int | None],
+    captured: Mapping[str, Any],
     runtime: Runtime,
     few: bool,
 ) -> _Plan:
@@ -475,7 +487,7 @@ def _plan(
         head, why = "train", f"the model is pretrained on other {items}"
     example = None
     if head in ("auto", "keep"):
-        example = _Columns.of(loaded.model, source, loaded, runtime, chosen)
+        example = _Columns.of(loaded.model, source, loaded, runtime, captured)
         if head == "auto":
             has_logits = example[1].logits is not None
             head = "keep" if has_logits else "train"
@@ -483,7 +495,7 @@ def _plan(
     if head == "train" and few:
         head, why = "none", f"{why}, and fewer than {MIN_HELD_OUT} {items} are too few to train a head"
     notes = "".join(f"; {note}" for note in loaded.notes)
-    if head != "keep" and chosen != (None, None):
+    if head != "keep" and captured != _FOUND:
         raise ValueError(
             "a layer or an output can be chosen only for a model whose classifier is kept (--head keep)"
         )
@@ -499,7 +511,9 @@ def _plan(
             "head": f"the model's own classifier, {features.logits.shape[1]} logits",
             "model": f"{loaded.name}{notes}",
         }
-        return _Plan("keep", why, columns, ColumnFeatures(features), features, about)
+        heads = columns.tap.describe_heads()
+        about_heads = [f"the model has several heads: {heads} (--output)"] if heads else []
+        return _Plan("keep", why, columns, ColumnFeatures(features), features, about, about_heads)
     backbone, cut = backbone_of(loaded)
     removed = "its classifier removed" if cut else _headless_note(backbone)
     if head == "none":
@@ -526,10 +540,10 @@ class _Columns(nn.Module):
         source: Source[Any],
         loaded: LoadedModel,
         runtime: Runtime,
-        chosen: tuple[str | None, str | int | None] = (None, None),
+        captured: Mapping[str, Any] = _FOUND,
     ) -> "tuple[_Columns, Features]":
         """Return the columns of a model, and the features of the first items that can be read."""
-        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()), *chosen)
+        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()), **captured)
         batch = next(iter(source_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
         if batch is None:
             raise DataError(f"none of the {len(source)} {source.kind.name} of {source.title} can be read")

@@ -1,11 +1,13 @@
 """The file of a `Scorer`: opening it, describing it, and replacing its calibration."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from featnorm import archive
@@ -24,6 +26,7 @@ from featnorm.models.heads import head_of, with_head
 from featnorm.models.loading import backbone_of, is_users, recreate_model
 from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, HeadKind, Scorer
 from featnorm.tap import FeatureTap
+from featnorm.tap.batch import BatchError
 
 # What the tap captures and an explanation of the units needs.
 _EXPLAINED = ("activation", "logits", "classifier")
@@ -46,10 +49,15 @@ def load(
     path : file.
     model
         The model, or the specification that makes it. Required if the file does not contain the model, or if the
-        model is the user's own. If the file contains weights, the model gets them; a module whose weights differ
-        is copied first.
+        model is the user's own. If the file contains weights, these count, and the model gets them; a module whose
+        weights differ is copied first.
     weights : weights file of the specification ``model``, for a file that contains no weights.
     preprocess : see `Scorer`. Default: that of the specification; none if ``model`` is a module.
+
+    Warns
+    -----
+    UserWarning
+        The file contains weights, and the specification ``model`` makes others.
 
     Raises
     ------
@@ -89,7 +97,14 @@ def load(
         network = _network(loaded, head_kind, head, path)
         preprocess = preprocess or loaded.transform
         if stored:
+            differ = model is not None and _differ(network, stored, head_kind)
             _fill(network, stored, path, loaded.name)
+            if differ:
+                warnings.warn(
+                    f"{path} contains other weights than the model that {loaded.name} makes: those in the file "
+                    "are used",
+                    stacklevel=2,
+                )
         spec = spec or loaded.name
     try:
         detector = parse_detector(header["detector"])
@@ -230,6 +245,16 @@ def _given(
     return network
 
 
+def _differ(network: nn.Module, stored: Mapping[str, Tensor], kind: HeadKind) -> bool:
+    """Return whether a model's own weights, without those of a trained head, are not those in the file."""
+    pairs = [
+        (value, stored.get(name))
+        for name, value in network.state_dict().items()
+        if kind != "train" or name[0] == "0"
+    ]
+    return any(b is not None and not (a.dtype == b.dtype and torch.equal(a.cpu(), b)) for a, b in pairs)
+
+
 def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:
     try:
         load_weights(network, stored)
@@ -294,6 +319,8 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
         )
     except UserCodeError:
         raise
+    except BatchError as error:
+        raise archive.ArchiveError(f"the preprocess of {scorer.spec} does not fit {path}: {error}") from None
     except archive.MALFORMED as error:
         raise archive.ArchiveError(
             f"{path} is damaged: it cannot score {scorer.kind.one} ({first_line(error)})"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.progress import progress_bar
@@ -348,6 +347,7 @@ def _shown(
     scorer: Scorer, source: Source[Any], chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
 ) -> "Iterator[ScoredImage]":
     """Yield the items with their explanations; few at a time, as they may be large."""
+    from featnorm.report.explanation import grayscale
     from featnorm.report.scores import ScoredImage
 
     preprocess = scorer.require_preprocess()
@@ -368,18 +368,8 @@ def _shown(
             verdicts = scorer.predict_batch(batch, names, groups=groups, explain=rows, heat=True, runtime=runtime)
             whys = {row: verdict.why for row, verdict in zip(items, verdicts, strict=True)}
             if isinstance(batch, Tensor) and batch.ndim == 4:
-                inputs = dict(zip(items, _grayscale(batch, preprocess), strict=True))
+                inputs = dict(zip(items, grayscale(batch, preprocess), strict=True))
         for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
             yield ScoredImage(verdict, folder_of(verdict.item), items.get(row), inputs.get(row))
-
-
-def _grayscale(inputs: Tensor, preprocess: Callable[[Any], Tensor]) -> npt.NDArray[np.float32]:
-    """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w)."""
-    # Between these two, a normalization maps the values of pixels.
-    black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
-    low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
-    if not bool((high > low).all()):
-        low, high = inputs.amin(), inputs.amax()
-    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()

@@ -194,10 +194,24 @@ def test_it_is_sorted_filtered_and_searched(browser, tmp_path, scheme):
 def test_a_phone_scrolls_down_only_and_needs_no_script(browser, tmp_path, script):
     folder = "a/rather/long/folder/that/does/not/fit/on/the/screen/of/any/phone"
     written(
-        tmp_path, [*few(), shown(9, flagged=False, folder=folder, predicted="w" * 60)], unread=[("x" * 90, "")]
+        tmp_path,
+        [*few(), shown(9, flagged=False, folder=folder, predicted="w" * 60)],
+        folders={"new/a": (60, 3), folder: (12_345, 678)},
+        unread=[("x" * 90, "not an image in a format that featnorm reads")],
     )
     page = browser.new_page(viewport={"width": 390, "height": 844}, java_script_enabled=script)
     page.goto((tmp_path / "page.html").as_uri())
     assert page.locator("#cards > li:visible").count() == 10
     assert page.locator("#controls").is_visible() == script
     assert page.locator("html").evaluate("html => html.scrollWidth") == 390
+    # Tables are not scrolled sideways either, and all parts have the same margins.
+    regions = page.locator(".scroll")
+    assert regions.count() == 2
+    assert regions.evaluate_all("all => all.every(region => region.scrollWidth === region.clientWidth)")
+    visible = page.locator("h1, h2, .lead, .overview > *, .scroll, #controls, #cards > li").and_(
+        page.locator(":visible")
+    )
+    sides = visible.evaluate_all(
+        "all => all.map(part => part.getBoundingClientRect()).map(({ left, right }) => [left, right])"
+    )
+    assert {tuple(side) for side in sides} == {tuple(sides[0])}

@@ -22,10 +22,12 @@ from featnorm.cli.console import (
 from featnorm.cli.options import (
     DATA,
     BatchSize,
+    ChannelAxis,
     DataRoot,
     Device,
     LabelColumn,
     Layer,
+    LayerPooling,
     OutFile,
     Precision,
     Ray,
@@ -71,6 +73,8 @@ def fit(
         ),
     ] = "auto",
     layer: Layer = None,
+    channel_axis: ChannelAxis = None,
+    pooling: LayerPooling = "mean",
     output: Annotated[
         str | None,
         typer.Option(
@@ -121,7 +125,7 @@ def fit(
         bool,
         typer.Option(
             help="Store thumbnails (at most 64 x 64 pixels) of up to 512 of the images in the file, to show "
-            "similar ones on the page of `featnorm score --html`."
+            "similar ones on the page of `featnorm score --html`, and to the clients of `featnorm serve`."
         ),
     ] = True,
 ) -> None:
@@ -159,6 +163,8 @@ def fit(
             head=head,
             layer=layer,
             output=output,
+            channel_axis=channel_axis,
+            pooling=pooling,
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from featnorm.cli.console import console
-from featnorm.cli.options import DATA, DataRoot, Layer, Weights
+from featnorm.cli.options import DATA, ChannelAxis, DataRoot, Layer, LayerPooling, Weights
 
 _INPUTS = 64
 
@@ -29,6 +29,8 @@ def inspect(
         str | None, typer.Option(metavar="DATA", help=f"Inputs to trace the model on: {DATA}. Default: noise.")
     ] = None,
     layer: Layer = None,
+    channel_axis: ChannelAxis = None,
+    pooling: LayerPooling = "mean",
     data_root: DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what SCORER holds as JSON.")] = False,
 ) -> None:
@@ -40,8 +42,10 @@ def inspect(
     if (scorer_file is None) == (model is None):
         raise ValueError("pass either a file SCORER or a model with --model")
     if scorer_file is not None:
-        if data is not None or weights is not None or layer is not None:
-            raise ValueError("--data, --weights and --layer are for --model, not for a file")
+        if (data, weights, layer, channel_axis, pooling) != (None, None, None, None, "mean"):
+            raise ValueError(
+                "--data, --weights, --layer, --channel-axis and --pooling are for --model, not for a file"
+            )
         from featnorm.scorer_file import summarize
 
         summary = summarize(scorer_file)
@@ -54,7 +58,7 @@ def inspect(
     if as_json:
         raise ValueError("--json is for a file SCORER, not for --model")
     assert model is not None
-    _inspect_model(model, weights, data, layer, data_root)
+    _inspect_model(model, weights, data, (layer, channel_axis, pooling), data_root)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -77,7 +81,7 @@ def _text(value: Any) -> str:
 
 
 def _inspect_model(
-    model: str, weights: Path | None, data: str | None, layer: str | None, data_root: Path | None
+    model: str, weights: Path | None, data: str | None, captured: tuple[Any, ...], data_root: Path | None
 ) -> None:
     import torch
 
@@ -90,7 +94,8 @@ def _inspect_model(
     # Pretrained weights would have to be downloaded, and the layers do not depend on them.
     needed = data is not None or brings_weights(model)
     loaded = create_model(model, weights=weights, pretrained=weights is None and needed)
-    tap = FeatureTap(loaded.model, layer)
+    layer, channel_axis, pooling = captured
+    tap = FeatureTap(loaded.model, layer, channel_axis=channel_axis, pooling=pooling)
     if data is not None:
         source = open_source(data, root=data_root, labels=False)
         # One batch of readable images is enough.

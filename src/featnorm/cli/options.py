@@ -52,6 +52,21 @@ Layer = Annotated[
         metavar="NAME", help="Module whose output is the last hidden layer. Detected automatically by default."
     ),
 ]
+ChannelAxis = Annotated[
+    int | None,
+    typer.Option(
+        metavar="AXIS",
+        help="Axis of the units in the output of --layer: `1` for maps (n, d, ...), `-1` for tokens (n, ..., d). "
+        "Default: inferred from the module.",
+    ),
+]
+LayerPooling = Annotated[
+    Literal["mean", "norm"],
+    typer.Option(
+        help="How the positions of a unit in the output of --layer become one number: their `mean`, or the `norm` "
+        "of their positive parts."
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(

@@ -1,7 +1,6 @@
 """The page of scored images: lowest scores first, each with its place, similar images and a heat map."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +11,17 @@ from PIL import Image
 
 from featnorm._utils.ranks import are_ranks, shown_scores
 from featnorm.hidden.examples import Neighbor
-from featnorm.inputs import ItemError
 from featnorm.report import plots
-from featnorm.report.html import THUMBNAIL, Key, Picture, number, percent, render, thumbnail, write
+from featnorm.report.explanation import heat_map, neighbor_picture
+from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
 from featnorm.verdict import ItemVerdict
 
 Array = npt.NDArray[np.float64]
 
 # Size of the small histogram beside an image, in SVG units, and its number of bins.
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
-
-
 # Folders in the table.
 _MAX_FOLDERS = 200
-# Colors of a heat map where the image lowers the score and where it raises it, and the largest opacity.
-_LOWERS, _RAISES, _OPACITY = (235, 95, 10), (30, 120, 235), 0.8
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class _Card:
     x: str
     picture: Picture | None
     heat: Picture | None
-    compared: bool
+    reference: str
     no_heat: str
     similar: list[_Similar]
     sentence: str
@@ -176,7 +171,7 @@ def _card(
     assert verdict.score is not None
     heat = None
     if why is not None and why.heat is not None and one.model_input is not None:
-        heat = thumbnail(_heat_map(why.heat.numpy(), one.model_input), f"m{i}")
+        heat = thumbnail(heat_map(why.heat, one.model_input), f"m{i}")
     above = float(np.mean(calibration_scores > verdict.score))
     return _Card(
         name=verdict.item,
@@ -191,7 +186,7 @@ def _card(
         x=_place(verdict.score, low, high),
         picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
         heat=heat,
-        compared=why is not None and why.compared,
+        reference="" if why is None else why.reference,
         no_heat="" if why is None else why.no_heat,
         similar=[] if why is None else [_similar(neighbor, examples) for neighbor in why.nearest],
         sentence="" if why is None or why.units is None else why.units.sentence,
@@ -201,24 +196,8 @@ def _card(
 
 def _similar(neighbor: Neighbor, examples: dict[int, Picture | None]) -> _Similar:
     if neighbor.index not in examples:
-        examples[neighbor.index] = None
-        # A damaged thumbnail costs its picture, not the page.
-        with suppress(ItemError):
-            image = neighbor.image()
-            examples[neighbor.index] = None if image is None else thumbnail(image, f"e{neighbor.index}")
+        examples[neighbor.index] = neighbor_picture(neighbor, f"e{neighbor.index}")
     return _Similar(neighbor.label or "", f"{neighbor.similarity:.2f}", examples[neighbor.index])
-
-
-def _heat_map(heat: npt.NDArray[np.float32], model_input: npt.NDArray[np.float32]) -> Image.Image:
-    """Lay a heat map over what the model sees, with the strongest heat at full opacity."""
-    gray = Image.fromarray(np.uint8(255 * model_input))
-    gray = gray.resize((THUMBNAIL, round(THUMBNAIL * gray.height / gray.width)), Image.Resampling.BICUBIC)
-    scaled = Image.fromarray(heat / max(float(np.abs(heat).max()), 1e-30))
-    strength = np.asarray(scaled.resize(gray.size, Image.Resampling.BICUBIC)).clip(-1, 1)[..., None]
-    color = np.where(strength < 0, _LOWERS, _RAISES)
-    opacity = _OPACITY * np.abs(strength)
-    pixels = (1 - opacity) * np.asarray(gray)[..., None] + opacity * color
-    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def _place(score: float, low: float, high: float) -> str:

@@ -9,19 +9,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
+from featnorm.report.explanation import grayscale, heat_map
+from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.scorer_file import load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
 from featnorm.serve.metrics import ScoredImages
-from featnorm.serve.responses import Detector, Drift, finite, histogram
+from featnorm.serve.responses import Detector, Drift, HeatMap, Why, finite, histogram, why_of
 from featnorm.verdict import ItemVerdict
 
 log = logging.getLogger("featnorm.serve")
@@ -156,21 +159,43 @@ class ServedScorer:
         """A group for the image of a warm-up."""
         return next(iter(self.groups), None)
 
-    def predict(self, images: Sequence[Pending]) -> list[ItemVerdict]:
-        """Return the verdict on each image of a batch."""
+    def predict(self, images: Sequence[Pending], *, heat: bool = False) -> list[ItemVerdict]:
+        """Return the verdict on each image of a batch; with ``heat``, explanations have heat maps."""
         return self._scorer.predict_batch(
             torch.stack([image.tensor for image in images]),
             [image.upload.name for image in images],
             groups=[image.group or "" for image in images] if self.groups else None,
             explain=[i for i, image in enumerate(images) if image.explain],
+            heat=heat,
             runtime=self._runtime,
         )
 
-    def warm_up(self) -> None:
-        """Score a picture, because the first one takes longer than others."""
+    def explain(self, images: Sequence[Pending]) -> list[Why]:
+        """Return the explanation of the verdict on each image of a batch, with pictures."""
+        explanations = []
+        for image, verdict in zip(images, self.predict(images, heat=True), strict=True):
+            assert verdict.why is not None
+            why = why_of(verdict.why, thumbnails=True)
+            if verdict.why.heat is not None and image.tensor.ndim == 3:
+                (gray,) = grayscale(image.tensor[None], self.transform)
+                picture = thumbnail(heat_map(verdict.why.heat, gray), "")
+                why.heat = HeatMap(picture=picture.uri, reference=verdict.why.reference)
+            explanations.append(why)
+        return explanations
+
+    def warm_up(self, **how: Any) -> None:
+        """Score a picture, because the first one takes longer; ``how`` is passed to `Scorer.predict_batch`."""
         image = self.transform(_PICTURE)[None]
         groups = None if self.any_group is None else [self.any_group]
-        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime)
+        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime, **how)
+
+    def warm_up_explanations(self) -> None:
+        """Explain a picture, because the first one takes seconds. If that fails, images are scored anyway."""
+        if self.description.explains:
+            try:
+                self.warm_up(explain=[0], heat=True)
+            except Exception:
+                log.exception("an explanation failed")
 
 
 class ServedScorers(Mapping[str, ServedScorer]):
@@ -234,6 +259,7 @@ class ServedScorers(Mapping[str, ServedScorer]):
             try:
                 scorer = self._serve(name, file.reload())
                 scorer.warm_up()
+                scorer.warm_up_explanations()
             except Exception as error:
                 self.reloads[name, "failed"] += 1
                 log.error(

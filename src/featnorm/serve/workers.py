@@ -64,9 +64,11 @@ class Workers:
     async def _warm_up(self) -> None:
         picture = BytesIO()
         Image.new("RGB", (256, 256), "gray").save(picture, "PNG")
+        loop = asyncio.get_running_loop()
         for scorer in self._scorers.values():
             try:
                 await self.batcher.score([Upload("warm-up", picture.getvalue())], scorer, group=scorer.any_group)
+                await loop.run_in_executor(self._loader, scorer.warm_up_explanations)
             except Exception:
                 log.exception("the first image of %r failed: the service will not be ready", scorer.name)
                 return
