@@ -55,8 +55,13 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
     assert rows[0].score is None
     assert all(row.error is None and 0 < row.p_value <= 1 for row in rows[1:])
     assert {row.predicted for row in rows[1:]} == ({"a"} if targets == "labels" else {None})
-    one, other = (which.predict_batch(noise(1), ["noise"], explain=[0])[0].why for which in (scorer, again))
+    verdicts = [which.predict_batch(noise(1), ["noise"], explain=[0])[0] for which in (scorer, again)]
+    one, other = (verdict.why for verdict in verdicts)
     assert (one.sentence, one.rows()) == (other.sentence, other.rows())
+    assert [term for term, _ in one.terms] == (["KLUniform()", "KNN(k=3)"] if "+" in detector else [])
+    if one.terms:
+        assert sum(value for _, value in one.terms) == pytest.approx(verdicts[0].score)
+        assert dict(one.rows())["score by term"] in one.sentence
 
 
 @pytest.mark.usefixtures("heads_trained_once")
@@ -389,6 +394,32 @@ def test_any_number_of_images_calibrates_a_detector_that_needs_no_fit(folder, lo
     assert trained.trained + trained.held_out == report.trained
     with pytest.raises(ValueError, match=r"form 4 groups of images that belong together \(near-dup.* by 'folder'"):
         fit(folder, loaded, cache, head="keep", detector=fn.Energy(), group_by="folder")
+
+
+@pytest.mark.parametrize(
+    ("head", "tpr", "bank", "expected"),
+    [
+        ("keep", 0.95, None, "KLUniform() + KNN(k=10)"),
+        ("keep", 0.995, None, "KLUniform()"),  # over half of the images would be held out
+        ("keep", 0.95, 50 * 256, "KLUniform() + KNN(k=10, size=50)"),
+        ("none", 0.95, None, "KNN(k=10)"),
+        ("none", 0.95, 50 * 256, "KNN(k=10, size=50)"),
+    ],
+)
+def test_the_default_detector(folder, loaded, cache, monkeypatch, head, tpr, bank, expected):
+    if bank is not None:
+        monkeypatch.setattr(fitting, "_MAX_BANK", bank)
+    scorer, report = fit(folder, loaded, cache, head=head, tpr=tpr)
+    assert repr(scorer.detector) == expected
+    assert (report.held_out == report.trained) is (expected == "KLUniform()")
+
+
+def test_a_kept_classifier_without_pooled_features_has_no_bank():
+    logits = torch.rand(3, 4)
+    for pooled, expected in ((None, "KLUniform()"), (torch.rand(3, 8), "KLUniform() + KNN(k=10)")):
+        plan = fitting._Plan("keep", "", None, None, fn.Features(logits=logits, pooled=pooled), {})
+        assert repr(fitting._default_detector(plan, False)) == expected
+        assert repr(fitting._default_detector(plan, True)) == "KLUniform()"
 
 
 def test_thirty_images_are_left_out_of_a_sum_in_turn(thirty, loaded, cache):

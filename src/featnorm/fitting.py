@@ -86,6 +86,9 @@ _TRACED = 8
 _FOUND: Mapping[str, Any] = {"layer": None, "output": None, "channel_axis": None, "pooling": "mean"}
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
+# Numbers in the bank of the default detector: 52,428 rows of 1280 features. A sample costs accuracy: with half
+# of Tiny ImageNet's 48 images per class, the AUROC of KNN(k=10) for other classes falls from 66.0 to 63.4.
+_MAX_BANK = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -181,9 +184,12 @@ def fit(
         EfficientNet-Lite0 for images, MiniLM for texts; none for rows, which are features already: vectors as they
         are, and tables as a `featnorm.inputs.rows.Table` encodes them.
     detector
-        Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
-        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items, and with
-        ``normalize=False`` for a table.
+        Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
+        from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
+        for fewer than 100 items, or if less than half of them would be left to fit to (218 at ``tpr=0.99``).
+        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items. For a table, KNN has
+        ``normalize=False``. A bank of the default is at most 268 MB: of more items, a sample (``size``, see
+        `KNN`).
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
@@ -341,8 +347,7 @@ def fit_source(
     # How many distinct items can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
         plan = _plan(source, loaded, head, captured, runtime, few)
-        by_classifier = plan.head == "train" or plan.example.logits is not None
-        used = detector or (KLUniform() if by_classifier else KNN(k=1 if few else 10, normalize=embeds))
+        used = detector or _default_detector(plan, few, normalize=embeds)
         if not labeled and "labels" in used.learns:
             how = "put the images of each class in a subfolder of its own"
             how = how if source.kind is IMAGES else "name their column (label_column, --label-column)"
@@ -366,7 +371,6 @@ def fit_source(
         cached = _without_duplicates(cached) if embeds else cached
         if few or len(cached.rows) >= MIN_HELD_OUT:
             break
-    detector, jackknife = used, None
     if few and (count := len(cached.rows)) <= (needed := min_scores(tpr)):
         raise DataError(
             f"found {count} readable {noun if count == 1 else items} in {source.title} (duplicates excluded); at "
@@ -374,9 +378,17 @@ def fit_source(
             f"{items}, or lower tpr"
         )
     # Frames of a clip resemble each other more than they resemble new images.
-    near = near_duplicates(plan.pooled(cached.values)) if embeds else torch.arange(len(cached.rows))
+    pooled = plan.pooled(cached.values)
+    near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
     sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
+    if detector is None and not few:
+        if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
+            used = KLUniform()
+        elif used.needs_fit and pooled.numel() > _MAX_BANK:
+            knn = KNN(k=10, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
+            used = KLUniform() + knn if used.needs_held_out else knn
+    detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
     fits = detector.needs_fit or plan.head == "train"
     constants = torch.zeros_like(calibrates)
@@ -570,6 +582,14 @@ def _plan(
     backbone = fast_layout(backbone.to(runtime.torch_device).eval())
     about = {"backbone": description}
     return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
+
+
+def _default_detector(plan: _Plan, few: bool, *, normalize: bool) -> Detector:
+    """Return the detector of `fit` for a plan, by whether there are few items; `normalize` is KNN's."""
+    if plan.head != "train" and plan.example.logits is None:
+        return KNN(k=1 if few else 10, normalize=normalize)
+    # The example of a head that is yet to be trained has pooled features.
+    return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10, normalize=normalize)
 
 
 class _Columns(nn.Module):

@@ -12,7 +12,7 @@ from featnorm import archive
 from featnorm._utils.checks import check_share, check_text
 from featnorm._utils.ranks import are_ranks
 from featnorm.calibration import Calibration
-from featnorm.detectors import Detector, Jackknife, parse_detector
+from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.export import export_onnx
@@ -673,6 +673,10 @@ class Scorer(nn.Module):
             names = self._class_names(len(weight))
             for part, units in zip(parts, explain(hidden, self.statistics, names), strict=True):
                 part["units"] = units
+        if isinstance(self.detector, Sum) and not self.detector.needs_model:
+            words = [repr(term) for term in self.detector.terms]
+            for part, values in zip(parts, self.detector.term_scores(features)[chosen].tolist(), strict=True):
+                part["terms"] = list(zip(words, values, strict=True))
         reference = None
         if self.examples is not None:
             nearest = self.examples.nearest(features.tensor("pooled")[chosen])

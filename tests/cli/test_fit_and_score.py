@@ -237,7 +237,7 @@ def test_monitor_reads_what_fit_and_score_wrote(featnorm, detector, tmp_path):
         status, printed, _ = featnorm("monitor", detector, out)
         assert status == 0
         assert (
-            f"200 scores from {out} (1 row without a score skipped), compared with 60 calibration scores"
+            f"200 scores from {out} (1 row without a score skipped), compared with 45 calibration scores"
             in printed
         )
     black = tmp_path / "black"

@@ -275,7 +275,7 @@ def test_classes_that_are_not_the_models_are_reported(own, trained, tmp_path):
 
 @pytest.mark.usefixtures("few_steps")
 def test_other_heads_of_the_same_model(own, trained, tmp_path):
-    for head, detector in (("train", "KLUniform()"), ("none", "KNN(k=10)")):
+    for head, detector in (("train", "KLUniform() + KNN(k=10)"), ("none", "KNN(k=10)")):
         path = tmp_path / f"{head}.featnorm"
         status, said, error = own("fit", "digits/train", *MODEL, "--head", head, "-o", path, "--cache", "cache")
         assert status == 0, error

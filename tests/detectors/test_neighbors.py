@@ -156,3 +156,24 @@ def test_a_copy_has_no_index_until_it_is_asked(bank, queries, copied):
 def test_a_recall_that_is_none(recall):
     with pytest.raises(ValueError, match=r"KNN: recall must be a number in \(0, 1\) or None, got "):
         KNN(K, recall=recall)
+
+
+def test_the_size_of_a_bank_is_bounded():
+    rows, queries = (
+        fn.Features(pooled=torch.rand(n, 6, generator=torch.Generator().manual_seed(n))) for n in (200, 9)
+    )
+    whole, sampled = (KNN(k=3, size=size).fit(rows) for size in (None, 60))
+    assert sampled.bank_shape == (60, 6)
+    kept = (sampled.bank.rows[:, None] == whole.bank.rows).all(2)
+    assert kept.any(1).all()
+    # A neighbor of the sample is one of the bank, and no nearer than the nearest of all.
+    assert (sampled.score(queries) <= whole.score(queries)).all()
+    part = KNN(k=3, size=60).partial_fit(rows[150:]).merge(KNN(k=3, size=60).fit(rows[:150]))
+    assert torch.equal(part.score(queries), sampled.score(queries))
+    again = KNN(k=3, size=60)
+    again.load_state_dict(sampled.state_dict())
+    assert torch.equal(again.score(queries), sampled.score(queries))
+    with pytest.raises(ValueError, match=r"KNN\(size=49\) has only 49 inputs in its bank: raise size, or lower k"):
+        KNN(size=49).fit(rows).score(queries)
+    with pytest.raises(ValueError, match=r"KNN\(k=3, size=60\) keeps a sample .*: leave out size to use a bank"):
+        KNN(k=3, size=60).use_bank(whole.bank.rows)

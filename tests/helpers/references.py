@@ -276,6 +276,7 @@ def _table():
         "SSD(clusters=3)": lambda: np_ssd(z, q, y),  # the classes are far apart: k-means finds them
         "SSD(clusters='labels')": lambda: np_ssd(z, q, y),
         "KNN(k=5)": lambda: np_knn(z, q, 5),
+        "KNN(k=5, size=1000)": lambda: np_knn(z, q, 5),
         "KNN(k=2, squared=False)": lambda: np_knn(z, q, 2, squared=False),
         "KNN(k=3, normalize=False)": lambda: np_knn(z, q, 3, normalize=False),
         "OneClassSVM()": lambda: np_svm(z, q, 0.1),

@@ -29,7 +29,14 @@ def shown(i, *, flagged, folder="new/a", predicted="cat", heat=True, name=None, 
     thumbnail = None if i % 4 == 3 else IMAGES.preview(picture(i % 2))
     nearest = [Neighbor(i % 2, 0.83, "dog", thumbnail), Neighbor(5, 0.5, ODD, b"damaged")]
     map_ = -torch.eye(3) if heat else None
-    why = Why(nearest=nearest, heat=map_, compared=heat, no_heat="" if heat else "the model does not average maps")
+    terms = [("MSP()", 1.5), ("KNN()", -i)] if i % 2 else []
+    why = Why(
+        terms=terms,
+        nearest=nearest,
+        heat=map_,
+        compared=heat,
+        no_heat="" if heat else "the model does not average maps",
+    )
     verdict = ItemVerdict(
         name or f"{folder}/{i}.png", float(i), 0.01 * (i + 1), not flagged, predicted, None, group
     )
@@ -69,6 +76,8 @@ def test_everything_is_on_the_page(tmp_path):
     for text in (
         *("Folders", "new/a", "new/b", "5.0", "2.5", "broken.png", "not an image", "dog", "0.83", ODD),
         "Then the other 5 images with the lowest scores.",
+        "The score is the sum of MSP() and KNN(), in this order,",
+        "score 3 = +1.50 −3.00",
         "the image lowers the score here",
         "compared with the average of the most similar images",
         "most similar ones of a sample of the images that the detector was fitted to",

@@ -36,14 +36,16 @@ import featnorm as fn
 import tiny_texts
 from asking import Asking, running, until
 from featnorm.cli import serve
+from featnorm.hidden import Why
 from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
+from featnorm.inputs.kinds import IMAGES
 from featnorm.scoring import score_source
 from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
 from featnorm.serve.metrics import score_buckets
 from featnorm.serve.requests import JsonLines
-from featnorm.serve.responses import histogram
+from featnorm.serve.responses import histogram, why_of
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
 from pages import Page
@@ -979,6 +981,7 @@ def test_the_lowest_flagged_images_have_pictures(halved, new):
     for i, (_, why) in enumerate(found):
         expected = verdicts[i % 9].why
         assert [tuple(row) for row in why["units"]] == expected.units.rows()
+        assert why["terms"] == expected.terms == []
         for one, neighbor in zip(why["nearest"], expected.nearest, strict=True):
             assert (one["label"], one["similarity"]) == (
                 neighbor.label,
@@ -1183,9 +1186,15 @@ def test_openapi_describes_the_results(client):
     assert set(result["properties"]) == {
         "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
     }  # fmt: skip
-    assert set(schema["components"]["schemas"]["Why"]["properties"]) == {"units", "nearest", "heat", "no_heat"}
+    properties = {"units", "terms", "nearest", "heat", "no_heat"}
+    assert set(schema["components"]["schemas"]["Why"]["properties"]) == properties
     (explain,) = [parameter for parameter in post["parameters"] if parameter["name"] == "explain"]
     assert "at most 8 per request" in explain["description"]
+
+
+def test_an_explanation_has_the_terms_of_a_sum():
+    why = why_of(Why(terms=[("KLUniform()", -0.5), ("KNN(k=10)", -math.inf)]), IMAGES)
+    assert why.terms == [("KLUniform()", -0.5), ("KNN(k=10)", None)]
 
 
 def test_the_page_loads_nothing_from_other_origins(client):

@@ -62,8 +62,9 @@ def fit(
         str | None,
         typer.Option(
             metavar="EXPR",
-            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
-            "without a classifier (`KNN(k=1)` for fewer than 100 items), with `normalize=False` for tables.",
+            help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform + KNN(k=10)`, or "
+            "`KLUniform` for fewer than 100 items; without a classifier, `KNN(k=10)`, or `KNN(k=1)` for fewer "
+            "than 100 items; for tables, KNN with `normalize=False`.",
         ),
     ] = None,
     head: Annotated[

@@ -39,12 +39,12 @@ class ShardedKNN(KNN, registered=False):
     """
 
     def __init__(self, like: KNN, parts: Sequence[Any]) -> None:
-        super().__init__(like.k, like.squared, like.recall, like.normalize)
+        super().__init__(like.k, like.squared, like.recall, like.normalize, like.size)
         self.parts = list(parts)
         self.shape = like.bank_shape
 
     def __repr__(self) -> str:
-        return repr(KNN(self.k, self.squared, self.recall, self.normalize))
+        return repr(KNN(self.k, self.squared, self.recall, self.normalize, self.size))
 
     @property
     def is_fitted(self) -> bool:

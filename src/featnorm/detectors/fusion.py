@@ -139,11 +139,15 @@ class Sum(Wrapper):
     def _scores(self, features: Features) -> Tensor:
         return torch.stack([term.score(features).double() for term in self._inner()], 1)
 
-    def _score(self, features: Features) -> Tensor:
+    def term_scores(self, features: Features) -> Tensor:
+        """Return the standardized score of each term, times its weight, (n, terms); their sum is the score."""
         scores = self._scores(features)
         mean, deviation = self.constants.values.to(scores.device)
         weights = torch.tensor(self.weights, dtype=torch.float64, device=scores.device)
-        return ((scores - mean) * (weights / deviation)).sum(1)
+        return (scores - mean) * (weights / deviation)
+
+    def _score(self, features: Features) -> Tensor:
+        return self.term_scores(features).sum(1)
 
     def _validate(self) -> None:
         if self.constants.values.shape != (2, len(self.terms)) or not (self.constants.values[1] > 0).all():

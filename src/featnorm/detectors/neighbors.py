@@ -40,12 +40,16 @@ class KNN(Detector):
         comparison with the exact search on inputs of the bank; if it would be a quarter or more, the search is
         exact. A missed neighbor makes a distance larger, never smaller. Default: None, an exact search.
     normalize : whether to normalize features to unit length.
+    size
+        Maximum number of inputs in the bank, which bounds its memory and the time of a search. Of more inputs, a
+        uniform sample is kept that does not depend on their order; its k-th neighbor is farther away. Default:
+        None, all of them.
 
     Raises
     ------
     ValueError
         ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``recall`` is not between
-        0 and 1.
+        0 and 1; ``size`` is not a positive integer.
     """
 
     reads = ("pooled",)
@@ -59,18 +63,25 @@ class KNN(Detector):
         squared=Choice(True, False),
         recall=Interval(0, 1) | Choice(None),
         normalize=Choice(True, False),
+        size=Integer(1) | Choice(None),
     )
     k: int
     squared: bool
     recall: float | None
     normalize: bool
+    size: int | None
 
     def __init__(
-        self, k: int = 50, squared: bool = True, recall: float | None = None, normalize: bool = True
+        self,
+        k: int = 50,
+        squared: bool = True,
+        recall: float | None = None,
+        normalize: bool = True,
+        size: int | None = None,
     ) -> None:
         super().__init__()
-        self._set(k=k, squared=squared, recall=recall, normalize=normalize)
-        self.bank = Bank()
+        self._set(k=k, squared=squared, recall=recall, normalize=normalize, size=size)
+        self.bank = Bank() if self.size is None else RowSample(self.size)
 
     def use_bank(self, rows: Tensor) -> Self:
         """Replace the fit by a bank, which is used without a copy and may be mapped from a file.
@@ -82,10 +93,13 @@ class KNN(Detector):
         Raises
         ------
         ValueError
-            The rows have another shape or type, or one is neither of unit length nor zero, as ``normalize`` needs.
+            The rows have another shape or type, or one is neither of unit length nor zero, as ``normalize`` needs;
+            or ``size`` is set.
         TypeError
             The rows are not a tensor.
         """
+        if self.size is not None:
+            raise ValueError(f"{self!r} keeps a sample of the inputs of its fit: leave out size to use a bank")
         if not isinstance(rows, Tensor):
             raise TypeError(f"{self!r} takes a bank (n, D) as a tensor of float32, got {shown(rows)}")
         if rows.ndim != 2 or rows.dtype != torch.float32:
@@ -104,12 +118,17 @@ class KNN(Detector):
         return self
 
     def _partial_fit(self, features: Features) -> None:
-        self.bank.update(features.tensor("pooled"), write_unit_rows if self.normalize else None)
+        pooled = features.tensor("pooled")
+        if isinstance(self.bank, Bank):
+            self.bank.update(pooled, write_unit_rows if self.normalize else None)
+        else:
+            self.bank.update(single_unit_rows(pooled) if self.normalize else pooled)
 
     def _validate(self) -> None:
         rows, _ = self.bank_shape
         if rows < self.k:
-            raise ValueError(f"{self!r} has only {rows} inputs in its bank: fit on more, or lower k")
+            more = "raise size" if rows == self.size else "fit on more"
+            raise ValueError(f"{self!r} has only {rows} inputs in its bank: {more}, or lower k")
 
     def _finalize(self) -> "Search":
         bank = self._centered(self.bank.rows).cpu().numpy()

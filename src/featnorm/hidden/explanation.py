@@ -141,6 +141,7 @@ class Why:
     Attributes
     ----------
     units : comparison of its last hidden layer with that of in-distribution inputs, or None.
+    terms : expression of each term of a `Sum`, and what it adds to the score, see `Sum.term_scores`.
     nearest : most similar images among a sample of those that the scorer was fitted to, the most similar first.
     heat
         How much each position of the model's last maps adds to the score, positive or negative, (height, width),
@@ -152,6 +153,7 @@ class Why:
     """
 
     units: Explanation | None = None
+    terms: list[tuple[str, float]] = field(default_factory=list)
     nearest: list[Neighbor] = field(default_factory=list)
     heat: Tensor | None = None
     compared: bool = False
@@ -166,13 +168,20 @@ class Why:
     def sentence(self) -> str:
         """The explanation in words."""
         similar = f"Most similar in-distribution images: {'; '.join(map(str, self.nearest))}."
-        parts = ["" if self.units is None else self.units.sentence, similar if self.nearest else ""]
+        score = f"Score by term: {self.score_by_term}." if self.terms else ""
+        parts = ["" if self.units is None else self.units.sentence, score, similar if self.nearest else ""]
         return " ".join(filter(None, parts))
+
+    @property
+    def score_by_term(self) -> str:
+        """What each term of a sum adds to the score, in words; empty for other detectors."""
+        return ", ".join(f"{term} {value:+.2f}".replace(" -", " \u2212") for term, value in self.terms)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the explanation as a table of two columns, label and value."""
         similar = [("most similar in-distribution images", "; ".join(map(str, self.nearest)))]
-        return [*([] if self.units is None else self.units.rows()), *(similar if self.nearest else [])]
+        score = [("score by term", self.score_by_term)] if self.terms else []
+        return [*([] if self.units is None else self.units.rows()), *score, *(similar if self.nearest else [])]
 
 
 def explain(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.layout import fast_layout
-from featnorm.detectors import NAN, Detector, L1Norm, Sparsity, parse_detector
-from featnorm.evaluation import Comparison, compare
+from featnorm.detectors import NAN, Detector, L1Norm, Sparsity
+from featnorm.evaluation import Comparison, compare, standard_detectors
 from featnorm.features import Features
 from featnorm.inputs import CachedFeatures, ImageSource
 from featnorm.paper.images import Images, as_pixels, spaced
@@ -152,12 +152,8 @@ def inactive(batches: Iterable[Features]) -> float:
 
 
 def compared_detectors() -> list[Detector]:
-    """Return the detectors that all tables of small images have, each with the settings of its source."""
-    expressions = (
-        "NAN L1Norm LpNorm Sparsity HiddenConfidence EmbeddingMagnitude MSP MaxLogit Energy KLUniform "
-        "Mahalanobis SSD KNN Residual ViM ReAct(NAN) ReAct(Energy) KNN/NAN SSD/NAN"
-    )
-    return [parse_detector(expression) for expression in expressions.split()]
+    """Return the detectors that all tables of small images have: the standard ones that do not run the model."""
+    return [detector for detector in standard_detectors() if not detector.needs_model]
 
 
 def cached_labels(source: ImageSource, cached: CachedFeatures) -> Tensor:

@@ -75,6 +75,31 @@ def compared(
     return cells
 
 
+def ranked(
+    results: Sequence[Result], theirs: Mapping[str, Mapping[str, Sequence[float | None]]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the headers and rows of a table of the detectors that all runs have, the best mean AUROC first.
+
+    Parameters
+    ----------
+    results : see `compared`.
+    theirs : the paper's numbers by detector, see `compared`.
+    """
+    names = [name for name in results[0]["scores"] if all(name in result["scores"] for result in results)]
+    names.sort(key=lambda name: -statistics.fmean(mean_pair(result, name)[0] for result in results))
+    sets = list(results[0]["scores"][names[0]])
+    rows = [[name, *compared(results, name, theirs.get(name, {}), sets)] for name in names]
+    return ["Detector", "Mean, ours", "Average, paper", *sets], rows
+
+
+def left_out(result: Result) -> list[str]:
+    """Return a note for each reason why detectors were left out of a run, and which."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in result["excluded"].items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left out {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
 def facts(results: Sequence[Result]) -> list[str]:
     """Return notes on the images, and on where the numbers were made."""
     return [*(f"{name}: {value}" for name, value in results[0]["images"].items()), *environment(results)]

@@ -73,6 +73,8 @@ class _Card:
     predicted: str | None
     group: str | None
     score: str
+    terms: str
+    sum_of: str
     p_value: str
     share: str
     x: str
@@ -178,6 +180,7 @@ def _card(
     """Return the card of an item; add the pictures of similar images to ``examples``."""
     verdict, why = one.verdict, one.verdict.why
     assert verdict.score is not None
+    terms = [] if why is None else why.terms
     heat = None
     if why is not None and why.heat is not None and one.model_input is not None:
         heat = thumbnail(heat_map(why.heat, one.model_input), f"m{i}")
@@ -190,6 +193,8 @@ def _card(
         predicted=verdict.predicted,
         group=verdict.group,
         score=number(verdict.score),
+        terms=" ".join(f"{value:+.2f}".replace("-", "−") for _, value in terms),
+        sum_of=" and ".join(term for term, _ in terms),
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
         share=percent(above),
         x=_place(verdict.score, low, high),

@@ -48,6 +48,10 @@ class Why(BaseModel):
         description="Comparison of the last hidden layer with in-distribution images: rows of a property and its "
         "value. Empty if the model has no such layer."
     )
+    terms: list[tuple[str, float | None]] = Field(
+        description="What each term of a sum of detectors adds to the score; null if that is infinite. Empty for "
+        "other detectors."
+    )
     nearest: list[SimilarItem] = Field(
         description="Most similar images of a sample of those that the detector was fitted to, best first."
     )
@@ -171,7 +175,8 @@ def why_of(why: hidden.Why, kind: Kind, *, thumbnails: bool = False) -> Why:
         text = None if kind is IMAGES else neighbor.text()
         nearest.append(SimilarItem(label=neighbor.label, similarity=neighbor.similarity, thumbnail=uri, text=text))
     units = [] if why.units is None else why.units.rows()
-    return Why(units=units, nearest=nearest, heat=None, no_heat=why.no_heat or None)
+    terms = [(term, finite(value)) for term, value in why.terms]
+    return Why(units=units, terms=terms, nearest=nearest, heat=None, no_heat=why.no_heat or None)
 
 
 def finite(value: float | None) -> float | None:

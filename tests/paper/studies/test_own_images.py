@@ -29,10 +29,13 @@ def test_own_images(own_root, tmp_path, monkeypatch):
     monkeypatch.setattr("featnorm.fitting._MIN_STEPS", 20)
     monkeypatch.setattr("featnorm.fitting.DEFAULT_CACHE", tmp_path / "cache")
     out = tmp_path / "out"
-    assert reproduce("own-images", own_root, out).exit_code == 0
-    result = json.loads((out / "laptop" / "own-images.json").read_text())
+    for study in ("own-images", "head-targets"):
+        assert reproduce(study, own_root, out).exit_code == 0
+    result, targets = (
+        json.loads((out / "laptop" / f"{study}.json").read_text()) for study in ("own-images", "head-targets")
+    )
     assert result["sizes"] == {
-        "training": 96, "calibration": 24, "ID test": 48, "other classes": 48, "textures": 20, "digits": 10,
+        "training": 96, "held out": 24, "ID test": 48, "other classes": 48, "textures": 20, "digits": 10,
     }  # fmt: skip
     assert {name: len(runs) for name, runs in result["heads"].items()} == {
         "no head": 1,
@@ -41,7 +44,12 @@ def test_own_images(own_root, tmp_path, monkeypatch):
     }
     assert set(result["heads"]["labels"][0]["scores"]["NAN()"]) == {"other classes", "textures", "digits"}
     assert "EmbeddingMagnitude()" in result["heads"]["no head"][0]["excluded"]
-    assert {"labels", "clusters of 10 images", "instances, 5 views each", "one class"} <= set(result["targets"])
+    matching = {name: "SHE()" in runs[0]["scores"] for name, runs in result["heads"].items()}
+    assert matching == {"no head": False, "labels": True, "clusters": False}
+    assert all(len(shares) == 2 for shares in result["flagged"].values())
+    assert {"labels", "clusters of 10 images", "instances, 5 views each", "one class"} <= set(targets["targets"])
+    assert targets["sizes"] == {"training": 72, "ID test": 18, "held-out classes": 6}
+    assert "| Targets |" in (out / "laptop" / "head-targets.md").read_text()
     # The pooled feature is the backbone's, whatever head is on it.
     ssd = [runs[0]["scores"]["SSD()"] for runs in result["heads"].values()]
     assert ssd[0] == ssd[1] == ssd[2]

@@ -3,7 +3,6 @@
 Networks are trained by variant and seed; one extraction of each set of images then serves every detector.
 """
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.recipe import PRESETS, PaperRecipe
 from featnorm.paper.scoring import compared_detectors, train_and_score
 from featnorm.paper.study import Context, Study
-from featnorm.paper.tables import MEASURES, Pair, Result, Table, cell, compared, facts, mean_pair, printed
+from featnorm.paper.tables import MEASURES, Pair, Result, Table, cell, facts, left_out, mean_pair, printed, ranked
 
 
 @dataclass(frozen=True)
@@ -200,19 +199,16 @@ _LABELS = {
 
 def _make_table3(study: Cifar10Study, results: Sequence[Result]) -> Table:
     paper = numbers("cifar10")["table3"]
-    names = [name for name in results[0]["scores"] if all(name in result["scores"] for result in results)]
-    names.sort(key=lambda name: -statistics.fmean(mean_pair(result, name)[0] for result in results))
-    sets = list(results[0]["scores"][names[0]])
-    rows = [[name, *compared(results, name, paper["rows"].get(name, {}), sets)] for name in names]
-    shared = [set_name for set_name in sets if any(set_name in row for row in paper["rows"].values())]
+    headers, rows = ranked(results, paper["rows"])
+    shared = any(set_name in row for row in paper["rows"].values() for set_name in headers[3:])
     notes = _notes(results)
     notes.append(
         f"the paper's accuracy is {paper['accuracy']} %; its OOD sets are LSUN-fix, ImageNet-fix, CIFAR-100, "
         "SVHN and Places365" + (", its number is in brackets where the set is the same" if shared else "")
     )
-    notes += [f"left out {name}: {why}" for name, why in results[0]["excluded"].items()]
+    notes += left_out(results[0])
     title = f"Table 3, {paper['where'].partition(', ')[2]}: {MEASURES}"
-    return Table(title, ["Detector", "Mean, ours", "Average, paper", *sets], rows, notes)
+    return Table(title, headers, rows, notes)
 
 
 def _table_of(*chosen: str) -> _Make:

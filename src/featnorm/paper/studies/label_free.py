@@ -24,7 +24,7 @@ from featnorm.paper.scoring import train_and_score
 from featnorm.paper.study import Context, Study
 from featnorm.paper.systems import GOAD
 from featnorm.paper.systems.frameworks import moco_detectors
-from featnorm.paper.tables import MEASURES, Result, Table, compared, facts
+from featnorm.paper.tables import MEASURES, Result, Table, compared, facts, left_out
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class FrameworkStudy(Study[Scale, Images, Job]):
             f"the paper's: {paper['where'].partition(', ')[2]}; its number for a set is in brackets",
             *facts(content),
         ]
-        notes += [f"left out {what}: {why}" for result in content for what, why in result["excluded"].items()]
+        notes += [note for result in content for note in left_out(result)]
         headers = ["Detector", "trained by", "Mean, ours", "Average, paper", *sets]
         return {self.name: Table(f"{self.title}: {MEASURES}", headers, rows, notes)}
 

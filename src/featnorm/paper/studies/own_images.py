@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
-from featnorm.detectors import NAN, Energy, HiddenConfidence, KLUniform, L1Norm
+from featnorm.detectors import KNN, NAN, Energy, HiddenConfidence, KLUniform, L1Norm
 from featnorm.evaluation import compare
 from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
@@ -27,14 +28,15 @@ from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_m
 from featnorm.paper.recipe import scheme_labels
 from featnorm.paper.scoring import cached_labels, compared_detectors, percentages
 from featnorm.paper.study import Context, SingleRun, Whole
-from featnorm.paper.tables import MEASURES, Table, cell, environment, mean_and_deviation
-from featnorm.splitting import held_out
+from featnorm.paper.tables import MEASURES, Table, cell, environment, left_out, mean_and_deviation
+from featnorm.splitting import for_constants, held_out
 
 ID_CLASSES = 100
 #: Number of ID classes that heads are trained on when their targets are compared; the others are held out.
 TARGET_CLASSES = 80
 SEEDS = 3
 CLUSTER_SIZES = (50, 20, 10, 5)
+_TPR = 0.95
 _TRAIN, _VAL = "tiny_imagenet:train", "tiny_imagenet:val"
 _FAR = {"textures": "ood224/textures", "digits": "mnist:test[::4]"}
 _CHOICE = (NAN, L1Norm, HiddenConfidence, Energy, KLUniform)
@@ -81,14 +83,8 @@ class _Backbone:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnImages(SingleRun[dict[str, ImageSource]]):
-    """What the head is worth, what labels are, and what to train it on without any.
-
-    Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
-    per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
-    ``targets``, by name a list with one entry per seed, AUROC in percent by detector; ``flagged``, by head and
-    seed the share of ID images that are flagged at a threshold that accepts 95 %; and ``sizes``.
-    """
+class _OwnImages(SingleRun[dict[str, ImageSource]]):
+    """A study of the default backbone on Tiny ImageNet."""
 
     page: ClassVar[str] = "own-images"
 
@@ -105,20 +101,53 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
             "images": {name: f"{source.title}, {len(source)}" for name, source in inputs.items()},
         }
 
+
+class HeadTargets(_OwnImages):
+    """What to train the head on without labels, by ID classes that are held out.
+
+    Its result has ``targets``, by name a list with one entry per seed, AUROC in percent by
+    detector; and ``sizes``.
+    """
+
     def run(
         self, job: Whole, scale: None, inputs: Mapping[str, ImageSource], folder: Path, context: Context
     ) -> dict[str, Any]:
-        loaded = create_model(DEFAULT_MODEL)
-        classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
-        model = fast_layout(cut_classifier(loaded.model)[0].to(context.runtime.torch_device).eval())
-        backbone = _Backbone(loaded, model, context)
-        train = backbone.extract(_below(inputs["train"], ID_CLASSES))
+        backbone = _backbone(context)[0]
+        return _compare_targets(_train_images(backbone, inputs), inputs["train"], backbone)
+
+    def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
+        detectors = list(next(iter(content["targets"].values()))[0])
+        rows = [
+            [name, *(mean_and_deviation([run[detector] for run in runs]) for detector in detectors)]
+            for name, runs in content["targets"].items()
+        ]
+        title = (
+            f"What the head is trained on: AUROC in percent of classes 1 to {TARGET_CLASSES} against "
+            f"{TARGET_CLASSES + 1} to {ID_CLASSES}"
+        )
+        notes = [f"{SEEDS} heads each, mean ± standard deviation; no OOD data", *_facts(content)]
+        return {self.name: Table(title, ["Targets", *detectors], rows, notes)}
+
+
+class OwnImages(_OwnImages):
+    """What the head is worth, and what labels are.
+
+    Its result has ``heads``, by what they were trained on ("no head", "labels", "clusters") a list with one entry
+    per seed: ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``seconds`` and ``accuracy``;
+    ``flagged``, by head and seed the share of ID images that are flagged at the threshold of the default detector
+    of `featnorm.fit`; and ``sizes``.
+    """
+
+    def run(
+        self, job: Whole, scale: None, inputs: Mapping[str, ImageSource], folder: Path, context: Context
+    ) -> dict[str, Any]:
+        backbone, classifier = _backbone(context)
         val = backbone.extract(inputs["val"])
         test, near = val.of(range(ID_CLASSES)), val.of(range(ID_CLASSES, 2 * ID_CLASSES))
         ood = {"other classes": near.values} | {name: backbone.extract(inputs[name]).values for name in _FAR}
-        fit, calibrate = train.split()
+        fit, apart = _train_images(backbone, inputs).split()
         heads: dict[str, list[dict[str, Any]]] = {
-            "no head": [_evaluate(lambda values: features_behind(classifier, values), fit, test, ood)]
+            "no head": [_evaluate(partial(features_behind, classifier), fit, test, ood, False)]
         }
         flagged: dict[str, list[float]] = {}
         for name in ("labels", "clusters"):
@@ -127,37 +156,34 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
                 targets = fit.labels if name == "labels" else cluster(fit.values, seed)
                 head = fit_head(fit.values, targets, seed=seed, progress=context.progress)
                 seconds = time.perf_counter() - began
-                entry = _evaluate(lambda values, head=head: features_behind(head, values), fit, test, ood)
-                if name == "clusters":
-                    entry["accuracy"] = None
+                entry = _evaluate(partial(features_behind, head), fit, test, ood, name == "labels")
                 heads.setdefault(name, []).append({**entry, "seconds": seconds})
-                flagged.setdefault(name, []).append(_flagged(head, calibrate.values, test.values))
+                flagged.setdefault(name, []).append(_flagged(head, fit, apart, test.values))
         return {
             "heads": heads,
-            "targets": _compare_targets(train, inputs["train"], backbone),
             "flagged": flagged,
             "sizes": {
                 "training": len(fit.values),
-                "calibration": len(calibrate.values),
+                "held out": len(apart.values),
                 "ID test": len(test.values),
                 **{name: len(values) for name, values in ood.items()},
             },
         }
 
     def tables(self, content: Mapping[str, Any]) -> dict[str, Table]:
-        """See `Study`; one table per head, and "targets"."""
-        sizes = ", ".join(f"{size} {name}" for name, size in content["sizes"].items())
-        facts = [f"images: {sizes}", *environment([content])]
+        """See `Study`; one table per head."""
+        facts = _facts(content)
         found = {}
         for head, runs in content["heads"].items():
-            notes = list(facts)
+            notes = [*facts, *left_out(runs[0])]
             if head in content["flagged"]:
                 seconds = mean_and_deviation([entry["seconds"] for entry in runs])
                 flagged = mean_and_deviation([100 * share for share in content["flagged"][head]])
                 notes = [
                     f"{len(runs)} heads, mean ± standard deviation; {seconds} s to train one",
-                    f"{flagged} % of ID images are flagged at 95 %",
-                    *facts,
+                    f"KLUniform() + KNN(k=10), calibrated as by `featnorm fit`, flags {flagged} % of ID images "
+                    f"at tpr={_TPR}",
+                    *notes,
                 ]
             if head == "labels":
                 accuracy = mean_and_deviation([100 * entry["accuracy"] for entry in runs])
@@ -176,18 +202,24 @@ class OwnImages(SingleRun[dict[str, ImageSource]]):
             found[head.replace(" ", "-")] = Table(
                 f"EfficientNet-Lite0 {called}: {MEASURES}", ["Detector", "Mean", *sets], rows, notes
             )
-        detectors = list(next(iter(content["targets"].values()))[0])
-        rows = [
-            [name, *(mean_and_deviation([run[detector] for run in runs]) for detector in detectors)]
-            for name, runs in content["targets"].items()
-        ]
-        title = (
-            f"What the head is trained on: AUROC in percent of classes 1 to {TARGET_CLASSES} against "
-            f"{TARGET_CLASSES + 1} to {ID_CLASSES}"
-        )
-        notes = [f"{SEEDS} heads each, mean ± standard deviation; no OOD data", *facts]
-        found["targets"] = Table(title, ["Targets", *detectors], rows, notes)
         return found
+
+
+def _facts(content: Mapping[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{size} {name}" for name, size in content["sizes"].items())
+    return [f"images: {sizes}", *environment([content])]
+
+
+def _backbone(context: Context) -> tuple[_Backbone, nn.Module]:
+    """Return the default backbone, and the classifier that is cut off it."""
+    loaded = create_model(DEFAULT_MODEL)
+    classifier: nn.Module = loaded.model.get_classifier()  # type: ignore[operator]
+    model = fast_layout(cut_classifier(loaded.model)[0].to(context.runtime.torch_device).eval())
+    return _Backbone(loaded, model, context), classifier
+
+
+def _train_images(backbone: _Backbone, inputs: Mapping[str, ImageSource]) -> _Part:
+    return backbone.extract(_below(inputs["train"], ID_CLASSES))
 
 
 def _below(source: ImageSource, classes: int) -> ImageSource:
@@ -197,25 +229,33 @@ def _below(source: ImageSource, classes: int) -> ImageSource:
 
 
 def _evaluate(
-    features_of: Callable[..., Features], fit: _Part, test: _Part, ood: Mapping[str, Tensor]
+    features_of: Callable[..., Features], fit: _Part, test: _Part, ood: Mapping[str, Tensor], of_classes: bool
 ) -> dict[str, Any]:
+    """Compare detectors; those that match labels with logits only if the logits are of the classes."""
+    detectors = compared_detectors()
+    matching = [repr(d) for d in detectors if {"labels", "logits"} <= {*d.learns}] if not of_classes else []
     evaluation = compare(
-        compared_detectors(),
+        [detector for detector in detectors if repr(detector) not in matching],
         fit=[features_of(fit.values).replace(labels=fit.labels)],
         id_set=("in-distribution", [features_of(test.values).replace(labels=test.labels)]),
         ood_sets={name: [features_of(values)] for name, values in ood.items()},
     )
-    return {"scores": percentages(evaluation), "accuracy": evaluation.accuracy, "excluded": evaluation.excluded}
+    excluded = evaluation.excluded | dict.fromkeys(matching, "the logits are not those of the labels")
+    accuracy = evaluation.accuracy if of_classes else None
+    return {"scores": percentages(evaluation), "accuracy": accuracy, "excluded": excluded}
 
 
-def _flagged(head: ProjectionHead, calibrate: Tensor, test: Tensor) -> float:
-    """Return the share of new ID images that are flagged at the default detector's threshold."""
-    detector = KLUniform()
-    calibration = Calibration(detector.score(features_behind(head, calibrate)))
+def _flagged(head: ProjectionHead, fit: _Part, apart: _Part, test: Tensor) -> float:
+    """Return the share of new ID images that are flagged at the threshold of `featnorm.fit`'s default detector."""
+    every = torch.arange(len(apart.values))
+    constants = for_constants(apart.digests, every, every >= 0, _TPR)
+    detector = KLUniform() + KNN(k=10)
+    detector.fit(features_behind(head, fit.values), features_behind(head, apart.values[constants]))
+    calibration = Calibration(detector.score(features_behind(head, apart.values[~constants])), _TPR)
     return float(1 - calibration.is_id(detector.score(features_behind(head, test))).double().mean())
 
 
-def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> dict[str, list[dict[str, float]]]:
+def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> dict[str, Any]:
     """Compare what a head may be trained on, by the ID classes that are held out."""
     fit, test = train.of(range(TARGET_CLASSES)).split()
     held_out_classes = train.of(range(TARGET_CLASSES, ID_CLASSES)).split()[1]
@@ -244,7 +284,8 @@ def _compare_targets(train: _Part, source: ImageSource, backbone: _Backbone) -> 
             found.setdefault(name, []).append(
                 {repr(d): 100 * auroc(d.score(inside), d.score(outside)) for d in (kind() for kind in _CHOICE)}
             )
-    return found
+    parts = {"training": fit.values, "ID test": test.values, "held-out classes": held_out_classes.values}
+    return {"targets": found, "sizes": {name: len(values) for name, values in parts.items()}}
 
 
 @dataclass(frozen=True)
@@ -271,3 +312,4 @@ _VIEWS = (
 
 
 OwnImages("own-images", "What `featnorm fit` is worth on images of your own")
+HeadTargets("head-targets", "What to train a head on, by held-out classes")
