@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -70,3 +71,16 @@ def featnorm(monkeypatch, capsys, tmp_path):
     yield run
     signal.signal(signal.SIGINT, handler)
     sys.unraisablehook = hook
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium for one file: while Playwright runs, nothing else in the process can run an event loop."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.stats import binom
 
 from featnorm import splitting
+from featnorm._utils.layout import fast_layout
 from featnorm.calibration import Calibration
 from featnorm.detectors import KNN, KLUniform
 from featnorm.features import Features
@@ -261,11 +262,11 @@ def film(image, rng):
 def test_new_clips_of_real_images_are_flagged_as_stated(shared_data):
     source = open_source(f"{shared_data}/tiny_imagenet/val.parquet[::70]")
     loaded, rng = create_model(DEFAULT_MODEL), random.Random(0)
-    backbone = backbone_of(loaded)[0].eval()
+    backbone = fast_layout(backbone_of(loaded)[0].eval())
     frames = [loaded.transform(film(source.item(i), rng)) for i in range(len(source)) for _ in range(6)]
     with torch.no_grad():
         values = torch.cat(
-            [backbone(torch.stack(frames[start : start + 36])) for start in range(0, len(frames), 36)]
+            [backbone(fast_layout(torch.stack(frames[start : start + 36]))) for start in range(0, len(frames), 36)]
         )
     clip = torch.arange(len(values)) // 6
     found = near_duplicates(values)
@@ -286,8 +287,10 @@ def test_new_clips_of_real_images_are_flagged_as_stated(shared_data):
 def test_ordinary_images_are_not_grouped(shared_data):
     source = open_source(f"{shared_data}/imagenet1k_sample/test.parquet[::4]")
     loaded = create_model(DEFAULT_MODEL)
-    backbone = backbone_of(loaded)[0].eval()
+    backbone = fast_layout(backbone_of(loaded)[0].eval())
     images = [loaded.transform(source.item(i)) for i in range(len(source))]
     with torch.no_grad():
-        values = torch.cat([backbone(torch.stack(images[start : start + 50])) for start in range(0, 250, 50)])
+        values = torch.cat(
+            [backbone(fast_layout(torch.stack(images[start : start + 50]))) for start in range(0, 250, 50)]
+        )
     assert len(near_duplicates(values).unique()) >= 0.99 * len(source)

@@ -506,7 +506,7 @@ class _Reader:
         """Yield the features of a source; images that cannot be read are skipped."""
         if self.tap is None or self.preprocess is None:
             raise ValueError(f"{name} holds images: pass model= and preprocess=, or a Scorer that has both")
-        source.require(self.kind, "the model")
+        source.require(self.kind, "the model", self.preprocess)
         loader = source_loader(
             source,
             self.preprocess,

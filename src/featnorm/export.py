@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
-from featnorm.inputs.kinds import IMAGES, Inputs
+from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
+from featnorm.inputs.rows import Rows
 
 if TYPE_CHECKING:
     from featnorm.scorer import Scorer
@@ -101,12 +102,12 @@ class ScoringGraph(nn.Module):
 def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input ``images`` is (n, c, h, w) float32, as the scorer's preprocess makes it. For texts, the inputs are
-    the tensors (n, L) that the preprocess returns, by name; the tokenizer is not in the graph. The outputs are
-    `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as JSON under "featnorm",
-    the detector, the class names, the threshold, the share of in-distribution inputs to accept, facts about the
-    scorer and, for images, the size of the input, and the mean and deviation by which the preprocess normalizes
-    channels, if it does.
+    The input ``images`` (n, c, h, w) or ``rows`` (n, D) is float32, as the scorer's preprocess makes it. For
+    texts, the inputs are the tensors (n, L) that the preprocess returns, by name; the tokenizer is not in the
+    graph. The outputs are `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as
+    JSON under "featnorm", the detector, the class names, the threshold, the share of in-distribution inputs to
+    accept, facts about the scorer, and the size of an image or row; for images, also the mean and deviation by
+    which the preprocess normalizes channels, if it does, and for tables the columns with what encodes them.
 
     Parameters
     ----------
@@ -139,7 +140,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
     inputs = _example(scorer, _TRACED, generator)
-    names, axes = ["images"], {0: torch.export.Dim("n", min=1)}
+    names, axes = [scorer.kind.name], {0: torch.export.Dim("n", min=1)}
     shapes: Any = axes
     if not isinstance(inputs, Tensor):
         names, axes = list(inputs), axes | {1: torch.export.Dim("length", min=2)}
@@ -169,7 +170,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         difference = 0.0
         for n in (1, 5):
             inputs = _example(scorer, n, generator)
-            given = {"images": inputs} if isinstance(inputs, Tensor) else inputs
+            given = {scorer.kind.name: inputs} if isinstance(inputs, Tensor) else inputs
             found = session.run(None, {name: value.numpy() for name, value in given.items()})
             outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
             difference = max(difference, _check(outputs, scorer, inputs))
@@ -187,21 +188,31 @@ def _metadata(scorer: "Scorer") -> dict[str, Any]:
         "thresholds by": scorer.thresholds_by,
         "tpr": calibration.tpr,
         "inputs": scorer.kind.name,
-        **(_of_images(scorer) if scorer.kind is IMAGES else {}),
+        **_preprocessing(scorer),
     }
 
 
 def _example(scorer: "Scorer", n: int, generator: torch.Generator) -> Inputs:
-    """Return a batch of n different inputs: images of noise, or parts of the fixed texts."""
-    if scorer.kind is IMAGES:
+    """Return a batch of n different inputs: images or rows of noise, or parts of the fixed texts."""
+    if scorer.kind is not TEXTS:
         return torch.randn(n, *scorer.input_size, generator=generator, dtype=torch.float32)
     preprocess = scorer.require_preprocess()
     texts = [text[: len(text) // (1 + i // 2)] for i in range(n) for text in scorer.kind.probes()][:n]
     return scorer.kind.collate(list(map(preprocess, texts)), preprocess)
 
 
-def _of_images(scorer: "Scorer") -> dict[str, Any]:
-    return {"input size": scorer.input_size, **_normalization(scorer.require_preprocess())}
+def _preprocessing(scorer: "Scorer") -> dict[str, Any]:
+    """Return what is known of the preprocess of images and rows."""
+    if scorer.kind is TEXTS:
+        return {}
+    preprocess = scorer.require_preprocess()
+    about: dict[str, Any] = {"input size": scorer.input_size}
+    if scorer.kind is IMAGES:
+        return about | _normalization(preprocess)
+    if not isinstance(preprocess, Rows):
+        return about
+    settings, fitted = preprocess.state()
+    return about | {"rows": settings | {name: value.tolist() for name, value in fitted.items()}}
 
 
 def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, list[float]]:

@@ -41,12 +41,16 @@ from featnorm.inputs import (
     open_source,
     source_loader,
 )
+from featnorm.inputs.arrays import LabeledSource, row_features, row_source
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, Inputs, run, to_device
+from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
+from featnorm.inputs.openers import Options
+from featnorm.inputs.rows import Rows, fit_rows
 from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
-from featnorm.models.loading import backbone_of, default_model, users_forward, users_transform
+from featnorm.models.loading import ROWS as ROWS_SPEC
+from featnorm.models.loading import backbone_of, default_model, rows_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -131,9 +135,10 @@ class FitReport:
 
 
 def fit(
-    data: str | Path | Source[Any],
+    data: Any,
     model: str | None = None,
     *,
+    labels: Any = None,
     weights: str | Path | None = None,
     detector: Detector | str | None = None,
     head: Head = "auto",
@@ -158,8 +163,9 @@ def fit(
     The features of the items are computed once and cached on disk. Duplicate items are used once. One item in
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others. For a
     detector such as a sum, one in four of the held-out items sets its constants, and the others calibrate.
-    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side. A detector
-    that needs no fit is calibrated on all items if no head is trained.
+    Near-duplicates, such as the frames of a clip, are found by their features and kept on one side; the rows of a
+    table, which are records, are neither searched for duplicates nor for near-duplicates. A detector that needs no
+    fit is calibrated on all items if no head is trained.
 
     From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
     some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
@@ -167,21 +173,28 @@ def fit(
 
     Parameters
     ----------
-    data : images or texts as `featnorm.inputs.open_source` opens them, or a source.
+    data
+        Images, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or sequence
+        (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+    labels
+        One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
+        Default: those of ``data``.
     model, weights
         Specification of the model, and its weights file; see `featnorm.models.create_model`. Default:
-        EfficientNet-Lite0 for images, MiniLM for texts.
+        EfficientNet-Lite0 for images, MiniLM for texts; none for rows, which are features already: vectors as they
+        are, and tables as a `featnorm.inputs.rows.Table` encodes them.
     detector
         Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
         from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
         for fewer than 100 items, or if less than half of them would be left to fit to (218 at ``tpr=0.99``).
-        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items. A bank of the default is at
-        most 268 MB: of more items, a sample (``size``, see `KNN`).
+        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items. For a table, KNN has
+        ``normalize=False``. A bank of the default is at most 268 MB: of more items, a sample (``size``, see
+        `KNN`).
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
-        returns features; with fewer than 100 items, it uses the features alone instead.
+        returns features; with fewer than 100 items, and for rows without a model, it uses the features alone.
     layer, output, channel_axis, pooling
         What is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
@@ -200,8 +213,8 @@ def fit(
     seed : seed of the head's initial weights, its training, the clusters, and the choice of examples.
     thumbnails
         Whether the scorer, and a file that it is saved to, hold thumbnails of at most 64 x 64 pixels of up to 512
-        of the images, or the first 200 characters of as many texts, to show similar ones beside an item that is
-        scored.
+        of the images, or the first 200 characters of as many texts or rows, to show similar ones beside an item
+        that is scored.
     runtime : where and how the model runs. Default: `Runtime()`, on the CPU.
 
     Returns
@@ -229,22 +242,21 @@ def fit(
     >>> scorer = fit("photos/")
     >>> scorer.predict(["new.jpg"])[0].is_id
     """
-    labels = targets != "clusters" or label_column is not None
-    if not isinstance(data, Source):
+    reads = targets != "clusters" or label_column is not None
+    if isinstance(data, (str, Path)):
         data = open_source(
-            str(data), root=data_root, labels=labels, label_column=label_column, text_column=text_column
+            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column
         )
+    elif not isinstance(data, Source):
+        data = row_source(data, Options(reads, label_column, text_column))
+    if labels is not None:
+        data = LabeledSource(data, labels)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
     options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    scorer, report = fit_source(
-        data,
-        create_model(model or default_model(data.kind), weights=weights),
-        detector=parsed,
-        head=head,
-        **options,
-    )
+    loaded = model_for(data, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
+    scorer, report = fit_source(data, loaded, detector=parsed, head=head, **options)
     if report.corrupt:
         name, reason = report.corrupt[0]
         warnings.warn(
@@ -255,6 +267,26 @@ def fit(
     for note in report.notes:
         warnings.warn(note, stacklevel=2)
     return scorer
+
+
+def model_for(
+    source: Source[Any],
+    model: str | None = None,
+    *,
+    weights: str | Path | None = None,
+    left_out: Iterable[str | None] = (),
+) -> LoadedModel:
+    """Return the model of a specification, or the default one for the items of a source.
+
+    Parameters
+    ----------
+    source : the items.
+    model, weights : see `fit`.
+    left_out : names that, if columns of a table have them, are not used as features; None is ignored.
+    """
+    if model is None and source.kind is ROWS:
+        return rows_model(fit_rows(source, {name for name in left_out if name is not None}))
+    return create_model(model or default_model(source.kind), weights=weights)
 
 
 def fit_source(
@@ -293,8 +325,9 @@ def fit_source(
     """
     check_type(source, Source, "the data", "a source made by featnorm.inputs.open_source")
     check_type(loaded, LoadedModel, "the model", "a LoadedModel made by featnorm.models.create_model")
-    source.require(loaded.kind, loaded.name or "the model")
+    source.require(loaded.kind, loaded.name or "the model", loaded.transform)
     items, noun = source.kind.name, source.kind.noun
+    embeds = getattr(loaded.transform, "embeds", True)
     check_share(tpr, "tpr")
     for name, value, choices in (("targets", targets, get_args(Targets)), ("head", head, get_args(Head))):
         if value not in choices:
@@ -314,7 +347,7 @@ def fit_source(
     # How many distinct items can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
         plan = _plan(source, loaded, head, captured, runtime, few)
-        used = detector or _default_detector(plan, few)
+        used = detector or _default_detector(plan, few, normalize=embeds)
         if not labeled and "labels" in used.learns:
             how = "put the images of each class in a subfolder of its own"
             how = how if source.kind is IMAGES else "name their column (label_column, --label-column)"
@@ -335,7 +368,7 @@ def fit_source(
         cached = backbone_features(source, loaded, plan.network, cache=cache, runtime=runtime)
         several, read = cached.several, len(cached.rows)
         computed = max(computed, cached.computed)
-        cached = _without_duplicates(cached)
+        cached = _without_duplicates(cached) if embeds else cached
         if few or len(cached.rows) >= MIN_HELD_OUT:
             break
     if few and (count := len(cached.rows)) <= (needed := min_scores(tpr)):
@@ -346,14 +379,14 @@ def fit_source(
         )
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
-    near = near_duplicates(pooled)
+    near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
     sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
             used = KLUniform()
         elif used.needs_fit and pooled.numel() > _MAX_BANK:
-            knn = KNN(k=10, size=_MAX_BANK // pooled.shape[1])
+            knn = KNN(k=10, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
             used = KLUniform() + knn if used.needs_held_out else knn
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
@@ -506,6 +539,8 @@ def _plan(
             "to train a head: use head='none' or, for a model with a classifier, head='keep' (--head), or add "
             f"{items}"
         )
+    if head == "auto" and loaded.name == ROWS_SPEC:
+        head, why = "none", "rows are features already"
     if head == "auto" and not loaded.own:
         head, why = "train", f"the model is pretrained on other {items}"
     example = None
@@ -539,21 +574,22 @@ def _plan(
         return _Plan("keep", why, columns, ColumnFeatures(features), features, about, about_heads)
     backbone, cut = backbone_of(loaded)
     removed = "its classifier removed" if cut else _headless_note(backbone)
+    description = str(loaded.transform) if loaded.name == ROWS_SPEC else f"{loaded.name}{notes}; {removed}"
     if head == "none":
         columns, features = _Columns.of(backbone, source, loaded, runtime)
-        about = {"head": "none", "backbone": f"{loaded.name}{notes}; {removed}"}
+        about = {"head": "none", "backbone": description}
         return _Plan("none", why, columns, ColumnFeatures(features), features, about)
     backbone = fast_layout(backbone.to(runtime.torch_device).eval())
-    about = {"backbone": f"{loaded.name}{notes}; {removed}"}
+    about = {"backbone": description}
     return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
 
 
-def _default_detector(plan: _Plan, few: bool) -> Detector:
-    """Return the detector of `fit` for a plan, by whether there are few items."""
+def _default_detector(plan: _Plan, few: bool, *, normalize: bool) -> Detector:
+    """Return the detector of `fit` for a plan, by whether there are few items; `normalize` is KNN's."""
     if plan.head != "train" and plan.example.logits is None:
-        return KNN(k=1 if few else 10)
+        return KNN(k=1 if few else 10, normalize=normalize)
     # The example of a head that is yet to be trained has pooled features.
-    return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10)
+    return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10, normalize=normalize)
 
 
 class _Columns(nn.Module):
@@ -897,6 +933,8 @@ def backbone_features(
     DataError
         See `FeatureCache.features`; or the transform is random.
     """
+    if isinstance(loaded.transform, Rows) and loaded.name == ROWS_SPEC:
+        return row_features(source, loaded.transform)
     runtime = runtime or Runtime()
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
 
@@ -932,7 +970,7 @@ def _probe_digest(loaded: LoadedModel, backbone: Callable[[Inputs], Tensor]) -> 
     kind = loaded.kind
     name = f"{kind.one} of noise"
     with users_transform(loaded.name, name):
-        first, again = ([loaded.transform(item) for item in kind.probes()] for _ in range(2))
+        first, again = ([loaded.transform(item) for item in kind.probes(loaded.transform)] for _ in range(2))
     tensors = tree_leaves(first)
     if any(not torch.equal(a, b) for a, b in zip(tensors, tree_leaves(again), strict=True)):
         raise DataError(f"the transform of {loaded.name} is random: use its evaluation transform")

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from featnorm import archive
@@ -24,9 +21,10 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import DataError, ItemError, Source, group_items, kind_of, source_loader
+from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
 from featnorm.inputs.kinds import Inputs, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
+from featnorm.inputs.rows import Rows
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.runtime import Runtime
@@ -42,7 +40,7 @@ HeadKind = Literal["keep", "train", "none"]
 
 #: Beginnings of the names of tensors in a scorer's file.
 MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
-STATISTICS, EXAMPLES = "statistics.", "examples."
+STATISTICS, EXAMPLES, ROWS = "statistics.", "examples.", "rows."
 _CHANGED = (
     "the model's weights or their precision have changed since the detector was fitted or calibrated: fit and "
     "calibrate it again"
@@ -144,12 +142,15 @@ class Scorer(nn.Module):
     @property
     def input_size(self) -> tuple[int, ...]:
         """Channels, height and width of a preprocessed image."""
-        return tuple(self.require_preprocess()(self.kind.reference()).shape)
+        inputs: Any = self.reference_inputs()
+        return tuple(inputs[0].shape)
 
     def reference_inputs(self) -> Inputs:
         """Return a batch of one fixed item, preprocessed, on the model's device."""
         preprocess = self.require_preprocess()
-        return to_device(self.kind.collate([preprocess(self.kind.reference())], preprocess), self.tap.device)
+        return to_device(
+            self.kind.collate([preprocess(self.kind.reference(preprocess))], preprocess), self.tap.device
+        )
 
     def require_preprocess(self) -> Callable[[Any], Any]:
         """Return `preprocess`; raise a ValueError if there is none."""
@@ -470,8 +471,7 @@ class Scorer(nn.Module):
         UserModelError
             The model or its preprocess is the user's own, and raised an error.
         """
-        if isinstance(items, (str, bytes, PathLike, Image.Image, np.ndarray, Tensor, Mapping)):
-            raise TypeError(f"items must be a sequence, got one {type(items).__name__}: pass [item]")
+        items = self.kind.sequence_of(items)
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
         for start in range(0, len(items), runtime.batch_size):
@@ -536,7 +536,7 @@ class Scorer(nn.Module):
             calibration.
         """
         runtime = runtime or Runtime()
-        source.require(self.kind, "this scorer")
+        source.require(self.kind, "this scorer", self.preprocess)
         groups = self.groups_of(source)
 
         def predict(inputs: Inputs, rows: Tensor) -> list[ItemVerdict]:
@@ -687,7 +687,7 @@ class Scorer(nn.Module):
             try:
                 if self.detector.needs_model:
                     raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
-                if not isinstance(inputs, Tensor):
+                if self.kind is not IMAGES or not isinstance(inputs, Tensor):
                     raise NoHeatError(f"the scorer takes {self.kind.name}")
                 maps, compared = heat_maps(self.tap, inputs[chosen], self.detector.score, reference)
                 for part, one in zip(parts, maps.cpu(), strict=True):
@@ -745,6 +745,8 @@ class Scorer(nn.Module):
             tensors |= {f"{MODEL}{name}": value for name, value in self.tap.model.state_dict().items()}
         if self.preprocess is not None:
             tensors["preprocessed"], tensors["response"] = self.reference_outputs()
+        settings, fitted = self._rows()
+        tensors |= fitted
         if self.statistics is not None:
             tensors |= {f"{STATISTICS}{name}": value for name, value in self.statistics.state_dict().items()}
         if self.examples is not None:
@@ -752,6 +754,7 @@ class Scorer(nn.Module):
         made: Any = self.model
         header["scorer"] = {
             "kind": self.kind.name,
+            "rows": settings,
             "spec": self.spec,
             "head": self.head,
             "head settings": head_settings(made[1]) if self.head == "train" else None,
@@ -770,9 +773,17 @@ class Scorer(nn.Module):
         NotFittedError
             The detector needs a fit and has none.
         """
+        settings, fitted = self._rows()
         about = {"spec": self.spec, "classes": self.classes, "thresholds by": self.thresholds_by}
-        header = {**self._header(), **about}
-        return archive.digest(self._fitted_tensors(), header)
+        header = {**self._header(), **about, "rows": settings}
+        return archive.digest(self._fitted_tensors() | fitted, header)
+
+    def _rows(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """Return the settings and the tensors of the preprocess of rows; None and nothing for other kinds."""
+        if not isinstance(self.preprocess, Rows):
+            return None, {}
+        settings, fitted = self.preprocess.state()
+        return settings, {f"{ROWS}{name}": value for name, value in fitted.items()}
 
     def _fitted_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of detector and calibration, by name."""

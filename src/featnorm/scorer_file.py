@@ -21,10 +21,12 @@ from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import kind_of
+from featnorm.inputs.rows import rows_of
 from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
 from featnorm.models.heads import head_of, with_head
-from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model
-from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, HeadKind, Scorer
+from featnorm.models.loading import ROWS as ROWS_SPEC
+from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model, rows_model
+from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, ROWS, STATISTICS, HeadKind, Scorer
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import BatchError
 
@@ -85,13 +87,18 @@ def load(
         head = head_of(about["head settings"], _with_prefix("1.", stored)) if trained else None
         statistics = _statistics(tensors)
         examples = _examples(tensors, about["example classes"])
+        rows = None if about["rows"] is None else rows_of(about["rows"], _with_prefix(ROWS, tensors))
         _check_names(tensors)
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
     if isinstance(model, nn.Module):
         network = _given(model, stored, header, path)
+        preprocess = preprocess or rows
     else:
-        loaded = _created(path, spec, model, weights, stored)
+        if spec == ROWS_SPEC and rows is not None and model is None:
+            loaded = rows_model(rows)
+        else:
+            loaded = _created(path, spec, model, weights, stored)
         if loaded.kind is not kind:
             raise archive.ArchiveError(f"{path} takes {kind.name}, and {loaded.name} takes {loaded.kind.name}")
         network = _network(loaded, head_kind, head, path)
@@ -168,6 +175,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
             },
             "inputs": items,
             "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
+            **({} if about["rows"] is None else {"rows": _columns(about["rows"])}),
             "classes": about["classes"],
             "explanations": {
                 "activation statistics": bool(statistics),
@@ -188,6 +196,13 @@ def summarize(path: str | Path) -> dict[str, Any]:
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
     return summary
+
+
+def _columns(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a `featnorm.inputs.Rows` by its settings."""
+    if "vector" in rows:
+        return {"vectors": f"{rows['vector']} numbers"}
+    return {"numbers": rows["numbers"], "categories": [*rows["categories"]], "left out": rows["left out"]}
 
 
 def _thresholds(calibration: Calibration, items: str) -> dict[str, Any]:
@@ -361,7 +376,7 @@ def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:
 
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
-    known = (MODEL, DETECTOR, STATISTICS, EXAMPLES)
+    known = (MODEL, DETECTOR, STATISTICS, EXAMPLES, ROWS)
     others = {archive.CALIBRATION, archive.MEMBERS, "preprocessed", "response"}
     if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
         raise ValueError(f"it has an unknown tensor {unknown[0]!r}")

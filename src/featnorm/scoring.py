@@ -176,7 +176,7 @@ def score_source(
     if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
         scorer.to(runtime.torch_device)
     place = out or page
-    source.require(scorer.kind, "this scorer")
+    source.require(scorer.kind, "this scorer", scorer.preprocess)
     summary = ScoringSummary(scorer.kind)
     with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
         if journal is not None and on_start is not None:
@@ -373,4 +373,5 @@ def _shown(
         for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
-            yield ScoredItem(verdict, folder_of(verdict.item), items.get(row), inputs.get(row))
+            shown = source.kind.shown(items[row]) if row in items else None
+            yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from apart import run_apart
+from apart import run_all_apart
 from featnorm import Calibration, archive
 from featnorm._utils.sealed import write_sealed
 from featnorm.records import COLUMNS, FORMATS, Journal
@@ -80,10 +80,14 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
 
 
 def test_neither_a_table_nor_a_page_takes_torch(detector, tmp_path):
-    for ending in FORMATS:
-        scores = table(tmp_path / f"t{ending}", scored())
-        assert "No drift" in run_apart(tmp_path, "monitor", detector, scores, without="torch")
-    assert "Wrote p.html" in run_apart(tmp_path, "monitor", detector, "t.csv", "--html", "p.html", without="torch")
+    tables = [table(tmp_path / f"t{ending}", scored()) for ending in FORMATS]
+    commands = [
+        *(["monitor", detector, scores] for scores in tables),
+        ["monitor", detector, "t.csv", "--html", "p.html"],
+    ]
+    *told, page = run_all_apart(tmp_path, commands, without="torch")
+    assert all("No drift" in printed for printed in told)
+    assert "Wrote p.html" in page
 
 
 def test_the_stored_calibration_agrees_with_the_modules(tmp_path):

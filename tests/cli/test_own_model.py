@@ -18,7 +18,7 @@ import torch
 import featnorm as fn
 from featnorm.inputs import open_source
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torchlib_read_once")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model.py"
 MODEL = ("--model", "own_model:make")

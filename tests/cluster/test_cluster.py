@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
+from featnorm.inputs.arrays import row_source
+from featnorm.inputs.openers import Options
 
 ray = pytest.importorskip("ray")
 
@@ -30,6 +33,8 @@ def workers():
     # By default its processes wait for everything else that runs, and so for the other process of tests.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
+        # By default they are killed where other programs fill the memory.
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     # Workers do not import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -95,6 +100,22 @@ def test_fits_and_scores_are_those_of_one_process(workers, folder, tiny, cache, 
         assert_same(remote(workers, alone, source), expected)
     for mine, theirs in zip(merged.statistics.buffers(), alone.statistics.buffers(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_rows_are_fitted_and_scored_as_by_one_process(workers):
+    rows = np.random.default_rng(0).normal(size=(240, 6))
+    detector = "KNN(k=3, normalize=False)"
+    alone, merged = (
+        fn.fit(rows, detector=detector, runtime=fn.Runtime(batch_size=BATCH, workers=0, cluster=actors))
+        for actors in (None, workers)
+    )
+    new = row_source(
+        np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]), Options(False, None, None)
+    )
+    expected = local(alone, new)
+    assert expected[7][2].error == "column 0 is nan in float32, which is not finite"
+    assert_same(local(merged, new), expected)
+    assert_same(remote(workers, alone, new), expected)
 
 
 def test_a_small_set_is_fitted_here_and_scored_by_the_workers(workers, folder, tiny, cache, tmp_path):
@@ -191,8 +212,9 @@ def test_images_that_end_every_worker_are_named(workers, folder, tiny, cache, tm
     assert_same(remote(workers, scorer, source), local(scorer, source))
 
 
-@pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))", "KLUniform() + KNN(k=3)"])
-def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
+def test_a_large_bank_lies_in_parts_and_one_that_dies_is_started_again(workers, folder, tiny, cache, monkeypatch):
+    # Within a fusion, within views, within a sum: each part is a process, which takes seconds to start.
+    detector = "KLUniform() + Views(KNN(k=3) / NAN())"
     scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector))[0]
     source = SlicedSource(open_source(str(folder)), range(1, 21), "some")
     expected = local(scorer, source)
@@ -207,24 +229,32 @@ def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, d
     assert len(within) == detector.count("KNN")
     assert repr(parts.detector) == repr(scorer.detector)
     assert all(not knn.bank.is_empty for knn in scorer.detector.modules() if type(knn) is fn.KNN)
+    # A part that dies is started again.
+    queries = torch.nn.functional.normalize(torch.randn(5, within[0].bank_shape[1]))
+    before = within[0].nearest(queries, 3)
+    ray.kill(within[0].parts[0], no_restart=False)
+    assert torch.equal(within[0].nearest(queries, 3), before)
 
 
-def test_a_part_of_a_bank_that_dies_is_started_again(workers, folder, tiny, cache, monkeypatch):
-    monkeypatch.setattr(cluster, "_BANK_SHARE", 0.0)
-    knn = workers._in_parts(fit(folder, tiny, cache, detector=fn.KNN(k=3))[0]).detector
-    queries = torch.nn.functional.normalize(torch.randn(5, knn.bank_shape[1]))
-    before = knn.nearest(queries, 3)
-    ray.kill(knn.parts[0], no_restart=False)
-    assert torch.equal(knn.nearest(queries, 3), before)
+class PartHere:
+    """A part of a bank in this process, which is called like an actor."""
+
+    def __init__(self, rows, expression):
+        self._part = BankPart(rows, expression)
+
+    @property
+    def nearest(self):
+        return SimpleNamespace(remote=lambda queries, k: ray.put(self._part.nearest(queries, k)))
 
 
-def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
+@pytest.mark.usefixtures("workers")
+def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts():
     torch.manual_seed(0)
     bank = torch.nn.functional.normalize(torch.randn(12, 6))
     queries = torch.nn.functional.normalize(torch.randn(5, 6))
     whole = fn.KNN(7).use_bank(bank)
     # More neighbors than a part has rows.
-    parts = [ray.remote(BankPart).remote(part.numpy(), 7, None) for part in bank.tensor_split(2)]
+    parts = [PartHere(part.numpy(), repr(whole)) for part in bank.tensor_split(2)]
     found = ShardedKNN(whole, parts).nearest(queries, 7)
     exact = torch.cdist(queries.double(), bank.double()).square().sort(1).values[:, :7]
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
@@ -294,8 +324,20 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(Cluster, "score", die)
+    # The actor of one command is left to the next.
+    init, close, left = Cluster.__init__, Cluster.close, []
+
+    def begin(self, device):
+        init(self, device)
+        self._ready.extend(left)
+
+    def leave(self):
+        left[:] = self._ready
+
+    for name, stand_in in (("score", die), ("__init__", begin), ("close", leave)):
+        monkeypatch.setattr(Cluster, name, stand_in)
     assert featnorm(*scoring, "-o", "ray.csv", "--ray")[0] == 130
+    assert len(left) == 1
     monkeypatch.setattr(Cluster, "score", score)
     status, printed, error = featnorm(*scoring, "-o", "ray.csv", "--ray")
     assert (status, error) == (0, "")
@@ -311,6 +353,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
         for x, y in zip(a[1:3], b[1:3], strict=True):
             assert (x == y == "") or float(x) == pytest.approx(float(y), rel=1e-6, abs=1e-6)
     assert not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(Cluster, "close", close)
     status, printed, _ = featnorm(*scoring, "--ray")
     assert status == 0
     assert "flagged as OOD" in printed

@@ -931,6 +931,16 @@ def test_a_bare_tensor_is_refused_with_what_to_do(detector):
             call(torch.rand(3, 4))
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_distances_of_rows_far_from_zero_keep_their_digits(traced):
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.rand(n, 3, generator=generator) + 1000 for n in (200, 30))
+    knn = KNN(k=3, normalize=False).use_bank(train)
+    found = knn._traced(test) if traced else -knn.score(Features(pooled=test))
+    exact = torch.cdist(test.double(), train.double()).square().sort(1).values[:, 2]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
+
+
 def test_a_bank_is_used_without_a_copy(tmp_path):
     train = Features(pooled=torch.rand(300, 6, generator=torch.Generator().manual_seed(1)))
     rows = unit_rows(train.tensor("pooled")).float()

@@ -1,5 +1,6 @@
-"""The command in a process of its own, and what it imports there."""
+"""Commands in a process of their own, and what they import there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,32 +8,41 @@ import sys
 HEAVY = "torch numpy torchvision timm sklearn scipy faiss matplotlib PIL pyarrow"
 
 
-def run_apart(folder, *arguments, without=HEAVY, **environment):
-    """Run the command in a process of its own; return what it printed.
+def run_apart(folder, *arguments, **options):
+    """Run one command in a process of its own; return what it printed. For the options see `run_all_apart`."""
+    return run_all_apart(folder, [arguments], **options)[0]
+
+
+def run_all_apart(folder, commands, without=HEAVY, **environment):
+    """Run commands one after the other in a process of their own; return what each printed.
 
     Parameters
     ----------
     folder : working directory of the process.
-    arguments : arguments of the command, which must succeed.
-    without : names of modules that must not have been imported by the end of the command.
+    commands : arguments of each command, which must succeed.
+    without : names of modules that must not have been imported by the end of the last command.
     environment : further variables of the environment.
     """
     code = (
-        "import sys\n"
+        "import json, sys\n"
         "from featnorm.__main__ import main\n"
-        "status = 0\n"
-        "try: main()\n"
-        "except SystemExit as end: status = end.code\n"
+        "for command in json.loads(sys.argv.pop()):\n"
+        "    sys.argv[1:] = command\n"
+        "    try: main()\n"
+        "    except SystemExit as end:\n"
+        "        if end.code: raise\n"
+        "    print(end='\\f')\n"
         f"imported = set({without!r}.split()) & set(sys.modules)\n"
         "assert not imported, imported\n"
-        "sys.exit(status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", code, json.dumps([list(map(str, arguments)) for arguments in commands])],
         capture_output=True,
         text=True,
         cwd=folder,
         env={**os.environ, "COLUMNS": "200", **environment},
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    *printed, rest = done.stdout.split("\f")
+    assert not rest
+    return printed

@@ -1,5 +1,7 @@
 """Synthetic features on which every detector must separate ID from OOD inputs."""
 
+import functools
+
 import torch
 
 from featnorm.detectors import parse_detector
@@ -31,6 +33,7 @@ def of_activation(a, labels=None, pooled=None):
     )
 
 
+@functools.cache
 def id_features(n=150, seed=0, dtype=torch.float64):
     """Each class strongly activates its own third of the units; the others are inactive, and leak."""
     g = torch.Generator().manual_seed(seed)
@@ -44,11 +47,13 @@ def id_features(n=150, seed=0, dtype=torch.float64):
     return of_activation(a.to(dtype), labels)
 
 
+@functools.cache
 def held_out_features():
     """ID inputs for the second phase of a fit."""
     return id_features(60, seed=8)
 
 
+@functools.cache
 def ood_features(n=60, seed=1, dtype=torch.float64):
     """Every unit is weakly active, independently: no class, a low norm, far from training and its subspace."""
     g = torch.Generator().manual_seed(seed)

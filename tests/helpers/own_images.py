@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -82,3 +83,14 @@ def heads_trained_once(heads, monkeypatch):
 def few_steps(monkeypatch):
     """Train heads for few steps, where it does not matter how much they learn."""
     monkeypatch.setattr(fitting, "_MIN_STEPS", 10)
+
+
+@pytest.fixture(scope="session")
+def torchlib_read_once():
+    """Keep torch's table of operators, for which each export parses the source of all of them again."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        yield

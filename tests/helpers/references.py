@@ -67,8 +67,8 @@ def np_residual(z, weight, bias, q, dim):
     return np.linalg.norm((q - u) - (q - u) @ principal.T @ principal, axis=1)
 
 
-def np_knn(z, q, k, squared=True):
-    z, q = np_unit(z), np_unit(q)
+def np_knn(z, q, k, squared=True, normalize=True):
+    z, q = (np_unit(z), np_unit(q)) if normalize else (z, q)
     d = np.array([np.sort(((z - row) ** 2).sum(1))[k - 1] for row in q])
     return -(d if squared else np.sqrt(d))
 
@@ -278,6 +278,7 @@ def _table():
         "KNN(k=5)": lambda: np_knn(z, q, 5),
         "KNN(k=5, size=1000)": lambda: np_knn(z, q, 5),
         "KNN(k=2, squared=False)": lambda: np_knn(z, q, 2, squared=False),
+        "KNN(k=3, normalize=False)": lambda: np_knn(z, q, 3, normalize=False),
         "OneClassSVM()": lambda: np_svm(z, q, 0.1),
         "OneClassSVM(nu=0.5)": lambda: np_svm(z, q, 0.5),
         "Residual()": lambda: -np_residual(z, weight, bias, q, 6),

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from pages import Page, check
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ODD = """a "quoted" & <b>bold</b> 'name'"""
 
 
@@ -150,17 +148,6 @@ def test_many_folders_and_flagged_images(tmp_path):
     assert "The 200 of 1,000 folders with the largest share of flagged images" in page.text
     assert "The 100 flagged images with the lowest scores, of 2,997" in page.text
     assert len(page.source) < 1_500_000
-
-
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

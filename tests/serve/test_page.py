@@ -3,7 +3,6 @@
 import copy
 import io
 import re
-import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from featnorm.serve import Limits, ScorerFile, create_app
 from featnorm.serve.server import _Server, bind
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 # A machine that is busy takes longer than the 5 seconds of the default.
 playwright.expect.set_options(timeout=20_000)
 EVIL = "<img src=x onerror=alert(1)>.png"
@@ -32,14 +29,6 @@ def scorer(folder, loaded, cache):
     source = open_source(str(folder))
     runtime = fn.Runtime(progress=False, workers=0)
     return fit_source(source, loaded, detector=fn.KNN(k=3), cache=cache, runtime=runtime)[0]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from itertools import chain, pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastapi import FastAPI
@@ -1433,6 +1434,51 @@ def test_invalid_options_of_the_command(featnorm, detector, tmp_path, monkeypatc
             assert error.count("\n") == 1
     monkeypatch.setenv("FEATNORM_TOKEN", "")
     assert "FEATNORM_TOKEN is empty: put a token in it, or unset it" in featnorm("serve", detector, "--port", 0)[2]
+
+
+def test_rows_are_scored_as_by_the_scorer():
+    rows = np.random.default_rng(0).normal(size=(200, 5))
+    table = pd.DataFrame(rows, columns=list("abcde")).assign(word=np.where(rows[:, 0] > 0, "x", "y"))
+    vectors, records = fn.fit(rows), fn.fit(table)
+    sent = rows[:3].tolist()
+    named = [{**row, "a": str(row["a"])} for row in table.head(3).to_dict("records")]
+    for scorer, body in ((vectors, [*sent, [1.0], [1, 2, 3, 4, None], [1, 2, 3, 4, 10**400]]), (records, named)):
+        with client_of(create_app(scorer)) as client:
+            assert client.get("/v1/detector").json()["inputs"] == "rows"
+            answer = client.post("/v1/score?explain=true", json={"rows": body})
+            assert answer.status_code == 200
+            results = answer.json()["results"]
+            expected = scorer.predict(body)
+            assert [result["name"] for result in results] == [f"row {i + 1}" for i in range(len(body))]
+            assert [result["error"] for result in results] == [verdict.error for verdict in expected]
+            assert [r["score"] for r in results[:3]] == pytest.approx([v.score for v in expected[:3]], rel=1e-5)
+            assert len(results[0]["why"]["nearest"]) > 0
+            assert ("a: " in results[0]["why"]["nearest"][0]["text"]) == (scorer is records)
+    assert [verdict.error for verdict in vectors.predict([*sent, [1.0], [1, 2, 3, 4, None]])[3:]] == [
+        "it has 1 numbers: 5 are needed",
+        "column 4 is nan in float32, which is not finite",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        ({"rows": []}, 400, "the request contains no row"),
+        ({"rows": "1,2"}, 400, "the body contains no list of rows: send"),
+        ({"rows": [[1, 2], "1,2"]}, 400, "row 2 must be a list or an object: send"),
+        ({"rows": [[1, 2]] * 65}, 413, "the request contains more than 64 rows"),
+        ({"rows": [list(range(300_000))]}, 400, "the body contains more than 263,144 values"),
+        ({"rows": [[1.0]]}, 422, None),
+    ],
+)
+def test_rows_that_cannot_be_scored(body, status, why):
+    scorer = fn.fit(np.random.default_rng(0).normal(size=(40, 2)))
+    with client_of(create_app(scorer)) as client:
+        answer = client.post("/v1/score", json=body)
+        assert answer.status_code == status
+        assert why is None or answer.json()["error"].startswith(why)
+        image = client.post("/v1/score", content=b"png", headers={"Content-Type": "image/png"})
+        assert (image.status_code, "this scorer takes rows: send application/json" in image.text) == (415, True)
 
 
 @pytest.fixture(scope="module")

@@ -1504,3 +1504,12 @@ class Alternating(nn.Module):
 def test_features_that_do_not_make_the_logits_are_refused(x):
     with pytest.raises(ValueError, match="do not make the model's logits"):
         FeatureTap(Alternating())(x)
+
+
+def test_logits_near_zero_are_made_by_their_classifier(x):
+    model = nn.Sequential(nn.Linear(IN, 8), nn.ReLU(), nn.Linear(8, C))
+    with torch.no_grad():
+        model[2].weight.mul_(1e-10)
+        model[2].bias.zero_()
+    features = FeatureTap(model)(x)
+    torch.testing.assert_close(features.activation, model[:2](x))

@@ -16,7 +16,7 @@ def export(
     """Export the detector as one ONNX graph (input tensors to logits, score, p-value, verdict), and check it."""
     require_file_place(out, [scorer_file])
     from featnorm.export import OUTPUTS
-    from featnorm.inputs import IMAGES
+    from featnorm.inputs import TEXTS
     from featnorm.scorer_file import load
 
     scorer = load(scorer_file, model, weights=weights)
@@ -24,8 +24,8 @@ def export(
         scorer.set_tpr(tpr)
     difference = scorer.export(out)
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
-    if scorer.kind is IMAGES:
-        taken = f"images (n, {', '.join(map(str, scorer.input_size))}) float32"
+    if scorer.kind is not TEXTS:
+        taken = f"{scorer.kind.name} (n, {', '.join(map(str, scorer.input_size))}) float32"
     else:
         taken = f"{', '.join(scorer.reference_inputs())} (n, length) int64"
     console.print(f"  in:  {taken}, as returned by the preprocess of {scorer.spec}")

@@ -46,7 +46,7 @@ _CLUSTERS = "clusters of the features are used instead of classes"
 
 
 def fit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images or texts: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images, texts or rows: {DATA}.")],
     out: OutFile = Path("detector.featnorm"),
     model: Annotated[
         str | None,
@@ -54,7 +54,7 @@ def fit(
             metavar="SPEC",
             help="Model: `MODULE:FUNCTION`, your own function that returns a model and its transform, or "
             "`timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `hf:FOLDER`. Default: "
-            "`featnorm:efficientnet-lite0` for images, `featnorm:minilm` for texts.",
+            "`featnorm:efficientnet-lite0` for images, `featnorm:minilm` for texts, none for rows.",
         ),
     ] = None,
     weights: Weights = None,
@@ -64,7 +64,7 @@ def fit(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform + KNN(k=10)`, or "
             "`KLUniform` for fewer than 100 items; without a classifier, `KNN(k=10)`, or `KNN(k=1)` for fewer "
-            "than 100 items.",
+            "than 100 items; for tables, KNN with `normalize=False`.",
         ),
     ] = None,
     head: Annotated[
@@ -94,6 +94,14 @@ def fit(
         ),
     ] = "auto",
     label_column: LabelColumn = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with one label per item of DATA: an array (.npy), a column with its name in the first line "
+            "(.csv), or one label per line (.txt). Default: the labels in DATA.",
+        ),
+    ] = None,
     text_column: TextColumn = None,
     tpr: Annotated[float, typer.Option(help="Share of in-distribution items to accept.")] = 0.95,
     thresholds_by: Annotated[
@@ -142,10 +150,10 @@ def fit(
     require_file_place(out, [Path(data)])
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
-    from featnorm.fitting import fit_source
+    from featnorm.fitting import fit_source, model_for
     from featnorm.inputs import IMAGES, open_source
-    from featnorm.models import create_model
-    from featnorm.models.loading import default_model, import_users_module, is_users
+    from featnorm.inputs.arrays import LabeledSource
+    from featnorm.models.loading import ROWS, import_users_module, is_users
 
     began = time.perf_counter()
     # The module of the user's own model may define the detector.
@@ -159,8 +167,9 @@ def fit(
         label_column=label_column,
         text_column=text_column,
     )
+    source = source if labels is None else LabeledSource(source, labels)
     items = source.kind.name
-    loaded = create_model(model or default_model(source.kind), weights=weights)
+    loaded = model_for(source, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
     console.print(f"{source.kind.counted(len(source))} in {source.title}; model: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, targets)
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
@@ -200,7 +209,7 @@ def fit(
         console.print(
             f"Computed the features of {source.kind.counted(report.computed)}; the next fit on them takes seconds."
         )
-    else:
+    elif loaded.name != ROWS:
         console.print(f"The features of all {items} were in the cache.")
     _print_model(scorer, report)
     calibration = scorer.calibration

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 DATA = (
-    "an image folder, a parquet file, or a file of texts (.csv, .jsonl, .parquet, or .txt with one per line), "
-    "local or in an object store (`s3://bucket/photos`), or a named data set, such as `cifar10:test`; append a "
-    "slice to use a part of it: `DATA[:500]`, `DATA[1::2]`"
+    "an image folder, a parquet file, a file of texts (.csv, .jsonl, .parquet, or .txt with one per line) or of "
+    "rows of numbers (.npy, .npz, .csv, .jsonl, .parquet), local or in an object store (`s3://bucket/photos`), or "
+    "a named data set, such as `cifar10:test`; append a slice to use a part of it: `DATA[:500]`, `DATA[1::2]`"
 )
 """What a specification of data may be, for help texts."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featnorm.detectors import KNN
+from featnorm.detectors import KNN, parse_detector
 
 
 class BankPart:
@@ -15,12 +15,14 @@ class BankPart:
 
     Parameters
     ----------
-    rows : rows of unit length, (n, D) float32.
-    k, recall : settings of the `featnorm.KNN` of the whole bank.
+    rows : rows as in `featnorm.KNN.use_bank`, (n, D) float32.
+    expression : expression of the `featnorm.KNN` of the whole bank.
     """
 
-    def __init__(self, rows: np.ndarray, k: int, recall: float | None) -> None:
-        self._knn = KNN(k, recall=recall).use_bank(torch.from_numpy(np.array(rows)))
+    def __init__(self, rows: np.ndarray, expression: str) -> None:
+        knn = parse_detector(expression)
+        assert isinstance(knn, KNN)
+        self._knn = knn.use_bank(torch.from_numpy(np.array(rows)))
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return the squared distances (m, k) of queries (m, D) to the nearest rows, or to all if fewer."""
@@ -37,12 +39,12 @@ class ShardedKNN(KNN, registered=False):
     """
 
     def __init__(self, like: KNN, parts: Sequence[Any]) -> None:
-        super().__init__(like.k, like.squared, like.recall, like.size)
+        super().__init__(like.k, like.squared, like.recall, like.normalize, like.size)
         self.parts = list(parts)
         self.shape = like.bank_shape
 
     def __repr__(self) -> str:
-        return repr(KNN(self.k, self.squared, self.recall, self.size))
+        return repr(KNN(self.k, self.squared, self.recall, self.normalize, self.size))
 
     @property
     def is_fitted(self) -> bool:

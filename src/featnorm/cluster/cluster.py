@@ -294,7 +294,8 @@ class Cluster:
         for knn in scorer.detector.modules():
             if isinstance(knn, KNN) and self._is_large(knn):
                 rows = np.array_split(knn.bank.rows.cpu().numpy(), self.actors.count)
-                memo[id(knn)] = ShardedKNN(knn, [part.remote(some, knn.k, knn.recall) for some in rows])
+                settings = repr(KNN(knn.k, knn.squared, knn.recall, knn.normalize))  # a part keeps all of its rows
+                memo[id(knn)] = ShardedKNN(knn, [part.remote(some, settings) for some in rows])
         return copy.deepcopy(scorer, memo) if memo else scorer
 
     def _is_large(self, knn: KNN) -> bool:

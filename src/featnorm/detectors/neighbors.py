@@ -25,6 +25,7 @@ class KNN(Detector):
     """Distance to the k-th nearest training input, negated (Sun et al., ICML 2022).
 
     It reads the pooled feature, normalized to unit length: ``z / (||z|| + 1e-10)``. faiss searches the neighbors.
+    In the columns of a table, length is information: there, use ``normalize=False``.
 
     Parameters
     ----------
@@ -38,6 +39,7 @@ class KNN(Detector):
         about a twentieth of the bank's memory in addition. The share of the bank that it searches is chosen by
         comparison with the exact search on inputs of the bank; if it would be a quarter or more, the search is
         exact. A missed neighbor makes a distance larger, never smaller. Default: None, an exact search.
+    normalize : whether to normalize features to unit length.
     size
         Maximum number of inputs in the bank, which bounds its memory and the time of a search. Of more inputs, a
         uniform sample is kept that does not depend on their order; its k-th neighbor is farther away. Default:
@@ -60,18 +62,25 @@ class KNN(Detector):
         k=Integer(1),
         squared=Choice(True, False),
         recall=Interval(0, 1) | Choice(None),
+        normalize=Choice(True, False),
         size=Integer(1) | Choice(None),
     )
     k: int
     squared: bool
     recall: float | None
+    normalize: bool
     size: int | None
 
     def __init__(
-        self, k: int = 50, squared: bool = True, recall: float | None = None, size: int | None = None
+        self,
+        k: int = 50,
+        squared: bool = True,
+        recall: float | None = None,
+        normalize: bool = True,
+        size: int | None = None,
     ) -> None:
         super().__init__()
-        self._set(k=k, squared=squared, recall=recall, size=size)
+        self._set(k=k, squared=squared, recall=recall, normalize=normalize, size=size)
         self.bank = Bank() if self.size is None else RowSample(self.size)
 
     def use_bank(self, rows: Tensor) -> Self:
@@ -79,12 +88,13 @@ class KNN(Detector):
 
         Parameters
         ----------
-        rows : training features of unit length, as `unit_rows` makes them, (n, D) float32.
+        rows : training features, (n, D) float32; of unit length, as `unit_rows` makes them, if ``normalize``.
 
         Raises
         ------
         ValueError
-            The rows have another shape or type, or one is neither of unit length nor zero; or ``size`` is set.
+            The rows have another shape or type, or one is neither of unit length nor zero, as ``normalize`` needs;
+            or ``size`` is set.
         TypeError
             The rows are not a tensor.
         """
@@ -94,7 +104,7 @@ class KNN(Detector):
             raise TypeError(f"{self!r} takes a bank (n, D) as a tensor of float32, got {shown(rows)}")
         if rows.ndim != 2 or rows.dtype != torch.float32:
             raise ValueError(f"{self!r} takes a bank (n, D) of float32, got {rows.dtype} {tuple(rows.shape)}")
-        for start in range(0, len(rows), _CHECKED_ROWS):
+        for start in range(0, len(rows) if self.normalize else 0, _CHECKED_ROWS):
             lengths = torch.linalg.vector_norm(rows[start : start + _CHECKED_ROWS], dim=1)
             wrong = ~(((lengths - 1).abs() < 1e-3) | (lengths == 0))
             if wrong.any():
@@ -110,9 +120,9 @@ class KNN(Detector):
     def _partial_fit(self, features: Features) -> None:
         pooled = features.tensor("pooled")
         if isinstance(self.bank, Bank):
-            self.bank.update(pooled, write_unit_rows)
+            self.bank.update(pooled, write_unit_rows if self.normalize else None)
         else:
-            self.bank.update(single_unit_rows(pooled))
+            self.bank.update(single_unit_rows(pooled) if self.normalize else pooled)
 
     def _validate(self) -> None:
         rows, _ = self.bank_shape
@@ -121,10 +131,14 @@ class KNN(Detector):
             raise ValueError(f"{self!r} has only {rows} inputs in its bank: {more}, or lower k")
 
     def _finalize(self) -> "Search":
-        bank = self.bank.rows.cpu().numpy()
+        bank = self._centered(self.bank.rows).cpu().numpy()
         if self.recall is None or len(bank) < _MIN_INDEXED_ROWS:
             return Search(bank)
         return Index.reaching(self.recall, bank, self.k) or Search(bank)
+
+    def _centered(self, rows: Tensor) -> Tensor:
+        """Return rows minus the first of the bank: far from 0, ``||q||^2 - 2 q.b + ||b||^2`` loses its digits."""
+        return rows if self.normalize else rows - self.bank.rows[0].to(rows.device)
 
     @property
     def bank_shape(self) -> tuple[int, int]:
@@ -136,7 +150,7 @@ class KNN(Detector):
 
         Parameters
         ----------
-        queries : features of unit length, as `unit_rows` makes them, (m, D) float32.
+        queries : features as in the bank, see `use_bank`, (m, D) float32.
         k : number of neighbors; at most those in the bank.
 
         Returns
@@ -147,13 +161,13 @@ class KNN(Detector):
         if len(queries) == 0:
             return queries.new_empty(0, k)
         search: Search = self._fitted_state()
-        return torch.from_numpy(search.nearest(queries.cpu().contiguous().numpy(), k))
+        return torch.from_numpy(search.nearest(self._centered(queries).cpu().contiguous().numpy(), k))
 
     def _score(self, features: Features) -> Tensor:
         pooled = features.tensor("pooled")
         self._same_width("pooled", pooled, self.bank_shape[1])
         self._validate()
-        queries = unit_rows(pooled.detach()).float()
+        queries = (unit_rows(pooled.detach()) if self.normalize else pooled.detach()).float()
         # A graph that is being traced cannot call faiss: there the search is exact.
         tracing = torch.compiler.is_compiling()
         squared = self._traced(queries) if tracing else self.nearest(queries, self.k)[:, -1].clone()
@@ -162,7 +176,7 @@ class KNN(Detector):
         return -(squared if self.squared else squared.sqrt())
 
     def _traced(self, queries: Tensor) -> Tensor:
-        bank = self.bank.rows.float()
+        bank, queries = self._centered(self.bank.rows.float()), self._centered(queries)
         products = torch.addmm(bank.square().sum(1), queries, bank.T, alpha=-2)
         return products.topk(self.k, largest=False).values[:, -1] + queries.square().sum(1)
 

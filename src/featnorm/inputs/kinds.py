@@ -78,21 +78,31 @@ class Kind(ABC):
             It is of another type.
         """
 
+    def sequence_of(self, items: Any) -> Sequence[Any]:
+        """Return the items that a user passed; raise a TypeError for a single one."""
+        if isinstance(items, (str, bytes, PathLike, Image.Image, np.ndarray, Tensor, Mapping)):
+            raise TypeError(f"items must be a sequence, got one {type(items).__name__}: pass [item]")
+        return items
+
     @abstractmethod
-    def reference(self) -> Any:
+    def reference(self, preprocess: Any = None) -> Any:
         """Return the item whose outputs are kept in a scorer's file."""
 
-    def probes(self) -> Sequence[Any]:
+    def probes(self, preprocess: Any = None) -> Sequence[Any]:
         """Return the items by whose outputs one preprocess is told from another."""
-        return [self.reference()]
+        return [self.reference(preprocess)]
 
     def fingerprint(self, prepared: Any) -> Tensor:
         """Return what a file keeps of a preprocessed item, to notice another preprocess."""
         return prepared.float().cpu()
 
     def preview(self, item: Any) -> bytes:
-        """Return what a page shows of an item; nothing by default."""
+        """Return what a page shows of an item beside others; nothing by default."""
         return b""
+
+    def shown(self, item: Any) -> Any:
+        """Return what a page shows of an item: an image, or text."""
+        return item
 
     def is_first_of_several(self, item: Any) -> bool:
         """Whether an item is the first of several in its file."""
@@ -114,6 +124,9 @@ class Kind(ABC):
                 f"{name} has shape {tuple(prepared.shape)} after the transform, the ones before it in the batch "
                 f"{tuple(first.shape)}: use a transform that {self._to_one_shape}"  # type: ignore[union-attr]
             )
+
+    def check_source(self, source: Any, preprocess: Any) -> None:  # noqa: B027  most kinds have no columns
+        """Check that a source has the columns that a preprocess takes; raise a `DataError` if it does not."""
 
     _to_one_shape = "returns one shape"
 
@@ -140,11 +153,6 @@ class _Images(Kind):
     noun = "image"
     _to_one_shape = "resizes all images to one size"
 
-    @property
-    def one(self) -> str:
-        """A single item in words: "an image", "a text"."""
-        return f"{'an' if self.noun[0] in 'aeiou' else 'a'} {self.noun}"
-
     def name_of(self, raw: Any, position: int) -> str:
         return fspath(raw) if isinstance(raw, (str, PathLike)) else super().name_of(raw, position)
 
@@ -162,12 +170,12 @@ class _Images(Kind):
             f"{name} is of type {type(raw).__name__}: expected a path, a PIL image, an array or a tensor"
         )
 
-    def reference(self) -> Image.Image:
+    def reference(self, preprocess: Any = None) -> Image.Image:
         ramp = np.arange(256, dtype=np.uint8)
         red, green = np.meshgrid(ramp, ramp[::-1][:192])
         return Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))
 
-    def probes(self) -> Sequence[Image.Image]:
+    def probes(self, preprocess: Any = None) -> Sequence[Image.Image]:
         noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
         return [Image.fromarray(noise), Image.fromarray(noise[:47, :61])]
 
@@ -212,10 +220,10 @@ class _Texts(Kind):
             raise ItemError(name, "it is not valid UTF-8") from None
         return raw
 
-    def reference(self) -> str:
+    def reference(self, preprocess: Any = None) -> str:
         return "The quick brown fox jumps over the lazy dog, and 13 others look on."
 
-    def probes(self) -> Sequence[str]:
+    def probes(self, preprocess: Any = None) -> Sequence[str]:
         return [self.reference(), "¿Qué? " + 100 * "Noise 0.5\t"]
 
     def fingerprint(self, prepared: Mapping[str, Tensor]) -> Tensor:
@@ -242,7 +250,59 @@ class _Texts(Kind):
         }
 
 
-IMAGES, TEXTS = _KINDS["images"], _KINDS["texts"]
+class _Rows(Kind):
+    """Rows of an array or a table, as sequences of numbers or mappings of column to value.
+
+    Preprocess is a `featnorm.inputs.rows.Rows`, or another function that returns tensors (D,).
+    """
+
+    name = "rows"
+    noun = "row"
+
+    def sequence_of(self, items: Any) -> Sequence[Any]:
+        """Return the rows of an array, a tensor, a DataFrame or a sequence."""
+        if hasattr(items, "iloc") and hasattr(items, "columns"):
+            return items.astype(object).where(items.notna(), None).to_dict("records")
+        if not isinstance(items, (np.ndarray, Tensor)):
+            return super().sequence_of(items)
+        if items.ndim != 2:
+            raise TypeError(f"rows must be of shape (n, D), got {tuple(items.shape)}: pass row[None] for one row")
+        return items if isinstance(items, np.ndarray) else items.detach().float().cpu().numpy()  # type: ignore[return-value]
+
+    def is_prepared(self, raw: Any) -> bool:
+        return False
+
+    def item_of(self, raw: Any, name: str) -> Any:
+        if isinstance(raw, Tensor):
+            raw = raw.detach().float().cpu().numpy()
+        if isinstance(raw, Mapping) or (isinstance(raw, Sequence) and not isinstance(raw, (str, bytes))):
+            return raw
+        if not isinstance(raw, np.ndarray) or raw.ndim != 1:
+            raise TypeError(f"{name} is of type {type(raw).__name__}: expected a row, or a mapping of its columns")
+        return raw
+
+    def reference(self, preprocess: Any = None) -> Any:
+        return preprocess.reference()
+
+    def shown(self, item: Any) -> str:
+        """Return the columns with their values, or the numbers."""
+        pairs = item.items() if isinstance(item, Mapping) else None
+        values = (
+            [f"{x:.3g}" for x in item] if pairs is None else [f"{k}: {'' if v is None else v}" for k, v in pairs]
+        )
+        return ", ".join(values)
+
+    def preview(self, item: Any) -> bytes:
+        """Return the first 200 characters of `shown` in UTF-8."""
+        text = self.shown(item)
+        return (text if len(text) <= PREVIEW else text[:PREVIEW] + "…").encode()
+
+    def check_source(self, source: Any, preprocess: Any) -> None:
+        if hasattr(preprocess, "check"):
+            preprocess.check(source)
+
+
+IMAGES, TEXTS, ROWS = _KINDS["images"], _KINDS["texts"], _KINDS["rows"]
 
 
 def _named(name: str) -> Kind:

@@ -150,6 +150,9 @@ class _Batches:
                 part.several.add(i)
             try:
                 transformed = self.transform(item)
+            except ItemError as error:
+                part.unread[i] = error.reason
+                continue
             except RAISED_BY_USERS as error:
                 name = self.source.name(i)
                 failure = TransformError(

@@ -161,6 +161,9 @@ def open_source(
         - texts: a ``.csv``, ``.jsonl`` or ``.parquet`` file (or a folder of the latter) with a column of texts and
           perhaps one of labels, or a ``.txt`` file with one text per line, all in UTF-8. The first row of a CSV
           file names its columns;
+        - rows: a ``.npy`` or ``.npz`` file with an array (n, D), such as the outputs of an encoder, the latter
+          perhaps with an array ``labels``; or a ``.csv``, ``.jsonl`` or ``.parquet`` file, or a folder of the
+          latter, with a column of vectors, or with columns of numbers, strings and booleans;
         - the address of one of these in an object store, as pyarrow's file systems take it:
           ``s3://bucket/photos``, ``gs://...``, ``abfs://...``, ``hdfs://...``, settings in a query
           (``?region=eu-west-1``);
@@ -182,7 +185,8 @@ def open_source(
     text_column : str, optional
         The column of a table that holds the texts. Default: ``text``, if there is one; or else the only column of
         strings beside the labels, if it is the only other column or has three words or more per row on average.
-        A parquet file with a column ``image`` holds images, unless a text column is given.
+        Unless it is given, a parquet file with a column ``image`` holds images, and a table with a column of
+        vectors, or without a column of texts, holds rows.
     mix_splits : bool
         Whether a folder may hold several splits, such as ``train`` and ``test``.
 

@@ -293,7 +293,7 @@ def kind_of_labels(type_: Any) -> str | None:
 
 @contextmanager
 def open_parquet(folder: Folder, file: str) -> Iterator[Any]:
-    """Open a parquet file for reading."""
+    """Open a parquet file as a `pyarrow.parquet.ParquetFile`."""
     # In a store, the bytes of a row group are fetched at once, and not column by column.
     pre_buffer = not isinstance(folder, LocalFolder)
     parquet = vision_module("pyarrow.parquet")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -43,6 +44,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         Columns of an unlabeled table that could hold its labels.
     columns : tuple of str
         Columns of a table that hold single values; empty for other sources.
+    width : int or None
+        Number of numbers per row, if the items are vectors.
     """
 
     kind: Kind = IMAGES
@@ -50,6 +53,7 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
     passed_over = PassedOver()
     label_columns: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    width: int | None = None
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
@@ -123,8 +127,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         """Return what identifies item `i` without reading its content: name, size and modification time."""
         return self._identity(self._checked(i))
 
-    def require(self, kind: Kind, taker: str) -> None:
-        """Check that the items are of a kind.
+    def require(self, kind: Kind, taker: str, preprocess: Any = None) -> None:
+        """Check that the items are of a kind, and have the columns that a preprocess takes.
 
         Parameters
         ----------
@@ -132,14 +136,17 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
             The kind.
         taker : str
             What takes only these, for the message.
+        preprocess : callable, optional
+            The preprocess.
 
         Raises
         ------
         DataError
-            If they are of another kind.
+            If they are of another kind, or have other columns.
         """
         if self.kind is not kind:
             raise DataError(f"{self.title} holds {self.kind.name}, and {taker} takes {kind.name}")
+        kind.check_source(self, preprocess)
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -183,6 +190,7 @@ class SlicedSource(Source[T]):
         self.passed_over = source.passed_over
         self.label_columns = source.label_columns
         self.columns = source.columns
+        self.width = source.width
         self._source = source
         self._rows = rows
 
@@ -219,8 +227,13 @@ class JoinedSource(Source[T]):
     """
 
     def __init__(self, sources: Sequence[Source[T]]) -> None:
-        self.kind = sources[0].kind
+        self.kind, self.width = sources[0].kind, sources[0].width
         for source in sources:
+            if source.width != sources[0].width:
+                raise DataError(
+                    f"the rows of {sources[0].title} and {source.title} have different columns: open them one by "
+                    "one"
+                )
             if source.kind is not self.kind:
                 raise DataError(
                     f"{sources[0].title} holds {self.kind.name}, and {source.title} {source.kind.name}: open them "
@@ -263,3 +276,30 @@ class JoinedSource(Source[T]):
     def _identity(self, i: int) -> str:
         source, row = self._locate(i)
         return source.identity(row)
+
+
+def class_labels(values: Any) -> tuple[list[int | None], list[str] | None]:
+    """Return labels as class indices, and the names of the classes, or None if the labels are integers.
+
+    Parameters
+    ----------
+    values
+        One label per item, a sequence or an array (n,): integers, also as strings, of which negative ones mean no
+        label; or anything else, whose sorted strings are the classes. None, NaN and "" mean no label.
+
+    Raises
+    ------
+    DataError
+        The array has another shape.
+    """
+    if not isinstance(values, list):
+        values = np.asarray(values)
+        if values.ndim != 1:
+            raise DataError(f"labels have shape {values.shape}: expected one label per item")
+        values = values.tolist()
+    words = [None if value is None or value != value or value == "" else str(value) for value in values]
+    if all(word is None or word.lstrip("-").isdecimal() for word in words):
+        return [None if word is None else int(word) for word in words], None
+    names = sorted({word for word in words if word is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    return [None if word is None else numbers[word] for word in words], names

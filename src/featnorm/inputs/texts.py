@@ -17,7 +17,7 @@ from featnorm.inputs.files import Folder
 from featnorm.inputs.kinds import TEXTS
 from featnorm.inputs.openers import Options
 from featnorm.inputs.parquet import LastGroups, ParquetTable, kind_of_labels
-from featnorm.inputs.source import Source
+from featnorm.inputs.source import Source, class_labels
 
 #: Maximum number of bytes of a row. It bounds the memory that a quote or a line without an end takes.
 MAX_ROW = 1 << 26
@@ -248,7 +248,7 @@ class TextRows(Texts):
         if not rows:
             raise DataError(f"no rows in {file.name}")
         self._ends.append(rows)
-        super().__init__(title, *_classes(given))
+        super().__init__(title, *class_labels(given))
         self.columns = tuple(file.columns)
         if labels and column is None:
             self.label_columns = tuple(name for name in file.columns if name != text_column)
@@ -330,11 +330,16 @@ def text_column(values: Mapping[str, Sequence[Any]], options: Options) -> str | 
     if "text" in values:
         return "text"
     others = [name for name in values if name != (options.label_column or "label")]
-    strings = [name for name in others if any(isinstance(v, str) and not _is_number(v) for v in values[name])]
+    strings = [name for name in others if any(isinstance(v, str) and not is_number(v) for v in values[name])]
     if len(strings) != 1:
         return None
-    words = [len(v.split()) for v in values[strings[0]] if isinstance(v, str)]
-    return strings[0] if len(others) == 1 or sum(words) >= _WORDS * len(words) else None
+    return strings[0] if len(others) == 1 or has_words(values[strings[0]]) else None
+
+
+def has_words(values: Sequence[Any]) -> bool:
+    """Return whether strings are texts: whether they have on average three words or more."""
+    words = [len(value.split()) for value in values if isinstance(value, str)]
+    return bool(words) and sum(words) >= _WORDS * len(words)
 
 
 def require_text_column(name: str, values: Mapping[str, Sequence[Any]], options: Options, *other: str) -> str:
@@ -363,22 +368,13 @@ def require_text_column(name: str, values: Mapping[str, Sequence[Any]], options:
     return column
 
 
-def _is_number(value: str) -> bool:
+def is_number(value: str) -> bool:
+    """Return whether a value reads as a number, or is blank."""
     try:
         float(value)
     except ValueError:
         return not value.strip()
     return True
-
-
-def _classes(given: Sequence[Any]) -> tuple[list[int | None], list[str] | None]:
-    """Return labels, and the names of their classes if they are not whole numbers."""
-    words = [None if label is None or label == "" else str(label) for label in given]
-    if all(word is None or word.lstrip("-").isdecimal() for word in words):
-        return [None if word is None else int(word) for word in words], None
-    names = sorted({word for word in words if word is not None})
-    numbers = {name: number for number, name in enumerate(names)}
-    return [None if word is None else numbers[word] for word in words], names
 
 
 def _is_open(record: Sequence[str], delimiter: str) -> bool:

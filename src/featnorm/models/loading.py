@@ -30,7 +30,9 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
+from featnorm.inputs.errors import ItemError
 from featnorm.inputs.kinds import IMAGES, TEXTS, Kind, kind_of
+from featnorm.inputs.rows import Rows
 from featnorm.models.errors import ModelError, UserModelError
 from featnorm.models.heads import cut_classifier
 from featnorm.models.packaged import load_model
@@ -41,6 +43,8 @@ _OWN = "featnorm:"
 _OWN_SIDE = 32
 #: Default backbone for images; its ImageNet-1k weights come from a Python package, not from a download.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
+#: Specification of the model whose inputs, rows of numbers, are the features.
+ROWS = "featnorm:rows"
 # Models of featnorm whose weights come from Python packages.
 _BY_PACKAGE = (DEFAULT_MODEL, DEFAULT_TEXT_MODEL)
 _DEFAULTS = {IMAGES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
@@ -244,7 +248,7 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
             raise ValueError(f"the classifier of {type(loaded.model).__name__} cannot be removed")
         return cut_classifier(loaded.model)[0], True
     except ValueError as error:
-        if is_users(loaded.name):
+        if is_users(loaded.name) or loaded.name == ROWS:
             return copy.deepcopy(loaded.model), False
         what = str(error).partition(":")[0]
         raise ModelError(
@@ -258,6 +262,11 @@ def backbone_of(loaded: LoadedModel) -> tuple[nn.Module, bool]:
             f"the model of {loaded.name} cannot be copied without its classifier "
             f"({error_text(error)}{error_site(error)})"
         ) from error
+
+
+def rows_model(rows: Rows) -> LoadedModel:
+    """Return a model for rows that are features already: it returns its inputs (n, D)."""
+    return LoadedModel(nn.Identity().eval(), rows, (rows.width,), ROWS)
 
 
 def _own(spec: str, as_it_is: bool, pretrained: bool) -> LoadedModel:
@@ -350,7 +359,8 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     """Return the model and transform that the user's own function creates."""
     module, _, function = spec.partition(":")
     what = (
-        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to tensor"
+        f"expected {spec} to return (model, transform), a torch.nn.Module and a callable from PIL image to "
+        "tensor, or featnorm.inputs.Vector(width) for rows"
     )
     imported = import_users_module(spec)
     if not callable(make := getattr(imported, function, None)):
@@ -367,6 +377,8 @@ def _users(spec: str, weights: str | Path | None) -> LoadedModel:
     if weights is not None:
         path = Path(weights).expanduser()
         notes = _load(model, _read(path, _tensors(model).keys()), path, spec)
+    if isinstance(transform, Rows):
+        return LoadedModel(model.eval(), transform, (transform.width,), spec, notes, own=True)
     with users_transform(spec, "a black image of 256 x 256 pixels"):
         example = transform(Image.new("RGB", (256, 256)))
     if not isinstance(example, Tensor) or example.ndim != 3:
@@ -396,7 +408,7 @@ def users_transform(spec: str, inputs: str) -> Iterator[None]:
     try:
         yield
     except RAISED_BY_USERS as error:
-        if not is_users(spec):
+        if not is_users(spec) or isinstance(error, ItemError):
             raise
         raise _users_fault(f"the transform of {spec}", error).on(inputs) from error
 

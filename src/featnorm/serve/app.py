@@ -44,7 +44,7 @@ def create_app(
     root_path: str = "",
     runtime: Runtime | None = None,
 ) -> FastAPI:
-    """Create an ASGI application that scores images or texts over HTTP.
+    """Create an ASGI application that scores images, texts or rows over HTTP.
 
     It logs to the logger ``featnorm.serve``. It starts with the server; mounted in another application, it starts
     with the first request to ``/readyz`` or for a score.
@@ -116,7 +116,7 @@ def create_app(
     app = FastAPI(
         title="featnorm",
         version=featnorm.__version__,
-        description="Does the model know this image or text? Out-of-distribution detection, item by item.",
+        description="Does the model know this image, text or row? Out-of-distribution detection, item by item.",
         lifespan=lifespan,
         # These pages would load scripts from other hosts.
         docs_url=None,
@@ -218,7 +218,7 @@ def create_app(
     for prefix, parameters, documented in (("/v1", [], len(served) == 1), ("/v1/{name}", [of_name], True)):
         app.post(
             f"{prefix}/score",
-            summary="Score one or more images or texts",
+            summary="Score one or more images, texts or rows",
             response_model=Results,
             responses=rejections,
             openapi_extra={"requestBody": DESCRIPTION, "parameters": parameters},
@@ -227,7 +227,7 @@ def create_app(
         )(score)
         app.get(
             f"{prefix}/detector",
-            summary="The detector that scores the images or texts",
+            summary="The detector that scores the images, texts or rows",
             response_model=Detector,
             responses={401: rejections[401], 404: rejections[404]},
             openapi_extra={"parameters": parameters},

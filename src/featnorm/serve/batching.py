@@ -1,6 +1,7 @@
 """Batching of the images of all pending requests."""
 
 import asyncio
+import json
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from featnorm._utils.errors import first_line
 from featnorm.inputs.decoding import decode
 from featnorm.inputs.errors import ItemError
-from featnorm.inputs.kinds import IMAGES
+from featnorm.inputs.kinds import IMAGES, ROWS
 from featnorm.serve.decoding import Decoders
 from featnorm.serve.limits import MAX_PICTURED, RETRY, Limits
 from featnorm.serve.responses import Why, why_of
@@ -218,11 +219,14 @@ class Batcher:
             if kind is IMAGES:
                 item: Any = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
             else:
-                item = kind.item_of(upload.data.decode("utf-8", "surrogatepass"), upload.name)
+                text = upload.data.decode("utf-8", "surrogatepass")
+                item = kind.item_of(json.loads(text) if kind is ROWS else text, upload.name)
         except ItemError as error:
             return error.reason
         try:
             return scorer.transform(item)
+        except ItemError as error:
+            return error.reason
         except Exception:
             log.exception(
                 "the transform failed on %s of size %s", kind.one, getattr(item, "size", len(upload.data))

@@ -11,7 +11,7 @@ from torch import Tensor
 from featnorm import hidden
 from featnorm._utils.ranks import shown_scores
 from featnorm.drift import DriftMonitor
-from featnorm.inputs.kinds import IMAGES, TEXTS, Kind
+from featnorm.inputs.kinds import IMAGES, Kind
 from featnorm.records import row_of
 from featnorm.report.explanation import neighbor_picture
 from featnorm.verdict import ItemVerdict
@@ -138,7 +138,7 @@ class Drift(BaseModel):
 class Detector(ScorerSummary):
     """A scorer in detail."""
 
-    inputs: str = Field(description="What it scores: `images` or `texts`.")
+    inputs: str = Field(description="What it scores: `images`, `texts` or `rows`.")
     model: str | None = Field(description="Specification of the model; null if it is not known.")
     facts: dict[str, str]
     classes: list[str] | None
@@ -172,7 +172,7 @@ def why_of(why: hidden.Why, kind: Kind, *, thumbnails: bool = False) -> Why:
     for neighbor in why.nearest:
         picture = neighbor_picture(neighbor, "") if thumbnails and kind is IMAGES else None
         uri = None if picture is None else picture.uri
-        text = neighbor.text() if kind is TEXTS else None
+        text = None if kind is IMAGES else neighbor.text()
         nearest.append(SimilarItem(label=neighbor.label, similarity=neighbor.similarity, thumbnail=uri, text=text))
     units = [] if why.units is None else why.units.rows()
     terms = [(term, finite(value)) for term, value in why.terms]

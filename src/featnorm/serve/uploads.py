@@ -1,4 +1,4 @@
-"""The images or texts in the body of a request: `read_body` and `read_uploads`."""
+"""The images, texts or rows in the body of a request: `read_body` and `read_uploads`."""
 
 import asyncio
 import binascii
@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from featnorm.inputs.kinds import IMAGES, TEXTS, Kind
+from featnorm.inputs.kinds import IMAGES, ROWS, TEXTS, Kind
 from featnorm.serve.forms import FormError, read_form
 from featnorm.serve.headers import DecodingCost, LongHeaderError, decoding_cost
 from featnorm.serve.limits import Limits
 
-# Maximum number of JSON values, of which a request has a few per image. A million take seconds to parse.
-_BASE_VALUES, _VALUES_PER_IMAGE = 1000, 100
+# Maximum number of JSON values, of which a request has a few per image or text, and as many per row as it has
+# columns. A million take seconds to parse.
+_BASE_VALUES, _VALUES_PER_ITEM, _VALUES_PER_ROW = 1000, 100, 4096
 
 DESCRIPTION: dict[str, Any] = {
     "required": True,
     "description": "For a scorer of images: one image file, or several images as base64 in JSON or as the files "
-    "of a form. For a scorer of texts: `texts` in JSON.",
+    "of a form. For a scorer of texts or rows: `texts` or `rows` in JSON.",
     "content": {
         "image/*": {"schema": {"type": "string", "format": "binary"}},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
@@ -29,6 +30,11 @@ DESCRIPTION: dict[str, Any] = {
             "schema": {
                 "type": "object",
                 "properties": {
+                    "rows": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"oneOf": [{"type": "array", "items": {}}, {"type": "object"}]},
+                    },
                     "texts": {
                         "type": "array",
                         "minItems": 1,
@@ -79,12 +85,13 @@ _TYPES = ("application/json", "multipart/form-data", "application/octet-stream")
 _SCHEMAS = {
     IMAGES: '{"images": ["BASE64", {"name": "NAME", "data": "BASE64"}, ...]}',
     TEXTS: '{"texts": ["TEXT", {"name": "NAME", "text": "TEXT"}, ...]}',
+    ROWS: '{"rows": [[NUMBER, ...], {"COLUMN": VALUE, ...}, ...]}',
 }
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class Upload(NamedTuple):
-    """One item of a request: its name and its bytes, or why there are no bytes. A text is in UTF-8."""
+    """One item of a request: its name and its bytes (of a row, JSON; in UTF-8), or why there are no bytes."""
 
     name: str
     data: bytes
@@ -174,7 +181,7 @@ def _parse(body: Body, kind: Kind, max_images: int) -> list[Upload]:
 
 def _from_json(body: bytes, kind: Kind, max_images: int) -> list[Upload]:
     schema = _SCHEMAS[kind]
-    max_values = _BASE_VALUES + _VALUES_PER_IMAGE * max_images
+    max_values = _BASE_VALUES + (_VALUES_PER_ROW if kind is ROWS else _VALUES_PER_ITEM) * max_images
     bare = body if kind is IMAGES else _STRING.sub(b"", body)  # base64 has none of these
     if sum(map(bare.count, (b",", b":", b"[", b"{"))) > max_values:
         raise HTTPException(400, f"the body contains more than {max_values:,} values: send {schema}")
@@ -191,6 +198,10 @@ def _from_json(body: bytes, kind: Kind, max_images: int) -> list[Upload]:
 
 
 def _from_entry(kind: Kind, number: int, entry: Any) -> Upload:
+    if kind is ROWS:
+        if not isinstance(entry, (list, dict)):
+            raise HTTPException(400, f"row {number} must be a list or an object: send {_SCHEMAS[kind]}")
+        return Upload(f"row {number}", json.dumps(entry).encode())
     key, what = ("data", "a base64 string") if kind is IMAGES else ("text", "a string")
     name, data = (entry.get("name"), entry.get(key)) if isinstance(entry, dict) else (None, entry)
     if not isinstance(data, str) or not isinstance(name, str | None):

@@ -1,9 +1,11 @@
 """The threads and tasks of a service in one event loop: `Workers`."""
 
 import asyncio
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
@@ -17,10 +19,10 @@ log = logging.getLogger("featnorm.serve")
 _POLL = 1.0
 
 
-def _encoded(item: Image.Image | str) -> bytes:
+def _encoded(item: Any) -> bytes:
     """Return an item as a client sends it."""
-    if isinstance(item, str):
-        return item.encode()
+    if not isinstance(item, Image.Image):
+        return (item if isinstance(item, str) else json.dumps(item)).encode()
     file = BytesIO()
     item.save(file, "PNG")
     return file.getvalue()
@@ -74,7 +76,7 @@ class Workers:
         loop = asyncio.get_running_loop()
         for scorer in self._scorers.values():
             try:
-                upload = Upload("warm-up", _encoded(scorer.kind.reference()))
+                upload = Upload("warm-up", _encoded(scorer.kind.reference(scorer.transform)))
                 await self.batcher.score([upload], scorer, group=scorer.any_group)
                 await loop.run_in_executor(self._loader, scorer.warm_up_explanations)
             except Exception:

@@ -518,7 +518,9 @@ def _check_classifier(features: Features) -> None:
             continue
         made = nn.functional.linear(value.double(), weight.double(), None if bias is None else bias.double())
         length = logits.norm(dim=1)
-        likeness = nn.functional.cosine_similarity(made, logits)[length > _NEGLIGIBLE * length.max()]
+        # torch's default epsilon would take short vectors, such as those of a network with random weights, for 0.
+        likeness = nn.functional.cosine_similarity(made, logits, eps=torch.finfo(torch.float64).tiny)
+        likeness = likeness[length > _NEGLIGIBLE * length.max()]
         if bool((likeness > _ALIKE).all()):
             return
     raise ValueError(

@@ -1,0 +1,505 @@
+"""Rows of arrays and tables as sources: outputs of any encoder, or records with named columns."""
+
+import hashlib
+import io
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate, islice
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featnorm._utils.errors import first_line
+from featnorm._utils.extras import vision_module
+from featnorm.inputs.cache import CachedFeatures
+from featnorm.inputs.errors import DataError, ItemError
+from featnorm.inputs.files import Folder, LocalFolder
+from featnorm.inputs.kinds import ROWS
+from featnorm.inputs.openers import Opener, Options
+from featnorm.inputs.parquet import LastGroups, open_parquet
+from featnorm.inputs.rows import Rows
+from featnorm.inputs.source import SlicedSource, Source, class_labels
+from featnorm.inputs.texts import FORMATS, RowFile, is_number
+
+# Rows of a table in memory that are converted at a time.
+_BLOCK = 1024
+#: Names of the arrays of an .npz file that hold its labels.
+_LABELS = ("labels", "label", "targets", "y")
+
+
+class ArrayRows(Source[Any]):
+    """Rows of an array, in single precision.
+
+    Parameters
+    ----------
+    values : (n, D) numbers of any real type, in memory or mapped from a file.
+    title : name for tables.
+    labels, class_names : see `Source`.
+    place : what identifies the file of the array, with its size and modification time. Default: no file.
+
+    Raises
+    ------
+    DataError
+        The values have another shape or type, or there is no row or no column.
+    """
+
+    kind = ROWS
+
+    def __init__(
+        self,
+        values: npt.NDArray[Any],
+        title: str,
+        labels: Sequence[int | None] | None = None,
+        class_names: list[str] | None = None,
+        place: str = "",
+    ) -> None:
+        if values.ndim != 2 or values.dtype.kind not in "fiub" or 0 in values.shape:
+            raise DataError(
+                f"{title} has shape {values.shape} and type {values.dtype}: expected real numbers of shape "
+                "(n, D), one row per input"
+            )
+        super().__init__(title, [None] * len(values) if labels is None else labels, class_names)
+        self.width = int(values.shape[1])
+        self._values = values
+        self._place = place
+
+    def _read(self, i: int) -> tuple[Any, bytes]:
+        with np.errstate(over="ignore"):
+            # -0.0 and 0.0 are one value, and have one digest.
+            row = self._values[i].astype(np.float32) + np.float32(0)
+        return row, hashlib.sha256(row.tobytes()).digest()
+
+    def _name(self, i: int) -> str:
+        return f"row {i}"
+
+    def _identity(self, i: int) -> str:
+        return f"{self._place} {i}" if self._place else self._digest(i).hex()
+
+
+class TableRows(Source[Any]):
+    """Rows of tables with named columns, which are read block by block.
+
+    If one column holds vectors, each row is its vector. Otherwise a row is a mapping of the names of the columns,
+    without that of the labels, to values; None for missing.
+
+    Parameters
+    ----------
+    title : name for tables.
+    schema : `pyarrow.Schema` of the tables.
+    sizes : number of rows of each block.
+    options : how labels are read.
+
+    Raises
+    ------
+    DataError
+        There is no row, several columns hold vectors, or there is no column for the labels.
+    """
+
+    kind = ROWS
+
+    def __init__(self, title: str, schema: Any, sizes: Sequence[int], options: Options) -> None:
+        self.title = title
+        names = schema.names
+        if len(set(names)) < len(names):
+            raise DataError(f"{title} has several columns named {max(names, key=names.count)!r}")
+        vectors = vector_columns(schema)
+        if len(vectors) > 1:
+            raise DataError(f"{title} holds several columns of vectors ({', '.join(vectors)}): keep one")
+        self._vector = vectors[0] if vectors else None
+        label = options.label_column or "label"
+        if options.label_column is not None and label not in names:
+            raise DataError(f"no column {label!r} in {title}: it has {', '.join(names)}")
+        nested = vision_module("pyarrow").types.is_nested
+        self.columns = tuple(f.name for f in schema if not nested(f.type) and f.name not in ("", label))
+        self._ends = list(accumulate(sizes))
+        if not self._ends or not self._ends[-1]:
+            raise DataError(f"no rows in {title}")
+        self._blocks = LastGroups()
+        labels: Any = ([None] * self._ends[-1], None)
+        if options.labels and label in names:
+            labels = class_labels(self.column(label))
+        super().__init__(title, *labels)
+        self.width = None if self._vector is None else len(self._first_vector())
+
+    @abstractmethod
+    def _block(self, number: int, columns: Sequence[str]) -> Any:
+        """Return columns of a block as a `pyarrow.Table`; raise a `DataError` if it cannot be read."""
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        return [
+            value for number in range(len(self._ends)) for value in self._block(number, [name])[name].to_pylist()
+        ]
+
+    def _first_vector(self) -> npt.NDArray[Any]:
+        for i in range(self._ends[-1]):
+            try:
+                return self._read(i)[0]
+            except ItemError:
+                continue
+        raise DataError(f"no row of {self.title} has a vector")
+
+    def _read(self, i: int) -> tuple[Any, bytes]:
+        number = bisect_right(self._ends, i)
+        items = self._blocks.find(number, lambda: self._items(number))
+        item = items[i - (self._ends[number - 1] if number else 0)]
+        if isinstance(item, str):
+            raise ItemError(self._name(i), item)
+        content = item.tobytes() if self._vector is not None else "\0".join(map(str, item.values())).encode()
+        return item, hashlib.sha256(content).digest()
+
+    def _items(self, number: int) -> "_Items":
+        """Return the rows of a block; for a row that cannot be read, the reason."""
+        if self._vector is not None:
+            vectors = self._block(number, [self._vector])[self._vector]
+            return _Items("no vector in this row" if v is None else v for v in _arrays(vectors))
+        values = [column.to_pylist() for column in self._block(number, self.columns).columns]
+        return _Items(dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True))
+
+    def _name(self, i: int) -> str:
+        return f"row {i}"
+
+
+class ArrowRows(TableRows):
+    """Rows of a table in memory.
+
+    Parameters
+    ----------
+    table : `pyarrow.Table`.
+    unread : rows of the source that are not in the table because they cannot be read, and the reasons.
+    title, options : see `TableRows`.
+    """
+
+    def __init__(self, table: Any, unread: Mapping[int, str], title: str, options: Options) -> None:
+        self._table = table
+        self._unread = unread
+        total = table.num_rows + len(self._unread)
+        # Row of the table of each row of the source; None for one that cannot be read.
+        taken = np.ones(total, bool)
+        taken[list(self._unread)] = False
+        self._places = np.where(taken, np.cumsum(taken) - 1, -1)
+        super().__init__(title, table.schema, [min(_BLOCK, total - k) for k in range(0, total, _BLOCK)], options)
+
+    def _block(self, number: int, columns: Sequence[str]) -> Any:
+        places = self._places[number * _BLOCK : (number + 1) * _BLOCK]
+        indices = vision_module("pyarrow").array(places, mask=places < 0)
+        return self._table.select(columns).take(indices)
+
+    def _read(self, i: int) -> tuple[Any, bytes]:
+        if i in self._unread:
+            raise ItemError(self._name(i), self._unread[i])
+        return super()._read(i)
+
+    def _identity(self, i: int) -> str:
+        try:
+            return self._digest(i).hex()
+        except ItemError as error:
+            return error.reason
+
+
+class ParquetRows(TableRows):
+    """Rows of parquet files, read one row group at a time, as images of parquet files are.
+
+    Parameters
+    ----------
+    folder : folder of the files.
+    files : one file, or the shards of one data set, in order.
+    title, options : see `TableRows`.
+    """
+
+    def __init__(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> None:
+        self._folder, self._files = folder, list(files)
+        self._groups, sizes, starts = [], [], [0]
+        first = None
+        for number, file in enumerate(files):
+            with self._errors(file), open_parquet(folder, file) as table:
+                first = first or table.schema_arrow
+                if table.schema_arrow.names != first.names:
+                    raise DataError(
+                        f"{folder.name(file)} has other columns than {folder.name(files[0])}: the shards of a "
+                        "data set must agree"
+                    )
+                groups = range(table.metadata.num_row_groups)
+                sizes += [table.metadata.row_group(g).num_rows for g in groups]
+                self._groups += [(number, g) for g in groups]
+                starts.append(starts[-1] + table.metadata.num_rows)
+        self._starts = starts
+        super().__init__(title, first, sizes, options)
+
+    def _errors(self, file: str) -> "_Errors":
+        return _Errors(self._folder.name(file))
+
+    def _block(self, number: int, columns: Sequence[str]) -> Any:
+        file, group = self._groups[number]
+        with self._errors(self._files[file]), open_parquet(self._folder, self._files[file]) as table:
+            return table.read_row_group(group, columns=list(columns), use_threads=False)
+
+    def _name(self, i: int) -> str:
+        file = bisect_right(self._starts, i) - 1
+        row = f"row {i - self._starts[file]}"
+        return row if len(self._files) == 1 else f"{PurePath(self._files[file]).name} {row}"
+
+    def _identity(self, i: int) -> str:
+        file, _ = self._groups[bisect_right(self._ends, i)]
+        return f"{self._folder.absolute().identity(self._files[file])} {i}"
+
+
+class ArrayOpener(Opener):
+    """A .npy file, which is mapped into memory, or an .npz file. Python objects in them are not loaded."""
+
+    endings = (".npy", ".npz")
+
+    def open(self, location: Any, title: str, options: Options) -> ArrayRows:
+        """See `Opener`."""
+        folder, (path,) = location.folder, location.paths
+        place = folder.absolute().identity(path)
+        labels: Any = (None, None)
+        try:
+            if not path.endswith(".npz"):
+                options.require_no_column(location)
+                return ArrayRows(_array(folder, path), title, place=place)
+            with np.load(io.BytesIO(folder.read(path)), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (ValueError, EOFError) as error:
+            raise error if isinstance(error, DataError) else _not_an_array(folder.name(path), error) from None
+        label = options.label_column or next((name for name in _LABELS if name in arrays), None)
+        if label is not None and label not in arrays:
+            raise DataError(f"no array {label!r} in {title}: it has {', '.join(arrays)}")
+        if label is not None:
+            given = arrays.pop(label)
+            labels = class_labels(given) if options.labels else labels
+        matrices = [name for name, array in arrays.items() if array.ndim == 2] if len(arrays) > 1 else [*arrays]
+        if len(matrices) != 1:
+            raise DataError(
+                f"{title} holds {len(matrices)} arrays of shape (n, D) ({', '.join(arrays) or 'none'}): keep one, "
+                f"and beside it one of labels, named {' or '.join(_LABELS)}"
+            )
+        values = arrays[matrices[0]]
+        if labels[0] is not None and len(labels[0]) != len(values):
+            raise DataError(f"{title} holds {len(values)} rows, and {len(labels[0])} labels")
+        return ArrayRows(values, title, labels[0], labels[1], place)
+
+
+def row_source(data: Any, options: Options) -> Source[Any]:
+    """Return rows as a source.
+
+    Parameters
+    ----------
+    data
+        An array, tensor or sequence (n, D) of numbers, which are used as they are; or a `pandas.DataFrame`, whose
+        columns are those of a `featnorm.inputs.rows.Table`.
+    options : how the labels of a table are read.
+
+    Raises
+    ------
+    DataError
+        The data have another shape or type.
+    """
+    if hasattr(data, "columns") and hasattr(data, "iloc"):
+        pa = vision_module("pyarrow")
+        try:
+            table = pa.Table.from_pandas(data, preserve_index=False)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(f"cannot use the DataFrame: {first_line(error)}") from None
+        return ArrowRows(table, {}, "the DataFrame", options)
+    return ArrayRows(matrix_of(data), "the array")
+
+
+def matrix_of(data: Any) -> npt.NDArray[Any]:
+    """Return an array or a tensor, on any device, as an array."""
+    if isinstance(data, Tensor):
+        data = data.detach().cpu()
+        data = data.float() if data.dtype == torch.bfloat16 else data
+    return np.asarray(data)
+
+
+def row_features(source: Source[Any], rows: Rows) -> CachedFeatures:
+    """Return the rows of a source as features, in memory; see `Rows` for those that do not fit.
+
+    Raises
+    ------
+    DataError
+        No row can be read.
+    """
+    values = torch.empty(len(source), rows.width)
+    kept: list[int] = []
+    digests: list[bytes] = []
+    corrupt: list[tuple[str, str]] = []
+    copies: dict[bytes, int] = {}
+    for i in range(len(source)):
+        try:
+            item, digest = source.read(i)
+            values[len(kept)] = rows(item)
+        except ItemError as error:
+            corrupt.append((source.name(i), error.reason))
+            continue
+        if not rows.embeds:
+            # Equal records are different inputs.
+            copies[digest] = copy = copies.get(digest, -1) + 1
+            digest = hashlib.sha256(digest + copy.to_bytes(8)).digest()
+        kept.append(i)
+        digests.append(digest)
+    if not kept:
+        raise DataError(f"none of the {len(source):,} rows of {source.title} can be read: {corrupt[0][1]}")
+    places = torch.arange(len(kept))
+    return CachedFeatures(values[: len(kept)], places, torch.tensor(kept), digests, corrupt, 0, 0, 0, 0)
+
+
+class LabeledSource(SlicedSource[Any]):
+    """All items of another source, with other labels.
+
+    Parameters
+    ----------
+    source : the other source.
+    labels
+        One label per item: see `class_labels`; or a file with them: an array in a .npy file, a .csv file with one
+        column and its name in the first line, or a .txt file with one label per line.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or there is not one label per item.
+    """
+
+    def __init__(self, source: Source[Any], labels: Any) -> None:
+        super().__init__(source, range(len(source)), source.title)
+        where = "labels"
+        if isinstance(labels, (str, Path)):
+            where = str(labels)
+            labels = _read_labels(Path(labels).expanduser())
+        labels, self.class_names = class_labels(labels if isinstance(labels, list) else matrix_of(labels))
+        if len(labels) != len(source):
+            raise DataError(
+                f"{where} has {len(labels):,} labels, and {source.title} has {len(source):,} {source.kind.name}"
+            )
+        self._labels = [None if label is None or label < 0 else label for label in labels]
+
+
+def vector_columns(schema: Any) -> list[str]:
+    """Return the names of the columns of a `pyarrow.Schema` that hold vectors: lists of numbers."""
+    types = vision_module("pyarrow").types
+    lists = [f for f in schema if types.is_list(f.type) or types.is_large_list(f.type)]
+    lists += [f for f in schema if types.is_fixed_size_list(f.type)]
+    return [f.name for f in lists if types.is_floating(f.type.value_type) or types.is_integer(f.type.value_type)]
+
+
+def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
+    """Return a file of rows as a `pyarrow.Table` in memory, and the rows that cannot be read, with the reasons.
+
+    Words for missing values, such as ``NA`` and ``nan``, are null. Columns of JSON values of several types are
+    those of their strings.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or its first row holds numbers in place of the names of the columns.
+    """
+    if all(map(is_number, file.columns)) and not all(map(str.isdecimal, file.columns)):
+        raise DataError(f"the first row of {file.name} holds numbers: add a row with the names of the columns")
+    pa = vision_module("pyarrow")
+    missing = frozenset(vision_module("pyarrow.csv").ConvertOptions().null_values)
+    unread: dict[int, str] = {}
+    tables = []
+    numbered = enumerate(row for _, row in file.rows())
+    while block := list(islice(numbered, _BLOCK)):
+        read = []
+        for number, row in block:
+            error = row.error
+            if not _is_utf8("".join(value for value in row.values.values() if isinstance(value, str))):
+                error = "it is not valid UTF-8"
+            if error is None:
+                read.append(row.values)
+            else:
+                unread[number] = error
+        columns = {name: [row.get(name) for row in read] for name in file.columns}
+        tables.append(pa.table({name: _column(values, missing) for name, values in columns.items()}))
+    if not tables:
+        raise DataError(f"no rows in {file.name}")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive"), unread
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        words = [pa.table({n: _words(t[n].to_pylist()) for n in t.column_names}) for t in tables]
+        return pa.concat_tables(words, promote_options="permissive"), unread
+
+
+def _column(values: list[Any], missing: Set[str]) -> Any:
+    pa = vision_module("pyarrow")
+    try:
+        return pa.array([None if isinstance(value, str) and value in missing else value for value in values])
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return _words(values)
+
+
+def _words(values: list[Any]) -> Any:
+    pa = vision_module("pyarrow")
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Errors:
+    """Names the file in errors of pyarrow."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (vision_module("pyarrow").ArrowException, OSError)):
+            raise DataError(f"cannot read {self._name}: {first_line(error)}") from error
+
+
+class _Items(list[Any]):
+    """Rows of a block, to which weak references are possible."""
+
+
+def _arrays(column: Any) -> list[npt.NDArray[Any] | None]:
+    """Return a column of vectors as arrays of float32."""
+    found: list[npt.NDArray[Any] | None] = []
+    for value in column:
+        numbers = None if value.values is None else value.values.to_numpy(zero_copy_only=False)
+        with np.errstate(over="ignore"):
+            found.append(None if numbers is None else numbers.astype(np.float32) + np.float32(0))
+    return found
+
+
+def _array(folder: Folder, path: str) -> npt.NDArray[Any]:
+    if isinstance(folder, LocalFolder):
+        return np.load(folder.full_path(path), mmap_mode="r", allow_pickle=False)
+    return np.load(io.BytesIO(folder.read(path)), allow_pickle=False)
+
+
+def _not_an_array(name: str, error: Exception) -> DataError:
+    if "Python objects" in str(error) or "Object arrays" in str(error):
+        return DataError(f"{name} holds Python objects, which are not loaded: save an array of numbers")
+    if "pickled" in str(error):
+        return DataError(f"cannot read {name}: it was not written by numpy.save or numpy.savez")
+    return DataError(f"cannot read {name}: {first_line(error)}")
+
+
+def _read_labels(path: Path) -> Any:
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix not in (".csv", ".txt"):
+            raise DataError(f"cannot read labels from {path}: name a .npy, .csv or .txt file")
+        file = FORMATS[path.suffix](LocalFolder(""), str(path))
+        if len(file.columns) != 1:
+            raise DataError(f"{path} has {len(file.columns)} columns: expected one, with a label per row")
+        return [row.values.get(file.columns[0]) for _, row in file.rows()]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {first_line(error)}") from None
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else _not_an_array(str(path), error) from None
