@@ -418,8 +418,8 @@ def test_a_kept_classifier_without_pooled_features_has_no_bank():
     logits = torch.rand(3, 4)
     for pooled, expected in ((None, "KLUniform()"), (torch.rand(3, 8), "KLUniform() + KNN(k=10)")):
         plan = fitting._Plan("keep", "", None, None, fn.Features(logits=logits, pooled=pooled), {})
-        assert repr(fitting._default_detector(plan, False)) == expected
-        assert repr(fitting._default_detector(plan, True)) == "KLUniform()"
+        assert repr(fitting._default_detector(plan, False, normalize=True)) == expected
+        assert repr(fitting._default_detector(plan, True, normalize=True)) == "KLUniform()"
 
 
 def test_thirty_images_are_left_out_of_a_sum_in_turn(thirty, loaded, cache):
