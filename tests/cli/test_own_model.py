@@ -240,7 +240,7 @@ def test_thresholds_by_class_and_by_folder(own, trained, tmp_path):
         status, said, error = own("evaluate", path, *MODEL, *sets)
         assert status == 0, error
         share = 100 * (1 - is_id.double().mean())
-        assert f"in-distribution images, with thresholds by {by}: {share:.1f} % of held, " in said
+        assert f"in-distribution inputs, with thresholds by {by}: {share:.1f} % of held, " in said
         unknown = "unknown for patches (it has groups without a threshold)."
         assert (unknown in said) == (by == "folder")
         assert own("export", path, *MODEL, "-o", tmp_path / "d.onnx")[0] == (0 if by == "class" else 2)

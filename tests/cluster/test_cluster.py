@@ -360,7 +360,7 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monkeypatch):
-    scorer = fit(folder, tiny, cache)[0]
+    scorer = fit(folder, tiny, cache, detector=fn.KLUniform())[0]
     source = SlicedSource(open_source(str(folder)), range(14), "some")
     expected = [v for batch in scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)) for v in batch]
     predict, sizes = fn.Scorer._predict, []
