@@ -1,6 +1,5 @@
 """Detectors on texts: intents of a bank's customers, against other intents and news; and what NAN needs there."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,7 +108,7 @@ def split_intents(texts: Mapping[str, Texts], seed: int) -> tuple[Texts, Texts, 
 
 
 class Packed(nn.Module):
-    """An encoder that takes token ids as floating-point rows (n, L), as the training loop takes features.
+    """An encoder that takes padded token ids (n, L), as the training loop passes them.
 
     Texts of similar length are encoded together, so that little padding is computed.
 
@@ -122,9 +121,8 @@ class Packed(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Return the features (n, D)."""
-        ids = values.long()
         lengths = (ids != 0).sum(1)
         order = lengths.argsort()
         parts = [ids[rows, : int(lengths[rows[-1]])] for rows in order.split(_CHUNK)]
@@ -176,8 +174,8 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
     """Every detector on MiniLM's features and heads on them, with labels and with clusters in their place.
 
     Its result has one entry per `Draw`: ``sizes`` of the sets, and ``heads``, by what they were trained on
-    ("labels", "clusters"): ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``accuracy``,
-    ``excluded`` and ``seconds``.
+    ("labels", "clusters"): ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``accuracy`` and
+    ``excluded``.
     """
 
     page: ClassVar[str] = "text"
@@ -203,15 +201,13 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
             fit, test, ood = texts[FILES[0]], texts[FILES[1]], {"news": texts[FILES[2]]}
         heads = {}
         for kind in ("labels", "clusters"):
-            began = time.perf_counter()
             targets = fit.labels if kind == "labels" else cluster(fit.ids, job.seed)
             head = fit_head(fit.ids, targets, seed=job.seed, progress=context.progress)
-            seconds = time.perf_counter() - began
             detectors = [detector for detector in standard_detectors() if not detector.needs_model]
             detectors += map(parse_detector, _ADDED.split())
             known = _of(test.ids, test.labels if kind == "labels" else None)
             values = {name: part.ids for name, part in ood.items()}
-            heads[kind] = {**_measured(detectors, head, _of(fit.ids, targets), known, values), "seconds": seconds}
+            heads[kind] = _measured(detectors, head, _of(fit.ids, targets), known, values)
         return {"heads": heads, "sizes": _sizes({"training": fit, "ID test": test, **ood})}
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
@@ -221,9 +217,8 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
             results = [result for result in content if result["draw"]["setting"] == setting]
             for kind in ("labels", "clusters") if results else ():
                 runs = [result["heads"][kind] for result in results]
-                seconds = mean_and_deviation([run["seconds"] for run in runs])
                 notes = [
-                    f"{len(runs)} seeds, mean ± standard deviation; {seconds} s for targets and head",
+                    f"{len(runs)} seeds, mean ± standard deviation",
                     *(
                         f"{name}: {_range([r['sizes'][name] for r in results])} texts"
                         for name in results[0]["sizes"]
@@ -347,7 +342,7 @@ class FineTunedStudy(Study[Scale, dict[str, Texts], Network]):
             # Half of all weights, most of which no training text uses.
             words.requires_grad_(False)
             head = job.make_head(words.embedding_dim)
-            train(nn.Sequential(packed, head), fit.ids.float(), fit.labels, recipe, **options)
+            train(nn.Sequential(packed, head), fit.ids, fit.labels, recipe, **options)
             values = {name: packed.features(part.ids) for name, part in sets.items()}
         log = read_log(folder / LOG)
         head.cpu()
