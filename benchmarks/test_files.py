@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 import featnorm as fn
 from featnorm.fitting import fit_source
-from featnorm.inputs import image_loader, open_source
+from featnorm.inputs import open_source, source_loader
 from featnorm.models import create_model
 
 BATCH = 64
@@ -47,8 +47,8 @@ def test_score(compare, size, tmp_path):
     fit_source(known, loaded, **options)[0].save(file, weights=True)
     scorer = fn.load(file)
     model = scorer.model.eval()
-    loader = image_loader(source, scorer.transform, batch_size=BATCH)
-    decoded = next(iter(loader)).images.contiguous(memory_format=torch.channels_last)
+    loader = source_loader(source, scorer.transform, batch_size=BATCH)
+    decoded = next(iter(loader)).inputs.contiguous(memory_format=torch.channels_last)
 
     def command():
         out = tmp_path / "scores.csv"

@@ -9,6 +9,7 @@ import pytest
 
 import running
 from featnorm.__main__ import main
+from featnorm._utils import progress
 from featnorm._utils.memory import keep_freed_memory
 
 # No test depends on how fast the machine is, or how busy.
@@ -55,6 +56,8 @@ def featnorm(monkeypatch, capsys, tmp_path):
     """Run the command in an empty folder; returns exit status, standard output and error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FEATNORM_DATA", raising=False)
+    # On a busy machine, what takes over 30 seconds would write lines of progress.
+    monkeypatch.setattr(progress, "_SECONDS", 3600.0)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["featnorm", *map(str, arguments)])

@@ -66,6 +66,17 @@ def test_streams_are_read_once():
     assert len(result.results) == 4
 
 
+def test_what_needs_no_fit_does_not_read_the_inputs_to_fit_on():
+    def unread():
+        raise AssertionError
+        yield
+
+    known, far = features(30, 1.0, 0), features(30, 0.1, 2)
+    fitted = fn.KNN(k=3).fit(known)
+    result = compare([fn.NAN(), fitted], fit=unread(), id_set=("known", [known]), ood_sets={"far": [far]})
+    assert len(result.results) == 2
+
+
 def test_detectors_that_cannot_work_are_left_out_by_name():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     detectors = [fn.NAN(), fn.KNN(k=50), fn.EmbeddingMagnitude(), fn.Mahalanobis()]

@@ -11,7 +11,7 @@ from PIL import Image
 import featnorm as fn
 from featnorm import archive, fitting
 from featnorm.fitting import backbone_features, fit_source
-from featnorm.inputs import DataError, SlicedSource, image_loader, open_source
+from featnorm.inputs import DataError, SlicedSource, open_source, source_loader
 from featnorm.models import ModelError, create_model
 from featnorm.splitting import MIN_CONSTANTS, first_of_groups, for_constants, held_out, near_duplicates
 from painted import paint
@@ -166,8 +166,8 @@ def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, 
     def batch(chosen):
         rows = cached.rows[chosen].tolist()
         images = next(
-            iter(image_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
-        ).images
+            iter(source_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
+        ).inputs
         return images, torch.tensor([source.label(row) for row in rows])
 
     again = fn.Scorer(scorer.model, fn.parse_detector(detector)).fit([batch(~apart)], [batch(constants)])
@@ -300,7 +300,7 @@ def test_copies_are_no_further_images(loaded, cache, tmp_path):
 def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
     source = open_source(str(folder))
     for words, arguments, options in (
-        ("the images must be a source", (str(folder), loaded), {}),
+        ("the data must be a source", (str(folder), loaded), {}),
         ("the model must be a LoadedModel", (source, "timm:test_resnet"), {}),
         ("fit takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
     ):

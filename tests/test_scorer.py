@@ -184,6 +184,15 @@ def test_fit_in_a_stream_is_the_fit_of_the_whole(detector):
     torch.testing.assert_close(detector.score(inputs), whole.score(inputs), rtol=1e-4, atol=1e-6)
 
 
+def test_held_out_inputs_of_a_sum_need_no_labels():
+    held_out, inputs = loader(2, seed=1), loader(1, seed=2)[0][0]
+    scores = []
+    for others in (held_out, [images for images, _ in held_out]):
+        scorer = fn.Scorer(model_for(fn.NAN()), fn.Mahalanobis() + fn.NAN()).fit(loader(), others)
+        scores.append(scorer(inputs).score)
+    assert torch.equal(*scores)
+
+
 def test_two_scorers_on_one_model_do_not_disturb_each_other():
     model = model_for(fn.NAN())
     inputs = loader(1, 64, seed=2)[0][0]

@@ -43,13 +43,24 @@ TEXT_KINDS = ("shuffled words", "random words", "shuffled letters")
 CANDIDATES = (
     "KLUniform()",
     "Energy()",
+    "GEN()",
     "NAN()",
+    "NCI()",
+    "FDBD()",
+    "ORA()",
+    "RAS(Energy())",
+    "SCALE(Energy())",
+    "ASH(Energy())",
+    "KLMatching()",
+    "SHE()",
+    "NECO()",
     "Mahalanobis(normalize=True)",
     "SSD()",
     "SSD() / NAN()",
     "KLUniform() + Mahalanobis(normalize=True)",
     "KLUniform() + SSD() / NAN()",
     "KNN(k=10)",
+    "NNGuide()",
     "KLUniform() + KNN(k=10)",
 )
 SEEDS = 3
@@ -360,7 +371,9 @@ def main() -> None:
                 with replacing(file) as temporary:
                     Path(temporary).write_text(json.dumps(run(name, seed, store)), "utf-8")
             found.setdefault(name, []).append(json.loads(file.read_text("utf-8")))
-    arguments.out.write_text(json.dumps({"settings": found, "environment": environment()}, indent=1), "utf-8")
+    command = "python tools/measure_selection.py FOLDER --data-root DATA --texts ENCODER"
+    facts = environment() | {"command": command}
+    arguments.out.write_text(json.dumps({"settings": found, "environment": facts}, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from service_process import running_service
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.console import environment
 from featnorm.export import OUTPUTS, export_onnx
-from featnorm.inputs import ImageSource, SlicedSource, image_loader, open_source
+from featnorm.inputs import ImageSource, SlicedSource, open_source, source_loader
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.scorer_file import load
@@ -68,7 +68,7 @@ def main() -> None:
 
 def scored(scorer: Scorer, source: ImageSource) -> dict[str, Any]:
     """Return the speed of each way of scoring, and the differences between the ONNX graph and PyTorch."""
-    loader = image_loader(source, scorer.transform, batch_size=BATCH, workers=0)
+    loader = source_loader(source, scorer.transform, batch_size=BATCH, workers=0)
     batches = [batch.images for batch in loader]
     rows = [part.contiguous(memory_format=torch.channels_last) for part in batches]
     with TemporaryDirectory() as folder:

@@ -183,7 +183,9 @@ def selection(content: Mapping[str, Any]) -> dict[str, Table]:
             for ranks in [[row for run in runs for row in run["candidates"] if row["detector"] == detector]]
         ]
         seconds = (_mean(run["seconds"][i] for run in runs) for i in (0, 1))
-        notes = [f"inputs: {sizes}", "{} s to make the classifier, {} s for the rule".format(*seconds), *facts]
+        excluded = ", ".join(dict.fromkeys(detector for run in runs for detector in run["excluded"]))
+        notes = [f"inputs: {sizes}", "{} s to make the classifier, {} s for the rule".format(*seconds)]
+        notes += [*([f"cannot be used here: {excluded}"] if excluded else []), *facts]
         headers = ["Detector", "held-out classes", "destroyed", "times in the clique", "OOD mean"]
         headers += list(runs[0]["ood"][best])
         found[re.sub("[^a-z0-9]+", "-", name.lower())] = Table(name, headers, rows, notes)

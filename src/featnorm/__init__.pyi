@@ -39,7 +39,7 @@ from featnorm.runtime import Runtime as Runtime
 from featnorm.scorer import Scorer as Scorer
 from featnorm.scorer_file import load as load
 from featnorm.scoring import ScoringSummary as ScoringSummary
-from featnorm.scoring import score_images as score_images
+from featnorm.scoring import score_source as score_source
 from featnorm.tap import FeatureTap as FeatureTap
 from featnorm.tap import LayerTap as LayerTap
 from featnorm.verdict import ItemVerdict as ItemVerdict

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _Made = TypeVar("_Made")
 
-FORMAT = 3
+FORMAT = 4
 #: Names of the tensors of calibration scores, and of the groups of these scores.
 CALIBRATION, MEMBERS = "calibration.scores", "calibration.members"
 #: Errors raised when objects are made from invalid file content.

@@ -176,7 +176,9 @@ def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
 def jigsaw(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return images (n, c, h, w) whose 3 x 3 patches are in random order, drawn for each image.
 
-    If a side is not a multiple of three, the one or two pixels that remain, split between both ends, stay.
+    There are as many patches as in the code of Yu et al., CVPR 2023 (``utils/dataset.py`` of
+    gist-ailab/block-selection-for-OOD-detection). If a side is not a multiple of three, the one or two pixels that
+    remain, split between both ends, stay; there, they lie at the right and at the bottom and become 0.
 
     Raises
     ------

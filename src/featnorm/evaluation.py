@@ -18,12 +18,12 @@ from torch import nn
 
 from featnorm._utils.checks import shown
 from featnorm._utils.files import replacing, write_text
-from featnorm._utils.layout import fast_layout
 from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
-from featnorm.inputs import Source, image_loader, open_source
+from featnorm.inputs import Kind, Source, kind_of, open_source, source_loader
+from featnorm.inputs.kinds import to_device
 from featnorm.inputs.loading import named
 from featnorm.metrics import Metrics, evaluate
 from featnorm.models.loading import users_forward
@@ -373,6 +373,7 @@ def compare(
     """
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}
+    kind = model.kind if isinstance(model, Scorer) else kind_of(preprocess)
     if isinstance(model, Scorer):
         active = {repr(model.detector): model.detector} | active
         active[repr(model.detector)] = model.detector
@@ -394,7 +395,7 @@ def compare(
             raise ValueError(
                 f"the reference {result.chosen_reference} is not among the detectors: {', '.join(active)}"
             )
-    reader = _Reader(result, tap, preprocess, spec, runtime or Runtime())
+    reader = _Reader(result, tap, preprocess, kind, spec, runtime or Runtime())
 
     def exclude(name: str, reason: Exception | str) -> None:
         # Errors begin with the detector's name, which is listed already, next to the reason.
@@ -404,9 +405,8 @@ def compare(
     for name, detector in list(active.items()):
         if fit is None and not detector.is_fitted:
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
-    fitted = {name for name, detector in active.items() if detector.needs_fit and detector.is_fitted}
-    if fit is not None:
-        unfitted = {detector: name for name, detector in active.items() if name not in fitted}
+    unfitted = {detector: name for name, detector in active.items() if not detector.is_fitted}
+    if fit is not None and unfitted:
         for detector, error in fit_in_batches(unfitted, reader.stream(_FIT, fit, fitting=True)).items():
             exclude(unfitted[detector], error)
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
@@ -478,6 +478,7 @@ class _Reader:
     comparison: Comparison
     tap: FeatureTap | None
     preprocess: Any
+    kind: Kind
     spec: str
     runtime: Runtime
 
@@ -505,7 +506,8 @@ class _Reader:
         """Yield the features of a source; images that cannot be read are skipped."""
         if self.tap is None or self.preprocess is None:
             raise ValueError(f"{name} holds images: pass model= and preprocess=, or a Scorer that has both")
-        loader = image_loader(
+        source.require(self.kind, "the model")
+        loader = source_loader(
             source,
             self.preprocess,
             batch_size=self.runtime.batch_size,
@@ -531,10 +533,9 @@ class _Reader:
             indices = batch.indices.tolist()
             rows.extend(indices)
             items.extend(map(source.name, indices))
-            images = fast_layout(batch.images)
             where = users_forward(self.spec, self.tap.model, named(source, indices))
             with where, self.runtime.autocast():
-                features = self.tap(images)
+                features = self.tap(to_device(batch.inputs, self.tap.device))
             # The accuracy of the model is defined only for labels of its own classes.
             logits = features.logits
             others = classes is not None and (None if logits is None else logits.shape[1]) != len(classes)

@@ -1,4 +1,4 @@
-"""`export_onnx`: one ONNX graph from image tensor to verdict."""
+"""`export_onnx`: one ONNX graph from preprocessed inputs to verdict."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
+from featnorm.inputs.kinds import IMAGES, Inputs
 
 if TYPE_CHECKING:
     from featnorm.scorer import Scorer
@@ -42,7 +43,7 @@ class ScoringGraph(nn.Module):
     Raises
     ------
     ExportError
-        The scorer is not calibrated, its thresholds are by groups that images do not show, or its detector runs
+        The scorer is not calibrated, its thresholds are by groups that inputs do not show, or its detector runs
         the model again.
     """
 
@@ -62,7 +63,9 @@ class ScoringGraph(nn.Module):
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
         by = scorer.thresholds_by
         if by is not None and by != "class":
-            raise ExportError(f"the scorer has thresholds by {by!r}, and an image does not show its group")
+            raise ExportError(
+                f"the scorer has thresholds by {by!r}, and {scorer.kind.one} does not show its group"
+            )
         self.tap = copy.deepcopy(scorer.tap)
         self.model = self.tap.model.eval()
         self.detector = scorer.detector
@@ -71,20 +74,19 @@ class ScoringGraph(nn.Module):
         self.register_buffer("scores", scorer.calibration.scores)
         self.register_buffer("compared", compared)
         self.register_buffer("ranks", ranks)
-        example = torch.zeros(1, *scorer.input_size, device=scorer.tap.device, dtype=torch.float32)
-        features = scorer.tap.capture(example, classifier=True)
+        features = scorer.tap.capture(scorer.reference_inputs(), classifier=True)
         weight, bias = features.classifier or (None, None)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.outputs = OUTPUTS if features.logits is not None else OUTPUTS[1:]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of images (n, c, h, w).
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Return logits (n, C), scores (n,), p-values (n,) and verdicts (n,) of a batch.
 
         The logits are left out for a model without a classifier.
         """
         classifier = None if self.weight is None else (self.weight, self.bias)
-        features = self.tap.traced(images).replace(classifier=classifier)
+        features = self.tap.traced(inputs).replace(classifier=classifier)
         score = self.detector.score(features)
         exact = score.double()
         # What `Calibration` computes by searchsorted, which ONNX lacks.
@@ -99,10 +101,12 @@ class ScoringGraph(nn.Module):
 def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input ``images`` is (n, c, h, w) float32, as the scorer's preprocess makes it; the outputs are `OUTPUTS`,
-    without the logits for a model without a classifier. The metadata hold, as JSON under "featnorm", the detector,
-    the class names, the threshold, the share of in-distribution images to accept, the size of the input, the mean
-    and deviation by which the preprocess normalizes channels, if it does, and facts about the scorer.
+    The input ``images`` is (n, c, h, w) float32, as the scorer's preprocess makes it. For texts, the inputs are
+    the tensors (n, L) that the preprocess returns, by name; the tokenizer is not in the graph. The outputs are
+    `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as JSON under "featnorm",
+    the detector, the class names, the threshold, the share of in-distribution inputs to accept, facts about the
+    scorer and, for images, the size of the input, and the mean and deviation by which the preprocess normalizes
+    channels, if it does.
 
     Parameters
     ----------
@@ -132,20 +136,24 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
-    size = scorer.input_size
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_TRACED, *size, generator=generator, dtype=torch.float32)
+    inputs = _example(scorer, _TRACED, generator)
+    names, axes = ["images"], {0: torch.export.Dim("n", min=1)}
+    shapes: Any = axes
+    if not isinstance(inputs, Tensor):
+        names, axes = list(inputs), axes | {1: torch.export.Dim("length", min=2)}
+        shapes = dict.fromkeys(names, axes)
     with torch.no_grad():
-        graph(images)  # what a detector derives once per fit is not part of the graph
+        graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
             program = torch.onnx.export(
                 graph,
-                (images,),
+                kwargs={"inputs": inputs},
                 dynamo=True,
-                input_names=["images"],
+                input_names=names,
                 output_names=list(graph.outputs),
-                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                dynamic_shapes={"inputs": shapes},
                 verbose=False,
             )
         # The exporter wraps every error, in messages of many lines.
@@ -160,9 +168,11 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         difference = 0.0
         for n in (1, 5):
-            images = torch.randn(n, *size, generator=generator, dtype=torch.float32)
-            outputs = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
-            difference = max(difference, _check(dict(zip(graph.outputs, outputs, strict=True)), scorer, images))
+            inputs = _example(scorer, n, generator)
+            given = {"images": inputs} if isinstance(inputs, Tensor) else inputs
+            found = session.run(None, {name: value.numpy() for name, value in given.items()})
+            outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
+            difference = max(difference, _check(outputs, scorer, inputs))
     return difference
 
 
@@ -176,9 +186,22 @@ def _metadata(scorer: "Scorer") -> dict[str, Any]:
         "threshold": calibration.threshold.tolist(),
         "thresholds by": scorer.thresholds_by,
         "tpr": calibration.tpr,
-        "input size": scorer.input_size,
-        **_normalization(scorer.require_preprocess()),
+        "inputs": scorer.kind.name,
+        **(_of_images(scorer) if scorer.kind is IMAGES else {}),
     }
+
+
+def _example(scorer: "Scorer", n: int, generator: torch.Generator) -> Inputs:
+    """Return a batch of n different inputs: images of noise, or parts of the fixed texts."""
+    if scorer.kind is IMAGES:
+        return torch.randn(n, *scorer.input_size, generator=generator, dtype=torch.float32)
+    preprocess = scorer.require_preprocess()
+    texts = [text[: len(text) // (1 + i // 2)] for i in range(n) for text in scorer.kind.probes()][:n]
+    return scorer.kind.collate(list(map(preprocess, texts)), preprocess)
+
+
+def _of_images(scorer: "Scorer") -> dict[str, Any]:
+    return {"input size": scorer.input_size, **_normalization(scorer.require_preprocess())}
 
 
 def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, list[float]]:
@@ -192,9 +215,9 @@ def _normalization(preprocess: Callable[[Image.Image], Tensor]) -> dict[str, lis
     return {"mean": (-black[:, 0] * deviation).tolist(), "deviation": deviation.tolist()}
 
 
-def _check(found: dict[str, Tensor], scorer: "Scorer", images: Tensor) -> float:
+def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Inputs) -> float:
     """Compare the outputs of the graph with PyTorch's, and return the largest relative difference of scores."""
-    expected = scorer(images)
+    expected = scorer(inputs)
     for name in found:
         value = getattr(expected, name)
         assert value is not None  # the scorer is calibrated
@@ -217,7 +240,9 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", images: Tensor) -> float:
     if not gap <= _P_VALUE_TOLERANCE:
         raise ExportError(f"the graph's p_value differs from that of its score by {gap:.1e}")
     if wrong := int((found["is_id"] != is_id).sum()):
-        raise ExportError(f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} images")
+        raise ExportError(
+            f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} {scorer.kind.name}"
+        )
     return gaps["score"]
 
 

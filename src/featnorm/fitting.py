@@ -1,10 +1,10 @@
-"""`fit`: a scorer for a user's own images, with a model of their own or a head trained on a frozen backbone."""
+"""`fit`: a scorer for a user's own data, with a model of their own or a head trained on a frozen backbone."""
 
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import featnorm
 from featnorm import archive
@@ -27,25 +27,26 @@ from featnorm._utils.weights import single_precision
 from featnorm.detectors import KNN, Detector, Jackknife, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.features import Features
-from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples, thumbnail_of
+from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import (
     CachedFeatures,
     DataError,
     FeatureCache,
-    ImageSource,
     ItemError,
     SlicedSource,
     Source,
-    extract_images,
+    extract_features,
     group_items,
-    image_loader,
     open_source,
+    source_loader,
 )
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.loading import ImageLoader, named
-from featnorm.models import DEFAULT_MODEL, LoadedModel, ProjectionHead, create_model
-from featnorm.models.loading import backbone_of, users_forward, users_transform
+from featnorm.inputs.kinds import IMAGES, Inputs, run, to_device
+from featnorm.inputs.loading import SourceLoader, named
+from featnorm.models import LoadedModel, ProjectionHead, create_model
+from featnorm.models.heads import with_head
+from featnorm.models.loading import backbone_of, default_model, users_forward, users_transform
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -58,24 +59,27 @@ from featnorm.splitting import (
     near_duplicates,
 )
 from featnorm.tap import FeatureTap
+from featnorm.tap.find import Pooling
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
 Targets = Literal["auto", "labels", "clusters"]
 
-#: With fewer images, none are held out and no head is trained: images are left out of the fit in turn.
+#: With fewer items, none are held out and no head is trained: items are left out of the fit in turn.
 MIN_HELD_OUT = 100
 DEFAULT_CACHE = "~/.cache/featnorm/features"
 # How the paper trains heads on frozen backbones (D.4).
 RECIPE = Recipe(epochs=10, batch_size=256, optimizer="sgd", lr=0.03)
 CLUSTER_SIZE = 10
 TEMPERATURE = 0.2
-# A recipe counts epochs, but a head needs a number of steps, and with few images an epoch has few.
+# A recipe counts epochs, but a head needs a number of steps, and with few items an epoch has few.
 _MIN_STEPS = 200
 _MAX_CLUSTERS = 1000
 _ROWS = 8192
 # Images on which a model is traced.
 _TRACED = 8
+# What a tap captures by default.
+_FOUND: Mapping[str, Any] = {"layer": None, "output": None, "channel_axis": None, "pooling": "mean"}
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
 
@@ -93,17 +97,17 @@ class FitReport:
     notes : list of str
         What the user should know about model and classes.
     corrupt : list of tuple of str
-        Name and reason of each image that could not be read.
+        Name and reason of each item that could not be read.
     trained : int
-        Number of images that the head and the detector were fitted to.
+        Number of items that the head and the detector were fitted to.
     held_out : int
-        Number of images that the threshold was calibrated on; of a `Jackknife`, those left out in turn.
+        Number of items that the threshold was calibrated on; of a `Jackknife`, those left out in turn.
     computed : int
-        Number of images whose features were computed; those of the others were in the cache.
+        Number of items whose features were computed; those of the others were in the cache.
     accuracy : float or None
-        Accuracy of the classifier on the held-out images; None without labels, or if the classes differ.
+        Accuracy of the classifier on the held-out items; None without labels, or if the classes differ.
     changed : int
-        Number of images whose content changed while they were read. The later content was used.
+        Number of items whose content changed while they were read. The later content was used.
     damaged : int
         Number of batches of features that were damaged on disk and dropped. Those needed were computed again.
     several : int
@@ -124,16 +128,19 @@ class FitReport:
 
 
 def fit(
-    data: str | Path | ImageSource,
-    model: str = DEFAULT_MODEL,
+    data: str | Path | Source[Any],
+    model: str | None = None,
     *,
     weights: str | Path | None = None,
     detector: Detector | str | None = None,
     head: Head = "auto",
     layer: str | None = None,
     output: str | int | None = None,
+    channel_axis: int | None = None,
+    pooling: Pooling = "mean",
     targets: Targets = "auto",
     label_column: str | None = None,
+    text_column: str | None = None,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -143,48 +150,52 @@ def fit(
     thumbnails: bool = True,
     runtime: Runtime | None = None,
 ) -> Scorer:
-    """Make a calibrated scorer from in-distribution images.
+    """Make a calibrated scorer from in-distribution images or texts.
 
-    The features of the images are computed once and cached on disk. Duplicate images are used once. One image in
+    The features of the items are computed once and cached on disk. Duplicate items are used once. One item in
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others. For a
-    detector such as a sum, one in four of the held-out images sets its constants, and the others calibrate.
+    detector such as a sum, one in four of the held-out items sets its constants, and the others calibrate.
     Near-duplicates, such as the frames of a clip, are found by their features and kept on one side. A detector
-    that needs no fit is calibrated on all images if no head is trained.
+    that needs no fit is calibrated on all items if no head is trained.
 
-    From 20 to 99 images, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
-    some images out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
-    images.
+    From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
+    some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
+    items.
 
     Parameters
     ----------
-    data : image folder, parquet file or name of a data set, see `featnorm.inputs.open_source`; or a source.
-    model, weights : specification of the model, and its weights file; see `featnorm.models.create_model`.
+    data : images or texts as `featnorm.inputs.open_source` opens them, or a source.
+    model, weights
+        Specification of the model, and its weights file; see `featnorm.models.create_model`. Default:
+        EfficientNet-Lite0 for images, MiniLM for texts.
     detector
         Detector or its expression. Default: `KLUniform`, which costs no more than `NAN` and has no hyperparameter
-        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 images.
+        either; without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items.
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
         model or weights of your own, and trains a head on a library's pretrained backbone, or if your model
-        returns features; with fewer than 100 images, it uses the features alone instead.
-    layer, output : what is captured of a model whose classifier is kept, see `FeatureTap`.
+        returns features; with fewer than 100 items, it uses the features alone instead.
+    layer, output, channel_axis, pooling
+        What is captured of a model whose classifier is kept, see `FeatureTap`.
     targets
-        Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every image has
+        Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
-    label_column : column of a parquet file that holds the labels. Default: ``label``, if there is one.
-    tpr : share of in-distribution images to accept, between 0 and 1.
-    thresholds_by : groups of images with a threshold each, see `Scorer`.
+    label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
+    tpr : share of in-distribution items to accept, between 0 and 1.
+    thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
-        Groups of images that belong together, such as the frames of a clip: "folder", a column or a regular
-        expression, see `featnorm.inputs.group_items`. The images of a group are all fitted to or all held out, so
-        that the stated rate holds for images of new groups. Default: near-duplicates alone are kept together.
+        Groups of items that belong together, such as the frames of a clip: "folder", a column or a regular
+        expression, see `featnorm.inputs.group_items`. The items of a group are all fitted to or all held out, so
+        that the stated rate holds for items of new groups. Default: near-duplicates alone are kept together.
     cache : folder of the `FeatureCache`. Default: ``~/.cache/featnorm/features``.
     data_root : folder in which named data sets are looked up first, and to which they are downloaded.
     seed : seed of the head's initial weights, its training, the clusters, and the choice of examples.
     thumbnails
         Whether the scorer, and a file that it is saved to, hold thumbnails of at most 64 x 64 pixels of up to 512
-        of the images, to show similar ones beside an image that is scored.
+        of the images, or the first 200 characters of as many texts, to show similar ones beside an item that is
+        scored.
     runtime : where and how the model runs. Default: `Runtime()`, on the CPU.
 
     Returns
@@ -195,17 +206,17 @@ def fit(
     Warns
     -----
     UserWarning
-        Images cannot be read, or the classes of model and images differ.
+        Items cannot be read, or the classes of model and data differ.
 
     Raises
     ------
     DataError
-        Fewer than 20 images can be read (at ``tpr=0.95``; 10 at 0.9, 100 at 0.99), or fewer than 100 and a head is
-        to be trained; labels are required and an image has none, or the cache raises one.
+        Fewer than 20 items can be read (at ``tpr=0.95``; 10 at 0.9, 100 at 0.99), or fewer than 100 and a head is
+        to be trained; labels are required and an item has none, or the cache raises one.
     ModelError
         There is no such model, or it does not work.
     ValueError
-        The detector cannot work here, or there are too few groups of images for `tpr`.
+        The detector cannot work here, or there are too few groups of items for `tpr`.
 
     Examples
     --------
@@ -214,16 +225,25 @@ def fit(
     """
     labels = targets != "clusters" or label_column is not None
     if not isinstance(data, Source):
-        data = open_source(str(data), root=data_root, labels=labels, label_column=label_column)
+        data = open_source(
+            str(data), root=data_root, labels=labels, label_column=label_column, text_column=text_column
+        )
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
-    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "layer": layer, "output": output}
-    options["thumbnails"] = thumbnails
+    options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
+    options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    scorer, report = fit_source(data, create_model(model, weights=weights), detector=parsed, head=head, **options)
+    scorer, report = fit_source(
+        data,
+        create_model(model or default_model(data.kind), weights=weights),
+        detector=parsed,
+        head=head,
+        **options,
+    )
     if report.corrupt:
         name, reason = report.corrupt[0]
         warnings.warn(
-            f"{len(report.corrupt)} images of {data.title} cannot be read; the first is {name}: {reason}",
+            f"{len(report.corrupt)} {data.kind.name} of {data.title} cannot be read; the first is {name}: "
+            f"{reason}",
             stacklevel=2,
         )
     for note in report.notes:
@@ -232,13 +252,15 @@ def fit(
 
 
 def fit_source(
-    source: ImageSource,
+    source: Source[Any],
     loaded: LoadedModel,
     *,
     detector: Detector | None = None,
     head: Head = "auto",
     layer: str | None = None,
     output: str | int | None = None,
+    channel_axis: int | None = None,
+    pooling: Pooling = "mean",
     targets: Targets = "auto",
     tpr: float = 0.95,
     thresholds_by: str | None = None,
@@ -252,18 +274,21 @@ def fit_source(
 
     Parameters
     ----------
-    source : in-distribution images.
+    source : in-distribution images or texts.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, layer, output, targets, tpr, thresholds_by, group_by, cache, seed, thumbnails, runtime
+    detector, head, layer, output, channel_axis, pooling, targets, tpr, thresholds_by, group_by, cache, seed
         See `fit`.
+    thumbnails, runtime : see `fit`.
 
     Raises
     ------
     DataError, ValueError
         See `fit`.
     """
-    check_type(source, Source, "the images", "a source made by featnorm.inputs.open_source")
+    check_type(source, Source, "the data", "a source made by featnorm.inputs.open_source")
     check_type(loaded, LoadedModel, "the model", "a LoadedModel made by featnorm.models.create_model")
+    source.require(loaded.kind, loaded.name or "the model")
+    items, noun = source.kind.name, source.kind.noun
     check_share(tpr, "tpr")
     for name, value, choices in (("targets", targets, get_args(Targets)), ("head", head, get_args(Head))):
         if value not in choices:
@@ -278,22 +303,26 @@ def fit_source(
     split_groups = None if group_by is None else group_items(source, group_by)
     groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
+    captured: dict[str, Any] = {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     computed = 0
-    # How many distinct images can be read is only known afterwards: if too few can, once more.
+    # How many distinct items can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
-        plan = _plan(source, loaded, head, (layer, output), runtime, few)
+        plan = _plan(source, loaded, head, captured, runtime, few)
         by_classifier = plan.head == "train" or plan.example.logits is not None
         used = detector or (KLUniform() if by_classifier else KNN(k=1 if few else 10))
         if not labeled and "labels" in used.learns:
+            how = "put the images of each class in a subfolder of its own"
+            how = how if source.kind is IMAGES else "name their column (label_column, --label-column)"
             raise DataError(
-                f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: put "
-                "the images of each class in a subfolder of its own and use labels, or choose another detector"
+                f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
+                f"{how} and use labels, or choose another detector"
             )
         if few and used.needs_fit and (used.needs_model or thresholds_by is not None):
             why = f"{used!r} runs the model again" if used.needs_model else "a threshold per group needs scores"
             raise DataError(
-                f"found fewer than {MIN_HELD_OUT} readable images in {source.title} (duplicates excluded), which "
-                f"cannot be left out of the fit in turn: {why}; add images, or choose a detector that needs no fit"
+                f"found fewer than {MIN_HELD_OUT} readable {items} in {source.title} (duplicates excluded), which "
+                f"cannot be left out of the fit in turn: {why}; add {items}, or choose a detector that needs no "
+                "fit"
             )
         if plan.head != "train":
             for name in used.reads:
@@ -307,9 +336,9 @@ def fit_source(
     detector, jackknife = used, None
     if few and (count := len(cached.rows)) <= (needed := min_scores(tpr)):
         raise DataError(
-            f"found {count} readable image{'' if count == 1 else 's'} in {source.title} (duplicates excluded); at "
+            f"found {count} readable {noun if count == 1 else items} in {source.title} (duplicates excluded); at "
             f"least {needed + 1} are needed for tpr={tpr}: {needed} to calibrate on, and others to fit to; add "
-            "images, or lower tpr"
+            f"{items}, or lower tpr"
         )
     # Frames of a clip resemble each other more than they resemble new images.
     near = near_duplicates(plan.pooled(cached.values))
@@ -331,9 +360,9 @@ def fit_source(
         calibrates &= is_held_out & ~constants
     if (count := int(calibrates.sum())) < (needed := min_scores(tpr)):
         raise ValueError(
-            f"the {len(cached.rows)} images of {source.title} form {count} groups of images that belong together "
-            f"(near-duplicates{'' if group_by is None else f' and groups by {group_by!r}'}), too few for "
-            f"tpr={tpr}: calibration needs one image of each of {needed} groups; add images of other groups, or "
+            f"the {len(cached.rows)} {items} of {source.title} form {count} groups of {items} that belong "
+            f"together (near-duplicates{'' if group_by is None else f' and groups by {group_by!r}'}), too few for "
+            f"tpr={tpr}: calibration needs one {noun} of each of {needed} groups; add {items} of other groups, or "
             "lower tpr"
         )
     train_values = cached.values[~is_held_out]
@@ -345,7 +374,7 @@ def fit_source(
         train_targets = cluster(train_values, seed) if labels is None else labels[~is_held_out]
         trained_head = fit_head(train_values, train_targets, seed=seed, progress=runtime.progress)
         features_of = HeadFeatures(trained_head.to(runtime.torch_device))
-        model = nn.Sequential(model, trained_head)
+        model = with_head(model, trained_head, loaded.kind)
         kind = "clusters of the features" if labels is None else "classes"
         about = {"head": f"trained on {int(train_targets.max()) + 1} {kind}", **about}
     parts = (
@@ -353,9 +382,9 @@ def fit_source(
         for rows in torch.arange(len(train_values)).split(_ROWS)
     )
 
-    def loader_of(chosen: Tensor) -> ImageLoader:
-        images = SlicedSource(source, cached.rows[chosen].tolist(), source.title)
-        return image_loader(images, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
+    def loader_of(chosen: Tensor) -> SourceLoader:
+        part = SlicedSource(source, cached.rows[chosen].tolist(), source.title)
+        return source_loader(part, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
 
     def held_out_features(chosen: Tensor) -> Iterator[Features]:
         own = None if labels is None else labels[chosen]
@@ -363,15 +392,15 @@ def fit_source(
             yield from training_features(features_of, ActivationStatistics(), [(cached.values[chosen], own)])
             return
         for batch in loader_of(chosen):
-            features = scorer.tap.capture(batch.images.to(scorer.tap.device), classifier=True)
+            features = scorer.tap.capture(to_device(batch.inputs, scorer.tap.device), classifier=True)
             yield features if own is None else features.replace(labels=own[batch.indices])
 
     spec = loaded.name or None
     known: dict[str, Any] = {"spec": spec, "head": plan.head, "thresholds_by": thresholds_by}
-    scorer = Scorer(model, detector, layer, output=output, preprocess=loaded.transform, **known)
+    scorer = Scorer(model, detector, preprocess=loaded.transform, **known, **captured)
     statistics = ActivationStatistics()
     if jackknife is not None:
-        # Left-out images are scored as new ones will be, in the same precision.
+        # Left-out items are scored as new ones will be, in the same precision.
         with runtime.autocast():
             jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
     elif runtime.cluster is None or few:
@@ -383,13 +412,13 @@ def fit_source(
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
     scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
-    images, chosen = loader_of(calibrates), int(calibrates.sum())
-    scorer.tap.trace(next(iter(images)).images)
-    # In the precision in which new images will be scored.
+    loader, chosen = loader_of(calibrates), int(calibrates.sum())
+    scorer.tap.trace(next(iter(loader)).inputs)
+    # In the precision in which new items will be scored.
     with runtime.autocast():
         if detector.needs_held_out:
             if labels is not None and "labels" in detector.learns:
-                constants &= labels >= 0  # the head does not know a class without training images
+                constants &= labels >= 0  # the head does not know a class without training items
             detector.fit_held_out(held_out_features(constants))
         batches = [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
         accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
@@ -397,8 +426,8 @@ def fit_source(
         if jackknife is not None:
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
         elif detector.needs_model:
-            loader = ((batch.images,) for batch in images)
-            scorer.calibrate(loader, tpr, groups=held_out_groups, progress=runtime.progress)
+            batches_of_one = ((batch.inputs,) for batch in loader)
+            scorer.calibrate(batches_of_one, tpr, groups=held_out_groups, progress=runtime.progress)
         else:
             scorer.calibrate_features(batches, tpr, groups=held_out_groups)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
@@ -411,15 +440,16 @@ def fit_source(
         others = f"{count} held out for the detector's constants, " if count else ""
         split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
     scorer.facts = {
-        "images": f"{source.title}: {split}",
+        items: f"{source.title}: {split}",
         **about,
         "precision": runtime.precision,
-        "made": f"{version}, seed {seed}, from {read} images",
+        "made": f"{version}, seed {seed}, from {read} {items}",
         "digest of the fitting data": _digest(cached.digests),
     }
     assert scorer.calibration is not None
+    notes += plan.notes
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
-        notes.append("all calibration images have the same score: check the transform and the model")
+        notes.append(f"all calibration {items} have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows)
     counts = len(train_values), chosen, computed
     report = FitReport(
@@ -431,7 +461,7 @@ def fit_source(
 class _Plan(NamedTuple):
     """How the features of a scorer are computed.
 
-    ``network`` maps images to what is cached, from which ``features_of`` makes features, if no head is trained.
+    ``network`` maps inputs to what is cached, from which ``features_of`` makes features, if no head is trained.
     """
 
     head: HeadKind
@@ -440,6 +470,7 @@ class _Plan(NamedTuple):
     features_of: nn.Module
     example: Features
     about: dict[str, str]
+    notes: Sequence[str] = ()
 
     def pooled(self, values: Tensor) -> Tensor:
         """Return the pooled features in cached values (n, D), or all of them where there are none."""
@@ -448,33 +479,34 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    source: ImageSource,
+    source: Source[Any],
     loaded: LoadedModel,
     head: Head,
-    chosen: tuple[str | None, str | int | None],
+    captured: Mapping[str, Any],
     runtime: Runtime,
     few: bool,
 ) -> _Plan:
-    """Choose what to do with the model's classifier, and trace the model on the first images."""
-    why = ""
+    """Choose what to do with the model's classifier, and trace the model on the first items."""
+    why, items = "", source.kind.name
     if head == "train" and few:
         raise DataError(
-            f"found fewer than {MIN_HELD_OUT} readable images in {source.title} (duplicates excluded), too few to "
-            "train a head: use head='none' or, for a model with a classifier, head='keep' (--head), or add images"
+            f"found fewer than {MIN_HELD_OUT} readable {items} in {source.title} (duplicates excluded), too few "
+            "to train a head: use head='none' or, for a model with a classifier, head='keep' (--head), or add "
+            f"{items}"
         )
     if head == "auto" and not loaded.own:
-        head, why = "train", "the model is pretrained on other images"
+        head, why = "train", f"the model is pretrained on other {items}"
     example = None
     if head in ("auto", "keep"):
-        example = _Columns.of(loaded.model, source, loaded, runtime, chosen)
+        example = _Columns.of(loaded.model, source, loaded, runtime, captured)
         if head == "auto":
             has_logits = example[1].logits is not None
             head = "keep" if has_logits else "train"
             why = "the model is your own" if has_logits else "your model returns features, not logits"
     if head == "train" and few:
-        head, why = "none", f"{why}, and fewer than {MIN_HELD_OUT} images are too few to train a head"
+        head, why = "none", f"{why}, and fewer than {MIN_HELD_OUT} {items} are too few to train a head"
     notes = "".join(f"; {note}" for note in loaded.notes)
-    if head != "keep" and chosen != (None, None):
+    if head != "keep" and captured != _FOUND:
         raise ValueError(
             "a layer or an output can be chosen only for a model whose classifier is kept (--head keep)"
         )
@@ -490,7 +522,9 @@ def _plan(
             "head": f"the model's own classifier, {features.logits.shape[1]} logits",
             "model": f"{loaded.name}{notes}",
         }
-        return _Plan("keep", why, columns, ColumnFeatures(features), features, about)
+        heads = columns.tap.describe_heads()
+        about_heads = [f"the model has several heads: {heads} (--output)"] if heads else []
+        return _Plan("keep", why, columns, ColumnFeatures(features), features, about, about_heads)
     backbone, cut = backbone_of(loaded)
     removed = "its classifier removed" if cut else _headless_note(backbone)
     if head == "none":
@@ -514,22 +548,22 @@ class _Columns(nn.Module):
     def of(
         cls,
         model: nn.Module,
-        source: ImageSource,
+        source: Source[Any],
         loaded: LoadedModel,
         runtime: Runtime,
-        chosen: tuple[str | None, str | int | None] = (None, None),
+        captured: Mapping[str, Any] = _FOUND,
     ) -> "tuple[_Columns, Features]":
-        """Return the columns of a model, and the features of the first images that can be read."""
-        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()), *chosen)
-        batch = next(iter(image_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
+        """Return the columns of a model, and the features of the first items that can be read."""
+        tap = FeatureTap(fast_layout(model.to(runtime.torch_device).eval()), **captured)
+        batch = next(iter(source_loader(source, loaded.transform, batch_size=_TRACED, workers=0)), None)
         if batch is None:
-            raise DataError(f"none of the {len(source)} images of {source.title} can be read")
+            raise DataError(f"none of the {len(source)} {source.kind.name} of {source.title} can be read")
         with users_forward(loaded.name, model, named(source, batch.indices.tolist())), runtime.autocast():
-            return cls(tap), tap(batch.images)
+            return cls(tap), tap(batch.inputs)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the distinct features (n, D) of images, in single precision."""
-        features = self.tap.capture(images, classifier=False)
+    def forward(self, *tensors: Tensor, **by_name: Tensor) -> Tensor:
+        """Return the distinct features (n, D) of a batch, in single precision."""
+        features = self.tap.capture(by_name or tensors[0], classifier=False)
         distinct = {id(value): value for _, value in features.fields()}
         return torch.cat([value.float() for value in distinct.values()], 1)
 
@@ -586,14 +620,14 @@ class HeadFeatures(nn.Module):
 
 
 def _classes(
-    source: ImageSource,
+    source: Source[Any],
     batches: Sequence[Features],
     labels: Tensor | None,
     names: list[str] | None,
     calibrates: Tensor,
     head: HeadKind,
 ) -> tuple[float | None, list[str] | None, list[str]]:
-    """Return the accuracy on the held-out images, the class names where they are the logits', and notes."""
+    """Return the accuracy on the held-out items, the class names where they are the logits', and notes."""
     if labels is None or names is None or head == "none":
         return None, None, []
     logits = torch.cat([features.tensor("logits").cpu() for features in batches])
@@ -607,16 +641,16 @@ def _classes(
     accuracy = hits / len(logits)
     if head == "keep" and hits <= _most_by_chance(len(logits), len(names)):
         note = (
-            f"the model classifies {100 * accuracy:.1f} % of the held-out images of {source.title} correctly, no "
-            "better than chance, so the class names are not used: its classes may be in another order than the "
-            "folders, or its transform may not be that of its training"
+            f"the model classifies {100 * accuracy:.1f} % of the held-out {source.kind.name} of {source.title} "
+            "correctly, no better than chance, so the class names are not used: its classes may be in another "
+            "order than the folders, or its transform may not be that of its training"
         )
         return accuracy, None, [note]
     return accuracy, names, []
 
 
 def _examples(
-    source: ImageSource,
+    source: Source[Any],
     rows: Tensor,
     values: Tensor,
     features_of: nn.Module,
@@ -624,7 +658,7 @@ def _examples(
     thumbnails: bool,
     runtime: Runtime,
 ) -> Examples | None:
-    """Return a random sample of images, whose rows and values are given; None if they have no pooled features."""
+    """Return a random sample of items, whose rows and values are given; None if they have no pooled features."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MAX_EXAMPLES]
     pooled = features_of(values[order]).pooled
     if pooled is None:
@@ -633,12 +667,12 @@ def _examples(
     chosen = rows[order].tolist()
     files: dict[int, bytes] = {}
     if thumbnails:
-        # In the order of the source, which reads neighboring images together.
+        # In the order of the source, which reads neighboring items together.
         with ThreadPoolExecutor(runtime.workers or None) as threads:
-            made = threads.map(lambda row: _thumbnail(source, row), sorted(chosen))
+            made = threads.map(lambda row: _preview(source, row), sorted(chosen))
             files = dict(zip(sorted(chosen), made, strict=True))
     sizes = np.cumsum([len(files.get(row, b"")) for row in chosen])
-    # An image that was removed meanwhile has an empty file.
+    # An item that was removed meanwhile has an empty preview.
     kept = [
         i
         for i, row in enumerate(chosen)
@@ -652,14 +686,14 @@ def _examples(
     return Examples(pooled[kept], words, [files[chosen[i]] for i in kept] if thumbnails else None)
 
 
-def _thumbnail(source: ImageSource, row: int) -> bytes:
+def _preview(source: Source[Any], row: int) -> bytes:
     try:
-        return thumbnail_of(source.item(row))
+        return source.kind.preview(source.item(row))
     except ItemError:
         return b""
 
 
-def _duplicate_notes(source: ImageSource, near: Tensor, rows: Tensor) -> list[str]:
+def _duplicate_notes(source: Source[Any], near: Tensor, rows: Tensor) -> list[str]:
     """Return a note on the near-duplicates, if there are any."""
     groups, sizes = near.unique(return_counts=True)
     groups, sizes = groups[sizes > 1], sizes[sizes > 1]
@@ -670,13 +704,13 @@ def _duplicate_notes(source: ImageSource, near: Tensor, rows: Tensor) -> list[st
     one, other = source.name(int(rows[first])), source.name(int(rows[second]))
     count = f"{len(groups)} groups" if len(groups) > 1 else "a group"
     return [
-        f"{int(sizes.sum())} images are near-duplicates in {count}, such as {one} and {other}: each group is on "
-        "one side of the split, and counts once in the calibration"
+        f"{int(sizes.sum())} {source.kind.name} are near-duplicates in {count}, such as {one} and {other}: each "
+        "group is on one side of the split, and counts once in the calibration"
     ]
 
 
 def _most_by_chance(count: int, classes: int) -> int:
-    """Return how many of some images a random classifier gets right at most, with probability 0.99."""
+    """Return how many of some items a random classifier gets right at most, with probability 0.99."""
     from scipy.stats import binom
 
     return int(binom.ppf(0.99, count, 1 / classes))
@@ -713,7 +747,7 @@ def _headless_note(backbone: nn.Module) -> str:
 
 
 def _without_duplicates(cached: CachedFeatures) -> CachedFeatures:
-    """Keep one of each set of identical images: duplicates are not further draws from the distribution."""
+    """Keep one of each set of identical items: duplicates are not further draws from the distribution."""
     first = sorted({digest: i for i, digest in reversed(list(enumerate(cached.digests)))}.values())
     digests = [cached.digests[i] for i in first]
     return replace(cached, stored_rows=cached.stored_rows[first], rows=cached.rows[first], digests=digests)
@@ -798,9 +832,9 @@ def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tenso
 
 
 def _labels(
-    source: ImageSource, rows: Tensor, is_train: Tensor, targets: Targets
+    source: Source[Any], rows: Tensor, is_train: Tensor, targets: Targets
 ) -> tuple[Tensor | None, list[str] | None]:
-    """Return labels (n,), from 0 for the classes of training images and -1 for others, and the class names."""
+    """Return labels (n,), from 0 for the classes of training items and -1 for others, and the class names."""
     if targets == "clusters":
         return None, None
     given = [source.label(row) for row in rows.tolist()]
@@ -812,8 +846,8 @@ def _labels(
             return None, None
         what = "a single class" if without is None else f"no label for {source.name(int(rows[without]))}"
         raise DataError(
-            f"{source.title} has {what}: every image needs a label, and there must be at least two classes; or "
-            "use clusters as targets"
+            f"{source.title} has {what}: every {source.kind.noun} needs a label, and there must be at least two "
+            "classes; or use clusters as targets"
         )
     indices = {label: i for i, label in enumerate(classes)}
     names = source.class_names
@@ -822,20 +856,20 @@ def _labels(
 
 
 def backbone_features(
-    source: ImageSource,
+    source: Source[Any],
     loaded: LoadedModel,
     backbone: nn.Module,
     *,
     cache: str | Path | None = None,
     runtime: Runtime | None = None,
 ) -> CachedFeatures:
-    """Return the features of images, from the backbone's `FeatureCache` or computed and stored there.
+    """Return the features of items, from the backbone's `FeatureCache` or computed and stored there.
 
     Parameters
     ----------
-    source : images.
+    source : items.
     loaded : model whose transform is applied, and whose name stands in errors.
-    backbone : module from transformed images (n, 3, H, W) to features (n, D), on its device and in eval mode.
+    backbone : module from transformed items to features (n, D), on its device and in eval mode.
     cache, runtime : see `fit`.
 
     Raises
@@ -847,21 +881,21 @@ def backbone_features(
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
-    def extract_batch(images: Tensor) -> Tensor:
-        images = fast_layout(images.to(device))
+    def extract_batch(inputs: Inputs) -> Tensor:
+        inputs = to_device(inputs, device)
         with users_forward(loaded.name, backbone), runtime.autocast():
-            return backbone(images)
+            return run(backbone, inputs)
 
     key = {
         "weights": archive.fingerprint(backbone)["sha256"],
-        "output for noise": _noise_digest(loaded, extract_batch),
+        "output for noise": _probe_digest(loaded, extract_batch),
         "precision": runtime.precision,
         "pillow": PIL.__version__,
         "decoding": DECODING,
     }
     if runtime.cluster is None:
         extract = partial(
-            extract_images,
+            extract_features,
             transform=loaded.transform,
             backbone=extract_batch,
             batch_size=runtime.batch_size,
@@ -873,19 +907,20 @@ def backbone_features(
     return features(source, extract, progress=runtime.progress)
 
 
-def _noise_digest(loaded: LoadedModel, backbone: Callable[[Tensor], Tensor]) -> str:
-    """Return a digest of a transform and a backbone's code: of their outputs for two fixed images."""
-    noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
-    images = [Image.fromarray(noise), Image.fromarray(noise[:47, :61])]
-    with users_transform(loaded.name, "an image of noise"):
-        first, again = ([loaded.transform(image) for image in images] for _ in range(2))
-    if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+def _probe_digest(loaded: LoadedModel, backbone: Callable[[Inputs], Tensor]) -> str:
+    """Return a digest of a transform and a backbone's code: of their outputs for a few fixed items."""
+    kind = loaded.kind
+    name = f"{kind.one} of noise"
+    with users_transform(loaded.name, name):
+        first, again = ([loaded.transform(item) for item in kind.probes()] for _ in range(2))
+    tensors = tree_leaves(first)
+    if any(not torch.equal(a, b) for a, b in zip(tensors, tree_leaves(again), strict=True)):
         raise DataError(f"the transform of {loaded.name} is random: use its evaluation transform")
-    digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in first))
+    digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in tensors))
     try:
-        features = backbone(first[0][None])
+        features = backbone(kind.collate(first[:1], loaded.transform))
     except UserCodeError as error:
-        raise error.on("an image of noise") from error.__cause__
+        raise error.on(name) from error.__cause__
     if isinstance(features, Tensor):
         # Rounded, because the last bits may differ from run to run.
         values = features.float().cpu()

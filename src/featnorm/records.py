@@ -22,7 +22,7 @@ from featnorm.verdict import ItemVerdict
 
 # `featnorm monitor` reads scores, and does not wait for torch.
 if TYPE_CHECKING:
-    from featnorm.inputs import ImageSource
+    from featnorm.inputs import Source
 
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
@@ -47,7 +47,7 @@ class Journal:
     ----------
     out : output file.
     run : settings that the verdicts depend on, as plain data. A journal with other settings is started over.
-    batch_size : number of images per batch.
+    batch_size : number of items per batch.
 
     Attributes
     ----------
@@ -175,7 +175,7 @@ def _are_texts(values: list[Any]) -> bool:
 
 
 class ScoreRow(NamedTuple):
-    """Name, score, p-value and group of a row of a table; no score and p-value if the image could not be read.
+    """Name, score, p-value and group of a row of a table; no score and p-value if the item could not be read.
 
     The errors bound how far score and p-value are from the computed ones, by the number of digits written.
     """
@@ -219,8 +219,8 @@ def read_scores(path: Path) -> Iterator[ScoreRow]:
         ) from None
 
 
-def images_digest(source: ImageSource) -> str:
-    """Return a SHA-256 of the names, sizes and modification times of a source's images."""
+def source_digest(source: Source[Any]) -> str:
+    """Return a SHA-256 of the names, sizes and modification times of a source's items."""
     digest = hashlib.sha256()
     for i in range(len(source)):
         digest.update(source.identity(i).encode("utf-8", "surrogateescape") + b"\0")

@@ -25,7 +25,7 @@ class Runtime:
     device : device of the model: "cpu", "cuda", "mps", or "auto" for the accelerator of this machine, if any.
     precision : "32-true", "bf16-mixed" or "16-mixed", in Lightning Fabric's notation.
     batch_size : number of images per batch.
-    workers : number of threads that decode images; see `featnorm.inputs.image_loader`.
+    workers : number of threads that decode images; see `featnorm.inputs.source_loader`.
     cluster : a `featnorm.cluster.Cluster` whose actors run the model. Default: this process runs it.
     compiled : whether to compile networks before training.
     progress : whether to show progress bars. Default: on a terminal; elsewhere a line every 30 seconds.

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_share, check_text
-from featnorm._utils.layout import fast_layout
-from featnorm._utils.memory import in_parts
 from featnorm._utils.ranks import are_ranks
 from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, parse_detector
@@ -27,9 +24,9 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import DataError, ImageSource, ItemError, group_items, image_loader
-from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
-from featnorm.inputs.loading import named
+from featnorm.inputs import DataError, ItemError, Source, group_items, kind_of, source_loader
+from featnorm.inputs.kinds import Inputs, rows_in, to_device
+from featnorm.inputs.loading import named, over_parts
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.runtime import Runtime
@@ -46,7 +43,6 @@ HeadKind = Literal["keep", "train", "none"]
 #: Beginnings of the names of tensors in a scorer's file.
 MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
 STATISTICS, EXAMPLES = "statistics.", "examples."
-_BLOCKS = 8
 _CHANGED = (
     "the model's weights or their precision have changed since the detector was fitted or calibrated: fit and "
     "calibrate it again"
@@ -65,9 +61,11 @@ class Scorer(nn.Module):
     detector : detector, which is moved to the model's device.
     layer, output, channel_axis, pooling : what the tap captures, see `FeatureTap`. Default: found automatically.
     preprocess
-        Function from an image (a PIL image in RGB) to what the model takes, a tensor without the batch dimension.
-        With it, the scorer takes image files, and so do all commands. Several threads may call it at the same
-        time.
+        Function from an item to what the model takes: from an image (a PIL image in RGB) to a tensor without the
+        batch dimension, or from a text to the tensors (L,) that the model takes by name. With it, the scorer takes
+        files of images or texts, and so do all commands. Several threads may call it at the same time.
+    kind
+        What the preprocess takes: "images" or "texts". Default: its attribute ``kind``; images if it has none.
     classes : class names, one per logit.
     spec
         Specification from which `featnorm.models.create_model` makes the model. With it, a file with weights opens
@@ -76,7 +74,7 @@ class Scorer(nn.Module):
         How the model was made from the specification: "keep", as it is; "train", its backbone with a
         `ProjectionHead`; "none", its backbone alone.
     statistics : activation statistics of in-distribution inputs, for explanations. Default: those of `fit`.
-    examples : sample of in-distribution images, for explanations. Default: none.
+    examples : sample of in-distribution items, for explanations. Default: none.
     facts : provenance shown with results, as label -> text.
     thresholds_by
         Groups of inputs that get a threshold each, so that the stated rate holds in every group: "class" for the
@@ -106,7 +104,8 @@ class Scorer(nn.Module):
         output: str | int | None = None,
         channel_axis: int | None = None,
         pooling: Pooling = "mean",
-        preprocess: Callable[[Image.Image], Tensor] | None = None,
+        preprocess: Callable[[Any], Any] | None = None,
+        kind: str | None = None,
         classes: Sequence[str] | None = None,
         spec: str | None = None,
         head: HeadKind = "keep",
@@ -135,22 +134,28 @@ class Scorer(nn.Module):
         self._versions: list[tuple[int, int, int]] = []
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
+        self.kind = kind_of(kind or preprocess)
 
     @property
-    def preprocess(self) -> Callable[[Image.Image], Tensor] | None:
-        """Function from an image to what the model takes."""
+    def preprocess(self) -> Callable[[Any], Any] | None:
+        """Function from an item to what the model takes."""
         return self._preprocess[0]
 
     @property
     def input_size(self) -> tuple[int, ...]:
         """Channels, height and width of a preprocessed image."""
-        return tuple(self.require_preprocess()(Image.new("RGB", (256, 256))).shape)
+        return tuple(self.require_preprocess()(self.kind.reference()).shape)
 
-    def require_preprocess(self) -> Callable[[Image.Image], Tensor]:
+    def reference_inputs(self) -> Inputs:
+        """Return a batch of one fixed item, preprocessed, on the model's device."""
+        preprocess = self.require_preprocess()
+        return to_device(self.kind.collate([preprocess(self.kind.reference())], preprocess), self.tap.device)
+
+    def require_preprocess(self) -> Callable[[Any], Any]:
         """Return `preprocess`; raise a ValueError if there is none."""
         if self.preprocess is None:
             raise ValueError(
-                "this scorer takes tensors, not images, because it has no preprocess: pass Scorer(..., "
+                f"this scorer takes tensors, not {self.kind.name}, because it has no preprocess: pass Scorer(..., "
                 "preprocess=transform), or open the file with the specification of a model that has one "
                 "(fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
             )
@@ -185,8 +190,9 @@ class Scorer(nn.Module):
         ----------
         loader : iterable of batches as the model takes them, with or without labels; see `FeatureTap.stream`.
         held_out
-            Batches of other in-distribution inputs, for a detector that `needs_held_out`, such as a sum. Calibrate
-            on a third set. Default: one input in five of ``loader`` is held out, at most 1024.
+            Batches of other in-distribution inputs, for a detector that `needs_held_out`, such as a sum; with
+            labels only for `TemperatureScaling`. Calibrate on a third set. Default: one input in five of
+            ``loader`` is held out, at most 1024.
         labels
             Where the labels of a batch are: a key, an index or a function of the batch. Default: found by their
             position or name.
@@ -370,11 +376,11 @@ class Scorer(nn.Module):
         return self.classes or [f"{word} {k}" for k in range(count)]
 
     def class_words(self) -> list[str]:
-        """Return the class names of a scorer of images, or words such as "class 0" if they are not known."""
+        """Return the class names, or words such as "class 0" if they are not known."""
         if self.classes is not None:
             return self.classes
-        image = self.require_preprocess()(reference_image())[None].to(self.tap.device)
-        return self._class_names(self.tap.capture(image, classifier=False).tensor("logits").shape[1])
+        features = self.tap.capture(self.reference_inputs(), classifier=False)
+        return self._class_names(features.tensor("logits").shape[1])
 
     def set_tpr(self, tpr: float) -> Self:
         """Accept another share of in-distribution inputs, from the stored calibration scores.
@@ -448,7 +454,8 @@ class Scorer(nn.Module):
         ----------
         items
             Images as paths, PIL images or arrays of shape (H, W), (H, W, 3) or (H, W, 4) and type uint8, which
-            `preprocess` turns into tensors; or tensors that the model takes, without the batch dimension.
+            `preprocess` turns into tensors; or tensors that the model takes, without the batch dimension. Of a
+            scorer of texts: str, or mappings of the tensors (L,) that the model takes by name.
         groups : group of each item, if ``thresholds_by`` is neither None nor "class".
         explain : whether to explain the verdicts, with heat maps.
         runtime : precision and batch size. Default: `Runtime()`. The scorer stays on the device where it is.
@@ -458,18 +465,18 @@ class Scorer(nn.Module):
         TypeError
             The items are a single one, or an item is of another type.
         ValueError
-            The scorer has no preprocess and an item is not a tensor, an output of the model is not finite, or
+            The scorer has no preprocess and an item needs one, an output of the model is not finite, or
             explanations are requested and there are neither statistics nor examples.
         UserModelError
             The model or its preprocess is the user's own, and raised an error.
         """
-        if isinstance(items, (str, bytes, PathLike, Image.Image, np.ndarray, Tensor)):
+        if isinstance(items, (str, bytes, PathLike, Image.Image, np.ndarray, Tensor, Mapping)):
             raise TypeError(f"items must be a sequence, got one {type(items).__name__}: pass [item]")
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
         for start in range(0, len(items), runtime.batch_size):
             rows = range(start, min(start + runtime.batch_size, len(items)))
-            named_items = [(_name(items[i], i), items[i]) for i in rows]
+            named_items = [(self.kind.name_of(items[i], i), items[i]) for i in rows]
             some = None if groups is None else [groups[i] for i in rows]
             verdicts += self._predict_items(named_items, some, explain, runtime)
         return verdicts
@@ -478,84 +485,76 @@ class Scorer(nn.Module):
         self, items: Sequence[tuple[str, Any]], groups: Sequence[str] | None, explain: bool, runtime: Runtime
     ) -> list[ItemVerdict]:
         verdicts: dict[int, ItemVerdict] = {}
-        shapes: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        # Inputs of different shapes are different batches.
+        shapes: dict[Any, dict[int, Any]] = {}
         several: set[int] = set()
         for row, (name, item) in enumerate(items):
             try:
-                tensor = item if isinstance(item, Tensor) else self._preprocessed(item, name, row, several)
+                prepared = self._preprocessed(item, name, row, several)
             except ItemError as error:
                 verdicts[row] = unreadable(name, error.reason)
             else:
-                shapes.setdefault(tuple(tensor.shape), {})[row] = tensor
-        for tensors in shapes.values():
-            names = [items[row][0] for row in tensors]
+                shapes.setdefault(getattr(prepared, "shape", None), {})[row] = prepared
+        for inputs in shapes.values():
+            names = [items[row][0] for row in inputs]
             rows = range(len(names)) if explain else ()
-            batch = torch.stack([*tensors.values()])
-            some = None if groups is None else [groups[row] for row in tensors]
+            batch = self.kind.collate([*inputs.values()], self.preprocess)
+            some = None if groups is None else [groups[row] for row in inputs]
             found = self.predict_batch(batch, names, groups=some, explain=rows, heat=explain, runtime=runtime)
-            for row, verdict in zip(tensors, found, strict=True):
+            for row, verdict in zip(inputs, found, strict=True):
                 verdicts[row] = verdict._replace(first_of_several=row in several)
         return [verdicts[row] for row in range(len(items))]
 
-    def _preprocessed(self, item: Any, name: str, row: int, several: set[int]) -> Tensor:
-        """Return what the model takes for an image; add its row to ``several`` if its file has more of them."""
+    def _preprocessed(self, raw: Any, name: str, row: int, several: set[int]) -> Any:
+        """Return what the model takes for an item; add its row to ``several`` if its file has more of them."""
+        if self.kind.is_prepared(raw):
+            return raw
         preprocess = self.require_preprocess()
-        if isinstance(item, (str, PathLike)):
-            try:
-                image = decode(Path(item).read_bytes(), name)
-            except OSError as error:
-                raise ItemError(name, reason_of(error)) from None
-        elif isinstance(item, Image.Image):
-            image = to_rgb(item.copy, name)
-        elif isinstance(item, np.ndarray):
-            image = to_rgb(lambda: _image_of(item), name)
-        else:
-            raise TypeError(
-                f"{name} is of type {type(item).__name__}: expected a path, a PIL image, an array or a tensor"
-            )
-        if is_first_of_several(image):
+        item = self.kind.item_of(raw, name)
+        if self.kind.is_first_of_several(item):
             several.add(row)
         with users_transform(self.spec or "", name):
-            return preprocess(image)
+            return preprocess(item)
 
-    def stream(self, source: ImageSource, *, runtime: Runtime | None = None) -> Iterator[list[ItemVerdict]]:
-        """Yield the verdicts on a source's images, including unreadable ones, batch by batch in its order.
+    def stream(self, source: Source[Any], *, runtime: Runtime | None = None) -> Iterator[list[ItemVerdict]]:
+        """Yield the verdicts on a source's items, including unreadable ones, batch by batch in its order.
 
         A batch that does not fit in the device's memory is scored in parts.
 
         Parameters
         ----------
-        source : images to score.
+        source : items to score.
         runtime
             Precision, batch size and workers. Default: `Runtime()`. The scorer stays on the device where it is.
 
         Raises
         ------
         DataError
-            The preprocess fails on an image.
+            The preprocess fails on an item, or the source holds items of another kind.
         ValueError
             The scorer has no preprocess, an output of the model is not finite, or a group was not in the
             calibration.
         """
         runtime = runtime or Runtime()
+        source.require(self.kind, "this scorer")
         groups = self.groups_of(source)
 
-        def predict(images: Tensor, rows: Tensor) -> list[ItemVerdict]:
+        def predict(inputs: Inputs, rows: Tensor) -> list[ItemVerdict]:
             some = None if groups is None else [groups[row] for row in rows.tolist()]
             names = [source.name(row) for row in rows.tolist()]
-            return self._predict(images, names, groups=some, runtime=runtime)
+            return self._predict(inputs, names, groups=some, runtime=runtime)
 
         size, workers = runtime.batch_size, runtime.workers
-        for part in image_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
+        for part in source_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
             verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    found = chain(*in_parts(predict, part.batch.images, part.batch.indices))
+                    found = over_parts(predict, part.batch.inputs, part.batch.indices)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     verdicts[row] = verdict._replace(first_of_several=row in part.several)
             yield [verdicts[row] for row in part.rows]
 
-    def groups_of(self, source: ImageSource) -> list[str] | None:
+    def groups_of(self, source: Source[Any]) -> list[str] | None:
         """Return the group of each item of a source; None if the scorer has no groups, or those of classes.
 
         Raises
@@ -578,7 +577,7 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def predict_batch(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         names: Sequence[str],
         *,
         groups: Sequence[str] | None = None,
@@ -590,7 +589,7 @@ class Scorer(nn.Module):
 
         Parameters
         ----------
-        inputs : preprocessed inputs (n, ...), on any device.
+        inputs : batch of preprocessed inputs, on any device.
         names : one name per input.
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         explain : rows of the inputs to explain.
@@ -605,7 +604,9 @@ class Scorer(nn.Module):
         UserModelError
             The model is the user's own and raised an error.
         """
-        with self._users_forward(f"a batch of {len(inputs)} images, {names[0]} to {names[-1]}" if names else ""):
+        with self._users_forward(
+            f"a batch of {len(names)} {self.kind.name}, {names[0]} to {names[-1]}" if names else ""
+        ):
             return self._predict(inputs, names, groups=groups, explain=explain, heat=heat, runtime=runtime)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
@@ -614,7 +615,7 @@ class Scorer(nn.Module):
 
     def _predict(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         names: Sequence[str],
         *,
         groups: Sequence[str] | None = None,
@@ -623,12 +624,12 @@ class Scorer(nn.Module):
         runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
         self._check_weights()
-        inputs = fast_layout(inputs.to(self.tap.device))
+        inputs = to_device(inputs, self.tap.device)
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
         with (runtime or Runtime()).autocast():
             features = self.tap.capture(inputs, classifier=reads_classifier)
             verdict = self.predict_features(features, groups)
-        nothing = [None] * len(inputs)
+        nothing = [None] * len(names)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
         if self.classes is not None and verdict.logits is not None:
@@ -652,7 +653,7 @@ class Scorer(nn.Module):
                 "name per logit"
             )
 
-    def _explained(self, inputs: Tensor, features: Features, rows: Sequence[int], heat: bool) -> list[Why]:
+    def _explained(self, inputs: Inputs, features: Features, rows: Sequence[int], heat: bool) -> list[Why]:
         """Explain some rows of a batch, whose features include the classifier."""
         if not rows:
             return []
@@ -682,6 +683,8 @@ class Scorer(nn.Module):
             try:
                 if self.detector.needs_model:
                     raise NoHeatError(f"{self.detector!r} runs the model on changed inputs")
+                if not isinstance(inputs, Tensor):
+                    raise NoHeatError(f"the scorer takes {self.kind.name}")
                 maps, compared = heat_maps(self.tap, inputs[chosen], self.detector.score, reference)
                 for part, one in zip(parts, maps.cpu(), strict=True):
                     part |= {"heat": one, "compared": compared}
@@ -691,7 +694,7 @@ class Scorer(nn.Module):
         return [Why(**part) for part in parts]
 
     def export(self, path: str | Path) -> float:
-        """Write one ONNX graph from images to verdicts; see `featnorm.export.export_onnx`."""
+        """Write one ONNX graph from preprocessed inputs to verdicts; see `featnorm.export.export_onnx`."""
         return export_onnx(self, path)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -744,6 +747,7 @@ class Scorer(nn.Module):
             tensors |= {f"{EXAMPLES}{name}": value for name, value in self.examples.tensors().items()}
         made: Any = self.model
         header["scorer"] = {
+            "kind": self.kind.name,
             "spec": self.spec,
             "head": self.head,
             "head settings": head_settings(made[1]) if self.head == "train" else None,
@@ -788,17 +792,17 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def reference_outputs(self) -> tuple[Tensor, Tensor]:
-        """Return the outputs for a fixed image: of preprocess, pooled to (c, 8, 8), and of the model, (D,).
+        """Return the outputs for a fixed item: of preprocess, and of the model, (D,).
 
-        The latter are its pooled features, or else its logits.
+        Of images, the former is pooled to (c, 8, 8). The latter are its pooled features, or else its logits.
         """
-        inputs = "an image of two ramps"
-        with users_transform(self.spec or "", inputs):
-            image = self.require_preprocess()(reference_image())
-        with self._users_forward(inputs):
-            features = self.tap.capture(image[None].to(self.tap.device), classifier=False)
+        name = f"{self.kind.one} of reference"
+        with users_transform(self.spec or "", name):
+            inputs = self.reference_inputs()
+        with self._users_forward(name):
+            features = self.tap.capture(inputs, classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
-        return nn.functional.adaptive_avg_pool2d(image.float(), _BLOCKS), response[0].float().cpu()
+        return self.kind.fingerprint(rows_in(inputs, 0)), response[0].float().cpu()
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int, int]]:
@@ -832,19 +836,6 @@ def count_units(features: Features, statistics: ActivationStatistics) -> None:
         statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
 
 
-def _name(item: Any, i: int) -> str:
-    return fspath(item) if isinstance(item, (str, PathLike)) else f"item {i}"
-
-
-def _image_of(array: np.ndarray[Any, Any]) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ValueError(
-            f"an array of shape {array.shape} and type {array.dtype} is not an image: expected (H, W), (H, W, 3) "
-            "or (H, W, 4) of type uint8"
-        )
-    return Image.fromarray(array)
-
-
 def _expression(detector: Detector) -> str:
     """Return the expression of a detector; a ValueError if the detector cannot be made from it again."""
     expression = repr(detector)
@@ -858,10 +849,3 @@ def _expression(detector: Detector) -> str:
             "its settings as attributes: numbers, strings, bools, None, or tuples of these"
         )
     return expression
-
-
-def reference_image() -> Image.Image:
-    """Return the image whose outputs are kept in a scorer's file."""
-    ramp = np.arange(256, dtype=np.uint8)
-    red, green = np.meshgrid(ramp, ramp[::-1][:192])
-    return Image.fromarray(np.stack([red, green, red // 2 + green // 4], 2))

@@ -1,12 +1,13 @@
 """The file of a `Scorer`: opening it, describing it, and replacing its calibration."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
-from PIL import Image
+import torch
 from torch import Tensor, nn
 
 from featnorm import archive
@@ -19,11 +20,13 @@ from featnorm.detectors import parse_detector
 from featnorm.detectors.expression import UnknownDetectorError
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.statistics import ActivationStatistics
+from featnorm.inputs import kind_of
 from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_model
-from featnorm.models.heads import head_of
+from featnorm.models.heads import head_of, with_head
 from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model
-from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, HeadKind, Scorer, reference_image
+from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, STATISTICS, HeadKind, Scorer
 from featnorm.tap import FeatureTap
+from featnorm.tap.batch import BatchError
 
 # What the tap captures and an explanation of the units needs.
 _EXPLAINED = ("activation", "logits", "classifier")
@@ -37,7 +40,7 @@ def load(
     model: nn.Module | str | None = None,
     *,
     weights: str | Path | None = None,
-    preprocess: Callable[[Image.Image], Tensor] | None = None,
+    preprocess: Callable[[Any], Any] | None = None,
 ) -> Scorer:
     """Read a scorer that `Scorer.save` wrote. No code in the file is run, and no module it names is imported.
 
@@ -46,10 +49,15 @@ def load(
     path : file.
     model
         The model, or the specification that makes it. Required if the file does not contain the model, or if the
-        model is the user's own. If the file contains weights, the model gets them; a module whose weights differ
-        is copied first.
+        model is the user's own. If the file contains weights, these count, and the model gets them; a module whose
+        weights differ is copied first.
     weights : weights file of the specification ``model``, for a file that contains no weights.
     preprocess : see `Scorer`. Default: that of the specification; none if ``model`` is a module.
+
+    Warns
+    -----
+    UserWarning
+        The file contains weights, and the specification ``model`` makes others.
 
     Raises
     ------
@@ -65,14 +73,16 @@ def load(
     stored = _with_prefix(MODEL, tensors)
     try:
         about = header["scorer"]
-        spec, kind, classes, facts = (about[name] for name in ("spec", "head", "classes", "facts"))
+        spec, head_kind, classes, facts = (about[name] for name in ("spec", "head", "classes", "facts"))
+        kind = kind_of(check_text(about["kind"]))
         by = None if about["thresholds by"] is None else check_text(about["thresholds by"])
-        if kind not in get_args(HeadKind):
-            raise ValueError(f"its head is {kind!r}")
+        if head_kind not in get_args(HeadKind):
+            raise ValueError(f"its head is {head_kind!r}")
         spec = None if spec is None else check_text(spec)
         facts = {check_text(name): check_text(fact) for name, fact in facts.items()}
         classes = None if classes is None else [check_text(name) for name in classes]
-        head = head_of(about["head settings"], _with_prefix("1.", stored)) if kind == "train" and stored else None
+        trained = head_kind == "train" and bool(stored)
+        head = head_of(about["head settings"], _with_prefix("1.", stored)) if trained else None
         statistics = _statistics(tensors)
         examples = _examples(tensors, about["example classes"])
         _check_names(tensors)
@@ -82,17 +92,26 @@ def load(
         network = _given(model, stored, header, path)
     else:
         loaded = _created(path, spec, model, weights, stored)
-        network = _network(loaded, kind, head, path)
+        if loaded.kind is not kind:
+            raise archive.ArchiveError(f"{path} takes {kind.name}, and {loaded.name} takes {loaded.kind.name}")
+        network = _network(loaded, head_kind, head, path)
         preprocess = preprocess or loaded.transform
         if stored:
+            differ = model is not None and _differ(network, stored, head_kind)
             _fill(network, stored, path, loaded.name)
+            if differ:
+                warnings.warn(
+                    f"{path} contains other weights than the model that {loaded.name} makes: those in the file "
+                    "are used",
+                    stacklevel=2,
+                )
         spec = spec or loaded.name
     try:
         detector = parse_detector(header["detector"])
         detector.load_state_dict(_with_prefix(DETECTOR, tensors))
         detector.validate()
-        options: dict[str, Any] = {"spec": spec, "head": kind, "facts": facts, "thresholds_by": by}
-        options |= {"statistics": statistics, "examples": examples}
+        options: dict[str, Any] = {"spec": spec, "head": head_kind, "facts": facts, "thresholds_by": by}
+        options |= {"statistics": statistics, "examples": examples, "kind": kind.name}
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
@@ -129,6 +148,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
     stored, statistics = _with_prefix(MODEL, tensors), _with_prefix(STATISTICS, tensors)
     try:
         about, tap, model = header["scorer"], header["tap"], header["model"]
+        items = check_text(about["kind"])
         summary: dict[str, Any] = {
             "file": str(path),
             "bytes": Path(path).stat().st_size,
@@ -146,20 +166,21 @@ def summarize(path: str | Path) -> dict[str, Any]:
                 "activation" if i == 0 else line.partition(":")[0]: line if i == 0 else line.partition(": ")[2]
                 for i, line in enumerate([tap["plan"]["verdict"], *map(": ".join, tap["plan"]["words"].items())])
             },
+            "inputs": items,
             "preprocess": "known" if "preprocessed" in tensors else "not known: it takes tensors",
             "classes": about["classes"],
             "explanations": {
                 "activation statistics": bool(statistics),
-                "example images": len(tensors.get(f"{EXAMPLES}labels", ())),
+                f"example {items}": len(tensors.get(f"{EXAMPLES}labels", ())),
                 "thumbnails of them": f"{EXAMPLES}thumbnails" in tensors,
             },
             "calibration": None
             if calibration is None
             else {
-                "images": len(calibration.scores),
-                "share of in-distribution images to accept": calibration.tpr,
+                items: len(calibration.scores),
+                f"share of in-distribution {items} to accept": calibration.tpr,
                 "thresholds by": about["thresholds by"],
-                **_thresholds(calibration),
+                **_thresholds(calibration, items),
             },
             "facts": about["facts"],
             "tensors": {name: f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in tensors.items()},
@@ -169,12 +190,12 @@ def summarize(path: str | Path) -> dict[str, Any]:
     return summary
 
 
-def _thresholds(calibration: Calibration) -> dict[str, Any]:
+def _thresholds(calibration: Calibration, items: str) -> dict[str, Any]:
     if not calibration.group_names:
         return {"threshold": float(calibration.threshold)}
     sizes = calibration.group_sizes()
     return {
-        f"threshold of {name}": f"{value:.6g}, from {sizes[name]} images"
+        f"threshold of {name}": f"{value:.6g}, from {sizes[name]} {items}"
         + ("" if len(calibration.pool(name)) == 1 else " and those of other small groups")
         for name, value in zip(calibration.group_names, calibration.threshold.tolist(), strict=True)
     }
@@ -205,8 +226,9 @@ def replace_calibration(
     made = {f"{CALIBRATION}{name}": value for name, value in calibration.fitted_tensors().items()}
     about = header["scorer"]
     if source is not None:
-        earlier = f"{about['facts'].get('calibration', 'held-out images')}, then " if added else ""
-        fact = f"{earlier}{source}, {date.today().isoformat()}: {len(calibration.scores)} images"
+        items = about["kind"]
+        earlier = f"{about['facts'].get('calibration', f'held-out {items}')}, then " if added else ""
+        fact = f"{earlier}{source}, {date.today().isoformat()}: {len(calibration.scores)} {items}"
         about["facts"] = {**about["facts"], "calibration": fact}
     archive.write(out, {**kept, **made}, {**header, **calibration.to_dict()})
 
@@ -221,6 +243,16 @@ def _given(
     network = copy.deepcopy(inner)
     _fill(network, stored, path, type(inner).__name__)
     return network
+
+
+def _differ(network: nn.Module, stored: Mapping[str, Tensor], kind: HeadKind) -> bool:
+    """Return whether a model's own weights, without those of a trained head, are not those in the file."""
+    pairs = [
+        (value, stored.get(name))
+        for name, value in network.state_dict().items()
+        if kind != "train" or name[0] == "0"
+    ]
+    return any(b is not None and not (a.dtype == b.dtype and torch.equal(a.cpu(), b)) for a, b in pairs)
 
 
 def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:
@@ -272,7 +304,7 @@ def _network(loaded: LoadedModel, kind: HeadKind, head: ProjectionHead | None, p
         return fast_layout(backbone.eval())
     if head is None:
         raise ModelError(f"{path} contains no weights, and its head was trained by featnorm: save it with weights")
-    return fast_layout(nn.Sequential(backbone, head).eval())
+    return fast_layout(with_head(backbone, head, loaded.kind).eval())
 
 
 def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -281,14 +313,19 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
         raise archive.damaged(path, ValueError("it has only one of preprocessed and response"))
     try:
         outputs = scorer.reference_outputs()
-        image = scorer.require_preprocess()(reference_image())[None]
         known = None if scorer.calibration is None else scorer.calibration.group_names[:1] or None
         groups = None if scorer.thresholds_by == "class" else known
-        scorer.predict_batch(image, [""], groups=groups, explain=[0] if scorer.explains else ())
+        scorer.predict_batch(
+            scorer.reference_inputs(), [""], groups=groups, explain=[0] if scorer.explains else ()
+        )
     except UserCodeError:
         raise
+    except BatchError as error:
+        raise archive.ArchiveError(f"the preprocess of {scorer.spec} does not fit {path}: {error}") from None
     except archive.MALFORMED as error:
-        raise archive.ArchiveError(f"{path} is damaged: it cannot score an image ({first_line(error)})") from None
+        raise archive.ArchiveError(
+            f"{path} is damaged: it cannot score {scorer.kind.one} ({first_line(error)})"
+        ) from None
     for what, new in zip(("preprocessed", "response"), outputs, strict=True):
         old = tensors[what].float() if what in tensors else new
         # Not "differ", which a NaN would pass.

@@ -1,4 +1,4 @@
-"""`score_images`: verdicts on any number of images, in a table or on a page; an interrupted run is resumed."""
+"""`score_source`: verdicts on any number of items, in a table or on a page; an interrupted run is resumed."""
 
 import heapq
 import os
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.progress import progress_bar
-from featnorm.inputs import DataError, ImageSource, ItemError, SlicedSource
+from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
+from featnorm.inputs.kinds import IMAGES
 from featnorm.inputs.loading import rows_of
-from featnorm.records import FORMATS, Journal, images_digest
+from featnorm.records import FORMATS, Journal, source_digest
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.verdict import ItemVerdict
@@ -29,10 +29,10 @@ from featnorm.verdict import ItemVerdict
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
     from featnorm.hidden import Why
-    from featnorm.report.scores import ScoredImage
+    from featnorm.report.scores import ScoredItem
 
-MAX_SHOWN = 100  # images on the page
-_OTHERS = 5  # images on the page that are not flagged, those with the lowest scores
+MAX_SHOWN = 100  # items on the page
+_OTHERS = 5  # items on the page that are not flagged, those with the lowest scores
 _EXPLAINED_BATCH = 16
 # The end of the name of an item of a table or a data set.
 _ROW = re.compile(r"(^|:? )(row|image) \d+$")
@@ -41,29 +41,35 @@ _ROW = re.compile(r"(^|:? )(row|image) \d+$")
 class ScoringSummary:
     """Counts of a scoring run, and its lowest scores.
 
+    Parameters
+    ----------
+    kind : Kind
+        What the items are.
+
     Attributes
     ----------
     scores : array of float
-        Score of every image that could be read, in the order of the source.
+        Score of every item that could be read, in the order of the source.
     flagged : int
-        Number of images flagged as OOD.
+        Number of items flagged as OOD.
     unread : int
-        Number of images that could not be read.
+        Number of items that could not be read.
     first_unread : list of tuple of str
         Name and reason of the first 100 of them.
     several : int
         Number of images that are the first of several frames or pages of their file.
     folders : dict of str to list of int
-        Number of images scored, and of images flagged, by `folder_of` their name.
+        Number of items scored, and of items flagged, by `folder_of` their name.
     computed : int
-        Number of images scored by this run; an earlier run that was interrupted scored the others.
+        Number of items scored by this run; an earlier run that was interrupted scored the others.
     seconds : float
         Time this run took to score them.
     model_seconds : float or None
         Time the model itself took; None on a cluster.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = IMAGES) -> None:
+        self.kind = kind
         self.scores = array("d")
         self.flagged = 0
         self.unread = 0
@@ -74,11 +80,11 @@ class ScoringSummary:
         self.seconds = 0.0
         self.model_seconds: float | None = None
         self._rows = 0
-        # A heap of the lowest scores, the highest of them on top; among equal ones the first images stay.
+        # A heap of the lowest scores, the highest of them on top; among equal ones the first items stay.
         self._lowest: list[tuple[float, int, ItemVerdict]] = []
 
     def update(self, verdicts: Iterable[ItemVerdict]) -> None:
-        """Count the verdicts on the next images."""
+        """Count the verdicts on the next items."""
         for verdict in verdicts:
             row = self._rows
             self._rows += 1
@@ -107,7 +113,7 @@ class ScoringSummary:
     def __str__(self) -> str:
         scored = len(self.scores)
         share = f"{100 * self.flagged / scored:.1f} %" if scored else "none could be read"
-        return f"{self.flagged:,} of {scored:,} image{'' if scored == 1 else 's'} flagged as OOD ({share})."
+        return f"{self.flagged:,} of {self.kind.counted(scored)} flagged as OOD ({share})."
 
 
 def folder_of(item: str) -> str:
@@ -117,9 +123,9 @@ def folder_of(item: str) -> str:
     return item[: max(item.rfind("/"), item.rfind(os.sep)) + 1].rstrip("/" + os.sep)
 
 
-def score_images(
+def score_source(
     scorer: Scorer,
-    source: ImageSource,
+    source: Source[Any],
     out: str | Path | None = None,
     *,
     page: str | Path | None = None,
@@ -128,7 +134,7 @@ def score_images(
     on_start: Callable[[Journal], None] | None = None,
     on_batch: Callable[[Sequence[ItemVerdict]], None] | None = None,
 ) -> ScoringSummary:
-    """Score all images of a source, and write one row per image to a table, or a page of the lowest scores.
+    """Score all items of a source, and write one row per item to a table, or a page of the lowest scores.
 
     If a file is written, a journal next to it keeps every batch that has been scored. After an interruption the
     same call resumes, and writes what an uninterrupted run would have written.
@@ -136,17 +142,17 @@ def score_images(
     Parameters
     ----------
     scorer : scorer with a preprocess.
-    source : images to score.
+    source : items to score.
     out : table to write, a .csv, .jsonl or .parquet file with the columns of `featnorm.records.COLUMNS`.
     page
-        .html file with the flagged images among the 100 with the lowest scores, and the 5 others with the lowest
+        .html file with the flagged items among the 100 with the lowest scores, and the 5 others with the lowest
         scores. Each is explained, and compared with the calibration scores.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
-        scorer, the images, the device, the precision and the batch size are the same.
+        scorer, the items, the device, the precision and the batch size are the same.
     runtime
         Where and how to score; the scorer is moved to its device. Default: on the scorer's device, in 32-true.
-    on_start : called with the journal before the first image is scored, if a file is written.
+    on_start : called with the journal before the first item is scored, if a file is written.
     on_batch : called with the verdicts of each batch that this run has scored, on a cluster in any order.
 
     Raises
@@ -155,7 +161,7 @@ def score_images(
         The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, another
         process is writing the file, or an output of the model is not finite.
     DataError
-        The transform fails on an image.
+        The transform fails on an item, or the source holds items of another kind.
     OSError
         A file cannot be written. The journal is kept.
     """
@@ -170,7 +176,8 @@ def score_images(
     if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
         scorer.to(runtime.torch_device)
     place = out or page
-    summary = ScoringSummary()
+    source.require(scorer.kind, "this scorer")
+    summary = ScoringSummary(scorer.kind)
     with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
         if journal is not None and on_start is not None:
             on_start(journal)
@@ -180,7 +187,7 @@ def score_images(
         # Without a file, the caller prints the verdicts as they come, which shows the progress.
         progress = False if journal is None else runtime.progress
         with (
-            progress_bar(total=len(source), initial=done, unit="image", progress=progress) as bar,
+            progress_bar(total=len(source), initial=done, unit=source.kind.noun, progress=progress) as bar,
             closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
         ):
             for number, verdicts in batches:
@@ -202,42 +209,42 @@ def score_images(
     return summary
 
 
-def calibrate_images(
+def calibrate_source(
     scorer: Scorer,
-    source: ImageSource,
+    source: Source[Any],
     tpr: float | None = None,
     *,
     update: bool = False,
     runtime: Runtime | None = None,
 ) -> ScoringSummary:
-    """Calibrate a scorer on the images of a source; see `Scorer.calibrate`.
+    """Calibrate a scorer on the items of a source; see `Scorer.calibrate`.
 
     Parameters
     ----------
     scorer : fitted scorer with a preprocess. It is left as it was if an error is raised.
-    source : in-distribution images that were used neither to train the model nor to fit the detector.
+    source : in-distribution items that were used neither to train the model nor to fit the detector.
     tpr, update : see `Scorer.calibrate`.
-    runtime : see `score_images`.
+    runtime : see `score_source`.
 
     Returns
     -------
     ScoringSummary
-        Counts of the images.
+        Counts of the items.
 
     Raises
     ------
     ValueError, DataError
-        See `Scorer.calibrate` and `score_images`; or no image can be read.
+        See `Scorer.calibrate` and `score_source`; or no item can be read.
     """
     found: list[ItemVerdict] = []
     earlier, scorer.calibration = scorer.calibration, None
     try:
-        summary = score_images(scorer, source, runtime=runtime, on_batch=found.extend)
+        summary = score_source(scorer, source, runtime=runtime, on_batch=found.extend)
     finally:
         scorer.calibration = earlier
     scored = [verdict for verdict in found if verdict.score is not None]
     if not scored:
-        raise DataError(f"none of the {len(source):,} images of {source.title} can be read")
+        raise DataError(f"none of the {len(source):,} {source.kind.name} of {source.title} can be read")
     groups = None if scorer.thresholds_by is None else [str(verdict.group) for verdict in scored]
     names = scorer.class_words() if scorer.thresholds_by == "class" else None
     scores = torch.tensor([verdict.score for verdict in scored], dtype=torch.float64)
@@ -246,7 +253,7 @@ def calibrate_images(
 
 
 def _journal(
-    place: Path, scorer: Scorer, source: ImageSource, made_with: Mapping[str, Any], runtime: Runtime
+    place: Path, scorer: Scorer, source: Source[Any], made_with: Mapping[str, Any], runtime: Runtime
 ) -> Journal:
     settings = {
         **made_with,
@@ -254,13 +261,13 @@ def _journal(
         "device": runtime.device,
         "precision": runtime.precision,
         "decoding": DECODING,
-        "images": images_digest(source),
+        source.kind.name: source_digest(source),
     }
     return Journal(place, settings, runtime.batch_size)
 
 
 def _scored(
-    scorer: Scorer, source: ImageSource, batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
+    scorer: Scorer, source: Source[Any], batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
 ) -> Generator[tuple[int, list[ItemVerdict]]]:
     """Yield number and verdicts of some batches, in any order; count and time them."""
     began = time.perf_counter()
@@ -269,12 +276,12 @@ def _scored(
             summary.computed += len(verdicts)
             yield number, verdicts
     elif batches:
-        images = source
+        part = source
         if len(batches) < -(-len(source) // runtime.batch_size):
             rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
-            images = SlicedSource(source, rows, source.title)
+            part = SlicedSource(source, rows, source.title)
         with _ModelClock(scorer.model) as clock:
-            for number, verdicts in zip(batches, scorer.stream(images, runtime=runtime), strict=True):
+            for number, verdicts in zip(batches, scorer.stream(part, runtime=runtime), strict=True):
                 summary.computed += len(verdicts)
                 yield number, verdicts
         summary.model_seconds = clock.seconds
@@ -310,7 +317,7 @@ class _ModelClock:
 
 
 def _write_page(
-    path: Path, scorer: Scorer, source: ImageSource, summary: ScoringSummary, runtime: Runtime
+    path: Path, scorer: Scorer, source: Source[Any], summary: ScoringSummary, runtime: Runtime
 ) -> None:
     from featnorm.report.scores import write_scores_page
 
@@ -321,9 +328,10 @@ def _write_page(
     shown += [item for item in lowest if item[1].is_id][:_OTHERS]
     write_scores_page(
         path,
+        kind=source.kind,
         title=source.title,
         summary=f"{summary} {scorer.detector!r} is calibrated to flag at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images.",
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
         scores=np.asarray(summary.scores, np.float64),
@@ -337,41 +345,32 @@ def _write_page(
 
 
 def _shown(
-    scorer: Scorer, source: ImageSource, chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
-) -> "Iterator[ScoredImage]":
-    """Yield the images with their explanations; few at a time, as they may be large."""
-    from featnorm.report.scores import ScoredImage
+    scorer: Scorer, source: Source[Any], chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
+) -> "Iterator[ScoredItem]":
+    """Yield the items with their explanations; few at a time, as they may be large."""
+    from featnorm.report.explanation import grayscale
+    from featnorm.report.scores import ScoredItem
 
     preprocess = scorer.require_preprocess()
-    # Between these two, a normalization maps the values of pixels.
-    black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
     for start in range(0, len(chosen), _EXPLAINED_BATCH):
         part = chosen[start : start + _EXPLAINED_BATCH]
-        images: dict[int, Image.Image] = {}
+        items: dict[int, Any] = {}
         for row, _ in part:
             # A file that was removed meanwhile costs its picture, not the page.
             with suppress(ItemError):
-                images[row] = source.item(row)
+                items[row] = source.item(row)
         whys: dict[int, Why | None] = {}
         inputs: dict[int, npt.NDArray[np.float32]] = {}
-        if images and scorer.explains:
-            batch = torch.stack([preprocess(image) for image in images.values()])
-            names, rows = [source.name(row) for row in images], range(len(images))
+        if items and scorer.explains:
+            batch = source.kind.collate([preprocess(item) for item in items.values()], preprocess)
+            names, rows = [source.name(row) for row in items], range(len(items))
             given = scorer.thresholds_by not in (None, "class")
-            groups = [str(verdict.group) for row, verdict in part if row in images] if given else None
+            groups = [str(verdict.group) for row, verdict in part if row in items] if given else None
             verdicts = scorer.predict_batch(batch, names, groups=groups, explain=rows, heat=True, runtime=runtime)
-            whys = {row: verdict.why for row, verdict in zip(images, verdicts, strict=True)}
-            if batch.ndim == 4:
-                inputs = dict(zip(images, _grayscale(batch, black, white), strict=True))
+            whys = {row: verdict.why for row, verdict in zip(items, verdicts, strict=True)}
+            if isinstance(batch, Tensor) and batch.ndim == 4:
+                inputs = dict(zip(items, grayscale(batch, preprocess), strict=True))
         for row, verdict in part:
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
-            yield ScoredImage(verdict, folder_of(verdict.item), images.get(row), inputs.get(row))
-
-
-def _grayscale(inputs: Tensor, black: Tensor, white: Tensor) -> npt.NDArray[np.float32]:
-    """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w), by a black and a white one."""
-    low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
-    if not bool((high > low).all()):
-        low, high = inputs.amin(), inputs.amax()
-    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()
+            yield ScoredItem(verdict, folder_of(verdict.item), items.get(row), inputs.get(row))

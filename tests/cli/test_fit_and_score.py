@@ -23,7 +23,7 @@ from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.detectors import base
 from featnorm.inputs import open_source
-from featnorm.records import Journal, images_digest
+from featnorm.records import Journal, source_digest
 from featnorm.verdict import ItemVerdict
 from hostile import hostile_files
 
@@ -597,10 +597,10 @@ def test_a_journal_is_of_these_images_and_one_process(tmp_path):
 
 def test_a_changed_image_is_another(tmp_path):
     folder = pictures(tmp_path / "p", 3, 0)
-    before = images_digest(open_source(str(folder)))
-    assert images_digest(open_source(str(folder))) == before
+    before = source_digest(open_source(str(folder)))
+    assert source_digest(open_source(str(folder))) == before
     os.utime(folder / "0001.png", ns=(1, 1))
-    assert images_digest(open_source(str(folder))) != before
+    assert source_digest(open_source(str(folder))) != before
 
 
 def test_rows_of_two_tables_are_told_apart(shared_data):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import featnorm as fn
+import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 
@@ -137,16 +138,16 @@ def test_no_more_is_under_way_than_the_actors_can_soon_take(workers, folder, tin
 
 
 class Deadly(ImageSource):
-    """Images of which one ends the process that reads it, once; it writes down what is read."""
+    """Images of which one ends the process that reads it, once or always; it writes down what is read."""
 
-    def __init__(self, source, row, place):
+    def __init__(self, source, row, place, always=False):
         super().__init__("deadly", [None] * len(source), None)
-        self.source, self.row, self.place = source, row, place
+        self.source, self.row, self.place, self.always = source, row, place, always
 
     def _read(self, i):
         with (self.place / "read").open("a") as file:
             file.write(f"{i}\n")
-        if i == self.row and not (self.place / "died").exists():
+        if i == self.row and (self.always or not (self.place / "died").exists()):
             (self.place / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.source.read(i)
@@ -176,6 +177,20 @@ def test_a_killed_worker_costs_its_shard_and_no_more(workers, folder, tiny, cach
     assert set(again.tolist()) <= set(range(24, 32))
 
 
+def test_images_that_end_every_worker_are_named(workers, folder, tiny, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_SHARD", 2)
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    scorer = fit(folder, tiny, cache)[0]
+    source = SlicedSource(open_source(str(folder)), range(1, 49), "some")
+    with pytest.raises(DataError) as raised:
+        remote(workers, scorer, Deadly(source, 29, tmp_path, always=True))
+    first, last = source.name(24), source.name(31)
+    assert f"the process that read {first} to {last} of deadly ended 2 times" in str(raised.value)
+    assert (tmp_path / "read").read_text().split().count("29") == 2
+    # The actors work on.
+    assert_same(remote(workers, scorer, source), local(scorer, source))
+
+
 @pytest.mark.parametrize("detector", ["KNN(k=3) / NAN()", "Views(KNN(k=3))", "KLUniform() + KNN(k=3)"])
 def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, detector):
     scorer = fit(folder, tiny, cache, detector=fn.parse_detector(detector))[0]
@@ -192,6 +207,15 @@ def test_a_large_bank_lies_in_parts(workers, folder, tiny, cache, monkeypatch, d
     assert len(within) == detector.count("KNN")
     assert repr(parts.detector) == repr(scorer.detector)
     assert all(not knn.bank.is_empty for knn in scorer.detector.modules() if type(knn) is fn.KNN)
+
+
+def test_a_part_of_a_bank_that_dies_is_started_again(workers, folder, tiny, cache, monkeypatch):
+    monkeypatch.setattr(cluster, "_BANK_SHARE", 0.0)
+    knn = workers._in_parts(fit(folder, tiny, cache, detector=fn.KNN(k=3))[0]).detector
+    queries = torch.nn.functional.normalize(torch.randn(5, knn.bank_shape[1]))
+    before = knn.nearest(queries, 3)
+    ray.kill(knn.parts[0], no_restart=False)
+    assert torch.equal(knn.nearest(queries, 3), before)
 
 
 def test_the_nearest_of_the_bank_are_the_nearest_of_the_parts(workers):
@@ -318,3 +342,15 @@ def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monke
     )
     with pytest.raises(torch.OutOfMemoryError, match="all"):
         list(scorer.stream(source, runtime=fn.Runtime(batch_size=14, workers=0)))
+
+
+def test_texts(workers, tmp_path):
+    tiny_texts.write_texts(tmp_path / "known.parquet", 2, 60, tiny_texts.WORDS[4:])
+    (tmp_path / "new.txt").write_text("my card was lost\n\nis it ?\n" + "the news\n" * 9)
+    runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=workers, progress=False)
+    model = f"hf:{tiny_texts.saved(tmp_path / 'encoder')}"
+    scorer = fn.fit(tmp_path / "known.parquet", model, cache=tmp_path / "cache", runtime=runtime)
+    source = open_source(str(tmp_path / "new.txt"))
+    found = remote(workers, scorer, source)
+    assert_same(found, local(scorer, source))
+    assert found[0][1].error == "an empty text"

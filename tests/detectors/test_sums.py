@@ -168,6 +168,21 @@ def test_the_second_phase_follows_the_first(expression):
     assert_close(detector.fit_held_out(iter(parts)).score(TEST), expected, 1e-9)
 
 
+@pytest.mark.parametrize("expression", ["Mahalanobis() + NAN()", "ReAct(SSD(clusters='labels') + 2 * MSP())"])
+def test_the_second_phase_needs_labels_only_for_a_temperature(expression):
+    unlabeled = HELD_OUT.replace(labels=None)
+    detector = parse_detector(expression)
+    assert "labels" in detector.learns
+    expected = copy.deepcopy(detector).fit(TRAIN, HELD_OUT).score(TEST)
+    assert torch.equal(detector.fit(TRAIN, unlabeled).score(TEST), expected)
+    assert_close(detector.fit_held_out([unlabeled[:9], unlabeled[9:]]).score(TEST), expected, 1e-9)
+    for temperature in (TemperatureScaling(MSP()), NAN() + TemperatureScaling(MSP())):
+        with pytest.raises(ValueError, match=r"^TemperatureScaling\(MSP\(\)\) reads `labels`"):
+            temperature.fit(TRAIN, unlabeled)
+    with pytest.raises(ValueError, match="reads `labels`"):
+        detector.fit(TRAIN.replace(labels=None), HELD_OUT)
+
+
 @pytest.mark.parametrize("expression", SUMS)
 def test_a_refused_second_phase_changes_nothing(expression):
     detector = fitted(expression)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples, thumbnail_of
-from featnorm.inputs import ItemError
+from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples
+from featnorm.inputs import IMAGES, ItemError
 
 
 def pictures(n, size=(200, 100)):
@@ -19,7 +19,7 @@ def pictures(n, size=(200, 100)):
 @pytest.fixture
 def examples():
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    return Examples(features, ["b", "a", None, "b", "a", "c"], [thumbnail_of(p) for p in pictures(6)])
+    return Examples(features, ["b", "a", None, "b", "a", "c"], [IMAGES.preview(p) for p in pictures(6)])
 
 
 def test_the_nearest_are_those_in_the_same_direction(examples):
@@ -39,7 +39,7 @@ def test_the_nearest_are_those_in_the_same_direction(examples):
 
 def test_a_thumbnail_is_small_and_the_image_stays(examples):
     (one,) = pictures(1)
-    data = thumbnail_of(one)
+    data = IMAGES.preview(one)
     assert one.size == (200, 100)
     assert data.startswith(b"\xff\xd8")
     ((neighbor, *_),) = examples.nearest(examples.features[:1])

@@ -19,7 +19,7 @@ from featnorm.inputs import (
     FeatureCache,
     ImageSource,
     cache,
-    extract_images,
+    extract_features,
     open_source,
 )
 
@@ -66,7 +66,7 @@ def ask(
     cache: FeatureCache, source: ImageSource, backbone: Callable[[Tensor], Tensor], workers: int = 0
 ) -> CachedFeatures:
     def extract(images):
-        return extract_images(images, to_tensor, backbone, batch_size=BATCH, workers=workers)
+        return extract_features(images, to_tensor, backbone, batch_size=BATCH, workers=workers)
 
     return cache.features(source, extract, progress=False)
 
@@ -226,7 +226,7 @@ def test_files_that_are_replaced_meanwhile(folder: Path, tmp_path: Path, workers
         (folder / "11.png").unlink(missing_ok=True)
         paint(folder / "12.png", 13)  # the content of another image
         paint(folder / "04.png", 77)  # was corrupt
-        return extract_images(images, to_tensor, Backbone(), batch_size=BATCH, workers=workers)
+        return extract_features(images, to_tensor, Backbone(), batch_size=BATCH, workers=workers)
 
     found = known.features(source, extract, progress=False)
     rows = [0, 1, 4, 8, 9, 12, 13, 14, 15, 16, 17, 18]

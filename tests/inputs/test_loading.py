@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm.inputs import DataError, ImageBatch, extract_images, image_loader, loading, open_source
+from featnorm.inputs import Batch, DataError, extract_features, loading, open_source, source_loader
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -49,22 +49,22 @@ def write_folder(folder: Path, count: int, corrupt: tuple[int, ...] = ()) -> Pat
     return folder
 
 
-def reds(batches: list[ImageBatch]) -> list[int]:
-    return [int(v) for batch in batches for v in batch.images[:, 0, 0, 0]]
+def reds(batches: list[Batch]) -> list[int]:
+    return [int(v) for batch in batches for v in batch.inputs[:, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_in_order_without_corrupt_images(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 10, corrupt=(1, 3, 4, 5, 9))))
     corrupt: list[tuple[str, str]] = []
-    loader = image_loader(
+    loader = source_loader(
         source, to_tensor, batch_size=3, workers=workers, on_corrupt=lambda *pair: corrupt.append(pair)
     )
     assert len(loader) == 4
     batches = list(loader)
     assert [batch.indices.tolist() for batch in batches] == [[0, 2], [6, 7, 8]]
     assert reds(batches) == [0, 2, 6, 7, 8]
-    assert batches[0].images.shape == (2, 3, 4, 5)
+    assert batches[0].inputs.shape == (2, 3, 4, 5)
     assert [batch.labels.tolist() for batch in batches] == [[-1, -1], [-1, -1, -1]]
     assert batches[0].labels.dtype == batches[0].indices.dtype == torch.int64
     assert [Path(name).name for name, _ in corrupt] == [f"{i:02}.png" for i in (1, 3, 4, 5, 9)]
@@ -77,7 +77,7 @@ def test_batches_are_in_order_without_corrupt_images(tmp_path: Path, workers: in
 def test_digests_are_those_of_the_decoded_content(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 6, corrupt=(1, 4))))
     (tmp_path / "f" / "05.png").unlink()
-    parts = list(image_loader(source, to_tensor, batch_size=4, workers=workers).parts())
+    parts = list(source_loader(source, to_tensor, batch_size=4, workers=workers).parts())
     found = {row: digest for part in parts for row, digest in part.digests.items()}
     assert found == {row: source.digest(row) for row in range(5)}
     assert sorted(row for part in parts for row in part.unread) == [1, 4, 5]
@@ -95,7 +95,7 @@ def test_parquet_in_threads(tmp_path: Path) -> None:
     source.item(13)  # what this thread has read must not disturb the others
     # A copy begins without what was read.
     for loaded in (source, copy.deepcopy(source)):
-        batches = list(image_loader(loaded, to_tensor, batch_size=4, workers=3, on_corrupt=never))
+        batches = list(source_loader(loaded, to_tensor, batch_size=4, workers=3, on_corrupt=never))
         assert reds(batches) == list(range(24))
         assert [int(label) for batch in batches for label in batch.labels] == list(range(24))
 
@@ -118,7 +118,7 @@ def test_threads_leave_torch_as_it_is_and_end(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        loader = iter(image_loader(source, transform, batch_size=2, workers=2))
+        loader = iter(source_loader(source, transform, batch_size=2, workers=2))
         next(loader)
         # With torch's threads in each of ours, there would be the square of the number of CPUs.
         assert inside == {1}
@@ -145,8 +145,8 @@ def test_an_abandoned_loader_stops_reading(tmp_path: Path, monkeypatch: pytest.M
             super().shutdown(wait, cancel_futures=cancel_futures)
 
     monkeypatch.setattr(loading, "ThreadPoolExecutor", Pool)
-    loader = iter(image_loader(source, transform, batch_size=20, workers=1))
-    assert len(next(loader).images) == 20
+    loader = iter(source_loader(source, transform, batch_size=20, workers=1))
+    assert len(next(loader).inputs) == 20
     # As after an interrupt: the thread ends after its current image, not after its batch.
     with pytest.raises(KeyboardInterrupt):
         loader.throw(KeyboardInterrupt)
@@ -158,7 +158,7 @@ def test_plugins_are_loaded_before_threads_begin(tmp_path: Path, monkeypatch: py
     calls: list[threading.Thread] = []
     monkeypatch.setattr(Image, "init", lambda: calls.append(threading.current_thread()))
     source = open_source(str(write_folder(tmp_path / "f", 8)))
-    assert len(list(image_loader(source, to_tensor, batch_size=2, workers=2))) == 4
+    assert len(list(source_loader(source, to_tensor, batch_size=2, workers=2))) == 4
     assert calls == [threading.current_thread()]
 
 
@@ -170,14 +170,14 @@ def test_an_error_of_the_source_is_raised_unchanged(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(source, "read", gone)
     with pytest.raises(DataError) as caught:
-        list(image_loader(source, to_tensor, batch_size=2, workers=2))
+        list(source_loader(source, to_tensor, batch_size=2, workers=2))
     assert str(caught.value) == "cannot read row group 3"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failing_transform_is_raised_and_names_the_image(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 10)))
-    loader = iter(image_loader(source, fails_on_seven, batch_size=4, workers=workers, on_corrupt=never))
+    loader = iter(source_loader(source, fails_on_seven, batch_size=4, workers=workers, on_corrupt=never))
     assert next(loader).indices.tolist() == [0, 1, 2, 3]
     with pytest.raises(DataError, match=r"the transform failed on .*07\.png \(KeyError: 'seven'\)") as caught:
         list(loader)
@@ -192,32 +192,32 @@ def test_different_shapes_in_a_batch(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"02\.png has shape \(3, 4, 9\) .* \(3, 4, 5\): use a transform that resizes"
     ):
-        list(image_loader(source, to_tensor, on_corrupt=never))
-    assert len(list(image_loader(source, to_tensor, batch_size=1, on_corrupt=never))) == 4
+        list(source_loader(source, to_tensor, on_corrupt=never))
+    assert len(list(source_loader(source, to_tensor, batch_size=1, on_corrupt=never))) == 4
 
 
 def test_transform_must_return_a_tensor(tmp_path: Path) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 1)))
     with pytest.raises(DataError, match=r"returned Image for .*00\.png: it must return a Tensor"):
-        list(image_loader(source, returns_the_image, on_corrupt=never))  # type: ignore[arg-type]
+        list(source_loader(source, returns_the_image, on_corrupt=never))  # type: ignore[arg-type]
 
 
 def test_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_folder(tmp_path / "f", 3)))
-    assert image_loader(source, to_tensor, on_corrupt=never)._workers == 0
+    assert source_loader(source, to_tensor, on_corrupt=never)._workers == 0
     monkeypatch.setattr(loading, "_MIN_THREADED", 3)
     monkeypatch.setattr(loading, "_processors", lambda: 1)
-    assert image_loader(source, to_tensor, on_corrupt=never)._workers == 1
+    assert source_loader(source, to_tensor, on_corrupt=never)._workers == 1
     with pytest.raises(ValueError, match="batch_size is 0"):
-        image_loader(source, to_tensor, batch_size=0, on_corrupt=never)
+        source_loader(source, to_tensor, batch_size=0, on_corrupt=never)
 
 
 def test_real_data_with_workers(shared_data: Path) -> None:
     source = open_source("cifar10[900:2100]", root=shared_data)
-    batches = list(image_loader(source, to_tensor, batch_size=250, on_corrupt=never))
-    assert [len(batch.images) for batch in batches] == [250, 250, 250, 250, 200]
+    batches = list(source_loader(source, to_tensor, batch_size=250, on_corrupt=never))
+    assert [len(batch.inputs) for batch in batches] == [250, 250, 250, 250, 200]
     assert [int(i) for batch in batches for i in batch.labels] == [source.label(i) for i in range(1200)]
-    assert torch.equal(batches[4].images[199], to_tensor(source.item(1199)))
+    assert torch.equal(batches[4].inputs[199], to_tensor(source.item(1199)))
 
 
 def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
@@ -269,6 +269,6 @@ def test_first_frames_are_reported_wherever_a_part_begins(tmp_path: Path) -> Non
     frames = [Image.new("RGB", (5, 4), (value, 0, 0)) for value in (3, 200)]
     frames[0].save(folder / "03.png", save_all=True, append_images=frames[1:])
     source = open_source(str(folder))
-    parts = list(extract_images(source, to_tensor, lambda images: images.flatten(1), batch_size=2, workers=0))
+    parts = list(extract_features(source, to_tensor, lambda images: images.flatten(1), batch_size=2, workers=0))
     assert [part.several for part in parts] == [set(), {3}, set()]
     assert parts[1].moved(10).several == {11}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pyarrow import fs
 
-from featnorm.inputs import DataError, ItemError, image_loader, open_source
+from featnorm.inputs import DataError, ItemError, open_source, source_loader
 from featnorm.inputs.formats import PassedOver
 
 server = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
         table = pa.table({"image": images, "label": list(range(6))})
         pq.write_table(table, root / f"tables/train-{shard}.parquet", row_group_size=4)
     (root / "empty").mkdir()
-    (root / "empty/readme.txt").write_text("nothing")
+    (root / "empty/readme.md").write_text("nothing")
     return root
 
 
@@ -139,8 +139,8 @@ def test_slices_and_single_files(at, folder):
     assert joined.identity(0) != joined.identity(1)
     assert contents(open_source(at("one.png"))) == contents(open_source(str(folder / "one.png")))
     assert open_source(at("one.png")).title == "one.png"
-    with pytest.raises(ItemError, match=r"empty/readme\.txt: not an image in a format that featnorm reads"):
-        open_source(at("empty/readme.txt")).item(0)
+    with pytest.raises(ItemError, match=r"empty/readme\.md: not an image in a format that featnorm reads"):
+        open_source(at("empty/readme.md")).item(0)
 
 
 def test_keys_are_not_shown(at):
@@ -206,8 +206,8 @@ def to_tensor(image):
 def test_read_in_workers(at):
     source = open_source(at("flat"), at("tables"))
     source.item(1)  # what this process has opened must not disturb the workers
-    loader = image_loader(source, to_tensor, batch_size=5, workers=2)
-    assert [int(image[0, 0, 0]) for batch in loader for image in batch.images] == [*range(12), *range(12)]
+    loader = source_loader(source, to_tensor, batch_size=5, workers=2)
+    assert [int(image[0, 0, 0]) for batch in loader for image in batch.inputs] == [*range(12), *range(12)]
 
 
 def test_sources_can_be_pickled(at):

@@ -182,7 +182,7 @@ def test_named_files_are_one_source(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="no data is given"):
         open_source()
-    with pytest.raises(DataError, match=r"d\.png is not a parquet file and has no column 'breed'"):
+    with pytest.raises(DataError, match=r"d\.png is not a table and has no column 'breed'"):
         open_source(names[0], label_column="breed")
 
 

@@ -129,10 +129,10 @@ def test_shards_that_do_not_agree(tmp_path: Path, second: dict[str, Any], messag
 def test_only_a_table_has_columns(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(
-        DataError, match=r"is not a parquet file and has no column 'breed': the classes of images in fold"
+        DataError, match=r"is not a table and has no column 'breed': the classes of images in fold"
     ):
         open_source(str(tmp_path), label_column="breed")
-    with pytest.raises(DataError, match=r"torchvision's CIFAR10 is not a parquet file"):
+    with pytest.raises(DataError, match=r"torchvision's CIFAR10 is not a table"):
         open_source("cifar10", root=tmp_path, label_column="breed")
 
 
@@ -205,7 +205,7 @@ def test_unusable_parquet(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     pq.write_table(pq.read_table(write_parquet(tmp_path / "x.parquet")).slice(0, 0), tmp_path / "none.parquet")
     for name, message in {
-        "named": "no column 'image' in .*named.parquet: it has img, fine_label",
+        "named": "no column 'image' or 'text' in .*named.parquet: it has img, fine_label",
         "bare": "column 'image' of .*bare.parquet is binary: it must be a struct",
         "broken": "cannot read .*broken.parquet as parquet: ",
         "none": "no rows in .*none.parquet",

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from featnorm.inputs import image_loader, open_source
+from featnorm.inputs import open_source, source_loader
 from featnorm.models import ModelError, create_model
 
 SMALL = "timm:test_resnet"  # 0.5 million parameters
@@ -58,8 +58,8 @@ def test_efficientnet_lite0_by_order(shared_data: Path) -> None:
     source = open_source("imagenet1k_sample[:100]", root=shared_data)
     right = 0
     with torch.inference_mode():
-        for batch in image_loader(source, loaded.transform, on_corrupt=lambda name, why: pytest.fail(name)):
-            right += int((loaded.model(batch.images).argmax(1) == batch.labels).sum())
+        for batch in source_loader(source, loaded.transform, on_corrupt=lambda name, why: pytest.fail(name)):
+            right += int((loaded.model(batch.inputs).argmax(1) == batch.labels).sum())
     assert right > 80
 
 

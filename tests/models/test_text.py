@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from featnorm import inputs
 from featnorm.models import DEFAULT_TEXT_MODEL, ModelError, create_model
 from featnorm.models import text as text_module
 from featnorm.models.loading import backbone_of, recreate_model
@@ -23,7 +24,7 @@ TEXTS = ["my card was lost", "where is it?", "", "the news " * 20]
 
 
 def batch_of(loaded, texts):
-    return loaded.transform.collate([loaded.transform(text) for text in texts])
+    return inputs.TEXTS.collate([loaded.transform(text) for text in texts], loaded.transform)
 
 
 def test_an_encoder_averages_the_states_of_tokens(tmp_path):
@@ -71,7 +72,7 @@ def test_the_transform_truncates_pads_and_can_be_shared(tmp_path):
     assert len(long["input_ids"]) == 24
     assert transform("\ud800 card")["input_ids"].tolist()[-2:] == [WORDS.index("card"), 3]
     items = [transform("card"), transform("my card was lost")]
-    batch = transform.collate(items)
+    batch = inputs.TEXTS.collate(items, transform)
     assert batch["input_ids"].tolist()[0] == [2, WORDS.index("card"), 3, 0, 0, 0]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     assert all(values.dtype == torch.int64 for values in batch.values())

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from featnorm.hidden import Why
-from featnorm.hidden.examples import Neighbor, thumbnail_of
-from featnorm.report.scores import ScoredImage, write_scores_page
+from featnorm.hidden.examples import Neighbor
+from featnorm.inputs import IMAGES
+from featnorm.report.scores import ScoredItem, write_scores_page
 from featnorm.verdict import ItemVerdict
 from pages import Page, check
 
@@ -27,14 +28,14 @@ def picture(i, size=(120, 90)):
 
 
 def shown(i, *, flagged, folder="new/a", predicted="cat", heat=True, name=None, group=None):
-    thumbnail = None if i % 4 == 3 else thumbnail_of(picture(i % 2))
+    thumbnail = None if i % 4 == 3 else IMAGES.preview(picture(i % 2))
     nearest = [Neighbor(i % 2, 0.83, "dog", thumbnail), Neighbor(5, 0.5, ODD, b"damaged")]
     map_ = -torch.eye(3) if heat else None
     why = Why(nearest=nearest, heat=map_, compared=heat, no_heat="" if heat else "the model does not average maps")
     verdict = ItemVerdict(
         name or f"{folder}/{i}.png", float(i), 0.01 * (i + 1), not flagged, predicted, None, group
     )
-    return ScoredImage(verdict._replace(why=why), folder, picture(i), np.full((30, 40), 0.5, np.float32))
+    return ScoredItem(verdict._replace(why=why), folder, picture(i), np.full((30, 40), 0.5, np.float32))
 
 
 def written(tmp_path, cards, *, flagged=None, folders=None, unread=()):
@@ -42,6 +43,7 @@ def written(tmp_path, cards, *, flagged=None, folders=None, unread=()):
     folders = folders or {"new/a": (60, 3), "new/b": (40, 1)}
     write_scores_page(
         path,
+        kind=IMAGES,
         title="new",
         summary="4 of 100 images flagged as OOD (4.0 %).",
         facts={"images": "x" * 80, ODD: ODD},
@@ -193,10 +195,24 @@ def test_it_is_sorted_filtered_and_searched(browser, tmp_path, scheme):
 def test_a_phone_scrolls_down_only_and_needs_no_script(browser, tmp_path, script):
     folder = "a/rather/long/folder/that/does/not/fit/on/the/screen/of/any/phone"
     written(
-        tmp_path, [*few(), shown(9, flagged=False, folder=folder, predicted="w" * 60)], unread=[("x" * 90, "")]
+        tmp_path,
+        [*few(), shown(9, flagged=False, folder=folder, predicted="w" * 60)],
+        folders={"new/a": (60, 3), folder: (12_345, 678)},
+        unread=[("x" * 90, "not an image in a format that featnorm reads")],
     )
     page = browser.new_page(viewport={"width": 390, "height": 844}, java_script_enabled=script)
     page.goto((tmp_path / "page.html").as_uri())
     assert page.locator("#cards > li:visible").count() == 10
     assert page.locator("#controls").is_visible() == script
     assert page.locator("html").evaluate("html => html.scrollWidth") == 390
+    # Tables are not scrolled sideways either, and all parts have the same margins.
+    regions = page.locator(".scroll")
+    assert regions.count() == 2
+    assert regions.evaluate_all("all => all.every(region => region.scrollWidth === region.clientWidth)")
+    visible = page.locator("h1, h2, .lead, .overview > *, .scroll, #controls, #cards > li").and_(
+        page.locator(":visible")
+    )
+    sides = visible.evaluate_all(
+        "all => all.map(part => part.getBoundingClientRect()).map(({ left, right }) => [left, right])"
+    )
+    assert {tuple(side) for side in sides} == {tuple(sides[0])}

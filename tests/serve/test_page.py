@@ -22,6 +22,8 @@ from featnorm.serve.server import _Server, bind
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+# A machine that is busy takes longer than the 5 seconds of the default.
+playwright.expect.set_options(timeout=20_000)
 EVIL = "<img src=x onerror=alert(1)>.png"
 
 
@@ -120,8 +122,8 @@ def test_chosen_images_are_scored(page, url, folder):
     ood = card(page, "white.png")
     playwright.expect(ood.locator(".verdict")).to_have_text("Out-of-distribution")
     assert ood.locator("path.here").count() == 1  # outside the histogram
-    assert ood.locator(".thumb img").evaluate("image => image.naturalWidth") == 300
-    ood.get_by_text("Why").click()
+    assert ood.locator(".thumb img").first.evaluate("image => image.naturalWidth") == 300
+    ood.get_by_text("Units of the last hidden layer").click()
     assert ood.get_by_role("rowheader", name="the network predicts").is_visible()
     unreadable = card(page, EVIL)
     playwright.expect(unreadable).to_contain_text("not an image in a format that featnorm reads")
@@ -129,6 +131,41 @@ def test_chosen_images_are_scored(page, url, folder):
     assert "KNN(k=3)" in page.locator("#about").inner_text()
     page.get_by_role("button", name="Clear").click()
     assert page.locator(".card").count() == 0
+
+
+def test_flagged_images_have_heat_maps_and_similar_images(page, url, folder):
+    page.goto(url)
+    page.set_input_files("#files", [image_of(folder), picture("white.png", "white", (300, 200))])
+    tally(page, "2 images scored, 1 flagged as OOD.")
+    ood, in_distribution = card(page, "white.png"), card(page, "005.png")
+    heat = ood.get_by_role("img", name="Heat map of white.png")
+    similar = ood.get_by_role("list", name="Most similar in-distribution images").get_by_role("listitem")
+    pictures = [heat, *similar.get_by_role("img", name=re.compile("^similar image, [a-d]$")).all()]
+    assert (len(pictures), similar.count()) == (4, 3)
+    for shown in pictures:
+        assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") in (32, 96)
+    assert re.fullmatch(r"[a-d]\s0\.\d\d", similar.first.inner_text())
+    assert in_distribution.locator("img").count() == 1
+    assert in_distribution.locator(".similar").count() == 0
+    for note in ("Under each flagged image are the most similar ones", "the average of the most similar images"):
+        assert page.get_by_text(note).is_visible()
+    assert page.locator("#no-heat").inner_text() == ""
+    page.get_by_role("button", name="Clear").click()
+    assert not page.locator("#heat-note").is_visible()
+
+
+def test_what_has_no_heat_map_says_why(page, scorer, folder):
+    other = copy.deepcopy(scorer)
+    other.examples.thumbnails = None
+    other.detector = fn.Views(other.detector)
+    with served(create_app(other)) as url:
+        page.goto(url)
+        page.set_input_files("#files", [picture("white.png", "white")])
+        tally(page, "1 image scored, 1 flagged as OOD.")
+        assert page.locator("#no-heat").inner_text().startswith("Some images have no heat map: Views(")
+        assert page.locator(".card img").count() == 1
+        assert page.locator(".similar li").count() == 3
+        assert page.locator(".similar .thumb").count() == 0
 
 
 def test_the_drift_of_all_images_is_shown(page, scorer, folder):
@@ -364,6 +401,14 @@ def test_under_a_path(page, scorer, folder, place):
             playwright.expect(page.locator("#about")).to_be_visible()
             page.set_input_files("#files", [image_of(folder)])
             tally(page, "1 image scored, 0 flagged as OOD.")
+
+
+def test_a_wrong_address_leads_to_the_page(page, url):
+    answer = page.goto(f"{url}v1/nothing")
+    assert answer.status == 404
+    playwright.expect(page.get_by_role("heading", name="There is nothing at this address")).to_be_visible()
+    page.get_by_text("a page on which images can be dropped").get_by_role("link").click()
+    playwright.expect(page.locator("#about")).to_be_visible()
 
 
 def test_the_theme(page, url):

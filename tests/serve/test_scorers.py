@@ -29,6 +29,7 @@ from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.serve import Limits, ScorerFile, create_app, workers
 from featnorm.serve.requests import JsonLines
+from pages import Page
 
 TYPE = {"content-type": "image/png"}
 
@@ -73,7 +74,9 @@ def test_each_scorer_has_its_own_addresses(two, caplog):
         for path in ("/v1/detector", "/v1/c/detector"):
             answer = client.get(path)
             assert (answer.status_code, answer.json()["error"]) == (
-                404, "there is no scorer at this address: use /v1/NAME, with NAME one of a, b b%",
+                404,
+                "there is nothing at this address: use /v1/NAME/score, with NAME one of a, b b%; /openapi.json "
+                "describes the API",
             )  # fmt: skip
         paths = client.get("/openapi.json").json()["paths"]
         assert {path for path in paths if path.startswith("/v1")} == {
@@ -91,6 +94,37 @@ def test_each_scorer_has_its_own_addresses(two, caplog):
             by_name.update(sample.labels["scorer"] for sample in family.samples)
     assert by_name["a"] == by_name["b b%"] > 3
     assert metrics.count("# TYPE featnorm_score histogram") == 1
+
+
+def test_a_wrong_address_is_answered_with_those_that_exist(two):
+    two["<b>&"] = two["a"]
+    inner = create_app(two)
+    outer = FastAPI()
+    outer.mount("/in", inner)
+    browser = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    for app, root in ((inner, ""), (outer, "/in"), (create_app(two, root_path="/ood"), "/ood")):
+        client = TestClient(app)
+        for method, path in (("GET", "/docs"), ("POST", "/v2"), ("GET", "/v1/c/detector")):
+            answer = client.request(method, root + path)
+            assert answer.status_code == 404
+            assert answer.headers["vary"] == "Accept"
+            assert answer.json() == {
+                "error": f"there is nothing at this address: use {root}/v1/NAME/score, with NAME one of a, b b%, "
+                f"<b>&; {root}/openapi.json describes the API",
+                "request_id": answer.headers["x-request-id"],
+            }
+            answer = client.request(method, root + path, headers=browser)
+            assert (answer.status_code, answer.headers["vary"]) == (404, "Accept")
+            assert answer.headers["content-type"] == "text/html; charset=utf-8"
+            assert "unsafe" not in answer.headers["content-security-policy"]
+            page = Page(answer.text)
+            assert "There is nothing at this address" in page.text
+            assert f"b b%: POST {root}/v1/b%20b%25/score" in page.text
+            assert page.tags["b"] == 0
+            links = page.values("href")
+            assert len(links) == 5
+            assert f"{root}/v1/%3Cb%3E%26/detector" in links
+            assert [client.get(link).status_code for link in links] == [200] * 5
 
 
 def test_a_single_scorer_needs_no_name(fitted):
@@ -190,7 +224,7 @@ class Held:
 
     def _predict(self, name, predict_batch):
         def held(images, names, **how):
-            if self.held:
+            if self.held and not how.get("heat"):
                 self.batches.append((name, len(images)))
                 assert self.go.acquire(timeout=30)
             return predict_batch(images, names, **how)

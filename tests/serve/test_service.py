@@ -21,7 +21,7 @@ import urllib.request
 import warnings
 import zlib
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -32,10 +32,12 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
+import tiny_texts
 from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.inputs import SlicedSource, open_source
 from featnorm.inputs.formats import FORMATS
+from featnorm.scoring import score_source
 from featnorm.serve import Limits, create_app, uploads
 from featnorm.serve import app as service
 from featnorm.serve.metrics import score_buckets
@@ -43,6 +45,7 @@ from featnorm.serve.requests import JsonLines
 from featnorm.serve.responses import histogram
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
+from pages import Page
 from painted import paint
 
 TOKEN = "s3cret-t0ken"
@@ -228,8 +231,8 @@ def test_invalid_bodies(client, body, headers, status, words):
 def test_other_invalid_requests(client):
     for method, path, status, words in (
         ("GET", "/v1/score", 405, "Method Not Allowed"),
-        ("GET", "/nothing", 404, "Not Found"),
-        ("GET", "/docs", 404, "Not Found"),
+        ("GET", "/nothing", 404, "use /v1/NAME/score, with NAME one of default"),
+        ("GET", "/docs", 404, "use /v1/NAME/score, with NAME one of default"),
         ("POST", "/v1/score?explain=perhaps", 400, "explain: Input should be a valid boolean"),
     ):
         answer = client.request(method, path)
@@ -927,7 +930,7 @@ def test_explanations(client, scorer):
     plain = client.post("/v1/score", json={"images": [text(png())]}).json()["results"][0]
     answer = client.post("/v1/score?explain=true", json={"images": [text(png()), "!"]}).json()["results"]
     assert "why" not in plain
-    assert answer[0]["why"][0] == ["the network predicts", plain["predicted"]]
+    assert answer[0]["why"]["units"][0] == ["the network predicts", plain["predicted"]]
     assert answer[1]["why"] is None
     scorer.statistics = scorer.examples = None
     with client_of(create_app(scorer)) as other:
@@ -935,6 +938,230 @@ def test_explanations(client, scorer):
         answer = other.post("/v1/score?explain=true", json={"images": [text(png())]})
         assert answer.status_code == 400
         assert "fit it again" in answer.json()["error"]
+
+
+def drawn(uri):
+    """The picture in a data URL."""
+    assert re.fullmatch("data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", uri)
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+@pytest.fixture
+def halved(scorer):
+    """A scorer that flags some of the images of `new`."""
+    scorer.calibration = scorer.calibration.with_tpr(0.5)
+    return scorer
+
+
+def explained(client, images):
+    """The results for some images and their explanations."""
+    answer = client.post("/v1/score?explain=true", json={"images": [text(image) for image in images]})
+    assert answer.status_code == 200
+    return [(result, result.pop("why")) for result in answer.json()["results"]]
+
+
+def test_the_lowest_flagged_images_have_pictures(halved, new):
+    images = [(new / f"{i}.png").read_bytes() for i in range(9)] * 3
+    with client_of(create_app(halved)) as client:
+        plain = client.post("/v1/score", json={"images": [text(image) for image in images]}).json()["results"]
+        found = explained(client, images)
+        counted = samples(client.get("/metrics").text)
+    for (result, _), one in zip(found, plain, strict=True):
+        assert result == {**one, "score": pytest.approx(one["score"], rel=1e-5)}
+    assert counted[("featnorm_score_count",)] == 2 * len(images), "an explanation is not another image"
+    flagged = [i for i, (one, _) in enumerate(found) if one["verdict"] == "OOD"]
+    flagged.sort(key=lambda i: found[i][0]["score"])
+    assert 8 < len(flagged) < len(images) - 8
+    pictured = [i for i, (_, why) in enumerate(found) if why["heat"] is not None]
+    assert pictured == sorted(flagged[:8])
+    verdicts = halved.predict([Image.open(io.BytesIO(image)) for image in images[:9]], explain=True)
+    for i, (_, why) in enumerate(found):
+        expected = verdicts[i % 9].why
+        assert [tuple(row) for row in why["units"]] == expected.units.rows()
+        for one, neighbor in zip(why["nearest"], expected.nearest, strict=True):
+            assert (one["label"], one["similarity"]) == (
+                neighbor.label,
+                pytest.approx(neighbor.similarity, abs=1e-5),
+            )
+            assert (one["thumbnail"] is not None) == (i in pictured)
+            if i in pictured:
+                assert np.array_equal(drawn(one["thumbnail"]), neighbor.image())
+        if i in pictured:
+            assert why["no_heat"] is None
+            assert why["heat"]["reference"] == "the most similar images"
+            assert drawn(why["heat"]["picture"]).size == (96, 96)
+        elif i in flagged:
+            assert why["no_heat"] == "only the 8 flagged images of a request with the lowest scores have one"
+        else:
+            assert why["no_heat"] is None
+
+
+def test_the_heat_map_of_the_service_is_that_of_the_page_of_scores(halved, new, tmp_path):
+    with client_of(create_app(halved)) as client:
+        found = explained(client, [(new / f"{i}.png").read_bytes() for i in range(9)])
+    score_source(halved, open_source(str(new)), page=tmp_path / "page.html", runtime=fn.Runtime(workers=0))
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    on_page = {kind: set() for kind in "tme"}
+    for tag, attrs in page.attributes:
+        if tag == "image":
+            on_page[attrs["id"][0]].add(attrs["href"])
+    assert {one["thumbnail"] for _, why in found for one in why["nearest"]} - {None} <= on_page["e"]
+    maps = [np.asarray(drawn(uri), np.float64) for uri in on_page["m"]]
+    heat = [np.asarray(drawn(why["heat"]["picture"]), np.float64) for _, why in found if why["heat"] is not None]
+    assert len(heat) > 1
+    for one in heat:  # in another batch, a score differs in its last digits
+        distances = sorted(np.abs(one - other).mean() for other in maps)
+        assert distances[0] < 1 < distances[1]
+
+
+def test_what_has_no_pictures_says_why(halved, new, caplog):
+    images = [(new / f"{i}.png").read_bytes() for i in range(9)]
+    halved.examples.thumbnails = None
+    halved.detector = fn.Views(fn.NAN())
+    with client_of(create_app(halved)) as client:
+        found = explained(client, images)
+        flagged = [why for result, why in found if result["verdict"] == "OOD"]
+        assert flagged
+        for why in flagged:
+            assert why["heat"] is None
+            assert "runs the model on changed inputs" in why["no_heat"]
+            assert [one["thumbnail"] for one in why["nearest"]] == [None] * 3
+        halved.examples = None
+        assert all(why["nearest"] == [] for _, why in explained(client, images))
+
+        inner = halved.predict_batch
+
+        def predict_batch(images, names, *, heat=False, **how):
+            if heat:
+                raise RuntimeError("a secret of the inside")
+            return inner(images, names, **how)
+
+        halved.predict_batch = predict_batch
+        found = explained(client, images)
+    for result, why in found:
+        assert why["no_heat"] == (
+            "an internal error: see the log of the service" if result["verdict"] == "OOD" else None
+        )
+    assert "a secret of the inside" in caplog.text
+
+
+def test_the_first_explanation_is_made_before_the_service_is_ready(scorer, caplog):
+    """It takes seconds; if it fails, images are scored all the same."""
+    explained = []
+    inner = scorer.predict_batch
+
+    def predict_batch(images, names, *, heat=False, **how):
+        if heat:
+            explained.append(names)
+            raise RuntimeError("a secret of the inside")
+        return inner(images, names, **how)
+
+    scorer.predict_batch = predict_batch
+    with client_of(create_app(scorer)):
+        assert explained == [["warm-up"]]
+    assert "an explanation failed" in caplog.text
+
+
+class HeldHeat(Held):
+    """Makes explanations with pictures, and images named "other", wait for the test. All images are flagged."""
+
+    def __init__(self, scorer):
+        super().__init__(scorer)
+        held = scorer.predict_batch
+
+        def predict_batch(images, names, *, heat=False, **how):
+            self.held = names != ["warm-up"] and (heat or names[0].startswith("other"))
+            found = held(images, [f"heat of {name}" for name in names] if heat else names, heat=heat, **how)
+            return [verdict._replace(is_id=False) for verdict in found]
+
+        scorer.predict_batch = predict_batch
+
+
+def several(app, n, name="image", explain=True):
+    images = [{"name": f"{name} {i}", "data": text(png(i))} for i in range(n)]
+    asking = Asking(app, path=f"/v1/score?explain={explain}", content_type="application/json")
+    return asking.say(json.dumps({"images": images}).encode())
+
+
+def test_explanations_of_one_client_do_not_hold_the_others(scorer, batchers):
+    """Few images are explained at a time, and the images of others are scored between two batches of them."""
+
+    async def main():
+        held = HeldHeat(scorer)
+        async with running(create_app(scorer, Limits(batch_size=16))) as app:
+            asking = several(app, 8)
+            await held.begun()
+            assert await waiting(app) == 6
+            others = several(app, 2, "other", explain=False)
+            await until(lambda: ready(batchers[0]) == 8)
+            held.go.release(5)
+            assert [(await one.answer())[0] for one in (asking, others)] == [200, 200]
+            assert await waiting(app) == 0
+        assert [*map(len, held.batches)] == [2, 2, 2, 2, 2]
+        assert sorted(held.batches.pop(2)) == ["other 0", "other 1"]
+        assert sorted(chain(*held.batches)) == [f"heat of image {i}" for i in range(8)]
+
+    asyncio.run(main())
+
+
+def test_the_queue_limits_explanations_and_the_verdicts_remain(scorer, batchers):
+    async def main():
+        held = HeldHeat(scorer)
+        async with running(create_app(scorer, Limits(queue=8, images=8, batch_size=15))) as app:
+            first = several(app, 6)
+            await held.begun()  # the first explanation; five wait
+            status, _, content = await several(app, 4).answer()
+            assert (status, content["error"]) == (503, "5 images are already in the queue: try again later")
+            others = several(app, 2, "other")
+            await until(lambda: ready(batchers[0]) == 7)
+            for _ in range(2):  # the second explanation, and the others
+                held.go.release()
+                await held.begun()
+            plain = several(app, 4, explain=False)
+            await until(lambda: ready(batchers[0]) == 8)
+            held.go.release(6)
+            for asking in (first, others, plain):
+                status, _, content = await asking.answer()
+                assert status == 200
+                whys = [result.get("why") for result in content["results"]]
+                if asking is first:
+                    assert all(why["heat"] for why in whys)
+                elif asking is others:
+                    assert [(why["heat"], why["no_heat"]) for why in whys] == [(None, "the service is busy")] * 2
+
+    asyncio.run(main())
+
+
+def test_slow_explanations_leave_the_verdicts(scorer):
+    async def main():
+        held = HeldHeat(scorer)
+        async with running(create_app(scorer, Limits(seconds=2))) as app:
+            status, _, content = await several(app, 2).answer()
+            assert status == 200
+            for result in content["results"]:
+                assert result["verdict"] == "OOD"
+                assert result["why"]["heat"] is None
+                assert result["why"]["no_heat"] == "the service is busy"
+            assert await waiting(app) == 0
+            held.go.release(2)
+
+    asyncio.run(main())
+
+
+def test_explanations_for_a_client_that_disconnected_are_dropped(scorer):
+    async def main():
+        held = HeldHeat(scorer)
+        async with running(create_app(scorer, Limits(batch_size=8))) as app:
+            asking = several(app, 5)
+            await held.begun()
+            asking.leave()
+            await asking.task
+            assert await waiting(app) == 0
+            held.go.release()
+            assert (await Asking(app).say(png()).answer())[0] == 200
+            assert len(held.batches) == 1
+
+    asyncio.run(main())
 
 
 def test_openapi_describes_the_results(client):
@@ -955,6 +1182,9 @@ def test_openapi_describes_the_results(client):
     assert set(result["properties"]) == {
         "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
     }  # fmt: skip
+    assert set(schema["components"]["schemas"]["Why"]["properties"]) == {"units", "nearest", "heat", "no_heat"}
+    (explain,) = [parameter for parameter in post["parameters"] if parameter["name"] == "explain"]
+    assert "at most 8 per request" in explain["description"]
 
 
 def test_the_page_loads_nothing_from_other_origins(client):
@@ -1194,3 +1424,46 @@ def test_invalid_options_of_the_command(featnorm, detector, tmp_path, monkeypatc
             assert error.count("\n") == 1
     monkeypatch.setenv("FEATNORM_TOKEN", "")
     assert "FEATNORM_TOKEN is empty: put a token in it, or unset it" in featnorm("serve", detector, "--port", 0)[2]
+
+
+@pytest.fixture(scope="module")
+def text_scorer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("texts")
+    tiny_texts.write_texts(root / "known.parquet", 2, 60, tiny_texts.WORDS[4:])
+    runtime = fn.Runtime(progress=False, workers=0)
+    model = f"hf:{tiny_texts.saved(root / 'encoder')}"
+    return fn.fit(root / "known.parquet", model, detector="KNN(k=3)", cache=root / "cache", runtime=runtime)
+
+
+def test_texts_are_scored_as_outside_the_service(text_scorer):
+    good = ["my card was lost", "is it lost ?, [{:}]" * 900]
+    expected = [verdict.score for verdict in text_scorer.predict(good)]
+    with client_of(create_app(text_scorer)) as client:
+        assert client.get("/v1/detector").json()["inputs"] == "texts"
+        body = {"texts": [good[0], {"name": "n", "text": good[1]}, " ", "a\0b", "\ud800"]}
+        answer = client.post("/v1/score?explain=true", content=json.dumps(body), headers=JSON)
+        assert answer.status_code == 200
+        results = answer.json()["results"]
+        assert [result["name"] for result in results] == ["text 1", "n", "text 3", "text 4", "text 5"]
+        assert [result["score"] for result in results[:2]] == pytest.approx(expected, abs=1e-4)
+        nul = "it has a NUL character, so it is not text"
+        assert [r["error"] for r in results] == [None, None, "an empty text", nul, "it is not valid UTF-8"]
+        nearest = results[0]["why"]["nearest"]
+        assert len(nearest) == 3
+        assert all(item["text"] and item["thumbnail"] is None for item in nearest)
+        for status, words, sent in (
+            (400, "the body contains no list of texts: send", {"json": {"images": []}}),
+            (400, "the request contains no text", {"json": {"texts": []}}),
+            (400, "text 1 must be a string or an object with `name` and `text`", {"json": {"texts": [5]}}),
+            (413, "the request contains more than 64 texts", {"json": {"texts": ["a"] * 65}}),
+            (400, "the body contains more than 7,400 values", {"json": {"texts": [[]] * 9000}}),
+            (415, "this scorer takes texts: send application/json", {"content": png()}),
+        ):
+            rejected = client.post("/v1/score", **sent)
+            assert (rejected.status_code, words in rejected.json()["error"]) == (status, True), rejected.text
+
+
+def test_a_service_of_images_takes_no_texts(client):
+    answer = client.post("/v1/score", json={"texts": ["a"]})
+    assert answer.status_code == 400
+    assert "the body contains no list of images" in answer.json()["error"]

@@ -1,5 +1,6 @@
 """How batches of every form reach a model, and where their labels are found."""
 
+import collections.abc
 import copy
 import operator
 from collections import UserDict, namedtuple
@@ -65,6 +66,17 @@ TWO = forward(lambda x, m: x)
 TEXT = forward(lambda input_ids, attention_mask=None, token_type_ids=None, labels=None: input_ids)
 ANY = forward(lambda *args, **kwargs: args)
 KEYWORDS = forward(lambda x, **kwargs: x)
+
+
+def mapped(batch: dict[str, Tensor]) -> Tensor:
+    return batch["image"]
+
+
+def quoted(batch: "collections.abc.Mapping[str, Tensor]") -> Tensor:
+    return batch["image"]
+
+
+MAPPED, QUOTED = forward(mapped), forward(quoted)
 DETECTION = forward(lambda images, targets=None: images)
 
 # Signature, batch, labels=, arguments by position, arguments by name, labels.
@@ -101,6 +113,15 @@ READ: dict[str, tuple[Signature, Any, Any, tuple[Any, ...], dict[str, Any], Any]
     "graph, function": (ONE, GRAPH, lambda batch: batch.y, (GRAPH,), {}, GRAPH.y),
     "mapping and labels": (TEXT, (BY_NAME, Y), None, (), BY_NAME, Y),
     "a mapping that the model takes": (forward(lambda batch: batch), (WHOLE, Y), None, (WHOLE,), {}, Y),
+    "a mapping of several tensors": (forward(lambda batch: batch), WHOLE, None, (WHOLE,), {}, None),
+    "a mapping of several tensors and labels": (
+        forward(lambda batch: batch), {**WHOLE, "y": Y, "path": "a"}, None, ({**WHOLE, "path": "a"},), {}, Y,
+    ),
+    "an option beside the mapping": (forward(lambda batch, full=False: batch), WHOLE, None, (WHOLE,), {}, None),
+    "a mapping and further names": (KEYWORDS, WHOLE, None, (WHOLE,), {}, None),
+    "an argument that is a mapping": (MAPPED, {"image": X, "label": Y}, None, ({"image": X},), {}, Y),
+    "an argument that is a mapping, by a string": (QUOTED, {"image": X}, None, ({"image": X},), {}, None),
+    "a mapping by its name": (MAPPED, {"batch": WHOLE, "y": Y}, None, (), {"batch": WHOLE}, Y),
     "labels that the model requires": (forward(lambda x, y: x), XY, "y", (), XY, Y),
     "mapping": (ONE, {"x": X, "y": Y}, None, (), {"x": X}, Y),
     "mapping of another name": (ONE, {"image": X, "label": Y, "path": ["a"]}, None, (X,), {}, Y),
@@ -122,6 +143,9 @@ def test_the_arguments_and_the_labels(form: str) -> None:
     signature, batch, where, args, kwargs, labels = READ[form]
     call = read_batch(batch, signature, where)
     for got, expected in zip(call.args, args, strict=True):
+        if isinstance(expected, dict):
+            assert list(got) == list(expected)
+            got, expected = [*got.values()], [*expected.values()]
         assert got is expected or (type(got) is list and all(map(operator.is_, got, expected)))
     assert {key: id(value) for key, value in call.kwargs.items()} == {k: id(v) for k, v in kwargs.items()}
     assert call.labels is labels or (type(labels) is list and call.labels == labels)
@@ -129,7 +153,6 @@ def test_the_arguments_and_the_labels(form: str) -> None:
 
 
 REFUSED: dict[str, tuple[Signature, Any, Any, str]] = {
-    "meta": (ONE, WHOLE, None, r"'image' \(torch.* and 'meta' \(.*\(6, 4\)\).* passes the mapping itself"),
     "meta beside x": (ONE, {"x": X, "meta": MASK}, None, r"'meta' .*, which the model's forward\(x\) does not"),
     "a third tensor": (ONE, (X, MASK, Y), None, r"holds item 1 \(torch.float32 of shape \(6, 4\)\)"),
     "two kinds of labels": (ONE, (X, Y, Y + 0), None, r"holds item 1 \(torch.int64"),
@@ -360,3 +383,71 @@ def test_a_second_batch_of_inputs_is_no_labels():
     images = torch.randn(4, 3, 8, 8)
     with pytest.raises(BatchError, match="does not take"):
         FeatureTap(model)((images, images.clone()))
+
+
+class OfMapping(nn.Module):
+    """A classifier whose argument is a mapping, as the annotation says or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(IN, D), nn.Linear(D, C)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.last(self.hidden(batch["image"]).relu())
+
+
+class Unannotated(OfMapping):
+    def forward(self, batch):
+        return self.last(self.hidden(batch["image"]).relu())
+
+
+@pytest.mark.parametrize("detector", [fn.NAN(), fn.KNN(k=3), fn.ODIN()])
+@pytest.mark.parametrize("form", ["mapping", "mapping and labels", "pair"])
+def test_a_model_of_a_mapping_is_fitted_calibrated_and_called(detector: fn.Detector, form: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(20, IN), torch.arange(20) % C
+    batches = {
+        "mapping": {"image": x}, "mapping and labels": {"image": x, "label": y}, "pair": ({"image": x}, y),
+    }  # fmt: skip
+    kind = Unannotated if form == "pair" else OfMapping
+    model = kind().eval()
+    scorer = fn.Scorer(model, detector).fit([batches[form]]).calibrate([batches[form]])
+    verdict = scorer(batches["pair" if form == "pair" else "mapping"])
+    torch.testing.assert_close(verdict.logits, model({"image": x}).detach())
+    tensors = nn.Sequential(model.hidden, nn.ReLU(), model.last)
+    expected = fn.Scorer(tensors, copy.deepcopy(detector)).fit([x])(x)
+    torch.testing.assert_close(verdict.score, expected.score)
+    assert (scorer.tap.extract([batches[form]]).labels is None) == (form == "mapping")
+
+
+def test_a_mapping_keeps_its_type() -> None:
+    class Model(OfMapping):
+        def forward(self, batch: UserDict) -> Tensor:
+            return super().forward(batch.data)
+
+    model = Model().eval()
+    batch = UserDict(image=torch.randn(N, IN), mask=MASK)
+    torch.testing.assert_close(FeatureTap(model)(batch).logits, model(batch).detach())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (
+            Unannotated(),
+            {"image": X},
+            r"forward\(batch\) was given item 'image' .*annotate its argument as a dict",
+        ),
+        (Unannotated(), X, r"takes a mapping, and the batch is a tensor: .* model\(\{'image': x\}\)"),
+        (OfMapping(), X, "takes a mapping, and the batch is a tensor"),
+        (
+            nn.Linear(IN, C),
+            WHOLE,
+            r"'image' \(torch.* and 'meta' \(.*\(6, 4\)\), which the model's forward\(input\) does not take.* was "
+            "given the mapping itself",
+        ),
+    ],
+)
+def test_a_mapping_that_is_not_what_the_model_takes(model: nn.Module, batch: Any, message: str) -> None:
+    with pytest.raises(BatchError, match=message):
+        FeatureTap(model)(batch)

@@ -5,6 +5,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_errors_leave_the_model_as_it_was(x: Tensor) -> None:
         FeatureTap(model, "spare")(x)
     with pytest.raises(ValueError, match="not in the model"):
         FeatureTap(model, "stranger")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="takes vectors of 5 numbers"):
         FeatureTap(model)(torch.zeros(2, IN + 1))
     assert_unchanged(before, model)
 
@@ -403,6 +404,25 @@ def test_taps_in_threads_get_each_their_own_values(traced: bool, make: Callable[
         thread.join(30)
     assert not problems, problems[:3]
     assert_unchanged(before, model)
+
+
+def test_another_thread_may_run_the_model_while_hooks_are_registered(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model().eval()
+    register = nn.Module.register_forward_pre_hook
+
+    def register_in_two_steps(module: nn.Module, hook: Any, **options: Any) -> Any:
+        # torch adds a hook first, and notes then that it takes keyword arguments.
+        handle = register(module, hook)
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(model, x).result()
+        handle.remove()
+        return register(module, hook, **options)
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", register_in_two_steps)
+    features = FeatureTap(model)(x)
+    torch.testing.assert_close(features.logits, model(x).detach())
 
 
 class Meeting:

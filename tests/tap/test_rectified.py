@@ -123,3 +123,75 @@ def test_operations_that_do_not_keep_signs_are_named(name: str) -> None:
     assert_absent(f, "activation")
     assert words in FeatureTap(net).trace(tokens).describe()
     assert_reproduces(f, "pooled", net(tokens))
+
+
+KEPT = {
+    "mask": lambda m, h: h * m.mask,
+    "boolean mask": lambda m, h: (m.mask > 0) * h,
+    "quotient": lambda m, h: h / m.positive,
+}
+HELD = {
+    "mask": (torch.arange(D) % 3 > 0).float(),
+    "positive": torch.arange(D) + 0.5,
+    "mixed": torch.arange(D) - 3.0,
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_constants_that_are_not_negative_keep_a_hidden_layer(name: str) -> None:
+    x = torch.randn(N, 6)
+    net = Net(
+        lambda m, x: m.fc(KEPT[name](m, F.relu(m.hidden(x)))), hidden=nn.Linear(6, D), fc=nn.Linear(D, C), **HELD
+    )
+    f = tapped(net, x)
+    same(f.activation, KEPT[name](net, F.relu(net.hidden(x))))
+    assert_reproduces(f, "activation", net(x))
+    assert "hidden layer of an MLP head" in FeatureTap(net).trace(x).describe()
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("first", [True, False])
+def test_constants_that_are_not_negative_keep_a_pool_of_maps(name: str, first: bool) -> None:
+    def read(m, x):
+        maps = F.relu(m.conv(x))
+        return KEPT[name](m, maps.movedim(1, 3)).mean((1, 2)) if first else KEPT[name](m, maps.mean((2, 3)))
+
+    images = torch.randn(N, 3, 6, 6)
+    net = Net(lambda m, x: m.fc(read(m, x)), conv=nn.Conv2d(3, D, 3), fc=nn.Linear(D, C), **HELD)
+    f = tapped(net, images)
+    same(f.activation, read(net, images))
+    assert_reproduces(f, "activation", net(images))
+
+
+@pytest.mark.parametrize(
+    "follow",
+    [
+        lambda m, h: h.abs(),
+        lambda m, h: m.dropout(h),
+        lambda m, h: F.dropout2d(h, 0.5, m.training),
+        lambda m, h: m.dropout(h / 2.0).abs(),
+        lambda m, h: h / torch.tensor(2.0),
+    ],
+)
+def test_absolute_values_dropout_and_numbers_keep_signs(follow: Callable[[Net, Tensor], Tensor]) -> None:
+    images, parts = torch.randn(N, 3, 6, 6), {"dropout": nn.Dropout(), "fc": nn.Linear(D, C)}
+    net = Net(lambda m, x: m.fc(follow(m, F.relu(m.conv(x))).mean((2, 3))), conv=nn.Conv2d(3, D, 3), **parts)
+    f = tapped(net, images)
+    same(f.activation, follow(net, F.relu(net.conv(images))).mean((2, 3)))
+    assert_reproduces(f, "activation", net(images))
+    x = torch.randn(N, 6)
+    net = Net(lambda m, x: m.fc(F.relu(m.hidden(x)).abs()), hidden=nn.Linear(6, D), **parts)
+    f = tapped(net, x)
+    same(f.activation, F.relu(net.hidden(x)))
+    assert_reproduces(f, "activation", net(x))
+
+
+@pytest.mark.parametrize(
+    "follow", [lambda m, h: h * m.mixed, lambda m, h: h * m.scale, lambda m, h: m.positive / (h + 1)]
+)
+def test_constants_of_both_signs_and_weights_are_not_followed(follow: Callable[[Net, Tensor], Tensor]) -> None:
+    net = Net(
+        lambda m, x: m.fc(follow(m, F.relu(m.conv(x)).movedim(1, 3)).mean((1, 2))),
+        conv=nn.Conv2d(3, D, 3), fc=nn.Linear(D, C), scale=nn.Parameter(torch.ones(D)), **HELD,
+    )  # fmt: skip
+    assert_absent(tapped(net, torch.randn(N, 3, 6, 6)), "activation")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def in_parts(function: Callable[..., _Result], *inputs: Tensor) -> list[_Result]:
+def in_parts(function: Callable[..., _Result], *inputs: Tensor | Mapping[str, Tensor]) -> list[_Result]:
     """Apply a function to a batch, or to halves of it if the device runs out of memory.
 
     Parameters
     ----------
     function : callable
         A function of inputs (n, ...), whose result for one input does not depend on the others.
-    *inputs : Tensor
-        The batch: one or more tensors (n, ...).
+    *inputs : Tensor or mapping of str to Tensor
+        The batch: one or more tensors (n, ...), or mappings of such tensors.
 
     Returns
     -------
@@ -47,14 +47,17 @@ def in_parts(function: Callable[..., _Result], *inputs: Tensor) -> list[_Result]
     torch.OutOfMemoryError
         If a single input does not fit.
     """
-    import torch  # not above: the command line calls keep_freed_memory before it imports anything large
+    # Not above: the command line calls keep_freed_memory before it imports anything large.
+    import torch
+    from torch.utils._pytree import tree_leaves, tree_map
 
     try:
         return [function(*inputs)]
     except torch.OutOfMemoryError:
-        if len(inputs[0]) < 2:
+        if (n := len(tree_leaves(inputs)[0])) < 2:
             raise
     # Outside the handler, whose traceback holds the tensors that did not fit.
-    half = len(inputs[0]) // 2
-    first, second = ([part[rows] for part in inputs] for rows in (slice(half), slice(half, None)))
+    first, second = (
+        tree_map(lambda tensor, rows=rows: tensor[rows], inputs) for rows in (slice(n // 2), slice(n // 2, None))
+    )
     return in_parts(function, *first) + in_parts(function, *second)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import featnorm
+from featnorm._utils.errors import is_featnorms
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cli.faults import STATUSES
 
@@ -59,6 +60,7 @@ def run_command(arguments: Sequence[str], commands: Mapping[str, str]) -> None:
     keep_freed_memory()
     # Where a warning of Pillow matters, there is an error that names the file.
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.formatwarning = _format_warning
     # A terminal that cannot show some character must not make the command fail.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -80,6 +82,15 @@ def run_command(arguments: Sequence[str], commands: Mapping[str, str]) -> None:
             group.invoke(context)
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning of featnorm as one line, and others with the place where they come from."""
+    if is_featnorms(filename):
+        return f"{PROGRAM}: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _print_version(wanted: bool) -> None:

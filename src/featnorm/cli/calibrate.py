@@ -24,6 +24,7 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScorerFile,
+    TextColumn,
     Workers,
 )
 
@@ -35,18 +36,20 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[DATA]",
-            help=f"In-distribution images that the model was not trained on: {DATA}. Default: the stored scores.",
+            help=f"In-distribution images or texts that the model was not trained on: {DATA}. Default: the stored "
+            "scores.",
         ),
     ] = None,
     tpr: Annotated[
         float | None,
-        typer.Option(help="Share of in-distribution images to accept. Default: that of SCORER."),
+        typer.Option(help="Share of in-distribution items to accept. Default: that of SCORER."),
     ] = None,
     update: Annotated[
-        bool, typer.Option("--update", help="Add the images to the earlier calibration images of SCORER.")
+        bool, typer.Option("--update", help="Add the items to the earlier calibration items of SCORER.")
     ] = False,
     model: OwnModel = None,
     weights: OwnWeights = None,
+    text_column: TextColumn = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
@@ -54,12 +57,13 @@ def calibrate(
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:
-    """Calibrate a fitted scorer again: for another rate, or on other in-distribution images.
+    """Calibrate a fitted scorer again: for another rate, or on other in-distribution data.
 
     Without DATA the model is not needed, because the calibration scores are in the file.
     """
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
+    from featnorm.inputs import kind_of
     from featnorm.scorer_file import load, replace_calibration
 
     if data is None:
@@ -69,34 +73,33 @@ def calibrate(
         stored = archive.calibration(tensors, header, scorer_file)
         if stored is None:
             raise ValueError(f"{scorer_file} is not calibrated: pass DATA")
-        calibration = stored.with_tpr(tpr)
+        calibration, kind = stored.with_tpr(tpr), kind_of(header["scorer"]["kind"])
     else:
         from featnorm.cli.runtime import runtime_of
         from featnorm.inputs import open_source
-        from featnorm.scoring import calibrate_images
+        from featnorm.scoring import calibrate_source
 
         scorer = load(scorer_file, model, weights=weights)
-        source = open_source(data, root=data_root, labels=False)
+        source = open_source(data, root=data_root, labels=False, text_column=text_column)
         before = () if scorer.calibration is None else scorer.calibration.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
-            summary = calibrate_images(scorer, source, tpr, update=update, runtime=runtime)
-        print_skipped(source.title, summary.first_unread, summary.unread)
-        print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
+            summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)
+        print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
+        print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
         assert scorer.calibration is not None
-        calibration = scorer.calibration
+        calibration, kind = scorer.calibration, scorer.kind
         if gone := [group for group in before if group not in calibration.group_names]:
             console.print(
-                f"No images of {counted(len(gone), 'group')} of {scorer_file} ({', '.join(gone[:5])}"
-                f"{', ...' if len(gone) > 5 else ''}): images of {'it' if len(gone) == 1 else 'them'} cannot be "
-                "scored with the new file. Use --update to keep them.",
+                f"No {kind.name} of {counted(len(gone), 'group')} of {scorer_file} ({', '.join(gone[:5])}"
+                f"{', ...' if len(gone) > 5 else ''}): {kind.name} of {'it' if len(gone) == 1 else 'them'} cannot "
+                "be scored with the new file. Use --update to keep them.",
                 soft_wrap=True,
             )
     replace_calibration(scorer_file, out, calibration, source=data, added=update)
-    count = counted(len(calibration.scores), "image")
     console.print(
-        f"Calibrated on {count}. Averaged over such calibration sets, it flags at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution images"
-        f"{rate_words(calibration) if calibration.group_names else ''}.",
+        f"Calibrated on {kind.counted(len(calibration.scores))}. Averaged over such calibration sets, it flags at "
+        f"most {100 * (1 - calibration.tpr):.1f} % of in-distribution {kind.name}"
+        f"{rate_words(calibration, kind.name) if calibration.group_names else ''}.",
         soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from featnorm.calibration import Calibration
     from featnorm.evaluation import Comparison
-    from featnorm.inputs import ImageSource
+    from featnorm.inputs import Kind, Source
     from featnorm.inputs.formats import PassedOver
 
 MAX_SKIPPED_SHOWN = 10
@@ -31,7 +31,7 @@ console = Console(highlight=False, markup=False, emoji=False, width=None if sys.
 
 def print_table(comparison: Comparison) -> None:
     """Print the metrics of the detectors, and the detectors that were skipped, one line per reason."""
-    from featnorm.report.tables import by_reason, table_rows
+    from featnorm.report.tables import table_rows
 
     headers, rows = table_rows(comparison)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -41,6 +41,13 @@ def print_table(comparison: Comparison) -> None:
         # An interval below its number leaves room for more columns.
         table.add_row(name, clique, *(cell.replace(" [", "\n[") for cell in cells))
     console.print(table)
+    print_excluded(comparison)
+
+
+def print_excluded(comparison: Comparison) -> None:
+    """Print the detectors that were skipped, one line per reason."""
+    from featnorm.report.tables import by_reason
+
     for reason, names in by_reason(comparison.excluded).items():
         console.print(f"skipped {', '.join(names)}: {reason}", soft_wrap=True)
 
@@ -51,40 +58,43 @@ def printable(name: str) -> str:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun: "1 image", "1,200 images"."""
+    """Return a number with its noun: "1 group", "1,200 groups"."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def print_skipped(name: str, files: Sequence[tuple[str, str]], count: int | None = None) -> None:
-    """Print how many images of a set could not be read, and the first of them with the reasons.
+def print_skipped(name: str, kind: Kind, files: Sequence[tuple[str, str]], count: int | None = None) -> None:
+    """Print how many items of a set could not be read, and the first of them with the reasons.
 
     Parameters
     ----------
     name : name of the set.
-    files : names and reasons of the images, or of the first of them.
-    count : number of all images that could not be read. Default: the number of ``files``.
+    kind : what its items are.
+    files : names and reasons of the items, or of the first of them.
+    count : number of all items that could not be read. Default: the number of ``files``.
     """
     count = len(files) if count is None else count
     if not count:
         return
-    console.print(f"skipped {counted(count, 'unreadable image')} in {name}:")
+    console.print(f"skipped {counted(count, f'unreadable {kind.noun}')} in {name}:")
     for file, why in files[:MAX_SKIPPED_SHOWN]:
         console.print(f"  {printable(file)}: {why}", soft_wrap=True)
     if count > MAX_SKIPPED_SHOWN:
         console.print(f"  ... and {count - MAX_SKIPPED_SHOWN} more")
 
 
-def print_reading(read: int, unreadable: int, several: int, passed_over: PassedOver) -> None:
-    """Print in one line how many images were read and unreadable, and how many other files were ignored.
+def print_reading(kind: Kind, read: int, unreadable: int, several: int, passed_over: PassedOver) -> None:
+    """Print in one line how many items were read and unreadable, and how many other files were ignored.
 
     Parameters
     ----------
+    kind : Kind
+        What the items are.
     read, unreadable, several : int
-        Number of images that were read, that could not be read, and that are the first of several frames.
+        Number of items that were read, that could not be read, and that are the first of several frames.
     passed_over : PassedOver
-        Files beside the images.
+        Files beside the items.
     """
-    said = [f"read {counted(read, 'image')}", str(passed_over)]
+    said = [f"read {kind.counted(read)}", str(passed_over)]
     if unreadable:
         said.append(f"{unreadable:,} unreadable")
     if several:
@@ -92,7 +102,7 @@ def print_reading(read: int, unreadable: int, several: int, passed_over: PassedO
     console.print("; ".join(filter(None, said)), soft_wrap=True)
 
 
-def rate_words(calibration: Calibration) -> str:
+def rate_words(calibration: Calibration, items: str) -> str:
     """Return for which groups the rate holds or, without groups, its range for this calibration set."""
     groups = calibration.group_names
     if not groups:
@@ -100,16 +110,16 @@ def rate_words(calibration: Calibration) -> str:
         return f"; with this one, between {100 * low:.1f} % and {100 * high:.1f} % (90 % confidence)"
     own = sum(len(calibration.pool(group)) == 1 for group in groups)
     if own == 0:
-        return f" in all {len(groups)} groups together: each has too few images for a threshold of its own"
+        return f" in all {len(groups)} groups together: each has too few {items} for a threshold of its own"
     if own == len(groups):
         return f" in each of {counted(own, 'group')}"
     return (
         f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
-        "images for thresholds of their own"
+        f"{items} for thresholds of their own"
     )
 
 
-def print_label_columns(source: ImageSource, consequence: str) -> None:
+def print_label_columns(source: Source[Any], consequence: str) -> None:
     """Print which columns of an unlabeled table could hold its labels, and the consequence of having no labels."""
     if not source.label_columns:
         return

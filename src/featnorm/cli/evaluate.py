@@ -1,18 +1,21 @@
-"""``featnorm evaluate``: a comparison of detectors on the user's model and images."""
+"""``featnorm evaluate``: a comparison of detectors on the user's model and data."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from featnorm._utils.files import write_text
 from featnorm.cli.console import (
     console,
+    counted,
     environment,
     prepare_folder,
+    print_excluded,
     print_label_columns,
     print_reading,
     print_skipped,
@@ -28,6 +31,7 @@ from featnorm.cli.options import (
     Layer,
     OutFolder,
     Precision,
+    TextColumn,
     Weights,
     Workers,
 )
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from featnorm.evaluation import Comparison
-    from featnorm.inputs import ImageSource
+    from featnorm.inputs import Source
     from featnorm.scorer import Scorer
 
 # Name of the set to fit on. Another set of that name is called by its specification.
@@ -45,27 +49,38 @@ _NAME = re.compile(r"((?:near|far):)?([\w .+-]+)")
 
 
 def evaluate(
-    id_data: Annotated[
-        str,
-        typer.Option(
-            "--id",
-            metavar="[NAME=]DATA",
-            help=f"In-distribution inputs, after a name for the table if you like: {DATA}.",
-        ),
-    ],
-    ood: Annotated[
-        list[str],
-        typer.Option(
-            metavar="[[near:|far:]NAME=]DATA",
-            help="Out-of-distribution inputs, specified as for --id. Repeat for several. Sets whose names begin "
-            "with `near:` or `far:` are also averaged as a group.",
-        ),
-    ],
     scorer_file: Annotated[
         Path | None,
         typer.Argument(
             metavar="[SCORER]", help="File written by `featnorm fit`, whose detector is evaluated beside others."
         ),
+    ] = None,
+    id_data: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            metavar="[NAME=]DATA",
+            help=f"In-distribution inputs, after a name for the table if you like: {DATA}.",
+        ),
+    ] = None,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[[near:|far:]NAME=]DATA",
+            help="Out-of-distribution inputs, specified as for --id. Repeat for several. Sets whose names begin "
+            "with `near:` or `far:` are also averaged as a group.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        Literal["openood-v1.5"] | None,
+        typer.Option(
+            help="Protocol that defines the inputs instead of --id and --ood, and whose result files are written "
+            "too; its lists and images are in --data-root."
+        ),
+    ] = None,
+    benchmark: Annotated[
+        Literal["cifar10", "cifar100", "imagenet200", "imagenet"] | None,
+        typer.Option(help="Benchmark of --protocol, by its in-distribution data set."),
     ] = None,
     model: Annotated[
         str | None,
@@ -79,8 +94,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="In-distribution inputs on which to fit the detectors that need a fit. Default: skip those "
-            "detectors.",
+            help="In-distribution inputs on which to fit the detectors that need a fit. Default: the training "
+            "images of --protocol, or skip those detectors.",
         ),
     ] = None,
     weights: Weights = None,
@@ -94,6 +109,7 @@ def evaluate(
     ] = None,
     layer: Layer = None,
     label_column: LabelColumn = None,
+    text_column: TextColumn = None,
     out: OutFolder = Path("featnorm-evaluation"),
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -104,13 +120,15 @@ def evaluate(
     """Compare detectors on your model and data.
 
     The folder gets a page (index.html), the table (results.md, .csv, .json, .tex), a plot (results.svg, .pdf) and
-    the scores of every input (scores.parquet).
+    the scores of every input (scores.parquet); with --protocol also openood.csv, with the measures by OpenOOD's
+    conventions, and leaderboard.csv, rows for its leaderboard.
     """
+    from featnorm import openood
     from featnorm._utils.layout import fast_layout
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.evaluation import FILES, compare, standard_detectors
-    from featnorm.inputs import open_source
+    from featnorm.inputs import IMAGES, open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
     from featnorm.models.loading import import_users_module
@@ -119,8 +137,9 @@ def evaluate(
     from featnorm.scorer_file import load
     from featnorm.tap import FeatureTap
 
+    written = [*FILES, *(openood.FILES if protocol else ())]
     page, document = out / "index.html", out / "results.md"
-    prepare_folder(out, [page, document, *(out / file for file in FILES)])
+    prepare_folder(out, [page, document, *(out / file for file in written)])
     if scorer_file is None and model is None:
         raise ValueError("pass a file SCORER, or a model with --model")
     if model is not None:
@@ -129,17 +148,33 @@ def evaluate(
     detectors = [parse_detector(expression) for expression in detector] if detector else standard_detectors()
     if reference is not None:
         detectors.append(parse_detector(reference))
-    given_names, groups, (id_data, *ood) = _split_names([id_data, *ood])
-    _refuse_twice([*([] if fit is None else [fit]), id_data, *ood])
 
-    def labeled(spec: str) -> ImageSource:
-        return open_source(spec, root=data_root, label_column=label_column)
+    def labeled(spec: str) -> Source[Any]:
+        return open_source(spec, root=data_root, label_column=label_column, text_column=text_column)
 
     fit_source = None if fit is None else labeled(fit)
-    opened = [(id_data, labeled(id_data))]
-    opened += [(spec, open_source(spec, root=data_root, labels=False)) for spec in ood]
-    sources = _named(opened, given_names)
+    if protocol is None:
+        if id_data is None or not ood or benchmark is not None:
+            raise ValueError("pass --id and --ood, or --protocol with --benchmark and --data-root")
+        given_names, groups, specs = _split_names([id_data, *ood])
+        _refuse_twice([*([] if fit is None else [fit]), *specs])
+        others = (open_source(spec, root=data_root, labels=False, text_column=text_column) for spec in specs[1:])
+        opened = [labeled(specs[0]), *others]
+        sources = _named(list(zip(specs, opened, strict=True)), given_names)
+        grouped = [groups.get(spec, "") + name for spec, name in zip(specs, sources, strict=True)]
+    else:
+        if id_data is not None or ood or benchmark is None or data_root is None:
+            raise ValueError(f"--protocol {protocol} takes --benchmark and --data-root, and no --id and --ood")
+        sets = openood.benchmark_sets(benchmark, data_root)
+        grouped = [benchmark, *sets["ood_sets"]]
+        sources = {name.rpartition(":")[2]: source for name, source in (sets["id_set"], *sets["ood_sets"].items())}
+        specs = [f"test_{name}.txt" for name in sources]
+        if fit_source is None:
+            fit, fit_source = f"train_{benchmark}.txt", sets["fit"]
+            if fit_source is None:
+                console.print(f"No image of {fit} exists: detectors that need a fit are skipped without --fit.")
     id_name, *ood_names = sources
+    kind = sources[id_name].kind
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
     runtime = runtime_of(device, precision, batch_size, workers)
@@ -165,7 +200,7 @@ def evaluate(
         spec=name,
         fit=fit_source,
         id_set=(id_name, sources[id_name]),
-        ood_sets={groups.get(spec, "") + name: sources[name] for spec, name in zip(ood, ood_names, strict=True)},
+        ood_sets=dict(zip(grouped[1:], [sources[name] for name in ood_names], strict=True)),
         reference=reference,
         runtime=runtime,
     )
@@ -173,12 +208,20 @@ def evaluate(
     comparison.facts = {
         "model": about,
         "last hidden layer": tap.describe().splitlines()[0].removeprefix("Last hidden layer: "),
-        "in-distribution": f"{id_data}, {len(rows[id_name])} inputs",
-        **{f"OOD, {name}": f"{spec}, {len(rows[name])} inputs" for name, spec in zip(ood_names, ood, strict=True)},
-        "fit": "none" if fit is None else f"{fit}, {len(rows[_FIT])} inputs",
+        "in-distribution": f"{specs[0]}, {len(rows[id_name])} inputs",
+        **{
+            f"OOD, {name}": f"{spec}, {len(rows[name])} inputs"
+            for name, spec in zip(ood_names, specs[1:], strict=True)
+        },
+        "fit": "none" if fit is None or _FIT not in rows else f"{fit}, {len(rows[_FIT])} inputs",
         "device": f"{tap.device}, {precision}",
         **environment(),
     }
+
+    if protocol is not None:
+        unread = sum(map(len, comparison.skipped.values()))
+        missing = f"; {counted(unread, 'listed image')} could not be read" if unread else ""
+        comparison.facts = {"protocol": f"{protocol}, {benchmark}{missing}"} | comparison.facts
 
     def image(name: str, index: int) -> Image.Image:
         return sources[name].item(rows[name][index])
@@ -187,30 +230,39 @@ def evaluate(
     comparison.facts |= flagged
     title = f"OOD detection with {name or scorer_file}"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
-    write_page(comparison, page, title=title, summary=summary, image=image)
+    write_page(comparison, page, title=title, summary=summary, image=image if kind is IMAGES else None)
     write_text(document, markdown_page(comparison, title=title, summary=summary), errors="backslashreplace")
     comparison.save(out)
+    if protocol is not None:
+        openood.save(comparison, out)
 
-    print_table(comparison)
+    if protocol is None:
+        print_table(comparison)
+    else:
+        _print_openood(openood.results(comparison))
+        print_excluded(comparison)
     for label, value in flagged.items():
         console.print(f"{label}: {value}.", soft_wrap=True)
     if comparison.accuracy is not None:
         console.print(f"The model classifies {100 * comparison.accuracy:.1f} % of {id_name} correctly.")
     for name, files in comparison.skipped.items():
-        print_skipped(name, files)
-    every = opened if fit is None or fit_source is None else [(fit, fit_source), *opened]
+        print_skipped(name, kind, files)
+    every = [*zip(specs, sources.values(), strict=True)]
+    if fit is not None and fit_source is not None:
+        every.append((fit, fit_source))
     # Sets may be slices of one folder.
     beside = {spec.partition("[")[0]: source.passed_over for spec, source in every}
     print_reading(
+        kind,
         sum(map(len, rows.values())),
         sum(map(len, comparison.skipped.values())),
         comparison.several,
         sum(beside.values(), PassedOver()),
     )
-    console.print(f"Wrote {page}, {document}, {', '.join(FILES)}.", soft_wrap=True)
+    console.print(f"Wrote {page}, {document}, {', '.join(written)}.", soft_wrap=True)
 
 
-def _named(opened: list[tuple[str, ImageSource]], given: dict[str, str]) -> dict[str, ImageSource]:
+def _named(opened: list[tuple[str, Source[Any]]], given: dict[str, str]) -> dict[str, Source[Any]]:
     """Return the sets by their given or short names or, where two share one, by their specifications."""
     titles = [given.get(spec, _short(spec, source.title)) for spec, source in opened]
     return {
@@ -242,7 +294,7 @@ def _split_names(specs: list[str]) -> tuple[dict[str, str], dict[str, str], list
     return names, groups, plain
 
 
-def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, ImageSource]) -> dict[str, str]:
+def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, Source[Any]]) -> dict[str, str]:
     """Return which shares of the sets the fitted detector flags at its threshold, or thresholds, as a fact."""
     import torch
 
@@ -267,9 +319,23 @@ def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, ImageSou
             shares.append(f"unknown for {name} (it has groups without a threshold)")
         else:
             shares.append(f"{100 * (1 - is_id.double().mean()):.1f} % of {name}")
-    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution images"
+    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution inputs"
     by = f", with thresholds by {scorer.thresholds_by}" if scorer.calibration.group_names else ""
     return {f"flagged by the fitted {scorer.detector!r}, {rate}{by}": ", ".join(shares)}
+
+
+def _print_openood(results: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", title="By OpenOOD's conventions", title_justify="left"
+    )
+    table.add_column("Detector", no_wrap=True)
+    for group in ("near", "far"):
+        for measure in ("FPR@95", "AUROC"):
+            table.add_column(f"{group}ood {measure}", justify="right")
+    for detector, rows in results.items():
+        means = [rows[name][measure] for name in ("nearood", "farood") for measure in ("FPR@95", "AUROC")]
+        table.add_row(detector, *(f"{mean:.2f}" for mean in means))
+    console.print(table)
 
 
 def _refuse_twice(specs: list[str]) -> None:

@@ -13,18 +13,22 @@ def export(
     weights: OwnWeights = None,
     tpr: Tpr = None,
 ) -> None:
-    """Export the detector as one ONNX graph (image tensor to logits, score, p-value and verdict), and check it."""
+    """Export the detector as one ONNX graph (input tensors to logits, score, p-value, verdict), and check it."""
     require_file_place(out, [scorer_file])
     from featnorm.export import OUTPUTS
+    from featnorm.inputs import IMAGES
     from featnorm.scorer_file import load
 
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
         scorer.set_tpr(tpr)
     difference = scorer.export(out)
-    shape = ", ".join(map(str, scorer.input_size))
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
-    console.print(f"  in:  images (n, {shape}) float32, as returned by the preprocess of {scorer.spec}")
+    if scorer.kind is IMAGES:
+        taken = f"images (n, {', '.join(map(str, scorer.input_size))}) float32"
+    else:
+        taken = f"{', '.join(scorer.reference_inputs())} (n, length) int64"
+    console.print(f"  in:  {taken}, as returned by the preprocess of {scorer.spec}")
     outputs = OUTPUTS if "logits" in scorer.tap.captured else OUTPUTS[1:]
     console.print(f"  out: {', '.join(outputs)}")
     console.print(

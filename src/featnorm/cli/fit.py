@@ -1,11 +1,11 @@
-"""``featnorm fit``: fits a detector to the user's own images, and saves it to a file."""
+"""``featnorm fit``: fits a detector to the user's own data, and saves it to a file."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,44 +22,48 @@ from featnorm.cli.console import (
 from featnorm.cli.options import (
     DATA,
     BatchSize,
+    ChannelAxis,
     DataRoot,
     Device,
     LabelColumn,
     Layer,
+    LayerPooling,
     OutFile,
     Precision,
     Ray,
     Seed,
+    TextColumn,
     Weights,
     Workers,
 )
 
 if TYPE_CHECKING:
     from featnorm.fitting import FitReport
-    from featnorm.inputs import ImageSource
+    from featnorm.inputs import Source
     from featnorm.scorer import Scorer
 
 _CLUSTERS = "clusters of the features are used instead of classes"
 
 
 def fit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"In-distribution images or texts: {DATA}.")],
     out: OutFile = Path("detector.featnorm"),
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SPEC",
             help="Model: `MODULE:FUNCTION`, your own function that returns a model and its transform, or "
-            "`timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `hf:FOLDER`.",
+            "`timm:NAME`, `torchvision:NAME`, `featnorm:NAME` or `hf:FOLDER`. Default: "
+            "`featnorm:efficientnet-lite0` for images, `featnorm:minilm` for texts.",
         ),
-    ] = "featnorm:efficientnet-lite0",
+    ] = None,
     weights: Weights = None,
     detector: Annotated[
         str | None,
         typer.Option(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform`, or `KNN(k=10)` "
-            "for a model without a classifier (`KNN(k=1)` for fewer than 100 images).",
+            "for a model without a classifier (`KNN(k=1)` for fewer than 100 items).",
         ),
     ] = None,
     head: Annotated[
@@ -67,10 +71,12 @@ def fit(
         typer.Option(
             help="`keep`: the model's own classifier; `train`: a new head on its frozen features; `none`: the "
             "features alone. `auto`: keep it for a model or weights of your own, otherwise train a head if there "
-            "are at least 100 images."
+            "are at least 100 items."
         ),
     ] = "auto",
     layer: Layer = None,
+    channel_axis: ChannelAxis = None,
+    pooling: LayerPooling = "mean",
     output: Annotated[
         str | None,
         typer.Option(
@@ -83,25 +89,26 @@ def fit(
         Literal["labels", "clusters", "auto"],
         typer.Option(
             help="Targets of the head: `labels`, `clusters` of the features, or `auto`: labels if all "
-            "images have one, otherwise clusters."
+            "items have one, otherwise clusters."
         ),
     ] = "auto",
     label_column: LabelColumn = None,
-    tpr: Annotated[float, typer.Option(help="Share of in-distribution images to accept.")] = 0.95,
+    text_column: TextColumn = None,
+    tpr: Annotated[float, typer.Option(help="Share of in-distribution items to accept.")] = 0.95,
     thresholds_by: Annotated[
         str | None,
         typer.Option(
             metavar="GROUP",
             help="Groups with a threshold each, so that the rate holds in every group: `class` (the predicted "
             "one), `folder`, a column of the table, or a regular expression whose parentheses match the group in "
-            "an image's path. Default: one threshold.",
+            "an item's name. Default: one threshold.",
         ),
     ] = None,
     group_by: Annotated[
         str | None,
         typer.Option(
             metavar="GROUP",
-            help="Keep images that belong together, such as the frames of a clip, on one side of the split "
+            help="Keep items that belong together, such as the frames of a clip, on one side of the split "
             "between fitting and calibration: `folder`, a column of the table, or a regular expression whose "
             "parentheses match the group. Default: only near-duplicates are kept together.",
         ),
@@ -120,36 +127,40 @@ def fit(
     thumbnails: Annotated[
         bool,
         typer.Option(
-            help="Store thumbnails (at most 64 x 64 pixels) of up to 512 of the images in the file, to show "
-            "similar ones on the page of `featnorm score --html`."
+            help="Store thumbnails (at most 64 x 64 pixels) of up to 512 of the images, or the first 200 "
+            "characters of as many texts, to show similar ones on the page of `featnorm score --html`, and to the "
+            "clients of `featnorm serve`."
         ),
     ] = True,
 ) -> None:
-    """Fit a detector to your images, with your own model or a pretrained one, and save both to a file.
+    """Fit a detector to your images or texts, with your own model or a pretrained one, and save both to a file.
 
-    20 images are enough. Labels are used if there are any. The features of the model are cached on disk: after an
+    20 of them are enough. Labels are used if there are any. The features of the model are cached on disk: after an
     interruption, rerun the same command to resume.
     """
     require_file_place(out, [Path(data)])
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.fitting import fit_source
-    from featnorm.inputs import open_source
+    from featnorm.inputs import IMAGES, open_source
     from featnorm.models import create_model
-    from featnorm.models.loading import import_users_module, is_users
+    from featnorm.models.loading import default_model, import_users_module, is_users
 
     began = time.perf_counter()
     # The module of the user's own model may define the detector.
-    import_users_module(model)
+    if model is not None:
+        import_users_module(model)
     parsed = None if detector is None else parse_detector(detector)
     source = open_source(
         data,
         root=data_root,
         labels=targets != "clusters" or label_column is not None,
         label_column=label_column,
+        text_column=text_column,
     )
-    loaded = create_model(model, weights=weights)
-    console.print(f"{counted(len(source), 'image')} in {source.title}; model: {loaded.name}.", soft_wrap=True)
+    items = source.kind.name
+    loaded = create_model(model or default_model(source.kind), weights=weights)
+    console.print(f"{source.kind.counted(len(source))} in {source.title}; model: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, targets)
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
         scorer, report = fit_source(
@@ -159,6 +170,8 @@ def fit(
             head=head,
             layer=layer,
             output=output,
+            channel_axis=channel_axis,
+            pooling=pooling,
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,
@@ -172,11 +185,11 @@ def fit(
         scorer.save(out, weights=True)
     except OSError as error:
         raise OSError(f"{error}. The features are cached: rerun the same command to resume from them") from None
-    print_skipped(source.title, report.corrupt)
+    print_skipped(source.title, source.kind, report.corrupt)
     unread = len(report.corrupt)
-    print_reading(len(source) - unread, unread, report.several, source.passed_over)
+    print_reading(source.kind, len(source) - unread, unread, report.several, source.passed_over)
     if report.changed:
-        changed = counted(report.changed, "image")
+        changed = source.kind.counted(report.changed)
         console.print(f"{changed} changed while being read: the later content was used.")
     if report.damaged:
         damaged = counted(report.damaged, "damaged batch", "damaged batches")
@@ -184,39 +197,41 @@ def fit(
         console.print(f"Removed {damaged} from the feature cache and recomputed {them}.")
     if report.computed:
         console.print(
-            f"Computed the features of {counted(report.computed, 'image')}; the next fit on them takes seconds."
+            f"Computed the features of {source.kind.counted(report.computed)}; the next fit on them takes seconds."
         )
     else:
-        console.print("The features of all images were in the cache.")
+        console.print(f"The features of all {items} were in the cache.")
     _print_model(scorer, report)
     calibration = scorer.calibration
     assert calibration is not None
-    how = f"on {report.held_out} held-out images"
+    how = f"on {report.held_out} held-out {items}"
     if not (report.head == "train" or scorer.detector.needs_fit):
-        how = f"on {report.held_out} of {report.trained} images, none of them held out, because it needs no fit"
+        how = f"on {report.held_out} of {report.trained} {items}, none of them held out, because it needs no fit"
     if scorer.is_jackknife:
-        how = f"by leaving out {report.held_out} of {report.trained} images in turn"
+        how = f"by leaving out {report.held_out} of {report.trained} {items} in turn"
     console.print(
         f"{scorer.detector!r} is calibrated {how}. Averaged over such calibration sets, it flags at most "
-        f"{100 * (1 - tpr):.1f} % of images like these{'' if scorer.is_jackknife else rate_words(calibration)}.",
+        f"{100 * (1 - tpr):.1f} % of {items} like these"
+        f"{'' if scorer.is_jackknife else rate_words(calibration, items)}.",
         soft_wrap=True,
     )
     if report.head == "keep":
         console.print(
-            "This holds if the model was not trained on these images. If it was, fit to images that it has not "
+            f"This holds if the model was not trained on these {items}. If it was, fit to {items} that it has not "
             "seen.",
             soft_wrap=True,
         )
     if scorer.examples is not None and scorer.examples.thumbnails is not None:
+        previews = "thumbnails" if source.kind is IMAGES else "the beginnings"
         console.print(
-            f"The file contains thumbnails of {counted(len(scorer.examples.thumbnails), 'image')}: "
+            f"The file contains {previews} of {source.kind.counted(len(scorer.examples.thumbnails))}: "
             "--no-thumbnails leaves them out.",
             soft_wrap=True,
         )
     size = out.stat().st_size / 1e6
     console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
-    again = f" --model {model}" if is_users(model) else ""
-    console.print(f"  featnorm score {shlex.quote(str(out))} IMAGES{again}", soft_wrap=True)
+    again = f" --model {model}" if is_users(loaded.name) else ""
+    console.print(f"  featnorm score {shlex.quote(str(out))} {items.upper()}{again}", soft_wrap=True)
 
 
 def _print_model(scorer: Scorer, report: FitReport) -> None:
@@ -224,15 +239,19 @@ def _print_model(scorer: Scorer, report: FitReport) -> None:
     facts = scorer.facts
     where = "model" if report.head == "keep" else "backbone"
     console.print(f"{where.capitalize()}: {facts[where]}.", soft_wrap=True)
-    judged = "the held-out images" if report.head == "train" or scorer.detector.needs_fit else "these images"
-    accuracy = "" if report.accuracy is None else f"; its accuracy on {judged} is {100 * report.accuracy:.1f} %"
+    which = "the held-out" if report.head == "train" or scorer.detector.needs_fit else "these"
+    accuracy = (
+        ""
+        if report.accuracy is None
+        else f"; its accuracy on {which} {scorer.kind.name} is {100 * report.accuracy:.1f} %"
+    )
     why = f" (--head auto: {report.why})" if report.why else ""
     console.print(f"Head: {facts['head']}{accuracy}{why}.", soft_wrap=True)
     for note in report.notes:
         console.print(f"Note: {note}.", soft_wrap=True)
 
 
-def _print_missing_labels(source: ImageSource, targets: str) -> None:
+def _print_missing_labels(source: Source[Any], targets: str) -> None:
     """Print why labels are not used, if there are some or could be."""
     if targets != "auto":
         return
@@ -240,7 +259,7 @@ def _print_missing_labels(source: ImageSource, targets: str) -> None:
     without = [i for i in range(len(source)) if source.label(i) is None]
     if 0 < len(without) < len(source):
         first = printable(source.name(without[0]))
-        missing = f"1 image has no label ({first})"
+        missing = f"1 {source.kind.noun} has no label ({first})"
         if len(without) > 1:
-            missing = f"{len(without):,} images have no label (the first is {first})"
+            missing = f"{len(without):,} {source.kind.name} have no label (the first is {first})"
         console.print(f"{missing}, so {_CLUSTERS}.", soft_wrap=True)

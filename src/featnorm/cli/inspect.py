@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from featnorm.cli.console import console
-from featnorm.cli.options import DATA, DataRoot, Layer, Weights
+from featnorm.cli.options import DATA, ChannelAxis, DataRoot, Layer, LayerPooling, TextColumn, Weights
 
 _INPUTS = 64
 
@@ -30,6 +30,9 @@ def inspect(
         str | None, typer.Option(metavar="DATA", help=f"Inputs to trace the model on: {DATA}. Default: noise.")
     ] = None,
     layer: Layer = None,
+    channel_axis: ChannelAxis = None,
+    pooling: LayerPooling = "mean",
+    text_column: TextColumn = None,
     data_root: DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what SCORER holds as JSON.")] = False,
 ) -> None:
@@ -41,8 +44,10 @@ def inspect(
     if (scorer_file is None) == (model is None):
         raise ValueError("pass either a file SCORER or a model with --model")
     if scorer_file is not None:
-        if data is not None or weights is not None or layer is not None:
-            raise ValueError("--data, --weights and --layer are for --model, not for a file")
+        if (data, weights, layer, channel_axis, pooling) != (None, None, None, None, "mean"):
+            raise ValueError(
+                "--data, --weights, --layer, --channel-axis and --pooling are for --model, not for a file"
+            )
         from featnorm.scorer_file import summarize
 
         summary = summarize(scorer_file)
@@ -55,7 +60,7 @@ def inspect(
     if as_json:
         raise ValueError("--json is for a file SCORER, not for --model")
     assert model is not None
-    _inspect_model(model, weights, data, layer, data_root)
+    _inspect_model(model, weights, data, (layer, channel_axis, pooling), data_root, text_column)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -78,11 +83,16 @@ def _text(value: Any) -> str:
 
 
 def _inspect_model(
-    model: str, weights: Path | None, data: str | None, layer: str | None, data_root: Path | None
+    model: str,
+    weights: Path | None,
+    data: str | None,
+    captured: tuple[Any, ...],
+    data_root: Path | None,
+    text_column: str | None,
 ) -> None:
     import torch
 
-    from featnorm.inputs import image_loader, open_source
+    from featnorm.inputs import IMAGES, open_source, source_loader
     from featnorm.inputs.loading import named
     from featnorm.models import create_model
     from featnorm.models.loading import brings_weights, users_forward
@@ -91,22 +101,31 @@ def _inspect_model(
     # Pretrained weights would have to be downloaded, and the layers do not depend on them.
     needed = data is not None or brings_weights(model)
     loaded = create_model(model, weights=weights, pretrained=weights is None and needed)
-    tap = FeatureTap(loaded.model, layer)
+    layer, channel_axis, pooling = captured
+    tap = FeatureTap(loaded.model, layer, channel_axis=channel_axis, pooling=pooling)
     if data is not None:
-        source = open_source(data, root=data_root, labels=False)
+        source = open_source(data, root=data_root, labels=False, text_column=text_column)
+        source.require(loaded.kind, model)
         # One batch of readable images is enough.
-        loader = image_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
+        loader = source_loader(source, loaded.transform, batch_size=_INPUTS, workers=0)
         batch = next(islice(loader, 1), None)
         if batch is None:
-            raise ValueError(f"none of the first {_INPUTS} images of {data} can be read")
+            raise ValueError(f"none of the first {_INPUTS} {source.kind.name} of {data} can be read")
         with users_forward(model, tap.model, named(source, batch.indices.tolist())):
-            tap.trace(batch.images)
+            tap.trace(batch.inputs)
         console.print(tap.describe(), soft_wrap=True)
         return
-    with users_forward(model, tap.model, f"noise of shape (2, {', '.join(map(str, loaded.input_size))})"):
-        tap.trace(torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0)))
+    if loaded.kind is IMAGES:
+        on = "noise"
+        inputs: Any = torch.randn(2, *loaded.input_size, generator=torch.Generator().manual_seed(0))
+        what = f"noise of shape (2, {', '.join(map(str, loaded.input_size))})"
+    else:
+        on = what = f"{loaded.kind.one} of reference"
+        inputs = loaded.kind.collate([loaded.transform(loaded.kind.reference())] * 2, loaded.transform)
+    with users_forward(model, tap.model, what):
+        tap.trace(inputs)
     console.print(tap.describe(), soft_wrap=True)
-    on = "noise" if weights is not None or needed else "noise, with random weights instead of the pretrained ones"
+    how = "" if weights is not None or needed else ", with random weights instead of the pretrained ones"
     console.print(
-        f"Traced on {on}. Use --data to measure the share of inactive units on real inputs.", style="dim"
+        f"Traced on {on}{how}. Use --data to measure the share of inactive units on real inputs.", style="dim"
     )

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 import typer
 
 DATA = (
-    "an image folder or a parquet file, local or in an object store (`s3://bucket/photos`), or a named data set, "
-    "such as `cifar10:test`; append a slice to use a part of it: `DATA[:500]`, `DATA[1::2]`"
+    "an image folder, a parquet file, or a file of texts (.csv, .jsonl, .parquet, or .txt with one per line), "
+    "local or in an object store (`s3://bucket/photos`), or a named data set, such as `cifar10:test`; append a "
+    "slice to use a part of it: `DATA[:500]`, `DATA[1::2]`"
 )
-"""What a specification of images may be, for help texts."""
+"""What a specification of data may be, for help texts."""
 
 ScorerFile = Annotated[
     Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`, or by `Scorer.save`.")
@@ -37,16 +38,13 @@ Weights = Annotated[
         metavar="FILE", help="Weights file (.pth or .safetensors). Default: the library's pretrained weights."
     ),
 ]
-Detector = Annotated[
-    str, typer.Option(metavar="EXPR", help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`.")
-]
 Detectors = Annotated[
     list[str] | None,
     typer.Option(
         "--detector",
         metavar="EXPR",
-        help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Repeat for several. Default: the standard "
-        "set.",
+        help="Detector expression, such as `NAN`, `KNN(k=50)/NAN` or `KLUniform + KNN(k=10)`. Repeat for several. "
+        "Default: the standard set.",
     ),
 ]
 Layer = Annotated[
@@ -55,12 +53,35 @@ Layer = Annotated[
         metavar="NAME", help="Module whose output is the last hidden layer. Detected automatically by default."
     ),
 ]
+ChannelAxis = Annotated[
+    int | None,
+    typer.Option(
+        metavar="AXIS",
+        help="Axis of the units in the output of --layer: `1` for maps (n, d, ...), `-1` for tokens (n, ..., d). "
+        "Default: inferred from the module.",
+    ),
+]
+LayerPooling = Annotated[
+    Literal["mean", "norm"],
+    typer.Option(
+        help="How the positions of a unit in the output of --layer become one number: their `mean`, or the `norm` "
+        "of their positive parts."
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Column of a parquet file that holds the labels: integers, strings or booleans. Default: `label`, if "
-        "there is one.",
+        help="Column of a table that holds the labels: integers, strings or booleans. Default: `label`, if there "
+        "is one.",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of a table that holds the texts. Default: `text`, or else the only column of strings beside "
+        "the labels.",
     ),
 ]
 OutFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Output file.")]
@@ -84,23 +105,22 @@ Precision = Annotated[
     Literal["32-true", "bf16-mixed", "16-mixed"],
     typer.Option(help="Precision of the forward pass, in Lightning Fabric's notation."),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images per batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of items per batch.")]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Number of threads that decode images. Default: one per CPU, at most 8.")
+    int | None, typer.Option(min=0, help="Number of threads that decode items. Default: one per CPU, at most 8.")
 ]
 Ray = Annotated[
     bool,
     typer.Option(
         "--ray",
         help="Run on the Ray cluster at RAY_ADDRESS, or on a local one of all CPU cores if that is not set. Every "
-        "machine of the cluster must be able to read the images.",
+        "machine of the cluster must be able to read the data.",
     ),
 ]
 Tpr = Annotated[
     float | None,
     typer.Option(
-        help="Share of in-distribution images to accept, by the stored calibration scores. Default: that of "
-        "SCORER."
+        help="Share of in-distribution items to accept, by the stored calibration scores. Default: that of SCORER."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]

@@ -1,16 +1,15 @@
-"""``featnorm score``: the verdicts of a fitted detector on images."""
+"""``featnorm score``: the verdicts of a fitted detector on images or texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featnorm.cli.console import (
     console,
-    counted,
     print_reading,
     print_skipped,
     printable,
@@ -26,11 +25,13 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScorerFile,
+    TextColumn,
     Tpr,
     Workers,
 )
 
 if TYPE_CHECKING:
+    from featnorm.inputs import Source
     from featnorm.records import Journal
     from featnorm.runtime import Runtime
     from featnorm.scoring import ScoringSummary
@@ -39,26 +40,27 @@ if TYPE_CHECKING:
 
 def score(
     scorer_file: ScorerFile,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=f"Image files, or {DATA}.")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help=f"Image files, or {DATA}.")],
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             "-o",
             metavar="FILE",
-            help="Output file (.csv, .jsonl or .parquet), one row per image. Default: print to the terminal.",
+            help="Output file (.csv, .jsonl or .parquet), one row per item. Default: print to the terminal.",
         ),
     ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="HTML page to write: the flagged images, each beside the most similar in-distribution images, a "
-            "heat map of where its score comes from, and the calibration scores.",
+            help="HTML page to write: the flagged items, each beside the most similar in-distribution ones, for "
+            "images a heat map of where the score comes from, and the calibration scores.",
         ),
     ] = None,
     model: OwnModel = None,
     weights: OwnWeights = None,
+    text_column: TextColumn = None,
     tpr: Tpr = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -67,42 +69,42 @@ def score(
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:
-    """Score images: score, p-value, verdict (ID or OOD) and predicted class, one row per image.
+    """Score images or texts: score, p-value, verdict (ID or OOD) and predicted class, one row per item.
 
     With `--out` or `--html`, rerun the same command to resume after an interruption.
     """
     files = [file for file in (out, html) if file is not None]
     for file in files:
-        require_file_place(file, [scorer_file, *map(Path, images)])
+        require_file_place(file, [scorer_file, *map(Path, data)])
     from featnorm.cli.runtime import runtime_of
     from featnorm.inputs import DataError, open_source
     from featnorm.scorer_file import load
-    from featnorm.scoring import score_images
+    from featnorm.scoring import score_source
 
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
         scorer.set_tpr(tpr)
-    source = open_source(*images, root=data_root, labels=False, mix_splits=True)
+    source = open_source(*data, root=data_root, labels=False, text_column=text_column, mix_splits=True)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
         console.print(
             f"the detector was fitted in {fitted_in}: scores in {precision} differ slightly", style="dim"
         )
     if not files:
-        console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  image")
+        console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  {source.kind.noun}")
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
-        summary = score_images(
+        summary = score_source(
             scorer,
             source,
             out,
             page=html,
             made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
-            on_start=lambda journal: _print_start(journal, len(source)),
+            on_start=lambda journal: _print_start(journal, source),
             on_batch=None if files else _print_batch,
         )
-    print_skipped(source.title, summary.first_unread, summary.unread)
-    print_reading(len(summary.scores), summary.unread, summary.several, source.passed_over)
+    print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
+    print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
     if summary.scores:
         console.print(str(summary))
         if summary.computed:
@@ -112,7 +114,8 @@ def score(
     if not summary.scores:
         name, why = summary.first_unread[0]
         raise DataError(
-            f"none of the {summary.unread:,} images could be read; the first is {printable(name)}: {why}"
+            f"none of the {summary.unread:,} {source.kind.name} could be read; the first is {printable(name)}: "
+            f"{why}"
         )
 
 
@@ -121,20 +124,21 @@ def _pace(summary: ScoringSummary, runtime: Runtime) -> str:
         where = f"{summary.model_seconds / summary.seconds:.0%} of the time in the model"
     else:
         where = f"on at most {runtime.cluster.actors.count} actors ({runtime.cluster.actors.device})"
-    return f"{summary.computed / summary.seconds:.0f} images per second, {where}."
+    return f"{summary.computed / summary.seconds:.0f} {summary.kind.name} per second, {where}."
 
 
-def _print_start(journal: Journal, total: int) -> None:
+def _print_start(journal: Journal, source: Source[Any]) -> None:
+    items = source.kind.name
     if journal.restarted:
-        console.print("the previous run used different images, detector or options; starting over", style="dim")
+        console.print(f"the previous run used different {items}, detector or options; starting over", style="dim")
     if journal.damaged is not None:
         console.print(
-            f"line {journal.damaged} of {journal.path} is damaged: scoring the images from there on again",
+            f"line {journal.damaged} of {journal.path} is damaged: scoring the {items} from there on again",
             style="dim",
             soft_wrap=True,
         )
     if journal.done:
-        console.print(f"resuming after {journal.done:,} of {counted(total, 'image')}", style="dim")
+        console.print(f"resuming after {journal.done:,} of {source.kind.counted(len(source))}", style="dim")
 
 
 def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:

@@ -1,4 +1,4 @@
-"""`Cluster`: scores images, extracts features and fits detectors on the actors of a Ray cluster."""
+"""`Cluster`: scores items, extracts features and fits detectors on the actors of a Ray cluster."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ from featnorm.cluster.tasks import Extraction, Scoring, Task
 from featnorm.detectors import KNN, Detector
 from featnorm.fitting import training_features
 from featnorm.hidden.statistics import ActivationStatistics
-from featnorm.inputs import Extracted, ImageSource, SlicedSource
+from featnorm.inputs import DataError, Extracted, SlicedSource, Source
 from featnorm.inputs.loading import rows_of
 from featnorm.models import LoadedModel
 from featnorm.runtime import Runtime
@@ -26,6 +26,8 @@ from featnorm.verdict import ItemVerdict
 
 #: Batches per shard: the maximum number to repeat when an actor dies.
 _SHARD = 16
+#: Times that a shard is repeated. One that ends its actor every time, for want of memory say, would never end.
+_RETRIES = 3
 #: Calls per actor that run, are done but not yet read, or wait.
 _CALLS = 2
 #: Share of Ray's memory that all actors' copies of a bank of KNN may take.
@@ -40,7 +42,7 @@ class Actors:
     ----------
     count : maximum number of actors.
     device : "cpu" or "cuda".
-    cpus, gpus : number of CPUs and GPUs per actor; with a GPU, the CPUs decode images.
+    cpus, gpus : number of CPUs and GPUs per actor; with a GPU, the CPUs decode items.
     """
 
     count: int
@@ -50,15 +52,16 @@ class Actors:
 
     @property
     def workers(self) -> int:
-        """Number of threads that decode images; 0 for the actor's own."""
+        """Number of threads that decode items; 0 for the actor's own."""
         return self.cpus if self.gpus else 0
 
 
 class Cluster:
     """A Ray cluster: the one at ``RAY_ADDRESS``, or one started here with all CPUs of this machine.
 
-    There is one actor per GPU, with an equal share of the CPUs to decode images, or else one per CPU, which
-    decodes its images itself. An actor that dies is restarted with the shard it was working on.
+    There is one actor per GPU, with an equal share of the CPUs to decode items, or else one per CPU, which
+    decodes its items itself. If an actor dies, a new one repeats the shard that it was working on, at most 3
+    times.
 
     Actors are started for the first task and kept, with their CPUs and GPUs, for later ones, until `close` is
     called or the ``with`` block ends.
@@ -107,19 +110,19 @@ class Cluster:
     def score(
         self,
         scorer: Scorer,
-        source: ImageSource,
+        source: Source[Any],
         batches: Sequence[int],
         *,
         runtime: Runtime,
     ) -> Iterator[tuple[int, list[ItemVerdict]]]:
-        """Score batches of a source's images.
+        """Score batches of a source's items.
 
         A bank of KNN that is too large for a copy in every actor is split, one part per actor.
 
         Parameters
         ----------
         scorer : scorer with a preprocess, which is not changed.
-        source : images, which every machine of the cluster must be able to read.
+        source : items, which every machine of the cluster must be able to read.
         batches : numbers of the batches to score.
         runtime : precision and batch size.
 
@@ -130,7 +133,7 @@ class Cluster:
         Raises
         ------
         DataError
-            The transform fails on an image.
+            The transform fails on an item, or some items end every process that reads them.
         ValueError
             An output of the model is not finite.
         """
@@ -139,29 +142,29 @@ class Cluster:
 
     def extract(
         self, loaded: LoadedModel, backbone: nn.Module, *, runtime: Runtime
-    ) -> Callable[[ImageSource], Iterator[Extracted]]:
-        """Return a function that extracts the features of images, for `featnorm.inputs.FeatureCache`.
+    ) -> Callable[[Source[Any]], Iterator[Extracted]]:
+        """Return a function that extracts the features of items, for `featnorm.inputs.FeatureCache`.
 
         Parameters
         ----------
         loaded : model whose transform is applied.
-        backbone : module from transformed images (n, 3, H, W) to features (n, D).
+        backbone : module from transformed items to features (n, D).
         runtime : see `score`.
         """
         task = Extraction(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
 
-        def extract(images: ImageSource) -> Iterator[Extracted]:
-            batches = range(-(-len(images) // runtime.batch_size))
-            # In order, so that the features are stored in the order of the images.
-            for number, part in self._over_batches(task, images, batches, ordered=True):
+        def extract(source: Source[Any]) -> Iterator[Extracted]:
+            batches = range(-(-len(source) // runtime.batch_size))
+            # In order, so that the features are stored in the order of the items.
+            for number, part in self._over_batches(task, source, batches, ordered=True):
                 yield part.moved(number * runtime.batch_size)
 
         return extract
 
     def _over_batches(
-        self, task: Task, source: ImageSource, batches: Sequence[int], *, ordered: bool
+        self, task: Task, source: Source[Any], batches: Sequence[int], *, ordered: bool
     ) -> Iterator[tuple[int, Any]]:
-        """Run a task on batches of a source's images; yield number and result of each.
+        """Run a task on batches of a source's items; yield number and result of each.
 
         Parameters
         ----------
@@ -174,12 +177,22 @@ class Cluster:
         if not batches:
             return
         shards = (batches[i : i + _SHARD] for i in range(0, len(batches), _SHARD))
-        # Kept in a variable, because restarted actors read them again.
+
+        # Kept in a variable, because every actor that is started reads them.
         references = [ray.put(task), ray.put(source)]
-        for results, error in self._results("run", ((references, shard) for shard in shards), ordered):
-            yield from results
-            if error is not None:
-                raise error
+        try:
+            for results, error in self._results("run", ((references, shard) for shard in shards), ordered):
+                yield from results
+                if error is not None:
+                    raise error
+        except _ActorDiedError as died:
+            size, (_, shard) = task.runtime.batch_size, died.call
+            first, last = rows_of(shard[0], size, len(source))[0], rows_of(shard[-1], size, len(source))[-1]
+            raise DataError(
+                f"the process that read {source.name(first)} to {source.name(last)} of {source.title} ended "
+                f"{_RETRIES + 1} times, perhaps for want of memory: lower --batch-size, or leave these "
+                f"{source.kind.name} out"
+            ) from died.__cause__
 
     def _results(self, method: str, calls: Iterable[tuple[Any, ...]], ordered: bool) -> Iterator[Any]:
         """Call a method of the actors, each of which runs one call at a time; yield the results.
@@ -189,46 +202,61 @@ class Cluster:
         method : name of a method of `_Actor`.
         calls : arguments of each call, read as actors become free.
         ordered : see `_over_batches`.
+
+        Raises
+        ------
+        _ActorDiedError
+            A call ended its actor each time that it was made.
         """
         import ray
 
         max_actors = self.actors.count
-        calls, waiting = iter(calls), deque[tuple[Any, ...]]()
-        busy: dict[Any, Any] = {}
-        unread: list[Any] = []
+        calls, waiting = iter(calls), deque[_Call]()
+        busy: dict[Any, tuple[Any, _Call]] = {}
+        unread: list[_Call] = []
         while True:
-            waiting.extend(islice(calls, _CALLS * max_actors - len(unread) - len(waiting)))
-            running = set(busy.values())
+            free = _CALLS * max_actors - len(unread) - len(waiting)
+            waiting.extend(map(_Call, islice(calls, max(0, free))))
+            running = {actor for actor, _ in busy.values()}
             idle = [actor for actor in self._ready if actor not in running]
             while waiting and idle:
-                actor = idle.pop()
-                result = getattr(actor, method).remote(*waiting.popleft())
-                busy[result] = actor
-                unread.append(result)
+                actor, call = idle.pop(), waiting.popleft()
+                busy[getattr(actor, method).remote(*call.arguments)] = actor, call
+                if not call.deaths:
+                    unread.append(call)
             while len(self._starting) < min(len(waiting), max_actors - len(self._ready)):
                 actor = self._start_actor()
                 self._starting[actor.__ray_ready__.remote()] = actor
             if not unread and not waiting:
                 return
             for found in ray.wait([*busy, *self._starting])[0]:
-                if found in busy:
-                    del busy[found]
-                else:
+                if found not in busy:
                     ray.get(found)
                     self._ready.append(self._starting.pop(found))
+                    continue
+                actor, call = busy.pop(found)
+                try:
+                    call.result, call.done = ray.get(found), True
+                except ray.exceptions.RayActorError as error:
+                    self._ready.remove(actor)
+                    ray.kill(actor)  # it may only be out of reach
+                    call.deaths += 1
+                    if call.deaths > _RETRIES:
+                        raise _ActorDiedError(call.arguments) from error
+                    waiting.appendleft(call)
             if ordered:
-                first_busy = next((i for i, result in enumerate(unread) if result in busy), len(unread))
-                done, unread = unread[:first_busy], unread[first_busy:]
+                first = next((i for i, call in enumerate(unread) if not call.done), len(unread))
+                done, unread = unread[:first], unread[first:]
             else:
-                done, unread = [result for result in unread if result not in busy], list(busy)
-            for result in done:
-                yield ray.get(result)
+                done, unread = [call for call in unread if call.done], [call for call in unread if not call.done]
+            for call in done:
+                yield call.result
 
     def _start_actor(self) -> Any:
         import ray
 
         actors = self.actors
-        kind = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
+        kind = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus)(_Actor)
         return kind.remote(actors.device, actors.workers)
 
     def fit(
@@ -238,7 +266,7 @@ class Cluster:
         detector: Detector,
         statistics: ActivationStatistics,
     ) -> None:
-        """Fit a detector to features of images, part by part, and merge the fits.
+        """Fit a detector to features of items, part by part, and merge the fits.
 
         Parameters
         ----------
@@ -260,7 +288,8 @@ class Cluster:
         """Return a scorer whose large banks of KNN are split over processes."""
         import ray
 
-        part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(BankPart)
+        options: dict[str, Any] = {"max_restarts": _RETRIES, "max_task_retries": -1}
+        part = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **options)(BankPart)
         memo: dict[int, Any] = {}
         for knn in scorer.detector.modules():
             if isinstance(knn, KNN) and self._is_large(knn):
@@ -273,13 +302,36 @@ class Cluster:
         return 4 * rows * width * self.actors.count > _BANK_SHARE * _resources().get("memory", np.inf)
 
 
+@dataclass
+class _Call:
+    """A call of a method of an actor: its arguments, its result, and how many actors have died of it."""
+
+    arguments: tuple[Any, ...]
+    result: Any = None
+    done: bool = False
+    deaths: int = 0
+
+
+class _ActorDiedError(RuntimeError):
+    """A call ended its actor each time that it was made; the cause is Ray's error.
+
+    Parameters
+    ----------
+    call : arguments of the call.
+    """
+
+    def __init__(self, call: tuple[Any, ...]) -> None:
+        super().__init__("a worker process of the cluster ended each time that it was restarted")
+        self.call = call
+
+
 class _Actor:
     """Runs tasks. An error is returned as a result, because Ray would replace its message."""
 
     def __init__(self, device: str, workers: int) -> None:
         keep_freed_memory()
         self._device, self._workers = device, workers
-        self._started: tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]] | None = None
+        self._started: tuple[Task, Source[Any], Callable[[Source[Any]], Iterator[Any]]] | None = None
         self._names: list[str] = []
 
     def run(self, references: list[Any], numbers: Sequence[int]) -> tuple[list[tuple[int, Any]], Exception | None]:
@@ -294,8 +346,8 @@ class _Actor:
             return results, error
         return results, None
 
-    def _start(self, references: list[Any]) -> tuple[Task, ImageSource, Callable[[ImageSource], Iterator[Any]]]:
-        """Return the task, the images, and the started task: once for all shards of the same."""
+    def _start(self, references: list[Any]) -> tuple[Task, Source[Any], Callable[[Source[Any]], Iterator[Any]]]:
+        """Return the task, the source, and the started task: once for all shards of the same."""
         import ray
 
         names = [reference.hex() for reference in references]
@@ -310,7 +362,7 @@ class _Actor:
     def fit(
         self, unfitted: tuple[nn.Module, Detector], values: Tensor, labels: Tensor | None
     ) -> tuple[Detector, ActivationStatistics]:
-        """Return the fit to one part of the images."""
+        """Return the fit to one part of the items."""
         features_of, detector = copy.deepcopy(unfitted)
         statistics = ActivationStatistics()
         for features in training_features(features_of, statistics, [(values, labels)]):

@@ -1,4 +1,4 @@
-"""Tasks of an actor: scoring images, and extracting their features."""
+"""Tasks of an actor: scoring items, and extracting their features."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout
-from featnorm.inputs import Extracted, ImageSource, extract_images
+from featnorm.inputs import Extracted, Source, extract_features
+from featnorm.inputs.kinds import Inputs, run, to_device
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.verdict import ItemVerdict
@@ -24,19 +24,19 @@ class Task(Protocol):
         """Precision and batch size."""
         ...
 
-    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[Any]]:
-        """Return a function that yields one result per batch of images, in order.
+    def start(self, device: str, workers: int) -> Callable[[Source[Any]], Iterator[Any]]:
+        """Return a function that yields one result per batch of items, in order.
 
         Parameters
         ----------
         device : device to compute on.
-        workers : number of threads that decode images; 0 for the calling thread.
+        workers : number of threads that decode items; 0 for the calling thread.
         """
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Scoring of images.
+    """Scoring of items.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Scoring:
     scorer: Scorer
     runtime: Runtime
 
-    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[list[ItemVerdict]]]:
+    def start(self, device: str, workers: int) -> Callable[[Source[Any]], Iterator[list[ItemVerdict]]]:
         """See `Task`."""
         runtime = replace(self.runtime, device=device, workers=workers)
         self.scorer.to(runtime.torch_device)
@@ -60,28 +60,28 @@ class Extraction:
 
     Parameters
     ----------
-    backbone : module from transformed images (n, 3, H, W) to features (n, D).
-    transform : transform from an RGB PIL image to a tensor.
+    backbone : module from transformed items to features (n, D).
+    transform : transform of an item.
     runtime : precision and batch size.
     """
 
     backbone: nn.Module
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Any], Any]
     runtime: Runtime
 
-    def start(self, device: str, workers: int) -> Callable[[ImageSource], Iterator[Extracted]]:
+    def start(self, device: str, workers: int) -> Callable[[Source[Any]], Iterator[Extracted]]:
         """See `Task`."""
         runtime = replace(self.runtime, device=device, workers=workers)
         backbone = fast_layout(self.backbone.to(runtime.torch_device).eval())
 
         @torch.no_grad()
-        def extract_batch(images: Tensor) -> Tensor:
+        def extract_batch(inputs: Inputs) -> Tensor:
             with runtime.autocast():
-                return backbone(fast_layout(images.to(runtime.torch_device)))
+                return run(backbone, to_device(inputs, runtime.torch_device))
 
-        def extract(images: ImageSource) -> Iterator[Extracted]:
-            return extract_images(
-                images, self.transform, extract_batch, batch_size=runtime.batch_size, workers=workers
+        def extract(source: Source[Any]) -> Iterator[Extracted]:
+            return extract_features(
+                source, self.transform, extract_batch, batch_size=runtime.batch_size, workers=workers
             )
 
         return extract

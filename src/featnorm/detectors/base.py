@@ -171,7 +171,9 @@ class Detector(nn.Module, ABC):
 
         Parameters
         ----------
-        held_out : features in one batch or several; about 100 inputs or more.
+        held_out
+            Features in one batch or several; about 100 inputs or more. They need the fields that the score reads,
+            and `labels` only for a temperature.
 
         Raises
         ------
@@ -182,7 +184,7 @@ class Detector(nn.Module, ABC):
         """
         batches = _batches(held_out)
         for features in batches:
-            self._require(features, self.learns)
+            self._require(features, self.reads)
         if not any(len(features) for features in batches):
             raise ValueError(f"{self!r}: there are no held-out inputs to fit to")
         with _replaced(list(self._held_out_statistics())), torch.inference_mode(False), torch.no_grad():

@@ -1,6 +1,5 @@
 """A small sample of the images that a scorer was fitted to, among which the most similar ones are found."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,12 @@ from torch.nn.functional import normalize
 
 from featnorm._utils.checks import check_text
 from featnorm.inputs.decoding import decode
+from featnorm.inputs.kinds import THUMBNAIL
 
 #: Maximum number of images in a sample.
 MAX_EXAMPLES = 512
 #: Maximum size of all thumbnails together, in bytes.
 MAX_BYTES = 1_500_000
-#: Longer side of a thumbnail, in pixels.
-THUMBNAIL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +27,9 @@ class Neighbor:
     index : position in the sample.
     similarity : cosine similarity of the pooled features, at most 1.
     label : class of the image, or None.
-    thumbnail : encoded thumbnail, or None. It comes from a file: use `image`, which decodes it safely.
+    thumbnail
+        Encoded thumbnail of an image, or the beginning of a text, or None. It comes from a file: use `image` or
+        `text`, which decode it safely.
     """
 
     index: int
@@ -43,6 +43,10 @@ class Neighbor:
             return None
         return decode(self.thumbnail, f"thumbnail {self.index}", max_pixels=THUMBNAIL**2)
 
+    def text(self) -> str | None:
+        """Return the beginning of a text, or None."""
+        return None if self.thumbnail is None else self.thumbnail.decode("utf-8", "replace")
+
     def __str__(self) -> str:
         return f"{'' if self.label is None else f'{self.label}, '}similarity {self.similarity:.2f}"
 
@@ -54,7 +58,8 @@ class Examples:
     ----------
     features : pooled features (m, D) in float32, on the CPU; 1 to 512 of them.
     labels : class of each image, or None for an image without one.
-    thumbnails : encoded thumbnail of each image, 1.5 MB in all. Default: none.
+    thumbnails
+        Encoded thumbnail of each image, or the beginning of each text in UTF-8, 1.5 MB in all. Default: none.
 
     Raises
     ------
@@ -140,12 +145,3 @@ def _split(data: Tensor, sizes: Tensor) -> Iterator[bytes]:
     if not fits or bool((sizes < 1).any()) or int(sizes.sum()) != len(data):
         raise ValueError("the thumbnails of its examples do not fit their sizes")
     return (part.numpy().tobytes() for part in data.split(sizes.tolist()))
-
-
-def thumbnail_of(image: Image.Image) -> bytes:
-    """Return the thumbnail of an RGB image, as a JPEG file of at most 64 x 64 pixels."""
-    small = image.copy()  # `thumbnail` works in place
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=75, optimize=True)
-    return buffer.getvalue()

@@ -158,6 +158,11 @@ class Why:
     no_heat: str = ""
 
     @property
+    def reference(self) -> str:
+        """What the heat map compares each position with the mean of, in words."""
+        return "the most similar images" if self.compared else "the whole image"
+
+    @property
     def sentence(self) -> str:
         """The explanation in words."""
         similar = f"Most similar in-distribution images: {'; '.join(map(str, self.nearest))}."

@@ -1,4 +1,4 @@
-"""A cache of features on disk, so that a frozen backbone runs once per image."""
+"""A cache of features on disk, so that a frozen backbone runs once per item."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from featnorm._utils.files import WriteError, acquire_lock, flush_to_disk, replacing, sync_folder
 from featnorm._utils.progress import progress_bar
 from featnorm._utils.sealed import seal, unseal
+from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.loading import Extracted
-from featnorm.inputs.source import DataError, ImageSource, ItemError, SlicedSource
+from featnorm.inputs.source import SlicedSource, Source
 
 # Caches of other formats are in other folders, and are not read.
 _FORMAT = 3
@@ -28,24 +29,24 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """The features of those images of a source that could be read.
+    """The features of those items of a source that could be read.
 
     Attributes
     ----------
     stored : Tensor
         All features in the cache, (N, D) float32, memory-mapped from its file.
     stored_rows : Tensor
-        Row of each image in `stored`, (n,) int64, in the order of the source.
+        Row of each item in `stored`, (n,) int64, in the order of the source.
     rows : Tensor
-        Index of each image in the source, (n,) int64.
+        Index of each item in the source, (n,) int64.
     digests : list of bytes
-        `Source.digest` of each image, n of them.
+        `Source.digest` of each item, n of them.
     corrupt : list of tuple of str
-        Name and reason of each image that could not be read.
+        Name and reason of each item that could not be read.
     computed : int
-        Number of images whose features were computed; those of the others were in the cache.
+        Number of items whose features were computed; those of the others were in the cache.
     changed : int
-        Number of images whose content changed while the source was read. Their features and digests are those of
+        Number of items whose content changed while the source was read. Their features and digests are those of
         the later content.
     damaged : int
         Number of batches that were damaged on disk and dropped. Their features were computed again if they were
@@ -79,11 +80,11 @@ class CachedFeatures:
 
 
 class FeatureCache:
-    """The features of one backbone with one transform, by the content of the images.
+    """The features of one backbone with one transform, by the content of the items.
 
     Every batch is on disk before the next one is computed, so that a process that is killed loses at most one
-    batch, and the same call resumes with the batches that an uninterrupted one would have had. An image is
-    identified by a digest of the content that it was decoded from: a changed image is computed again, a moved or
+    batch, and the same call resumes with the batches that an uninterrupted one would have had. An item is
+    identified by a digest of the content that it was decoded from: a changed item is computed again, a moved or
     copied one is not. Every batch has a checksum, which is verified each time the cache is opened; a batch that
     differs is dropped and computed again. Only one process at a time may use the cache.
 
@@ -92,7 +93,7 @@ class FeatureCache:
     folder : str or Path
         Folder of the caches of all backbones.
     key : str
-        What the features depend on besides the images. The cache's own folder is named by its digest.
+        What the features depend on besides the items. The cache's own folder is named by its digest.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
@@ -100,8 +101,8 @@ class FeatureCache:
 
     def features(
         self,
-        source: ImageSource,
-        extract: Callable[[ImageSource], Iterator[Extracted]],
+        source: Source[Any],
+        extract: Callable[[Source[Any]], Iterator[Extracted]],
         *,
         progress: bool | None = None,
     ) -> CachedFeatures:
@@ -109,34 +110,35 @@ class FeatureCache:
 
         Parameters
         ----------
-        source : ImageSource
-            The images.
+        source : Source
+            The items.
         extract : callable
-            Computes the features of images; see `extract_images`.
+            Computes the features of items; see `extract_features`.
         progress : bool, optional
             Whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
 
         Raises
         ------
         DataError
-            If no image can be read, another process uses the cache, the backbone does not return (n, D), a
+            If no item can be read, another process uses the cache, the backbone does not return (n, D), a
             feature is not finite, or a file of the cache cannot be read.
         WriteError
             If a file of the cache cannot be written. The batches that were written before stay usable.
         """
         with self._locked(), _Store(self.folder, progress) as store:
+            noun = source.kind.noun
             digests, unread = _digests(source, progress)
             tried: set[int] = set()
             changed: set[int] = set()
             cached = len(store.rows)
-            # A second round is needed only if an image has changed, but not its copies, which were to share its
+            # A second round is needed only if an item has changed, but not its copies, which were to share its
             # features.
             while missing := _missing(store, digests, tried):
                 tried.update(missing)
-                images = SlicedSource(source, missing, source.title)
-                with progress_bar(total=len(missing), unit="image", desc="features", progress=progress) as bar:
-                    for part in extract(images):
-                        values = None if part.values is None else _checked(part.values, part.indices, images)
+                items = SlicedSource(source, missing, source.title)
+                with progress_bar(total=len(missing), unit=noun, desc="features", progress=progress) as bar:
+                    for part in extract(items):
+                        values = None if part.values is None else _checked(part.values, part.indices, items)
                         good: list[bytes] = []
                         corrupt: list[tuple[bytes, str]] = []
                         several: set[bytes] = set()
@@ -189,9 +191,9 @@ class _Batch:
     sha256 : str
         Checksum of the bytes of its rows.
     digests : list of bytes
-        Digest of the image of each row.
+        Digest of the item of each row.
     corrupt : list of tuple
-        Digest and reason of each image that could not be read.
+        Digest and reason of each item that could not be read.
     several : list of bytes
         Digests of the images that are the first of several frames or pages.
     """
@@ -239,7 +241,7 @@ class _Store(AbstractContextManager["_Store"]):
     """The files of a cache, of which only one may be open at a time.
 
     ``features.f32`` holds rows of float32. ``index.jsonl`` has one line per batch, with its rows, the digests of
-    their images, and their checksum. Rows that no line names are free. A line is written after its rows are on the
+    their items, and their checksum. Rows that no line names are free. A line is written after its rows are on the
     disk.
 
     Parameters
@@ -297,11 +299,11 @@ class _Store(AbstractContextManager["_Store"]):
         corrupt: Iterable[tuple[bytes, str]],
         several: Set[bytes],
     ) -> None:
-        """Write the features (n, D) of images by their digests, and why other images could not be read.
+        """Write the features (n, D) of items by their digests, and why other items could not be read.
 
         ``several`` are the digests of images that are the first of several frames or pages.
         """
-        # The new content of a changed image may be in the cache already.
+        # The new content of a changed item may be in the cache already.
         rows = {digest: i for i, digest in reversed(list(enumerate(digests))) if digest not in self.rows}
         new = sorted(rows, key=rows.__getitem__)
         corrupt = [
@@ -315,7 +317,7 @@ class _Store(AbstractContextManager["_Store"]):
         if values is not None and new:
             if self.width not in (0, values.shape[1]):
                 raise DataError(
-                    f"the backbone returned {values.shape[1]} features per image, but {self.width} before"
+                    f"the backbone returned {values.shape[1]} features per input, but {self.width} before"
                 )
             self.width = values.shape[1]
             content = values[[rows[digest] for digest in new]].numpy().tobytes()
@@ -387,7 +389,7 @@ class _Store(AbstractContextManager["_Store"]):
         """Compare the features with their checksums in one pass; replace batches that differ by None."""
         order = sorted((batch.start, i) for i, batch in enumerate(batches) if batch is not None and batch.digests)
         rows = sum(len(batch.digests) for batch in batches if batch is not None)
-        with progress_bar(total=rows, unit="image", desc="checking the cache", progress=progress) as bar:
+        with progress_bar(total=rows, unit="row", desc="checking the cache", progress=progress) as bar:
             for _, i in order:
                 batch = batches[i]
                 assert batch is not None
@@ -422,20 +424,20 @@ def _opened(path: Path) -> FileIO:
 
 
 def _missing(store: _Store, digests: dict[int, bytes], tried: set[int]) -> list[int]:
-    """Return the rows of the images whose features must be computed."""
+    """Return the rows of the items whose features must be computed."""
     first: dict[bytes, int] = {}
     for row, digest in digests.items():
         first.setdefault(digest, row)
     # One row per content, in order: after a killed process, the rest begins at a whole batch.
     wanted = [(row, digest) for digest, row in first.items() if row not in tried]
     missing = [row for row, digest in wanted if digest not in store]
-    # Last, the images that could not be read before: the cause may have been the disk.
+    # Last, the items that could not be read before: the cause may have been the disk.
     return missing + [row for row, digest in wanted if digest in store.corrupt]
 
 
 def _gather(
     store: _Store,
-    source: ImageSource,
+    source: Source[Any],
     digests: dict[int, bytes],
     unread: dict[int, str],
     computed: int,
@@ -446,7 +448,9 @@ def _gather(
     rows = [row for row, digest in digests.items() if digest in store.rows]
     if not rows:
         name, why = corrupt[0]
-        raise DataError(f"none of the {len(corrupt)} images of {source.title} can be read; {name}: {why}")
+        raise DataError(
+            f"none of the {len(corrupt)} {source.kind.name} of {source.title} can be read; {name}: {why}"
+        )
     # Copy-on-write, so that changes to the features do not change the file.
     shape = max(store.rows.values()) + 1, store.width
     stored = torch.from_numpy(np.memmap(store.features, np.float32, "c", shape=shape))
@@ -458,10 +462,12 @@ def _gather(
     )
 
 
-def _digests(source: ImageSource, progress: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
-    """Return the digest of each image by its row, and the reason for each image that cannot be read."""
+def _digests(source: Source[Any], progress: bool | None) -> tuple[dict[int, bytes], dict[int, str]]:
+    """Return the digest of each item by its row, and the reason for each item that cannot be read."""
     digests, unread = {}, {}
-    for row in progress_bar(range(len(source)), unit="image", desc="looking for changes", progress=progress):
+    for row in progress_bar(
+        range(len(source)), unit=source.kind.noun, desc="looking for changes", progress=progress
+    ):
         try:
             digests[row] = source.digest(row)
         except ItemError as error:
@@ -469,13 +475,13 @@ def _digests(source: ImageSource, progress: bool | None) -> tuple[dict[int, byte
     return digests, unread
 
 
-def _checked(values: Tensor, indices: Sequence[int], images: ImageSource) -> Tensor:
+def _checked(values: Tensor, indices: Sequence[int], items: Source[Any]) -> Tensor:
     """Return the features of a batch as float32 on the CPU."""
     if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(indices):
         what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise DataError(f"the backbone returned {what} for {len(indices)} images, not features (n, D)")
+        raise DataError(f"the backbone returned {what} for {len(indices)} {items.kind.name}, not features (n, D)")
     values = values.float().cpu()
     if not torch.isfinite(values).all():
         row = int((~torch.isfinite(values)).any(1).nonzero()[0])
-        raise DataError(f"the backbone's feature of {images.name(indices[row])} is not finite")
+        raise DataError(f"the backbone's feature of {items.name(indices[row])} is not finite")
     return values

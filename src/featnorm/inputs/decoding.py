@@ -10,8 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from featnorm._utils.errors import first_line
+from featnorm.inputs.errors import ItemError
 from featnorm.inputs.formats import FORMATS, HEAD_BYTES, reason_not_read, register_format
-from featnorm.inputs.source import ItemError
 
 #: Version of the rule by which a file becomes RGB pixels. Whatever is kept of decoded images depends on it.
 DECODING = 2

@@ -1,5 +1,6 @@
 """Folders and files, on this machine or in a store, behind one interface; and the walk that finds the images."""
 
+import io
 import os
 import re
 from abc import ABC, abstractmethod
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from featnorm._utils.extras import vision_module
 from featnorm.inputs.formats import HEAD_BYTES, PassedOver, ending, looks_like_image, named_as_image
@@ -52,6 +53,10 @@ class Folder(ABC):
     @abstractmethod
     def open(self, path: str) -> Any:
         """Open a file for random access, as a `pyarrow.NativeFile`."""
+
+    def stream(self, path: str) -> BinaryIO:
+        """Open a file for reading bytes and lines."""
+        return cast(BinaryIO, io.BufferedReader(self.open(path)))
 
     @abstractmethod
     def beside(self, path: str, other: str) -> str:
@@ -135,6 +140,10 @@ class LocalFolder(Folder):
     def open(self, path: str) -> Any:
         """See `Folder`."""
         return vision_module("pyarrow").OSFile(self.name(path))
+
+    def stream(self, path: str) -> BinaryIO:
+        """See `Folder`."""
+        return open(self.name(path), "rb")
 
     def beside(self, path: str, other: str) -> str:
         """See `Folder`."""

@@ -4,7 +4,8 @@ import os
 import re
 from typing import Any
 
-from featnorm.inputs.source import DataError, Source
+from featnorm.inputs.errors import DataError
+from featnorm.inputs.source import Source
 
 
 def group_items(source: Source[Any], by: str) -> list[str]:

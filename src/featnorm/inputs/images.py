@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image
 
 from featnorm.inputs.decoding import decode_with_digest, reason_of
+from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Files, Folder
 from featnorm.inputs.openers import Location, Opener, Options
-from featnorm.inputs.source import DataError, ImageSource, ItemError
+from featnorm.inputs.source import ImageSource
 
 
 class EncodedImages(ImageSource):

@@ -1,4 +1,4 @@
-"""Loading of images in batches: decoded and transformed by threads; corrupt images are skipped and reported."""
+"""Loading of items in batches: decoded and transformed by threads; corrupt items are skipped and reported."""
 
 import math
 import os
@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +19,20 @@ from torch import Tensor
 from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, error_site, error_text
 from featnorm._utils.memory import in_parts
 from featnorm._utils.progress import progress_bar
-from featnorm.inputs.decoding import is_first_of_several
-from featnorm.inputs.source import DataError, ImageSource, ItemError
+from featnorm.inputs.errors import DataError, ItemError
+from featnorm.inputs.kinds import Inputs
+from featnorm.inputs.source import ImageSource, Source
 
-# Number of images from which threads are faster than the calling thread.
+# Number of items from which threads are faster than the calling thread.
 _MIN_THREADED = 256
 _MAX_WORKERS = 8
 # Batches per thread that are read ahead.
 _AHEAD = 2
 # On Windows, a wait without a timeout cannot be interrupted.
 _POLL_SECONDS = 0.5
+
+# Number of parts of similar lengths in which a batch of texts is run, and the minimum number of texts in one.
+_SIMILAR_PARTS, _MIN_SIMILAR = 4, 16
 
 _T = TypeVar("_T")
 
@@ -36,44 +41,44 @@ class TransformError(DataError, UserCodeError):
     """An error raised by the user's transform; its traceback is a note, since it may come from another process."""
 
 
-class ImageBatch(NamedTuple):
-    """A batch of images for a model.
+class Batch(NamedTuple):
+    """A batch of items for a model.
 
     Attributes
     ----------
-    images : Tensor
-        Transformed images, (n, 3, H, W).
+    inputs : Tensor or mapping of str to Tensor
+        Transformed items: of images (n, 3, H, W), of texts the tensors (n, L) that the model takes by name.
     labels : Tensor
-        Classes, (n,), int64; -1 for an image without a label.
+        Classes, (n,), int64; -1 for an item without a label.
     indices : Tensor
-        Indices of the images in the source, (n,), int64.
+        Indices of the items in the source, (n,), int64.
     """
 
-    images: Tensor
+    inputs: Inputs
     labels: Tensor
     indices: Tensor
 
 
 @dataclass
-class ImagePart:
-    """The result of reading consecutive images of a source. Images are named by their indices in the source.
+class Part:
+    """The result of reading consecutive items of a source. Items are named by their indices in the source.
 
     Attributes
     ----------
     rows : range
-        The images.
-    batch : ImageBatch or None
-        The images that could be read; None if there are none.
+        The items.
+    batch : Batch or None
+        The items that could be read; None if there are none.
     unread : dict of int to str
         Why each of the others could not be read.
     digests : dict of int to bytes
-        `Source.digest` of the content that was decoded, also of an unread image if its content could be read.
+        `Source.digest` of the content that was decoded, also of an unread item if its content could be read.
     several : set of int
         The images that are the first of several frames or pages of their file.
     """
 
     rows: range
-    batch: ImageBatch | None = None
+    batch: Batch | None = None
     unread: dict[int, str] = field(default_factory=dict)
     digests: dict[int, bytes] = field(default_factory=dict)
     several: set[int] = field(default_factory=set)
@@ -81,14 +86,14 @@ class ImagePart:
 
 @dataclass
 class Extracted:
-    """The features of consecutive images of a source.
+    """The features of consecutive items of a source.
 
     Attributes
     ----------
     values : Tensor or None
-        Output of the backbone for the images that could be read, (n, D); None if there are none.
+        Output of the backbone for the items that could be read, (n, D); None if there are none.
     rows, unread, digests, several
-        See `ImagePart`.
+        See `Part`.
     """
 
     rows: range
@@ -99,11 +104,11 @@ class Extracted:
 
     @property
     def indices(self) -> list[int]:
-        """Indices of the images that could be read."""
+        """Indices of the items that could be read."""
         return [row for row in self.rows if row not in self.unread]
 
     def moved(self, start: int) -> "Extracted":
-        """Return the same features with the indices of a source in which these images begin at `start`."""
+        """Return the same features with the indices of a source in which these items begin at `start`."""
         by = start - self.rows.start
         unread = {row + by: why for row, why in self.unread.items()}
         digests = {row + by: digest for row, digest in self.digests.items()}
@@ -118,7 +123,7 @@ class _Stopped(Exception):
 class _Batches:
     """Batches of a source, by their number."""
 
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor], batch_size: int) -> None:
+    def __init__(self, source: Source[Any], transform: Callable[[Any], Any], batch_size: int) -> None:
         self.source = source
         self.transform = transform
         self.batch_size = batch_size
@@ -126,24 +131,25 @@ class _Batches:
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.batch_size)
 
-    def read(self, number: int, stop: threading.Event) -> ImagePart:
-        part = ImagePart(rows_of(number, self.batch_size, len(self.source)))
-        images: list[Tensor] = []
+    def read(self, number: int, stop: threading.Event) -> Part:
+        part = Part(rows_of(number, self.batch_size, len(self.source)))
+        kind = self.source.kind
+        prepared: list[Any] = []
         indices: list[int] = []
         for i in part.rows:
             if stop.is_set():
                 raise _Stopped
             try:
-                image, part.digests[i] = self.source.read(i)
+                item, part.digests[i] = self.source.read(i)
             except ItemError as error:
                 part.unread[i] = error.reason
                 if error.digest is not None:
                     part.digests[i] = error.digest
                 continue
-            if is_first_of_several(image):
+            if kind.is_first_of_several(item):
                 part.several.add(i)
             try:
-                transformed = self.transform(image)
+                transformed = self.transform(item)
             except RAISED_BY_USERS as error:
                 name = self.source.name(i)
                 failure = TransformError(
@@ -151,31 +157,20 @@ class _Batches:
                 )
                 failure.add_note(traceback.format_exc())
                 raise failure from None
-            self._check(i, transformed, images)
-            images.append(transformed)
+            kind.check(transformed, prepared[0] if prepared else None, self.source.name(i))
+            prepared.append(transformed)
             indices.append(i)
-        if images:
+        if prepared:
             labels = [-1 if (label := self.source.label(i)) is None else label for i in indices]
-            part.batch = ImageBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+            part.batch = Batch(kind.collate(prepared, self.transform), torch.tensor(labels), torch.tensor(indices))
         return part
 
-    def _check(self, i: int, transformed: object, before: list[Tensor]) -> None:
-        name = self.source.name(i)
-        if not isinstance(transformed, Tensor):
-            kind = type(transformed).__name__
-            raise DataError(f"the transform returned {kind} for {name}: it must return a Tensor")
-        if before and transformed.shape != before[0].shape:
-            raise DataError(
-                f"{name} has shape {tuple(transformed.shape)} after the transform, the ones before it in the "
-                f"batch {tuple(before[0].shape)}: use a transform that resizes all images to one size"
-            )
 
+class SourceLoader:
+    """An iterable of `Batch`, in the order of the source; `source_loader` creates it.
 
-class ImageLoader:
-    """An iterable of `ImageBatch`, in the order of the source; `image_loader` creates it.
-
-    It can be iterated any number of times, and reports corrupt images each time. Its length counts all batches,
-    although one in which all images are corrupt is skipped.
+    It can be iterated any number of times, and reports corrupt items each time. Its length counts all batches,
+    although one in which all items are corrupt is skipped.
     """
 
     def __init__(self, batches: _Batches, workers: int, on_corrupt: Callable[[str, str], None] | None) -> None:
@@ -186,20 +181,20 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         for part in self.parts():
             if part.batch is not None:
                 yield part.batch
 
-    def parts(self) -> Iterator[ImagePart]:
-        """Yield the result of each batch in order, also of batches in which no image can be read."""
+    def parts(self) -> Iterator[Part]:
+        """Yield the result of each batch in order, also of batches in which no item can be read."""
         for part in self._read():
             if self._on_corrupt is not None:
                 for row, reason in part.unread.items():
                     self._on_corrupt(self._batches.source.name(row), reason)
             yield part
 
-    def _read(self) -> Iterator[ImagePart]:
+    def _read(self) -> Iterator[Part]:
         stop = threading.Event()
         numbers = iter(range(len(self)))
         if not self._workers:
@@ -207,7 +202,7 @@ class ImageLoader:
                 yield self._batches.read(number, stop)
             return
         pool = _started(min(self._workers, len(self)))
-        ahead: deque[Future[ImagePart]] = deque()
+        ahead: deque[Future[Part]] = deque()
         try:
             for number in numbers:
                 ahead.append(pool.submit(self._batches.read, number, stop))
@@ -216,7 +211,7 @@ class ImageLoader:
             while ahead:
                 yield _result(ahead.popleft())
         finally:
-            # Also if the caller stops or is interrupted: each thread ends after its current image.
+            # Also if the caller stops or is interrupted: each thread ends after its current item.
             stop.set()
             pool.shutdown(cancel_futures=True)
 
@@ -230,7 +225,7 @@ def _started(workers: int) -> ThreadPoolExecutor:
     # If several threads load Pillow's plugins at the same time, a format may be unknown to one of them.
     Image.init()
     own = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "featnorm-images")
+    pool = ThreadPoolExecutor(workers, "featnorm-loader")
     gate = threading.Barrier(workers)
 
     def start() -> None:
@@ -256,11 +251,43 @@ def _result(future: Future[_T]) -> _T:
     return future.result()
 
 
-def named(source: ImageSource, rows: Sequence[int]) -> str:
-    """Return a name of some images of a source for errors: of the only one, or of the first and the last."""
+def over_parts(function: Callable[..., Any], inputs: Inputs, *others: Tensor) -> Any:
+    """Return the results of a function for the rows of a batch, which is run in parts.
+
+    Texts of similar lengths are run together, without the padding that longer ones of the batch need. If the
+    device runs out of memory, smaller parts are run.
+
+    Parameters
+    ----------
+    function : callable
+        From some of the rows to one result per row, a tensor or a list.
+    inputs, *others : Tensor or mapping of str to Tensor, Tensor
+        The rows.
+    """
+    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    if mask is None:
+        return _joined(in_parts(function, inputs, *others))
+    lengths = mask.sum(1)
+    order = lengths.argsort()
+    found = []
+    for rows in order.split(max(_MIN_SIMILAR, math.ceil(len(order) / _SIMILAR_PARTS))):
+        part = {name: tensor[rows, : int(lengths[rows].max())] for name, tensor in inputs.items()}  # type: ignore[union-attr]
+        found += in_parts(function, part, *(other[rows] for other in others))
+    results, places = _joined(found), order.argsort()
+    return results[places] if isinstance(results, Tensor) else [results[place] for place in places.tolist()]
+
+
+def _joined(found: list[Any]) -> Any:
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found) if isinstance(found[0], Tensor) else list(chain(*found))
+
+
+def named(source: Source[Any], rows: Sequence[int]) -> str:
+    """Return a name of some items of a source for errors: of the only one, or of the first and the last."""
     if len(rows) == 1:
         return source.name(rows[0])
-    return f"a batch of {len(rows)} images, {source.name(rows[0])} to {source.name(rows[-1])}"
+    return f"a batch of {len(rows)} {source.kind.name}, {source.name(rows[0])} to {source.name(rows[-1])}"
 
 
 def rows_of(number: int, batch_size: int, total: int) -> range:
@@ -268,75 +295,75 @@ def rows_of(number: int, batch_size: int, total: int) -> range:
     return range(number * batch_size, min((number + 1) * batch_size, total))
 
 
-def extract_images(
-    source: ImageSource,
-    transform: Callable[[Image.Image], Tensor],
-    backbone: Callable[[Tensor], Tensor],
+def extract_features(
+    source: Source[Any],
+    transform: Callable[[Any], Any],
+    backbone: Callable[[Inputs], Tensor],
     *,
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Iterator[Extracted]:
-    """Yield the features of images, batch by batch in the order of the source.
+    """Yield the features of items, batch by batch in the order of the source.
 
     If the device runs out of memory, a batch is processed in parts.
 
     Parameters
     ----------
     source, transform, batch_size, workers
-        See `image_loader`.
+        See `source_loader`.
     backbone : callable
-        From a batch of transformed images (n, 3, H, W) to features (n, D).
+        From a batch of transformed items (`Batch.inputs`) to features (n, D).
 
     Raises
     ------
     DataError
-        See `image_loader`.
+        See `source_loader`.
     """
-    for part in image_loader(source, transform, batch_size=batch_size, workers=workers).parts():
+    for part in source_loader(source, transform, batch_size=batch_size, workers=workers).parts():
         if part.batch is None:
             yield Extracted(part.rows, None, part.unread, part.digests, part.several)
             continue
         try:
-            found = in_parts(backbone, part.batch.images)
+            values = over_parts(backbone, part.batch.inputs)
         except UserCodeError as error:
             raise error.on(named(source, part.batch.indices.tolist())) from error.__cause__
-        values = found[0] if len(found) == 1 else torch.cat(found)
         yield Extracted(part.rows, values, part.unread, part.digests, part.several)
 
 
-def image_loader(
-    source: ImageSource,
-    transform: Callable[[Image.Image], Tensor],
+def source_loader(
+    source: Source[Any],
+    transform: Callable[[Any], Any],
     *,
     batch_size: int = 64,
     workers: int | None = None,
     on_corrupt: Callable[[str, str], None] | None = None,
-) -> ImageLoader:
-    """Read a source in order, in batches, and skip the images that cannot be read.
+) -> SourceLoader:
+    """Read a source in order, in batches, and skip the items that cannot be read.
 
     Parameters
     ----------
-    source : ImageSource
-        The images.
+    source : Source
+        The items.
     transform : callable
-        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch. It must be safe to
-        call from several threads at the same time, unless `workers` is 0 or 1.
+        From a PIL image in RGB to a tensor (3, H, W), the same shape for all images of a batch; or from a text to
+        the tensors (L,) that the model takes by name. It must be safe to call from several threads at the same
+        time, unless `workers` is 0 or 1.
     batch_size : int
-        Number of images read per batch. A batch with corrupt images is smaller, and one without readable images
-        is skipped.
+        Number of items read per batch. A batch with corrupt items is smaller, and one without readable items is
+        skipped.
     workers : int, optional
-        Number of threads that read and transform images; 0 for the calling thread. Default: 0 for fewer than 256
-        images, else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that
+        Number of threads that read and transform items; 0 for the calling thread. Default: 0 for fewer than 256
+        items, else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that
         threads are as fast as processes, and need no shared memory. A transform that is mostly Python code gains
         little from more threads.
     on_corrupt : callable, optional
-        Called in this process with the name of each unreadable image and the reason, before its batch is yielded.
+        Called in this process with the name of each unreadable item and the reason, before its batch is yielded.
 
     Returns
     -------
-    ImageLoader
-        An iterable of `ImageBatch`. Iterating raises DataError if the transform does not return a tensor, or
-        returns different shapes within a batch, and its subclass `TransformError` if the transform raises an
+    SourceLoader
+        An iterable of `Batch`. Iterating raises DataError if the transform returns something else, or
+        different shapes of images within a batch, and its subclass `TransformError` if the transform raises an
         error (whose traceback is a note).
 
     Raises
@@ -348,7 +375,7 @@ def image_loader(
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if workers is None:
         workers = 0 if len(source) < _MIN_THREADED else min(_processors(), _MAX_WORKERS)
-    return ImageLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
+    return SourceLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
 
 
 def _processors() -> int:

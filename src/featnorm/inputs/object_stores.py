@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
+from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import Files, Folder
 from featnorm.inputs.formats import HEAD_BYTES
-from featnorm.inputs.source import DataError
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://.+", re.IGNORECASE | re.DOTALL)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from featnorm._utils.errors import first_line
+from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import SPLIT_NAMES, Files, Folder, LocalFolder, title_of
 from featnorm.inputs.object_stores import is_address, list_address
-from featnorm.inputs.source import DataError, JoinedSource, SlicedSource, Source
+from featnorm.inputs.source import JoinedSource, SlicedSource, Source
 
 _SLICE = re.compile(r"(?P<spec>.+)\[(?P<slice>[^\[\]]*)\]", re.DOTALL)
 _BOUND = re.compile(r"(?P<number>[+-]?\d+)(?P<percent>%?)")
@@ -54,25 +55,26 @@ class Options:
     ----------
     labels : bool
         Whether to read the labels of a table.
-    label_column : str or None
-        The column of a table that holds them; None for the default.
+    label_column, text_column : str or None
+        The columns of a table that hold the labels and the texts; None for the default.
     """
 
     labels: bool
     label_column: str | None
+    text_column: str | None
 
     def require_no_column(self, location: object) -> None:
-        """Check that no label column is given, for data without columns.
+        """Check that no column is given, for data without columns.
 
         Raises
         ------
         DataError
             If one is given.
         """
-        if self.label_column is not None:
+        if (column := self.label_column or self.text_column) is not None:
             raise DataError(
-                f"{location} is not a parquet file and has no column {self.label_column!r}: the classes of images "
-                "in folders are the names of the folders"
+                f"{location} is not a table and has no column {column!r}: the classes of images in folders are "
+                "the names of the folders"
             )
 
 
@@ -88,12 +90,15 @@ class Opener(ABC):
         Endings of the files that it opens, such as ``".parquet"``; they are also looked for under the data root.
     names : tuple of str
         Names of the data sets that it opens, in upper or lower case.
+    shards : bool
+        Whether the files with these endings in a folder are the shards of one data set, or its splits.
     merges : bool
         Whether neighboring files of one folder are opened as one source.
     """
 
     endings: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[tuple[str, ...]] = ()
+    shards: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -139,6 +144,7 @@ def open_source(
     root: str | Path | None = None,
     labels: bool = True,
     label_column: str | None = None,
+    text_column: str | None = None,
     mix_splits: bool = False,
 ) -> Source[Any]:
     """Open data by path, address or name. None of it is read yet.
@@ -152,6 +158,9 @@ def open_source(
         - an image file, whatever it is called;
         - a ``.parquet`` file in the Hugging Face layout (``image``: a struct of ``bytes`` and ``path``;
           perhaps a column of labels), or a folder of such files, the shards of one data set;
+        - texts: a ``.csv``, ``.jsonl`` or ``.parquet`` file (or a folder of the latter) with a column of texts and
+          perhaps one of labels, or a ``.txt`` file with one text per line, all in UTF-8. The first row of a CSV
+          file names its columns;
         - the address of one of these in an object store, as pyarrow's file systems take it:
           ``s3://bucket/photos``, ``gs://...``, ``abfs://...``, ``hdfs://...``, settings in a query
           (``?region=eu-west-1``);
@@ -166,10 +175,14 @@ def open_source(
         The data root. Default: the environment variable ``FEATNORM_DATA``; if it is not set, downloads go to
         ``~/.cache/featnorm``.
     labels : bool
-        Whether to read the labels of a parquet file.
+        Whether to read the labels of a table.
     label_column : str, optional
-        The column of a parquet file that holds the labels: integers, strings or booleans, dictionary-encoded or
-        not. Default: ``label``, if there is one.
+        The column of a table that holds the labels: integers, strings or booleans, dictionary-encoded or not.
+        Default: ``label``, if there is one.
+    text_column : str, optional
+        The column of a table that holds the texts. Default: ``text``, if there is one; or else the only column of
+        strings beside the labels, if it is the only other column or has three words or more per row on average.
+        A parquet file with a column ``image`` holds images, unless a text column is given.
     mix_splits : bool
         Whether a folder may hold several splits, such as ``train`` and ``test``.
 
@@ -190,9 +203,15 @@ def open_source(
     """
     if not specs:
         raise ValueError("no data is given: name a folder, a file, an address or a data set")
-    options = Options(labels, label_column)
+    options = Options(labels, label_column, text_column)
     root = root or os.environ.get("FEATNORM_DATA")
     found = [_resolve(spec, None if root is None else Path(root).expanduser(), mix_splits) for spec in specs]
+    if several := [one.opener for one in found if one.opener.merges]:
+        # Beside image files, as a shell lists a folder, any other file is one that is not an image.
+        found = [
+            replace(one, opener=several[0]) if one.opener.endings and not one.opener.shards else one
+            for one in found
+        ]
     sources = [one.open(options) for one in _merged(found)]
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
@@ -266,7 +285,7 @@ def _resolved(location: Folder | Files, mix_splits: bool, title: str | None = No
     if isinstance(location, Files):
         return _Resolved(location, title or title_of(location.folder, location.paths[0]), _opener_of(location))
     try:
-        splits = [] if mix_splits else location.splits(_endings())
+        splits = [] if mix_splits else location.splits(_endings(shards=True))
         if len(splits) > 1:
             raise DataError(
                 f"{location} holds several splits, which must not be mixed: name one of {', '.join(splits)}"
@@ -294,8 +313,8 @@ def _opener_of(location: Location) -> Opener:
     )
 
 
-def _endings() -> tuple[str, ...]:
-    return tuple(ending for opener in _OPENERS for ending in opener.endings)
+def _endings(shards: bool = False) -> tuple[str, ...]:
+    return tuple(ending for opener in _OPENERS if opener.shards or not shards for ending in opener.endings)
 
 
 def _find_under(root: Path, name: str, split: str) -> Path | None:
@@ -306,7 +325,7 @@ def _find_under(root: Path, name: str, split: str) -> Path | None:
     paths.append(folder / split)
     # torchvision downloads to <root>/dtd/dtd and <root>/MNIST/raw, and reads these folders itself.
     if split == "test" and not (folder / "dtd").is_dir() and not (folder / "raw").is_dir():
-        paths += [folder] if folder.is_dir() and not LocalFolder(folder).splits(_endings()) else []
+        paths += [folder] if folder.is_dir() and not LocalFolder(folder).splits(_endings(shards=True)) else []
     return next((path for path in paths if path.exists()), None)
 
 

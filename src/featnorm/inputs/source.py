@@ -9,39 +9,11 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from PIL import Image
 from torch.utils.data import Dataset
 
+from featnorm.inputs.errors import DataError
 from featnorm.inputs.formats import PassedOver
+from featnorm.inputs.kinds import IMAGES, Kind
 
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """A specification of data, or the data itself, that cannot be used. The message is one line."""
-
-
-class ItemError(DataError):
-    """One item that is corrupt or unreadable.
-
-    Parameters
-    ----------
-    name : str
-        Name of the item in its source: its file, or its row.
-    reason : str
-        What is wrong with it, in one line.
-
-    Attributes
-    ----------
-    digest : bytes or None
-        `Source.digest` of the content that cannot be decoded; None if no content was read.
-    """
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
-        self.reason = reason
-        self.digest: bytes | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
 
 
 class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
@@ -61,6 +33,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
 
     Attributes
     ----------
+    kind : Kind
+        What the items are. Default: images.
     names_are_paths : bool
         Whether `name` is the path of a file, which also distinguishes the item from those of other sources.
     passed_over : PassedOver
@@ -71,6 +45,7 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         Columns of a table that hold single values; empty for other sources.
     """
 
+    kind: Kind = IMAGES
     names_are_paths = False
     passed_over = PassedOver()
     label_columns: tuple[str, ...] = ()
@@ -88,7 +63,7 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         return self.item(i), self.label(i)
 
     def item(self, i: int) -> T:
-        """Return item `i`, fully decoded: an image in RGB and upright, see `featnorm.inputs.decoding.decode`.
+        """Return item `i`, fully decoded: a text, or an image in RGB and upright.
 
         Raises
         ------
@@ -119,7 +94,7 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         raise DataError(f"no column {name!r} in {self.title}: {has}")
 
     def digest(self, i: int) -> bytes:
-        """Return a digest of 32 bytes of the content of item `i`: of its file, or of its pixels.
+        """Return a digest of 32 bytes of the content of item `i`: of its file, its pixels or its text.
 
         Raises
         ------
@@ -147,6 +122,24 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
     def identity(self, i: int) -> str:
         """Return what identifies item `i` without reading its content: name, size and modification time."""
         return self._identity(self._checked(i))
+
+    def require(self, kind: Kind, taker: str) -> None:
+        """Check that the items are of a kind.
+
+        Parameters
+        ----------
+        kind : Kind
+            The kind.
+        taker : str
+            What takes only these, for the message.
+
+        Raises
+        ------
+        DataError
+            If they are of another kind.
+        """
+        if self.kind is not kind:
+            raise DataError(f"{self.title} holds {self.kind.name}, and {taker} takes {kind.name}")
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -185,6 +178,7 @@ class SlicedSource(Source[T]):
 
     def __init__(self, source: Source[T], rows: Sequence[int], title: str) -> None:
         super().__init__(title, [source.label(row) for row in rows], source.class_names)
+        self.kind = source.kind
         self.names_are_paths = source.names_are_paths
         self.passed_over = source.passed_over
         self.label_columns = source.label_columns
@@ -217,9 +211,21 @@ class JoinedSource(Source[T]):
     ----------
     sources : sequence of Source
         The sources.
+
+    Raises
+    ------
+    DataError
+        If the sources hold different kinds of items.
     """
 
     def __init__(self, sources: Sequence[Source[T]]) -> None:
+        self.kind = sources[0].kind
+        for source in sources:
+            if source.kind is not self.kind:
+                raise DataError(
+                    f"{sources[0].title} holds {self.kind.name}, and {source.title} {source.kind.name}: open them "
+                    "one by one"
+                )
         self._ends = list(accumulate(len(source) for source in sources))
         classes = sources[0].class_names
         labels: list[int | None] = [None] * self._ends[-1]

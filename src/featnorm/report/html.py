@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,19 @@ class Picture:
 
 def render(template: str, package: str = "featnorm.report", **values: Any) -> str:
     """Render a template of a package, which may extend the templates of this package, with the given values."""
-    environment = Environment(
+    return _environment(package).get_template(template).render(themes=THEMES, **values)
+
+
+@cache
+def _environment(package: str) -> Environment:
+    return Environment(
         loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("featnorm.report", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,
     )
-    return environment.get_template(template).render(themes=THEMES, **values)
 
 
 def write(path: Path, html: str) -> None:

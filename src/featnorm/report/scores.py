@@ -1,7 +1,6 @@
-"""The page of scored images: lowest scores first, each with its place, similar images and a heat map."""
+"""The page of scored images or texts: lowest scores first, each with its place, similar images and a heat map."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,38 +11,37 @@ from PIL import Image
 
 from featnorm._utils.ranks import are_ranks, shown_scores
 from featnorm.hidden.examples import Neighbor
-from featnorm.inputs import ItemError
+from featnorm.inputs import Kind
 from featnorm.report import plots
-from featnorm.report.html import THUMBNAIL, Key, Picture, number, percent, render, thumbnail, write
+from featnorm.report.explanation import heat_map, neighbor_picture
+from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
 from featnorm.verdict import ItemVerdict
 
 Array = npt.NDArray[np.float64]
 
 # Size of the small histogram beside an image, in SVG units, and its number of bins.
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
-
-
+# Characters of a text that are shown.
+_MAX_TEXT = 500
 # Folders in the table.
 _MAX_FOLDERS = 200
-# Colors of a heat map where the image lowers the score and where it raises it, and the largest opacity.
-_LOWERS, _RAISES, _OPACITY = (235, 95, 10), (30, 120, 235), 0.8
 
 
 @dataclass(frozen=True)
-class ScoredImage:
-    """An image on the page.
+class ScoredItem:
+    """An image or text on the page.
 
     Attributes
     ----------
     verdict : its verdict, with the explanation.
-    folder : folder of the image.
-    image : the image, or None if it can no longer be read.
+    folder : folder of the item.
+    item : the image or text, or None if it can no longer be read.
     model_input : what the model sees of it as gray values in [0, 1], (height, width), for the heat map; or None.
     """
 
     verdict: ItemVerdict
     folder: str
-    image: Image.Image | None
+    item: Image.Image | str | None
     model_input: npt.NDArray[np.float32] | None
 
 
@@ -63,6 +61,7 @@ class _Similar:
     label: str
     similarity: str
     picture: Picture | None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ class _Card:
     share: str
     x: str
     picture: Picture | None
+    text: str
     heat: Picture | None
-    compared: bool
+    reference: str
     no_heat: str
     similar: list[_Similar]
     sentence: str
@@ -89,6 +89,7 @@ class _Card:
 def write_scores_page(
     path: Path,
     *,
+    kind: Kind,
     title: str,
     summary: str,
     facts: Mapping[str, str],
@@ -97,28 +98,29 @@ def write_scores_page(
     threshold: float,
     flagged: int,
     folders: Mapping[str, Sequence[int]],
-    shown: Iterable[ScoredImage],
+    shown: Iterable[ScoredItem],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
 ) -> None:
-    """Write the page of scored images as one HTML file that works offline, and without JavaScript.
+    """Write the page of scored items as one HTML file that works offline, and without JavaScript.
 
     Parameters
     ----------
     path : file to write, in an existing folder; an existing file is replaced.
+    kind : what was scored.
     title, summary, facts : heading of the page, a sentence under it, and provenance, as label -> text.
-    calibration_scores : scores of the calibration images (n,), ascending; or the fixed ones of a `Jackknife`.
-    scores : scores of the images (m,); may be empty.
-    threshold : score at or above which an image is ID.
-    flagged : number of flagged images.
-    folders : number of images scored, and of images flagged, by folder.
-    shown : the images to show, lowest score first; consumed one at a time.
-    unread, unread_count : names and reasons of the first unreadable images, and the number of all of them.
+    calibration_scores : scores of the calibration items (n,), ascending; or the fixed ones of a `Jackknife`.
+    scores : scores of the items (m,); may be empty.
+    threshold : score at or above which an item is ID.
+    flagged : number of flagged items.
+    folders : number of items scored, and of items flagged, by folder.
+    shown : the items to show, lowest score first; consumed one at a time.
+    unread, unread_count : names and reasons of the first unreadable items, and the number of all of them.
     """
     counted = are_ranks(calibration_scores)
     calibration_scores = shown_scores(np.sort(calibration_scores))
     samples = [calibration_scores, scores] if len(scores) else [calibration_scores]
-    names = ["calibration images", "these images"][: len(samples)]
+    names = [f"calibration {kind.name}", f"these {kind.name}"][: len(samples)]
     low, high = plots.span(samples)
     histogram, outside = plots.histogram(
         samples,
@@ -134,6 +136,8 @@ def write_scores_page(
     pictures = [picture for card in cards for picture in (card.picture, card.heat)]
     html = render(
         "scores.html",
+        items=kind.name,
+        noun=kind.noun,
         title=title,
         summary=summary,
         facts=dict(facts),
@@ -165,18 +169,18 @@ def write_scores_page(
 
 def _card(
     i: int,
-    one: ScoredImage,
+    one: ScoredItem,
     calibration_scores: Array,
     low: float,
     high: float,
     examples: dict[int, Picture | None],
 ) -> _Card:
-    """Return the card of an image; add the pictures of similar images to ``examples``."""
+    """Return the card of an item; add the pictures of similar images to ``examples``."""
     verdict, why = one.verdict, one.verdict.why
     assert verdict.score is not None
     heat = None
     if why is not None and why.heat is not None and one.model_input is not None:
-        heat = thumbnail(_heat_map(why.heat.numpy(), one.model_input), f"m{i}")
+        heat = thumbnail(heat_map(why.heat, one.model_input), f"m{i}")
     above = float(np.mean(calibration_scores > verdict.score))
     return _Card(
         name=verdict.item,
@@ -189,36 +193,28 @@ def _card(
         p_value="" if verdict.p_value is None else f"{verdict.p_value:.4f}",
         share=percent(above),
         x=_place(verdict.score, low, high),
-        picture=None if one.image is None else thumbnail(one.image, f"t{i}"),
+        picture=thumbnail(one.item, f"t{i}") if isinstance(one.item, Image.Image) else None,
+        text=_shortened(one.item) if isinstance(one.item, str) else "",
         heat=heat,
-        compared=why is not None and why.compared,
-        no_heat="" if why is None else why.no_heat,
-        similar=[] if why is None else [_similar(neighbor, examples) for neighbor in why.nearest],
+        reference="" if why is None else why.reference,
+        no_heat="" if why is None or isinstance(one.item, str) else why.no_heat,
+        similar=[] if why is None else [_similar(neighbor, one, examples) for neighbor in why.nearest],
         sentence="" if why is None or why.units is None else why.units.sentence,
         rows=[] if why is None or why.units is None else why.units.rows(),
     )
 
 
-def _similar(neighbor: Neighbor, examples: dict[int, Picture | None]) -> _Similar:
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+
+
+def _similar(neighbor: Neighbor, one: ScoredItem, examples: dict[int, Picture | None]) -> _Similar:
+    label, similarity = neighbor.label or "", f"{neighbor.similarity:.2f}"
+    if isinstance(one.item, str):
+        return _Similar(label, similarity, None, neighbor.text() or "")
     if neighbor.index not in examples:
-        examples[neighbor.index] = None
-        # A damaged thumbnail costs its picture, not the page.
-        with suppress(ItemError):
-            image = neighbor.image()
-            examples[neighbor.index] = None if image is None else thumbnail(image, f"e{neighbor.index}")
-    return _Similar(neighbor.label or "", f"{neighbor.similarity:.2f}", examples[neighbor.index])
-
-
-def _heat_map(heat: npt.NDArray[np.float32], model_input: npt.NDArray[np.float32]) -> Image.Image:
-    """Lay a heat map over what the model sees, with the strongest heat at full opacity."""
-    gray = Image.fromarray(np.uint8(255 * model_input))
-    gray = gray.resize((THUMBNAIL, round(THUMBNAIL * gray.height / gray.width)), Image.Resampling.BICUBIC)
-    scaled = Image.fromarray(heat / max(float(np.abs(heat).max()), 1e-30))
-    strength = np.asarray(scaled.resize(gray.size, Image.Resampling.BICUBIC)).clip(-1, 1)[..., None]
-    color = np.where(strength < 0, _LOWERS, _RAISES)
-    opacity = _OPACITY * np.abs(strength)
-    pixels = (1 - opacity) * np.asarray(gray)[..., None] + opacity * color
-    return Image.fromarray(pixels.round().astype(np.uint8))
+        examples[neighbor.index] = neighbor_picture(neighbor, f"e{neighbor.index}")
+    return _Similar(label, similarity, examples[neighbor.index])
 
 
 def _place(score: float, low: float, high: float) -> str:

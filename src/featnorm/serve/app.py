@@ -20,17 +20,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import featnorm
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
-from featnorm.serve.batching import Batcher
+from featnorm.serve.batching import Batcher, Scored
 from featnorm.serve.hosts import HostCheck, allowed_name
-from featnorm.serve.limits import RETRY, BodyLimit, Limits
+from featnorm.serve.limits import MAX_PICTURED, RETRY, BodyLimit, Limits
 from featnorm.serve.metrics import Metrics
-from featnorm.serve.page import render_page
+from featnorm.serve.page import home_page, not_found
 from featnorm.serve.requests import ImageCounts, RequestLog, problem
 from featnorm.serve.responses import Detector, Problem, Results, Scorers, result_of
 from featnorm.serve.scorers import ScorerFile, ServedScorer, ServedScorers
 from featnorm.serve.uploads import DESCRIPTION, read_body, read_uploads
 from featnorm.serve.workers import Workers
-from featnorm.verdict import ItemVerdict
 
 _ROOT_PATH = re.compile(r"(/[^/?#\s]+)*")
 
@@ -45,7 +44,7 @@ def create_app(
     root_path: str = "",
     runtime: Runtime | None = None,
 ) -> FastAPI:
-    """Create an ASGI application that scores images over HTTP.
+    """Create an ASGI application that scores images or texts over HTTP.
 
     It logs to the logger ``featnorm.serve``. It starts with the server; mounted in another application, it starts
     with the first request to ``/readyz`` or for a score.
@@ -117,7 +116,7 @@ def create_app(
     app = FastAPI(
         title="featnorm",
         version=featnorm.__version__,
-        description="Does the model know this image? Out-of-distribution detection, image by image.",
+        description="Does the model know this image or text? Out-of-distribution detection, item by item.",
         lifespan=lifespan,
         # These pages would load scripts from other hosts.
         docs_url=None,
@@ -158,15 +157,22 @@ def create_app(
         """Return the scorer that a request is for, by its path."""
         name = request.path_params.get("name", next(iter(served)) if len(served) == 1 else "")
         if name not in served:
-            raise HTTPException(
-                404, f"there is no scorer at this address: use /v1/NAME, with NAME one of {', '.join(served)}"
-            )
+            raise HTTPException(404)
         request.state.scorer = name
         return served[name]
 
     async def score(
         request: Request,
-        explain: Annotated[bool, Query(description="Whether to explain the verdicts.")] = False,
+        explain: Annotated[
+            bool,
+            Query(
+                description="Whether to explain the verdicts. The explanations of flagged images, at most "
+                f"{MAX_PICTURED} per request, those with the lowest scores, have pictures: thumbnails of similar "
+                "images that the detector was fitted to, and a heat map. Each of these counts as another image in "
+                "the queue, and takes as long as several images. If the service is busy, there are no "
+                "pictures, and `no_heat` says so."
+            ),
+        ] = False,
         group: Annotated[
             str | None,
             Query(description="Group of the images, for a scorer with thresholds by group other than `class`."),
@@ -185,13 +191,13 @@ def create_app(
         running = start()
         if running.stopped:
             raise HTTPException(503, "the service is shutting down: try again later", RETRY)
-        body = await read_body(request)
+        body = await read_body(request, scorer.kind)
 
-        async def scored() -> list[ItemVerdict]:
-            uploads = await read_uploads(body, limits, running.parser)
+        async def scored() -> Scored:
+            uploads = await read_uploads(body, scorer.kind, limits, running.parser)
             return await running.batcher.score(uploads, scorer, explain=explain, group=group)
 
-        verdicts = await _unless_disconnected(request, scored(), limits)
+        verdicts, whys = await _unless_disconnected(request, scored(), limits)
         counts: ImageCounts = request.state.image_counts
         for verdict in verdicts:
             metrics.image(scorer, verdict)
@@ -199,7 +205,10 @@ def create_app(
             counts.flagged += verdict.is_id is False
             counts.unreadable += verdict.error is not None
         status = 422 if counts.unreadable == counts.images else 200
-        results = [result_of(verdict, explain) for verdict in verdicts]
+        results = [result_of(verdict) for verdict in verdicts]
+        if explain:
+            for i, result in enumerate(results):
+                result["why"] = whys[i].model_dump() if i in whys else None
         return JSONResponse({"results": results, "digest": scorer.description.digest}, status)
 
     async def detector(request: Request) -> Detector:
@@ -209,7 +218,7 @@ def create_app(
     for prefix, parameters, documented in (("/v1", [], len(served) == 1), ("/v1/{name}", [of_name], True)):
         app.post(
             f"{prefix}/score",
-            summary="Score one or more images",
+            summary="Score one or more images or texts",
             response_model=Results,
             responses=rejections,
             openapi_extra={"requestBody": DESCRIPTION, "parameters": parameters},
@@ -218,7 +227,7 @@ def create_app(
         )(score)
         app.get(
             f"{prefix}/detector",
-            summary="The detector that scores the images",
+            summary="The detector that scores the images or texts",
             response_model=Detector,
             responses={401: rejections[401], 404: rejections[404]},
             openapi_extra={"parameters": parameters},
@@ -261,15 +270,17 @@ def create_app(
             raise HTTPException(503, "the service is not ready: it is starting, or shutting down", RETRY)
         return {"status": "ready"}
 
-    page, policy = render_page()
+    page = home_page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     @app.head("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        return page
 
     @app.exception_handler(HTTPException)
     async def rejected(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return not_found(request, [*served])
         return problem(error.status_code, error.detail, request.state.request_id, error.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -291,7 +302,7 @@ class _RootPath:
         await self.app({**scope, "root_path": self._path}, receive, send)
 
 
-async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> list[ItemVerdict]:
+async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> Scored:
     """Await some work, but cancel it if the time is up or the client disconnects."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))

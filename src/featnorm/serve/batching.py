@@ -5,20 +5,20 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from starlette.exceptions import HTTPException
-from torch import Tensor
 
 from featnorm._utils.errors import first_line
 from featnorm.inputs.decoding import decode
-from featnorm.inputs.source import ItemError
+from featnorm.inputs.errors import ItemError
+from featnorm.inputs.kinds import IMAGES
 from featnorm.serve.decoding import Decoders
-from featnorm.serve.limits import RETRY, Limits
+from featnorm.serve.limits import MAX_PICTURED, RETRY, Limits
+from featnorm.serve.responses import Why, why_of
 from featnorm.serve.uploads import Upload
 from featnorm.verdict import ItemVerdict, unreadable
 
@@ -30,18 +30,34 @@ log = logging.getLogger("featnorm.serve")
 # Minimum number of pixels that an encoded byte counts as. A photograph has more pixels per byte; a file made to be
 # slow to decode has fewer.
 _MIN_PIXELS_PER_BYTE = 4
+# Share of the timeout of a request that its pictures may take. The verdicts are known by then.
+_PICTURES_SHARE = 0.5
+# How many times smaller a batch for pictures is. A heat map takes about two more passes of the model, or up to
+# sixteen if the model has no global average pooling.
+_SMALLER = 8
+# Why there is no heat map.
+_BUSY = "the service is busy"
+_TOO_MANY = f"only the {MAX_PICTURED} flagged images of a request with the lowest scores have one"
+_FAILED = "an internal error: see the log of the service"
+
+#: Verdicts on the images of a request, and explanations by the position of the image.
+Scored = tuple[list[ItemVerdict], dict[int, Why]]
 
 
 @dataclass(eq=False)
 class Pending:
-    """An image that waits for a scorer's model, and the future of its verdict."""
+    """An image that waits for a scorer's model, and the future of its verdict.
+
+    If it has an explanation ``why``, it waits for pictures, and the future is that of the explanation with them.
+    """
 
     upload: Upload
     scorer: "ServedScorer"
     explain: bool
     group: str | None
-    future: asyncio.Future[ItemVerdict]
-    tensor: Tensor = field(default_factory=lambda: torch.empty(0))
+    future: asyncio.Future[Any]
+    prepared: Any = None
+    why: Why | None = None
 
 
 class Batcher:
@@ -49,7 +65,8 @@ class Batcher:
 
     Images are decoded in two threads, and scored in a third, which all scorers share. They take turns after each
     batch, so that a scorer waits for at most one batch of each other scorer, and only one batch is in the memory
-    of the device at a time. `run` must be running.
+    of the device at a time. Explanations with pictures take longer, so they have smaller batches of their own,
+    which take turns like those of another scorer. `run` must be running.
 
     Parameters
     ----------
@@ -63,8 +80,9 @@ class Batcher:
         self._limits = limits
         self._on_batch = on_batch
         self._pending: set[Pending] = set()
-        # The scorer whose turn is next comes first. A scorer that was replaced has the images of earlier requests.
-        self._ready: dict[ServedScorer, deque[Pending]] = {}
+        # By scorer and whether they wait for pictures; whose turn is next comes first. A scorer that was replaced
+        # has the images of earlier requests.
+        self._ready: dict[tuple[ServedScorer, bool], deque[Pending]] = {}
         self._any_ready = asyncio.Event()
         self._decoders = Decoders()
         self._model = ThreadPoolExecutor(1, "featnorm-model")
@@ -76,8 +94,11 @@ class Batcher:
 
     async def score(
         self, uploads: Sequence[Upload], scorer: "ServedScorer", *, explain: bool = False, group: str | None = None
-    ) -> list[ItemVerdict]:
+    ) -> Scored:
         """Score the images of one request, in their order. If it is cancelled, pending images are dropped.
+
+        With ``explain``, all images that are scored have an explanation, and the flagged ones with the lowest
+        scores one with pictures.
 
         Raises
         ------
@@ -109,7 +130,8 @@ class Batcher:
             for upload, cost, before in zip(uploads, costs, accumulate(costs, initial=0), strict=False)
         ]
         try:
-            return await asyncio.gather(*map(self._follow, images, tensors))
+            verdicts = await asyncio.gather(*map(self._follow, images, tensors))
+            return verdicts, await self._explained(images, verdicts) if explain else {}
         finally:
             self._pending.difference_update(images)
             for decoded, image in zip(tensors, images, strict=True):
@@ -125,7 +147,8 @@ class Batcher:
             if not batch:
                 self._any_ready.clear()
                 continue
-            self._on_batch(batch[0].scorer.name, len(batch))
+            if batch[0].why is None:
+                self._on_batch(batch[0].scorer.name, len(batch))
             results = await loop.run_in_executor(self._model, self._results, batch)
             for image, result in zip(batch, results, strict=True):
                 if image.future.done():  # cancelled
@@ -140,15 +163,44 @@ class Batcher:
         self._decoders.close()
         self._model.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, image: Pending, decoded: asyncio.Future[Tensor | str]) -> ItemVerdict:
+    async def _follow(self, image: Pending, decoded: asyncio.Future[Any]) -> ItemVerdict:
         tensor = await decoded
         if isinstance(tensor, str):
             self._pending.discard(image)
             return unreadable(image.upload.name, tensor)
-        image.tensor = tensor
-        self._ready.setdefault(image.scorer, deque()).append(image)
+        image.prepared = tensor
+        self._enqueue(image)
+        verdict: ItemVerdict = await image.future
+        return verdict
+
+    def _enqueue(self, image: Pending) -> None:
+        self._ready.setdefault((image.scorer, image.why is not None), deque()).append(image)
         self._any_ready.set()
-        return await image.future
+
+    async def _explained(self, images: Sequence[Pending], verdicts: Sequence[ItemVerdict]) -> dict[int, Why]:
+        """Return the explanations of one request by position; those of the lowest flagged images have pictures."""
+        kind = images[0].scorer.kind
+        whys = {i: why_of(verdict.why, kind) for i, verdict in enumerate(verdicts) if verdict.why is not None}
+        if kind is not IMAGES:
+            return whys
+        flagged = sorted((i for i in whys if verdicts[i].is_id is False), key=lambda i: verdicts[i].score or 0.0)
+        for place, i in enumerate(flagged):
+            whys[i].no_heat = _BUSY if place < MAX_PICTURED else _TOO_MANY
+        lowest = flagged[:MAX_PICTURED]
+        if not lowest or len(self._pending) + len(lowest) > self._limits.queue:
+            return whys
+        loop = asyncio.get_running_loop()
+        waiting = {i: replace(images[i], why=whys[i], future=loop.create_future()) for i in lowest}
+        self._pending.update(waiting.values())
+        for image in waiting.values():
+            self._enqueue(image)
+        try:
+            futures = [image.future for image in waiting.values()]
+            await asyncio.wait(futures, timeout=_PICTURES_SHARE * self._limits.seconds)
+        finally:
+            self._pending.difference_update(waiting.values())
+            drawn = {i: image.future for i, image in waiting.items() if not image.future.cancel()}
+        return whys | {i: future.result() for i, future in drawn.items()}
 
     def _cost(self, upload: Upload) -> int:
         """Return the number of pixels that an image counts as in the queue."""
@@ -157,42 +209,55 @@ class Batcher:
         cost = opening + (decoding if pixels <= self._limits.pixels else 0)
         return min(max(cost, _MIN_PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
 
-    def _read(self, upload: Upload, scorer: "ServedScorer") -> Tensor | str:
-        """Return the transformed image, or why it cannot be scored."""
+    def _read(self, upload: Upload, scorer: "ServedScorer") -> Any:
+        """Return the transformed item, or why it cannot be scored."""
         if upload.error is not None:
             return upload.error
+        kind = scorer.kind
         try:
-            image = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
+            if kind is IMAGES:
+                item: Any = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
+            else:
+                item = kind.item_of(upload.data.decode("utf-8", "surrogatepass"), upload.name)
         except ItemError as error:
             return error.reason
         try:
-            return scorer.transform(image)
+            return scorer.transform(item)
         except Exception:
-            log.exception("the transform failed on an image of %d x %d pixels", *image.size)
-            return "the transform failed on this image"
+            log.exception(
+                "the transform failed on %s of size %s", kind.one, getattr(item, "size", len(upload.data))
+            )
+            return f"the transform failed on this {kind.noun}"
 
     def _next_batch(self) -> list[Pending]:
         """Return images of the scorer whose turn it is; none if none is ready."""
         batch: list[Pending] = []
         while self._ready and not batch:
-            scorer, images = next(iter(self._ready.items()))
-            del self._ready[scorer]
-            while images and len(batch) < self._limits.batch_size:
+            turn, images = next(iter(self._ready.items()))
+            del self._ready[turn]
+            size = self._limits.batch_size
+            if turn[1]:
+                size = max(1, size // _SMALLER)
+            while images and len(batch) < size:
                 image = images.popleft()
                 if not image.future.done():
                     self._pending.discard(image)
                     batch.append(image)
             if images:
-                self._ready[scorer] = images
+                self._ready[turn] = images
         return batch
 
-    def _results(self, batch: Sequence[Pending]) -> list[ItemVerdict | Exception]:
-        """Score a batch; if that fails, its images one by one, so that only the requests at fault fail."""
+    def _results(self, batch: Sequence[Pending]) -> Sequence[ItemVerdict | Why | Exception]:
+        """Score or explain a batch; if that fails, its images one by one, so that only those at fault fail."""
+        scorer, why = batch[0].scorer, batch[0].why
         try:
-            return [*batch[0].scorer.predict(batch)]
+            return scorer.predict(batch) if why is None else scorer.explain(batch)
         except Exception as error:
             if len(batch) > 1:
                 return [result for image in batch for result in self._results([image])]
+            if why is not None:
+                log.exception("an explanation failed")
+                return [why.model_copy(update={"no_heat": _FAILED})]
             if isinstance(error, ValueError):  # an input that the detector rejects
                 return [unreadable(batch[0].upload.name, first_line(error))]
             return [error]

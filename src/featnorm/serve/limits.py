@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from featnorm.inputs.decoding import MAX_PIXELS
 
 RETRY = {"Retry-After": "1"}
+#: Maximum number of images per request whose explanations have pictures.
+MAX_PICTURED = 8
 # Maximum number of bodies of the largest size in memory at once. If there are more, the request whose body has
 # been incomplete for longest is rejected, so that no client can block the others by not finishing.
 _MAX_BODIES = 16
@@ -35,7 +37,8 @@ class Limits:
     pixels : int
         Maximum number of pixels per image. Only the image itself is rejected.
     queue : int
-        Maximum number of images of all requests that wait for the model; 503 if there are more.
+        Maximum number of images of all requests that wait for the model; 503 if there are more. Explanations with
+        pictures count as well; beyond the limit, they have no pictures.
     seconds : float
         Timeout of a request in seconds: 408 if its body is incomplete by then, else 503. In `featnorm serve`, also
         the timeout for sending the head of a request, and for reading a response.

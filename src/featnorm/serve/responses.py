@@ -8,18 +8,57 @@ import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from featnorm import hidden
 from featnorm._utils.ranks import shown_scores
 from featnorm.drift import DriftMonitor
+from featnorm.inputs.kinds import IMAGES, TEXTS, Kind
 from featnorm.records import row_of
+from featnorm.report.explanation import neighbor_picture
 from featnorm.verdict import ItemVerdict
 
 _MIN_BINS, _MAX_BINS = 12, 40
 
 
+class SimilarItem(BaseModel):
+    """An image or text that the detector was fitted to, among a sample of those."""
+
+    label: str | None = Field(description="Class of the item, if it has one.")
+    similarity: float = Field(description="Cosine similarity of the features, at most 1.")
+    thumbnail: str | None = Field(
+        description="Thumbnail of at most 64 x 64 pixels as a `data:` URL. Null if the explanation has no "
+        "pictures, or if the detector was fitted with `--no-thumbnails`."
+    )
+    text: str | None = Field(
+        description="The first 200 characters of a text. Null for an image, or if the detector was fitted with "
+        "`--no-thumbnails`."
+    )
+
+
+class HeatMap(BaseModel):
+    """A heat map over what the model sees: orange where the image lowers the score, blue where it raises it."""
+
+    picture: str = Field(description="Picture of at most 96 x 96 pixels as a `data:` URL.")
+    reference: str = Field(description="What each position is compared with the average of.")
+
+
+class Why(BaseModel):
+    """Why an image has its score, as far as it is known."""
+
+    units: list[tuple[str, str]] = Field(
+        description="Comparison of the last hidden layer with in-distribution images: rows of a property and its "
+        "value. Empty if the model has no such layer."
+    )
+    nearest: list[SimilarItem] = Field(
+        description="Most similar images of a sample of those that the detector was fitted to, best first."
+    )
+    heat: HeatMap | None = Field(description="Heat map, if the explanation has pictures.")
+    no_heat: str | None = Field(description="Why a flagged image has no heat map.")
+
+
 class Result(BaseModel):
     """The result for one image."""
 
-    name: str = Field(description="File name of the image, or `image N` if the request has none.")
+    name: str = Field(description="File name of the image, or `image N` or `text N` if the request has none.")
     score: float | None = Field(
         description="Score; higher is more in-distribution. Null if the image cannot be read, or if the score is "
         "infinite, which JSON cannot represent; p-value and verdict are then valid all the same."
@@ -29,9 +68,7 @@ class Result(BaseModel):
     predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
     error: str | None = Field(description="Why the image cannot be scored.")
     group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
-    why: list[tuple[str, str]] | None = Field(
-        default=None, description="With `explain=true`: rows of a property and its value."
-    )
+    why: Why | None = Field(default=None, description="Explanation, with `explain=true`.")
 
 
 class Results(BaseModel):
@@ -97,6 +134,7 @@ class Drift(BaseModel):
 class Detector(ScorerSummary):
     """A scorer in detail."""
 
+    inputs: str = Field(description="What it scores: `images` or `texts`.")
     model: str | None = Field(description="Specification of the model; null if it is not known.")
     facts: dict[str, str]
     classes: list[str] | None
@@ -118,11 +156,22 @@ class Detector(ScorerSummary):
     )
 
 
-def result_of(verdict: ItemVerdict, explain: bool) -> dict[str, Any]:
-    """Return a verdict as the fields of a `Result`, with ``why`` if it was requested."""
+def result_of(verdict: ItemVerdict) -> dict[str, Any]:
+    """Return a verdict as the fields of a `Result`, without ``why``."""
     row = row_of(verdict)
-    result = {"name": row.pop("path"), **row, "score": finite(row["score"])}
-    return {**result, "why": verdict.why and verdict.why.rows()} if explain else result
+    return {"name": row.pop("path"), **row, "score": finite(row["score"])}
+
+
+def why_of(why: hidden.Why, kind: Kind, *, thumbnails: bool = False) -> Why:
+    """Return an explanation without a heat map, with or without thumbnails of similar images."""
+    nearest = []
+    for neighbor in why.nearest:
+        picture = neighbor_picture(neighbor, "") if thumbnails and kind is IMAGES else None
+        uri = None if picture is None else picture.uri
+        text = neighbor.text() if kind is TEXTS else None
+        nearest.append(SimilarItem(label=neighbor.label, similarity=neighbor.similarity, thumbnail=uri, text=text))
+    units = [] if why.units is None else why.units.rows()
+    return Why(units=units, nearest=nearest, heat=None, no_heat=why.no_heat or None)
 
 
 def finite(value: float | None) -> float | None:

@@ -9,25 +9,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
-from PIL import Image
+from typing import Any
 
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
+from featnorm.report.explanation import grayscale, heat_map
+from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.scorer_file import load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
 from featnorm.serve.metrics import ScoredImages
-from featnorm.serve.responses import Detector, Drift, finite, histogram
+from featnorm.serve.responses import Detector, Drift, HeatMap, Why, finite, histogram, why_of
 from featnorm.verdict import ItemVerdict
 
 log = logging.getLogger("featnorm.serve")
 
 _ALONE = "default"
-_PICTURE = Image.new("RGB", (256, 256), "gray")
 
 
 class ScorerFile:
@@ -99,8 +98,10 @@ class ServedScorer:
 
     Attributes
     ----------
+    kind : Kind
+        What it scores.
     transform : callable
-        From an image in RGB to a tensor.
+        From an item to what the model takes.
     description : Detector
         What `/v1/detector` returns, with the drift when the scorer was loaded; see `current`.
     seen : ScoredImages
@@ -121,18 +122,20 @@ class ServedScorer:
             raise ValueError(f"the scorer {name!r} is not calibrated: it has no threshold for a verdict")
         self.name = name
         self.transform = scorer.require_preprocess()
+        self.kind = scorer.kind
         self.seen = ScoredImages(name, calibration.scores)
         self.groups = () if scorer.thresholds_by == "class" else calibration.group_names
         self._scorer = scorer
         self._runtime = runtime
         # The digest contains the trace of the model, which a scorer calibrated on features does not have yet.
-        scorer.tap.capture(self.transform(_PICTURE)[None].to(scorer.tap.device), classifier=False)
+        scorer.tap.capture(scorer.reference_inputs(), classifier=False)
         thresholds = calibration.threshold.reshape(-1).tolist()
         names = calibration.group_names
         self.description = Detector(
             name=name,
             detector=repr(scorer.detector),
             digest=scorer.digest(),
+            inputs=scorer.kind.name,
             model=scorer.spec,
             facts=scorer.facts,
             classes=scorer.classes,
@@ -153,24 +156,46 @@ class ServedScorer:
 
     @property
     def any_group(self) -> str | None:
-        """A group for the image of a warm-up."""
+        """A group for the item of a warm-up."""
         return next(iter(self.groups), None)
 
-    def predict(self, images: Sequence[Pending]) -> list[ItemVerdict]:
-        """Return the verdict on each image of a batch."""
+    def predict(self, images: Sequence[Pending], *, heat: bool = False) -> list[ItemVerdict]:
+        """Return the verdict on each image of a batch; with ``heat``, explanations have heat maps."""
         return self._scorer.predict_batch(
-            torch.stack([image.tensor for image in images]),
+            self.kind.collate([image.prepared for image in images], self.transform),
             [image.upload.name for image in images],
             groups=[image.group or "" for image in images] if self.groups else None,
             explain=[i for i, image in enumerate(images) if image.explain],
+            heat=heat,
             runtime=self._runtime,
         )
 
-    def warm_up(self) -> None:
-        """Score a picture, because the first one takes longer than others."""
-        image = self.transform(_PICTURE)[None]
+    def explain(self, images: Sequence[Pending]) -> list[Why]:
+        """Return the explanation of the verdict on each image of a batch, with pictures."""
+        explanations = []
+        for image, verdict in zip(images, self.predict(images, heat=True), strict=True):
+            assert verdict.why is not None
+            why = why_of(verdict.why, self.kind, thumbnails=True)
+            if verdict.why.heat is not None and image.prepared.ndim == 3:
+                (gray,) = grayscale(image.prepared[None], self.transform)
+                picture = thumbnail(heat_map(verdict.why.heat, gray), "")
+                why.heat = HeatMap(picture=picture.uri, reference=verdict.why.reference)
+            explanations.append(why)
+        return explanations
+
+    def warm_up(self, **how: Any) -> None:
+        """Score the item of reference, as the first takes longer; ``how`` is passed to `Scorer.predict_batch`."""
         groups = None if self.any_group is None else [self.any_group]
-        self._scorer.predict_batch(image, ["warm-up"], groups=groups, runtime=self._runtime)
+        inputs = self._scorer.reference_inputs()
+        self._scorer.predict_batch(inputs, ["warm-up"], groups=groups, runtime=self._runtime, **how)
+
+    def warm_up_explanations(self) -> None:
+        """Explain the item of reference, as the first takes seconds. If that fails, items are scored anyway."""
+        if self.description.explains:
+            try:
+                self.warm_up(explain=[0], heat=True)
+            except Exception:
+                log.exception("an explanation failed")
 
 
 class ServedScorers(Mapping[str, ServedScorer]):
@@ -234,6 +259,7 @@ class ServedScorers(Mapping[str, ServedScorer]):
             try:
                 scorer = self._serve(name, file.reload())
                 scorer.warm_up()
+                scorer.warm_up_explanations()
             except Exception as error:
                 self.reloads[name, "failed"] += 1
                 log.error(

@@ -1,4 +1,4 @@
-"""The images in the body of a request: `read_body` and `read_uploads`."""
+"""The images or texts in the body of a request: `read_body` and `read_uploads`."""
 
 import asyncio
 import binascii
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from featnorm.inputs.kinds import IMAGES, TEXTS, Kind
 from featnorm.serve.forms import FormError, read_form
 from featnorm.serve.headers import DecodingCost, LongHeaderError, decoding_cost
 from featnorm.serve.limits import Limits
@@ -19,15 +20,29 @@ _BASE_VALUES, _VALUES_PER_IMAGE = 1000, 100
 
 DESCRIPTION: dict[str, Any] = {
     "required": True,
-    "description": "One image file, or several images as base64 in JSON or as the files of a form.",
+    "description": "For a scorer of images: one image file, or several images as base64 in JSON or as the files "
+    "of a form. For a scorer of texts: `texts` in JSON.",
     "content": {
         "image/*": {"schema": {"type": "string", "format": "binary"}},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         "application/json": {
             "schema": {
                 "type": "object",
-                "required": ["images"],
                 "properties": {
+                    "texts": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "oneOf": [
+                                {"type": "string"},
+                                {
+                                    "type": "object",
+                                    "required": ["text"],
+                                    "properties": {"name": {"type": "string"}, "text": {"type": "string"}},
+                                },
+                            ]
+                        },
+                    },
                     "images": {
                         "type": "array",
                         "minItems": 1,
@@ -44,7 +59,7 @@ DESCRIPTION: dict[str, Any] = {
                                 },
                             ]
                         },
-                    }
+                    },
                 },
             }
         },
@@ -61,11 +76,15 @@ DESCRIPTION: dict[str, Any] = {
 """OpenAPI description of the request body."""
 
 _TYPES = ("application/json", "multipart/form-data", "application/octet-stream")  # and images
-_SCHEMA = '{"images": ["BASE64", {"name": "NAME", "data": "BASE64"}, ...]}'
+_SCHEMAS = {
+    IMAGES: '{"images": ["BASE64", {"name": "NAME", "data": "BASE64"}, ...]}',
+    TEXTS: '{"texts": ["TEXT", {"name": "NAME", "text": "TEXT"}, ...]}',
+}
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class Upload(NamedTuple):
-    """One image of a request: its name and its bytes, or why there are no bytes."""
+    """One item of a request: its name and its bytes, or why there are no bytes. A text is in UTF-8."""
 
     name: str
     data: bytes
@@ -81,8 +100,8 @@ class Body(NamedTuple):
     content: bytes
 
 
-async def read_body(request: Request) -> Body:
-    """Read the body of a request, whose length `BodyLimit` limits.
+async def read_body(request: Request, kind: Kind) -> Body:
+    """Read the body of a request with items of a kind; `BodyLimit` limits its length.
 
     Raises
     ------
@@ -100,6 +119,11 @@ async def read_body(request: Request) -> Body:
         )
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
+    if kind is not IMAGES and media_type != "application/json":
+        given = media_type or "not given"
+        raise HTTPException(
+            415, f"the content type is {given}, and this scorer takes {kind.name}: send application/json"
+        )
     if media_type not in _TYPES and not media_type.startswith("image/"):
         raise HTTPException(
             415,
@@ -109,64 +133,72 @@ async def read_body(request: Request) -> Body:
     return Body(media_type, content_type, await request.body())
 
 
-async def read_uploads(body: Body, limits: Limits, parser: Executor) -> list[Upload]:
-    """Return the images in a body, one or more. If it is cancelled, work that has not begun is dropped.
+async def read_uploads(body: Body, kind: Kind, limits: Limits, parser: Executor) -> list[Upload]:
+    """Return the items in a body, one or more. If it is cancelled, work that has not begun is dropped.
 
     Parameters
     ----------
     body : Body
         Body of the request.
+    kind : Kind
+        What the items are.
     limits : Limits
-        Limits on the images.
+        Limits on the items.
     parser : Executor
         Single thread in which bodies are parsed: a body of JSON can take twenty times its length in memory.
 
     Raises
     ------
     HTTPException
-        If the body cannot be read, or contains no image or too many.
+        If the body cannot be read, or contains no item or too many.
     """
     loop = asyncio.get_running_loop()
-    uploads = await loop.run_in_executor(parser, _parse, body, limits.images)
+    uploads = await loop.run_in_executor(parser, _parse, body, kind, limits.images)
     if not uploads:
-        raise HTTPException(400, "the request contains no image")
+        raise HTTPException(400, f"the request contains no {kind.noun}")
+    if kind is not IMAGES:
+        return uploads
     # One by one, so that other requests do not wait for all of them.
     return [
         upload if upload.error else await loop.run_in_executor(parser, _with_cost, upload) for upload in uploads
     ]
 
 
-def _parse(body: Body, max_images: int) -> list[Upload]:
+def _parse(body: Body, kind: Kind, max_images: int) -> list[Upload]:
     if body.media_type == "application/json":
-        return _from_json(body.content, max_images)
+        return _from_json(body.content, kind, max_images)
     if body.media_type == "multipart/form-data":
         return _from_form(body.content, body.content_type, max_images)
     return [Upload("image 1", body.content)]
 
 
-def _from_json(body: bytes, max_images: int) -> list[Upload]:
+def _from_json(body: bytes, kind: Kind, max_images: int) -> list[Upload]:
+    schema = _SCHEMAS[kind]
     max_values = _BASE_VALUES + _VALUES_PER_IMAGE * max_images
-    if sum(map(body.count, (b",", b":", b"[", b"{"))) > max_values:
-        raise HTTPException(400, f"the body contains more than {max_values:,} values: send {_SCHEMA}")
+    bare = body if kind is IMAGES else _STRING.sub(b"", body)  # base64 has none of these
+    if sum(map(bare.count, (b",", b":", b"[", b"{"))) > max_values:
+        raise HTTPException(400, f"the body contains more than {max_values:,} values: send {schema}")
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        raise HTTPException(400, f"the body is not valid JSON: send {_SCHEMA}") from None
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list):
-        raise HTTPException(400, f"the body contains no list of images: send {_SCHEMA}")
-    if len(images) > max_images:
-        raise _too_many(max_images)
-    return [_from_entry(number, entry) for number, entry in enumerate(images, start=1)]
+        raise HTTPException(400, f"the body is not valid JSON: send {schema}") from None
+    items = content.get(kind.name) if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise HTTPException(400, f"the body contains no list of {kind.name}: send {schema}")
+    if len(items) > max_images:
+        raise _too_many(kind, max_images)
+    return [_from_entry(kind, number, entry) for number, entry in enumerate(items, start=1)]
 
 
-def _from_entry(number: int, entry: Any) -> Upload:
-    name, data = (entry.get("name"), entry.get("data")) if isinstance(entry, dict) else (None, entry)
+def _from_entry(kind: Kind, number: int, entry: Any) -> Upload:
+    key, what = ("data", "a base64 string") if kind is IMAGES else ("text", "a string")
+    name, data = (entry.get("name"), entry.get(key)) if isinstance(entry, dict) else (None, entry)
     if not isinstance(data, str) or not isinstance(name, str | None):
-        raise HTTPException(
-            400, f"image {number} must be a base64 string or an object with `name` and `data`: send {_SCHEMA}"
-        )
-    name = _image_name(name, number)
+        must = f"must be {what} or an object with `name` and `{key}`"
+        raise HTTPException(400, f"{kind.noun} {number} {must}: send {_SCHEMAS[kind]}")
+    name = _item_name(kind, name, number)
+    if kind is not IMAGES:
+        return Upload(name, data.encode("utf-8", "surrogatepass"))
     try:
         return Upload(name, decode_base64(data))
     except ValueError as error:
@@ -205,11 +237,14 @@ def _from_form(body: bytes, content_type: str, max_images: int) -> list[Upload]:
     except FormError as error:
         raise HTTPException(400, f"the form cannot be read: {error}") from None
     if len(parts) > max_images:
-        raise _too_many(max_images)
+        raise _too_many(IMAGES, max_images)
     for number, part in enumerate(parts, start=1):
         if part.filename is None:
             raise HTTPException(400, f"part {number} of the form, {part.field!r}, is not a file")
-    return [Upload(_image_name(part.filename, number), part.content) for number, part in enumerate(parts, start=1)]
+    return [
+        Upload(_item_name(IMAGES, part.filename, number), part.content)
+        for number, part in enumerate(parts, start=1)
+    ]
 
 
 def _with_cost(upload: Upload) -> Upload:
@@ -220,10 +255,10 @@ def _with_cost(upload: Upload) -> Upload:
         return upload._replace(data=b"", error="the header of the image has too many parts")
 
 
-def _image_name(name: str | None, number: int) -> str:
+def _item_name(kind: Kind, name: str | None, number: int) -> str:
     # JSON can contain lone surrogates, which cannot be encoded.
-    return name.encode("utf-8", "replace").decode() if name else f"image {number}"
+    return name.encode("utf-8", "replace").decode() if name else f"{kind.noun} {number}"
 
 
-def _too_many(max_images: int) -> HTTPException:
-    return HTTPException(413, f"the request contains more than {max_images} images")
+def _too_many(kind: Kind, maximum: int) -> HTTPException:
+    return HTTPException(413, f"the request contains more than {maximum} {kind.name}")

@@ -17,6 +17,15 @@ log = logging.getLogger("featnorm.serve")
 _POLL = 1.0
 
 
+def _encoded(item: Image.Image | str) -> bytes:
+    """Return an item as a client sends it."""
+    if isinstance(item, str):
+        return item.encode()
+    file = BytesIO()
+    item.save(file, "PNG")
+    return file.getvalue()
+
+
 class Workers:
     """Runs a batcher and watches the files of scorers until `stop` or the end of the event loop.
 
@@ -62,13 +71,14 @@ class Workers:
             self._loader.shutdown(wait=False)
 
     async def _warm_up(self) -> None:
-        picture = BytesIO()
-        Image.new("RGB", (256, 256), "gray").save(picture, "PNG")
+        loop = asyncio.get_running_loop()
         for scorer in self._scorers.values():
             try:
-                await self.batcher.score([Upload("warm-up", picture.getvalue())], scorer, group=scorer.any_group)
+                upload = Upload("warm-up", _encoded(scorer.kind.reference()))
+                await self.batcher.score([upload], scorer, group=scorer.any_group)
+                await loop.run_in_executor(self._loader, scorer.warm_up_explanations)
             except Exception:
-                log.exception("the first image of %r failed: the service will not be ready", scorer.name)
+                log.exception("the first item of %r failed: the service will not be ready", scorer.name)
                 return
         self.ready = not self.stopped
 

@@ -2,9 +2,11 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,15 @@ LabelsOf: TypeAlias = str | int | Callable[[Any], Any]
 
 _LABEL_NAMES = ("label", "labels", "y", "target", "targets", "class")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Errors of a model that reads a tensor as a mapping, or a mapping as a tensor.
+_READS_MAPPING = re.compile(
+    "too many indices for tensor|'Tensor' object (is not a mapping|has no attribute '(get|items|keys|values)')|"
+    "__contains__ only supports Tensor"
+)
+# torch's errors of a layer that takes a batch of another width.
+_CHANNELS = re.compile(r"expected input\[([\d, ]+)\] to have (\d+) channels")
+_COLUMNS = re.compile(r"cannot be multiplied \((\d+x\d+) and (\d+)x")
+_BY_MAPPING = (TypeError, AttributeError, LookupError)
 _COLORS = (1, 3, 4)  # numbers of channels by which a list of tensors is known to hold images
 
 
@@ -34,6 +45,7 @@ class Signature:
     by_name: frozenset[str] = frozenset()
     any_positional: bool = True  # whether it takes ``*args``
     any_name: bool = True  # whether it takes ``**kwargs``
+    takes_mapping: bool = False  # whether the first argument is annotated as a mapping
 
     @classmethod
     def of(cls, model: nn.Module) -> "Signature":
@@ -42,6 +54,10 @@ class Signature:
             parameters = inspect.signature(model.forward).parameters
         except (TypeError, ValueError):
             return cls()
+        with suppress(Exception):  # an annotation may be a string that names what is not defined
+            parameters = inspect.signature(model.forward, eval_str=True).parameters
+        first = next((parameter.annotation for parameter in parameters.values()), None)
+        first = get_origin(first) or first
         kinds = {name: parameter.kind for name, parameter in parameters.items()}
         kind = inspect.Parameter
         variadic = (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)
@@ -51,6 +67,7 @@ class Signature:
             frozenset(n for n, k in kinds.items() if k in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)),
             kind.VAR_POSITIONAL in kinds.values(),
             kind.VAR_KEYWORD in kinds.values(),
+            isinstance(first, type) and issubclass(first, Mapping),
         )
 
     def __str__(self) -> str:
@@ -66,6 +83,7 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Any = None
     labels_given: bool = False  # whether the caller said where the labels are
+    doubt: str = ""  # advice if the model does not take a mapping, or a part of it, in this way
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -123,9 +141,11 @@ class Call:
     @property
     def image(self) -> Tensor:
         """The one floating-point tensor among the arguments; a ValueError if there is none, or are several."""
-        given = (*self.args, *self.kwargs.values())
-        found = [value for value in given if _is_floating(value)]
+        tensors: list[Tensor] = []
+        self._map(lambda tensor: tensors.append(tensor), lambda value: value)
+        found = [tensor for tensor in tensors if tensor.is_floating_point()]
         if len(found) != 1:
+            given = (*self.args, *self.kwargs.values())
             raise ValueError(
                 "a detector that changes the input needs one floating-point tensor in the batch, and the model "
                 f"takes {' and '.join(map(_described, given))}"
@@ -135,8 +155,7 @@ class Call:
     def with_image(self, image: Tensor) -> "Call":
         """Return the call with another tensor in the place of `image`."""
         old = self.image
-        args = tuple(image if value is old else value for value in self.args)
-        return replace(self, args=args, kwargs={k: image if v is old else v for k, v in self.kwargs.items()})
+        return self._map(lambda tensor: image if tensor is old else tensor, lambda value: value)
 
     def run(self, model: nn.Module) -> Any:
         """Call the model.
@@ -144,17 +163,17 @@ class Call:
         Raises
         ------
         BatchError
-            The model raised an error that the batch explains: its precision, or a missing axis.
+            The model raised an error that the batch explains: its precision, width or axes, or a mapping.
         """
         try:
             return model(*self.args, **self.kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            advice = None if isinstance(error, torch.OutOfMemoryError) else self._advice(model)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            advice = None if isinstance(error, torch.OutOfMemoryError) else self._advice(model, error)
             if advice is None:
                 raise
             raise BatchError(f"{advice} ({error_text(error)})") from error
 
-    def _advice(self, model: nn.Module) -> str | None:
+    def _advice(self, model: nn.Module, error: Exception) -> str | None:
         weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
         held = " and ".join(sorted(str(dtype) for dtype in weights))
         tensors = list(self.tensors)
@@ -166,7 +185,22 @@ class Call:
                 return f"the batch is torch.uint8 and the model {held}: convert it, for example x.float() / 255"
         if len(tensors) == 1 and tensors[0].ndim == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules()):
             return _one_input(tensors[0])
-        return None
+        for shape in (tuple(tensor.shape) for tensor in tensors):
+            channels, columns = _CHANNELS.search(str(error)), _COLUMNS.search(str(error))
+            if channels is not None and channels[1] == ", ".join(map(str, shape)):
+                return (
+                    f"the batch has shape {shape}, and the model takes {channels[2]} channels, not {shape[1]}: "
+                    "preprocess it as the model's training images were"
+                )
+            if columns is not None and columns[1] == "x".join(map(str, shape)):
+                return f"the batch has shape {shape}, and the model takes vectors of {columns[2]} numbers"
+        if self.args and isinstance(self.args[0], Tensor) and _READS_MAPPING.search(str(error)):
+            return self.doubt or (
+                "the model takes a mapping, and the batch is a tensor: pass a mapping; for images, wrap the model "
+                "in a module whose forward(x) calls it with the mapping, such as model({'image': x})"
+            )
+        of_mapping = bool(self.args) and isinstance(self.args[0], Mapping)
+        return self.doubt or None if of_mapping and isinstance(error, _BY_MAPPING) else None
 
     @property
     def _is_plain(self) -> bool:
@@ -183,7 +217,7 @@ class Call:
     def _map(self, tensor: Callable[[Tensor], Any], thing: Callable[[Any], Any]) -> "Call":
         """Apply one function to every tensor, and another to every object that holds tensors."""
         if self._is_plain:
-            return Call((tensor(self.args[0]),), {}, self.labels, self.labels_given)
+            return Call((tensor(self.args[0]),), {}, self.labels, self.labels_given, self.doubt)
         return replace(
             self,
             args=tuple(_mapped(value, tensor, thing) for value in self.args),
@@ -199,8 +233,10 @@ def read_batch(batch: Any, signature: Signature, labels: LabelsOf | None = None,
     - The items of a tuple or list are the positional arguments. If the model requires at most one argument, a list
       of floating-point tensors (c, h, w) is a list of images, which is the first argument. If one mapping remains
       beside the labels, and a name in it is an argument of the model, it is read as a mapping.
-    - The items of a mapping are arguments by name. An item whose name the model does not know is its one required
-      argument, if no other item can be.
+    - The items of a mapping are arguments by name. If the model requires at most one argument and has none of the
+      names, that argument is the mapping itself, without the labels, if it is annotated as a mapping or if several
+      items hold tensors. Otherwise, an item whose name the model does not know is its one required argument, if no
+      other item can be.
 
     Labels are what ``labels`` points to. By default they are:
 
@@ -241,13 +277,7 @@ def read_batch(batch: Any, signature: Signature, labels: LabelsOf | None = None,
     call, left = reader(batch, signature, labels, name)
     left = {key: value for key, value in left.items() if _has_tensors(value) and value is not call.labels}
     if left:
-        itself = isinstance(batch, Mapping) and not call.kwargs
-        raise BatchError(
-            f"{name} holds {_listed(left.items())}, which the model's {signature} does not take: leave them out "
-            "of the batch, or say with labels= which of them are the labels"
-            + "; a tuple of one mapping passes the mapping itself"
-            * itself
-        )
+        raise BatchError(_not_taken(name, left, signature))
     missing = [arg for arg in signature.required[len(call.args) :] if arg not in call.kwargs]
     if missing:
         raise BatchError(f"the model's {signature} requires {' and '.join(missing)}, and {name} has none")
@@ -343,25 +373,40 @@ def _from_mapping(
         target = labels(batch)
         items = {key: value for key, value in items.items() if value is not target}
     else:
-        rows = next((_rows(value) for key, value in items.items() if key not in _LABEL_NAMES), None)
-        for key in _LABEL_NAMES:
+        # The number of rows is read only if there may be labels: in an exported graph it would become a constant.
+        for key in [key for key in _LABEL_NAMES if key in items]:
+            rows = next((_rows(value) for key, value in items.items() if key not in _LABEL_NAMES), None)
             is_argument = key in signature.required or (
-                key in signature.by_name and not _is_classes(items.get(key), rows)
+                key in signature.by_name and not _is_classes(items[key], rows)
             )
-            if key in items and not is_argument:
+            if not is_argument:
                 target = items.pop(key)
                 break
+    given = labels is not None
     kwargs = {key: value for key, value in items.items() if key in signature.by_name}
     others = {key: value for key, value in items.items() if key not in kwargs and _has_tensors(value)}
     open_args = [arg for arg in signature.required if arg not in kwargs]
+    listed = {repr(key): value for key, value in others.items()}
     args: tuple[Any, ...] = ()
-    if len(others) == 1 and (
+    doubt = ""
+    takes_one = (
         open_args[:1] == list(signature.positional[:1]) if open_args else not (kwargs or signature.any_name)
-    ):
-        args, others = tuple(others.values()), {}
-    if signature.any_name:
-        kwargs, others = kwargs | others, {}
-    return Call(args, kwargs, target, labels is not None), {repr(key): value for key, value in others.items()}
+    )
+    if takes_one and not kwargs and len(open_args) <= 1 and (signature.takes_mapping or len(others) > 1):
+        if not signature.takes_mapping:
+            doubt = f"{_not_taken(name, listed, signature)}; the model was given the mapping itself"
+        itself = batch if target is None else {key: v for key, v in batch.items() if v is not target}
+        return Call((itself,), {}, target, given, doubt), {}
+    if len(others) == 1 and takes_one:
+        (key,) = listed
+        doubt = (
+            f"the model's {signature} was given item {key} of the mapping alone: if it takes the mapping itself, "
+            "pass a tuple of one mapping, or annotate its argument as a dict"
+        )
+        args, listed = tuple(others.values()), {}
+    elif signature.any_name:
+        kwargs, listed = kwargs | others, {}
+    return Call(args, kwargs, target, given, doubt), listed
 
 
 def _from_object(
@@ -383,7 +428,12 @@ def _mapped(value: Any, tensor: Callable[[Tensor], Any], thing: Callable[[Any], 
     if isinstance(value, Tensor):
         return tensor(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, tensor, thing) for key, item in value.items()}
+        changed = {key: _mapped(item, tensor, thing) for key, item in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return changed
+        kept = copy.copy(value)  # of its own type, such as a BatchEncoding
+        kept.update(changed)
+        return kept
     if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
         items = [_mapped(item, tensor, thing) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -437,5 +487,9 @@ def _one_input(value: Tensor) -> str:
     return f"the batch has shape {tuple(value.shape)}: if it is one input, pass x[None]"
 
 
-def _listed(items: Any) -> str:
-    return " and ".join(f"{key} ({_described(value)})" for key, value in items)
+def _not_taken(name: str, items: Mapping[str, Any], signature: Signature) -> str:
+    listed = " and ".join(f"{key} ({_described(value)})" for key, value in items.items())
+    return (
+        f"{name} holds {listed}, which the model's {signature} does not take: leave them out of the batch, or say "
+        "with labels= which of them are the labels"
+    )

@@ -50,6 +50,7 @@ class HookPoint:
     chain: tuple[tuple[str, int, int, int], ...] = ()
     """Later operations that are applied to the value too: kind, call, total, and position of the argument."""
     axis: int | None = None  # axis of the units, if the others are positions, which are pooled at once
+    inputs: int = 0  # axis of the inputs, of which there may be positions before
     pooling: Pooling = "mean"
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +81,8 @@ class HookPoint:
             or any(
                 "/" not in kind for kind in ([point.module] * (point.side == "op") + [step[0] for step in chain])
             )
-            or not (point.axis is None or (type(point.axis) is int and point.axis > 0))
+            or not (point.axis is None or (type(point.axis) is int and point.axis > point.inputs))
+            or not (type(point.inputs) is int and 0 <= point.inputs <= 1)
             or point.pooling not in get_args(Pooling)
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
@@ -109,7 +111,8 @@ def _is_returned(at: ModuleIO | HookPoint) -> bool:
 def locate_part(trace: Trace, part: Part) -> HookPoint:
     """Choose the point at which to capture a part of a field."""
     if not part.chain:
-        return replace(locate(trace, part.node, exact=part.axis is not None), axis=part.axis, pooling=part.pooling)
+        point = locate(trace, part.node, exact=part.axis is not None)
+        return replace(point, axis=part.axis, inputs=part.inputs, pooling=part.pooling)
     steps = ((*_counted(trace, node), node.args.index(node.data[0])) for node in part.chain)
     return replace(_operation(trace, part.node), chain=tuple(steps))
 
@@ -275,7 +278,8 @@ def _hooks(
     def catcher(point: HookPoint) -> Callable[..., None]:
         calls = 0
 
-        def catch(_: nn.Module, args: Any, rest: Any) -> None:
+        # Another thread may call the hook before torch has noted that it takes keyword arguments.
+        def catch(_: nn.Module, args: Any, rest: Any = None) -> None:
             nonlocal calls
             if not is_on_top(me):
                 return
@@ -316,7 +320,8 @@ def _kept(point: HookPoint, value: Tensor) -> Tensor:
             f"{tuple(value.shape)}, without an axis {point.axis}); {TRACE_AGAIN}"
         )
     with on_top(point):  # so that these operations are not taken for the model's
-        positions = (value.dequantize() if value.is_quantized else value).movedim(point.axis, 1).flatten(2)
+        positions = value.dequantize() if value.is_quantized else value
+        positions = positions.movedim((point.inputs, point.axis), (0, 1)).flatten(2)
         if point.pooling == "mean":
             return positions.mean(2)
         return torch.linalg.vector_norm(positions.relu(), dim=2)

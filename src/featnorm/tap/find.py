@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featnorm.tap.ops import (
     BATCH_NORMS,
@@ -22,6 +22,7 @@ from featnorm.tap.ops import (
     ancestors,
     base_op,
     common_source,
+    is_mask,
     is_rectified,
     is_rectifier,
     is_squared_rectifier,
@@ -47,7 +48,7 @@ _AVERAGES = {
     "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
     "avg_pool1d", "avg_pool2d", "avg_pool3d",
 }  # fmt: skip
-_SELECTIONS = {"select", "slice", "index", "index_select"}
+_SELECTIONS = {"select", "slice", "index", "index_select", "gather"}
 # Operations over positions that do the same to the input of a linear layer as to its output.
 _REPLAYED = {
     "mean",
@@ -72,12 +73,14 @@ class Part:
     """A value in a trace that is, alone or beside others, a field of the features.
 
     ``chain`` holds the operations over positions by which the model reduces its class scores, and which reduce the
-    value too. Otherwise, ``axis`` is the axis of the units if the others are pooled.
+    value too. Otherwise, ``axis`` is the axis of the units if the others are pooled, except ``inputs``, that of
+    the inputs.
     """
 
     node: Node
     chain: tuple[Node, ...] = ()
     axis: int | None = None
+    inputs: int = 0
     pooling: Pooling = "mean"
 
 
@@ -93,6 +96,7 @@ class Anatomy:
     classifier: list[Step] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     norm: str = ""  # normalization between the last hidden layer and the classifier
+    output: str = ""  # path of the logits in what the model returns
     others: list[str] = field(default_factory=list)  # paths of the model's other heads
 
 
@@ -112,10 +116,10 @@ def find(
     channel_axis : axis of the units in the output of ``layer``. Default: found.
     pooling : how the positions of the output of ``layer`` become one number per unit.
     """
-    output, named, others = _choose_output(trace, model)
+    output, named, paths = _choose_output(trace, model)
     beside = _embedding_beside(trace, output)
     anatomy = _anatomy(beside or output, named and beside is None, model)
-    anatomy.others = others
+    anatomy.output, *anatomy.others = paths
     if beside is not None:
         anatomy.embedding, anatomy.logits, anatomy.classifier = [Part(beside)], [Part(output)], []
         anatomy.absent.pop("embedding", None)
@@ -133,14 +137,15 @@ class _Head:
     source: Node
     chain: tuple[Node, ...]  # operations between its output and the sum, in the order of execution
 
-    def part(self) -> tuple[Part, list[Node]]:
-        """Return the input of the head, reduced over positions as the class scores are, and these reductions."""
+    def part(self, n: int) -> tuple[Part, list[Node]]:
+        """Return the input of the head for n inputs, reduced as the class scores are, and these reductions."""
         source = self.source
-        if is_vector(source):
+        if is_vector(source) and len(source.value) == n:
             return Part(source), []
         layer = linear_layer(self.output) or self.output
         axis = 1 if base_op(layer) == "convolution" else source.value.ndim - 1
-        averaged = Part(source, axis=axis)
+        inputs = _inputs_axis(self.chain, source, axis, n)
+        averaged = Part(source, axis=axis, inputs=inputs)
         names = {base_op(node) for node in self.chain} - _ARITHMETIC
         # A sum needs the weights and the division that make it a mean.
         weights = {
@@ -148,13 +153,13 @@ class _Head:
         }
         weights |= {n for n in self.chain if base_op(n) in ("mul", "div") and "sum" in names}
         averages = [node for node in self.chain if base_op(node) in _AVERAGES | (RESHAPES - _SELECTIONS)]
-        classes = self.output.shape[axis]
-        if any(node.value.numel() != len(source.value) * classes for node in self.chain if is_vector(node)):
+        classes = self.output.shape[1 if axis == 1 else -1]
+        if any(len(v.value) == n and v.value.numel() != n * classes for v in self.chain if is_vector(v)):
             return averaged, []  # some classes are selected
-        if names <= set(map(base_op, averages)) and not weights:
+        if names <= set(map(base_op, averages)) and not weights and inputs == 0:
             return averaged, averages
         chain = [node for node in self.chain if base_op(node) in names or node in weights]
-        if names <= _REPLAYED and (weight := _total_weight(chain, source, axis)) is not None:
+        if names <= _REPLAYED and (weight := _total_weight(chain, source, n * source.shape[axis])) is not None:
             return Part(source, tuple(chain)), chain if abs(weight - 1) < 1e-2 else []
         return averaged, averages
 
@@ -162,7 +167,8 @@ class _Head:
 class _Heads:
     """The search for the linear layers whose outputs are added up in the logits."""
 
-    def __init__(self, named: bool) -> None:
+    def __init__(self, n: int, named: bool) -> None:
+        self.n = n  # number of inputs
         self.named = named  # whether the output is known to be logits, whatever operation makes it
         self.stopped: Node | None = None
         self._failed: set[Node] = set()
@@ -201,8 +207,12 @@ class _Heads:
             large, small = sorted(data, key=lambda parent: -parent.value.numel())
             classes = large.value.numel() // max(small.value.numel(), 1)
             return large if classes > 1 and classes in large.shape and (op == "mul" or large is data[0]) else None
-        if op in POOLS | _SELECTIONS | RESHAPES and (not is_vector(data[0]) or op in _SELECTIONS):
-            return data[0]
+        if op in POOLS | _SELECTIONS | RESHAPES:
+            shape = data[0].shape
+            has_positions = (
+                not is_vector(data[0]) or shape[0] != self.n or node.value.numel() == torch.Size(shape).numel()
+            )
+            return data[0] if has_positions or op in _SELECTIONS else None
         if op in ("masked_fill", "where"):
             return next((parent for parent in data if parent.value.is_floating_point()), None)
         return data[0] if self.named and (op in _BOUNDS or is_rectifier(node)) else None
@@ -228,15 +238,38 @@ def _is_distance(node: Node) -> bool:
     return base_op(node) == "sub" and len(shape) == 3 and any(other.shape[-2:] == shape[1:] for other in others)
 
 
-def _total_weight(chain: Iterable[Node], source: Node, axis: int) -> float | None:
-    """Return the sum of the weights with which a chain of operations adds up positions, or None if it fails."""
-    value = torch.ones_like(source.value)
+def _replayed(chain: Iterable[Node], value: Tensor) -> Tensor | None:
+    """Return a value after the operations of a chain, or None if they fail on it."""
     try:
         for node in chain:
             value = node.run({node.data[0]: value})
     except (RuntimeError, IndexError):
         return None
-    return float(value.mean()) if value.numel() == len(source.value) * source.shape[axis] else None
+    return value
+
+
+def _total_weight(chain: Iterable[Node], source: Node, numbers: int) -> float | None:
+    """Return the total weight with which a chain adds up positions, or None unless so many numbers remain."""
+    value = _replayed(chain, torch.ones_like(source.value))
+    return None if value is None or value.numel() != numbers else float(value.mean())
+
+
+def _inputs_axis(chain: Iterable[Node], source: Node, axis: int, n: int) -> int:
+    """Return the axis of the n inputs in what a head reads: 1 if its positions come first, or else 0.
+
+    Sequences may have as many positions as there are inputs. Numbers that differ along the axis of the inputs
+    alone are, after the chain, in the order of the inputs.
+    """
+    if axis != 2 or source.value.ndim != 3 or source.shape[1] != n:
+        return 0
+    reductions = [node for node in chain if base_op(node) in POOLS | _SELECTIONS | RESHAPES]
+    order = torch.arange(1.0, n + 1, device=source.value.device)
+    numbers = torch.zeros_like(source.value, dtype=order.dtype) + order[:, None]
+    ends = [_replayed(reductions, value) for value in (numbers, torch.ones_like(numbers))]
+    if ends[0] is None or ends[1] is None or len(ends[0]) != n:
+        return 0
+    by_input = (ends[0] / ends[1]).reshape(n, -1)
+    return int(torch.allclose(by_input, order[:, None].expand_as(by_input)))
 
 
 class _Walk:
@@ -266,6 +299,9 @@ class _Walk:
             elif (source := rms_source(node)) is not None:
                 self.layer_norm = self.norm = node
                 following = source
+            elif is_mask(node) and is_rectifier(same_vector(node.data[0])):
+                self.hidden = node
+                return
             elif op in _ARITHMETIC and len(node.data) == 1:
                 if is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
                     self.boundary = node  # the classifier reads a scaled pool of rectified maps
@@ -283,7 +319,7 @@ class _Walk:
 
 
 def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
-    search = _Heads(named)
+    search = _Heads(len(output.value), named)
     heads = search.of(output)
     named = search.named
     anatomy = Anatomy("none", [], [], [], [Part(output)])
@@ -303,7 +339,7 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
         absent["logits"] = absent["classifier"] = f"the model returns {why}{stopped}"
         read, walk = output, _Walk(output)
     else:
-        parts, chain = _parts(heads)
+        parts, chain = _parts(heads, search.n)
         if len(parts) > 1 or not is_vector(parts[0].node):
             anatomy.pooled = parts
         else:
@@ -334,7 +370,7 @@ _ADVICE = (
 )
 
 
-def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
+def _parts(heads: list[_Head], n: int) -> tuple[list[Part], list[Node]]:
     """Return what the heads read, and the reductions over positions that the classifier may pass over.
 
     If all heads read one value, directly or through further linear layers, it is the only part.
@@ -342,7 +378,7 @@ def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
     parts: dict[tuple[Node, tuple[Node, ...]], Part] = {}
     chain: list[Node] = []
     for head in heads:
-        part, reductions = head.part()
+        part, reductions = head.part(n)
         chain += reductions
         node = part.node
         while len(heads) > 1 and base_op(node) in BATCH_NORMS and is_vector(node) and is_vector(node.data[0]):
@@ -350,7 +386,7 @@ def _parts(heads: list[_Head]) -> tuple[list[Part], list[Node]]:
         parts.setdefault((node, part.chain), replace(part, node=node))
     found = list(parts.values())
     common = common_source([[part.node, *affine_sources(part.node)] for part in found])
-    if common is not None and len({(part.chain, part.axis) for part in found}) == 1:
+    if common is not None and len({(part.chain, part.axis, part.inputs) for part in found}) == 1:
         return [replace(found[0], node=common)], chain
     # What a head reads at every position is left out beside heads that read one vector (token labeling of VOLO).
     return [part for part in found if is_vector(part.node)] or found, chain
@@ -503,9 +539,10 @@ def _product(lengths: Iterable[int]) -> int:
 
 
 def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str]]:
-    """Return the logits among the outputs of the model, whether they are so called, and paths of other heads.
+    """Return the logits among the outputs of the model, whether they are so called, and paths of all heads.
 
-    They are so called by their name, or by their width, if it is the number of classes that the model holds.
+    The path of the logits comes first. They are so called by their name, or by their width, if it is the number of
+    classes that the model holds.
     """
     vectors = [
         (slot, node)
@@ -525,12 +562,13 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str
     last = [node for _, node in vectors if id(node) not in made_from]
     plain = [node for node in last if normalized_source(node) is None and id(same_vector(node)) not in made_from]
     node = (named or plain or last or [vectors[0][1]])[0]
+    chosen = next(slot for slot, other in vectors if other is node)
     heads = [slot for slot, other in vectors if other in plain and other is not node and "embedding" not in slot]
     classes = getattr(model, "num_classes", None)
     is_named = bool(named) or (isinstance(classes, int) and classes > 1 and classes == node.shape[1])
     while base_op(node) in _PROBABILITIES:
         node = node.data[0]
-    return node, is_named, [".".join(map(str, slot)) for slot in heads]
+    return node, is_named, [".".join(map(str, slot)) for slot in (chosen, *heads)]
 
 
 def _embedding_beside(trace: Trace, logits: Node) -> Node | None:

@@ -1,5 +1,7 @@
 """What one operation of a trace does: a reshape, a rectifier, a linear layer, a division by a length."""
 
+from torch import nn
+
 from featnorm.tap.trace import Node
 
 RESHAPES = {
@@ -19,6 +21,7 @@ POOLS = {
     "avg_pool2d", "_adaptive_avg_pool3d", "avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
     "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "max", "sum",
 }  # fmt: skip
+_TRANSPOSES = {"permute", "transpose", "t"}
 # Operations that move, select, repeat or interpolate units, and so keep their signs.
 _SELECTIONS = {
     "index", "index_select", "gather", "topk", "sort", "median", "kthvalue", "flip", "roll", "repeat",
@@ -68,7 +71,7 @@ def is_vector(node: Node) -> bool:
 
 def same_vector(node: Node) -> Node:
     """Return the earliest value with the same numbers per input, in whatever shape."""
-    while base_op(node) in RESHAPES and node.data:
+    while (base_op(node) in RESHAPES or _is_own_abs(node)) and node.data:
         parent = node.data[0]
         if (
             parent.value.numel() != node.value.numel()
@@ -84,7 +87,7 @@ def same_value(node: Node) -> Node:
     """Return the earliest value with the same numbers, in whatever shape for a vector, else in the same shape."""
     if is_vector(node):
         return same_vector(node)
-    while base_op(node) in RESHAPES and node.data and node.data[0].shape == node.shape:
+    while base_op(node) in RESHAPES - _TRANSPOSES and node.data and node.data[0].shape == node.shape:
         node = node.data[0]
     return node
 
@@ -174,7 +177,7 @@ def _keeps_signs_of(node: Node) -> list[Node] | None:
     if not data:
         return None
     constants = [parent for parent in node.parents if not parent.from_input]
-    if op in RESHAPES | _SELECTIONS:
+    if op in RESHAPES | _SELECTIONS or _is_own_abs(node):
         return data[:1]
     if op in POOLS | {"cat", "stack"}:
         return data if not constants else None
@@ -197,10 +200,32 @@ def _keeps_signs_of(node: Node) -> list[Node] | None:
         a, b = node.parents
         pairs = ((a, b), (b, a)) if op != "div" else ((a, b),)
         # Weights of attention, a mask, a positive gate (squeeze-excite), one positive number.
-        return next(([x] for x, gate in pairs if x.from_input and _is_gate(gate)), None)
+        return next(([x] for x, gate in pairs if x.from_input and (_is_gate(gate) or is_mask(node))), None)
     if op in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"):
         return data[2:3]  # weighted means of its values
     return None
+
+
+def is_mask(node: Node) -> bool:
+    """Return whether a value is another one times, or divided by, constants >= 0 that are not trained."""
+    op, data, parents = base_op(node), node.data, node.parents
+    if (
+        op not in ("mul", "div")
+        or len(data) != 1
+        or len(parents) != 2
+        or (op == "div" and data[0] is not parents[0])
+    ):
+        return False
+    root = constant = parents[1] if data[0] is parents[0] else parents[0]
+    while base_op(root) in RESHAPES and root.parents:
+        root = root.parents[0]
+    low = constant.value > 0 if op == "div" else constant.value >= 0
+    return not isinstance(root.value, nn.Parameter) and bool(low.all() and constant.value.any())
+
+
+def _is_own_abs(node: Node) -> bool:
+    """Return whether a value is the absolute value of what is never negative."""
+    return base_op(node) == "abs" and bool(node.data) and _is_nonnegative(node.data[0])
 
 
 def _is_gate(node: Node) -> bool:

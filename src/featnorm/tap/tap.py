@@ -16,7 +16,7 @@ from featnorm.features import PER_INPUT, Classifier, Features, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
-from featnorm.tap.capture import TRACE_AGAIN, HookPoint, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
 from featnorm.tap.find import Anatomy, Part, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.ranking import LayerRanking, Ratios, candidates
@@ -28,6 +28,11 @@ _TRACED_ROWS = 2
 # Cosine similarity of logits and the classifier's, in any precision; logits shorter than a share of the longest
 # are not compared.
 _ALIKE, _NEGLIGIBLE = 0.99, 1e-6
+
+_MIXED_UP = (
+    "inputs and positions were taken for each other, or a single position for none, when the model was traced: "
+    "trace a new FeatureTap on a batch of at least two inputs with several positions"
+)
 
 
 class FeatureTap:
@@ -196,6 +201,9 @@ class FeatureTap:
         caught = capture(self.model, plan.points, call, advice=self._advice)
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
         vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
+        rows = [value.shape[0] for value in vectors.values()]  # an export keeps them symbolic
+        if any(row != rows[0] for row in rows):
+            raise PathError(_MIXED_UP)
         fields: dict[str, Any] = {}
         for name, point in plan.points.items():
             first, _, more = name.partition(".")
@@ -218,8 +226,10 @@ class FeatureTap:
         loader
             Iterable of batches. A tensor is passed as ``model(x)``; the items of a tuple or list as
             ``model(*args)``; those of a mapping as ``model(**kwargs)``; anything else, such as a graph or a
-            `torch.nn.utils.rnn.PackedSequence`, as ``model(batch)``. If the model has a single argument, it is the
-            one tensor of a mapping, or a whole list of images (c, h, w).
+            `torch.nn.utils.rnn.PackedSequence`, as ``model(batch)``. If the model has a single argument, and
+            a mapping has no item of its name, it is the one tensor of the mapping; or the mapping itself, if the
+            argument is annotated as a mapping, the mapping has several tensors, or a tuple holds it. It may also
+            be a whole list of images (c, h, w).
         labels
             Where the labels of a batch are: a key or attribute, an index, or a function of the batch. Default: the
             item of a tuple that the model does not take, or a last item of one integer per input; the item or
@@ -267,7 +277,7 @@ class FeatureTap:
     def rank_layers(self, loader: Iterable[Any], *, seed: int = 0, progress: bool | None = None) -> LayerRanking:
         """Rank the layers of a model of images by how well a norm of their maps may detect OOD inputs.
 
-        No OOD data are needed: every image is compared with its jigsaw, 3 x 3 patches of it in random order. The
+        No OOD data are needed: every image is compared with its jigsaw, its 3 x 3 patches in random order. The
         NormRatio of a layer is the mean over the images of ``norm(image) / norm(jigsaw)``, where the norm is the
         FeatureNorm, the mean over the channels of ``||ReLU(map)||_2`` (Yu et al., CVPR 2023). Candidates are the
         rectified maps and tokens that modules return. A large ratio is a hint, not a measurement: confirm the
@@ -382,6 +392,11 @@ class FeatureTap:
         for name, words in plan.words.items():
             lines.append(f"{name}: {words}")
         return "\n".join(lines)
+
+    def describe_heads(self) -> str:
+        """Describe which head of several the logits are from; empty if there is one. The model must be traced."""
+        words = self._planned().words
+        return f"logits: {words['logits']}; other heads: {words['other heads']}" if "other heads" in words else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state of the tap as plain data, for a file; see `from_dict`."""
@@ -545,6 +560,7 @@ class _Plan:
         if anatomy.logits and sum(map(_width, anatomy.logits)) == 1:
             words["logits"] += ", read as two classes (-z / 2, z / 2)"
         if anatomy.others:
+            words["logits"] += f", the model's output {anatomy.output!r}"
             words["other heads"] = f"{', '.join(map(repr, anatomy.others))}; choose one with output="
         words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
@@ -645,7 +661,11 @@ def _verdict(anatomy: Anatomy) -> str:
             "is not what the logits depend on. NAN may be less accurate there: measure it."
         )
     if anatomy.kind == "hidden":
-        return found + "It is the hidden layer of an MLP head, which is what the paper recommends for NAN."
+        return found + (
+            "It is the hidden layer of an MLP head, which is what the paper recommends for NAN if the network was "
+            "trained on the in-distribution data. For a new head on the frozen features of a network that was "
+            "trained on other data, NAN may be worse than chance: measure it."
+        )
     if anatomy.kind == "pooled":
         return found + (
             "It is a pool of rectified maps, not the hidden layer of an MLP head. NAN is less accurate there, "
@@ -677,6 +697,8 @@ def _places(parts: list[Part]) -> str:
 
 def _as_vectors(value: Tensor) -> Tensor:
     value = value.dequantize() if value.is_quantized else value
+    if sum(length > 1 for length in value.shape[1:]) > 1:
+        raise PathError(_MIXED_UP)
     return value[:, None] if value.ndim == 1 else value.flatten(1)
 
 

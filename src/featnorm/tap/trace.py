@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +104,8 @@ def trace(model: nn.Module, call: "Call") -> Trace:
     running: list[tuple[str, int]] = []
 
     def entering(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Another thread may call the hook before torch has noted that it takes keyword arguments.
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
             if not is_on_top(me):
                 return
             call = calls[name] = calls.get(name, -1) + 1
@@ -233,6 +235,10 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         given = (*args, *(kwargs or {}).values())
         arguments = self._with_nodes(given)
+        if (
+            torch.Tag.inplace_view in func.tags
+        ):  # `transpose_` and others would change the shape of the recorded value
+            self.node(args[0]).value = args[0].detach()
         result = func(*args, **(kwargs or {}))
         op = func._schema.name.removeprefix("aten::")
         depends = any(node.from_input for node in _nodes(arguments))

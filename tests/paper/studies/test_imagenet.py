@@ -12,7 +12,7 @@ import torchvision.models
 from PIL import Image
 
 import featnorm as fn
-from featnorm.inputs import DataError, image_loader, open_source
+from featnorm.inputs import DataError, open_source, source_loader
 from featnorm.models import create_model
 from featnorm.paper import imagenet_data
 from featnorm.paper.checkpoints import ContrastiveNetwork, load_contrastive
@@ -141,7 +141,7 @@ def test_scores_are_those_of_the_network(large, weights, paper, tmp_path):
     network = load_contrastive(weights / "supcon.pth", "supcon", architecture="resnet18")
 
     def pooled(spec):
-        images = [batch.images for batch in image_loader(open_source(spec, root=large), to_small_tensor)]
+        images = [batch.inputs for batch in source_loader(open_source(spec, root=large), to_small_tensor)]
         with torch.no_grad():
             return network.backbone(torch.cat(images))
 

@@ -12,6 +12,7 @@ from featnorm.detectors import Detector, parse_detector
 from featnorm.evaluation import compare, standard_detectors
 from featnorm.features import Features
 from featnorm.fitting import cluster, features_behind, fit_head
+from featnorm.inputs import TEXTS
 from featnorm.models import DEFAULT_TEXT_MODEL, ProjectionHead, create_model
 from featnorm.paper.scoring import inactive, percentages
 from featnorm.paper.study import Context, MissingError, Study
@@ -86,7 +87,7 @@ def load_texts(context: Context) -> dict[str, Texts]:
     found = {}
     for name, path in paths.items():
         columns = pq.read_table(path).to_pydict()
-        ids = transform.collate([transform(text) for text in columns["text"]])["input_ids"]
+        ids = TEXTS.collate([transform(text) for text in columns["text"]], transform)["input_ids"]
         step = NEWS if name == "ag_news_test" else 1
         found[name] = Texts(ids[::step], torch.tensor(columns["label"])[::step])
     return found

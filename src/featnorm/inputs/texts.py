@@ -1,0 +1,393 @@
+"""Texts in the rows of CSV, JSON Lines, parquet and plain text files, as a source."""
+
+import csv
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO
+
+from featnorm.inputs.decoding import reason_of
+from featnorm.inputs.errors import DataError, ItemError
+from featnorm.inputs.files import Folder
+from featnorm.inputs.kinds import TEXTS
+from featnorm.inputs.openers import Options
+from featnorm.inputs.parquet import LastGroups, ParquetTable, kind_of_labels
+from featnorm.inputs.source import Source
+
+#: Maximum number of bytes of a row. It bounds the memory that a quote or a line without an end takes.
+MAX_ROW = 1 << 26
+# Rows and bytes that are read together, at which a group of rows ends.
+_GROUP_ROWS, _GROUP_BYTES = 1024, 1 << 20
+#: Rows from which the column of texts is chosen, and the average number of words from which strings are texts.
+SAMPLE, _WORDS = 100, 3
+_DELIMITERS = (",", ";", "\t")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BOM = "\ufeff"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file: its values by column, or why it cannot be read."""
+
+    values: dict[str, Any]
+    error: str | None = None
+
+
+class RowFile(ABC):
+    """The rows of one file of lines, read in one pass, or from the beginning of a group of rows.
+
+    Parameters
+    ----------
+    folder, path : Folder, str
+        The file, in its folder.
+
+    Raises
+    ------
+    DataError
+        If it is not a file of its format.
+    """
+
+    def __init__(self, folder: Folder, path: str) -> None:
+        self.folder, self.path = folder, path
+        self.name = folder.name(path)
+        self.columns: list[str] = []
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Row]]:
+        """Yield the offset behind each row, and the row, from the bytes ``start`` to ``stop`` of the file."""
+        with self.folder.stream(self.path) as file:
+            file.seek(start)
+            lines = _Lines(file, self.name, stop)
+            yield from self._parsed(lines, start)
+
+    @abstractmethod
+    def _parsed(self, lines: "_Lines", start: int) -> Iterator[tuple[int, Row]]: ...
+
+
+class _Lines:
+    """The decoded lines of a file; an undecodable byte is a lone surrogate. ``offset`` is behind the last one."""
+
+    def __init__(self, file: BinaryIO, name: str, stop: int | None) -> None:
+        self._file, self._name, self._stop = file, name, stop
+        self.offset = file.tell()
+        self.ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        while self._stop is None or self.offset < self._stop:
+            line = self._file.readline(MAX_ROW + 1)
+            if len(line) > MAX_ROW:
+                raise DataError(
+                    f"{self._name} has a line of more than {MAX_ROW:,} bytes at byte {self.offset:,}: it is not a "
+                    "text file, or lacks line breaks"
+                )
+            if not line:
+                self.ended = True
+                return
+            if self.offset == 0 and line.startswith(_UTF16):
+                raise DataError(f"{self._name} is encoded in UTF-16: save it in UTF-8")
+            text = line.decode("utf-8", "surrogateescape")
+            text = text.removeprefix(_BOM) if self.offset == 0 else text
+            self.offset += len(line)
+            yield text
+
+
+class CsvFile(RowFile):
+    """A CSV file whose first row names the columns; separated by commas, semicolons or tabs, as that row is."""
+
+    def __init__(self, folder: Folder, path: str) -> None:
+        super().__init__(folder, path)
+        # The largest field of Python's parser is a setting of the process.
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
+        with folder.stream(path) as file:
+            first = next(iter(_Lines(file, self.name, None)), "")
+        self._delimiter = max(_DELIMITERS, key=first.count)
+        with folder.stream(path) as file:
+            header = next(self._records(_Lines(file, self.name, None)), [])
+        self.columns = [name.strip() for name in header]
+        if not self.columns or any(not name.isprintable() for name in self.columns):
+            raise DataError(f"{self.name} does not begin with a row of column names: expected CSV in UTF-8")
+        if twice := next((name for i, name in enumerate(self.columns) if name in self.columns[:i]), None):
+            raise DataError(f"{self.name} has the column {twice!r} twice: rename one of them")
+
+    def _records(self, lines: "_Lines") -> Iterator[list[str]]:
+        record: list[str] = []
+
+        def noted() -> Iterator[str]:
+            for line in lines:
+                record.append(line)
+                yield line
+
+        reader = csv.reader(noted(), delimiter=self._delimiter)
+        try:
+            for cells in reader:
+                if lines.ended and _is_open(record, self._delimiter):
+                    raise DataError(
+                        f"{self.name} has a quote that is not closed, in the row that ends at line "
+                        f"{reader.line_num}: {_shown(record[0])}"
+                    )
+                record.clear()
+                if cells:  # the others are blank lines
+                    yield cells
+        except csv.Error as error:
+            raise DataError(f"cannot read line {reader.line_num} of {self.name} as CSV: {error}") from None
+
+    def _parsed(self, lines: _Lines, start: int) -> Iterator[tuple[int, Row]]:
+        records = self._records(lines)
+        if start == 0:
+            next(records, None)
+        for cells in records:
+            error = None
+            if len(cells) != len(self.columns):
+                error = f"the row has {len(cells)} cells, but the header has {len(self.columns)}"
+            yield lines.offset, Row(dict(zip(self.columns, cells, strict=False)), error)
+
+
+class JsonLinesFile(RowFile):
+    """A file with one JSON object per line, whose keys are the columns; blank lines are ignored."""
+
+    def __init__(self, folder: Folder, path: str) -> None:
+        super().__init__(folder, path)
+        rows = [row for _, row in islice(self.rows(), SAMPLE)]
+        self.columns = list({name: None for row in rows for name in row.values})
+        if rows and not self.columns:
+            raise DataError(f"{self.name} has no JSON object in its first lines: expected one per line")
+
+    def _parsed(self, lines: _Lines, start: int) -> Iterator[tuple[int, Row]]:
+        for line in lines:
+            if not line.strip():
+                continue
+            values, error = None, "the line is not a JSON object"
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as problem:
+                error = f"the line is not JSON ({problem})"
+            yield lines.offset, Row(values) if isinstance(values, dict) else Row({}, error)
+
+
+class LineFile(RowFile):
+    """A file of plain text, with one text per line."""
+
+    def __init__(self, folder: Folder, path: str) -> None:
+        super().__init__(folder, path)
+        self.columns = ["text"]
+
+    def _parsed(self, lines: _Lines, start: int) -> Iterator[tuple[int, Row]]:
+        for line in lines:
+            yield lines.offset, Row({"text": line.removesuffix("\n").removesuffix("\r")})
+
+
+class Texts(Source[str]):
+    """Base of sources of texts. A subclass returns the value of a row, or raises `ItemError`."""
+
+    kind = TEXTS
+
+    @abstractmethod
+    def _value(self, i: int) -> Any: ...
+
+    def _read(self, i: int) -> tuple[str, bytes]:
+        value = self._value(i)
+        name = self._name(i)
+        if value is None:
+            raise ItemError(name, "no text in this row")
+        if not isinstance(value, str):
+            raise ItemError(name, f"its text is of type {type(value).__name__}, not a string")
+        digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()
+        try:
+            return TEXTS.item_of(value, name), digest
+        except ItemError as error:
+            error.digest = digest
+            raise
+
+
+class TextRows(Texts):
+    """The texts of a column of a file. A group of rows is read at a time.
+
+    Parameters
+    ----------
+    file : RowFile
+        The file.
+    title : str
+        Name for tables.
+    text_column : str
+        The column of the texts.
+    labels : bool
+        Whether to read the labels.
+    label_column : str, optional
+        The column that holds them: whole numbers, of which negative ones mean no label, or strings, whose sorted
+        values are the classes. An empty cell or null means no label. Default: ``label``, if there is one.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, has no such column, or has no rows.
+    """
+
+    def __init__(
+        self, file: RowFile, title: str, text_column: str, *, labels: bool = True, label_column: str | None = None
+    ) -> None:
+        self._file, self._text_column = file, text_column
+        column = label_column or ("label" if "label" in file.columns else None)
+        column = column if labels else None
+        if column is not None and column not in file.columns:
+            raise DataError(f"no column {column!r} in {file.name}: it has {', '.join(file.columns)}")
+        given: list[Any] = []
+        # The offset at which each group begins, and the number of rows up to its end.
+        self._starts, self._ends = array("Q", [0]), array("Q")
+        rows = 0
+        for offset, row in file.rows():
+            rows += 1
+            given.append(None if column is None else row.values.get(column))
+            last = self._ends[-1] if self._ends else 0
+            if rows - last == _GROUP_ROWS or offset - self._starts[-1] >= _GROUP_BYTES:
+                self._starts.append(offset)
+                self._ends.append(rows)
+        if not rows:
+            raise DataError(f"no rows in {file.name}")
+        self._ends.append(rows)
+        super().__init__(title, *_classes(given))
+        self.columns = tuple(file.columns)
+        if labels and column is None:
+            self.label_columns = tuple(name for name in file.columns if name != text_column)
+        self._groups = LastGroups()
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        if name not in self.columns:
+            raise DataError(f"no column {name!r} in {self._file.name}: it has {', '.join(self.columns)}")
+        # As in a table of another format, an empty cell is no value.
+        return [row.values.get(name) if row.values.get(name) != "" else None for _, row in self._file.rows()]
+
+    def _value(self, i: int) -> Any:
+        group = bisect_right(self._ends, i)
+        rows = self._groups.find(group, lambda: self._group(group))
+        row = rows[i - (self._ends[group - 1] if group else 0)]
+        if row.error is not None:
+            raise ItemError(self._name(i), row.error)
+        return row.values.get(self._text_column)
+
+    def _group(self, group: int) -> "_Rows":
+        stop = self._starts[group + 1] if group + 1 < len(self._starts) else None
+        count = self._ends[group] - (self._ends[group - 1] if group else 0)
+        try:
+            rows = _Rows(row for _, row in self._file.rows(self._starts[group], stop))
+        except OSError as error:
+            raise DataError(f"cannot read {self._file.name}: {reason_of(error)}") from error
+        if len(rows) != count:
+            raise DataError(f"{self._file.name} changed while it was read: run again")
+        return rows
+
+    def _name(self, i: int) -> str:
+        return f"row {i}"
+
+    def _identity(self, i: int) -> str:
+        return f"{self._file.folder.absolute().identity(self._file.path)} {self._text_column} {i}"
+
+
+class _Rows(list[Row]):
+    """A group of rows, to which weak references are possible."""
+
+    __slots__ = ("__weakref__",)
+
+
+class ParquetTexts(ParquetTable[str], Texts):
+    """Texts in a column of strings of parquet files; see `ParquetTable`."""
+
+    @staticmethod
+    def _check(kind: Any, column: str, path: str) -> None:
+        if kind_of_labels(kind) != "strings":
+            raise DataError(f"column {column!r} of {path} is {kind}: texts are strings")
+
+    def _value(self, i: int) -> Any:
+        try:
+            return self._cell(i)
+        except UnicodeDecodeError:
+            raise ItemError(self._name(i), "it is not valid UTF-8") from None
+
+
+#: The format of the files with an ending.
+FORMATS: dict[str, type[RowFile]] = {".csv": CsvFile, ".jsonl": JsonLinesFile, ".txt": LineFile}
+
+
+def text_column(values: Mapping[str, Sequence[Any]], options: Options) -> str | None:
+    """Return the column of a table that holds its texts; None if there is none, or if several could.
+
+    It is the one that the user chose, or else ``text``, or else the only column of strings beside that of the
+    labels if it is the only other column, or if its values have on average three words or more.
+
+    Parameters
+    ----------
+    values : mapping of str to sequence
+        The first values of each column.
+    options : Options
+        How to open the table.
+    """
+    if options.text_column is not None:
+        return options.text_column
+    if "text" in values:
+        return "text"
+    others = [name for name in values if name != (options.label_column or "label")]
+    strings = [name for name in others if any(isinstance(v, str) and not _is_number(v) for v in values[name])]
+    if len(strings) != 1:
+        return None
+    words = [len(v.split()) for v in values[strings[0]] if isinstance(v, str)]
+    return strings[0] if len(others) == 1 or sum(words) >= _WORDS * len(words) else None
+
+
+def require_text_column(name: str, values: Mapping[str, Sequence[Any]], options: Options, *other: str) -> str:
+    """Return the column of a table that holds its texts, see `text_column`.
+
+    Parameters
+    ----------
+    name : str
+        The table.
+    values, options
+        See `text_column`.
+    *other : str
+        Columns of other items, which it lacks too.
+
+    Raises
+    ------
+    DataError
+        If there is no such column, or none can be chosen.
+    """
+    column = text_column(values, options)
+    if column is None or column not in values:
+        wanted = " or ".join(map(repr, (*other, "text") if column is None else (column,)))
+        choose = "choose that of the texts with text_column (--text-column)"
+        advice = choose if column is None else "check its name"
+        raise DataError(f"no column {wanted} in {name}: it has {', '.join(values) or 'none'}; {advice}")
+    return column
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return not value.strip()
+    return True
+
+
+def _classes(given: Sequence[Any]) -> tuple[list[int | None], list[str] | None]:
+    """Return labels, and the names of their classes if they are not whole numbers."""
+    words = [None if label is None or label == "" else str(label) for label in given]
+    if all(word is None or word.lstrip("-").isdecimal() for word in words):
+        return [None if word is None else int(word) for word in words], None
+    names = sorted({word for word in words if word is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    return [None if word is None else numbers[word] for word in words], names
+
+
+def _is_open(record: Sequence[str], delimiter: str) -> bool:
+    try:
+        next(csv.reader(record, delimiter=delimiter, strict=True), None)
+    except csv.Error as error:
+        return "end of data" in str(error)
+    return False
+
+
+def _shown(line: str) -> str:
+    return line[:60].strip().encode(errors="backslashreplace").decode()

