@@ -219,7 +219,7 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
             for kind in ("labels", "clusters") if results else ():
                 runs = [result["heads"][kind] for result in results]
                 notes = [
-                    f"{len(runs)} seeds, mean ± standard deviation",
+                    f"mean ± standard deviation over {len(runs)} seeds",
                     *(
                         f"{name}: {_range([r['sizes'][name] for r in results])} texts"
                         for name in results[0]["sizes"]
@@ -365,35 +365,37 @@ class FineTunedStudy(Study[Scale, dict[str, Texts], Network]):
         }
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
-        """See `Study`; one table per OOD set."""
-        networks: dict[tuple[str, str], list[Result]] = {}
+        """See `Study`; one table per OOD set, with one column per kind of network."""
+        networks: dict[str, list[Result]] = {}
         for result in content:
-            networks.setdefault((result["network"]["encoder"], result["network"]["head"]), []).append(result)
+            kind = "{encoder}, {head}".format(**result["network"])
+            networks.setdefault(kind, []).append(result)
+        notes = [
+            f"{content[0]['fit_texts']:,} training texts; mean ± standard deviation, seeds of each column: "
+            + ", ".join(f"{len(runs)}" for runs in networks.values()),
+            *environment(content),
+        ]
+
+        kinds = networks.values()
+        accuracy = [
+            "accuracy, %",
+            *(mean_and_deviation([100 * run["accuracy"] for run in runs]) for runs in kinds),
+        ]
         found = {}
-        for ood in content[0]["inactive"]:
-            if ood == "ID":
-                continue
-            rows = [
-                [
-                    f"{encoder}, {head}",
-                    f"{len(runs)}",
-                    mean_and_deviation([100 * run["accuracy"] for run in runs]),
-                    " / ".join(
-                        mean_and_deviation([100 * (1 - run["inactive"][name]) for run in runs])
-                        for name in ("ID", ood)
-                    ),
-                    *(
-                        mean_and_deviation([run["scores"][name][ood][0] for run in runs])
-                        for name in runs[0]["scores"]
-                    ),
-                ]
-                for (encoder, head), runs in networks.items()
+        for ood in ("other intents", "news"):
+            on = [
+                [f"units on, %, {name}"]
+                + [mean_and_deviation([100 * (1 - run["inactive"][name]) for run in runs]) for runs in kinds]
+                for name in ("ID", ood)
             ]
-            headers = ["Encoder, head", "seeds", "accuracy, %", "units on, %, ID / OOD", *content[0]["scores"]]
-            count = content[0]["fit_texts"]
-            notes = [f"mean ± standard deviation over seeds; {count:,} training texts", *environment(content)]
-            name = f"fine-tuned-{ood.replace(' ', '-')}"
-            found[name] = Table(f"{self.title}, against {ood}: AUROC in percent", headers, rows, notes)
+            scores = [
+                [name, *(cell([run["scores"][name][ood] for run in runs]) for runs in kinds)]
+                for name in content[0]["scores"]
+            ]
+            title = f"{self.title}, against {ood}: {MEASURES}"
+            found[f"fine-tuned-{ood.replace(' ', '-')}"] = Table(
+                title, ["", *networks], [accuracy, *on, *scores], notes
+            )
         return found
 
 
