@@ -49,6 +49,24 @@ def test_seed_alone_decides():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_token_ids_stay_exact_in_mixed_precision():
+    ids = torch.arange(1000, 1064)[:, None]
+    seen = []
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(1064, 2)
+
+        def forward(self, ids):
+            seen.append(ids)
+            return self.words(ids).mean(1)
+
+    recipe = replace(RECIPE, epochs=1, batch_size=16, augment=False, crop=None)
+    train(Words(), ids, torch.arange(64) % 2, recipe, runtime=Runtime(device="cpu", precision="bf16-mixed"))
+    assert torch.cat(seen).sort(0).values.equal(ids)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumed_is_unbroken(tmp_path, optimizer):
     images, targets = data()

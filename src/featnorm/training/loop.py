@@ -1,4 +1,4 @@
-"""The training loop, for a tensor of images or features; it augments by the batch and resumes at any epoch."""
+"""The training loop, for a tensor of images, features or token ids; it augments, and resumes at any epoch."""
 
 import math
 import time
@@ -30,7 +30,7 @@ def train(
     seed: int = 0,
     on_epoch: Callback | None = None,
 ) -> nn.Module:
-    """Train a model on images, or on extracted features.
+    """Train a model on images, on extracted features, or on texts.
 
     The order of the inputs and their augmentation depend only on the seed and the epoch, so a resumed run gives
     the same weights as an uninterrupted one.
@@ -38,9 +38,9 @@ def train(
     Parameters
     ----------
     model
-        Module that maps pixels (n, c, h, w) in [0, 1] (use `Normalize` as its first layer) or features (n, D) to
-        the inputs of the recipe's objective: logits (n, classes), embeddings (n, e), or both.
-    inputs : images (n, c, h, w) uint8, or floating-point features (n, D).
+        Module that maps pixels (n, c, h, w) in [0, 1] (use `Normalize` as its first layer), features (n, D) or
+        token ids (n, L) to the inputs of the recipe's objective: logits (n, classes), embeddings (n, e), or both.
+    inputs : images (n, c, h, w) uint8, floating-point features (n, D), or token ids (n, L) int64, padded.
     targets : classes (n,), see `scheme_labels`; None for an objective that needs none.
     recipe : settings of the run.
     folder
@@ -227,10 +227,10 @@ def _schedule(
 def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Objective) -> Tensor:
     """Raise a ValueError for invalid inputs, and return the targets as integers; zeros if there are none."""
     images = inputs.dtype == torch.uint8 and inputs.ndim == 4
-    if not images and not (inputs.is_floating_point() and inputs.ndim == 2):
+    if not images and not ((inputs.is_floating_point() or inputs.dtype == torch.int64) and inputs.ndim == 2):
         raise ValueError(
-            "inputs must be images, uint8 (n, c, h, w), or features, floating point (n, D), "
-            f"got {inputs.dtype} of shape {tuple(inputs.shape)}"
+            "inputs must be images, uint8 (n, c, h, w), features, floating point (n, D), or token ids, int64 "
+            f"(n, L), got {inputs.dtype} of shape {tuple(inputs.shape)}"
         )
     if recipe.augment and not images:
         raise ValueError("features cannot be augmented: set augment=False, or train on the images")

@@ -65,7 +65,9 @@ def test_fine_tuned_encoders(texts_root, tmp_path):
     knn = [result["scores"]["KNN(k=10)"] for result in results]
     assert knn[0] == knn[2]
     assert knn[0] != knn[4]
-    assert (out / "laptop" / "text-fine-tuned.md").read_text("utf-8").count("| frozen, MLP | 2 |") == 2
+    page = (out / "laptop" / "text-fine-tuned.md").read_text("utf-8")
+    assert page.count("|  | frozen, MLP | frozen, projection | fine-tuned, MLP | fine-tuned, projection |") == 2
+    assert page.count("seeds of each column: 2, 2, 2, 2") == 2
     # An interrupted run resumes: what is trained is not trained again.
     kept = [out / "laptop" / f"text-fine-tuned-MLP-seed0/{name}" for name in ("checkpoint.pt", "result.json")]
     kept[1].unlink()

@@ -1,6 +1,5 @@
 """Detectors on texts: intents of a bank's customers, against other intents and news; and what NAN needs there."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ def split_intents(texts: Mapping[str, Texts], seed: int) -> tuple[Texts, Texts, 
 
 
 class Packed(nn.Module):
-    """An encoder that takes token ids as floating-point rows (n, L), as the training loop takes features.
+    """An encoder that takes padded token ids (n, L), as the training loop passes them.
 
     Texts of similar length are encoded together, so that little padding is computed.
 
@@ -123,9 +122,8 @@ class Packed(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Return the features (n, D)."""
-        ids = values.long()
         lengths = (ids != 0).sum(1)
         order = lengths.argsort()
         parts = [ids[rows, : int(lengths[rows[-1]])] for rows in order.split(_CHUNK)]
@@ -177,8 +175,8 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
     """Every detector on MiniLM's features and heads on them, with labels and with clusters in their place.
 
     Its result has one entry per `Draw`: ``sizes`` of the sets, and ``heads``, by what they were trained on
-    ("labels", "clusters"): ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``accuracy``,
-    ``excluded`` and ``seconds``.
+    ("labels", "clusters"): ``scores`` (AUROC and FPR95 in percent, by detector and OOD set), ``accuracy`` and
+    ``excluded``.
     """
 
     page: ClassVar[str] = "text"
@@ -204,15 +202,13 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
             fit, test, ood = texts[FILES[0]], texts[FILES[1]], {"news": texts[FILES[2]]}
         heads = {}
         for kind in ("labels", "clusters"):
-            began = time.perf_counter()
             targets = fit.labels if kind == "labels" else cluster(fit.ids, job.seed)
             head = fit_head(fit.ids, targets, seed=job.seed, progress=context.progress)
-            seconds = time.perf_counter() - began
             detectors = [detector for detector in standard_detectors() if not detector.needs_model]
             detectors += map(parse_detector, _ADDED.split())
             known = _of(test.ids, test.labels if kind == "labels" else None)
             values = {name: part.ids for name, part in ood.items()}
-            heads[kind] = {**_measured(detectors, head, _of(fit.ids, targets), known, values), "seconds": seconds}
+            heads[kind] = _measured(detectors, head, _of(fit.ids, targets), known, values)
         return {"heads": heads, "sizes": _sizes({"training": fit, "ID test": test, **ood})}
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
@@ -222,9 +218,8 @@ class TextStudy(Study[None, dict[str, Texts], Draw]):
             results = [result for result in content if result["draw"]["setting"] == setting]
             for kind in ("labels", "clusters") if results else ():
                 runs = [result["heads"][kind] for result in results]
-                seconds = mean_and_deviation([run["seconds"] for run in runs])
                 notes = [
-                    f"{len(runs)} seeds, mean ± standard deviation; {seconds} s for targets and head",
+                    f"mean ± standard deviation over {len(runs)} seeds",
                     *(
                         f"{name}: {_range([r['sizes'][name] for r in results])} texts"
                         for name in results[0]["sizes"]
@@ -348,7 +343,7 @@ class FineTunedStudy(Study[Scale, dict[str, Texts], Network]):
             # Half of all weights, most of which no training text uses.
             words.requires_grad_(False)
             head = job.make_head(words.embedding_dim)
-            train(nn.Sequential(packed, head), fit.ids.float(), fit.labels, recipe, **options)
+            train(nn.Sequential(packed, head), fit.ids, fit.labels, recipe, **options)
             values = {name: packed.features(part.ids) for name, part in sets.items()}
         log = read_log(folder / LOG)
         head.cpu()
@@ -370,35 +365,37 @@ class FineTunedStudy(Study[Scale, dict[str, Texts], Network]):
         }
 
     def tables(self, content: Sequence[Result]) -> dict[str, Table]:
-        """See `Study`; one table per OOD set."""
-        networks: dict[tuple[str, str], list[Result]] = {}
+        """See `Study`; one table per OOD set, with one column per kind of network."""
+        networks: dict[str, list[Result]] = {}
         for result in content:
-            networks.setdefault((result["network"]["encoder"], result["network"]["head"]), []).append(result)
+            kind = "{encoder}, {head}".format(**result["network"])
+            networks.setdefault(kind, []).append(result)
+        notes = [
+            f"{content[0]['fit_texts']:,} training texts; mean ± standard deviation, seeds of each column: "
+            + ", ".join(f"{len(runs)}" for runs in networks.values()),
+            *environment(content),
+        ]
+
+        kinds = networks.values()
+        accuracy = [
+            "accuracy, %",
+            *(mean_and_deviation([100 * run["accuracy"] for run in runs]) for runs in kinds),
+        ]
         found = {}
-        for ood in content[0]["inactive"]:
-            if ood == "ID":
-                continue
-            rows = [
-                [
-                    f"{encoder}, {head}",
-                    f"{len(runs)}",
-                    mean_and_deviation([100 * run["accuracy"] for run in runs]),
-                    " / ".join(
-                        mean_and_deviation([100 * (1 - run["inactive"][name]) for run in runs])
-                        for name in ("ID", ood)
-                    ),
-                    *(
-                        mean_and_deviation([run["scores"][name][ood][0] for run in runs])
-                        for name in runs[0]["scores"]
-                    ),
-                ]
-                for (encoder, head), runs in networks.items()
+        for ood in ("other intents", "news"):
+            on = [
+                [f"units on, %, {name}"]
+                + [mean_and_deviation([100 * (1 - run["inactive"][name]) for run in runs]) for runs in kinds]
+                for name in ("ID", ood)
             ]
-            headers = ["Encoder, head", "seeds", "accuracy, %", "units on, %, ID / OOD", *content[0]["scores"]]
-            count = content[0]["fit_texts"]
-            notes = [f"mean ± standard deviation over seeds; {count:,} training texts", *environment(content)]
-            name = f"fine-tuned-{ood.replace(' ', '-')}"
-            found[name] = Table(f"{self.title}, against {ood}: AUROC in percent", headers, rows, notes)
+            scores = [
+                [name, *(cell([run["scores"][name][ood] for run in runs]) for runs in kinds)]
+                for name in content[0]["scores"]
+            ]
+            title = f"{self.title}, against {ood}: {MEASURES}"
+            found[f"fine-tuned-{ood.replace(' ', '-')}"] = Table(
+                title, ["", *networks], [accuracy, *on, *scores], notes
+            )
         return found
 
 
