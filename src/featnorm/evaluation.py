@@ -519,9 +519,9 @@ class _Reader:
         classes = source.class_names
         why = None
         if classes is None and source.label(0) is None:
-            why = "the images have no classes (SSD and KNN need none)"
+            why = f"the {source.kind.name} have no classes (SSD and KNN need none)"
         elif classes is not None and len(classes) == 1:
-            why = f"the images are of a single class, {classes[0]} (SSD and KNN need none)"
+            why = f"the {source.kind.name} are of a single class, {classes[0]} (SSD and KNN need none)"
         bar = progress_bar(
             loader.parts(), total=len(loader), desc=name, unit="batch", progress=self.runtime.progress
         )

@@ -493,6 +493,13 @@ def fit_source(
     }
     assert scorer.calibration is not None
     notes += plan.notes
+    if naming := getattr(loaded.transform, "naming", None):
+        notes.append(
+            f"not used: {', '.join(map(repr, naming))}, whose texts differ in more than half of the {items}, as "
+            "names do; numbers need a decimal point to be read as such"
+        )
+    if source.kind is ROWS and head == "auto" and labeled and "labels" not in used.learns:
+        notes.append(f"the labels are not used: no head is trained (--head train), and {used!r} needs none")
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows)

@@ -319,10 +319,13 @@ def test_the_commands_take_an_array(featnorm, tmp_path):
 
 def test_the_commands_take_a_table(featnorm, tmp_path):
     table = pd.DataFrame(ROWS, columns=list("abcdef")).assign(word=np.array(["x", "y"])[LABELS])
+    table["name"] = [f"name-{i}" for i in range(len(table))]
     table.to_csv(tmp_path / "known.csv", index=False)
     code, out, error = featnorm("fit", "known.csv", "--label-column", "word", "--group-by", "f")
     assert code == 0, error
-    assert "none, the rows are 5 features of 'a', 'b', 'c', 'd', 'e'; 'f', 'word' left out" in out
+    assert "none, the rows are 5 features of 'a', 'b', 'c', 'd', 'e'; 'f', 'word', 'name' left out" in out
+    assert "Note: not used: 'name', whose texts differ in more than half of the rows" in out
+    assert "Note: the labels are not used: no head is trained (--head train)" in out
     assert "KNN(k=10, normalize=False)" in out
     code, out, error = featnorm("score", "detector.featnorm", "known.csv", "--html", "page.html", "-o", "out.csv")
     assert code == 0, error

@@ -99,6 +99,7 @@ def test_strings_that_read_as_numbers_are_numbers_and_those_that_name_rows_are_l
     assert (rows.numbers, rows.categories, rows.left_out) == (["code"], {}, ["weight", "id"])
     assert rows({"code": "2.5"}) == rows({"code": 2.5, "id": "any", "weight": 3})
     assert str(rows).endswith("; 'weight', 'id' left out")
+    assert rows.naming == ["id"]
     with pytest.raises(DataError, match=r"no column of the DataFrame can be used \('id' left out\)"):
         Table.fit(source_of(table[["id"]]))
 

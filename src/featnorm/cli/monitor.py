@@ -289,7 +289,7 @@ def _meaning(stream: _Stream) -> Iterator[str]:
     chance = f"{100 * stream.monitor.false_alarm:g} %"
     yield (
         f"If nothing drifts, the chance of ever raising this alarm is at most {chance}, however long the "
-        "stream, provided the images are exchangeable (not sorted by class, not consecutive video frames)."
+        "stream, provided the inputs are exchangeable (not sorted by class, not consecutive video frames)."
     )
     if stream.alarm is None:
         yield (

@@ -136,6 +136,8 @@ class Table(Rows):
         left_out: Sequence[str] = (),
     ) -> None:
         self.numbers, self.categories, self.left_out = list(numbers), dict(categories), list(left_out)
+        #: Columns that `fit` left out because they seem to name the rows.
+        self.naming: list[str] = []
         self.mean, self.scale, self.gaps = mean.numpy(), scale.numpy(), gaps.numpy()
         self._names = {*self.numbers, *self.categories}
         self._width = len(self.numbers) + int(self.gaps.sum())
@@ -205,7 +207,9 @@ class Table(Rows):
                 "choose it with text_column (--text-column)"
             )
         mean, scale = (torch.tensor(values, dtype=torch.float64) for values in (means, scales))
-        return cls(numbers, mean, scale, torch.tensor(gaps, dtype=torch.bool), categories, unused)
+        table = cls(numbers, mean, scale, torch.tensor(gaps, dtype=torch.bool), categories, unused)
+        table.naming = unused[len(left_out) :]
+        return table
 
     @property
     def columns(self) -> list[str]:
