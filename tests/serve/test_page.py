@@ -7,12 +7,14 @@ import threading
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
 import featnorm as fn
+import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
 from featnorm.serve import Limits, ScorerFile, create_app
@@ -214,6 +216,32 @@ def test_on_a_phone(browser, url, folder):
     tally(page, "2 images scored, 1 flagged as OOD.")
     page.locator("summary").first.tap()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+    page.close()
+
+
+def test_pasted_texts_and_rows_on_a_phone(browser, tmp_path):
+    tiny_texts.write_texts(tmp_path / "known.parquet", 2, 60, tiny_texts.WORDS[4:])
+    options = {"cache": tmp_path / "cache", "runtime": fn.Runtime(progress=False, workers=0)}
+    encoder = f"hf:{tiny_texts.saved(tmp_path / 'encoder')}"
+    scorers = {
+        "words": fn.fit(tmp_path / "known.parquet", encoder, detector="KNN(k=3)", **options),
+        "numbers": fn.fit(np.random.default_rng(0).normal(size=(200, 3)), **options),
+    }
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    with served(create_app(scorers)) as url:
+        page.goto(url)
+        for name, lines, heading in (
+            ("words", "where is my card ?\nthe news is lost", "where is my card ?"),
+            ("numbers", "0.1, 0.2, 0.3\n[90, -80, 70]", "0.1, 0.2, 0.3"),
+        ):
+            page.get_by_label("Detector", exact=True).select_option(name)
+            page.locator("textarea").fill(lines)
+            page.get_by_role("button", name="Score them").click()
+            playwright.expect(page.locator("#tally")).to_contain_text("2 ")
+            shown = card(page, heading).get_by_role("heading")
+            # Beside the plot, the words would have a column of a few letters.
+            assert shown.bounding_box()["width"] > 250
+            assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
     page.close()
 
 
