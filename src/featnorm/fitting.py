@@ -158,7 +158,7 @@ def fit(
     thumbnails: bool = True,
     runtime: Runtime | None = None,
 ) -> Scorer:
-    """Make a calibrated scorer from in-distribution images or texts.
+    """Make a calibrated scorer from in-distribution images, texts or rows.
 
     The features of the items are computed once and cached on disk. Duplicate items are used once. One item in
     five, chosen by its content, is held out for calibration, and the detector is fitted to the others. For a
@@ -312,7 +312,7 @@ def fit_source(
 
     Parameters
     ----------
-    source : in-distribution images or texts.
+    source : in-distribution images, texts or rows.
     loaded : model with its transform; it may be moved to the runtime's device.
     detector, head, layer, output, channel_axis, pooling, targets, tpr, thresholds_by, group_by, cache, seed
         See `fit`.
@@ -386,8 +386,7 @@ def fit_source(
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
             used = KLUniform()
         elif used.needs_fit and pooled.numel() > _MAX_BANK:
-            knn = KNN(k=10, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
-            used = KLUniform() + knn if used.needs_held_out else knn
+            used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
     fits = detector.needs_fit or plan.head == "train"
@@ -591,12 +590,12 @@ def _plan(
     return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
 
 
-def _default_detector(plan: _Plan, few: bool, *, normalize: bool) -> Detector:
-    """Return the detector of `fit` for a plan, by whether there are few items; `normalize` is KNN's."""
+def _default_detector(plan: _Plan, few: bool, **options: Any) -> Detector:
+    """Return the detector of `fit` for a plan, by whether there are few items; the options are KNN's."""
     if plan.head != "train" and plan.example.logits is None:
-        return KNN(k=1 if few else 10, normalize=normalize)
+        return KNN(k=1 if few else 10, **options)
     # The example of a head that is yet to be trained has pooled features.
-    return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10, normalize=normalize)
+    return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10, **options)
 
 
 class _Columns(nn.Module):

@@ -60,10 +60,12 @@ class Scorer(nn.Module):
     layer, output, channel_axis, pooling : what the tap captures, see `FeatureTap`. Default: found automatically.
     preprocess
         Function from an item to what the model takes: from an image (a PIL image in RGB) to a tensor without the
-        batch dimension, or from a text to the tensors (L,) that the model takes by name. With it, the scorer takes
-        files of images or texts, and so do all commands. Several threads may call it at the same time.
+        batch dimension, from a text to the tensors (L,) that the model takes by name, or from a row to a tensor
+        (D,), see `featnorm.inputs.rows.Rows`. With it, the scorer takes files of such items, and so do all
+        commands. Several threads may call it at the same time.
     kind
-        What the preprocess takes: "images" or "texts". Default: its attribute ``kind``; images if it has none.
+        What the preprocess takes: "images", "texts" or "rows". Default: its attribute ``kind``; images if it has
+        none.
     classes : class names, one per logit.
     spec
         Specification from which `featnorm.models.create_model` makes the model. With it, a file with weights opens

@@ -19,9 +19,9 @@ from featnorm._utils.extras import vision_module
 from featnorm.inputs.cache import CachedFeatures
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
-from featnorm.inputs.kinds import ROWS
+from featnorm.inputs.kinds import ROWS, is_data_frame
 from featnorm.inputs.openers import Opener, Options
-from featnorm.inputs.parquet import LastGroups, open_parquet
+from featnorm.inputs.parquet import Group, LastGroups, open_parquet
 from featnorm.inputs.rows import Rows
 from featnorm.inputs.source import SlicedSource, Source, class_labels
 from featnorm.inputs.texts import FORMATS, RowFile, is_number
@@ -153,13 +153,13 @@ class TableRows(Source[Any]):
         content = item.tobytes() if self._vector is not None else "\0".join(map(str, item.values())).encode()
         return item, hashlib.sha256(content).digest()
 
-    def _items(self, number: int) -> "_Items":
+    def _items(self, number: int) -> Group[Any]:
         """Return the rows of a block; for a row that cannot be read, the reason."""
         if self._vector is not None:
             vectors = self._block(number, [self._vector])[self._vector]
-            return _Items("no vector in this row" if v is None else v for v in _arrays(vectors))
+            return Group("no vector in this row" if v is None else v for v in _arrays(vectors))
         values = [column.to_pylist() for column in self._block(number, self.columns).columns]
-        return _Items(dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True))
+        return Group(dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True))
 
     def _name(self, i: int) -> str:
         return f"row {i}"
@@ -300,7 +300,7 @@ def row_source(data: Any, options: Options) -> Source[Any]:
     DataError
         The data have another shape or type.
     """
-    if hasattr(data, "columns") and hasattr(data, "iloc"):
+    if is_data_frame(data):
         pa = vision_module("pyarrow")
         try:
             table = pa.Table.from_pandas(data, preserve_index=False)
@@ -459,10 +459,6 @@ class _Errors:
     def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
         if isinstance(error, (vision_module("pyarrow").ArrowException, OSError)):
             raise DataError(f"cannot read {self._name}: {first_line(error)}") from error
-
-
-class _Items(list[Any]):
-    """Rows of a block, to which weak references are possible."""
 
 
 def _arrays(column: Any) -> list[npt.NDArray[Any] | None]:

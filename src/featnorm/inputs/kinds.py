@@ -231,7 +231,7 @@ class _Texts(Kind):
 
     def preview(self, item: str) -> bytes:
         """Return the first 200 characters in UTF-8, with an ellipsis if there are more."""
-        return (item if len(item) <= PREVIEW else item[:PREVIEW] + "…").encode()
+        return _beginning(item)
 
     def check(self, prepared: Any, first: Inputs | None, name: str) -> None:
         if not isinstance(prepared, Mapping) or not all(
@@ -261,7 +261,7 @@ class _Rows(Kind):
 
     def sequence_of(self, items: Any) -> Sequence[Any]:
         """Return the rows of an array, a tensor, a DataFrame or a sequence."""
-        if hasattr(items, "iloc") and hasattr(items, "columns"):
+        if is_data_frame(items):
             return items.astype(object).where(items.notna(), None).to_dict("records")
         if not isinstance(items, (np.ndarray, Tensor)):
             return super().sequence_of(items)
@@ -294,8 +294,7 @@ class _Rows(Kind):
 
     def preview(self, item: Any) -> bytes:
         """Return the first 200 characters of `shown` in UTF-8."""
-        text = self.shown(item)
-        return (text if len(text) <= PREVIEW else text[:PREVIEW] + "…").encode()
+        return _beginning(self.shown(item))
 
     def check_source(self, source: Any, preprocess: Any) -> None:
         if hasattr(preprocess, "check"):
@@ -336,6 +335,15 @@ def rows_in(inputs: Inputs, rows: Any) -> Inputs:
 def run(module: Any, inputs: Inputs) -> Any:
     """Call a module with a batch: with a tensor, or by name."""
     return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+
+
+def is_data_frame(data: Any) -> bool:
+    """Return whether data are a `pandas.DataFrame`, which need not be imported for this."""
+    return hasattr(data, "columns") and hasattr(data, "iloc")
+
+
+def _beginning(text: str) -> bytes:
+    return (text if len(text) <= PREVIEW else text[:PREVIEW] + "…").encode()
 
 
 def _image_of(array: np.ndarray[Any, Any]) -> Image.Image:

@@ -158,6 +158,12 @@ class ParquetImages(ParquetTable[Image.Image], EncodedImages):
             raise ItemError(self._name(i), reason_of(error)) from error
 
 
+class Group(list[T]):
+    """Rows that are read together, to which weak references are possible."""
+
+    __slots__ = ("__weakref__",)
+
+
 class LastGroups:
     """The groups of rows that threads have read last, by their numbers. A pickled copy holds none."""
 

@@ -16,7 +16,7 @@ from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder
 from featnorm.inputs.kinds import TEXTS
 from featnorm.inputs.openers import Options
-from featnorm.inputs.parquet import LastGroups, ParquetTable, kind_of_labels
+from featnorm.inputs.parquet import Group, LastGroups, ParquetTable, kind_of_labels
 from featnorm.inputs.source import Source, class_labels
 
 #: Maximum number of bytes of a row. It bounds the memory that a quote or a line without an end takes.
@@ -269,11 +269,11 @@ class TextRows(Texts):
             raise ItemError(self._name(i), row.error)
         return row.values.get(self._text_column)
 
-    def _group(self, group: int) -> "_Rows":
+    def _group(self, group: int) -> Group[Row]:
         stop = self._starts[group + 1] if group + 1 < len(self._starts) else None
         count = self._ends[group] - (self._ends[group - 1] if group else 0)
         try:
-            rows = _Rows(row for _, row in self._file.rows(self._starts[group], stop))
+            rows = Group(row for _, row in self._file.rows(self._starts[group], stop))
         except OSError as error:
             raise DataError(f"cannot read {self._file.name}: {reason_of(error)}") from error
         if len(rows) != count:
@@ -285,12 +285,6 @@ class TextRows(Texts):
 
     def _identity(self, i: int) -> str:
         return f"{self._file.folder.absolute().identity(self._file.path)} {self._text_column} {i}"
-
-
-class _Rows(list[Row]):
-    """A group of rows, to which weak references are possible."""
-
-    __slots__ = ("__weakref__",)
 
 
 class ParquetTexts(ParquetTable[str], Texts):
