@@ -194,6 +194,13 @@ class _Images(Kind):
         return is_first_of_several(item)
 
 
+class _Frames(_Images):
+    """Frames of videos: images for a model, and called by their own name."""
+
+    name = "frames"
+    noun = "frame"
+
+
 class _Texts(Kind):
     """Texts, as str; preprocess returns the tensors (L,) that the model takes by name, one value per token.
 
@@ -301,7 +308,7 @@ class _Rows(Kind):
             preprocess.check(source)
 
 
-IMAGES, TEXTS, ROWS = _KINDS["images"], _KINDS["texts"], _KINDS["rows"]
+IMAGES, FRAMES, TEXTS, ROWS = (_KINDS[name] for name in ("images", "frames", "texts", "rows"))
 
 
 def _named(name: str) -> Kind:
