@@ -96,7 +96,7 @@ class ImageFolderOpener(Opener):
         if not files:
             beside = str(passed_over)
             raise DataError(
-                f"no images in {location}"
+                f"no images or videos in {location}"
                 + (f": {beside}" if beside else ", which holds no files: check the path")
             )
         images = ImageFiles(location, files, title, *classes_by_folder(location, files))

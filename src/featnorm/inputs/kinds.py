@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from featnorm._utils.layout import fast_layout
-from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
+from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb, upright
 from featnorm.inputs.errors import DataError, ItemError
 
 #: A batch of a model, or one input of it: a tensor, or the tensors that the model takes by name.
@@ -166,6 +166,8 @@ class _Images(Kind):
             return to_rgb(raw.copy, name)
         if isinstance(raw, np.ndarray):
             return to_rgb(lambda: _image_of(raw), name)
+        if hasattr(raw, "to_image"):  # a frame that PyAV has decoded
+            return upright(raw, name)
         raise TypeError(
             f"{name} is of type {type(raw).__name__}: expected a path, a PIL image, an array or a tensor"
         )

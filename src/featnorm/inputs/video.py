@@ -17,7 +17,7 @@ from PIL import Image
 
 from featnorm._utils.extras import optional_module
 from featnorm._utils.progress import progress_bar
-from featnorm.inputs.decoding import reason_of, to_rgb
+from featnorm.inputs.decoding import reason_of, upright
 from featnorm.inputs.errors import ItemError
 from featnorm.inputs.files import Files, Folder
 from featnorm.inputs.formats import VIDEO_ENDINGS
@@ -45,8 +45,6 @@ _SLACK = 0.5
 _NEAR = 8
 # Error of time stamps in containers that round them to milliseconds, in seconds.
 _ROUNDING = 0.001
-_TRANSPOSE = {90: Image.Transpose.ROTATE_90, -90: Image.Transpose.ROTATE_270}
-_TRANSPOSE |= dict.fromkeys((180, -180), Image.Transpose.ROTATE_180)
 
 
 @dataclass(frozen=True)
@@ -142,6 +140,7 @@ class VideoFrames(ImageSource):
         of_files = [None] * len(files) if labels is None else labels
         each = [label for label, clip in zip(of_files, self.clips, strict=True) for _ in range(len(clip))]
         super().__init__(title, each, class_names)
+        self.fps = fps
         self._folder = folder
         self._ends = list(accumulate(map(len, self.clips)))
         self._lock = threading.Lock()
@@ -263,23 +262,6 @@ def look_through(folder: Folder, path: str, fps: float) -> Clip:
                 return _indexed(container, stream, fps, path=path, identity=identity, sha256=sha256)
     except (OSError, ValueError) as error:
         return Clip(path, identity, fault=reason_of(error))
-
-
-def upright(frame: Any, name: str) -> Image.Image:
-    """Return a decoded frame, an `av.VideoFrame`, as an image in RGB, as it is meant to be seen.
-
-    Raises
-    ------
-    ItemError
-        If its pixels cannot be converted, or it is too narrow for a model.
-    """
-
-    def convert() -> Image.Image:
-        image: Image.Image = frame.to_image()
-        transpose = _TRANSPOSE.get(frame.rotation)
-        return image if transpose is None else image.transpose(transpose)
-
-    return to_rgb(convert, name)
 
 
 class _Reader:
