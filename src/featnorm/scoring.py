@@ -431,6 +431,9 @@ def _write_page(
         threshold=float(calibration.threshold),
         flagged=summary.flagged,
         folders=summary.folders,
+        clips=None
+        if source.fps is None
+        else {clip.clip: (clip.p_value, word_of(clip.is_id) or "") for clip in summary.clips},
         shown=_shown(scorer, source, shown, runtime),
         unread=summary.first_unread,
         unread_count=summary.unread,

@@ -51,6 +51,7 @@ def write_clip(
     """
     if isinstance(frames, int):
         frames = map(numbered, range(frames))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     frames = [np.ascontiguousarray(frame) for frame in frames]
     with av.open(str(path), "w", options=options) as container:
         if frames:

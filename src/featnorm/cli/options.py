@@ -9,8 +9,8 @@ import typer
 DATA = (
     "an image folder, a video or a folder of videos, a parquet file, a file of texts (.csv, .jsonl, .parquet, or "
     ".txt with one per line) or of rows of numbers (.npy, .npz, .csv, .jsonl, .parquet), local or in an object "
-    "store (`s3://bucket/photos`), or a named data set, such as `cifar10:test`; append a slice to use a part of it: "
-    "`DATA[:500]`, `DATA[1::2]`"
+    "store (`s3://bucket/photos`), or a named data set, such as `cifar10:test`; append a slice to use a part of "
+    "it: `DATA[:500]`, `DATA[1::2]`"
 )
 """What a specification of data may be, for help texts."""
 

@@ -326,8 +326,9 @@ def kind_of(what: Any) -> Kind:
         There is no such kind.
     """
     name = what if isinstance(what, str) else getattr(what, "kind", IMAGES.name)
-    if name not in _KINDS:
-        raise ValueError(f"unknown kind of inputs {name!r}: use one of {', '.join(_KINDS)}")
+    taken = [one for one in _KINDS if one != FRAMES.name]  # frames are images to a preprocess
+    if name not in taken:
+        raise ValueError(f"unknown kind of inputs {name!r}: use one of {', '.join(taken)}")
     return _KINDS[name]
 
 
