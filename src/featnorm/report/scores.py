@@ -138,9 +138,10 @@ def write_scores_page(
     examples: dict[int, Picture | None] = {}
     cards = [_card(i, one, calibration_scores, low, high, examples) for i, one in enumerate(shown)]
     counts = []
-    for name, numbers in folders.items():
+    for name, (count, flagged_in) in folders.items():
         p_value, word = (clips or {}).get(name, (None, ""))
-        counts.append(_Folder(name, *numbers, "" if p_value is None else f"{p_value:.4f}", word))
+        shown_p = "" if p_value is None else f"{p_value:.4f}"
+        counts.append(_Folder(name, count, flagged_in, shown_p, word))
     counts.sort(key=lambda folder: (-folder.flagged / folder.scored, -folder.scored, folder.name))
     pictures = [picture for card in cards for picture in (card.picture, card.heat)]
     html = render(

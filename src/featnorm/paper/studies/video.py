@@ -1,4 +1,4 @@
-"""Clips of real pixels: false alarms per frame and per clip, calibrated on clips or on frames as if independent."""
+"""Clips of real pixels: false alarms per frame and clip, calibrated on clips or on frames as if independent."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ _Array = npt.NDArray[Any]
 
 
 class Video(SingleRun[Images]):
-    """Photographs that a camera pans and zooms over, as H.264 files, scored frame by frame by the packaged network.
+    """Photographs that a camera pans and zooms over, as H.264 files, scored by the packaged network.
 
     Its result has, for each detector, the rates over the draws (``rates``) and AUROCs and flagged shares of the
     OOD sets (``ood``).
