@@ -254,7 +254,8 @@ def fit(
     size = out.stat().st_size / 1e6
     console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
     again = f" --model {model}" if is_users(loaded.name) else ""
-    console.print(f"  featnorm score {shlex.quote(str(out))} {items.upper()}{again}", soft_wrap=True)
+    given = items.upper() if source.fps is None else "VIDEOS"
+    console.print(f"  featnorm score {shlex.quote(str(out))} {given}{again}", soft_wrap=True)
 
 
 def _print_model(scorer: Scorer, report: FitReport) -> None:

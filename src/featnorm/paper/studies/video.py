@@ -1,7 +1,7 @@
 """Clips of real pixels: false alarms per frame and clip, calibrated on clips or on frames as if independent."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from featnorm._utils.extras import optional_module
+from featnorm._utils.layout import fast_layout
 from featnorm._utils.progress import progress_bar
 from featnorm.calibration import Calibration
-from featnorm.detectors import KNN, MSP, NAN, Energy, KLUniform, L1Norm
+from featnorm.detectors import KNN, MSP, NAN, Detector, Energy, KLUniform, L1Norm
+from featnorm.detectors.held_out import fit_in_batches
 from featnorm.inputs import open_source, source_loader
 from featnorm.inputs.video import VideoFrames
 from featnorm.metrics import auroc
@@ -25,7 +27,7 @@ from featnorm.paper.images import SIDE, Images, as_pixels, cifar10_images, space
 from featnorm.paper.study import Context, SingleRun, Whole
 from featnorm.paper.tables import Table, facts
 from featnorm.parts import PartCalibration, unit_scores
-from featnorm.scorer import Scorer
+from featnorm.tap import FeatureTap
 
 ID_CLIPS, OOD_CLIPS = 600, 200
 # Of each draw; the other ID clips are new ones.
@@ -58,13 +60,11 @@ class Video(SingleRun[Images]):
     def run(self, job: Whole, scale: None, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         detectors = [detector() for detector in _DETECTORS]
-        scorers = [Scorer(load_model(NETWORK), detector) for detector in detectors]
-        train = as_pixels(inputs.train[0]).split(256)
-        for scorer in scorers:
-            scorer.fit(train, progress=context.progress)
+        tap = FeatureTap(fast_layout(load_model(NETWORK).to(context.runtime.torch_device)))
+        fit_in_batches(detectors, (tap(as_pixels(images, tap.device)) for images in inputs.train[0].split(256)))
         sets = {"ID": spaced(inputs.test[0], ID_CLIPS)}
         sets |= {name: spaced(images, OOD_CLIPS) for name, images in inputs.ood.items()}
-        found = {name: _scores(scorers, images, rng, context) for name, images in sets.items()}
+        found = {name: _scores(tap, detectors, images, rng, context) for name, images in sets.items()}
         frames = {name: len(owners) for name, (_, owners) in found.items()}
         rates, ood = {}, {}
         for i, detector in enumerate(detectors):
@@ -138,8 +138,9 @@ def write_clip(path: Path, frames: Iterator[_Array]) -> None:
         container.mux(stream.encode())
 
 
+@torch.no_grad()
 def _scores(
-    scorers: list[Scorer], images: Tensor, rng: np.random.Generator, context: Context
+    tap: FeatureTap, detectors: Sequence[Detector], images: Tensor, rng: np.random.Generator, context: Context
 ) -> tuple[Tensor, Tensor]:
     """Return the scores of the frames of a clip for each image, (detectors, n), and their clips (n,)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,11 +150,11 @@ def _scores(
         assert isinstance(source, VideoFrames)
         owners = torch.tensor([int(Path(unit).stem) for unit in source.units() or ()])
         loader = source_loader(source, _shrunk, batch_size=250)
-        batches = [
-            torch.stack([scorer(batch.inputs).score.double() for scorer in scorers])
-            for batch in progress_bar(loader, desc="frames", unit="batch", progress=context.progress)
-        ]
-    return torch.cat(batches, 1), owners
+        scores = []
+        for batch in progress_bar(loader, desc="frames", unit="batch", progress=context.progress):
+            features = tap(batch.inputs)
+            scores.append(torch.stack([detector.score(features).double().cpu() for detector in detectors]))
+    return torch.cat(scores, 1), owners
 
 
 def _shrunk(image: Image.Image) -> Tensor:
