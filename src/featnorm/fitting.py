@@ -43,7 +43,7 @@ from featnorm.inputs import (
 )
 from featnorm.inputs.arrays import LabeledSource, row_features, row_source
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, run, to_device
+from featnorm.inputs.kinds import FRAMES, IMAGES, ROWS, Inputs, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
 from featnorm.inputs.openers import Options
 from featnorm.inputs.rows import Rows, fit_rows
@@ -367,8 +367,9 @@ def fit_source(
         plan = _plan(source, loaded, head, captured, runtime, few)
         used = detector or _default_detector(plan, few, normalize=embeds)
         if not labeled and "labels" in used.learns:
-            how = "put the images of each class in a subfolder of its own"
-            how = how if source.kind is IMAGES else "name their column (label_column, --label-column)"
+            what = "images" if source.fps is None else "videos"
+            how = f"put the {what} of each class in a subfolder of its own"
+            how = how if source.kind in (IMAGES, FRAMES) else "name their column (label_column, --label-column)"
             raise DataError(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
                 f"{how} and use labels, or choose another detector"
@@ -761,7 +762,7 @@ def _examples(
     files: dict[int, bytes] = {}
     if thumbnails:
         # In the order of the source, which reads neighboring items together.
-        with ThreadPoolExecutor(runtime.workers or None) as threads:
+        with ThreadPoolExecutor(source.max_readers or runtime.workers or None) as threads:
             made = threads.map(lambda row: _preview(source, row), sorted(chosen))
             files = dict(zip(sorted(chosen), made, strict=True))
     sizes = np.cumsum([len(files.get(row, b"")) for row in chosen])
