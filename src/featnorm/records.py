@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
+#: Columns of a table of frames after these, and of a table of clips.
+FRAME_COLUMNS, CLIP_COLUMNS = (
+    ("clip", "time"),
+    ("clip", "score", "p_value", "verdict", "frames", "flagged", "unreadable"),
+)
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
+_FLOATS, _COUNTS = (*_NUMBERS, "time"), ("frames", "flagged", "unreadable")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
@@ -137,10 +143,14 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path) -> None:
-        """Write the table, in the format of the file's ending."""
-        with replacing(out) as temporary:
-            _WRITERS[out.suffix](self, temporary)
+    def write(self, out: Path, source: Source[Any] | None = None) -> None:
+        """Write the table, in the format of the file's ending; of frames, with clip and time by their source."""
+        rows = map(row_of, self)
+        if source is None or source.fps is None:
+            write_table(out, rows, COLUMNS)
+            return
+        frames = (row | {"clip": source.unit(i), "time": source.time(i)} for i, row in enumerate(rows))
+        write_table(out, frames, (*COLUMNS, *FRAME_COLUMNS))
 
     def remove(self) -> None:
         """Remove the journal, once everything made from it is written."""
@@ -227,9 +237,19 @@ def source_digest(source: Source[Any]) -> str:
     return digest.hexdigest()
 
 
+def write_table(out: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows with the keys `columns`, in the format of the file's ending."""
+    with replacing(out) as temporary:
+        _WRITERS[out.suffix](rows, columns, temporary)
+
+
+def word_of(is_id: bool | None) -> str | None:
+    """Return a verdict in a word: "ID" or "OOD"; None if there is none."""
+    return {True: "ID", False: "OOD", None: None}[is_id]
+
+
 def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as a row with the keys `COLUMNS`."""
-    word = {True: "ID", False: "OOD", None: None}[verdict.is_id]
     return dict(
         zip(
             COLUMNS,
@@ -237,7 +257,7 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
                 verdict.item,
                 verdict.score,
                 verdict.p_value,
-                word,
+                word_of(verdict.is_id),
                 verdict.predicted,
                 verdict.error,
                 verdict.group,
@@ -247,12 +267,12 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     )
 
 
-def _write_csv(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(map(_without_formulas, map(row_of, verdicts)))
+        writer.writerows(map(_without_formulas, rows))
 
 
 def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
@@ -260,31 +280,37 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
 
     A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
-    marks = {"path": "./", "predicted": "'", "error": "'", "group": "'"}
+    marks = {"path": "./", "clip": "./", "predicted": "'", "error": "'", "group": "'"}
     return {
         name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
         for name, value in row.items()
     }
 
 
-def _write_jsonl(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row_of(verdict)) + "\n" for verdict in verdicts)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
-    schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in COLUMNS])
+    types = (
+        dict.fromkeys(columns, pa.string())
+        | dict.fromkeys(_FLOATS, pa.float64())
+        | dict.fromkeys(_COUNTS, pa.int64())
+    )
+    schema = pa.schema([(name, types[name]) for name in columns])
     with pq.ParquetWriter(path, schema) as writer:
-        rows: list[dict[str, Any]] = []
-        for verdict in verdicts:
-            row = row_of(verdict)
-            row["path"] = row["path"].encode("utf-8", "replace").decode()
-            rows.append(row)
-            if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                rows = []
-        writer.write_table(pa.Table.from_pylist(rows, schema))
+        kept: list[dict[str, Any]] = []
+        for row in rows:
+            names = {
+                name: row[name].encode("utf-8", "replace").decode() for name in ("path", "clip") if name in row
+            }
+            kept.append(row | names)
+            if len(kept) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(kept, schema))
+                kept = []
+        writer.write_table(pa.Table.from_pylist(kept, schema))
 
 
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

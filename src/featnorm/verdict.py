@@ -61,6 +61,8 @@ class ItemVerdict(NamedTuple):
         Whether the item is the first of several frames or pages of its file.
     why : Why or None
         Explanation of the score, if it was requested.
+    time : float or None
+        Time of a frame in its clip or stream, in seconds.
     """
 
     item: str
@@ -72,6 +74,7 @@ class ItemVerdict(NamedTuple):
     group: str | None = None
     first_of_several: bool = False
     why: Why | None = None
+    time: float | None = None
 
 
 def unreadable(item: str, reason: str) -> ItemVerdict:
