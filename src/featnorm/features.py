@@ -162,7 +162,12 @@ class Features:
         return self._field(name)
 
     def require_call(self, detector: object) -> ModelCall:
-        """Return the forward pass that made these features; raise a ValueError if it was not kept."""
+        """Return the forward pass that made these features; raise a ValueError if there is none to run again."""
+        if self.parts is not None:
+            raise ValueError(
+                f"{detector!r} runs the model on changed inputs, which is possible per input only, and not per "
+                "position or box: choose another detector"
+            )
         if self.call is None:
             raise ValueError(
                 f"{detector!r} runs the model again, and these features came without their inputs: use a Scorer, "

@@ -12,13 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
 from featnorm.augmentation import jigsaw
-from featnorm.features import PER_INPUT, Classifier, Features, two_classes
+from featnorm.features import PER_INPUT, Classifier, Features, Parts, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
-from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
+from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, position_labels, read_batch
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
 from featnorm.tap.find import Anatomy, Part, Per, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
+from featnorm.tap.positions import find_positions
 from featnorm.tap.ranking import LayerRanking, Ratios, candidates
 from featnorm.tap.trace import Trace, trace
 from featnorm.tap.weights import Step, checked_step, classifier, paths
@@ -28,6 +29,7 @@ _TRACED_ROWS = 2
 # Cosine similarity of logits and the classifier's, in any precision; logits shorter than a share of the longest
 # are not compared.
 _ALIKE, _NEGLIGIBLE = 0.99, 1e-6
+_COMPARED = 4096  # rows
 
 _MIXED_UP = (
     "inputs and positions were taken for each other, or a single position for none, when the model was traced: "
@@ -60,14 +62,18 @@ class FeatureTap:
         How the positions of a unit in the output of ``layer`` become one number: "mean", or "norm", the L2 norm of
         their positive parts, of which `L1Norm` makes the FeatureNorm of Yu et al., CVPR 2023; see `rank_layers`.
     per
-        What a row of the features is of: "input", "position" of a model whose outputs are maps, or "box" that an
-        object detector finds; see `Features.parts`.
+        What a row of the features is of: "input", "position" of a model that returns maps of logits
+        (n, C, height, width), such as a segmentation model, or "box" that an object detector finds; see
+        `Features.parts`. Positions are those of the layer that makes the logits, before they are interpolated to
+        the size of the input. Their labels are masks (n, height, width) of integers, of which each position takes
+        the nearest pixel; one that is not the index of a logit, such as 255, stands for no label.
 
     Raises
     ------
     ValueError
         ``layer`` is not in the model, ``channel_axis`` or another ``pooling`` than "mean" is given without
-        ``layer``, or a part of the model is a TorchScript module, which takes no hooks.
+        ``layer``, ``layer`` is given and ``per`` is not "input", or a part of the model is a TorchScript module,
+        which takes no hooks.
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
@@ -100,6 +106,8 @@ class FeatureTap:
             raise ValueError("pooling is of the positions in the output of a layer: pass layer= too")
         if per not in get_args(Per):
             raise ValueError(f"per must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+        if per != "input" and layer is not None:
+            raise ValueError(f"with per={per!r} the layer is found automatically: leave out layer=")
         self.model = unwrap(model)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -154,7 +162,7 @@ class FeatureTap:
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
         traced = self._record(call)
-        plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis, self.pooling), traced)
+        plan = _Plan.of(self._find(traced), traced)
         features = self._capture(plan, call, classifier=True)
         _check_classifier(features)
         self._plan = plan
@@ -164,6 +172,11 @@ class FeatureTap:
             share = float((activation <= 0).float().mean())
             self._inactive = f"On average, {share:.0%} of its units were off for the {len(features)} inputs."
         return features
+
+    def _find(self, traced: Trace) -> Anatomy:
+        if self.per == "position":
+            return find_positions(traced, self.model)
+        return find(traced, self.model, self.layer, self.channel_axis, self.pooling)
 
     def _record(self, call: Call) -> Trace:
         if any(parameter.is_meta for parameter in self.model.parameters()):
@@ -206,8 +219,12 @@ class FeatureTap:
         """Return the features of one batch, in the current mode and with the current gradient setting."""
         plan = plan or self._planned()
         caught = capture(self.model, plan.points, call, advice=self._advice)
+        grid = caught["logits"].shape[:-1] if self.per == "position" else None
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
-        vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
+        vectors = {
+            plan.points[name]: _as_vectors(value) if grid is None else value.flatten(0, -2)
+            for name, value in caught.items()
+        }
         rows = [value.shape[0] for value in vectors.values()]  # an export keeps them symbolic
         if any(row != rows[0] for row in rows):
             raise PathError(_MIXED_UP)
@@ -218,10 +235,17 @@ class FeatureTap:
         fields["classifier"] = plan.classifier(self.model) if classifier else None
         absent = plan.absent
         if call.labels is not None:
-            labels, why = class_labels(call, len(next(iter(vectors.values()))))
+            if grid is None:
+                labels, why = class_labels(call, rows[0])
+            else:
+                labels, why = position_labels(call, grid, fields["logits"].shape[1])
             fields["labels"] = None if labels is None else labels.to(self.device)
             absent = absent if labels is not None else {**absent, "labels": why}
-        return Features(**fields, absent=absent, call=_ModelCall(self, call))
+        parts = None
+        if grid is not None:
+            owners = torch.arange(grid[0], device=self.device).repeat_interleave(grid[1] * grid[2])
+            parts = Parts(owners, grid[0], (grid[1], grid[2]))
+        return Features(**fields, absent=absent, call=_ModelCall(self, call), parts=parts)
 
     def stream(
         self, loader: Iterable[Any], labels: LabelsOf | None = None, *, progress: bool | None = None
@@ -519,12 +543,13 @@ def _check_classifier(features: Features) -> None:
     if features.classifier is None or features.logits is None:
         return
     weight, bias = features.linear()
-    logits = features.logits.double()
+    logits = features.logits[:_COMPARED].double()
     for name in ("activation", "pooled", "embedding"):
         value = getattr(features, name)
         if value is None or value.shape[1] != weight.shape[1]:
             continue
-        made = nn.functional.linear(value.double(), weight.double(), None if bias is None else bias.double())
+        value = value[:_COMPARED].double()
+        made = nn.functional.linear(value, weight.double(), None if bias is None else bias.double())
         length = logits.norm(dim=1)
         # torch's default epsilon would take short vectors, such as those of a network with random weights, for 0.
         likeness = nn.functional.cosine_similarity(made, logits, eps=torch.finfo(torch.float64).tiny)
@@ -682,6 +707,8 @@ def _verdict(anatomy: Anatomy) -> str:
             "because pooled units are rarely off (paper Table 6), and on some models worse than chance: "
             "measure it."
         )
+    if anatomy.kind == "positions":
+        return found + "It is what the classifier reads at every position, and rectified as NAN expects."
     return found + "It was chosen by name; NAN expects the output of a rectifier."
 
 
@@ -699,8 +726,8 @@ def _width(part: Part) -> int:
 
 
 def _places(parts: list[Part]) -> str:
-    pooled = {"mean": ", averaged over positions", "norm": ", the norm over positions"}[parts[0].pooling]
-    averaged = pooled if parts[0].axis is not None else ""
+    pooled = {"mean": ", averaged over positions", "norm": ", the norm over positions", None: " at each position"}
+    averaged = pooled[parts[0].pooling] if parts[0].axis is not None else ""
     reduced = ", reduced over positions as the logits are" if parts[0].chain else ""
     return " and ".join(place(part.node) for part in parts) + averaged + reduced
 
