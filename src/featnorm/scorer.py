@@ -22,7 +22,7 @@ from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
-from featnorm.inputs.kinds import Inputs, rows_in, to_device
+from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
 from featnorm.models.heads import head_settings
@@ -149,9 +149,11 @@ class Scorer(nn.Module):
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
         self._versions: list[tuple[int, int, int]] = []
+        self.kind = kind_of(kind or preprocess)
+        if per == "box" and preprocess is not None:
+            preprocess = OfAnySize(preprocess)
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
-        self.kind = kind_of(kind or preprocess)
 
     @property
     def preprocess(self) -> Callable[[Any], Any] | None:
@@ -916,7 +918,8 @@ class Scorer(nn.Module):
         with self._users_forward(name):
             features = self.tap.capture(inputs, classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
-        return self.kind.fingerprint(rows_in(inputs, 0)), response[0].float().cpu()
+        # A detector may find no box in the image: its response is then zero.
+        return self.kind.fingerprint(rows_in(inputs, 0)), response[:1].float().sum(0).cpu()
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int, int]]:

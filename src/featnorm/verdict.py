@@ -38,6 +38,33 @@ class Verdict(NamedTuple):
     units: Verdict | None = None
 
 
+class BoxVerdict(NamedTuple):
+    """Prediction of a `Scorer` for one box that an object detector found.
+
+    Attributes
+    ----------
+    corners : tuple of float
+        x1, y1, x2 and y2 in pixels of the image as the model takes it.
+    label : str
+        Class of the box, as the model has it.
+    confidence : float
+        The model's own confidence, in [0, 1].
+    score : float
+        Score, higher for more in-distribution.
+    p_value : float or None
+        Conformal p-value, small for OOD.
+    is_id : bool or None
+        Whether the score is at or above the threshold.
+    """
+
+    corners: tuple[float, float, float, float]
+    label: str
+    confidence: float
+    score: float
+    p_value: float | None
+    is_id: bool | None
+
+
 class ItemVerdict(NamedTuple):
     """Prediction of a `Scorer` for one item.
 

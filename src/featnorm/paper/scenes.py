@@ -1,6 +1,5 @@
 """Scenes of real pixels with the truth of every pixel: handwritten digits, and foreign objects, on textures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Objects:
-    """What scenes are made of: textures (t, 3, 128, 128), digits (d, 28, 28) with their labels, and photographs."""
+    """What scenes are made of: textures (t, 3, 128, 128), digits (d, 28, 28) and their labels, and photographs."""
 
     textures: Tensor
     digits: Tensor
@@ -109,9 +108,14 @@ def load_objects(context: Context) -> tuple[Objects, Objects]:
     DataError
         One of ``ood224/textures``, ``mnist`` and ``cifar10`` is missing in the data root, or cannot be read.
     """
-    textures = image_tensor(open_source("ood224/textures", root=context.root), _TEXTURE_SIDE, progress=context.progress)
+    textures = image_tensor(
+        open_source("ood224/textures", root=context.root), _TEXTURE_SIDE, progress=context.progress
+    )
     photos = image_tensor(open_source("cifar10:test", root=context.root), 32, progress=context.progress)
-    digits = [labeled(open_source(f"mnist:{split}", root=context.root), 28, classes=10, progress=context.progress) for split in ("train", "test")]
+    digits = [
+        labeled(open_source(f"mnist:{split}", root=context.root), 28, classes=10, progress=context.progress)
+        for split in ("train", "test")
+    ]
     third = torch.arange(len(textures)) % 3 == 2
     made = []
     for (images, labels), rows in zip(digits, (~third, third), strict=True):
