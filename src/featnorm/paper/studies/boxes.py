@@ -96,7 +96,7 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
 
     Its result has one entry per seed: ``accuracy``, of the classes of boxes on digits; ``found``, by kind of
     objects the share that has a box; ``boxes``, their numbers; ``scores``, AUROC and FPR95 in percent, by detector
-    and kind of foreign objects, of boxes on these against boxes on digits in scenes without them; ``scenes``, by
+    and kind of foreign objects, of boxes on these against boxes on digits in scenes without them; ``flagged_scenes``, by
     detector and kind the percentage of scenes with a box on a foreign object that are flagged; ``excluded``;
     ``rates``, see `_rates`; and of the first seed ``simulated``, the same of simulated scenes, and ``pictures``.
     """
@@ -165,7 +165,7 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
             "found": {_KNOWN: known.share_found(foreign=False)}
             | {words: found[words].share_found(foreign=True) for words in FOREIGN_OBJECTS.values()},
             "scores": {},
-            "scenes": {},
+            "flagged_scenes": {},
             "excluded": excluded,
             "rates": {name: _rates(known, scores[name][_KNOWN], job.seed) for name in RATES},
         }
@@ -179,7 +179,7 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
                 units = calibration.predict_units(of_sets[words], part.owners, part.count)
                 assert units.is_id is not None
                 flagged = ~units.is_id[part.owners[part.is_foreign].unique()]
-                result["scenes"].setdefault(name, {})[words] = 100 * float(flagged.double().mean())
+                result["flagged_scenes"].setdefault(name, {})[words] = 100 * float(flagged.double().mean())
         if job.seed == 0:
             result["simulated"] = _simulated_rates()
             calibration = PartCalibration(scores[_PICTURE][_KNOWN], known.owners, _TPR, lowest=_LOWEST)
@@ -200,7 +200,7 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
             [
                 name,
                 *(cell([result["scores"][name][words] for result in content]) for words in kinds),
-                *(mean_and_deviation([result["scenes"][name][words] for result in content]) for words in kinds),
+                *(mean_and_deviation([result["flagged_scenes"][name][words] for result in content]) for words in kinds),
             ]
             for name in names
         ]
