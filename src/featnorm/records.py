@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
+#: Columns of a table of images that have verdicts per position or box, after these.
+PART_COLUMNS = ("flagged_share",)
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
+_FLOATS = (*_NUMBERS, *PART_COLUMNS)
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
-# Number of fields of a verdict that a journal keeps: all but its explanation.
-_FIELDS = 8
+# Number of fields of a verdict that a journal keeps: all but its explanation and its parts.
+_FIELDS = 9
 
 
 class Journal:
@@ -137,10 +140,13 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path) -> None:
-        """Write the table, in the format of the file's ending."""
-        with replacing(out) as temporary:
-            _WRITERS[out.suffix](self, temporary)
+    def write(self, out: Path, *, of_parts: bool = False) -> None:
+        """Write the table, in the format of the file's ending, with the columns `PART_COLUMNS` if ``of_parts``."""
+        if of_parts:
+            rows = (row_of(verdict) | {"flagged_share": verdict.flagged_share} for verdict in self)
+            write_table(out, rows, (*COLUMNS, *PART_COLUMNS))
+        else:
+            write_table(out, map(row_of, self), COLUMNS)
 
     def remove(self) -> None:
         """Remove the journal, once everything made from it is written."""
@@ -164,7 +170,9 @@ def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
 
 def _verdict(row: Any) -> ItemVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, *texts, bool()] if _are_texts(texts):
+        case [str(), float() | None, float() | None, bool() | None, *texts, bool(), float() | None] if _are_texts(
+            texts
+        ):
             return ItemVerdict(*row)
     raise ValueError("it is not a verdict")
 
@@ -227,9 +235,19 @@ def source_digest(source: Source[Any]) -> str:
     return digest.hexdigest()
 
 
+def write_table(out: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows with the keys `columns`, in the format of the file's ending."""
+    with replacing(out) as temporary:
+        _WRITERS[out.suffix](rows, columns, temporary)
+
+
+def word_of(is_id: bool | None) -> str | None:
+    """Return a verdict in a word: "ID" or "OOD"; None if there is none."""
+    return {True: "ID", False: "OOD", None: None}[is_id]
+
+
 def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as a row with the keys `COLUMNS`."""
-    word = {True: "ID", False: "OOD", None: None}[verdict.is_id]
     return dict(
         zip(
             COLUMNS,
@@ -237,7 +255,7 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
                 verdict.item,
                 verdict.score,
                 verdict.p_value,
-                word,
+                word_of(verdict.is_id),
                 verdict.predicted,
                 verdict.error,
                 verdict.group,
@@ -247,12 +265,12 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     )
 
 
-def _write_csv(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(map(_without_formulas, map(row_of, verdicts)))
+        writer.writerows(map(_without_formulas, rows))
 
 
 def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
@@ -267,24 +285,23 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_jsonl(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row_of(verdict)) + "\n" for verdict in verdicts)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
-    schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in COLUMNS])
+    schema = pa.schema([(name, pa.float64() if name in _FLOATS else pa.string()) for name in columns])
     with pq.ParquetWriter(path, schema) as writer:
-        rows: list[dict[str, Any]] = []
-        for verdict in verdicts:
-            row = row_of(verdict)
+        kept: list[dict[str, Any]] = []
+        for row in rows:
             row["path"] = row["path"].encode("utf-8", "replace").decode()
-            rows.append(row)
-            if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                rows = []
-        writer.write_table(pa.Table.from_pylist(rows, schema))
+            kept.append(row)
+            if len(kept) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(kept, schema))
+                kept = []
+        writer.write_table(pa.Table.from_pylist(kept, schema))
 
 
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,15 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES
 from featnorm.inputs.loading import rows_of
+from featnorm.parts import drawn_parts
 from featnorm.records import FORMATS, Journal, source_digest
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
-from featnorm.verdict import ItemVerdict
+from featnorm.verdict import ItemVerdict, Verdict
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 MAX_SHOWN = 100  # items on the page
 _OTHERS = 5  # items on the page that are not flagged, those with the lowest scores
 _EXPLAINED_BATCH = 16
+_MAX_STEM = 80  # characters of a picture's name that are those of the image's
 # The end of the name of an item of a table or a data set.
 _ROW = re.compile(r"(^|:? )(row|image) \d+$")
 
@@ -129,6 +132,7 @@ def score_source(
     out: str | Path | None = None,
     *,
     page: str | Path | None = None,
+    maps: str | Path | None = None,
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
     on_start: Callable[[Journal], None] | None = None,
@@ -147,6 +151,9 @@ def score_source(
     page
         .html file with the flagged items among the 100 with the lowest scores, and the 5 others with the lowest
         scores. Each is explained, and compared with the calibration scores.
+    maps
+        Folder for one picture per image: the image beside the map of its positions, see
+        `featnorm.report.maps.map_picture`. The scorer has verdicts per position.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the items, the device, the precision and the batch size are the same.
@@ -158,8 +165,9 @@ def score_source(
     Raises
     ------
     ValueError
-        The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, another
-        process is writing the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, a page is requested and the scorer is not calibrated, maps are
+        requested and it scores whole inputs, another process is writing the file, or an output of the model is not
+        finite.
     DataError
         The transform fails on an item, or the source holds items of another kind.
     OSError
@@ -172,6 +180,12 @@ def score_source(
         raise ValueError(f"{page} must end in .html")
     if page is not None and scorer.calibration is None:
         raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
+    if maps is not None:
+        if scorer.per != "position":
+            raise ValueError("the scorer scores whole inputs, so there are no maps: fit with --per position")
+        maps = Path(maps)
+        maps.mkdir(parents=True, exist_ok=True)
+        made_with = {**(made_with or {}), "maps": str(maps)}
     runtime = runtime or Runtime(scorer.tap.device.type)
     if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
         scorer.to(runtime.torch_device)
@@ -191,6 +205,9 @@ def score_source(
             closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
         ):
             for number, verdicts in batches:
+                if maps is not None:
+                    # Before the batch counts as done, so that an interrupted run leaves no picture out.
+                    _draw_maps(maps, scorer, source, number * runtime.batch_size, verdicts)
                 if journal is None:
                     summary.update(verdicts)
                 else:
@@ -202,7 +219,7 @@ def score_source(
             return summary
         summary.update(journal)
         if out is not None:
-            journal.write(out)
+            journal.write(out, of_parts=scorer.per != "input")
         if page is not None:
             _write_page(page, scorer, source, summary, runtime)
         journal.remove()
@@ -237,14 +254,33 @@ def calibrate_source(
         See `Scorer.calibrate` and `score_source`; or no item can be read.
     """
     found: list[ItemVerdict] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(verdicts: Sequence[ItemVerdict]) -> None:
+        if scorer.per == "input":
+            found.extend(verdicts)
+            return
+        scores = [verdict.parts.score for verdict in verdicts if verdict.parts is not None]
+        if any(map(len, scores)):
+            owners = torch.arange(len(scores)).repeat_interleave(torch.tensor([*map(len, scores)]))
+            parts.append(drawn_parts(torch.cat(scores), owners, scorer.lowest))
+
     earlier, scorer.calibration = scorer.calibration, None
     try:
-        summary = score_source(scorer, source, runtime=runtime, on_batch=found.extend)
+        summary = score_source(scorer, source, runtime=runtime, on_batch=keep)
     finally:
         scorer.calibration = earlier
-    scored = [verdict for verdict in found if verdict.score is not None]
-    if not scored:
+    if not summary.scores:
         raise DataError(f"none of the {len(source):,} {source.kind.name} of {source.title} can be read")
+    if scorer.per != "input":
+        if not parts:
+            raise DataError(f"there is no {scorer.per} in the {source.kind.name} of {source.title}")
+        starts = torch.tensor([0, *(len(of_units) for _, _, of_units in parts)]).cumsum(0).tolist()
+        scores, owners, of_units = map(torch.cat, zip(*parts, strict=True))
+        owners = torch.cat([owner + start for (_, owner, _), start in zip(parts, starts, strict=False)])
+        scorer.use_parts((scores, owners, of_units), tpr, update=update)
+        return summary
+    scored = [verdict for verdict in found if verdict.score is not None]
     groups = None if scorer.thresholds_by is None else [str(verdict.group) for verdict in scored]
     names = scorer.class_words() if scorer.thresholds_by == "class" else None
     scores = torch.tensor([verdict.score for verdict in scored], dtype=torch.float64)
@@ -316,12 +352,29 @@ class _ModelClock:
         self.seconds += time.perf_counter() - self._began
 
 
+def _draw_maps(
+    folder: Path, scorer: Scorer, source: Source[Any], start: int, verdicts: Sequence[ItemVerdict]
+) -> None:
+    """Write one picture per image, whose name begins with its row."""
+    from featnorm.report.explanation import visible
+    from featnorm.report.maps import map_picture
+
+    preprocess = scorer.require_preprocess()
+    for row, verdict in enumerate(verdicts, start):
+        if verdict.parts is not None:
+            with suppress(ItemError):  # a file that was removed meanwhile costs its picture
+                pixels = visible(preprocess(source.item(row))[None], preprocess)[0]
+                stem = re.sub(r"[^\w.-]+", "-", PurePath(re.split(r"[/\\]", verdict.item)[-1]).stem)[-_MAX_STEM:]
+                with replacing(folder / f"{row:06}-{stem}.png") as temporary:
+                    map_picture(pixels, verdict.parts).save(temporary, "PNG")
+
+
 def _write_page(
     path: Path, scorer: Scorer, source: Source[Any], summary: ScoringSummary, runtime: Runtime
 ) -> None:
     from featnorm.report.scores import write_scores_page
 
-    calibration = scorer.calibration
+    calibration = scorer.item_calibration
     assert calibration is not None
     lowest = summary.lowest
     shown = [item for item in lowest if item[1].is_id is False]
@@ -361,7 +414,12 @@ def _shown(
                 items[row] = source.item(row)
         whys: dict[int, Why | None] = {}
         inputs: dict[int, npt.NDArray[np.float32]] = {}
-        if items and scorer.explains:
+        maps: dict[int, Verdict | None] = {}
+        if items and scorer.per == "position":
+            batch = source.kind.collate([preprocess(item) for item in items.values()], preprocess)
+            verdicts = scorer.predict_batch(batch, [source.name(row) for row in items], runtime=runtime)
+            maps = {row: verdict.parts for row, verdict in zip(items, verdicts, strict=True)}
+        elif items and scorer.explains:
             batch = source.kind.collate([preprocess(item) for item in items.values()], preprocess)
             names, rows = [source.name(row) for row in items], range(len(items))
             given = scorer.thresholds_by not in (None, "class")
@@ -374,4 +432,4 @@ def _shown(
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
             shown = source.kind.shown(items[row]) if row in items else None
-            yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row))
+            yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row), maps.get(row))

@@ -86,8 +86,13 @@ class ItemVerdict(NamedTuple):
         Group whose threshold applies, if the scorer has thresholds by group.
     first_of_several : bool
         Whether the item is the first of several frames or pages of its file.
+    flagged_share : float or None
+        Share of the item's positions or boxes that are flagged as OOD; None for a scorer of inputs, or before
+        calibration.
     why : Why or None
         Explanation of the score, if it was requested.
+    parts : Verdict or None
+        Verdicts on the positions or boxes of the item, on the CPU.
     """
 
     item: str
@@ -98,7 +103,9 @@ class ItemVerdict(NamedTuple):
     error: str | None
     group: str | None = None
     first_of_several: bool = False
+    flagged_share: float | None = None
     why: Why | None = None
+    parts: Verdict | None = None
 
 
 def unreadable(item: str, reason: str) -> ItemVerdict:

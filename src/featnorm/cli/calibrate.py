@@ -64,6 +64,7 @@ def calibrate(
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
     from featnorm.inputs import kind_of
+    from featnorm.parts import PartCalibration
     from featnorm.scorer_file import load, replace_calibration
 
     if data is None:
@@ -96,8 +97,9 @@ def calibrate(
                 soft_wrap=True,
             )
     replace_calibration(scorer_file, out, calibration, source=data, added=update)
+    of_items = calibration.unit_scores if isinstance(calibration, PartCalibration) else calibration.scores
     console.print(
-        f"Calibrated on {kind.counted(len(calibration.scores))}. Averaged over such calibration sets, it flags at "
+        f"Calibrated on {kind.counted(len(of_items))}. Averaged over such calibration sets, it flags at "
         f"most {100 * (1 - calibration.tpr):.1f} % of in-distribution {kind.name}"
         f"{rate_words(calibration, kind.name) if calibration.group_names else ''}.",
         soft_wrap=True,

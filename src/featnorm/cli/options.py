@@ -68,6 +68,14 @@ LayerPooling = Annotated[
         "of their positive parts."
     ),
 ]
+PerPart = Annotated[
+    Literal["input", "position"],
+    typer.Option(
+        "--per",
+        help="What gets a verdict: each `input`, or each `position` of the maps that the model returns, such as a "
+        "segmentation model.",
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(

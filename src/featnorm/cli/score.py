@@ -58,6 +58,14 @@ def score(
             "images a heat map of where the score comes from, and the calibration scores.",
         ),
     ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for one picture per image, if the detector was fitted with `--per position`: the image "
+            "beside the map of its p-values, with the flagged positions outlined.",
+        ),
+    ] = None,
     model: OwnModel = None,
     weights: OwnWeights = None,
     text_column: TextColumn = None,
@@ -98,6 +106,7 @@ def score(
             source,
             out,
             page=html,
+            maps=maps,
             made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
             on_start=lambda journal: _print_start(journal, source),
@@ -109,8 +118,8 @@ def score(
         console.print(str(summary))
         if summary.computed:
             console.print(_pace(summary, runtime))
-    for file in files:
-        console.print(f"Wrote {file}.", soft_wrap=True)
+    for place in (*files, *([] if maps is None else [maps])):
+        console.print(f"Wrote {place}.", soft_wrap=True)
     if not summary.scores:
         name, why = summary.first_unread[0]
         raise DataError(

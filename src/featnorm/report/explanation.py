@@ -38,12 +38,17 @@ def heat_map(heat: Tensor, model_input: Gray) -> Image.Image:
 
 def grayscale(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Gray:
     """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w)."""
+    return visible(inputs, preprocess).mean(1).float().numpy()
+
+
+def visible(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Return preprocessed images (n, c, h, w) as pixels in [0, 1]."""
     # Between these two, a normalization maps the values of pixels.
     black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
     low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
     if not bool((high > low).all()):
         low, high = inputs.amin(), inputs.amax()
-    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()
+    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
 def neighbor_picture(neighbor: Neighbor, id_: str) -> Picture | None:

@@ -72,6 +72,10 @@ class Result(BaseModel):
     predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
     error: str | None = Field(description="Why the image cannot be scored.")
     group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
+    flagged_share: float | None = Field(
+        description="Share of the positions or boxes of the image that are flagged as OOD, if the scorer has "
+        "verdicts on them."
+    )
     why: Why | None = Field(default=None, description="Explanation, with `explain=true`.")
 
 
@@ -163,7 +167,8 @@ class Detector(ScorerSummary):
 def result_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as the fields of a `Result`, without ``why``."""
     row = row_of(verdict)
-    return {"name": row.pop("path"), **row, "score": finite(row["score"])}
+    share = {"flagged_share": verdict.flagged_share}
+    return {"name": row.pop("path"), **row, "score": finite(row["score"]), **share}
 
 
 def why_of(why: hidden.Why, kind: Kind, *, thumbnails: bool = False) -> Why:
