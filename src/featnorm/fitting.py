@@ -43,7 +43,7 @@ from featnorm.inputs import (
 )
 from featnorm.inputs.arrays import LabeledSource, row_features, row_source
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, run, to_device
+from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, OfAnySize, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
 from featnorm.inputs.openers import Options
 from featnorm.inputs.rows import Rows, fit_rows
@@ -201,8 +201,8 @@ def fit(
     layer, output, channel_axis, pooling
         What is captured of a model whose classifier is kept, see `FeatureTap`.
     per
-        What gets a verdict: each "input", or each "position" of the maps that the model returns; see `Scorer`. The
-        classifier of the model is kept. Labels are not used.
+        What gets a verdict: each "input", each "position" of the maps that the model returns, or each "box" that
+        it finds; see `Scorer`. The classifier of the model is kept. Labels are not used.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
@@ -349,6 +349,10 @@ def fit_source(
         if runtime is not None and runtime.cluster is not None:
             raise ValueError(f"a fit per {per} runs on one machine: omit --ray")
         targets = "clusters"
+    if per == "box":
+        if loaded.kind is not IMAGES:
+            raise ValueError(f"boxes are found in images, and {loaded.name} takes {loaded.kind.name}")
+        loaded = replace(loaded, transform=OfAnySize(loaded.transform))
     every = torch.arange(len(source))
     # Before the work: it raises if labels are required and missing.
     labeled = _labels(source, every, every >= 0, targets)[0] is not None
@@ -464,7 +468,7 @@ def fit_source(
         with runtime.autocast():
             jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
     elif per != "input":
-        # Of a few hundred positions of each image, which are not cached.
+        # Of a few hundred positions or the boxes of each image, which are not cached.
         with runtime.autocast():
             apart = held_out_features(constants) if detector.needs_held_out else None
             scorer.fit_features(held_out_features(~is_held_out) if fits else (), apart)

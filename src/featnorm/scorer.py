@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,7 +36,7 @@ from featnorm.tap.capture import all_modules
 from featnorm.tap.find import Per, Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
-from featnorm.verdict import ItemVerdict, Verdict, unreadable
+from featnorm.verdict import BoxVerdict, ItemVerdict, Verdict, unreadable
 
 HeadKind = Literal["keep", "train", "none"]
 
@@ -150,6 +151,8 @@ class Scorer(nn.Module):
         self._weights: str | None = None
         self._versions: list[tuple[int, int, int]] = []
         self.kind = kind_of(kind or preprocess)
+        if per == "box" and self.kind is not IMAGES:
+            raise ValueError(f"boxes are found in images, and the preprocess takes {self.kind.name}")
         if per == "box" and preprocess is not None:
             preprocess = OfAnySize(preprocess)
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
@@ -760,14 +763,30 @@ class Scorer(nn.Module):
         nothing = [None] * parts.count
         whole = (nothing if values is None else values.tolist() for values in units[:3])
         of_parts = (nothing if values is None else values.cpu().split(sizes) for values in verdict[:3])
+        boxes = self._boxes_of(verdict, parts)
         found = []
         rows: Iterable[tuple[Any, ...]] = zip(names, *whole, *of_parts, strict=True)
-        for name, score, p_value, is_id, scores, p_values, are_id in rows:
+        for (name, score, p_value, is_id, scores, p_values, are_id), size in zip(rows, sizes, strict=True):
             owners = torch.zeros(len(scores), dtype=torch.int64)
             own = Verdict(scores, p_values, are_id, None, Parts(owners, 1, parts.grid))
             share = None if are_id is None else 1 - float(are_id.double().mean()) if len(owners) else 0.0
-            found.append(ItemVerdict(name, score, p_value, is_id, None, None, flagged_share=share, parts=own))
+            of_boxes = None if boxes is None else tuple(islice(boxes, size))
+            whole_item = ItemVerdict(name, score, p_value, is_id, None, None)
+            found.append(whole_item._replace(flagged_share=share, boxes=of_boxes, parts=own))
         return found
+
+    def _boxes_of(self, verdict: Verdict, parts: Parts) -> Iterator[BoxVerdict] | None:
+        """Return the verdicts on boxes one by one; None if the parts are not boxes."""
+        if parts.boxes is None:
+            return None
+        if verdict.logits is not None:
+            self.check_classes(verdict.logits)
+        corners, labels, confidence = (values.tolist() for values in parts.boxes)
+        words = [str(label) if self.classes is None else self.classes[label] for label in labels]
+        nothing = [None] * len(words)
+        p_values, are_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
+        columns = (map(tuple, corners), words, confidence, verdict.score.tolist(), p_values, are_id)
+        return (BoxVerdict(*row) for row in zip(*columns, strict=True))
 
     def check_classes(self, logits: Tensor) -> None:
         """Raise a ValueError if the number of class names is not that of the logits (n, C)."""

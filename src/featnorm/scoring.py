@@ -152,8 +152,9 @@ def score_source(
         .html file with the flagged items among the 100 with the lowest scores, and the 5 others with the lowest
         scores. Each is explained, and compared with the calibration scores.
     maps
-        Folder for one picture per image: the image beside the map of its positions, see
-        `featnorm.report.maps.map_picture`. The scorer has verdicts per position.
+        Folder for one picture per image, for a scorer per position or box: the image beside the map of its
+        positions, see `featnorm.report.maps.map_picture`, or with its boxes, see
+        `featnorm.report.boxes.draw_boxes`.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the items, the device, the precision and the batch size are the same.
@@ -181,8 +182,10 @@ def score_source(
     if page is not None and scorer.calibration is None:
         raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
     if maps is not None:
-        if scorer.per != "position":
-            raise ValueError("the scorer scores whole inputs, so there are no maps: fit with --per position")
+        if scorer.per == "input":
+            raise ValueError(
+                "the scorer scores whole inputs, so there are no maps: fit with --per position or box"
+            )
         maps = Path(maps)
         maps.mkdir(parents=True, exist_ok=True)
         made_with = {**(made_with or {}), "maps": str(maps)}
@@ -219,7 +222,7 @@ def score_source(
             return summary
         summary.update(journal)
         if out is not None:
-            journal.write(out, of_parts=scorer.per != "input")
+            journal.write(out, scorer.per)
         if page is not None:
             _write_page(page, scorer, source, summary, runtime)
         journal.remove()
@@ -356,7 +359,8 @@ def _draw_maps(
     folder: Path, scorer: Scorer, source: Source[Any], start: int, verdicts: Sequence[ItemVerdict]
 ) -> None:
     """Write one picture per image, whose name begins with its row."""
-    from featnorm.report.explanation import visible
+    from featnorm.report.boxes import draw_boxes
+    from featnorm.report.explanation import image_of, visible
     from featnorm.report.maps import map_picture
 
     preprocess = scorer.require_preprocess()
@@ -364,9 +368,13 @@ def _draw_maps(
         if verdict.parts is not None:
             with suppress(ItemError):  # a file that was removed meanwhile costs its picture
                 pixels = visible(preprocess(source.item(row))[None], preprocess)[0]
+                if verdict.boxes is None:
+                    picture = map_picture(pixels, verdict.parts)
+                else:
+                    picture = draw_boxes(image_of(pixels), verdict.boxes)
                 stem = re.sub(r"[^\w.-]+", "-", PurePath(re.split(r"[/\\]", verdict.item)[-1]).stem)[-_MAX_STEM:]
                 with replacing(folder / f"{row:06}-{stem}.png") as temporary:
-                    map_picture(pixels, verdict.parts).save(temporary, "PNG")
+                    picture.save(temporary, "PNG")
 
 
 def _write_page(
@@ -387,7 +395,8 @@ def _write_page(
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
-        scores=np.asarray(summary.scores, np.float64),
+        # An image without boxes has an infinite score.
+        scores=np.asarray([score for score in summary.scores if score < np.inf], np.float64),
         threshold=float(calibration.threshold),
         flagged=summary.flagged,
         folders=summary.folders,
@@ -401,7 +410,8 @@ def _shown(
     scorer: Scorer, source: Source[Any], chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
 ) -> "Iterator[ScoredItem]":
     """Yield the items with their explanations; few at a time, as they may be large."""
-    from featnorm.report.explanation import grayscale
+    from featnorm.report.boxes import draw_boxes
+    from featnorm.report.explanation import grayscale, image_of, visible
     from featnorm.report.scores import ScoredItem
 
     preprocess = scorer.require_preprocess()
@@ -432,4 +442,7 @@ def _shown(
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
             shown = source.kind.shown(items[row]) if row in items else None
+            if shown is not None and verdict.boxes is not None:
+                pixels = visible(preprocess(items[row])[None], preprocess)[0]
+                shown = draw_boxes(image_of(pixels), verdict.boxes)
             yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row), maps.get(row))

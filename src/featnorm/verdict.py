@@ -89,6 +89,8 @@ class ItemVerdict(NamedTuple):
     flagged_share : float or None
         Share of the item's positions or boxes that are flagged as OOD; None for a scorer of inputs, or before
         calibration.
+    boxes : tuple of BoxVerdict or None
+        Verdicts on the boxes that an object detector found in the item; None for other models.
     why : Why or None
         Explanation of the score, if it was requested.
     parts : Verdict or None
@@ -104,6 +106,7 @@ class ItemVerdict(NamedTuple):
     group: str | None = None
     first_of_several: bool = False
     flagged_share: float | None = None
+    boxes: tuple[BoxVerdict, ...] | None = None
     why: Why | None = None
     parts: Verdict | None = None
 

@@ -69,11 +69,11 @@ LayerPooling = Annotated[
     ),
 ]
 PerPart = Annotated[
-    Literal["input", "position"],
+    Literal["input", "position", "box"],
     typer.Option(
         "--per",
-        help="What gets a verdict: each `input`, or each `position` of the maps that the model returns, such as a "
-        "segmentation model.",
+        help="What gets a verdict: each `input`, each `position` of the maps that the model returns, such as a "
+        "segmentation model, or each `box` that an R-CNN of torchvision finds.",
     ),
 ]
 LabelColumn = Annotated[

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from featnorm.records import Journal
     from featnorm.runtime import Runtime
     from featnorm.scoring import ScoringSummary
-    from featnorm.verdict import ItemVerdict
+    from featnorm.verdict import BoxVerdict, ItemVerdict
 
 
 def score(
@@ -47,7 +47,8 @@ def score(
             "--out",
             "-o",
             metavar="FILE",
-            help="Output file (.csv, .jsonl or .parquet), one row per item. Default: print to the terminal.",
+            help="Output file (.csv, .jsonl or .parquet), one row per item, or per box. Default: print to the "
+            "terminal.",
         ),
     ] = None,
     html: Annotated[
@@ -62,8 +63,8 @@ def score(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder for one picture per image, if the detector was fitted with `--per position`: the image "
-            "beside the map of its p-values, with the flagged positions outlined.",
+            help="Folder for one picture per image, if the detector was fitted with `--per position` or `box`: "
+            "the image beside the map of its p-values, with the flagged positions outlined, or with its boxes.",
         ),
     ] = None,
     model: OwnModel = None,
@@ -154,8 +155,14 @@ def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:
     for verdict in verdicts:
         if verdict.score is None:
             continue
-        word = {True: "ID", False: "OOD", None: ""}[verdict.is_id]
-        p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
         predicted = "" if verdict.predicted is None else f"  ({verdict.predicted})"
-        name = printable(verdict.item)
-        console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {name}{predicted}", soft_wrap=True)
+        _print_verdict(verdict, f"{printable(verdict.item)}{predicted}")
+        for box in verdict.boxes or ():
+            corners = ", ".join(f"{corner:.0f}" for corner in box.corners)
+            _print_verdict(box, f"  box ({corners}), {printable(box.label)} with confidence {box.confidence:.2f}")
+
+
+def _print_verdict(verdict: ItemVerdict | BoxVerdict, words: str) -> None:
+    word = {True: "ID", False: "OOD", None: ""}[verdict.is_id]
+    p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
+    console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {words}", soft_wrap=True)

@@ -96,9 +96,10 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
 
     Its result has one entry per seed: ``accuracy``, of the classes of boxes on digits; ``found``, by kind of
     objects the share that has a box; ``boxes``, their numbers; ``scores``, AUROC and FPR95 in percent, by detector
-    and kind of foreign objects, of boxes on these against boxes on digits in scenes without them; ``flagged_scenes``, by
-    detector and kind the percentage of scenes with a box on a foreign object that are flagged; ``excluded``;
-    ``rates``, see `_rates`; and of the first seed ``simulated``, the same of simulated scenes, and ``pictures``.
+    and kind of foreign objects, of boxes on these against boxes on digits in scenes without them;
+    ``flagged_scenes``, by detector and kind the percentage of scenes with a box on a foreign object that are
+    flagged; ``excluded``; ``rates``, see `_rates`; and of the first seed ``simulated``, the same of simulated
+    scenes, and ``pictures``.
     """
 
     page: ClassVar[str] = "maps-and-boxes"
@@ -200,7 +201,10 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
             [
                 name,
                 *(cell([result["scores"][name][words] for result in content]) for words in kinds),
-                *(mean_and_deviation([result["flagged_scenes"][name][words] for result in content]) for words in kinds),
+                *(
+                    mean_and_deviation([result["flagged_scenes"][name][words] for result in content])
+                    for words in kinds
+                ),
             ]
             for name in names
         ]
