@@ -18,7 +18,7 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
-from featnorm.verdict import ItemVerdict
+from featnorm.verdict import BoxVerdict, ItemVerdict
 
 # `featnorm monitor` reads scores, and does not wait for torch.
 if TYPE_CHECKING:
@@ -31,15 +31,20 @@ FRAME_COLUMNS, CLIP_COLUMNS = (
     ("clip", "time"),
     ("clip", "score", "p_value", "verdict", "frames", "flagged", "unreadable"),
 )
+#: Columns of a table of images that have verdicts per position, after these.
+PART_COLUMNS = ("flagged_share",)
+#: Columns of a table with one row per box, after `COLUMNS`.
+BOX_COLUMNS = ("x1", "y1", "x2", "y2", "confidence", "image_p_value", "image_verdict")
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
-_FLOATS, _COUNTS = (*_NUMBERS, "time"), ("frames", "flagged", "unreadable")
+_FLOATS = (*_NUMBERS, "time", *PART_COLUMNS, *BOX_COLUMNS[:-1])
+_COUNTS = ("frames", "flagged", "unreadable")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
-# Number of fields of a verdict that a journal keeps: all but its explanation.
-_FIELDS = 8
+# Number of fields of a verdict that a journal keeps: all but its explanation and its parts.
+_FIELDS = 10
 
 
 class Journal:
@@ -143,14 +148,27 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path, source: Source[Any] | None = None) -> None:
-        """Write the table, in the format of the file's ending; of frames, with clip and time by their source."""
-        rows = map(row_of, self)
-        if source is None or source.fps is None:
-            write_table(out, rows, COLUMNS)
-            return
-        frames = (row | {"clip": source.unit(i), "time": source.time(i)} for i, row in enumerate(rows))
-        write_table(out, frames, (*COLUMNS, *FRAME_COLUMNS))
+    def write(self, out: Path, source: Source[Any] | None = None, per: str = "input") -> None:
+        """Write the table, in the format of the file's ending.
+
+        Parameters
+        ----------
+        out : the file.
+        source : the items. Of frames, the rows also have the columns `FRAME_COLUMNS`.
+        per
+            What has a verdict: for each "position", the rows also have the columns `PART_COLUMNS`; for each "box",
+            there is one row per box, with the columns `BOX_COLUMNS`.
+        """
+        if per == "box":
+            write_table(out, chain.from_iterable(map(box_rows, self)), (*COLUMNS, *BOX_COLUMNS))
+        elif per == "position":
+            rows = (row_of(verdict) | {"flagged_share": verdict.flagged_share} for verdict in self)
+            write_table(out, rows, (*COLUMNS, *PART_COLUMNS))
+        elif source is not None and source.fps is not None:
+            rows = (row_of(one) | {"clip": source.unit(i), "time": source.time(i)} for i, one in enumerate(self))
+            write_table(out, rows, (*COLUMNS, *FRAME_COLUMNS))
+        else:
+            write_table(out, map(row_of, self), COLUMNS)
 
     def remove(self) -> None:
         """Remove the journal, once everything made from it is written."""
@@ -174,9 +192,21 @@ def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
 
 def _verdict(row: Any) -> ItemVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, *texts, bool()] if _are_texts(texts):
-            return ItemVerdict(*row)
+        case [
+            str(), float() | None, float() | None, bool() | None, *texts, bool(), float() | None,
+            list() | None as boxes,
+        ] if _are_texts(texts):  # fmt: skip
+            return ItemVerdict(*row[:9])._replace(boxes=None if boxes is None else tuple(map(_box, boxes)))
     raise ValueError("it is not a verdict")
+
+
+def _box(row: Any) -> BoxVerdict:
+    match row:
+        case [
+            [float(), float(), float(), float()], str(), float(), float(), float() | None, bool() | None
+        ]:  # fmt: skip
+            return BoxVerdict(tuple(row[0]), *row[1:])
+    raise ValueError("it is not a box")
 
 
 def _are_texts(values: list[Any]) -> bool:
@@ -265,6 +295,18 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
             strict=True,
         )
     )
+
+
+def box_rows(verdict: ItemVerdict) -> list[dict[str, Any]]:
+    """Return the rows of an image with the keys `COLUMNS` and `BOX_COLUMNS`: one per box, or one without a box."""
+    empty = row_of(verdict) | {"score": None, "p_value": None, "verdict": None} | dict.fromkeys(BOX_COLUMNS)
+    empty |= {"image_p_value": verdict.p_value, "image_verdict": word_of(verdict.is_id)}
+    return [
+        empty
+        | dict(zip(BOX_COLUMNS, (*box.corners, box.confidence), strict=False))
+        | {"predicted": box.label, "score": box.score, "p_value": box.p_value, "verdict": word_of(box.is_id)}
+        for box in verdict.boxes or ()
+    ] or [empty]
 
 
 def _write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:

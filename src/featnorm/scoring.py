@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
@@ -25,7 +26,7 @@ from featnorm.parts import PartCalibration, drawn_parts
 from featnorm.records import CLIP_COLUMNS, FORMATS, Journal, source_digest, word_of, write_table
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
-from featnorm.verdict import ItemVerdict
+from featnorm.verdict import ItemVerdict, Verdict
 
 if TYPE_CHECKING:
     # Imported where a page is drawn, because matplotlib takes half a second.
@@ -36,6 +37,7 @@ MAX_SHOWN = 100  # items on the page
 _OTHERS = 5  # items on the page that are not flagged, those with the lowest scores
 _EXPLAINED_BATCH = 16
 _ON_CLIPS = "calibrate it on clips (featnorm calibrate SCORER CLIPS)"
+_MAX_STEM = 80  # characters of a picture's name that are those of the image's
 # The end of the name of an item of a table or a data set.
 _ROW = re.compile(r"(^|:? )(row|image) \d+$| (at|after) \d+\.\d{3} s$")
 
@@ -201,6 +203,7 @@ def score_source(
     *,
     page: str | Path | None = None,
     clips: str | Path | None = None,
+    maps: str | Path | None = None,
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
     on_start: Callable[[Journal], None] | None = None,
@@ -222,6 +225,10 @@ def score_source(
     clips
         Table to write with one row per clip, with the columns of `featnorm.records.CLIP_COLUMNS`. The source holds
         frames, and the scorer is calibrated on clips.
+    maps
+        Folder for one picture per image, for a scorer per position or box: the image beside the map of its
+        positions, see `featnorm.report.maps.map_picture`, or with its boxes, see
+        `featnorm.report.boxes.draw_boxes`.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the items, the device, the precision and the batch size are the same.
@@ -233,8 +240,9 @@ def score_source(
     Raises
     ------
     ValueError
-        The name of a file has a wrong ending, the scorer is not calibrated and a page is requested, or not on
-        clips and a table of clips, another process is writing the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, a page is requested and the scorer is not calibrated, a table of
+        clips is requested and it is not calibrated on clips, maps are requested and it scores whole inputs,
+        another process is writing the file, or an output of the model is not finite.
     DataError
         The transform fails on an item, or the source holds items of another kind.
     OSError
@@ -248,11 +256,23 @@ def score_source(
         raise ValueError(f"{page} must end in .html")
     if page is not None and scorer.calibration is None:
         raise ValueError("the scorer is not calibrated: a page has no calibration scores to compare others with")
+    if maps is not None:
+        if scorer.per == "input":
+            raise ValueError(
+                "the scorer scores whole inputs, so there are no maps: fit with --per position or box"
+            )
+        maps = Path(maps)
+        maps.mkdir(parents=True, exist_ok=True)
+        made_with = {**(made_with or {}), "maps": str(maps)}
     runtime = runtime or Runtime(scorer.tap.device.type)
     if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
         scorer.to(runtime.torch_device)
     place = out or page or clips
     source.require(scorer.kind, "this scorer", scorer.preprocess)
+    if source.fps is not None and scorer.per != "input":
+        raise DataError(
+            f"{source.title} holds videos, whose frames a scorer per {scorer.per} does not take: pass images"
+        )
     if clips is not None and source.fps is None:
         raise ValueError(
             f"{source.title} holds {source.kind.name}, not videos: it has no clips to write to {clips}"
@@ -273,6 +293,9 @@ def score_source(
             closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
         ):
             for number, verdicts in batches:
+                if maps is not None:
+                    # Before the batch counts as done, so that an interrupted run leaves no picture out.
+                    _draw_maps(maps, scorer, source, number * runtime.batch_size, verdicts)
                 if journal is None:
                     summary.update(verdicts, number * runtime.batch_size)
                 else:
@@ -287,7 +310,7 @@ def score_source(
         if journal is None:
             return summary
         if out is not None:
-            journal.write(out, source)
+            journal.write(out, source, scorer.per)
         if clips is not None:
             rows = (clip._asdict() | {"verdict": word_of(clip.is_id)} for clip in summary.clips)
             write_table(clips, ({name: row[name] for name in CLIP_COLUMNS} for row in rows), CLIP_COLUMNS)
@@ -325,19 +348,38 @@ def calibrate_source(
         See `Scorer.calibrate` and `score_source`; or no item can be read.
     """
     found: list[ItemVerdict] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(verdicts: Sequence[ItemVerdict]) -> None:
+        if scorer.per == "input":
+            found.extend(verdicts)
+            return
+        scores = [verdict.parts.score for verdict in verdicts if verdict.parts is not None]
+        if any(map(len, scores)):
+            owners = torch.arange(len(scores)).repeat_interleave(torch.tensor([*map(len, scores)]))
+            parts.append(drawn_parts(torch.cat(scores), owners, scorer.lowest))
+
     earlier, scorer.calibration = scorer.calibration, None
     try:
-        summary = score_source(scorer, source, runtime=runtime, on_batch=found.extend)
+        summary = score_source(scorer, source, runtime=runtime, on_batch=keep)
     finally:
         scorer.calibration = earlier
-    scored = [verdict for verdict in found if verdict.score is not None]
-    if not scored:
+    if not summary.scores:
         raise DataError(f"none of the {len(source):,} {source.kind.name} of {source.title} can be read")
     if source.fps is not None:
         if scorer.thresholds_by is not None:
             raise ValueError(f"this scorer has thresholds by {scorer.thresholds_by!r}, which frames cannot have")
         scorer.use_parts(drawn_parts(*summary.frame_scores(), scorer.lowest), tpr, update=update)
         return summary
+    if scorer.per != "input":
+        if not parts:
+            raise DataError(f"there is no {scorer.per} in the {source.kind.name} of {source.title}")
+        starts = torch.tensor([0, *(len(of_units) for _, _, of_units in parts)]).cumsum(0).tolist()
+        scores, owners, of_units = map(torch.cat, zip(*parts, strict=True))
+        owners = torch.cat([owner + start for (_, owner, _), start in zip(parts, starts, strict=False)])
+        scorer.use_parts((scores, owners, of_units), tpr, update=update)
+        return summary
+    scored = [verdict for verdict in found if verdict.score is not None]
     groups = None if scorer.thresholds_by is None else [str(verdict.group) for verdict in scored]
     names = scorer.class_words() if scorer.thresholds_by == "class" else None
     scores = torch.tensor([verdict.score for verdict in scored], dtype=torch.float64)
@@ -409,12 +451,34 @@ class _ModelClock:
         self.seconds += time.perf_counter() - self._began
 
 
+def _draw_maps(
+    folder: Path, scorer: Scorer, source: Source[Any], start: int, verdicts: Sequence[ItemVerdict]
+) -> None:
+    """Write one picture per image, whose name begins with its row."""
+    from featnorm.report.boxes import draw_boxes
+    from featnorm.report.explanation import image_of, visible
+    from featnorm.report.maps import map_picture
+
+    preprocess = scorer.require_preprocess()
+    for row, verdict in enumerate(verdicts, start):
+        if verdict.parts is not None:
+            with suppress(ItemError):  # a file that was removed meanwhile costs its picture
+                pixels = visible(preprocess(source.item(row))[None], preprocess)[0]
+                if verdict.boxes is None:
+                    picture = map_picture(pixels, verdict.parts)
+                else:
+                    picture = draw_boxes(image_of(pixels), verdict.boxes)
+                stem = re.sub(r"[^\w.-]+", "-", PurePath(re.split(r"[/\\]", verdict.item)[-1]).stem)[-_MAX_STEM:]
+                with replacing(folder / f"{row:06}-{stem}.png") as temporary:
+                    picture.save(temporary, "PNG")
+
+
 def _write_page(
     path: Path, scorer: Scorer, source: Source[Any], summary: ScoringSummary, runtime: Runtime
 ) -> None:
     from featnorm.report.scores import write_scores_page
 
-    calibration = scorer.calibration
+    calibration = scorer.item_calibration
     assert calibration is not None
     lowest = summary.lowest
     shown = [item for item in lowest if item[1].is_id is False]
@@ -427,7 +491,8 @@ def _write_page(
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
-        scores=np.asarray(summary.scores, np.float64),
+        # An image without boxes has an infinite score.
+        scores=np.asarray([score for score in summary.scores if score < np.inf], np.float64),
         threshold=float(calibration.threshold),
         flagged=summary.flagged,
         folders=summary.folders,
@@ -444,7 +509,8 @@ def _shown(
     scorer: Scorer, source: Source[Any], chosen: Sequence[tuple[int, ItemVerdict]], runtime: Runtime
 ) -> "Iterator[ScoredItem]":
     """Yield the items with their explanations; few at a time, as they may be large."""
-    from featnorm.report.explanation import grayscale
+    from featnorm.report.boxes import draw_boxes
+    from featnorm.report.explanation import grayscale, image_of, visible
     from featnorm.report.scores import ScoredItem
 
     preprocess = scorer.require_preprocess()
@@ -457,7 +523,12 @@ def _shown(
                 items[row] = source.item(row)
         whys: dict[int, Why | None] = {}
         inputs: dict[int, npt.NDArray[np.float32]] = {}
-        if items and scorer.explains:
+        maps: dict[int, Verdict | None] = {}
+        if items and scorer.per == "position":
+            batch = source.kind.collate([preprocess(item) for item in items.values()], preprocess)
+            verdicts = scorer.predict_batch(batch, [source.name(row) for row in items], runtime=runtime)
+            maps = {row: verdict.parts for row, verdict in zip(items, verdicts, strict=True)}
+        elif items and scorer.explains:
             batch = source.kind.collate([preprocess(item) for item in items.values()], preprocess)
             names, rows = [source.name(row) for row in items], range(len(items))
             given = scorer.thresholds_by not in (None, "class")
@@ -470,4 +541,7 @@ def _shown(
             # In another batch a score may differ in its last digits: the page shows the one of the table.
             verdict = verdict._replace(why=whys.get(row))
             shown = source.kind.shown(items[row]) if row in items else None
-            yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row))
+            if shown is not None and verdict.boxes is not None:
+                pixels = visible(preprocess(items[row])[None], preprocess)[0]
+                shown = draw_boxes(image_of(pixels), verdict.boxes)
+            yield ScoredItem(verdict, folder_of(verdict.item), shown, inputs.get(row), maps.get(row))

@@ -68,6 +68,7 @@ def calibrate(
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
     from featnorm.inputs import FRAMES, kind_of
+    from featnorm.parts import PartCalibration
     from featnorm.scorer_file import load, replace_calibration
 
     facts: dict[str, str] = {}
@@ -106,9 +107,11 @@ def calibrate(
                 soft_wrap=True,
             )
     replace_calibration(scorer_file, out, calibration, source=data, added=update, facts=facts)
-    counts = kind.counted(len(calibration.scores))
-    if (clips := clips_of(calibration)) is not None:
-        counts += f" of {clips} clips"
+    clips = clips_of(calibration)
+    if isinstance(calibration, PartCalibration) and kind is not FRAMES:
+        counts = kind.counted(len(calibration.unit_scores))
+    else:
+        counts = kind.counted(len(calibration.scores)) + ("" if clips is None else f" of {clips} clips")
     console.print(
         f"Calibrated on {counts}. Averaged over such calibration sets, it flags at "
         f"most {100 * (1 - calibration.tpr):.1f} % of in-distribution {kind.name}"

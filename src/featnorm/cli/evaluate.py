@@ -32,6 +32,7 @@ from featnorm.cli.options import (
     LabelColumn,
     Layer,
     OutFolder,
+    PerPart,
     Precision,
     TextColumn,
     Weights,
@@ -110,6 +111,7 @@ def evaluate(
         ),
     ] = None,
     layer: Layer = None,
+    per: PerPart = "input",
     label_column: LabelColumn = None,
     text_column: TextColumn = None,
     fps: Fps = FPS,
@@ -187,11 +189,11 @@ def evaluate(
     if scorer_file is None:
         assert model is not None
         loaded = create_model(model, weights=weights)
-        subject = tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
+        subject = tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer, per=per)
         name, transform, about = model, loaded.transform, loaded.name + "".join(f"; {n}" for n in loaded.notes)
     else:
-        if layer is not None:
-            raise ValueError("--layer is for a model without SCORER, whose layer is in its file")
+        if layer is not None or per != "input":
+            raise ValueError("--layer and --per are for a model without SCORER, in whose file they are")
         subject = scorer = load(scorer_file, model, weights=weights).to(runtime.torch_device)
         tap, transform, name = scorer.tap, scorer.require_preprocess(), scorer.spec or ""
         about = "; ".join(scorer.facts.get(fact, "") for fact in ("model", "backbone", "head")).strip("; ")
@@ -307,26 +309,27 @@ def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, Source[A
     from featnorm.inputs import DataError, group_items
 
     found = [result for result in comparison.results if result.detector == repr(scorer.detector)]
-    if not found or scorer.calibration is None:
+    calibration = scorer.item_calibration
+    if not found or calibration is None:
         return {}
     shares = []
     for name, scores in {comparison.id_name: found[0].id_scores, **found[0].ood_scores}.items():
         members: Any = None
         try:
-            if scorer.calibration.group_names and scorer.thresholds_by == "class":
+            if calibration.group_names and scorer.thresholds_by == "class":
                 members = torch.from_numpy(comparison.predicted[name])
-            elif scorer.calibration.group_names and scorer.thresholds_by is not None:
+            elif calibration.group_names and scorer.thresholds_by is not None:
                 groups = group_items(sources[name], scorer.thresholds_by)
                 members = [groups[row] for row in comparison.rows[name]]
-            is_id = scorer.calibration.is_id(torch.from_numpy(scores), members)
+            is_id = calibration.is_id(torch.from_numpy(scores), members)
         except DataError as error:
             shares.append(f"unknown for {name} ({error})")
         except ValueError:
             shares.append(f"unknown for {name} (it has groups without a threshold)")
         else:
             shares.append(f"{100 * (1 - is_id.double().mean()):.1f} % of {name}")
-    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution inputs"
-    by = f", with thresholds by {scorer.thresholds_by}" if scorer.calibration.group_names else ""
+    rate = f"accepting at least {100 * calibration.tpr:g} % of in-distribution inputs"
+    by = f", with thresholds by {scorer.thresholds_by}" if calibration.group_names else ""
     return {f"flagged by the fitted {scorer.detector!r}, {rate}{by}": ", ".join(shares)}
 
 

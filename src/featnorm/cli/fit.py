@@ -32,6 +32,7 @@ from featnorm.cli.options import (
     Layer,
     LayerPooling,
     OutFile,
+    PerPart,
     Precision,
     Ray,
     Seed,
@@ -89,6 +90,7 @@ def fit(
             "`heads.0`. Default: the one named `logits`, or the first.",
         ),
     ] = None,
+    per: PerPart = "input",
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
@@ -193,6 +195,7 @@ def fit(
             output=output,
             channel_axis=channel_axis,
             pooling=pooling,
+            per=per,
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,
@@ -223,7 +226,7 @@ def fit(
     elif loaded.name != ROWS_SPEC:
         console.print(f"The features of all {items} were in the cache.")
     _print_model(scorer, report)
-    calibration = scorer.calibration
+    calibration = scorer.item_calibration
     assert calibration is not None
     how = f"on {report.held_out} held-out {items}"
     if not (report.head == "train" or scorer.detector.needs_fit):
@@ -238,6 +241,12 @@ def fit(
         f"{'' if scorer.is_jackknife else rate_words(calibration, items)}.",
         soft_wrap=True,
     )
+    if scorer.per != "input":
+        console.print(
+            f"Of the {'boxes' if scorer.per == 'box' else 'positions'} of such {items}, it flags at most "
+            f"{100 * (1 - tpr):.1f} %, averaged over {items} and calibration sets.",
+            soft_wrap=True,
+        )
     if report.head == "keep":
         console.print(
             f"This holds if the model was not trained on these {items}. If it was, fit to {items} that it has not "

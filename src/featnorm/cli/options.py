@@ -70,6 +70,14 @@ LayerPooling = Annotated[
         "of their positive parts."
     ),
 ]
+PerPart = Annotated[
+    Literal["input", "position", "box"],
+    typer.Option(
+        "--per",
+        help="What gets a verdict: each `input`, each `position` of the maps that the model returns, such as a "
+        "segmentation model, or each `box` that an R-CNN of torchvision finds.",
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(

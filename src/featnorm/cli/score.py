@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from featnorm.runtime import Runtime
     from featnorm.scorer import Scorer
     from featnorm.scoring import ScoringSummary
-    from featnorm.verdict import ItemVerdict
+    from featnorm.verdict import BoxVerdict, ItemVerdict
 
 
 def score(
@@ -53,7 +53,8 @@ def score(
             "--out",
             "-o",
             metavar="FILE",
-            help="Output file (.csv, .jsonl or .parquet), one row per item. Default: print to the terminal.",
+            help="Output file (.csv, .jsonl or .parquet), one row per item, or per box. Default: print to the "
+            "terminal.",
         ),
     ] = None,
     html: Annotated[
@@ -62,6 +63,14 @@ def score(
             metavar="FILE",
             help="HTML page to write: the flagged items, each beside the most similar in-distribution ones, for "
             "images a heat map of where the score comes from, and the calibration scores.",
+        ),
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for one picture per image, if the detector was fitted with `--per position` or `box`: "
+            "the image beside the map of its p-values, with the flagged positions outlined, or with its boxes.",
         ),
     ] = None,
     model: OwnModel = None,
@@ -116,6 +125,7 @@ def score(
             out,
             page=html,
             clips=clips,
+            maps=maps,
             made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
             on_start=lambda journal: _print_start(journal, source),
@@ -128,8 +138,8 @@ def score(
         _print_clips(scorer, source, summary)
         if summary.computed:
             console.print(_pace(summary, runtime))
-    for file in files:
-        console.print(f"Wrote {file}.", soft_wrap=True)
+    for place in (*files, *([] if maps is None else [maps])):
+        console.print(f"Wrote {place}.", soft_wrap=True)
     if not summary.scores:
         name, why = summary.first_unread[0]
         raise DataError(
@@ -185,13 +195,19 @@ def _print_start(journal: Journal, source: Source[Any]) -> None:
 
 
 def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:
-    from featnorm.records import word_of
-
     for verdict in verdicts:
         if verdict.score is None:
             continue
-        word = word_of(verdict.is_id) or ""
-        p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
         predicted = "" if verdict.predicted is None else f"  ({verdict.predicted})"
-        name = printable(verdict.item)
-        console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {name}{predicted}", soft_wrap=True)
+        _print_verdict(verdict, f"{printable(verdict.item)}{predicted}")
+        for box in verdict.boxes or ():
+            corners = ", ".join(f"{corner:.0f}" for corner in box.corners)
+            _print_verdict(box, f"  box ({corners}), {printable(box.label)} with confidence {box.confidence:.2f}")
+
+
+def _print_verdict(verdict: ItemVerdict | BoxVerdict, words: str) -> None:
+    from featnorm.records import word_of
+
+    word = word_of(verdict.is_id) or ""
+    p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
+    console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {words}", soft_wrap=True)

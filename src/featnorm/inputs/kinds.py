@@ -2,7 +2,7 @@
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -18,8 +18,9 @@ from featnorm._utils.layout import fast_layout
 from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb, upright
 from featnorm.inputs.errors import DataError, ItemError
 
-#: A batch of a model, or one input of it: a tensor, or the tensors that the model takes by name.
-Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
+#: A batch of a model, or one input of it: a tensor, or the tensors that the model takes by name. The images of a
+#: detector are a list, see `OfAnySize`.
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | list[Tensor]
 
 #: Longer side of a thumbnail, in pixels.
 THUMBNAIL = 64
@@ -146,8 +147,27 @@ class Kind(ABC):
 _KINDS: dict[str, Kind] = {}
 
 
+class OfAnySize:
+    """A preprocess of images whose tensors (c, H, W) may differ in size: a batch of them is a list.
+
+    Parameters
+    ----------
+    transform : callable
+        The preprocess of one image.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform: Callable[[Image.Image], Tensor] = (
+            transform.transform if isinstance(transform, OfAnySize) else transform
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the tensor of an image."""
+        return self.transform(image)
+
+
 class _Images(Kind):
-    """Images, as PIL images in RGB; preprocess returns tensors (c, H, W) of one shape."""
+    """Images, as PIL images in RGB; preprocess returns tensors (c, H, W) of one shape, or is `OfAnySize`."""
 
     name = "images"
     noun = "image"
@@ -183,6 +203,9 @@ class _Images(Kind):
 
     def fingerprint(self, prepared: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(prepared.float().cpu(), _BLOCKS)
+
+    def collate(self, prepared: Sequence[Any], preprocess: Any = None) -> Inputs:
+        return [*prepared] if isinstance(preprocess, OfAnySize) else super().collate(prepared)
 
     def preview(self, item: Image.Image) -> bytes:
         """Return a thumbnail as a JPEG file of at most 64 x 64 pixels."""
@@ -339,7 +362,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 def rows_in(inputs: Inputs, rows: Any) -> Inputs:
     """Return some rows of a batch: a slice, or indices."""
-    return tree_map(lambda tensor: tensor[rows], inputs)
+    return inputs[rows] if isinstance(inputs, list) else tree_map(lambda tensor: tensor[rows], inputs)
 
 
 def run(module: Any, inputs: Inputs) -> Any:

@@ -5,7 +5,7 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,7 +20,7 @@ from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, error_site, e
 from featnorm._utils.memory import in_parts
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs.errors import DataError, ItemError
-from featnorm.inputs.kinds import Inputs
+from featnorm.inputs.kinds import Inputs, OfAnySize
 from featnorm.inputs.source import ImageSource, Source
 
 # Number of items from which threads are faster than the calling thread.
@@ -46,8 +46,9 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    inputs : Tensor or mapping of str to Tensor
-        Transformed items: of images (n, 3, H, W), of texts the tensors (n, L) that the model takes by name.
+    inputs : Tensor, mapping of str to Tensor, or list of Tensor
+        Transformed items: of images (n, 3, H, W), of texts the tensors (n, L) that the model takes by name; of an
+        `OfAnySize` transform n images (3, H, W).
     labels : Tensor
         Classes, (n,), int64; -1 for an item without a label.
     indices : Tensor
@@ -160,7 +161,8 @@ class _Batches:
                 )
                 failure.add_note(traceback.format_exc())
                 raise failure from None
-            kind.check(transformed, prepared[0] if prepared else None, self.source.name(i))
+            first = None if isinstance(self.transform, OfAnySize) or not prepared else prepared[0]
+            kind.check(transformed, first, self.source.name(i))
             prepared.append(transformed)
             indices.append(i)
         if prepared:
@@ -264,10 +266,10 @@ def over_parts(function: Callable[..., Any], inputs: Inputs, *others: Tensor) ->
     ----------
     function : callable
         From some of the rows to one result per row, a tensor or a list.
-    inputs, *others : Tensor or mapping of str to Tensor, Tensor
+    inputs, *others : Tensor, mapping of str to Tensor or list of Tensor, and Tensor
         The rows.
     """
-    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is None:
         return _joined(in_parts(function, inputs, *others))
     lengths = mask.sum(1)

@@ -14,13 +14,15 @@ from featnorm.hidden.examples import Neighbor
 from featnorm.inputs import Kind
 from featnorm.report import plots
 from featnorm.report.explanation import heat_map, neighbor_picture
-from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
-from featnorm.verdict import ItemVerdict
+from featnorm.report.html import THUMBNAIL, Key, Picture, number, percent, render, thumbnail, write
+from featnorm.report.maps import draw_map
+from featnorm.verdict import ItemVerdict, Verdict
 
 Array = npt.NDArray[np.float64]
 
 # Size of the small histogram beside an image, in SVG units, and its number of bins.
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
+_MAP_SIDE = 2 * THUMBNAIL
 # Characters of a text that are shown.
 _MAX_TEXT = 500
 # Folders in the table.
@@ -37,12 +39,14 @@ class ScoredItem:
     folder : folder of the item.
     item : the image or text, or None if it can no longer be read.
     model_input : what the model sees of it as gray values in [0, 1], (height, width), for the heat map; or None.
+    positions : verdicts on its positions, for the map; or None.
     """
 
     verdict: ItemVerdict
     folder: str
     item: Image.Image | str | None
     model_input: npt.NDArray[np.float32] | None
+    positions: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class _Card:
     picture: Picture | None
     text: str
     heat: Picture | None
+    map: Picture | None
     reference: str
     no_heat: str
     similar: list[_Similar]
@@ -143,7 +148,7 @@ def write_scores_page(
         shown_p = "" if p_value is None else f"{p_value:.4f}"
         counts.append(_Folder(name, count, flagged_in, shown_p, word))
     counts.sort(key=lambda folder: (-folder.flagged / folder.scored, -folder.scored, folder.name))
-    pictures = [picture for card in cards for picture in (card.picture, card.heat)]
+    pictures = [picture for card in cards for picture in (card.picture, card.heat, card.map)]
     html = render(
         "scores.html",
         items=kind.name,
@@ -211,12 +216,19 @@ def _card(
         picture=thumbnail(one.item, f"t{i}") if isinstance(one.item, Image.Image) else None,
         text=_shortened(one.item) if isinstance(one.item, str) else "",
         heat=heat,
+        map=None if one.positions is None else thumbnail(draw_map(one.positions, _map_size(one)), f"p{i}"),
         reference="" if why is None else why.reference,
         no_heat="" if why is None or isinstance(one.item, str) else why.no_heat,
         similar=[] if why is None else [_similar(neighbor, one, examples) for neighbor in why.nearest],
         sentence="" if why is None or why.units is None else why.units.sentence,
         rows=[] if why is None or why.units is None else why.units.rows(),
     )
+
+
+def _map_size(one: ScoredItem) -> tuple[int, int]:
+    """Return the size in pixels at which a map is drawn, before it becomes a thumbnail."""
+    width, height = one.item.size if isinstance(one.item, Image.Image) else (1, 1)
+    return round(_MAP_SIDE * width / max(width, height)), round(_MAP_SIDE * height / max(width, height))
 
 
 def _shortened(text: str) -> str:
