@@ -424,8 +424,14 @@ def fit_source(
         )
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
-    near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
-    sides = [[by[row] for row in cached.rows.tolist()] for by in (split_groups, units) if by is not None]
+    of_frames = None if units is None else [units[row] for row in cached.rows.tolist()]
+    if of_frames is not None:
+        # Clips are near-duplicates if their first frames are; the others of a clip are no further evidence.
+        firsts, numbers = join_groups(of_frames).unique(return_inverse=True)
+        near = firsts[near_duplicates(pooled[firsts])][numbers]
+    else:
+        near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
+    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
@@ -434,9 +440,8 @@ def fit_source(
             used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
-    if units is not None:
+    if of_frames is not None:
         # The frames of one clip of each group.
-        of_frames = [units[row] for row in cached.rows.tolist()]
         chosen_units = {of_frames[i] for i in calibrates.nonzero().squeeze(1).tolist()}
         calibrates = torch.tensor([unit in chosen_units for unit in of_frames])
     fits = detector.needs_fit or plan.head == "train"
