@@ -31,7 +31,7 @@ from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
-from featnorm.tap.capture import all_modules
+from featnorm.tap.contents import Contents
 from featnorm.tap.find import Per, Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
@@ -148,7 +148,7 @@ class Scorer(nn.Module):
         self.lowest = _LOWEST[per] if lowest is None else lowest
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
-        self._versions: list[tuple[int, int, int]] = []
+        self._versions: Any = None
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
         self.kind = kind_of(kind or preprocess)
@@ -443,16 +443,21 @@ class Scorer(nn.Module):
         ----------
         digest : their SHA-256, if it is known.
         """
-        self._versions = _versions(self.tap.model)
+        self._versions = self.tap.contents().versions()
         self._weights = digest or archive.fingerprint(self.tap.model)["sha256"]
 
-    def _check_weights(self) -> None:
-        """Raise a ValueError if the weights have changed since the fit; a change through ``.data`` is not seen."""
-        if self._weights is None or self._versions == (versions := _versions(self.tap.model)):
-            return
+    def _check_weights(self) -> Contents:
+        """Return the model's contents; raise a ValueError if the weights have changed since the fit.
+
+        A change through ``.data`` is not seen.
+        """
+        contents = self.tap.contents()
+        if self._weights is None or self._versions == (versions := contents.versions()):
+            return contents
         if archive.fingerprint(self.tap.model)["sha256"] != self._weights:
             raise ValueError(_CHANGED)
         self._versions = versions
+        return contents
 
     def _check_rate(self, tpr: float | None, update: bool) -> None:
         if tpr is not None:
@@ -502,8 +507,8 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, one of its outputs is not finite, or its weights have
             changed since the fit or the calibration.
         """
-        self._check_weights()
-        features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads)
+        contents = self._check_weights()
+        features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads, contents=contents)
         return self.predict_features(features, groups)
 
     @torch.no_grad()
@@ -716,11 +721,11 @@ class Scorer(nn.Module):
         heat: bool = False,
         runtime: Runtime | None = None,
     ) -> list[ItemVerdict]:
-        self._check_weights()
-        inputs = to_device(inputs, self.tap.device)
+        contents = self._check_weights()
+        inputs = to_device(inputs, contents.device)
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
         with (runtime or Runtime()).autocast():
-            features = self.tap.capture(inputs, classifier=reads_classifier)
+            features = self.tap.capture(inputs, classifier=reads_classifier, contents=contents)
             verdict = self.predict_features(features, groups)
         nothing = [None] * len(names)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
@@ -917,24 +922,6 @@ class Scorer(nn.Module):
             features = self.tap.capture(inputs, classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
         return self.kind.fingerprint(rows_in(inputs, 0)), response[0].float().cpu()
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int, int]]:
-    """Return the identity, the number of writes and the address of each tensor in the state of a model."""
-    return [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version, _address(tensor))
-        for module in all_modules(model)
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    ]
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a sparse tensor, or one of a subclass
-        return 0
 
 
 def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:
