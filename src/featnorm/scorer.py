@@ -15,6 +15,7 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
+from featnorm.engine import TOLERANCE, EngineError, FeatureEngine, is_wanted, relative_gap, required_or_none
 from featnorm.export import export_onnx
 from featnorm.features import Features
 from featnorm.hidden.classifier import HiddenClassifier
@@ -614,7 +615,48 @@ class Scorer(nn.Module):
         with users_transform(self.spec or "", name):
             return preprocess(item)
 
-    def stream(self, source: Source[Any], *, runtime: Runtime | None = None) -> Iterator[list[ItemVerdict]]:
+    def engine(self, runtime: Runtime, count: int) -> FeatureEngine | None:
+        """Return what runs the model in place of PyTorch, for `stream` and `predict_batch`; None for PyTorch.
+
+        Parameters
+        ----------
+        runtime : its ``engine`` is used.
+        count : number of items to score.
+
+        Raises
+        ------
+        EngineError, ValueError
+            The runtime's ``engine`` is "onnx", and onnxruntime cannot run the model, or not with the same result.
+        ImportError
+            It is "onnx", and ``featnorm[onnx]`` is not installed.
+        """
+        if not is_wanted(runtime, self.kind, self.tap.device, count):
+            return None
+        return required_or_none(runtime, self._onnx_engine)
+
+    @torch.no_grad()
+    def _onnx_engine(self) -> FeatureEngine:
+        if self.detector.needs_model:
+            raise EngineError(f"{self.detector!r} runs it again on changed inputs")
+        if self.tap.per != "input":
+            raise EngineError(f"its features are of each {self.tap.per}")
+        engine = FeatureEngine(self.tap, self.kind, self.require_preprocess())
+        contents = self._check_weights()
+        found = engine.features(engine.example, contents, classifier=True)
+        expected = self.tap.capture(engine.example, classifier=True, contents=contents)
+        assert found is not None  # it is the example
+        known = () if self.calibration is None else self.calibration.group_names[:1]
+        groups = None if not known or self.thresholds_by == "class" else len(expected) * [*known]
+        ours, torchs = (self.predict_features(features, groups) for features in (found, expected))
+        if not (gap := relative_gap(ours.score, torchs.score)) <= TOLERANCE:
+            raise EngineError(f"its score differs from PyTorch's by {gap:.1e} of the largest")
+        if ours.is_id is not None and torchs.is_id is not None and not torch.equal(ours.is_id, torchs.is_id):
+            raise EngineError("its verdict on a fixed item differs from PyTorch's")
+        return engine
+
+    def stream(
+        self, source: Source[Any], *, runtime: Runtime | None = None, engine: FeatureEngine | None = None
+    ) -> Iterator[list[ItemVerdict]]:
         """Yield the verdicts on a source's items, including unreadable ones, batch by batch in its order.
 
         A batch that does not fit in the device's memory is scored in parts.
@@ -624,6 +666,7 @@ class Scorer(nn.Module):
         source : items to score.
         runtime
             Precision, batch size and workers. Default: `Runtime()`. The scorer stays on the device where it is.
+        engine : what `engine` returned. Default: PyTorch runs the model.
 
         Raises
         ------
@@ -640,7 +683,7 @@ class Scorer(nn.Module):
         def predict(inputs: Inputs, rows: Tensor) -> list[ItemVerdict]:
             some = None if groups is None else [groups[row] for row in rows.tolist()]
             names = [source.name(row) for row in rows.tolist()]
-            return self._predict(inputs, names, groups=some, runtime=runtime)
+            return self._predict(inputs, names, groups=some, runtime=runtime, engine=engine)
 
         size, workers = runtime.batch_size, runtime.workers
         for part in source_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
@@ -682,6 +725,7 @@ class Scorer(nn.Module):
         explain: Sequence[int] = (),
         heat: bool = False,
         runtime: Runtime | None = None,
+        engine: FeatureEngine | None = None,
     ) -> list[ItemVerdict]:
         """Return the verdict on each input of a batch.
 
@@ -692,7 +736,7 @@ class Scorer(nn.Module):
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         explain : rows of the inputs to explain.
         heat : whether explanations include a heat map, for one more forward pass on each input to explain.
-        runtime : see `stream`.
+        runtime, engine : see `stream`.
 
         Raises
         ------
@@ -705,7 +749,8 @@ class Scorer(nn.Module):
         with self._users_forward(
             f"a batch of {len(names)} {self.kind.name}, {names[0]} to {names[-1]}" if names else ""
         ):
-            return self._predict(inputs, names, groups=groups, explain=explain, heat=heat, runtime=runtime)
+            how: dict[str, Any] = {"heat": heat, "runtime": runtime, "engine": engine}
+            return self._predict(inputs, names, groups=groups, explain=explain, **how)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model: Any = self.model
@@ -720,12 +765,15 @@ class Scorer(nn.Module):
         explain: Sequence[int] = (),
         heat: bool = False,
         runtime: Runtime | None = None,
+        engine: FeatureEngine | None = None,
     ) -> list[ItemVerdict]:
         contents = self._check_weights()
-        inputs = to_device(inputs, contents.device)
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
+        found = None if engine is None else engine.features(inputs, contents, classifier=reads_classifier)
         with (runtime or Runtime()).autocast():
-            features = self.tap.capture(inputs, classifier=reads_classifier, contents=contents)
+            if found is None or explain:
+                inputs = to_device(inputs, contents.device)
+            features = found or self.tap.capture(inputs, classifier=reads_classifier, contents=contents)
             verdict = self.predict_features(features, groups)
         nothing = [None] * len(names)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))

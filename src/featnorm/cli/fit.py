@@ -25,6 +25,7 @@ from featnorm.cli.options import (
     ChannelAxis,
     DataRoot,
     Device,
+    Engine,
     LabelColumn,
     Layer,
     LayerPooling,
@@ -129,6 +130,7 @@ def fit(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = False,
@@ -172,7 +174,7 @@ def fit(
     loaded = model_for(source, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
     console.print(f"{source.kind.counted(len(source))} in {source.title}; model: {loaded.name}.", soft_wrap=True)
     _print_missing_labels(source, targets)
-    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+    with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         scorer, report = fit_source(
             source,
             loaded,

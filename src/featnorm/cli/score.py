@@ -20,6 +20,7 @@ from featnorm.cli.options import (
     BatchSize,
     DataRoot,
     Device,
+    Engine,
     OwnModel,
     OwnWeights,
     Precision,
@@ -65,6 +66,7 @@ def score(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = False,
@@ -92,7 +94,7 @@ def score(
         )
     if not files:
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  {source.kind.noun}")
-    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+    with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         summary = score_source(
             scorer,
             source,

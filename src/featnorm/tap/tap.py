@@ -460,6 +460,10 @@ class FeatureTap:
             if name not in plan.points and not (name == "classifier" and plan.weights):
                 raise ValueError(f"the tap captures no {name}")
 
+    def classifier(self) -> Classifier | None:
+        """Return a copy of the classifier's weights; the model must have been traced."""
+        return self._planned().classifier(self.model)
+
     @property
     def captured(self) -> tuple[str, ...]:
         """Fields of `Features` that the tap captures; the model must have been traced."""
