@@ -179,8 +179,189 @@ def test_a_graph_with_another_output_is_refused(found, name, change, words):
         export._check({**outputs, name: change(outputs[name])}, scorer, images)
 
 
+"One ONNX graph says what the detector says."
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torchvision.transforms import v2
+
+import featnorm as fn
+from featnorm import export
+from featnorm.evaluation import standard_detectors
+from featnorm.export import ExportError, export_onnx
+from featnorm.fitting import fit_source
+from featnorm.inputs import SlicedSource, open_source
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
+
+# Not of a cosine classifier's logits: see `test_scores_that_read_the_classifier`.
+LINEAR = ["ReAct(Energy())", "FDBD()", "NCI()", "NCI(alpha=0.1)", "ORA()", "RAS(Energy())", "SCALE(Energy())"]
+LINEAR += ["ASH(Energy())"]
+LEFT_OUT = set(LINEAR)
+DETECTORS = [repr(d) for d in standard_detectors() if repr(d) not in LEFT_OUT and not d.needs_model]
+DETECTORS += ["KNN(k=3, squared=False)", "SSD(clusters=2)"]
+
+
+def fit(folder, loaded, cache, detector):
+    source = open_source(str(folder))
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fit_source(source, loaded, detector=detector, cache=cache, runtime=runtime)[0]
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
+    scorer = fit(folder, tiny, cache, fn.parse_detector(detector))
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
+    source = open_source(str(folder))
+    known = torch.stack([tiny.transform(source.item(i)) for i in range(1, 41)])
+    images = torch.cat([known, torch.rand(23, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+    # Of the score over many images: ViM's is a small difference of large numbers, and may be near 0 for one.
+    size = float(scorer(images).score.abs().max())
+    for batch in (images[:1], images):
+        logits, score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": batch.numpy()}))
+        wanted = scorer(batch)
+        assert torch.allclose(score.double(), wanted.score.double(), rtol=0, atol=1e-4 * size)
+        assert torch.allclose(logits, wanted.logits, atol=1e-3)
+        # A score within rounding of one of the calibration's may fall on its other side.
+        calibration = scorer.calibration.scores
+        gaps = (calibration[None] - wanted.score.double()[:, None]).abs()
+        clear = gaps.min(1).values > 1e-4 * size
+        assert torch.equal(is_id[clear], wanted.is_id[clear])
+        assert torch.allclose(p_value[clear], wanted.p_value[clear])
+        assert (
+            (p_value - wanted.p_value).abs() <= (gaps <= 1e-4 * size).sum(1) / (len(calibration) + 1) + 1e-9
+        ).all()
+
+
+@pytest.mark.parametrize("expression", LINEAR)
+def test_scores_that_read_the_classifier(tmp_path, expression):
+    torch.manual_seed(0)
+    body = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*body, torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)).eval()
+    images = torch.rand(80, 3, 16, 16)
+    transform = v2.Compose([v2.ToImage(), v2.Resize((16, 16)), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(model, fn.parse_detector(expression), preprocess=transform)
+    scorer.fit(images.split(20)).calibrate(images.split(20))
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
+    name = session.get_inputs()[0].name
+    for batch in (images[:1], images):
+        score = torch.from_numpy(session.run(None, {name: batch.numpy()})[1])
+        assert torch.allclose(score.double(), scorer(batch).score.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("expression", ["KNN(k=1)", "SSD()", "KNN(k=2) / ReAct(NAN())"])
+def test_a_jackknife_is_one_graph(folder, tiny, cache, tmp_path, expression):
+    source = open_source(str(folder))
+    few = SlicedSource(source, range(0, 240, 6), "few")
+    runtime = fn.Runtime(progress=False, workers=0)
+    detector = fn.parse_detector(expression)
+    scorer = fit_source(few, tiny, detector=detector, cache=cache, runtime=runtime, tpr=0.9)[0]
+    assert scorer.is_jackknife
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    images = torch.stack([tiny.transform(source.item(row)) for row in range(1, 240, 6)])
+    session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
+    score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+    # Of 9: these pictures are so alike that rounding is felt where two of the left-out scores are close.
+    torch.testing.assert_close(score, scorer(images).score, rtol=0, atol=0.05)
+    assert len(score.floor().unique()) > 5
+    for found, wanted in zip((p_value, is_id), scorer.calibration.predict(score), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_its_metadata_names_the_classes(folder, tiny, cache, tmp_path):
+    scorer = fit(folder, tiny, cache, fn.NAN())
+    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
+    model = onnx.load(tmp_path / "d.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    (facts,) = [json.loads(entry.value) for entry in model.metadata_props if entry.key == "featnorm"]
+    assert facts["classes"] == ["a", "b", "c", "d"]
+    assert facts["detector"] == "NAN()"
+    assert [entry.name for entry in model.graph.output] == list(export.OUTPUTS)
+
+
+def test_what_is_refused(folder, tiny, cache, tmp_path, monkeypatch):
+    for detector in (fn.Views(fn.NAN()), fn.ODIN(), fn.Views(fn.KNN(k=3)), fn.RotNet()):
+        scorer = fit(folder, tiny, cache, detector)
+        with pytest.raises(ExportError, match="runs the model again"):
+            export_onnx(scorer, tmp_path / "d.onnx")
+    scorer = fit(folder, tiny, cache, fn.NAN())
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        export_onnx(scorer, tmp_path / "none" / "d.onnx")
+    run = onnxruntime.InferenceSession.run
+
+    class Wrong(onnxruntime.InferenceSession):
+        def run(self, *arguments):
+            logits, score, *rest = run(self, *arguments)
+            return [logits, score * np.float32(1.01), *rest]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    with pytest.raises(
+        ExportError, match=r"the graph's score differs from PyTorch's by 1\.0e-02 of its largest value"
+    ):
+        export_onnx(scorer, tmp_path / "d.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"pip install '.\[onnx\]'"):
+        export_onnx(scorer, tmp_path / "d.onnx")
+    scorer.calibration = None
+    monkeypatch.undo()
+    with pytest.raises(ExportError, match="not calibrated"):
+        export_onnx(scorer, tmp_path / "d.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A scorer, images, and what a sound graph says of them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    scorer = fn.Scorer(model, fn.NAN()).calibrate([torch.randn(40, 4)])
+    images = torch.randn(5, 4)
+    verdict = scorer(images)
+    return scorer, images, dict(zip(export.OUTPUTS, (verdict.logits, *verdict[:3]), strict=True))
+
+
+def test_a_sound_graph_passes(found):
+    scorer, images, outputs = found
+    assert export._check(outputs, scorer, images) == 0
+    near = {**outputs, "logits": outputs["logits"] * 1.00001}
+    assert export._check(near, scorer, images) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("logits", lambda t: t * float("nan"), "the graph's logits is NaN"),
+        (
+            "logits",
+            lambda t: t + 0.1 * t.abs().max(),
+            r"logits differs from PyTorch's by 1\.0e-01 of its largest",
+        ),
+        ("logits", lambda t: t[:, :2], r"logits has shape \(5, 2\), but PyTorch's has \(5, 3\)"),
+        ("score", lambda t: torch.where(torch.arange(5) == 4, float("nan"), t), "the graph's score is NaN"),
+        ("score", lambda t: t * 1.01, r"score differs from PyTorch's by 1\.0e-02 of its largest value"),
+        ("score", lambda t: t * float("inf"), "score differs from PyTorch's by inf of its largest value"),
+        ("p_value", lambda t: t * float("nan"), "p_value differs from that of its score by nan"),
+        ("p_value", lambda t: t + 1 / 41, r"p_value differs from that of its score by 2\.4e-02"),
+        ("is_id", lambda t: ~t, "is_id is not that of its score for 5 of 5 images"),
+        ("is_id", lambda t: t[:1], r"is_id has shape \(1,\), but PyTorch's has \(5,\)"),
+    ],
+)
+def test_a_graph_with_another_output_is_refused(found, name, change, words):
+    scorer, images, outputs = found
+    with pytest.raises(ExportError, match=words):
+        export._check({**outputs, name: change(outputs[name])}, scorer, images)
+
+
 def test_infinite_scores_are_equal():
     one = torch.tensor([1.0, -torch.inf, 2.0])
-    assert export._relative_gap(one, one) == 0
-    assert export._relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
-    assert export._relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf
+    assert relative_gap(one, one) == 0
+    assert relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
+    assert relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf
