@@ -232,6 +232,36 @@ def test_shards_are_one_table(tmp_path):
         open_source(str(tmp_path))
 
 
+def test_shards_of_lines_are_one_table(tmp_path):
+    lines = [f"{i},w{i % 3},{i % 2}" for i in range(1300)]
+    lines[3] = "3"
+    (tmp_path / "part-0.csv").write_text("\n".join(["a,word,label", *lines[:1200]]))
+    (tmp_path / "part-1.csv").write_text("\n".join(["a,word,label", *lines[1200:]]))
+    source = open_source(str(tmp_path))
+    assert (source.columns, source.class_names, source.label(1201)) == (("a", "word"), None, 1)
+    for i in (0, 1023, 1024, 1199, 1200, 1299):
+        assert source.item(i) == {"a": str(i), "word": f"w{i % 3}"}
+    with pytest.raises(ItemError, match=r"part-0\.csv row 3: the row has 1 cells, but the header has 3"):
+        source.item(3)
+    assert source.name(1200) == "part-1.csv row 0"
+    assert source.column("a")[2:5] == ["2", None, "4"]
+    assert source.identity(3) != source.identity(4)
+    (tmp_path / "part-1.csv").write_text("a,word\n1,x\n")
+    with pytest.raises(DataError, match=r"part-1\.csv has other columns than .*part-0\.csv"):
+        open_source(str(tmp_path))
+
+
+def test_a_group_of_rows_is_converted_as_it_is_read(tmp_path):
+    words = [f"w{i}" for i in range(3000)]
+    pq.write_table(pa.table({"a": range(3000), "word": words}), tmp_path / "x.parquet")
+    source = open_source(str(tmp_path / "x.parquet"))
+    assert [source.item(i) for i in (0, 1023, 1024, 2999)] == [
+        {"a": i, "word": f"w{i}"} for i in (0, 1023, 1024, 2999)
+    ]
+    assert len(source._tables.find(0, None)) == 3000
+    assert len(source._rows.find((0, 2), None)) == 3000 - 2048
+
+
 @pytest.mark.parametrize(
     "given", [ROWS, torch.tensor(ROWS), torch.tensor(ROWS).double().requires_grad_(), ROWS.tolist()], ids=type
 )

@@ -11,9 +11,8 @@ from sklearn.impute import MissingIndicator, SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from featnorm import inputs
 from featnorm.inputs import DataError, ItemError
-from featnorm.inputs.arrays import row_source
-from featnorm.inputs.openers import Options
 from featnorm.inputs.rows import Table, Vector, rows_of
 
 RNG = np.random.default_rng(0)
@@ -40,7 +39,7 @@ def people(n=600, seed=0):
 
 
 def source_of(table, label=None):
-    return row_source(table, Options(True, label, None))
+    return inputs.source_of(table, label_column=label)
 
 
 def encoded(rows, table):

@@ -151,8 +151,7 @@ def fit(
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.fitting import fit_source, model_for
-    from featnorm.inputs import IMAGES, open_source
-    from featnorm.inputs.arrays import LabeledSource
+    from featnorm.inputs import IMAGES, source_of
     from featnorm.models.loading import ROWS, import_users_module, is_users
 
     began = time.perf_counter()
@@ -160,17 +159,20 @@ def fit(
     if model is not None:
         import_users_module(model)
     parsed = None if detector is None else parse_detector(detector)
-    source = open_source(
+    source = source_of(
         data,
+        labels,
         root=data_root,
-        labels=targets != "clusters" or label_column is not None,
+        read_labels=targets != "clusters" or label_column is not None,
         label_column=label_column,
         text_column=text_column,
     )
-    source = source if labels is None else LabeledSource(source, labels)
     items = source.kind.name
     loaded = model_for(source, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
-    console.print(f"{source.kind.counted(len(source))} in {source.title}; model: {loaded.name}.", soft_wrap=True)
+    column = "" if source.text_column is None else f", from column {source.text_column!r}"
+    console.print(
+        f"{source.kind.counted(len(source))} in {source.title}{column}; model: {loaded.name}.", soft_wrap=True
+    )
     _print_missing_labels(source, targets)
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
         scorer, report = fit_source(

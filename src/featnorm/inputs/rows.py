@@ -203,7 +203,7 @@ class Table(Rows):
             categories[name] = [*frequent, rare] if rare else frequent
         if not numbers and not categories:
             raise DataError(
-                f"no column of {source.title} can be used ({_listed(unused)} left out); if one holds texts, "
+                f"no column of {source.title} can be used ({listed(unused)} left out); if one holds texts, "
                 "choose it with text_column (--text-column)"
             )
         mean, scale = (torch.tensor(values, dtype=torch.float64) for values in (means, scales))
@@ -222,8 +222,8 @@ class Table(Rows):
         return self._width
 
     def __str__(self) -> str:
-        encoded = f"{self.width} features of {_listed(self.columns)}"
-        unused = f"; {_listed(self.left_out)} left out" if self.left_out else ""
+        encoded = f"{self.width} features of {listed(self.columns)}"
+        unused = f"; {listed(self.left_out)} left out" if self.left_out else ""
         return f"none, the rows are {encoded}{unused}"
 
     def __call__(self, item: Any) -> Tensor:
@@ -261,7 +261,7 @@ class Table(Rows):
         if source.width is not None and source.width != len(self.columns):
             raise DataError(
                 f"{source.title} has {source.width} columns without names, and a table is needed with the columns "
-                f"{_listed(self.columns)}"
+                f"{listed(self.columns)}"
             )
         if source.width is None and (why := self._misfit(set(source.columns))):
             raise DataError(f"{source.title}: {why}")
@@ -271,7 +271,7 @@ class Table(Rows):
         missing = [name for name in self.columns if name not in names]
         unknown = sorted(str(name) for name in names - self._names - set(self.left_out))
         return "; ".join(
-            f"{what} {_listed(found)}"
+            f"{what} {listed(found)}"
             for what, found in (("missing columns", missing), ("unknown columns", unknown))
             if found
         )
@@ -357,7 +357,8 @@ def _category(value: Any) -> str | None:
     return None if value is None or value != value else str(value)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names in quotes, at most five of them."""
     shown = ", ".join(map(repr, names[:_SHOWN]))
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
