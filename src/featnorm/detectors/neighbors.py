@@ -262,8 +262,8 @@ class Search:
         """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows, and which."""
         import faiss
 
-        # Below this product, faiss compares the queries with the bank one by one instead of by products of matrices:
-        # by its default, 64 queries of 768 features take five times as long.
+        # Below this product, faiss compares the queries with the bank one by one, not by products of matrices: by
+        # its default, 64 queries of 768 features take five times as long.
         faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _MIN_PRODUCT)
         return faiss.knn(queries, self.bank, k)
 
