@@ -293,6 +293,9 @@ def test_texts_in_memory_and_labels_by_the_names_of_the_classes(tmp_path):
     for labels, accuracy in ((predicted, 1), ([word.lower() for word in predicted], 1), (["x", "y"] * 10, None)):
         found = compare(["MSP"], model=model, id_set=source_of(texts, labels), ood_sets={"far": ["news ?"]})
         assert found.accuracy == accuracy
+    found = compare(["MSP", "ODIN", "Views(MSP)"], model=model, id_set=texts, ood_sets={"far": ["news ?"]})
+    why = "it changes the input, and the tokens of a text cannot be changed gradually"
+    assert found.excluded == {"ODIN()": why, "Views(MSP())": why}
     assert found.id_name == "the list"
     assert found.items["the list"][3] == "row 3"
     by_folder = compare(

@@ -22,7 +22,7 @@ from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
-from featnorm.inputs import ROWS, Kind, Source, kind_of, source_loader, source_of
+from featnorm.inputs import ROWS, TEXTS, Kind, Source, kind_of, source_loader, source_of
 from featnorm.inputs.kinds import to_device
 from featnorm.inputs.loading import named
 from featnorm.inputs.rows import fit_rows
@@ -419,7 +419,9 @@ def compare(
         del active[name]
 
     for name, detector in list(active.items()):
-        if fit is None and not detector.is_fitted:
+        if detector.needs_model and reader.kind is TEXTS:
+            exclude(name, "it changes the input, and the tokens of a text cannot be changed gradually")
+        elif fit is None and not detector.is_fitted:
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     unfitted = {detector: name for name, detector in active.items() if not detector.is_fitted}
     if fit is not None and unfitted:
