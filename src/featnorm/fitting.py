@@ -250,7 +250,8 @@ def fit(
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
     options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    loaded = model_for(data, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
+    groups = {"group_by": group_by, "thresholds_by": thresholds_by}
+    loaded = model_for(data, model, weights=weights, label_column=label_column, **groups)
     scorer, report = fit_source(data, loaded, detector=parsed, head=head, **options)
     if report.corrupt:
         name, reason = report.corrupt[0]
@@ -269,7 +270,9 @@ def model_for(
     model: str | None = None,
     *,
     weights: str | Path | None = None,
-    left_out: Iterable[str | None] = (),
+    label_column: str | None = None,
+    group_by: str | None = None,
+    thresholds_by: str | None = None,
 ) -> LoadedModel:
     """Return the model of a specification, or the default one for the items of a source.
 
@@ -277,10 +280,11 @@ def model_for(
     ----------
     source : the items.
     model, weights : see `fit`.
-    left_out : names that, if columns of a table have them, are not used as features; None is ignored.
+    label_column, group_by, thresholds_by : see `fit`; columns of these names are not used as features.
     """
     if model is None and source.kind is ROWS:
-        return rows_model(fit_rows(source, {name for name in left_out if name is not None}))
+        by = {group_by, None if thresholds_by == "class" else thresholds_by}.intersection(source.columns)
+        return rows_model(fit_rows(source, {name for name in (label_column, *by) if name is not None}))
     return create_model(model or default_model(source.kind), weights=weights)
 
 
@@ -500,6 +504,8 @@ def fit_source(
             f"not used: {', '.join(map(repr, naming))}, whose texts differ in more than half of the {items}, as "
             "names do; numbers need a decimal point to be read as such"
         )
+    if empty := getattr(loaded.transform, "empty", None):
+        notes.append(f"not used: {', '.join(map(repr, empty))}, without a value in any of the {items}")
     if source.kind is ROWS and head == "auto" and labeled and "labels" not in used.learns:
         notes.append(f"the labels are not used: no head is trained (--head train), and {used!r} needs none")
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):

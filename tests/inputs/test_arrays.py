@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import featnorm as fn
-from featnorm.inputs import DataError, ItemError, SlicedSource, open_source
+from featnorm.fitting import model_for
+from featnorm.inputs import DataError, ItemError, SlicedSource, open_source, source_of
 from featnorm.inputs.arrays import LabeledSource, class_labels, row_features
 from featnorm.inputs.rows import Vector, fit_rows
 
@@ -303,6 +304,16 @@ def test_a_data_frame_is_a_table_that_a_file_keeps(tmp_path):
     table.rename(columns={"a": "z"}).to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(DataError, match="x: missing columns 'a'; unknown columns 'z'"):
         fn.score_source(scorer, open_source(str(tmp_path / "x.csv")))
+
+
+def test_columns_that_are_not_used_are_named():
+    table = pd.DataFrame(ROWS, columns=list("abcdef")).assign(none=np.nan, site=LABELS)
+    with pytest.warns(UserWarning, match="not used: 'none', without a value in any of the rows"):
+        scorer = fn.fit(table, group_by="site", tpr=0.5)
+    assert scorer.preprocess.left_out == ["site", "none"]
+    source = source_of(table)
+    for by, left_out in (("class", ["none"]), (r"row (\d)", ["none"]), ("site", ["site", "none"])):
+        assert model_for(source, thresholds_by=by).transform.left_out == left_out
 
 
 def test_equal_records_of_a_table_are_all_used():

@@ -168,7 +168,8 @@ def fit(
         text_column=text_column,
     )
     items = source.kind.name
-    loaded = model_for(source, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
+    groups = {"group_by": group_by, "thresholds_by": thresholds_by}
+    loaded = model_for(source, model, weights=weights, label_column=label_column, **groups)
     column = "" if source.text_column is None else f", from column {source.text_column!r}"
     console.print(
         f"{source.kind.counted(len(source))} in {source.title}{column}; model: {loaded.name}.", soft_wrap=True

@@ -136,8 +136,9 @@ class Table(Rows):
         left_out: Sequence[str] = (),
     ) -> None:
         self.numbers, self.categories, self.left_out = list(numbers), dict(categories), list(left_out)
-        #: Columns that `fit` left out because they seem to name the rows.
+        #: Columns that `fit` left out because they seem to name the rows, and those without a value.
         self.naming: list[str] = []
+        self.empty: list[str] = []
         self.mean, self.scale, self.gaps = mean.numpy(), scale.numpy(), gaps.numpy()
         self._names = {*self.numbers, *self.categories}
         self._width = len(self.numbers) + int(self.gaps.sum())
@@ -152,7 +153,7 @@ class Table(Rows):
 
         A column is one of numbers if all its values read as numbers, also strings, as those of a CSV file;
         booleans are categories. A column of strings with more than 32 different values, and more than half as many
-        as rows, names the rows, and is left out.
+        as rows, names the rows, and is left out, as is a column without any value.
 
         Parameters
         ----------
@@ -166,8 +167,9 @@ class Table(Rows):
         """
         from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-        numbers, categories, unused = [], {}, sorted(left_out)
+        numbers, categories = [], {}
         means, scales, gaps = [], [], []
+        naming, without = [], []
         used = [name for name in source.columns if name not in left_out]
         # Rows without any value, such as those that cannot be read, say nothing about the columns.
         empty = np.ones(len(source), bool)
@@ -180,6 +182,9 @@ class Table(Rows):
             column = _as_numbers(values)
             if column is not None:
                 missing = np.isnan(column)
+                if missing.all():
+                    without.append(name)
+                    continue
                 column[~np.isfinite(column)] = np.nan
                 scaler = StandardScaler().fit(column[:, None]) if not np.isnan(column).all() else None
                 numbers.append(name)
@@ -195,12 +200,13 @@ class Table(Rows):
             words = np.array([[_category(value)] for value in values], object)
             different = len({word for (word,) in words})
             if different > max(MAX_CATEGORIES, len(values) / 2):
-                unused.append(name)
+                naming.append(name)
                 continue
             encoder = OneHotEncoder(handle_unknown="ignore", max_categories=MAX_CATEGORIES).fit(words)
             rare = [] if (found := encoder.infrequent_categories_[0]) is None else found.tolist()
             frequent = [[word] for word in encoder.categories_[0].tolist() if word not in rare]
             categories[name] = [*frequent, rare] if rare else frequent
+        unused = [*sorted(left_out), *naming, *without]
         if not numbers and not categories:
             raise DataError(
                 f"no column of {source.title} can be used ({listed(unused)} left out); if one holds texts, "
@@ -208,7 +214,7 @@ class Table(Rows):
             )
         mean, scale = (torch.tensor(values, dtype=torch.float64) for values in (means, scales))
         table = cls(numbers, mean, scale, torch.tensor(gaps, dtype=torch.bool), categories, unused)
-        table.naming = unused[len(left_out) :]
+        table.naming, table.empty = naming, without
         return table
 
     @property
