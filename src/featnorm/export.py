@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,9 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     if not isinstance(inputs, Tensor):
         names, axes = list(inputs), axes | {1: torch.export.Dim("length", min=2)}
         shapes = dict.fromkeys(names, axes)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # The tensors of a text share their axes, so the exporter drops the name of an axis for the same name.
+        warnings.filterwarnings("ignore", r"# The axis name: (\w+) will not be used, .* another axis: \1\.")
         graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
             program = torch.onnx.export(

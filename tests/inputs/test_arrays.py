@@ -316,6 +316,17 @@ def test_columns_that_are_not_used_are_named():
         assert model_for(source, thresholds_by=by).transform.left_out == left_out
 
 
+def test_similar_records_are_the_nearest_ones():
+    table = pd.DataFrame({"a": np.r_[np.linspace(1, 2, 120), np.linspace(50, 60, 120)], "b": np.full(240, 1.0)})
+    scorer = fn.fit(table, tpr=0.5)
+    (verdict,) = scorer.predict([{"a": 49, "b": 1.0}], explain=True)
+    shown = [float(neighbor.text().split(", ")[0].removeprefix("a: ")) for neighbor in verdict.why.nearest]
+    assert shown == sorted(shown)
+    assert shown[0] < 51
+    distance = (shown[0] - 49) / scorer.preprocess.scale[0]
+    assert verdict.why.nearest[0].similarity == pytest.approx(-distance, abs=1e-3)
+
+
 def test_equal_records_of_a_table_are_all_used():
     table = pd.DataFrame({"a": RNG.integers(0, 2, 400), "b": RNG.choice(["x", "y"], 400)})
     scorer = fn.fit(table)

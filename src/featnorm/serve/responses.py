@@ -23,7 +23,9 @@ class SimilarItem(BaseModel):
     """An image, text or row that the detector was fitted to, among a sample of those."""
 
     label: str | None = Field(description="Class of the item, if it has one.")
-    similarity: float = Field(description="Cosine similarity of the features, at most 1.")
+    similarity: float = Field(
+        description="Cosine similarity of the features, at most 1; for the rows of a table, minus their distance."
+    )
     thumbnail: str | None = Field(
         description="Thumbnail of at most 64 x 64 pixels as a `data:` URL. Null if the explanation has no "
         "pictures, or if the detector was fitted with `--no-thumbnails`."
