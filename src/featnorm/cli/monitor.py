@@ -33,7 +33,6 @@ _CAUSES = {
     "image": "the subject, the light or the camera",
     "text": "the source, the language or the topic",
     "row": "the source or the encoder of the rows, or the unit of a column",
-    "input": "their source",
 }
 # A p-value that was written as float32 is less exact than the one that is computed.
 _P_VALUE_ERROR = 1e-6
@@ -311,6 +310,6 @@ def _meaning(stream: _Stream) -> Iterator[str]:
         "flagged, or neighboring rows resemble each other, as consecutive frames of a video do."
     )
     yield (
-        f"Compare {stream.noun}s from before and after the alarm: did {_CAUSES[stream.noun]} change? If the new "
+        f"Compare {stream.noun}s from before and after the alarm: did {_CAUSES.get(stream.noun, 'their source')} change? If the new "
         f"{stream.noun}s are in-distribution, fit again on current {stream.noun}s."
     )

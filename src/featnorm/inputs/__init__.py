@@ -1,10 +1,10 @@
 """The user's data: opening it by path, address or name, decoding it, and loading it in batches."""
 
-from featnorm.inputs import arrays, images, torchvision_sets  # noqa: F401  each registers its openers
+from featnorm.inputs import arrays, images, torchvision_sets, video  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.grouping import group_items
-from featnorm.inputs.kinds import IMAGES, ROWS, TEXTS, Kind, kind_of
+from featnorm.inputs.kinds import FRAMES, IMAGES, ROWS, TEXTS, Kind, kind_of
 from featnorm.inputs.loading import Batch, Extracted, SourceLoader, extract_features, image_tensor, source_loader
 from featnorm.inputs.openers import Opener, open_source
 from featnorm.inputs.rows import Rows, Table, Vector
@@ -12,6 +12,7 @@ from featnorm.inputs.source import ImageSource, JoinedSource, SlicedSource, Sour
 from featnorm.inputs.tables import source_of
 
 __all__ = [
+    "FRAMES",
     "IMAGES",
     "ROWS",
     "TEXTS",

@@ -100,6 +100,7 @@ def source_of(
     read_labels: bool = True,
     label_column: str | None = None,
     text_column: str | None = None,
+    fps: float = 1.0,
 ) -> Source[Any]:
     """Return any data as a source.
 
@@ -111,7 +112,7 @@ def source_of(
         it holds texts or rows, as those of a CSV file do.
     labels : one label per item, or a file with them, see `featnorm.inputs.arrays.LabeledSource`. Default: those of
         ``data``.
-    root, label_column, text_column : see `open_source`.
+    root, label_column, text_column, fps : see `open_source`.
     read_labels : whether to read the labels of a table.
 
     Raises
@@ -119,11 +120,11 @@ def source_of(
     DataError
         The data have another shape or type, or see `open_source`.
     """
-    options = Options(read_labels, label_column, text_column)
+    options = Options(read_labels, label_column, text_column, fps)
     source: Source[Any]
     if isinstance(data, (str, PathLike)):
-        columns: dict[str, Any] = {"label_column": label_column, "text_column": text_column}
-        source = open_source(fspath(data), root=root, labels=read_labels, **columns)
+        how: dict[str, Any] = {"label_column": label_column, "text_column": text_column, "fps": fps}
+        source = open_source(fspath(data), root=root, labels=read_labels, **how)
     elif isinstance(data, Source):
         source = data
     elif is_data_frame(data):
