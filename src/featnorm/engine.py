@@ -309,15 +309,18 @@ def exported(graph: nn.Module, example: Inputs, kind: Kind, outputs: Sequence[st
     shapes: Any = axes
     if not isinstance(example, Tensor):
         shapes = dict.fromkeys(example, axes | {1: torch.export.Dim("length", min=2)})
-    program = torch.onnx.export(
-        graph,
-        kwargs={"inputs": example},
-        dynamo=True,
-        input_names=list(named_inputs(example, kind.name)),
-        output_names=list(outputs),
-        dynamic_shapes={"inputs": shapes},
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # The tensors of a text share their axes, so the exporter drops the name of an axis for the same name.
+        warnings.filterwarnings("ignore", r"# The axis name: (\w+) will not be used, .* another axis: \1\.")
+        program = torch.onnx.export(
+            graph,
+            kwargs={"inputs": example},
+            dynamo=True,
+            input_names=list(named_inputs(example, kind.name)),
+            output_names=list(outputs),
+            dynamic_shapes={"inputs": shapes},
+            verbose=False,
+        )
     assert program is not None
     return program.model_proto
 

@@ -951,7 +951,8 @@ class Scorer(nn.Module):
                 part["terms"] = list(zip(words, values, strict=True))
         reference = None
         if self.examples is not None:
-            nearest = self.examples.nearest(features.tensor("pooled")[chosen])
+            by_distance = not getattr(self.preprocess, "embeds", True)
+            nearest = self.examples.nearest(features.tensor("pooled")[chosen], by_distance=by_distance)
             reference = torch.stack([self.examples.mean(found) for found in nearest])
             for part, found in zip(parts, nearest, strict=True):
                 part["nearest"] = found

@@ -14,9 +14,7 @@ import torch
 import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
-from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
-from featnorm.inputs.arrays import row_source
-from featnorm.inputs.openers import Options
+from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source, source_of
 
 ray = pytest.importorskip("ray")
 
@@ -109,9 +107,7 @@ def test_rows_are_fitted_and_scored_as_by_one_process(workers):
         fn.fit(rows, detector=detector, runtime=fn.Runtime(batch_size=BATCH, workers=0, cluster=actors))
         for actors in (None, workers)
     )
-    new = row_source(
-        np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]), Options(False, None, None)
-    )
+    new = source_of(np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]))
     expected = local(alone, new)
     assert expected[7][2].error == "column 0 is nan in float32, which is not finite"
     assert_same(local(merged, new), expected)
