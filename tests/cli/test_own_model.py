@@ -133,7 +133,7 @@ def test_onnx_agrees_with_pytorch(own, file, tmp_path):
     facts = json.loads(session.get_modelmeta().custom_metadata_map["featnorm"])
     np.testing.assert_allclose(facts["mean"], [0.3] * 3, atol=1e-5)
     np.testing.assert_allclose(facts["deviation"], [0.4] * 3, atol=1e-5)
-    assert facts["input size"] == [3, 32, 32]
+    assert facts["input size"] == [3, 16, 16]
     assert facts["threshold"] == pytest.approx(float(scorer.calibration.threshold))
 
 
