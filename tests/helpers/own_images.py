@@ -50,14 +50,20 @@ def scorer(fitted):
     return copy.deepcopy(fitted)
 
 
-@pytest.fixture(scope="session")
-def tiny(loaded):
-    """A backbone that answers, and is exported, in a moment: where the head and the detector are what matters."""
+def make_tiny():
+    """Return a small backbone and its transform, as `MODULE:FUNCTION` does."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
-        backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return dataclasses.replace(loaded, name="tests:tiny", model=backbone)
+        convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2)
+        norm = nn.BatchNorm2d(32), nn.ReLU()
+        backbone = nn.Sequential(*convolutions, *norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    return backbone, create_model("featnorm:cifar10-resnet18").transform
+
+
+@pytest.fixture(scope="session")
+def tiny(loaded):
+    """`make_tiny`, loaded: for tests in which the head and the detector are what matters."""
+    return dataclasses.replace(loaded, name="own_images:make_tiny", model=make_tiny()[0])
 
 
 @pytest.fixture(scope="module")
