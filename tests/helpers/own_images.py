@@ -92,11 +92,13 @@ def few_steps(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def torchlib_read_once():
-    """Keep torch's table of operators, for which each export parses the source of all of them again."""
+def operators_read_once():
+    """Keep torch's tables of operators, which each export makes again from the sources or names of all of them."""
+    from torch._export import utils
     from torch.onnx._internal.exporter import _registration
 
     registry = _registration.ONNXRegistry
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
         yield
