@@ -15,6 +15,7 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.files import replacing
 from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
 from featnorm.inputs.rows import Rows
+from featnorm.parts import PartCalibration
 
 if TYPE_CHECKING:
     from featnorm.scorer import Scorer
@@ -62,6 +63,10 @@ class ScoringGraph(nn.Module):
             )
         if scorer.calibration is None:
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
+        if isinstance(scorer.calibration, PartCalibration):
+            raise ExportError(
+                "the scorer is calibrated on parts of images or clips, which a graph does not score yet"
+            )
         by = scorer.thresholds_by
         if by is not None and by != "class":
             raise ExportError(

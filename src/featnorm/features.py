@@ -1,7 +1,7 @@
 """`Features`: what a model computes for a batch of inputs, as far as detectors read it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -40,6 +40,26 @@ class ModelCall(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Parts:
+    """What the rows of features are of, if an input has several: positions of a map, or detected boxes.
+
+    Parameters
+    ----------
+    owners : (n,) int64, index of the input of each row, ascending.
+    count : number of inputs, including those without rows.
+    grid : height and width of the map whose positions the rows are, row by row.
+    """
+
+    owners: Tensor
+    count: int
+    grid: tuple[int, int] | None = None
+
+    def to(self, device: torch.device | str) -> "Parts":
+        """Move to a device."""
+        return replace(self, owners=self.owners.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class Features:
     """Features of n inputs. Any subset of the fields may be given; a detector names the field that it misses.
 
@@ -58,6 +78,7 @@ class Features:
     call
         Forward pass that made one batch, for detectors that run the model again. It is dropped when rows are
         selected or batches joined.
+    parts : what the rows are of, if an input has several; dropped as `call` is. Default: one row per input.
 
     Raises
     ------
@@ -75,6 +96,7 @@ class Features:
     classifier: Classifier | None = None
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
     call: ModelCall | None = field(default=None, repr=False)
+    parts: Parts | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._use_two_classes()
@@ -100,6 +122,8 @@ class Features:
             raise ValueError(f"Features need at least one of {', '.join(PER_INPUT)}")
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
+        if self.parts is not None and len(self.parts.owners) != len(self):
+            raise ValueError(f"there are {len(self.parts.owners)} owners of {len(self)} rows of Features")
         if self.classifier is not None:
             self._check_classifier(self.classifier)
 
@@ -180,6 +204,11 @@ class Features:
             return value
 
         moved = self._map(move)
+        if self.parts is not None:
+            parts = self.parts
+            for device in devices:
+                parts = parts.to(device)
+            moved = moved.replace(parts=parts)
         if self.classifier is None:
             return moved
         weight, bias = self.classifier
@@ -187,7 +216,7 @@ class Features:
 
     def replace(self, **fields: Any) -> "Features":
         """Return a copy with some fields replaced."""
-        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call")}
+        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call", "parts")}
         return Features(**{**current, **fields})
 
     @property
@@ -250,7 +279,7 @@ class Features:
             if key not in joined:
                 joined[key] = torch.cat(values)
             fields[name] = joined[key]
-        return parts[0].replace(call=None, **fields)
+        return parts[0].replace(call=None, parts=None, **fields)
 
     def _field(self, name: str) -> Any:
         value = getattr(self, name)
@@ -264,7 +293,7 @@ class Features:
         for _, value in self.fields():
             if id(value) not in done:
                 done[id(value)] = function(value)
-        return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})
+        return self.replace(call=None, parts=None, **{name: done[id(value)] for name, value in self.fields()})
 
 
 def two_classes(value: Tensor, axis: int = 0) -> Tensor:

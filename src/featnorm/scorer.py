@@ -27,11 +27,12 @@ from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
+from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
 from featnorm.tap.capture import all_modules
-from featnorm.tap.find import Pooling
+from featnorm.tap.find import Per, Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
 from featnorm.verdict import ItemVerdict, Verdict, unreadable
@@ -41,6 +42,8 @@ HeadKind = Literal["keep", "train", "none"]
 #: Beginnings of the names of tensors in a scorer's file.
 MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
 STATISTICS, EXAMPLES, ROWS = "statistics.", "examples.", "rows."
+# Share of the lowest parts that the score of a whole image or clip is the mean of.
+_LOWEST: dict[Per, float] = {"input": 0.25, "position": 0.05, "box": 0.0}
 _CHANGED = (
     "the model's weights or their precision have changed since the detector was fitted or calibrated: fit and "
     "calibrate it again"
@@ -80,13 +83,20 @@ class Scorer(nn.Module):
         Groups of inputs that get a threshold each, so that the stated rate holds in every group: "class" for the
         predicted class, or "folder", a column or a regular expression, as `featnorm.inputs.group_items` takes
         them. Default: one threshold for all.
+    per
+        What gets a verdict: each "input", each "position" of a model whose outputs are maps, or each "box" that an
+        object detector finds. Calibration then takes images as independent, and not their positions or boxes, see
+        `featnorm.parts.PartCalibration`; `Verdict.units` holds the verdicts on images.
+    lowest
+        Share of the parts of an image or a clip whose mean score is that of the whole, see
+        `featnorm.parts.unit_scores`. Default: 0.05 of the positions; the lowest box; 0.25 of the frames of a clip.
 
     Raises
     ------
     TypeError
         The model is not a `torch.nn.Module`, or the detector is not a `Detector`.
     ValueError
-        ``layer`` is not in the model.
+        ``layer`` is not in the model; ``per`` or ``lowest`` is invalid, or is given with groups.
 
     Examples
     --------
@@ -113,15 +123,21 @@ class Scorer(nn.Module):
         examples: Examples | None = None,
         facts: Mapping[str, str] | None = None,
         thresholds_by: str | None = None,
+        per: Per = "input",
+        lowest: float | None = None,
     ) -> None:
         super().__init__()
         check_detector(detector, "Scorer")
         if isinstance(classes, str):
             raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
-        self.tap = FeatureTap(model, layer, output, channel_axis, pooling)
+        if per != "input" and thresholds_by is not None:
+            raise ValueError("thresholds_by is for a scorer per input: omit it, or per")
+        if lowest is not None:
+            check_lowest(lowest)
+        self.tap = FeatureTap(model, layer, output, channel_axis, pooling, per)
         self.detector = detector.to(self.tap.device)
-        self.calibration: Calibration | None = None
+        self.calibration: Calibration | PartCalibration | None = None
         self.classes = None if classes is None else [check_text(name) for name in classes]
         self.spec = spec
         self.head = head
@@ -129,6 +145,7 @@ class Scorer(nn.Module):
         self.examples = examples
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
+        self.lowest = _LOWEST[per] if lowest is None else lowest
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
         self._versions: list[tuple[int, int, int]] = []
@@ -140,6 +157,11 @@ class Scorer(nn.Module):
     def preprocess(self) -> Callable[[Any], Any] | None:
         """Function from an item to what the model takes."""
         return self._preprocess[0]
+
+    @property
+    def per(self) -> Per:
+        """What gets a verdict: each "input", "position" or "box"."""
+        return self.tap.per
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -167,7 +189,7 @@ class Scorer(nn.Module):
     @property
     def is_jackknife(self) -> bool:
         """Whether the calibration is that of a `featnorm.Jackknife`, without scores of held-out inputs."""
-        fixed = self.calibration is not None and are_ranks(self.calibration.scores.cpu().numpy())
+        fixed = isinstance(self.calibration, Calibration) and are_ranks(self.calibration.scores.cpu().numpy())
         return fixed and isinstance(self.detector, Jackknife)
 
     @property
@@ -250,6 +272,7 @@ class Scorer(nn.Module):
         tpr: float | None = None,
         *,
         groups: Sequence[str] | None = None,
+        units: Units | None = None,
         update: bool = False,
         labels: LabelsOf | None = None,
         progress: bool | None = None,
@@ -263,6 +286,9 @@ class Scorer(nn.Module):
             Share of in-distribution inputs to accept, between 0 and 1. Default: 0.95, or with ``update`` that of
             the earlier calibration.
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
+        units
+            Unit of each input, for inputs that depend on each other, such as the clip of each frame; see
+            `featnorm.parts.PartCalibration`. Default: the inputs are independent.
         update : whether to add the inputs to those of the earlier calibration.
         labels : where the labels of a batch are, which are ignored; see `fit`.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
@@ -270,12 +296,12 @@ class Scorer(nn.Module):
         Raises
         ------
         ValueError
-            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be scored,
-            groups are missing, or there is no earlier calibration to update.
+            There are too few inputs or units for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be
+            scored, groups are missing, or there is no earlier calibration to update.
         """
         self._check_rate(tpr, update)
         return self.calibrate_features(
-            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, update=update
+            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, units=units, update=update
         )
 
     @torch.no_grad()
@@ -285,6 +311,7 @@ class Scorer(nn.Module):
         tpr: float | None = None,
         *,
         groups: Sequence[str] | None = None,
+        units: Units | None = None,
         update: bool = False,
     ) -> Self:
         """Calibrate as `calibrate` does, on features of in-distribution inputs.
@@ -292,7 +319,7 @@ class Scorer(nn.Module):
         Parameters
         ----------
         batches : features as `tap` extracts them.
-        tpr, groups, update : see `calibrate`.
+        tpr, groups, units, update : see `calibrate`.
 
         Raises
         ------
@@ -300,6 +327,8 @@ class Scorer(nn.Module):
             As `calibrate`.
         """
         self._check_rate(tpr, update)
+        if self.per != "input" or units is not None:
+            return self._calibrate_parts(batches, units, tpr, update)
         if self.thresholds_by is not None and self.thresholds_by != "class" and groups is None:
             raise ValueError(f"this scorer has thresholds by {self.thresholds_by!r}: pass the group of each input")
         scores, classes, count = [], [], 0
@@ -311,6 +340,57 @@ class Scorer(nn.Module):
         members = torch.cat(classes) if classes else groups
         names = self._class_names(count) if classes else None
         return self.use_scores(torch.cat(scores), members, names, tpr, update=update)
+
+    def _calibrate_parts(
+        self, batches: Iterable[Features], units: Units | None, tpr: float | None, update: bool
+    ) -> Self:
+        """Calibrate on the parts of units: of the inputs, or of units that are given."""
+        if self.thresholds_by is not None:
+            raise ValueError("thresholds_by is for inputs that are independent: omit it, or units")
+        if self.per == "input":
+            assert units is not None
+            scores = torch.cat([self.detector.score(features) for features in batches])
+            return self.use_parts(drawn_parts(scores, units, self.lowest), tpr, update=update)
+        if units is not None:
+            raise ValueError(f"the units of a scorer per {self.per} are the inputs: omit units")
+        found: list[tuple[Tensor, ...]] = []
+        count = 0
+        for features in batches:
+            if len(features):
+                assert features.parts is not None
+                scores, owners, of_units = drawn_parts(
+                    self.detector.score(features), features.parts.owners, self.lowest
+                )
+                found.append((scores, owners + count, of_units))
+                count += len(of_units)
+        if not found:
+            raise ValueError(f"there is no {self.per} in the calibration inputs")
+        scores, owners, of_units = map(torch.cat, zip(*found, strict=True))
+        return self.use_parts((scores, owners, of_units), tpr, update=update)
+
+    def use_parts(
+        self, parts: tuple[Tensor, Tensor, Tensor], tpr: float | None = None, *, update: bool = False
+    ) -> Self:
+        """Calibrate on the scores of parts of in-distribution units, such as positions, boxes or frames.
+
+        Parameters
+        ----------
+        parts : scores of parts, their owners, and scores of units, as `featnorm.parts.drawn_parts` returns them.
+        tpr, update : see `calibrate`.
+
+        Raises
+        ------
+        ValueError
+            There are too few units for the share, or the earlier calibration is not of parts.
+        """
+        if not update:
+            made = PartCalibration.from_state(*parts, 0.95 if tpr is None else tpr, self.lowest)
+        elif isinstance(self.calibration, PartCalibration):
+            made = self.calibration.with_parts(*parts)
+            made = made if tpr is None else made.with_tpr(tpr)
+        else:
+            raise ValueError("the earlier calibration is of independent inputs: calibrate without update")
+        return self._use(made)
 
     def use_scores(
         self,
@@ -333,7 +413,11 @@ class Scorer(nn.Module):
         ValueError
             See `calibrate`.
         """
-        if update and self.calibration is not None:
+        if update and isinstance(self.calibration, PartCalibration):
+            raise ValueError(
+                "the earlier calibration is of parts of units: calibrate without update, or pass units"
+            )
+        if update and isinstance(self.calibration, Calibration):
             if self.is_jackknife:
                 raise ValueError(
                     "the earlier calibration left inputs out of the fit in turn, so it has no scores to add to: "
@@ -343,6 +427,9 @@ class Scorer(nn.Module):
             made = made if tpr is None else made.with_tpr(tpr)
         else:
             made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
+        return self._use(made)
+
+    def _use(self, made: Calibration | PartCalibration) -> Self:
         if self.detector.needs_fit:
             self._check_weights()
         self.calibration = made.to(self.tap.device)
@@ -436,8 +523,12 @@ class Scorer(nn.Module):
             The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
         score = self.detector.score(features)
+        parts = features.parts
         if self.calibration is None:
-            return Verdict(score, None, None, features.logits)
+            return Verdict(score, None, None, features.logits, parts)
+        if isinstance(self.calibration, PartCalibration):
+            units = None if parts is None else self.calibration.predict_units(score, parts.owners, parts.count)
+            return Verdict(score, *self.calibration.predict(score), features.logits, parts, units)
         members: Any = groups
         if self.thresholds_by == "class" and self.calibration.group_names:
             members = features.tensor("logits").argmax(1)
@@ -713,7 +804,12 @@ class Scorer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._weights = None  # they are loaded too
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
-        if scores is not None and extra is not None and extra["tpr"] is not None:
+        if scores is not None and extra is not None and extra.get("lowest") is not None:
+            owners, of_units = (state_dict[f"{prefix}calibration.{name}"] for name in ("owners", "unit_scores"))
+            self.calibration = PartCalibration.from_state(
+                scores, owners, of_units, extra["tpr"], extra["lowest"]
+            ).to(self.tap.device)
+        elif scores is not None and extra is not None and extra["tpr"] is not None:
             members = state_dict.get(f"{prefix}calibration.members")
             made = Calibration(scores, extra["tpr"], members, extra["groups"])
             self.calibration = made.to(self.tap.device)
@@ -764,6 +860,7 @@ class Scorer(nn.Module):
             "facts": self.facts,
             "example classes": None if self.examples is None else self.examples.classes,
             "thresholds by": self.thresholds_by,
+            "lowest": self.lowest,
         }
         archive.write(path, tensors, header)
 

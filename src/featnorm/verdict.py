@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from featnorm.features import Parts
     from featnorm.hidden.explanation import Why
 
 
 class Verdict(NamedTuple):
-    """Predictions of a `Scorer` for n inputs.
+    """Predictions of a `Scorer` for n inputs, or for the n parts of its inputs.
 
     Attributes
     ----------
@@ -23,12 +24,18 @@ class Verdict(NamedTuple):
         Whether each score is at or above the threshold (n,); None before calibration.
     logits : Tensor or None
         Logits (n, C); None for a model without a classifier.
+    parts : Parts or None
+        Which input each row is of, and where in it, for a scorer of positions or boxes.
+    units : Verdict or None
+        Predictions for the inputs, one row each, for a scorer of positions or boxes that is calibrated.
     """
 
     score: Tensor
     p_value: Tensor | None
     is_id: Tensor | None
     logits: Tensor | None
+    parts: Parts | None = None
+    units: Verdict | None = None
 
 
 class ItemVerdict(NamedTuple):

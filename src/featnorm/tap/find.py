@@ -41,6 +41,8 @@ from featnorm.tap.weights import NotLinearError, Step, linear_map
 
 Kind = Literal["hidden", "pooled", "none", "chosen"]
 Pooling = Literal["mean", "norm"]
+#: What a row of features is of.
+Per = Literal["input", "position", "box"]
 """How the positions of a unit become one number: their mean, or the L2 norm of their positive parts."""
 
 _PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax", "sigmoid", "log_sigmoid"}

@@ -17,7 +17,7 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
-from featnorm.tap.find import Anatomy, Part, Pooling, find, place
+from featnorm.tap.find import Anatomy, Part, Per, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.ranking import LayerRanking, Ratios, candidates
 from featnorm.tap.trace import Trace, trace
@@ -59,6 +59,9 @@ class FeatureTap:
     pooling
         How the positions of a unit in the output of ``layer`` become one number: "mean", or "norm", the L2 norm of
         their positive parts, of which `L1Norm` makes the FeatureNorm of Yu et al., CVPR 2023; see `rank_layers`.
+    per
+        What a row of the features is of: "input", "position" of a model whose outputs are maps, or "box" that an
+        object detector finds; see `Features.parts`.
 
     Raises
     ------
@@ -77,6 +80,7 @@ class FeatureTap:
         output: str | int | None = None,
         channel_axis: int | None = None,
         pooling: Pooling = "mean",
+        per: Per = "input",
     ) -> None:
         if isinstance(model, torch.export.ExportedProgram):
             raise TypeError("the model must be a torch.nn.Module, got an ExportedProgram: pass its module()")
@@ -94,6 +98,8 @@ class FeatureTap:
             raise ValueError(f"pooling must be one of {', '.join(map(repr, get_args(Pooling)))}, got {pooling!r}")
         if pooling != "mean" and layer is None:
             raise ValueError("pooling is of the positions in the output of a layer: pass layer= too")
+        if per not in get_args(Per):
+            raise ValueError(f"per must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
         self.model = unwrap(model)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -106,6 +112,7 @@ class FeatureTap:
         self._signature = Signature.of(self.model)
         self.channel_axis = channel_axis
         self.pooling: Pooling = pooling
+        self.per: Per = per
         self._plan: _Plan | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
@@ -405,6 +412,7 @@ class FeatureTap:
             "output": self.output,
             "channel_axis": self.channel_axis,
             "pooling": self.pooling,
+            "per": self.per,
             "inactive": self._inactive,
             "plan": self._planned().to_dict(),
         }
@@ -418,7 +426,7 @@ class FeatureTap:
         KeyError, TypeError, ValueError
             The data are not a state, or do not fit the model.
         """
-        tap = cls(model, state["layer"], state["output"], state["channel_axis"], state["pooling"])
+        tap = cls(model, state["layer"], state["output"], state["channel_axis"], state["pooling"], state["per"])
         tap._plan = _Plan.from_dict(state["plan"])
         tap._plan.check(tap.model)
         tap._inactive = check_text(state["inactive"])
