@@ -17,7 +17,7 @@ from featnorm.export import ExportError, export_onnx
 from featnorm.fitting import fit_source
 from featnorm.inputs import SlicedSource, open_source
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "torchlib_read_once")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "operators_read_once")]
 
 # Not of a cosine classifier's logits: see `test_scores_that_read_the_classifier`.
 LINEAR = ["ReAct(Energy())", "FDBD()", "NCI()", "NCI(alpha=0.1)", "ORA()", "RAS(Energy())", "SCALE(Energy())"]
