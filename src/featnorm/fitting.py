@@ -634,7 +634,7 @@ def _plan(
     if head == "auto" and loaded.name == ROWS_SPEC:
         head, why = "none", "rows are features already"
     if head == "auto" and not loaded.own and captured["per"] == "input":
-        head, why = "train", f"the model is pretrained on other {items}"
+        head, why = "train", f"the model is pretrained on other {loaded.kind.name}"
     example = None
     if captured["per"] != "input" and head not in ("auto", "keep"):
         raise ValueError(
