@@ -73,8 +73,9 @@ class Result(BaseModel):
     error: str | None = Field(description="Why the image cannot be scored.")
     group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
     flagged_share: float | None = Field(
+        default=None,
         description="Share of the positions or boxes of the image that are flagged as OOD, if the scorer has "
-        "verdicts on them."
+        "verdicts on them.",
     )
     why: Why | None = Field(default=None, description="Explanation, with `explain=true`.")
 
@@ -167,7 +168,7 @@ class Detector(ScorerSummary):
 def result_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as the fields of a `Result`, without ``why``."""
     row = row_of(verdict)
-    share = {"flagged_share": verdict.flagged_share}
+    share = {} if verdict.flagged_share is None else {"flagged_share": verdict.flagged_share}
     return {"name": row.pop("path"), **row, "score": finite(row["score"]), **share}
 
 
