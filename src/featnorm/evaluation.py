@@ -23,7 +23,7 @@ from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
 from featnorm.inputs import Kind, Source, kind_of, open_source, source_loader
-from featnorm.inputs.kinds import to_device
+from featnorm.inputs.kinds import OfAnySize, to_device
 from featnorm.inputs.loading import named
 from featnorm.metrics import Metrics, evaluate
 from featnorm.models.loading import users_forward
@@ -379,6 +379,8 @@ def compare(
     active = {repr(detector): detector for detector in map(_parsed, chosen)}
     kind = model.kind if isinstance(model, Scorer) else kind_of(preprocess)
     lowest = LOWEST[model.per] if isinstance(model, FeatureTap) else 0.0
+    if isinstance(model, FeatureTap) and model.per == "box" and preprocess is not None:
+        preprocess = OfAnySize(preprocess)
     if isinstance(model, Scorer):
         lowest = model.lowest
         active = {repr(model.detector): model.detector} | active

@@ -18,7 +18,7 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
-from featnorm.verdict import ItemVerdict
+from featnorm.verdict import BoxVerdict, ItemVerdict
 
 # `featnorm monitor` reads scores, and does not wait for torch.
 if TYPE_CHECKING:
@@ -26,17 +26,25 @@ if TYPE_CHECKING:
 
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
-#: Columns of a table of images that have verdicts per position or box, after these.
+#: Columns of a table of frames after these, and of a table of clips.
+FRAME_COLUMNS, CLIP_COLUMNS = (
+    ("clip", "time"),
+    ("clip", "score", "p_value", "verdict", "frames", "flagged", "unreadable"),
+)
+#: Columns of a table of images that have verdicts per position, after these.
 PART_COLUMNS = ("flagged_share",)
+#: Columns of a table with one row per box, after `COLUMNS`.
+BOX_COLUMNS = ("x1", "y1", "x2", "y2", "confidence", "image_p_value", "image_verdict")
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
-_FLOATS = (*_NUMBERS, *PART_COLUMNS)
+_FLOATS = (*_NUMBERS, "time", *PART_COLUMNS, *BOX_COLUMNS[:-1])
+_COUNTS = ("frames", "flagged", "unreadable")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # Number of fields of a verdict that a journal keeps: all but its explanation and its parts.
-_FIELDS = 9
+_FIELDS = 10
 
 
 class Journal:
@@ -140,11 +148,25 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path, *, of_parts: bool = False) -> None:
-        """Write the table, in the format of the file's ending, with the columns `PART_COLUMNS` if ``of_parts``."""
-        if of_parts:
+    def write(self, out: Path, source: Source[Any] | None = None, per: str = "input") -> None:
+        """Write the table, in the format of the file's ending.
+
+        Parameters
+        ----------
+        out : the file.
+        source : the items. Of frames, the rows also have the columns `FRAME_COLUMNS`.
+        per
+            What has a verdict: for each "position", the rows also have the columns `PART_COLUMNS`; for each "box",
+            there is one row per box, with the columns `BOX_COLUMNS`.
+        """
+        if per == "box":
+            write_table(out, chain.from_iterable(map(box_rows, self)), (*COLUMNS, *BOX_COLUMNS))
+        elif per == "position":
             rows = (row_of(verdict) | {"flagged_share": verdict.flagged_share} for verdict in self)
             write_table(out, rows, (*COLUMNS, *PART_COLUMNS))
+        elif source is not None and source.fps is not None:
+            rows = (row_of(one) | {"clip": source.unit(i), "time": source.time(i)} for i, one in enumerate(self))
+            write_table(out, rows, (*COLUMNS, *FRAME_COLUMNS))
         else:
             write_table(out, map(row_of, self), COLUMNS)
 
@@ -170,11 +192,21 @@ def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
 
 def _verdict(row: Any) -> ItemVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, *texts, bool(), float() | None] if _are_texts(
-            texts
-        ):
-            return ItemVerdict(*row)
+        case [
+            str(), float() | None, float() | None, bool() | None, *texts, bool(), float() | None,
+            list() | None as boxes,
+        ] if _are_texts(texts):  # fmt: skip
+            return ItemVerdict(*row[:9])._replace(boxes=None if boxes is None else tuple(map(_box, boxes)))
     raise ValueError("it is not a verdict")
+
+
+def _box(row: Any) -> BoxVerdict:
+    match row:
+        case [
+            [float(), float(), float(), float()], str(), float(), float(), float() | None, bool() | None
+        ]:  # fmt: skip
+            return BoxVerdict(tuple(row[0]), *row[1:])
+    raise ValueError("it is not a box")
 
 
 def _are_texts(values: list[Any]) -> bool:
@@ -265,6 +297,18 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     )
 
 
+def box_rows(verdict: ItemVerdict) -> list[dict[str, Any]]:
+    """Return the rows of an image with the keys `COLUMNS` and `BOX_COLUMNS`: one per box, or one without a box."""
+    empty = row_of(verdict) | {"score": None, "p_value": None, "verdict": None} | dict.fromkeys(BOX_COLUMNS)
+    empty |= {"image_p_value": verdict.p_value, "image_verdict": word_of(verdict.is_id)}
+    return [
+        empty
+        | dict(zip(BOX_COLUMNS, (*box.corners, box.confidence), strict=False))
+        | {"predicted": box.label, "score": box.score, "p_value": box.p_value, "verdict": word_of(box.is_id)}
+        for box in verdict.boxes or ()
+    ] or [empty]
+
+
 def _write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -278,7 +322,7 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
 
     A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
-    marks = {"path": "./", "predicted": "'", "error": "'", "group": "'"}
+    marks = {"path": "./", "clip": "./", "predicted": "'", "error": "'", "group": "'"}
     return {
         name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
         for name, value in row.items()
@@ -292,12 +336,19 @@ def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: P
 
 def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
-    schema = pa.schema([(name, pa.float64() if name in _FLOATS else pa.string()) for name in columns])
+    types = (
+        dict.fromkeys(columns, pa.string())
+        | dict.fromkeys(_FLOATS, pa.float64())
+        | dict.fromkeys(_COUNTS, pa.int64())
+    )
+    schema = pa.schema([(name, types[name]) for name in columns])
     with pq.ParquetWriter(path, schema) as writer:
         kept: list[dict[str, Any]] = []
         for row in rows:
-            row["path"] = row["path"].encode("utf-8", "replace").decode()
-            kept.append(row)
+            names = {
+                name: row[name].encode("utf-8", "replace").decode() for name in ("path", "clip") if name in row
+            }
+            kept.append(row | names)
             if len(kept) == _ROWS:
                 writer.write_table(pa.Table.from_pylist(kept, schema))
                 kept = []

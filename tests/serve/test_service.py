@@ -198,6 +198,7 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
     [
         (b"x", {}, 415, "the content type is not given"),
         (b"x", {"content-type": "text/plain"}, 415, "the content type is text/plain"),
+        (b"x", {"content-type": "video/mp4"}, 415, "frames of videos are scored by featnorm score"),
         (b"{", JSON, 400, "not valid JSON"),
         (b"\xff\xfe", JSON, 400, "not valid JSON"),
         (b"[" * 5000, JSON, 400, "not valid JSON"),
@@ -1184,7 +1185,7 @@ def test_openapi_describes_the_results(client):
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
     assert set(result["properties"]) == {
-        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "why",
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes", "why",
     }  # fmt: skip
     properties = {"units", "terms", "nearest", "heat", "no_heat"}
     assert set(schema["components"]["schemas"]["Why"]["properties"]) == properties

@@ -41,6 +41,12 @@ def grayscale(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Gr
     return visible(inputs, preprocess).mean(1).float().numpy()
 
 
+def image_of(pixels: Tensor) -> Image.Image:
+    """Return pixels (3, H, W) or (1, H, W) in [0, 1] as an image in RGB."""
+    values = np.asarray(255 * pixels.expand(3, -1, -1).movedim(0, 2).clamp(0, 1).cpu())
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
 def visible(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
     """Return preprocessed images (n, c, h, w) as pixels in [0, 1]."""
     # Between these two, a normalization maps the values of pixels.

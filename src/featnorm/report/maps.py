@@ -7,6 +7,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from featnorm.report.explanation import image_of
 from featnorm.verdict import Verdict
 
 # The longer side of the image and of its map, and the gap between them, in pixels.
@@ -35,8 +36,7 @@ def map_picture(pixels: Tensor, verdict: Verdict) -> Image.Image:
     pixels : what the model sees, (3, H, W) or (1, H, W) in [0, 1].
     verdict : verdicts on the positions of the image.
     """
-    values = np.asarray(255 * pixels.expand(3, -1, -1).movedim(0, 2).clamp(0, 1).cpu())
-    image = Image.fromarray(values.round().astype(np.uint8))
+    image = image_of(pixels)
     scale = _SIDE / max(image.size)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     drawn = [

@@ -16,6 +16,7 @@ from featnorm.features import PER_INPUT, Classifier, Features, Parts, two_classe
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, position_labels, read_batch
+from featnorm.tap.boxes import BoxHead, detector_call, labels_of_boxes
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
 from featnorm.tap.find import Anatomy, Part, Per, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
@@ -63,17 +64,19 @@ class FeatureTap:
         their positive parts, of which `L1Norm` makes the FeatureNorm of Yu et al., CVPR 2023; see `rank_layers`.
     per
         What a row of the features is of: "input", "position" of a model that returns maps of logits
-        (n, C, height, width), such as a segmentation model, or "box" that an object detector finds; see
+        (n, C, height, width), such as a segmentation model, or "box" that an R-CNN of torchvision finds; see
         `Features.parts`. Positions are those of the layer that makes the logits, before they are interpolated to
         the size of the input. Their labels are masks (n, height, width) of integers, of which each position takes
-        the nearest pixel; one that is not the index of a logit, such as 255, stands for no label.
+        the nearest pixel; one that is not the index of a logit, such as 255, stands for no label. A batch of a
+        detector is a list of images (c, h, w), optionally with the targets that it is trained with, from which
+        a box has the label of the object that it overlaps with an intersection over union of at least 0.5.
 
     Raises
     ------
     ValueError
         ``layer`` is not in the model, ``channel_axis`` or another ``pooling`` than "mean" is given without
         ``layer``, ``layer`` is given and ``per`` is not "input", or a part of the model is a TorchScript module,
-        which takes no hooks.
+        which takes no hooks; or ``per`` is "box", and the model has no box head.
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
@@ -121,6 +124,7 @@ class FeatureTap:
         self.channel_axis = channel_axis
         self.pooling: Pooling = pooling
         self.per: Per = per
+        self._boxes = BoxHead(self.model) if per == "box" else None
         self._plan: _Plan | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
@@ -139,8 +143,12 @@ class FeatureTap:
             chosen output does not exist, or the batch is not what the model takes; the weights are on the meta
             device; or a batch normalization has no running statistics, so that scores would depend on the batch.
         """
-        self._trace(read_batch(batch, self._signature))
+        self._trace(self._read(batch))
         return self
+
+    def _read(self, batch: Any, labels: LabelsOf | None = None, name: str = "the batch") -> Call:
+        call = read_batch(batch, self._signature, labels, name)
+        return call if self._boxes is None else detector_call(call, name)
 
     def __call__(self, batch: Any) -> Features:
         """Return the features of one batch, on the model's device, from one forward pass.
@@ -152,7 +160,7 @@ class FeatureTap:
 
     def capture(self, batch: Any, *, classifier: bool) -> Features:
         """Return the features of one batch, with or without a copy of the classifier's weights."""
-        return self._features(read_batch(batch, self._signature), classifier)
+        return self._features(self._read(batch), classifier)
 
     def _features(self, call: Call, classifier: bool = True) -> Features:
         if self._plan is None:
@@ -161,8 +169,12 @@ class FeatureTap:
 
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
-        traced = self._record(call)
-        plan = _Plan.of(self._find(traced), traced)
+        if self._boxes is None:
+            traced = self._record(call)
+            plan = _Plan.of(self._find(traced), traced)
+        else:
+            with eval_mode(self.model):
+                plan = _Plan.of_boxes(self._boxes, self._boxes.proposals(self.model, call))
         features = self._capture(plan, call, classifier=True)
         _check_classifier(features)
         self._plan = plan
@@ -213,12 +225,16 @@ class FeatureTap:
 
         The model must have been traced, and be in evaluation mode.
         """
-        return self._caught(read_batch(batch, self._signature), classifier=False)
+        return self._caught(self._read(batch), classifier=False)
 
     def _caught(self, call: Call, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Return the features of one batch, in the current mode and with the current gradient setting."""
         plan = plan or self._planned()
-        caught = capture(self.model, plan.points, call, advice=self._advice)
+        parts = None
+        if self._boxes is None:
+            caught = capture(self.model, plan.points, call, advice=self._advice)
+        else:
+            caught, parts = self._boxes.capture(self.model, plan.points, call, advice=self._advice)
         grid = caught["logits"].shape[:-1] if self.per == "position" else None
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
         vectors = {
@@ -235,13 +251,14 @@ class FeatureTap:
         fields["classifier"] = plan.classifier(self.model) if classifier else None
         absent = plan.absent
         if call.labels is not None:
-            if grid is None:
-                labels, why = class_labels(call, rows[0])
-            else:
+            if grid is not None:
                 labels, why = position_labels(call, grid, fields["logits"].shape[1])
+            elif parts is not None:
+                labels, why = labels_of_boxes(parts, call.labels)
+            else:
+                labels, why = class_labels(call, rows[0])
             fields["labels"] = None if labels is None else labels.to(self.device)
             absent = absent if labels is not None else {**absent, "labels": why}
-        parts = None
         if grid is not None:
             owners = torch.arange(grid[0], device=self.device).repeat_interleave(grid[1] * grid[2])
             parts = Parts(owners, grid[0], (grid[1], grid[2]))
@@ -281,7 +298,7 @@ class FeatureTap:
         bar = progress_bar(loader, total=total, unit="batch", progress=progress)
         empty = True
         for i, batch in enumerate(bar):
-            call = read_batch(batch, self._signature, labels, f"batch {i} of the loader")
+            call = self._read(batch, labels, f"batch {i} of the loader")
             if call.rows == 0:
                 continue
             try:
@@ -378,6 +395,8 @@ class FeatureTap:
             The model has no logits or no such layer, or an operation after the layer, such as attention or a
             LayerNorm, is not linear even with its gates held fixed. The message names the operation.
         """
+        if self._boxes is not None:
+            raise ValueError("a hidden classifier is of an input and not of boxes: create a tap with per='input'")
         call = read_batch(batch, self._signature).to(self.device)
         traced = self._record(call)
         anatomy = find(traced, self.model, self.layer, self.channel_axis)
@@ -540,7 +559,7 @@ def _check_classifier(features: Features) -> None:
 
     The lengths of the rows are not compared: the classifier of a cosine head leaves them out.
     """
-    if features.classifier is None or features.logits is None:
+    if features.classifier is None or features.logits is None or len(features) == 0:
         return
     weight, bias = features.linear()
     logits = features.logits[:_COMPARED].double()
@@ -599,6 +618,25 @@ class _Plan:
             words["other heads"] = f"{', '.join(map(repr, anatomy.others))}; choose one with output="
         words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
+
+    @classmethod
+    def of_boxes(cls, head: BoxHead, proposals: Features) -> "_Plan":
+        points, absent = head.points(), dict(proposals.absent)
+        name = points["pooled"].module
+        width = proposals.tensor("pooled").shape[1]
+        words = {
+            "pooled": f"{width} wide, from the output of `{name}`, one row per detected box",
+            "logits": f"{proposals.tensor('logits').shape[1]} wide, of the detected boxes, with the background",
+        }
+        if proposals.activation is None:
+            del points["activation"]
+            verdict = f"No last hidden layer for NAN: {absent['activation']}."
+        else:
+            verdict = (
+                f"Last hidden layer: {width} units, from the output of `{name}`. It is what the classifier reads "
+                "of every detected box, and rectified as NAN expects."
+            )
+        return cls(points, head.classifier_steps(), absent, verdict, words)
 
     def classifier(self, model: nn.Module) -> Classifier | None:
         """Return the linear map from the hidden layer to the logits, from the model's current weights."""
