@@ -135,7 +135,9 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     assert whole.status_code == 200
     results = whole.json()["results"]
     assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
-    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error", "group"]
+    assert list(results[0]) == [
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes"
+    ]  # fmt: skip
     for row, result in zip(rows, results, strict=True):
         assert result["error"] == row.error
         assert result["predicted"] == row.predicted
