@@ -45,7 +45,8 @@ DETECTORS = (
 )
 _BATCH = 50
 _TPR = 0.95
-_PICTURED = 2  # scenes of each kind of foreign object
+# Scenes of each kind of foreign object in the figure, and the default detector of `featnorm fit` for positions.
+_PICTURED, _PICTURED_DETECTOR = 2, "KLUniform()"
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
 
     Its result has one entry per seed: ``accuracy`` of all positions and of those of digits; ``positions``, by
     detector and kind of foreign object AUROC, FPR95 and AUPR in percent of positions of foreign objects against
-    all others of the same scenes; ``scene_auroc``, by detector and kind AUROC in percent of whole scenes;
-    ``share``, of the positions that are foreign; ``excluded``; ``rates``, see `_rates`; and of the first seed
-    ``pictures``.
+    all others of the same scenes; ``against_digits``, AUROC in percent of the former against positions of known
+    digits alone; ``scene_auroc``, AUROC in percent of whole scenes; ``share``, of the positions that are foreign;
+    ``excluded``; ``rates``, see `_rates`; and of the first seed ``pictures``.
     """
 
     page: ClassVar[str] = "maps-and-boxes"
@@ -162,29 +163,32 @@ class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
         excluded = fit_in_batches(detectors, fit)
         detectors = [detector for detector in detectors if detector not in excluded]
         rated = [detector for detector in detectors if repr(detector) in RATES]
-        rates = {name: _rates(maps, job.seed) for name, maps in _scores(tap, known, rated).items()}
+        of_every = _scores(tap, known, rated)
         of_known = _scores(tap, known.first(scale.foreign), detectors)
         found: dict[str, Any] = {
             "accuracy": _accuracy(tap, known),
             "train_seconds": sum(entry["seconds"] for entry in log),
             "positions": {name: {} for name in of_known},
+            "against_digits": {name: {} for name in of_known},
             "scene_auroc": {name: {} for name in of_known},
             "share": {},
             "excluded": {repr(detector): str(error) for detector, error in excluded.items()},
-            "rates": rates,
+            "rates": {name: _rates(maps, job.seed) for name, maps in of_every.items()},
         }
         for words, scenes in zip(FOREIGN_OBJECTS.values(), foreign, strict=True):
             scores = _scores(tap, scenes, detectors)
-            is_foreign = _at_positions(scenes.truth) == FOREIGN
+            truth = _at_positions(scenes.truth)
+            is_foreign, is_digit = truth == FOREIGN, (truth > 0) & (truth <= DIGITS)
             found["share"][words] = float(is_foreign.double().mean())
             for name, maps in scores.items():
                 metrics = evaluate(maps[~is_foreign], maps[is_foreign])
                 values = (metrics.auroc, metrics.fpr95, metrics.aupr_out)
                 found["positions"][name][words] = [100 * value for value in values]
+                found["against_digits"][name][words] = 100 * auroc(maps[is_digit], maps[is_foreign])
                 found["scene_auroc"][name][words] = 100 * auroc(_whole(of_known[name]), _whole(maps))
             if job.seed == 0:
                 found.setdefault("pictures", []).extend(
-                    _pictured(words, scenes, scores["NAN()"], of_known["NAN()"])
+                    _pictured(words, scenes, scores[_PICTURED_DETECTOR], of_every[_PICTURED_DETECTOR])
                 )
         return found
 
@@ -206,13 +210,14 @@ class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
         names = [name for name in content[0]["positions"] if all(name in run["positions"] for run in content)]
         kinds = list(content[0]["share"])
         names.sort(key=lambda name: -sum(run["positions"][name][kind][0] for run in content for kind in kinds))
+
+        def means(part: str, name: str) -> list[str]:
+            return [mean_and_deviation([run[part][name][kind] for run in content]) for kind in kinds]
+
         positions = [
             [name, *(cell([run["positions"][name][kind] for run in content]) for kind in kinds)] for name in names
         ]
-        whole = [
-            [name, *(mean_and_deviation([run["scene_auroc"][name][kind] for run in content]) for kind in kinds)]
-            for name in names
-        ]
+        alone = [[name, *means("against_digits", name), *means("scene_auroc", name)] for name in names]
         rates = [
             [name, f"{runs[0]['calibrated']}", *_rate_cells(runs)]
             for name in content[0]["rates"]
@@ -226,10 +231,14 @@ class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
                 [of_network, *shares, *notes, *left_out(content[0])],
             ),
             "maps-scenes": Table(
-                "Scenes with a foreign object against others, by the score of a whole scene: AUROC ↑ in percent",
-                ["Detector", *kinds],
-                whole,
-                [f"the score is the mean of the lowest {100 * LOWEST:g} % of the scores of positions", *notes],
+                "Positions of foreign objects against those of digits, and scenes with a foreign object against "
+                "scenes without: AUROC ↑ in percent",
+                ["Detector", *kinds, *(f"scenes with {kind}" for kind in kinds)],
+                alone,
+                [
+                    f"the score of a scene is the mean of the lowest {100 * LOWEST:g} % of its positions' scores",
+                    *notes,
+                ],
             ),
             "maps-rates": Table(
                 f"What is flagged of scenes without a foreign object, where at most {100 * (1 - _TPR):.0f} % is "
