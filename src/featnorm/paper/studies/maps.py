@@ -248,7 +248,11 @@ class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
                     "in the range that they would promise", "flagged scenes",
                 ],
                 rates,
-                [f"{DRAWS} draws of calibration scenes; mean, and 5th to 95th percentile of the draws", *notes],
+                [
+                    f"{DRAWS} draws of calibration scenes per seed; mean, and 5th to 95th percentile of the draws",
+                    f"means over {len(content)} seeds",
+                    *notes[1:],
+                ],
             ),
         }  # fmt: skip
 
