@@ -310,6 +310,6 @@ def _meaning(stream: _Stream) -> Iterator[str]:
         "flagged, or neighboring rows resemble each other, as consecutive frames of a video do."
     )
     yield (
-        f"Compare {stream.noun}s from before and after the alarm: did {_CAUSES.get(stream.noun, 'their source')} change? If the new "
-        f"{stream.noun}s are in-distribution, fit again on current {stream.noun}s."
+        f"Compare {stream.noun}s from before and after the alarm: did "
+        f"{_CAUSES.get(stream.noun, 'their source')} change? If the new {stream.noun}s are in-distribution, fit again on current {stream.noun}s."
     )
