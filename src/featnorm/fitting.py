@@ -1,5 +1,6 @@
 """`fit`: a scorer for a user's own data, with a model of their own or a head trained on a frozen backbone."""
 
+import functools
 import hashlib
 import json
 import math
@@ -26,12 +27,14 @@ from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import single_precision
 from featnorm.detectors import KNN, Detector, Jackknife, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
+from featnorm.engine import Engine, is_wanted, network_engine, required_or_none
 from featnorm.features import Features
 from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import (
     CachedFeatures,
     DataError,
+    Extracted,
     FeatureCache,
     ItemError,
     SlicedSource,
@@ -369,6 +372,8 @@ def fit_source(
             raise ValueError(f"thresholds by group are for verdicts per input: omit thresholds_by, or per={per!r}")
         if runtime is not None and runtime.cluster is not None:
             raise ValueError(f"a fit per {per} runs on one machine: omit --ray")
+        if runtime is not None and runtime.engine == "onnx":
+            raise ValueError(f"onnxruntime runs networks per input: omit engine='onnx', or per={per!r}")
         targets = "clusters"
     if per == "box":
         if loaded.kind is not IMAGES:
@@ -559,6 +564,7 @@ def fit_source(
         **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
         **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
+        "engine": cached.engine,
         "made": f"{version}, seed {seed}, from {read} {items}",
         "digest of the fitting data": _digest(cached.digests),
     }
@@ -706,7 +712,9 @@ class _Columns(nn.Module):
 
     def forward(self, *tensors: Tensor, **by_name: Tensor) -> Tensor:
         """Return the distinct features (n, D) of a batch, or the mean over its parts, in single precision."""
-        features = self.tap.capture(by_name or tensors[0], classifier=False)
+        exports = torch.compiler.is_compiling()
+        inputs = by_name or tensors[0]
+        features = self.tap.traced(inputs) if exports else self.tap.capture(inputs, classifier=False)
         if (parts := features.parts) is not None:
             values = (features.tensor("logits") if features.pooled is None else features.pooled).float()
             sums = values.new_zeros(parts.count, values.shape[1]).index_add(0, parts.owners, values)
@@ -1044,6 +1052,8 @@ def backbone_features(
         return row_features(source, loaded.transform)
     runtime = runtime or Runtime()
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    of_parts = isinstance(backbone, _Columns) and backbone.tap.per != "input"
+    wanted = not of_parts and is_wanted(runtime, loaded.kind, device, len(source))
 
     @torch.no_grad()
     def extract_batch(inputs: Inputs) -> Tensor:
@@ -1057,19 +1067,28 @@ def backbone_features(
         "precision": runtime.precision,
         "pillow": PIL.__version__,
         "decoding": DECODING,
+        **({"engine": "onnx"} if wanted else {}),
     }
-    if runtime.cluster is None:
-        extract = partial(
-            extract_features,
-            transform=loaded.transform,
-            backbone=extract_batch,
-            batch_size=runtime.batch_size,
-            workers=runtime.workers,
-        )
-    else:
-        extract = runtime.cluster.extract(loaded, backbone, runtime=runtime)
+
+    @functools.cache
+    def network() -> Callable[[Inputs], Tensor]:
+        """Return what computes features; it is exported only if some are not in the cache."""
+        make = partial(network_engine, backbone, loaded.kind, loaded.transform)
+        engine: Engine | None = required_or_none(runtime, make) if wanted else None
+        if engine is None:
+            return extract_batch
+        return lambda inputs: engine(inputs)[0] if engine.takes(inputs) else extract_batch(inputs)
+
+    def extract_here(part: Source[Any]) -> Iterator[Extracted]:
+        how: dict[str, Any] = {"batch_size": runtime.batch_size, "workers": runtime.workers}
+        return extract_features(part, loaded.transform, network(), **how)
+
+    cluster = runtime.cluster
+    extract = extract_here if cluster is None else cluster.extract(loaded, backbone, runtime=runtime)
     features = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key)).features
-    return features(source, extract, progress=runtime.progress)
+    cached = features(source, extract, progress=runtime.progress)
+    by_onnx = wanted and not (cached.computed and network() is extract_batch)
+    return replace(cached, engine="onnxruntime") if by_onnx else cached
 
 
 def _probe_digest(loaded: LoadedModel, backbone: Callable[[Inputs], Tensor]) -> str:

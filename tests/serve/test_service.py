@@ -20,7 +20,6 @@ import urllib.error
 import urllib.request
 import warnings
 import zlib
-from contextlib import contextmanager
 from itertools import chain, pairwise
 
 import numpy as np
@@ -34,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
 import tiny_texts
-from asking import Asking, running, until
+from asking import Asking, client_of, running, until
 from featnorm.cli import serve
 from featnorm.hidden import Why
 from featnorm.inputs import SlicedSource, open_source
@@ -57,16 +56,6 @@ TOKEN = "s3cret-t0ken"
 @pytest.fixture
 def client(scorer):
     with client_of(create_app(scorer)) as client:
-        yield client
-
-
-@contextmanager
-def client_of(app):
-    with TestClient(app) as client:
-        end = time.monotonic() + 30
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < end, "it never was ready"
-            time.sleep(0.002)
         yield client
 
 

@@ -27,6 +27,7 @@ from featnorm.cli.options import (
     ChannelAxis,
     DataRoot,
     Device,
+    Engine,
     Fps,
     LabelColumn,
     Layer,
@@ -136,6 +137,7 @@ def fit(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = False,
@@ -187,7 +189,7 @@ def fit(
         soft_wrap=True,
     )
     _print_missing_labels(source, targets)
-    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+    with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         scorer, report = fit_source(
             source,
             loaded,

@@ -311,6 +311,6 @@ def _meaning(stream: _Stream) -> Iterator[str]:
     )
     cause = _CAUSES.get(stream.noun, "their source")
     yield (
-        f"Compare {stream.noun}s from before and after the alarm: did {cause} change? If the new {stream.noun}s are "
-        f"in-distribution, fit again on current {stream.noun}s."
+        f"Compare {stream.noun}s from before and after the alarm: did {cause} change? If the new {stream.noun}s "
+        f"are in-distribution, fit again on current {stream.noun}s."
     )

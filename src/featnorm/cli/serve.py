@@ -12,7 +12,7 @@ import typer
 
 from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.options import BatchSize, Device, Precision, Tpr
+from featnorm.cli.options import BatchSize, Device, Engine, Precision, Tpr
 
 _TOKEN = "FEATNORM_TOKEN"
 
@@ -70,6 +70,7 @@ def serve(
     ] = "",
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
     max_inputs: Annotated[
@@ -122,7 +123,7 @@ def serve(
     )
     token = _token(token_file)
     bound = bind(host, port)
-    runtime = runtime_of(device, precision)
+    runtime = runtime_of(device, precision, engine=engine)
     files = _by_name(scorers)
     models, weights_files = _per_scorer(model, files, "--model"), _per_scorer(weights, files, "--weights")
 

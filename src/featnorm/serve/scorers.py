@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
+from featnorm.engine import MIN_ITEMS, FeatureEngine
 from featnorm.report.explanation import grayscale, heat_map
 from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
@@ -27,6 +29,8 @@ from featnorm.verdict import ItemVerdict
 log = logging.getLogger("featnorm.serve")
 
 _ALONE = "default"
+# Seconds per item from which a model is worth an export, which takes about ten seconds.
+_SLOW = 0.005
 
 
 class ScorerFile:
@@ -94,7 +98,7 @@ class ServedScorer:
     name : name in addresses and metrics.
     scorer : calibrated scorer with a preprocess.
     limits : limits of the service, for its description.
-    runtime : precision to score in.
+    runtime : precision to score in, and the engine. Default: PyTorch in single precision.
 
     Attributes
     ----------
@@ -129,6 +133,7 @@ class ServedScorer:
         self._runtime = runtime
         # The digest contains the trace of the model, which a scorer calibrated on features does not have yet.
         scorer.tap.capture(scorer.reference_inputs(), classifier=False)
+        self._engine = None if runtime is None else _engine(scorer, runtime)
         thresholds = calibration.threshold.reshape(-1).tolist()
         names = calibration.group_names
         self.description = Detector(
@@ -168,6 +173,7 @@ class ServedScorer:
             explain=[i for i, image in enumerate(images) if image.explain],
             heat=heat,
             runtime=self._runtime,
+            engine=self._engine,
         )
 
     def explain(self, images: Sequence[Pending]) -> list[Why]:
@@ -187,7 +193,9 @@ class ServedScorer:
         """Score the item of reference, as the first takes longer; ``how`` is passed to `Scorer.predict_batch`."""
         groups = None if self.any_group is None else [self.any_group]
         inputs = self._scorer.reference_inputs()
-        self._scorer.predict_batch(inputs, ["warm-up"], groups=groups, runtime=self._runtime, **how)
+        self._scorer.predict_batch(
+            inputs, ["warm-up"], groups=groups, runtime=self._runtime, engine=self._engine, **how
+        )
 
     def warm_up_explanations(self) -> None:
         """Explain the item of reference, as the first takes seconds. If that fails, items are scored anyway."""
@@ -196,6 +204,13 @@ class ServedScorer:
                 self.warm_up(explain=[0], heat=True)
             except Exception:
                 log.exception("an explanation failed")
+
+
+def _engine(scorer: Scorer, runtime: Runtime) -> FeatureEngine | None:
+    """Return what runs a scorer's model in place of PyTorch, for any number of items; see `Scorer.engine`."""
+    inputs = scorer.reference_inputs()
+    seconds = min(timeit.repeat(lambda: scorer.tap.capture(inputs, classifier=False), number=1, repeat=3))
+    return scorer.engine(runtime, MIN_ITEMS if seconds >= _SLOW else 0)
 
 
 class ServedScorers(Mapping[str, ServedScorer]):
