@@ -6,6 +6,7 @@ import struct
 import threading
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import featnorm as fn
 from featnorm import archive
 from featnorm._utils.weights import single_precision
+from featnorm.calibration import Calibration
 from featnorm.cli.monitor import monitor
 from featnorm.evaluation import standard_detectors
 from featnorm.fitting import fit_source
@@ -795,3 +797,92 @@ def test_thresholds_by_group(tmp_path, by):
             scorer(known[:2])
     with pytest.raises(ValueError, match="there is no calibration to update"):
         fn.Scorer(model, fn.Energy()).calibrate([known], update=True)
+
+
+class MapNet(nn.Module):
+    """Maps of half the size of the images, interpolated to their size."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(12, CLASSES, 1)
+
+    def forward(self, x):
+        return nn.functional.interpolate(self.head(self.trunk(x)), x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("detector", ["NAN", "KLUniform", "SSD", "KNN(k=3)", "Mahalanobis", "KLUniform+KNN(k=3)"])
+def test_positions_have_verdicts_and_images_too(detector, tmp_path):
+    images, masks = torch.rand(60, 3, 12, 8), torch.randint(CLASSES, (60, 12, 8))
+    scorer = fn.Scorer(MapNet(), fn.parse_detector(detector), per="position")
+    scorer.fit([(images[:30], masks[:30])], progress=False).calibrate(images[30:].split(7), progress=False)
+    verdict = scorer(images[:4])
+    assert verdict.score.shape == verdict.p_value.shape == verdict.is_id.shape == (4 * 6 * 4,)
+    assert (verdict.parts.count, verdict.parts.grid) == (4, (6, 4))
+    lowest = verdict.score.double().reshape(4, 24).sort(1).values[:, :2].mean(1)
+    torch.testing.assert_close(verdict.units.score, lowest)
+    assert verdict.units.is_id.shape == (4,)
+    # No image depends on the others of its batch.
+    torch.testing.assert_close(scorer(images[2:3]).score, verdict.score[48:72], rtol=1e-4, atol=1e-4)
+    scorer.save(tmp_path / "s.featnorm")
+    loaded = fn.load(tmp_path / "s.featnorm", MapNet())
+    torch.testing.assert_close(loaded(images[:4]).p_value, verdict.p_value)
+    # Images of another size have other maps.
+    assert loaded(torch.rand(2, 3, 20, 8)).parts.grid == (10, 4)
+
+
+def test_items_of_a_scorer_of_positions_have_a_share_of_flagged_ones():
+    def to_tensor(image):
+        return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 12, 8, 3), np.uint8)
+    scorer = fn.Scorer(MapNet(), fn.NAN(), per="position", preprocess=to_tensor)
+    (before,) = scorer.predict(list(images[:1]))
+    assert before.parts.p_value is before.flagged_share is before.is_id is None
+    scorer.calibrate([torch.stack([to_tensor(image) for image in images])], tpr=0.8)
+    found = scorer.predict([*images[:3], images[0][:8]])
+    whole = scorer(torch.stack([to_tensor(image) for image in images[:3]]))
+    assert [verdict.score for verdict in found[:3]] == pytest.approx(whole.units.score.tolist())
+    assert [verdict.is_id for verdict in found[:3]] == whole.units.is_id.tolist()
+    shares = 1 - whole.is_id.double().reshape(3, -1).mean(1)
+    assert [verdict.flagged_share for verdict in found[:3]] == pytest.approx(shares.tolist())
+    assert found[3].parts.parts.grid == (4, 4)
+    torch.testing.assert_close(found[0].parts.p_value, whole.p_value[:24])
+    assert not scorer.explains
+    with pytest.raises(ValueError, match="thresholds_by is for a scorer per input"):
+        fn.Scorer(MapNet(), fn.NAN(), per="position", thresholds_by="class")
+    with pytest.raises(
+        ValueError, match=r"ODIN\(\) runs the model on changed inputs, which is possible per input"
+    ):
+        fn.Scorer(MapNet(), fn.ODIN(), per="position").calibrate([torch.rand(30, 3, 12, 8)])
+    with pytest.raises(ValueError, match="calibrated on parts"):
+        scorer.export("x.onnx")
+
+
+def test_the_share_of_flagged_positions_of_new_images_is_as_promised():
+    """Positions of an image resemble each other: that they are independent would promise a range that is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    net = MapNet()
+
+    def drawn(count):
+        # The brightness of an image shifts the scores of all of its positions.
+        light = 2 * torch.rand(count, 1, 1, 1, generator=generator) ** 3
+        return light + 0.05 * torch.rand(count, 3, 8, 8, generator=generator)
+
+    shares, images, claimed = [], [], []
+    for _ in range(150):
+        calibrates, new = drawn(19), drawn(60)
+        scorer = fn.Scorer(net, fn.L1Norm(), per="position").calibrate([calibrates], progress=False)
+        verdict = scorer(new)
+        shares.append(1 - verdict.is_id.double().mean())
+        images.append(1 - verdict.units.is_id.double().mean())
+        pooled = Calibration(scorer.detector.score(scorer.tap(calibrates)))
+        low, high = pooled.false_alarm_range(0.9)
+        flagged = float((~pooled.is_id(verdict.score)).double().mean())
+        claimed.append(low <= flagged <= high)
+    shares, images = torch.stack(shares), torch.stack(images)
+    assert shares.mean() <= 0.05 + 4 * shares.std() / 150**0.5
+    assert images.mean() <= 0.05 + 4 * images.std() / 150**0.5
+    # The 90 % range that 304 independent positions would give holds for far fewer calibration sets.
+    assert sum(claimed) < 0.6 * 150

@@ -1184,7 +1184,7 @@ def test_openapi_describes_the_results(client):
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
     assert set(result["properties"]) == {
-        "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "why",
     }  # fmt: skip
     properties = {"units", "terms", "nearest", "heat", "no_heat"}
     assert set(schema["components"]["schemas"]["Why"]["properties"]) == properties
