@@ -51,6 +51,7 @@ from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
 from featnorm.models.loading import backbone_of, default_model, rows_model, users_forward, users_transform
+from featnorm.parts import PartCalibration
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -152,6 +153,7 @@ def fit(
     targets: Targets = "auto",
     label_column: str | None = None,
     text_column: str | None = None,
+    fps: float = 1.0,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -170,6 +172,9 @@ def fit(
     table, which are records, are neither searched for duplicates nor for near-duplicates. A detector that needs no
     fit is calibrated on all items if no head is trained.
 
+    Of videos, whole clips are held out, and calibrate as units: the stated rate is that of the frames of a new
+    clip, and of new clips, see `featnorm.parts.PartCalibration`. At least 20 clips and 100 frames are needed.
+
     From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
     some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
     items.
@@ -177,8 +182,8 @@ def fit(
     Parameters
     ----------
     data
-        Images, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or sequence
-        (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+        Images, videos, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or
+        sequence (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
     labels
         One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
         Default: those of ``data``.
@@ -208,6 +213,7 @@ def fit(
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
     label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
+    fps : number of frames per second of videos to read; 0 for all of them.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -251,7 +257,7 @@ def fit(
     reads = targets != "clusters" or label_column is not None
     if isinstance(data, (str, Path)):
         data = open_source(
-            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column
+            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column, fps=fps
         )
     elif not isinstance(data, Source):
         data = row_source(data, Options(reads, label_column, text_column))
@@ -343,6 +349,22 @@ def fit_source(
         raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
     if detector is not None:
         check_detector(detector, "fit")
+    units = source.units()
+    clips = None if units is None else len(set(units))
+    if clips is not None:
+        if per != "input":
+            raise DataError(
+                f"{source.title} holds videos, and verdicts per {per} are for images: omit per={per!r}"
+            )
+        if thresholds_by is not None:
+            raise ValueError(
+                "thresholds by group are for inputs that are independent, and frames of a clip are not"
+            )
+        if clips <= (needed := min_scores(tpr)):
+            raise DataError(
+                f"{source.title} has {clips} clips; at least {needed + 1} are needed for tpr={tpr}, however many "
+                f"frames they have: {needed} to calibrate on, and others to fit to; add clips, or lower tpr"
+            )
     if per != "input":
         if thresholds_by is not None:
             raise ValueError(f"thresholds by group are for verdicts per input: omit thresholds_by, or per={per!r}")
@@ -374,8 +396,10 @@ def fit_source(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
                 f"{how} and use labels, or choose another detector"
             )
-        if few and used.needs_fit and (used.needs_model or thresholds_by is not None or per != "input"):
+        not_alone = thresholds_by is not None or units is not None or per != "input"
+        if few and used.needs_fit and (used.needs_model or not_alone):
             why = f"{used!r} runs the model again" if used.needs_model else "a threshold per group needs scores"
+            why = why if units is None else "each clip needs scores (--fps takes more frames)"
             why = why if per == "input" else f"verdicts per {per} need scores"
             raise DataError(
                 f"found fewer than {MIN_HELD_OUT} readable {items} in {source.title} (duplicates excluded), which "
@@ -400,7 +424,7 @@ def fit_source(
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
     near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
-    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
+    sides = [[by[row] for row in cached.rows.tolist()] for by in (split_groups, units) if by is not None]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
@@ -409,6 +433,11 @@ def fit_source(
             used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
+    if units is not None:
+        # The frames of one clip of each group.
+        of_frames = [units[row] for row in cached.rows.tolist()]
+        chosen_units = {of_frames[i] for i in calibrates.nonzero().squeeze(1).tolist()}
+        calibrates = torch.tensor([unit in chosen_units for unit in of_frames])
     fits = detector.needs_fit or plan.head == "train"
     constants = torch.zeros_like(calibrates)
     if few or not fits:
@@ -421,11 +450,12 @@ def fit_source(
         is_held_out = held_out(cached.digests, splits, tpr, MIN_CONSTANTS if detector.needs_held_out else 0)
         if detector.needs_held_out:
             constants = for_constants(cached.digests, splits, is_held_out, tpr)
-        calibrates &= is_held_out & ~constants
-    if (count := int(calibrates.sum())) < (needed := min_scores(tpr)):
+        calibrates &= is_held_out & ~torch.isin(splits, splits[constants])
+    ways = ["near-duplicates", *(["clips"] if units else []), *([f"groups by {group_by!r}"] if group_by else [])]
+    if (count := len(splits[calibrates].unique())) < (needed := min_scores(tpr)):
         raise ValueError(
             f"the {len(cached.rows)} {items} of {source.title} form {count} groups of {items} that belong "
-            f"together (near-duplicates{'' if group_by is None else f' and groups by {group_by!r}'}), too few for "
+            f"together ({' and '.join(ways)}), too few for "
             f"tpr={tpr}: calibration needs one {noun} of each of {needed} groups; add {items} of other groups, or "
             "lower tpr"
         )
@@ -497,11 +527,14 @@ def fit_source(
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
         elif per != "input":
             scorer.calibrate_features(held_out_features(calibrates), tpr)
-        elif detector.needs_model:
-            batches_of_one = ((batch.inputs,) for batch in loader)
-            scorer.calibrate(batches_of_one, tpr, groups=held_out_groups, progress=runtime.progress)
         else:
-            scorer.calibrate_features(batches, tpr, groups=held_out_groups)
+            of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
+            by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}
+            if detector.needs_model:
+                batches_of_one = ((batch.inputs,) for batch in loader)
+                scorer.calibrate(batches_of_one, tpr, **by, progress=runtime.progress)
+            else:
+                scorer.calibrate_features(batches, tpr, **by)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     if jackknife is not None:
         split = f"{len(train_values)} to fit on, {chosen} of them left out in turn for calibration"
@@ -511,9 +544,12 @@ def fit_source(
         count = int(constants.sum())
         others = f"{count} held out for the detector's constants, " if count else ""
         split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
+    if isinstance(scorer.calibration, PartCalibration):
+        split += f", the latter of {len(scorer.calibration.unit_scores)} of the {clips} clips"
     scorer.facts = {
         items: f"{source.title}: {split}",
         **about,
+        **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
         **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
         "made": f"{version}, seed {seed}, from {read} {items}",
@@ -530,7 +566,7 @@ def fit_source(
         notes.append(f"the labels are not used: no head is trained (--head train), and {used!r} needs none")
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
-    notes += _duplicate_notes(source, near, cached.rows)
+    notes += _duplicate_notes(source, near, cached.rows) if units is None else []
     counts = len(train_values), chosen, computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several

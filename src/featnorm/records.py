@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
+#: Columns of a table of frames after these, and of a table of clips.
+FRAME_COLUMNS, CLIP_COLUMNS = (
+    ("clip", "time"),
+    ("clip", "score", "p_value", "verdict", "frames", "flagged", "unreadable"),
+)
 #: Columns of a table of images that have verdicts per position, after these.
 PART_COLUMNS = ("flagged_share",)
 #: Columns of a table with one row per box, after `COLUMNS`.
 BOX_COLUMNS = ("x1", "y1", "x2", "y2", "confidence", "image_p_value", "image_verdict")
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
-_FLOATS = (*_NUMBERS, *PART_COLUMNS, *BOX_COLUMNS[:-1])
+_FLOATS = (*_NUMBERS, "time", *PART_COLUMNS, *BOX_COLUMNS[:-1])
+_COUNTS = ("frames", "flagged", "unreadable")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
@@ -142,12 +148,13 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path, per: str = "input") -> None:
+    def write(self, out: Path, source: Source[Any] | None = None, per: str = "input") -> None:
         """Write the table, in the format of the file's ending.
 
         Parameters
         ----------
         out : the file.
+        source : the items. Of frames, the rows also have the columns `FRAME_COLUMNS`.
         per
             What has a verdict: for each "position", the rows also have the columns `PART_COLUMNS`; for each "box",
             there is one row per box, with the columns `BOX_COLUMNS`.
@@ -157,6 +164,9 @@ class Journal:
         elif per == "position":
             rows = (row_of(verdict) | {"flagged_share": verdict.flagged_share} for verdict in self)
             write_table(out, rows, (*COLUMNS, *PART_COLUMNS))
+        elif source is not None and source.fps is not None:
+            rows = (row_of(one) | {"clip": source.unit(i), "time": source.time(i)} for i, one in enumerate(self))
+            write_table(out, rows, (*COLUMNS, *FRAME_COLUMNS))
         else:
             write_table(out, map(row_of, self), COLUMNS)
 
@@ -312,7 +322,7 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
 
     A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
-    marks = {"path": "./", "predicted": "'", "error": "'", "group": "'"}
+    marks = {"path": "./", "clip": "./", "predicted": "'", "error": "'", "group": "'"}
     return {
         name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
         for name, value in row.items()
@@ -326,12 +336,19 @@ def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: P
 
 def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
-    schema = pa.schema([(name, pa.float64() if name in _FLOATS else pa.string()) for name in columns])
+    types = (
+        dict.fromkeys(columns, pa.string())
+        | dict.fromkeys(_FLOATS, pa.float64())
+        | dict.fromkeys(_COUNTS, pa.int64())
+    )
+    schema = pa.schema([(name, types[name]) for name in columns])
     with pq.ParquetWriter(path, schema) as writer:
         kept: list[dict[str, Any]] = []
         for row in rows:
-            row["path"] = row["path"].encode("utf-8", "replace").decode()
-            kept.append(row)
+            names = {
+                name: row[name].encode("utf-8", "replace").decode() for name in ("path", "clip") if name in row
+            }
+            kept.append(row | names)
             if len(kept) == _ROWS:
                 writer.write_table(pa.Table.from_pylist(kept, schema))
                 kept = []

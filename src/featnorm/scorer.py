@@ -1,9 +1,11 @@
 """`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, Self
 
 import torch
@@ -658,8 +660,82 @@ class Scorer(nn.Module):
                 with self._users_forward(named(source, part.batch.indices.tolist())):
                     found = over_parts(predict, part.batch.inputs, part.batch.indices)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
-                    verdicts[row] = verdict._replace(first_of_several=row in part.several)
+                    several, moment = row in part.several, source.time(row)
+                    verdicts[row] = verdict._replace(first_of_several=several, time=moment)
             yield [verdicts[row] for row in part.rows]
+
+    def watch(
+        self,
+        frames: Iterable[Any],
+        *,
+        fps: float | None = None,
+        batch_size: int = 1,
+        runtime: Runtime | None = None,
+    ) -> Iterator[ItemVerdict]:
+        """Yield the verdicts on the frames of a stream, such as a camera or a pipe, as they come.
+
+        Memory holds one batch, however long the stream. The frames of a stream depend on each other: calibrate on
+        clips (``units`` of `calibrate`), so that the stated rate is that of the frames of a new clip. For the same
+        reason a `DriftMonitor` must not be updated with all of them.
+
+        Parameters
+        ----------
+        frames
+            Frames as `predict` takes them, in the order of time: PIL images, arrays (H, W, 3), tensors, or what
+            PyAV decodes.
+        fps
+            Maximum number of frames per second to score; the others are skipped. Default: all frames are scored.
+        batch_size : number of frames to score at a time; verdicts come after the last one of them.
+        runtime : precision. Default: `Runtime()`. The scorer stays on the device where it is.
+
+        Yields
+        ------
+        ItemVerdict
+            Its ``time`` is that of PyAV's frame, or else the number of seconds since the first frame came.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `predict`; or ``fps`` or ``batch_size`` is not positive.
+
+        Examples
+        --------
+        >>> camera = av.open("/dev/video0", format="v4l2")
+        >>> for verdict in scorer.watch(camera.decode(video=0), fps=5):
+        ...     if not verdict.is_id:
+        ...         print(verdict.time, verdict.p_value)
+        """
+        if batch_size < 1 or (fps is not None and not fps > 0):
+            raise ValueError(f"fps and batch_size must be positive, got {fps} and {batch_size}")
+        return self._watched(frames, fps, batch_size, runtime or Runtime())
+
+    def _watched(
+        self, frames: Iterable[Any], fps: float | None, batch_size: int, runtime: Runtime
+    ) -> Iterator[ItemVerdict]:
+        batch: list[tuple[str, Any]] = []
+        times: list[float] = []
+        began, wanted = None, -math.inf
+        for number, frame in enumerate(frames):
+            now = perf_counter()
+            began = now if began is None else began
+            stamp = getattr(frame, "time", None)
+            moment = now - began if stamp is None else float(stamp)
+            if moment < wanted:
+                continue
+            if fps is not None:
+                wanted = (math.floor(moment * fps) + 1) / fps
+            batch.append((f"frame {number}", frame))
+            times.append(moment)
+            if len(batch) == batch_size:
+                yield from self._timed(batch, times, runtime)
+                batch, times = [], []
+        yield from self._timed(batch, times, runtime)
+
+    def _timed(
+        self, batch: Sequence[tuple[str, Any]], times: Sequence[float], runtime: Runtime
+    ) -> Iterator[ItemVerdict]:
+        for moment, verdict in zip(times, self._predict_items(batch, None, False, runtime), strict=True):
+            yield verdict._replace(time=moment)
 
     def groups_of(self, source: Source[Any]) -> list[str] | None:
         """Return the group of each item of a source; None if the scorer has no groups, or those of classes.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, nullcontext, suppress
 from datetime import date
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,8 @@ from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES
 from featnorm.inputs.loading import rows_of
-from featnorm.parts import drawn_parts
-from featnorm.records import FORMATS, Journal, source_digest
+from featnorm.parts import PartCalibration, drawn_parts
+from featnorm.records import CLIP_COLUMNS, FORMATS, Journal, source_digest, word_of, write_table
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.verdict import ItemVerdict, Verdict
@@ -36,9 +36,36 @@ if TYPE_CHECKING:
 MAX_SHOWN = 100  # items on the page
 _OTHERS = 5  # items on the page that are not flagged, those with the lowest scores
 _EXPLAINED_BATCH = 16
+_ON_CLIPS = "calibrate it on clips (featnorm calibrate SCORER CLIPS)"
 _MAX_STEM = 80  # characters of a picture's name that are those of the image's
 # The end of the name of an item of a table or a data set.
-_ROW = re.compile(r"(^|:? )(row|image) \d+$")
+_ROW = re.compile(r"(^|:? )(row|image) \d+$| (at|after) \d+\.\d{3} s$")
+
+
+class ClipVerdict(NamedTuple):
+    """Prediction of a `Scorer` for a clip.
+
+    Attributes
+    ----------
+    clip : str
+        Name of the clip.
+    score : float or None
+        Mean of the lowest scores of its frames, see `featnorm.parts.unit_scores`; None if no frame can be read.
+    p_value : float or None
+        Conformal p-value, small for OOD.
+    is_id : bool or None
+        Whether the score is at or above the threshold of clips.
+    frames, flagged, unreadable : int
+        Number of frames that were scored, that were flagged, and that could not be read.
+    """
+
+    clip: str
+    score: float | None
+    p_value: float | None
+    is_id: bool | None
+    frames: int
+    flagged: int
+    unreadable: int
 
 
 class ScoringSummary:
@@ -48,6 +75,8 @@ class ScoringSummary:
     ----------
     kind : Kind
         What the items are.
+    clip_of : callable, optional
+        Returns the clip of an item by its row, see `Source.unit`. Default: there are no clips.
 
     Attributes
     ----------
@@ -63,6 +92,8 @@ class ScoringSummary:
         Number of images that are the first of several frames or pages of their file.
     folders : dict of str to list of int
         Number of items scored, and of items flagged, by `folder_of` their name.
+    clips : list of ClipVerdict
+        Verdicts on the clips of frames, lowest p-value first, if the scorer is calibrated on clips.
     computed : int
         Number of items scored by this run; an earlier run that was interrupted scored the others.
     seconds : float
@@ -71,14 +102,17 @@ class ScoringSummary:
         Time the model itself took; None on a cluster.
     """
 
-    def __init__(self, kind: Kind = IMAGES) -> None:
+    def __init__(self, kind: Kind = IMAGES, clip_of: Callable[[int], str | None] | None = None) -> None:
         self.kind = kind
+        self._clip_of = clip_of
+        self._frames: dict[str, _Frames] = {}
         self.scores = array("d")
         self.flagged = 0
         self.unread = 0
         self.first_unread: list[tuple[str, str]] = []
         self.several = 0
         self.folders: dict[str, list[int]] = {}
+        self.clips: list[ClipVerdict] = []
         self.computed = 0
         self.seconds = 0.0
         self.model_seconds: float | None = None
@@ -86,11 +120,14 @@ class ScoringSummary:
         # A heap of the lowest scores, the highest of them on top; among equal ones the first items stay.
         self._lowest: list[tuple[float, int, ItemVerdict]] = []
 
-    def update(self, verdicts: Iterable[ItemVerdict]) -> None:
-        """Count the verdicts on the next items."""
+    def update(self, verdicts: Iterable[ItemVerdict], start: int | None = None) -> None:
+        """Count the verdicts on items from row ``start`` on. Default: the next items."""
+        self._rows = self._rows if start is None else start
         for verdict in verdicts:
             row = self._rows
             self._rows += 1
+            if self._clip_of is not None and (clip := self._clip_of(row)) is not None:
+                self._frames.setdefault(clip, _Frames()).update(verdict)
             if verdict.score is None:
                 self.unread += 1
                 if self.unread <= MAX_SHOWN:
@@ -113,14 +150,47 @@ class ScoringSummary:
         """Rows and verdicts of the 100 lowest scores, the lowest first."""
         return [(-row, verdict) for _, row, verdict in sorted(self._lowest, reverse=True)]
 
+    def frame_scores(self) -> tuple[Tensor, Tensor]:
+        """Return the scores of all frames (n,), clip by clip, and the index of the clip of each (n,)."""
+        frames = [one.scores for one in self._frames.values()]
+        owners = torch.arange(len(frames)).repeat_interleave(torch.tensor([*map(len, frames)]))
+        return torch.from_numpy(np.concatenate(frames, dtype=np.float64)), owners
+
+    def predict_clips(self, calibration: PartCalibration) -> None:
+        """Set `clips`, by a calibration on clips."""
+        device = calibration.scores.device
+        scores, owners = (values.to(device) for values in self.frame_scores())
+        verdict: Any = calibration.predict_units(scores, owners, len(self._frames))[:3]
+        columns = (self._frames.items(), *(values.tolist() for values in verdict))
+        for (name, one), *predicted in zip(*columns, strict=True):
+            score, p_value, is_id = predicted if one.scores else (None, None, None)
+            counts = len(one.scores), one.flagged, one.unreadable
+            self.clips.append(ClipVerdict(name, score, p_value, is_id, *counts))
+        self.clips.sort(key=lambda clip: 1.0 if clip.p_value is None else clip.p_value)
+
     def __str__(self) -> str:
         scored = len(self.scores)
         share = f"{100 * self.flagged / scored:.1f} %" if scored else "none could be read"
         return f"{self.flagged:,} of {self.kind.counted(scored)} flagged as OOD ({share})."
 
 
+class _Frames:
+    """The frames of a clip."""
+
+    def __init__(self) -> None:
+        self.scores = array("d")
+        self.flagged = self.unreadable = 0
+
+    def update(self, verdict: ItemVerdict) -> None:
+        if verdict.score is None:
+            self.unreadable += 1
+        else:
+            self.scores.append(verdict.score)
+            self.flagged += verdict.is_id is False
+
+
 def folder_of(item: str) -> str:
-    """Return the folder of an item by its name; of a row, the table; an empty string if the name has neither."""
+    """Return the folder of an item by its name; of a row, the table; of a frame, the clip; or an empty string."""
     if (row := _ROW.search(item)) is not None:
         return item[: row.start()]
     return item[: max(item.rfind("/"), item.rfind(os.sep)) + 1].rstrip("/" + os.sep)
@@ -132,6 +202,7 @@ def score_source(
     out: str | Path | None = None,
     *,
     page: str | Path | None = None,
+    clips: str | Path | None = None,
     maps: str | Path | None = None,
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
@@ -151,6 +222,9 @@ def score_source(
     page
         .html file with the flagged items among the 100 with the lowest scores, and the 5 others with the lowest
         scores. Each is explained, and compared with the calibration scores.
+    clips
+        Table to write with one row per clip, with the columns of `featnorm.records.CLIP_COLUMNS`. The source holds
+        frames, and the scorer is calibrated on clips.
     maps
         Folder for one picture per image, for a scorer per position or box: the image beside the map of its
         positions, see `featnorm.report.maps.map_picture`, or with its boxes, see
@@ -166,17 +240,18 @@ def score_source(
     Raises
     ------
     ValueError
-        The name of a file has a wrong ending, a page is requested and the scorer is not calibrated, maps are
-        requested and it scores whole inputs, another process is writing the file, or an output of the model is not
-        finite.
+        The name of a file has a wrong ending, a page is requested and the scorer is not calibrated, a table of
+        clips is requested and it is not calibrated on clips, maps are requested and it scores whole inputs,
+        another process is writing the file, or an output of the model is not finite.
     DataError
         The transform fails on an item, or the source holds items of another kind.
     OSError
         A file cannot be written. The journal is kept.
     """
-    out, page = (None if file is None else Path(file) for file in (out, page))
-    if out is not None and out.suffix not in FORMATS:
-        raise ValueError(f"{out} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    out, page, clips = (None if file is None else Path(file) for file in (out, page, clips))
+    for table in (out, clips):
+        if table is not None and table.suffix not in FORMATS:
+            raise ValueError(f"{table} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if page is not None and page.suffix != ".html":
         raise ValueError(f"{page} must end in .html")
     if page is not None and scorer.calibration is None:
@@ -192,9 +267,19 @@ def score_source(
     runtime = runtime or Runtime(scorer.tap.device.type)
     if runtime.cluster is None and scorer.tap.device.type != runtime.torch_device.type:
         scorer.to(runtime.torch_device)
-    place = out or page
+    place = out or page or clips
     source.require(scorer.kind, "this scorer", scorer.preprocess)
-    summary = ScoringSummary(scorer.kind)
+    if source.fps is not None and scorer.per != "input":
+        raise DataError(
+            f"{source.title} holds videos, whose frames a scorer per {scorer.per} does not take: pass images"
+        )
+    if clips is not None and source.fps is None:
+        raise ValueError(
+            f"{source.title} holds {source.kind.name}, not videos: it has no clips to write to {clips}"
+        )
+    if clips is not None and not isinstance(scorer.calibration, PartCalibration):
+        raise ValueError(f"the scorer is not calibrated on clips, so that it has no verdicts on them: {_ON_CLIPS}")
+    summary = ScoringSummary(source.kind, None if source.fps is None else source.unit)
     with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
         if journal is not None and on_start is not None:
             on_start(journal)
@@ -212,17 +297,23 @@ def score_source(
                     # Before the batch counts as done, so that an interrupted run leaves no picture out.
                     _draw_maps(maps, scorer, source, number * runtime.batch_size, verdicts)
                 if journal is None:
-                    summary.update(verdicts)
+                    summary.update(verdicts, number * runtime.batch_size)
                 else:
                     journal.add(number, verdicts)
                 if on_batch is not None:
                     on_batch(verdicts)
                 bar.update(len(verdicts))
+        if journal is not None:
+            summary.update(journal)
+        if isinstance(scorer.calibration, PartCalibration) and source.fps is not None and summary.scores:
+            summary.predict_clips(scorer.calibration)
         if journal is None:
             return summary
-        summary.update(journal)
         if out is not None:
-            journal.write(out, scorer.per)
+            journal.write(out, source, scorer.per)
+        if clips is not None:
+            rows = (clip._asdict() | {"verdict": word_of(clip.is_id)} for clip in summary.clips)
+            write_table(clips, ({name: row[name] for name in CLIP_COLUMNS} for row in rows), CLIP_COLUMNS)
         if page is not None:
             _write_page(page, scorer, source, summary, runtime)
         journal.remove()
@@ -275,6 +366,11 @@ def calibrate_source(
         scorer.calibration = earlier
     if not summary.scores:
         raise DataError(f"none of the {len(source):,} {source.kind.name} of {source.title} can be read")
+    if source.fps is not None:
+        if scorer.thresholds_by is not None:
+            raise ValueError(f"this scorer has thresholds by {scorer.thresholds_by!r}, which frames cannot have")
+        scorer.use_parts(drawn_parts(*summary.frame_scores(), scorer.lowest), tpr, update=update)
+        return summary
     if scorer.per != "input":
         if not parts:
             raise DataError(f"there is no {scorer.per} in the {source.kind.name} of {source.title}")
@@ -400,6 +496,9 @@ def _write_page(
         threshold=float(calibration.threshold),
         flagged=summary.flagged,
         folders=summary.folders,
+        clips=None
+        if source.fps is None
+        else {clip.clip: (clip.p_value, word_of(clip.is_id) or "") for clip in summary.clips},
         shown=_shown(scorer, source, shown, runtime),
         unread=summary.first_unread,
         unread_count=summary.unread,

@@ -93,6 +93,8 @@ class ItemVerdict(NamedTuple):
         Verdicts on the boxes that an object detector found in the item; None for other models.
     why : Why or None
         Explanation of the score, if it was requested.
+    time : float or None
+        Time of a frame in its clip or stream, in seconds.
     parts : Verdict or None
         Verdicts on the positions or boxes of the item, on the CPU.
     """
@@ -108,6 +110,7 @@ class ItemVerdict(NamedTuple):
     flagged_share: float | None = None
     boxes: tuple[BoxVerdict, ...] | None = None
     why: Why | None = None
+    time: float | None = None
     parts: Verdict | None = None
 
 

@@ -23,10 +23,12 @@ from featnorm.cli.console import (
 )
 from featnorm.cli.options import (
     DATA,
+    FPS,
     BatchSize,
     DataRoot,
     Detectors,
     Device,
+    Fps,
     LabelColumn,
     Layer,
     OutFolder,
@@ -112,6 +114,7 @@ def evaluate(
     per: PerPart = "input",
     label_column: LabelColumn = None,
     text_column: TextColumn = None,
+    fps: Fps = FPS,
     out: OutFolder = Path("featnorm-evaluation"),
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -130,7 +133,7 @@ def evaluate(
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.evaluation import FILES, compare, standard_detectors
-    from featnorm.inputs import IMAGES, open_source
+    from featnorm.inputs import FRAMES, IMAGES, open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
     from featnorm.models.loading import import_users_module
@@ -152,7 +155,7 @@ def evaluate(
         detectors.append(parse_detector(reference))
 
     def labeled(spec: str) -> Source[Any]:
-        return open_source(spec, root=data_root, label_column=label_column, text_column=text_column)
+        return open_source(spec, root=data_root, label_column=label_column, text_column=text_column, fps=fps)
 
     fit_source = None if fit is None else labeled(fit)
     if protocol is None:
@@ -160,7 +163,8 @@ def evaluate(
             raise ValueError("pass --id and --ood, or --protocol with --benchmark and --data-root")
         given_names, groups, specs = _split_names([id_data, *ood])
         _refuse_twice([*([] if fit is None else [fit]), *specs])
-        others = (open_source(spec, root=data_root, labels=False, text_column=text_column) for spec in specs[1:])
+        options: dict[str, Any] = {"labels": False, "text_column": text_column, "fps": fps}
+        others = (open_source(spec, root=data_root, **options) for spec in specs[1:])
         opened = [labeled(specs[0]), *others]
         sources = _named(list(zip(specs, opened, strict=True)), given_names)
         grouped = [groups.get(spec, "") + name for spec, name in zip(specs, sources, strict=True)]
@@ -232,7 +236,7 @@ def evaluate(
     comparison.facts |= flagged
     title = f"OOD detection with {name or scorer_file}"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
-    write_page(comparison, page, title=title, summary=summary, image=image if kind is IMAGES else None)
+    write_page(comparison, page, title=title, summary=summary, image=image if kind in (IMAGES, FRAMES) else None)
     write_text(document, markdown_page(comparison, title=title, summary=summary), errors="backslashreplace")
     comparison.save(out)
     if protocol is not None:
@@ -245,6 +249,8 @@ def evaluate(
         print_excluded(comparison)
     for label, value in flagged.items():
         console.print(f"{label}: {value}.", soft_wrap=True)
+    if kind is FRAMES:
+        console.print("The confidence intervals take frames as independent; those of a clip are not.")
     if comparison.accuracy is not None:
         console.print(f"The model classifies {100 * comparison.accuracy:.1f} % of {id_name} correctly.")
     for name, files in comparison.skipped.items():

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from featnorm._utils.layout import fast_layout
-from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
+from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb, upright
 from featnorm.inputs.errors import DataError, ItemError
 
 #: A batch of a model, or one input of it: a tensor, or the tensors that the model takes by name. The images of a
@@ -186,6 +186,8 @@ class _Images(Kind):
             return to_rgb(raw.copy, name)
         if isinstance(raw, np.ndarray):
             return to_rgb(lambda: _image_of(raw), name)
+        if hasattr(raw, "to_image"):  # a frame that PyAV has decoded
+            return upright(raw, name)
         raise TypeError(
             f"{name} is of type {type(raw).__name__}: expected a path, a PIL image, an array or a tensor"
         )
@@ -215,6 +217,13 @@ class _Images(Kind):
 
     def is_first_of_several(self, item: Image.Image) -> bool:
         return is_first_of_several(item)
+
+
+class _Frames(_Images):
+    """Frames of videos: images for a model, and called by their own name."""
+
+    name = "frames"
+    noun = "frame"
 
 
 class _Texts(Kind):
@@ -324,7 +333,7 @@ class _Rows(Kind):
             preprocess.check(source)
 
 
-IMAGES, TEXTS, ROWS = _KINDS["images"], _KINDS["texts"], _KINDS["rows"]
+IMAGES, FRAMES, TEXTS, ROWS = (_KINDS[name] for name in ("images", "frames", "texts", "rows"))
 
 
 def _named(name: str) -> Kind:
@@ -340,8 +349,9 @@ def kind_of(what: Any) -> Kind:
         There is no such kind.
     """
     name = what if isinstance(what, str) else getattr(what, "kind", IMAGES.name)
-    if name not in _KINDS:
-        raise ValueError(f"unknown kind of inputs {name!r}: use one of {', '.join(_KINDS)}")
+    taken = [one for one in _KINDS if one != FRAMES.name]  # frames are images to a preprocess
+    if name not in taken:
+        raise ValueError(f"unknown kind of inputs {name!r}: use one of {', '.join(taken)}")
     return _KINDS[name]
 
 

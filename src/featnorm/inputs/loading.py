@@ -358,9 +358,9 @@ def source_loader(
         skipped.
     workers : int, optional
         Number of threads that read and transform items; 0 for the calling thread. Default: 0 for fewer than 256
-        items, else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that
-        threads are as fast as processes, and need no shared memory. A transform that is mostly Python code gains
-        little from more threads.
+        items, else one per CPU, at most 8. There are never more than the source's ``max_readers``. Pillow and
+        torch release Python's lock while they work, so that threads are as fast as processes, and need no shared
+        memory. A transform that is mostly Python code gains little from more threads.
     on_corrupt : callable, optional
         Called in this process with the name of each unreadable item and the reason, before its batch is yielded.
 
@@ -380,6 +380,7 @@ def source_loader(
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if workers is None:
         workers = 0 if len(source) < _MIN_THREADED else min(_processors(), _MAX_WORKERS)
+    workers = min(workers, source.max_readers or workers)
     return SourceLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
 
 

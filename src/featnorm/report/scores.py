@@ -54,6 +54,8 @@ class _Folder:
     name: str
     scored: int
     flagged: int
+    p_value: str = ""
+    word: str = ""
 
     @property
     def share(self) -> str:
@@ -105,6 +107,7 @@ def write_scores_page(
     threshold: float,
     flagged: int,
     folders: Mapping[str, Sequence[int]],
+    clips: Mapping[str, tuple[float | None, str]] | None = None,
     shown: Iterable[ScoredItem],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
@@ -120,7 +123,8 @@ def write_scores_page(
     scores : scores of the items (m,); may be empty.
     threshold : score at or above which an item is ID.
     flagged : number of flagged items.
-    folders : number of items scored, and of items flagged, by folder.
+    folders : number of items scored, and of items flagged, by folder or clip.
+    clips : p-value of each clip, and its verdict in a word, for frames; None for other items.
     shown : the items to show, lowest score first; consumed one at a time.
     unread, unread_count : names and reasons of the first unreadable items, and the number of all of them.
     """
@@ -138,7 +142,11 @@ def write_scores_page(
     )
     examples: dict[int, Picture | None] = {}
     cards = [_card(i, one, calibration_scores, low, high, examples) for i, one in enumerate(shown)]
-    counts = [_Folder(name, *numbers) for name, numbers in folders.items()]
+    counts = []
+    for name, (count, flagged_in) in folders.items():
+        p_value, word = (clips or {}).get(name, (None, ""))
+        shown_p = "" if p_value is None else f"{p_value:.4f}"
+        counts.append(_Folder(name, count, flagged_in, shown_p, word))
     counts.sort(key=lambda folder: (-folder.flagged / folder.scored, -folder.scored, folder.name))
     pictures = [picture for card in cards for picture in (card.picture, card.heat, card.map)]
     html = render(
@@ -161,6 +169,8 @@ def write_scores_page(
         scored=len(scores),
         flagged=flagged,
         folders=counts[:_MAX_FOLDERS],
+        place="folder" if clips is None else "clip",
+        judged=bool(clips),
         folder_count=len(counts),
         predicted=sorted({card.predicted for card in cards if card.predicted is not None}),
         pictures=[picture for picture in (*pictures, *examples.values()) if picture is not None],
