@@ -67,8 +67,8 @@ def fit(
         typer.Option(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform + KNN(k=10)`, or "
-            "`KLUniform` for fewer than 100 items; without a classifier, `KNN(k=10)`, or `KNN(k=1)` for fewer "
-            "than 100 items; for tables, KNN with `normalize=False`.",
+            "`KLUniform` for fewer than 100 items and with `--per`; without a classifier, `KNN(k=10)`, or "
+            "`KNN(k=1)` for fewer than 100 items; for tables, KNN with `normalize=False`.",
         ),
     ] = None,
     head: Annotated[

@@ -86,13 +86,10 @@ class Result(BaseModel):
     error: str | None = Field(description="Why the image cannot be scored.")
     group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
     flagged_share: float | None = Field(
-        default=None,
         description="Share of the positions or boxes of the image that are flagged as OOD, if the scorer has "
-        "verdicts on them.",
+        "verdicts on them."
     )
-    boxes: list[Box] | None = Field(
-        default=None, description="Boxes in the image, if the model is a detector of objects."
-    )
+    boxes: list[Box] | None = Field(description="Boxes in the image, if the model is a detector of objects.")
     why: Why | None = Field(default=None, description="Explanation, with `explain=true`.")
 
 
@@ -184,11 +181,12 @@ class Detector(ScorerSummary):
 def result_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as the fields of a `Result`, without ``why``."""
     row = row_of(verdict)
-    of_parts: dict[str, Any] = {} if verdict.flagged_share is None else {"flagged_share": verdict.flagged_share}
+    boxes = None
     if verdict.boxes is not None:
-        of_parts["boxes"] = [
+        boxes = [
             {**box._asdict(), "score": finite(box.score), "verdict": word_of(box.is_id)} for box in verdict.boxes
         ]
+    of_parts = {"flagged_share": verdict.flagged_share, "boxes": boxes}
     return {"name": row.pop("path"), **row, "score": finite(row["score"]), **of_parts}
 
 
