@@ -527,6 +527,8 @@ def fit_source(
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
         elif per != "input":
             scorer.calibrate_features(held_out_features(calibrates), tpr)
+            assert scorer.item_calibration is not None
+            chosen = len(scorer.item_calibration.scores)  # images without boxes do not count
         else:
             of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
             by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}
