@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 import featnorm as fn
 from featnorm import engine
-from featnorm.engine import EngineError
+from featnorm.engine import EngineError, relative_gap
 from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
 from featnorm.models import LoadedModel
@@ -195,3 +195,10 @@ def test_a_fit_is_that_of_pytorch(photos, tmp_path, head):
     expected = torchs.calibration.scores
     assert torch.allclose(ours.calibration.scores, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert fitted("auto")[1].computed == 0
+
+
+def test_infinite_scores_are_equal():
+    one = torch.tensor([1.0, -torch.inf, 2.0])
+    assert relative_gap(one, one) == 0
+    assert relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
+    assert relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf

@@ -67,7 +67,7 @@ class Engine:
         self._example = self._named(example)
 
     def _named(self, inputs: Inputs) -> Mapping[str, Tensor]:
-        return {self._names[0]: inputs} if isinstance(inputs, Tensor) else inputs
+        return named_inputs(inputs, self._names[0])
 
     def takes(self, inputs: Inputs) -> bool:
         """Whether a batch has the types and shapes of the example; texts may have other lengths."""
@@ -244,7 +244,7 @@ def engine_of(
     kind : what the inputs are.
     about : anything else that the graph depends on, as plain data.
     """
-    sizes = {name: [*value.shape[1:]] for name, value in named_inputs(example, kind).items()}
+    sizes = {name: [*value.shape[1:]] for name, value in named_inputs(example, kind.name).items()}
     versions = {name: metadata.version(name) for name in _PACKAGES}
     key = {"weights": archive.fingerprint(model), "inputs": sizes, "versions": versions, **about}
     name = hashlib.sha256(json.dumps([featnorm.__version__, key], sort_keys=True).encode()).hexdigest()
@@ -282,9 +282,17 @@ def _compared(engine: Engine, graph: nn.Module, example: Inputs) -> Engine:
     return engine
 
 
-def named_inputs(inputs: Inputs, kind: Kind) -> Mapping[str, Tensor]:
-    """Return the tensors of a batch by the names of a graph's inputs."""
-    return {kind.name: inputs} if isinstance(inputs, Tensor) else inputs
+def named_inputs(inputs: Inputs, name: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a batch by the names of a graph's inputs, of which a single one has a name of its own.
+
+    Raises
+    ------
+    EngineError
+        The batch is a list of images of different sizes.
+    """
+    if isinstance(inputs, list):
+        raise EngineError("it takes lists of images of different sizes")
+    return inputs if isinstance(inputs, Mapping) else {name: inputs}
 
 
 def exported(graph: nn.Module, example: Inputs, kind: Kind, outputs: Sequence[str]) -> Any:
@@ -301,15 +309,18 @@ def exported(graph: nn.Module, example: Inputs, kind: Kind, outputs: Sequence[st
     shapes: Any = axes
     if not isinstance(example, Tensor):
         shapes = dict.fromkeys(example, axes | {1: torch.export.Dim("length", min=2)})
-    program = torch.onnx.export(
-        graph,
-        kwargs={"inputs": example},
-        dynamo=True,
-        input_names=list(named_inputs(example, kind)),
-        output_names=list(outputs),
-        dynamic_shapes={"inputs": shapes},
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # The tensors of a text share their axes, so the exporter drops the name of an axis for the same name.
+        warnings.filterwarnings("ignore", r"# The axis name: (\w+) will not be used, .* another axis: \1\.")
+        program = torch.onnx.export(
+            graph,
+            kwargs={"inputs": example},
+            dynamo=True,
+            input_names=list(named_inputs(example, kind.name)),
+            output_names=list(outputs),
+            dynamic_shapes={"inputs": shapes},
+            verbose=False,
+        )
     assert program is not None
     return program.model_proto
 

