@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import featnorm as fn
+from detection import noise_images, tiny_detector
 from featnorm import archive
 from featnorm._utils.weights import single_precision
 from featnorm.calibration import Calibration
@@ -947,3 +948,53 @@ def test_a_stream_that_cannot_be_watched_is_named_at_once(watcher):
     with pytest.raises(TypeError, match="frame 0 is of type int: expected a path, a PIL image"):
         list(watcher.watch([5]))
     assert list(watcher.watch([])) == []
+
+
+def test_boxes_have_verdicts_and_images_too(tmp_path):
+    model = tiny_detector()
+    images = [noise_images(8, seed) for seed in range(9)]
+    targets = [
+        {"boxes": one["boxes"].detach(), "labels": one["labels"]} for batch in images for one in model(batch)
+    ]
+    labeled = [(batch, targets[8 * i : 8 * i + 8]) for i, batch in enumerate(images)]
+    scorer = fn.Scorer(model, fn.Mahalanobis(), per="box", classes=["background", "a", "b", "c"])
+    scorer.fit(labeled[:5], progress=False).calibrate(images[5:], progress=False)
+    verdict = scorer(images[0])
+    boxes = verdict.parts.boxes
+    assert len(verdict.score) == len(verdict.p_value) == len(boxes.corners) > 8
+    lowest = [verdict.score[verdict.parts.owners == i].min() for i in range(8)]
+    torch.testing.assert_close(verdict.units.score, torch.stack(lowest).double())
+    found = scorer.predict(images[0])
+    assert [len(item.boxes) for item in found] == torch.bincount(verdict.parts.owners, minlength=8).tolist()
+    box = found[0].boxes[0]
+    assert box.corners == pytest.approx(boxes.corners[0].tolist(), abs=1e-3)
+    assert box.label == "abc"[int(boxes.labels[0]) - 1]
+    assert (box.confidence, box.score) == pytest.approx((float(boxes.confidence[0]), float(verdict.score[0])))
+    scorer.save(tmp_path / "s.featnorm")
+    loaded = fn.load(tmp_path / "s.featnorm", model)
+    torch.testing.assert_close(loaded(images[0]).p_value, verdict.p_value)
+    model.roi_heads.score_thresh = 1.0
+    (nothing,) = scorer.predict(images[0][:1])
+    assert (nothing.boxes, nothing.is_id, nothing.p_value, nothing.flagged_share) == ((), True, 1.0, 0.0)
+    with pytest.raises(ValueError, match="there is no box in the calibration inputs"):
+        scorer.calibrate(images[5:], progress=False)
+
+
+def test_boxes_are_found_in_images_of_any_size(tmp_path):
+    model = tiny_detector()
+    scorer = fn.Scorer(model, fn.NAN(), per="box", preprocess=to_pixels).calibrate(
+        [noise_images(30)], progress=False
+    )
+    pictures = [np.full(shape, 90, np.uint8) for shape in ((40, 60, 3), (64, 50, 3))]
+    assert [verdict.error for verdict in scorer.predict(pictures)] == [None, None]
+    scorer.save(tmp_path / "s.featnorm", weights=True)
+    assert fn.load(tmp_path / "s.featnorm", model, preprocess=to_pixels).preprocess.transform is to_pixels
+    with pytest.raises(ValueError, match="boxes are found in images, and the preprocess takes texts"):
+        fn.Scorer(model, fn.NAN(), per="box", preprocess=to_pixels, kind="texts")
+    scorer.classes = ["a", "b"]
+    with pytest.raises(ValueError, match="there are 2 class names, but the model has 4 logits"):
+        scorer.predict(noise_images(2))
+
+
+def to_pixels(image):
+    return torch.from_numpy(np.array(image)).movedim(2, 0) / 255

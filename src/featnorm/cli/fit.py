@@ -232,7 +232,7 @@ def fit(
     _print_model(scorer, report)
     calibration = scorer.item_calibration
     assert calibration is not None
-    how = f"on {report.held_out} held-out {items}"
+    how = f"on {report.held_out} held-out {items}{' with boxes' if scorer.per == 'box' else ''}"
     if not (report.head == "train" or scorer.detector.needs_fit):
         how = f"on {report.held_out} of {report.trained} {items}, none of them held out, because it needs no fit"
     if scorer.is_jackknife:

@@ -18,11 +18,11 @@ from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features, Parts
 from featnorm.metrics import auroc, evaluate
 from featnorm.paper.images import as_pixels
+from featnorm.paper.panels import image_grid
 from featnorm.paper.scenes import DIGITS, FOREIGN, SIDE, Objects, Scenes, load_objects
 from featnorm.paper.study import Context, Study
 from featnorm.paper.tables import Result, Table, cell, environment, left_out, mean_and_deviation
 from featnorm.parts import PartCalibration, sampled_parts, unit_scores
-from featnorm.report.html import data_uri
 from featnorm.report.maps import map_picture
 from featnorm.tap import FeatureTap
 from featnorm.training import Recipe, train
@@ -375,16 +375,7 @@ def _figure(pictures: Sequence[Mapping[str, Any]]) -> str:
         drawn.append(
             map_picture(pixels.movedim(2, 0) / 255, Verdict(values, values, values > 1 - _TPR, None, parts))
         )
-    width, height = drawn[0].width + 24, drawn[0].height + 24
-    rows = -(-len(drawn) // 2)
-    images = "".join(
-        f'<image x="{i % 2 * width}" y="{i // 2 * height}" width="{one.width}" height="{one.height}" '
-        f'href="{data_uri(one, "JPEG", quality=85, optimize=True)}"/>'
-        for i, one in enumerate(drawn)
-    )
-    size = f'width="{2 * width}" height="{rows * height}" viewBox="0 0 {2 * width} {rows * height}"'
-    ground = '<rect width="100%" height="100%" fill="white"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{ground}{images}</svg>\n'
+    return image_grid(drawn, 2)
 
 
 MapStudy("maps", "Detectors at the positions of maps")
