@@ -197,11 +197,11 @@ def fit(
         are, and tables as a `featnorm.inputs.rows.Table` encodes them.
     detector
         Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
-        from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
-        for fewer than 100 items, or if less than half of them would be left to fit to (218 at ``tpr=0.99``).
-        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items. For a table, KNN has
-        ``normalize=False``. A bank of the default is at most 268 MB: of more items, a sample (``size``, see
-        `KNN`).
+        from ID data beat (docs/results/selection.md). ``KLUniform()`` for verdicts per position or box, for a
+        classifier without pooled features, for fewer than 100 items, or if less than half of them would be left to
+        fit to (218 at ``tpr=0.99``). Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100
+        items. For a table, KNN has ``normalize=False``. A bank of the default is at most 268 MB: of more items, a
+        sample (``size``, see `KNN`).
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
@@ -545,6 +545,8 @@ def fit_source(
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
         elif per != "input":
             scorer.calibrate_features(held_out_features(calibrates), tpr)
+            assert scorer.item_calibration is not None
+            chosen = len(scorer.item_calibration.scores)  # images without boxes do not count
         else:
             of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
             by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}

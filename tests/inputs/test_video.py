@@ -155,6 +155,8 @@ def test_folders_are_classes_and_what_is_not_a_video_is_counted(tmp_path, clip):
     images = open_source(str(tmp_path))
     assert len(images) == 4
     assert str(images.passed_over) == "ignored 4 files that are not images (.mp4 3, .txt 1)"
+    (tmp_path / "dogs" / "labels.csv").write_text("a,b\n1,2\n")
+    assert open_source(str(tmp_path / "dogs")).kind is FRAMES
 
 
 def test_a_video_among_images_is_named(tmp_path, clip):

@@ -124,7 +124,9 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     assert whole.status_code == 200
     results = whole.json()["results"]
     assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
-    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error", "group"]
+    assert list(results[0]) == [
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes"
+    ]  # fmt: skip
     for row, result in zip(rows, results, strict=True):
         assert result["error"] == row.error
         assert result["predicted"] == row.predicted
@@ -1174,7 +1176,7 @@ def test_openapi_describes_the_results(client):
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
     assert set(result["properties"]) == {
-        "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes", "why",
     }  # fmt: skip
     properties = {"units", "terms", "nearest", "heat", "no_heat"}
     assert set(schema["components"]["schemas"]["Why"]["properties"]) == properties

@@ -17,7 +17,7 @@ from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import Folder
 from featnorm.inputs.formats import PassedOver, ending
 from featnorm.inputs.kinds import is_data_frame
-from featnorm.inputs.openers import Opener, Options, open_source
+from featnorm.inputs.openers import Location, Opener, Options, open_source
 from featnorm.inputs.parquet import ParquetImages, open_parquet
 from featnorm.inputs.source import Source
 from featnorm.inputs.texts import (
@@ -76,6 +76,10 @@ class RowOpener(Opener):
 
     endings = tuple(FORMATS)
     shards = (".csv", ".jsonl")
+
+    def accepts(self, location: Location) -> bool:
+        """See `Opener`; beside videos, such files describe them."""
+        return super().accepts(location) and not (isinstance(location, Folder) and location.videos[0])
 
     def open(self, location: Any, title: str, options: Options) -> Source[Any]:
         """See `Opener`; the other files of the folder are ignored."""
