@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.cache import CachedFeatures
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
@@ -114,7 +114,7 @@ class TableRows(Source[Any]):
         label = options.label_column or "label"
         if options.label_column is not None and label not in names:
             raise DataError(f"no column {label!r} in {title}: it has {', '.join(names)}")
-        nested = vision_module("pyarrow").types.is_nested
+        nested = import_extra("pyarrow").types.is_nested
         self.columns = tuple(f.name for f in schema if not nested(f.type) and f.name not in ("", label))
         self._ends = list(accumulate(sizes))
         if not self._ends or not self._ends[-1]:
@@ -187,7 +187,7 @@ class ArrowRows(TableRows):
 
     def _block(self, number: int, columns: Sequence[str]) -> Any:
         places = self._places[number * _BLOCK : (number + 1) * _BLOCK]
-        indices = vision_module("pyarrow").array(places, mask=places < 0)
+        indices = import_extra("pyarrow").array(places, mask=places < 0)
         return self._table.select(columns).take(indices)
 
     def _read(self, i: int) -> tuple[Any, bytes]:
@@ -301,7 +301,7 @@ def row_source(data: Any, options: Options) -> Source[Any]:
         The data have another shape or type.
     """
     if is_data_frame(data):
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         try:
             table = pa.Table.from_pandas(data, preserve_index=False)
         except (pa.ArrowException, TypeError, ValueError) as error:
@@ -382,7 +382,7 @@ class LabeledSource(SlicedSource[Any]):
 
 def vector_columns(schema: Any) -> list[str]:
     """Return the names of the columns of a `pyarrow.Schema` that hold vectors: lists of numbers."""
-    types = vision_module("pyarrow").types
+    types = import_extra("pyarrow").types
     lists = [f for f in schema if types.is_list(f.type) or types.is_large_list(f.type)]
     lists += [f for f in schema if types.is_fixed_size_list(f.type)]
     return [f.name for f in lists if types.is_floating(f.type.value_type) or types.is_integer(f.type.value_type)]
@@ -401,8 +401,8 @@ def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
     """
     if all(map(is_number, file.columns)) and not all(map(str.isdecimal, file.columns)):
         raise DataError(f"the first row of {file.name} holds numbers: add a row with the names of the columns")
-    pa = vision_module("pyarrow")
-    missing = frozenset(vision_module("pyarrow.csv").ConvertOptions().null_values)
+    pa = import_extra("pyarrow")
+    missing = frozenset(import_extra("pyarrow.csv").ConvertOptions().null_values)
     unread: dict[int, str] = {}
     tables = []
     numbered = enumerate(row for _, row in file.rows())
@@ -428,7 +428,7 @@ def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
 
 
 def _column(values: list[Any], missing: Set[str]) -> Any:
-    pa = vision_module("pyarrow")
+    pa = import_extra("pyarrow")
     try:
         return pa.array([None if isinstance(value, str) and value in missing else value for value in values])
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -436,7 +436,7 @@ def _column(values: list[Any], missing: Set[str]) -> Any:
 
 
 def _words(values: list[Any]) -> Any:
-    pa = vision_module("pyarrow")
+    pa = import_extra("pyarrow")
     return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
@@ -457,7 +457,7 @@ class _Errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (vision_module("pyarrow").ArrowException, OSError)):
+        if isinstance(error, (import_extra("pyarrow").ArrowException, OSError)):
             raise DataError(f"cannot read {self._name}: {first_line(error)}") from error
 
 

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.arrays import ArrowRows, ParquetRows, table_of
 from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import Folder
@@ -56,7 +56,7 @@ class ParquetOpener(Opener):
 
     def _open(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> Source[Any]:
         path = folder.name(files[0])
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         labels: dict[str, Any] = {"labels": options.labels, "label_column": options.label_column}
         try:
             with open_parquet(folder, files[0]) as opened:
