@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from featnorm.calibration import Calibration
+    from featnorm.parts import PartCalibration
 
 _Made = TypeVar("_Made")
 
-FORMAT = 4
-#: Names of the tensors of calibration scores, and of the groups of these scores.
+FORMAT = 5
+#: Names of the tensors of calibration scores, and of the groups or the units of these scores.
 CALIBRATION, MEMBERS = "calibration.scores", "calibration.members"
+OWNERS, UNIT_SCORES = "calibration.owners", "calibration.unit_scores"
 #: Errors raised when objects are made from invalid file content.
 MALFORMED = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
@@ -197,6 +199,12 @@ def read_calibration(path: str | Path) -> StoredCalibration | None:
         end = 8 + int.from_bytes(content[:8], "little")
         header = _header(path, json.loads(content[8:end]).get("__metadata__", {}), entries)
 
+    if header.get("lowest") is not None:
+        raise ArchiveError(
+            f"{path} is calibrated on parts of images or clips, which depend on each other: it has no threshold "
+            "for independent scores"
+        )
+
     def make(*args: Any) -> StoredCalibration:
         scores, tpr, members, names = args
         return StoredCalibration(scores.array(), tpr, None if members is None else members.array(), names)
@@ -204,7 +212,9 @@ def read_calibration(path: str | Path) -> StoredCalibration | None:
     return _calibration(make, entries, header, path)
 
 
-def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Calibration | None:
+def calibration(
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path
+) -> Calibration | PartCalibration | None:
     """Return the calibration in a detector file, or None if the detector was not calibrated.
 
     Parameters
@@ -218,8 +228,15 @@ def calibration(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: 
         The file is damaged.
     """
     from featnorm.calibration import Calibration
+    from featnorm.parts import PartCalibration
 
-    return _calibration(Calibration, tensors, header, path)
+    if header.get("lowest") is None:
+        return _calibration(Calibration, tensors, header, path)
+    try:
+        scores, owners, of_units = (tensors[name] for name in (CALIBRATION, OWNERS, UNIT_SCORES))
+        return PartCalibration.from_state(scores, owners, of_units, header["tpr"], header["lowest"])
+    except MALFORMED as error:
+        raise damaged(path, error) from None
 
 
 def damaged(path: str | Path, error: Exception) -> ArchiveError:

@@ -16,6 +16,7 @@ from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
 from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
 from featnorm.inputs.rows import Rows
+from featnorm.parts import PartCalibration
 
 if TYPE_CHECKING:
     from featnorm.scorer import Scorer
@@ -63,6 +64,10 @@ class ScoringGraph(nn.Module):
             )
         if scorer.calibration is None:
             raise ExportError("the scorer is not calibrated: without a threshold the graph has no verdict")
+        if isinstance(scorer.calibration, PartCalibration):
+            raise ExportError(
+                "the scorer is calibrated on parts of images or clips, which a graph does not score yet"
+            )
         by = scorer.thresholds_by
         if by is not None and by != "class":
             raise ExportError(
@@ -135,7 +140,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     onnx, onnxruntime, _ = map(import_extra, ("onnx", "onnxruntime", "onnxscript"))
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    inputs = _example(scorer, _TRACED, generator)
+    inputs: Any = _example(scorer, _TRACED, generator)
     names, axes = [scorer.kind.name], {0: torch.export.Dim("n", min=1)}
     shapes: Any = axes
     if not isinstance(inputs, Tensor):

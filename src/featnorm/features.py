@@ -1,8 +1,8 @@
 """`Features`: what a model computes for a batch of inputs, as far as detectors read it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,44 @@ class ModelCall(Protocol):
         ...
 
 
+class Boxes(NamedTuple):
+    """Boxes that an object detector found.
+
+    Attributes
+    ----------
+    corners : (n, 4) x1, y1, x2, y2 in pixels of the image.
+    labels : (n,) int64, class of each box, the index of its logit; class 0 is the background.
+    confidence : (n,) the model's own, in [0, 1].
+    """
+
+    corners: Tensor
+    labels: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What the rows of features are of, if an input has several: positions of a map, or detected boxes.
+
+    Parameters
+    ----------
+    owners : (n,) int64, index of the input of each row, ascending.
+    count : number of inputs, including those without rows.
+    grid : height and width of the map whose positions the rows are, row by row.
+    boxes : the boxes that the rows are of.
+    """
+
+    owners: Tensor
+    count: int
+    grid: tuple[int, int] | None = None
+    boxes: Boxes | None = None
+
+    def to(self, device: torch.device | str) -> "Parts":
+        """Move to a device."""
+        boxes = None if self.boxes is None else Boxes(*(value.to(device) for value in self.boxes))
+        return replace(self, owners=self.owners.to(device), boxes=boxes)
+
+
 @dataclass(frozen=True, eq=False)
 class Features:
     """Features of n inputs. Any subset of the fields may be given; a detector names the field that it misses.
@@ -58,6 +96,7 @@ class Features:
     call
         Forward pass that made one batch, for detectors that run the model again. It is dropped when rows are
         selected or batches joined.
+    parts : what the rows are of, if an input has several; dropped as `call` is. Default: one row per input.
 
     Raises
     ------
@@ -75,6 +114,7 @@ class Features:
     classifier: Classifier | None = None
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
     call: ModelCall | None = field(default=None, repr=False)
+    parts: Parts | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._use_two_classes()
@@ -100,6 +140,8 @@ class Features:
             raise ValueError(f"Features need at least one of {', '.join(PER_INPUT)}")
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the fields of Features differ in their number of inputs: {sizes}")
+        if self.parts is not None and len(self.parts.owners) != len(self):
+            raise ValueError(f"there are {len(self.parts.owners)} owners of {len(self)} rows of Features")
         if self.classifier is not None:
             self._check_classifier(self.classifier)
 
@@ -138,7 +180,12 @@ class Features:
         return self._field(name)
 
     def require_call(self, detector: object) -> ModelCall:
-        """Return the forward pass that made these features; raise a ValueError if it was not kept."""
+        """Return the forward pass that made these features; raise a ValueError if there is none to run again."""
+        if self.parts is not None:
+            raise ValueError(
+                f"{detector!r} runs the model on changed inputs, which is possible per input only, and not per "
+                "position or box: choose another detector"
+            )
         if self.call is None:
             raise ValueError(
                 f"{detector!r} runs the model again, and these features came without their inputs: use a Scorer, "
@@ -180,6 +227,11 @@ class Features:
             return value
 
         moved = self._map(move)
+        if self.parts is not None:
+            parts = self.parts
+            for device in devices:
+                parts = parts.to(device)
+            moved = moved.replace(parts=parts)
         if self.classifier is None:
             return moved
         weight, bias = self.classifier
@@ -187,7 +239,7 @@ class Features:
 
     def replace(self, **fields: Any) -> "Features":
         """Return a copy with some fields replaced."""
-        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call")}
+        current = {name: getattr(self, name) for name in (*PER_INPUT, "classifier", "absent", "call", "parts")}
         return Features(**{**current, **fields})
 
     @property
@@ -250,7 +302,7 @@ class Features:
             if key not in joined:
                 joined[key] = torch.cat(values)
             fields[name] = joined[key]
-        return parts[0].replace(call=None, **fields)
+        return parts[0].replace(call=None, parts=None, **fields)
 
     def _field(self, name: str) -> Any:
         value = getattr(self, name)
@@ -264,7 +316,7 @@ class Features:
         for _, value in self.fields():
             if id(value) not in done:
                 done[id(value)] = function(value)
-        return self.replace(call=None, **{name: done[id(value)] for name, value in self.fields()})
+        return self.replace(call=None, parts=None, **{name: done[id(value)] for name, value in self.fields()})
 
 
 def two_classes(value: Tensor, axis: int = 0) -> Tensor:

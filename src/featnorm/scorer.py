@@ -1,8 +1,11 @@
 """`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, Self
 
 import torch
@@ -16,31 +19,34 @@ from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.export import export_onnx
-from featnorm.features import Features
+from featnorm.features import Features, Parts
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
-from featnorm.inputs.kinds import Inputs, rows_in, to_device
+from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
+from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts, sampled_parts, unit_scores
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
 from featnorm.tap.capture import all_modules
-from featnorm.tap.find import Pooling
+from featnorm.tap.find import Per, Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
-from featnorm.verdict import ItemVerdict, Verdict, unreadable
+from featnorm.verdict import BoxVerdict, ItemVerdict, Verdict, unreadable
 
 HeadKind = Literal["keep", "train", "none"]
 
 #: Beginnings of the names of tensors in a scorer's file.
 MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
 STATISTICS, EXAMPLES, ROWS = "statistics.", "examples.", "rows."
+#: Share of the lowest parts that the score of a whole image or clip is the mean of, by default.
+LOWEST: dict[Per, float] = {"input": 0.25, "position": 0.05, "box": 0.0}
 _CHANGED = (
     "the model's weights or their precision have changed since the detector was fitted or calibrated: fit and "
     "calibrate it again"
@@ -80,13 +86,20 @@ class Scorer(nn.Module):
         Groups of inputs that get a threshold each, so that the stated rate holds in every group: "class" for the
         predicted class, or "folder", a column or a regular expression, as `featnorm.inputs.group_items` takes
         them. Default: one threshold for all.
+    per
+        What gets a verdict: each "input", each "position" of a model whose outputs are maps, or each "box" that an
+        object detector finds. Calibration then takes images as independent, and not their positions or boxes, see
+        `featnorm.parts.PartCalibration`; `Verdict.units` holds the verdicts on images.
+    lowest
+        Share of the parts of an image or a clip whose mean score is that of the whole, see
+        `featnorm.parts.unit_scores`. Default: 0.05 of the positions; the lowest box; 0.25 of the frames of a clip.
 
     Raises
     ------
     TypeError
         The model is not a `torch.nn.Module`, or the detector is not a `Detector`.
     ValueError
-        ``layer`` is not in the model.
+        ``layer`` is not in the model; ``per`` or ``lowest`` is invalid, or is given with groups.
 
     Examples
     --------
@@ -113,15 +126,21 @@ class Scorer(nn.Module):
         examples: Examples | None = None,
         facts: Mapping[str, str] | None = None,
         thresholds_by: str | None = None,
+        per: Per = "input",
+        lowest: float | None = None,
     ) -> None:
         super().__init__()
         check_detector(detector, "Scorer")
         if isinstance(classes, str):
             raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
         self.model = model
-        self.tap = FeatureTap(model, layer, output, channel_axis, pooling)
+        if per != "input" and thresholds_by is not None:
+            raise ValueError("thresholds_by is for a scorer per input: omit it, or per")
+        if lowest is not None:
+            check_lowest(lowest)
+        self.tap = FeatureTap(model, layer, output, channel_axis, pooling, per)
         self.detector = detector.to(self.tap.device)
-        self.calibration: Calibration | None = None
+        self.calibration: Calibration | PartCalibration | None = None
         self.classes = None if classes is None else [check_text(name) for name in classes]
         self.spec = spec
         self.head = head
@@ -129,17 +148,27 @@ class Scorer(nn.Module):
         self.examples = examples
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
+        self.lowest = LOWEST[per] if lowest is None else lowest
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
         self._versions: list[tuple[int, int, int]] = []
+        self.kind = kind_of(kind or preprocess)
+        if per == "box" and self.kind is not IMAGES:
+            raise ValueError(f"boxes are found in images, and the preprocess takes {self.kind.name}")
+        if per == "box" and preprocess is not None:
+            preprocess = OfAnySize(preprocess)
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
-        self.kind = kind_of(kind or preprocess)
 
     @property
     def preprocess(self) -> Callable[[Any], Any] | None:
         """Function from an item to what the model takes."""
         return self._preprocess[0]
+
+    @property
+    def per(self) -> Per:
+        """What gets a verdict: each "input", "position" or "box"."""
+        return self.tap.per
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -167,8 +196,15 @@ class Scorer(nn.Module):
     @property
     def is_jackknife(self) -> bool:
         """Whether the calibration is that of a `featnorm.Jackknife`, without scores of held-out inputs."""
-        fixed = self.calibration is not None and are_ranks(self.calibration.scores.cpu().numpy())
+        fixed = isinstance(self.calibration, Calibration) and are_ranks(self.calibration.scores.cpu().numpy())
         return fixed and isinstance(self.detector, Jackknife)
+
+    @property
+    def item_calibration(self) -> Calibration | PartCalibration | None:
+        """Calibration of the verdicts on items: for a scorer of positions or boxes, that of whole images."""
+        if self.per != "input" and isinstance(self.calibration, PartCalibration):
+            return self.calibration.units
+        return self.calibration
 
     @property
     def explains(self) -> bool:
@@ -185,9 +221,10 @@ class Scorer(nn.Module):
     ) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
-        For a detector that needs no fit, only the first batch is read, to check that the detector works on this
-        model. A fit drops an earlier calibration. The same pass collects the statistics for explanations, if the
-        model has a last hidden layer and a classifier on it.
+        Of the positions or boxes of an image, at most 256 are used, see `featnorm.parts.sampled_parts`. For a
+        detector that needs no fit, only the first batch is read, to check that the detector works on this model. A
+        fit drops an earlier calibration. The same pass collects the statistics for explanations, if the model has
+        a last hidden layer and a classifier on it.
 
         Parameters
         ----------
@@ -237,7 +274,8 @@ class Scorer(nn.Module):
             The features lack what the detector reads, or are not finite; an earlier fit is then kept.
         """
         with self.detector.refit():
-            for error in fit_in_batches([self.detector], batches, held_out).values():
+            others = None if held_out is None else sampled_parts(held_out)
+            for error in fit_in_batches([self.detector], sampled_parts(batches), others).values():
                 raise error
         if self.detector.needs_fit:
             self.calibration = None
@@ -250,6 +288,7 @@ class Scorer(nn.Module):
         tpr: float | None = None,
         *,
         groups: Sequence[str] | None = None,
+        units: Units | None = None,
         update: bool = False,
         labels: LabelsOf | None = None,
         progress: bool | None = None,
@@ -263,6 +302,9 @@ class Scorer(nn.Module):
             Share of in-distribution inputs to accept, between 0 and 1. Default: 0.95, or with ``update`` that of
             the earlier calibration.
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
+        units
+            Unit of each input, for inputs that depend on each other, such as the clip of each frame; see
+            `featnorm.parts.PartCalibration`. Default: the inputs are independent.
         update : whether to add the inputs to those of the earlier calibration.
         labels : where the labels of a batch are, which are ignored; see `fit`.
         progress : whether to show a progress bar. Default: on a terminal; elsewhere a line every 30 seconds.
@@ -270,12 +312,12 @@ class Scorer(nn.Module):
         Raises
         ------
         ValueError
-            There are too few inputs for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be scored,
-            groups are missing, or there is no earlier calibration to update.
+            There are too few inputs or units for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be
+            scored, groups are missing, or there is no earlier calibration to update.
         """
         self._check_rate(tpr, update)
         return self.calibrate_features(
-            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, update=update
+            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, units=units, update=update
         )
 
     @torch.no_grad()
@@ -285,6 +327,7 @@ class Scorer(nn.Module):
         tpr: float | None = None,
         *,
         groups: Sequence[str] | None = None,
+        units: Units | None = None,
         update: bool = False,
     ) -> Self:
         """Calibrate as `calibrate` does, on features of in-distribution inputs.
@@ -292,7 +335,7 @@ class Scorer(nn.Module):
         Parameters
         ----------
         batches : features as `tap` extracts them.
-        tpr, groups, update : see `calibrate`.
+        tpr, groups, units, update : see `calibrate`.
 
         Raises
         ------
@@ -300,6 +343,8 @@ class Scorer(nn.Module):
             As `calibrate`.
         """
         self._check_rate(tpr, update)
+        if self.per != "input" or units is not None:
+            return self._calibrate_parts(batches, units, tpr, update)
         if self.thresholds_by is not None and self.thresholds_by != "class" and groups is None:
             raise ValueError(f"this scorer has thresholds by {self.thresholds_by!r}: pass the group of each input")
         scores, classes, count = [], [], 0
@@ -311,6 +356,57 @@ class Scorer(nn.Module):
         members = torch.cat(classes) if classes else groups
         names = self._class_names(count) if classes else None
         return self.use_scores(torch.cat(scores), members, names, tpr, update=update)
+
+    def _calibrate_parts(
+        self, batches: Iterable[Features], units: Units | None, tpr: float | None, update: bool
+    ) -> Self:
+        """Calibrate on the parts of units: of the inputs, or of units that are given."""
+        if self.thresholds_by is not None:
+            raise ValueError("thresholds_by is for inputs that are independent: omit it, or units")
+        if self.per == "input":
+            assert units is not None
+            scores = torch.cat([self.detector.score(features) for features in batches])
+            return self.use_parts(drawn_parts(scores, units, self.lowest), tpr, update=update)
+        if units is not None:
+            raise ValueError(f"the units of a scorer per {self.per} are the inputs: omit units")
+        found: list[tuple[Tensor, ...]] = []
+        count = 0
+        for features in batches:
+            if len(features):
+                assert features.parts is not None
+                scores, owners, of_units = drawn_parts(
+                    self.detector.score(features), features.parts.owners, self.lowest
+                )
+                found.append((scores, owners + count, of_units))
+                count += len(of_units)
+        if not found:
+            raise ValueError(f"there is no {self.per} in the calibration inputs")
+        scores, owners, of_units = map(torch.cat, zip(*found, strict=True))
+        return self.use_parts((scores, owners, of_units), tpr, update=update)
+
+    def use_parts(
+        self, parts: tuple[Tensor, Tensor, Tensor], tpr: float | None = None, *, update: bool = False
+    ) -> Self:
+        """Calibrate on the scores of parts of in-distribution units, such as positions, boxes or frames.
+
+        Parameters
+        ----------
+        parts : scores of parts, their owners, and scores of units, as `featnorm.parts.drawn_parts` returns them.
+        tpr, update : see `calibrate`.
+
+        Raises
+        ------
+        ValueError
+            There are too few units for the share, or the earlier calibration is not of parts.
+        """
+        if not update:
+            made = PartCalibration.from_state(*parts, 0.95 if tpr is None else tpr, self.lowest)
+        elif isinstance(self.calibration, PartCalibration):
+            made = self.calibration.with_parts(*parts)
+            made = made if tpr is None else made.with_tpr(tpr)
+        else:
+            raise ValueError("the earlier calibration is of independent inputs: calibrate without update")
+        return self._use(made)
 
     def use_scores(
         self,
@@ -333,7 +429,11 @@ class Scorer(nn.Module):
         ValueError
             See `calibrate`.
         """
-        if update and self.calibration is not None:
+        if update and isinstance(self.calibration, PartCalibration):
+            raise ValueError(
+                "the earlier calibration is of parts of units: calibrate without update, or pass units"
+            )
+        if update and isinstance(self.calibration, Calibration):
             if self.is_jackknife:
                 raise ValueError(
                     "the earlier calibration left inputs out of the fit in turn, so it has no scores to add to: "
@@ -343,6 +443,9 @@ class Scorer(nn.Module):
             made = made if tpr is None else made.with_tpr(tpr)
         else:
             made = Calibration(scores, 0.95 if tpr is None else tpr, groups, group_names)
+        return self._use(made)
+
+    def _use(self, made: Calibration | PartCalibration) -> Self:
         if self.detector.needs_fit:
             self._check_weights()
         self.calibration = made.to(self.tap.device)
@@ -436,8 +539,12 @@ class Scorer(nn.Module):
             The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
         score = self.detector.score(features)
+        parts = features.parts
         if self.calibration is None:
-            return Verdict(score, None, None, features.logits)
+            return Verdict(score, None, None, features.logits, parts)
+        if isinstance(self.calibration, PartCalibration):
+            units = None if parts is None else self.calibration.predict_units(score, parts.owners, parts.count)
+            return Verdict(score, *self.calibration.predict(score), features.logits, parts, units)
         members: Any = groups
         if self.thresholds_by == "class" and self.calibration.group_names:
             members = features.tensor("logits").argmax(1)
@@ -553,8 +660,82 @@ class Scorer(nn.Module):
                 with self._users_forward(named(source, part.batch.indices.tolist())):
                     found = over_parts(predict, part.batch.inputs, part.batch.indices)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
-                    verdicts[row] = verdict._replace(first_of_several=row in part.several)
+                    several, moment = row in part.several, source.time(row)
+                    verdicts[row] = verdict._replace(first_of_several=several, time=moment)
             yield [verdicts[row] for row in part.rows]
+
+    def watch(
+        self,
+        frames: Iterable[Any],
+        *,
+        fps: float | None = None,
+        batch_size: int = 1,
+        runtime: Runtime | None = None,
+    ) -> Iterator[ItemVerdict]:
+        """Yield the verdicts on the frames of a stream, such as a camera or a pipe, as they come.
+
+        Memory holds one batch, however long the stream. The frames of a stream depend on each other: calibrate on
+        clips (``units`` of `calibrate`), so that the stated rate is that of the frames of a new clip. For the same
+        reason a `DriftMonitor` must not be updated with all of them.
+
+        Parameters
+        ----------
+        frames
+            Frames as `predict` takes them, in the order of time: PIL images, arrays (H, W, 3), tensors, or what
+            PyAV decodes.
+        fps
+            Maximum number of frames per second to score; the others are skipped. Default: all frames are scored.
+        batch_size : number of frames to score at a time; verdicts come after the last one of them.
+        runtime : precision. Default: `Runtime()`. The scorer stays on the device where it is.
+
+        Yields
+        ------
+        ItemVerdict
+            Its ``time`` is that of PyAV's frame, or else the number of seconds since the first frame came.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `predict`; or ``fps`` or ``batch_size`` is not positive.
+
+        Examples
+        --------
+        >>> camera = av.open("/dev/video0", format="v4l2")
+        >>> for verdict in scorer.watch(camera.decode(video=0), fps=5):
+        ...     if not verdict.is_id:
+        ...         print(verdict.time, verdict.p_value)
+        """
+        if batch_size < 1 or (fps is not None and not fps > 0):
+            raise ValueError(f"fps and batch_size must be positive, got {fps} and {batch_size}")
+        return self._watched(frames, fps, batch_size, runtime or Runtime())
+
+    def _watched(
+        self, frames: Iterable[Any], fps: float | None, batch_size: int, runtime: Runtime
+    ) -> Iterator[ItemVerdict]:
+        batch: list[tuple[str, Any]] = []
+        times: list[float] = []
+        began, wanted = None, -math.inf
+        for number, frame in enumerate(frames):
+            now = perf_counter()
+            began = now if began is None else began
+            stamp = getattr(frame, "time", None)
+            moment = now - began if stamp is None else float(stamp)
+            if moment < wanted:
+                continue
+            if fps is not None:
+                wanted = (math.floor(moment * fps) + 1) / fps
+            batch.append((f"frame {number}", frame))
+            times.append(moment)
+            if len(batch) == batch_size:
+                yield from self._timed(batch, times, runtime)
+                batch, times = [], []
+        yield from self._timed(batch, times, runtime)
+
+    def _timed(
+        self, batch: Sequence[tuple[str, Any]], times: Sequence[float], runtime: Runtime
+    ) -> Iterator[ItemVerdict]:
+        for moment, verdict in zip(times, self._predict_items(batch, None, False, runtime), strict=True):
+            yield verdict._replace(time=moment)
 
     def groups_of(self, source: Source[Any]) -> list[str] | None:
         """Return the group of each item of a source; None if the scorer has no groups, or those of classes.
@@ -631,6 +812,8 @@ class Scorer(nn.Module):
         with (runtime or Runtime()).autocast():
             features = self.tap.capture(inputs, classifier=reads_classifier)
             verdict = self.predict_features(features, groups)
+        if verdict.parts is not None:
+            return self._of_inputs(names, verdict, verdict.parts)
         nothing = [None] * len(names)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
@@ -646,6 +829,40 @@ class Scorer(nn.Module):
         for row, why in zip(explain, self._explained(inputs, features, explain, heat), strict=True):
             verdicts[row] = verdicts[row]._replace(why=why)
         return verdicts
+
+    def _of_inputs(self, names: Sequence[str], verdict: Verdict, parts: Parts) -> list[ItemVerdict]:
+        """Return the verdict on each input, from those on all parts."""
+        units = verdict.units
+        if units is None:
+            units = Verdict(unit_scores(verdict.score, parts.owners, parts.count, self.lowest), None, None, None)
+        sizes = torch.bincount(parts.owners, minlength=parts.count).tolist()
+        nothing = [None] * parts.count
+        whole = (nothing if values is None else values.tolist() for values in units[:3])
+        of_parts = (nothing if values is None else values.cpu().split(sizes) for values in verdict[:3])
+        boxes = self._boxes_of(verdict, parts)
+        found = []
+        rows: Iterable[tuple[Any, ...]] = zip(names, *whole, *of_parts, strict=True)
+        for (name, score, p_value, is_id, scores, p_values, are_id), size in zip(rows, sizes, strict=True):
+            owners = torch.zeros(len(scores), dtype=torch.int64)
+            own = Verdict(scores, p_values, are_id, None, Parts(owners, 1, parts.grid))
+            share = None if are_id is None else 1 - float(are_id.double().mean()) if len(owners) else 0.0
+            of_boxes = None if boxes is None else tuple(islice(boxes, size))
+            whole_item = ItemVerdict(name, score, p_value, is_id, None, None)
+            found.append(whole_item._replace(flagged_share=share, boxes=of_boxes, parts=own))
+        return found
+
+    def _boxes_of(self, verdict: Verdict, parts: Parts) -> Iterator[BoxVerdict] | None:
+        """Return the verdicts on boxes one by one; None if the parts are not boxes."""
+        if parts.boxes is None:
+            return None
+        if verdict.logits is not None:
+            self.check_classes(verdict.logits)
+        corners, labels, confidence = (values.tolist() for values in parts.boxes)
+        words = [str(label) if self.classes is None else self.classes[label] for label in labels]
+        nothing = [None] * len(words)
+        p_values, are_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
+        columns = (map(tuple, corners), words, confidence, verdict.score.tolist(), p_values, are_id)
+        return (BoxVerdict(*row) for row in zip(*columns, strict=True))
 
     def check_classes(self, logits: Tensor) -> None:
         """Raise a ValueError if the number of class names is not that of the logits (n, C)."""
@@ -713,7 +930,12 @@ class Scorer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._weights = None  # they are loaded too
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
-        if scores is not None and extra is not None and extra["tpr"] is not None:
+        if scores is not None and extra is not None and extra.get("lowest") is not None:
+            owners, of_units = (state_dict[f"{prefix}calibration.{name}"] for name in ("owners", "unit_scores"))
+            self.calibration = PartCalibration.from_state(
+                scores, owners, of_units, extra["tpr"], extra["lowest"]
+            ).to(self.tap.device)
+        elif scores is not None and extra is not None and extra["tpr"] is not None:
             members = state_dict.get(f"{prefix}calibration.members")
             made = Calibration(scores, extra["tpr"], members, extra["groups"])
             self.calibration = made.to(self.tap.device)
@@ -764,6 +986,7 @@ class Scorer(nn.Module):
             "facts": self.facts,
             "example classes": None if self.examples is None else self.examples.classes,
             "thresholds by": self.thresholds_by,
+            "lowest": self.lowest,
         }
         archive.write(path, tensors, header)
 
@@ -819,7 +1042,8 @@ class Scorer(nn.Module):
         with self._users_forward(name):
             features = self.tap.capture(inputs, classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
-        return self.kind.fingerprint(rows_in(inputs, 0)), response[0].float().cpu()
+        # A detector may find no box in the image: its response is then zero.
+        return self.kind.fingerprint(rows_in(inputs, 0)), response[:1].float().sum(0).cpu()
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int, int]]:
@@ -849,7 +1073,9 @@ def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> I
 
 def count_units(features: Features, statistics: ActivationStatistics) -> None:
     """Update statistics with features from which verdicts can be explained; others are not counted."""
-    if features.classifier is not None and features.activation is not None and features.logits is not None:
+    if features.parts is not None or features.classifier is None:
+        return
+    if features.activation is not None and features.logits is not None:
         statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
 
 

@@ -26,6 +26,7 @@ from featnorm.models import LoadedModel, ModelError, ProjectionHead, create_mode
 from featnorm.models.heads import head_of, with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
 from featnorm.models.loading import backbone_of, is_folder, is_users, recreate_model, rows_model
+from featnorm.parts import PartCalibration
 from featnorm.scorer import CALIBRATION, DETECTOR, EXAMPLES, MODEL, ROWS, STATISTICS, HeadKind, Scorer
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import BatchError
@@ -88,6 +89,7 @@ def load(
         statistics = _statistics(tensors)
         examples = _examples(tensors, about["example classes"])
         rows = None if about["rows"] is None else rows_of(about["rows"], _with_prefix(ROWS, tensors))
+        lowest = float(about["lowest"])
         _check_names(tensors)
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
@@ -119,6 +121,7 @@ def load(
         detector.validate()
         options: dict[str, Any] = {"spec": spec, "head": head_kind, "facts": facts, "thresholds_by": by}
         options |= {"statistics": statistics, "examples": examples, "kind": kind.name}
+        options |= {"per": header["tap"]["per"], "lowest": lowest}
         scorer = Scorer(network, detector, preprocess=preprocess, classes=classes, **options)
         archive.check_fingerprint(scorer.tap.model, header["model"], path)
         scorer.tap = FeatureTap.from_dict(network, header["tap"])
@@ -185,7 +188,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
             "calibration": None
             if calibration is None
             else {
-                items: len(calibration.scores),
+                **_counts(calibration, items),
                 f"share of in-distribution {items} to accept": calibration.tpr,
                 "thresholds by": about["thresholds by"],
                 **_thresholds(calibration, items),
@@ -205,7 +208,18 @@ def _columns(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {"numbers": rows["numbers"], "categories": [*rows["categories"]], "left out": rows["left out"]}
 
 
-def _thresholds(calibration: Calibration, items: str) -> dict[str, Any]:
+def _counts(calibration: Calibration | PartCalibration, items: str) -> dict[str, Any]:
+    if isinstance(calibration, Calibration):
+        return {items: len(calibration.scores)}
+    return {"units": len(calibration.unit_scores), "parts kept": len(calibration.scores)}
+
+
+def _thresholds(calibration: Calibration | PartCalibration, items: str) -> dict[str, Any]:
+    if isinstance(calibration, PartCalibration):
+        return {
+            "threshold": float(calibration.threshold),
+            "threshold of units": float(calibration.units.threshold),
+        }
     if not calibration.group_names:
         return {"threshold": float(calibration.threshold)}
     sizes = calibration.group_sizes()
@@ -217,7 +231,13 @@ def _thresholds(calibration: Calibration, items: str) -> dict[str, Any]:
 
 
 def replace_calibration(
-    path: str | Path, out: str | Path, calibration: Calibration, *, source: str | None = None, added: bool = False
+    path: str | Path,
+    out: str | Path,
+    calibration: Calibration | PartCalibration,
+    *,
+    source: str | None = None,
+    added: bool = False,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a scorer's file again with another calibration. The model is not needed.
 
@@ -243,9 +263,10 @@ def replace_calibration(
     if source is not None:
         items = about["kind"]
         earlier = f"{about['facts'].get('calibration', f'held-out {items}')}, then " if added else ""
-        fact = f"{earlier}{source}, {date.today().isoformat()}: {len(calibration.scores)} {items}"
-        about["facts"] = {**about["facts"], "calibration": fact}
-    archive.write(out, {**kept, **made}, {**header, **calibration.to_dict()})
+        counts = [f"{count} {name}" for name, count in _counts(calibration, items).items()]
+        fact = f"{earlier}{source}, {date.today().isoformat()}: {', '.join(counts)}"
+        about["facts"] = {**about["facts"], **(facts or {}), "calibration": fact}
+    archive.write(out, {**kept, **made}, {**header, "lowest": None, **calibration.to_dict()})
 
 
 def _given(
@@ -377,7 +398,8 @@ def _examples(tensors: Mapping[str, Tensor], classes: Any) -> Examples | None:
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
     known = (MODEL, DETECTOR, STATISTICS, EXAMPLES, ROWS)
-    others = {archive.CALIBRATION, archive.MEMBERS, "preprocessed", "response"}
+    others = {archive.CALIBRATION, archive.MEMBERS, archive.OWNERS, archive.UNIT_SCORES}
+    others |= {"preprocessed", "response"}
     if unknown := [name for name in tensors if not name.startswith(known) and name not in others]:
         raise ValueError(f"it has an unknown tensor {unknown[0]!r}")
 

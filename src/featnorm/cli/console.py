@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featnorm.evaluation import Comparison
     from featnorm.inputs import Kind, Source
     from featnorm.inputs.formats import PassedOver
+    from featnorm.parts import PartCalibration
 
 MAX_SKIPPED_SHOWN = 10
 MAX_COLUMNS_SHOWN = 6
@@ -102,8 +103,12 @@ def print_reading(kind: Kind, read: int, unreadable: int, several: int, passed_o
     console.print("; ".join(filter(None, said)), soft_wrap=True)
 
 
-def rate_words(calibration: Calibration, items: str) -> str:
+def rate_words(calibration: Calibration | PartCalibration, items: str) -> str:
     """Return for which groups the rate holds or, without groups, its range for this calibration set."""
+    from featnorm.parts import PartCalibration
+
+    if isinstance(calibration, PartCalibration):  # the range depends on how alike the parts of a unit are
+        return " in a new clip, and at most as many of the clips" if items == "frames" else ""
     groups = calibration.group_names
     if not groups:
         low, high = calibration.false_alarm_range()
@@ -117,6 +122,13 @@ def rate_words(calibration: Calibration, items: str) -> str:
         f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
         f"{items} for thresholds of their own"
     )
+
+
+def clips_of(calibration: Calibration | PartCalibration) -> int | None:
+    """Return the number of clips of a calibration on frames; None if it is of other items."""
+    from featnorm.parts import PartCalibration
+
+    return len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
 
 
 def print_label_columns(source: Source[Any], consequence: str) -> None:
