@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/featnorm demo
@@ -19,6 +19,10 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
+# The site, in docs/_build: a warning, a broken link or a page that no menu leads to is an error.
+docs: .venv/docs.stamp
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build
+
 # Takes hours. `python -m pytest benchmarks/test_knn.py --small` tries one topic in seconds; with --results FOLDER and
 # without --small, its rows replace the old ones there. Some benchmarks take longer than the five minutes after which a
 # test counts as hung: -o faulthandler_timeout=0.
@@ -27,7 +31,7 @@ bench: .venv/bench.stamp
 	$(BIN)/python tools/update_results.py featnorm-benchmarks
 
 clean:
-	rm -rf .venv featnorm-demo featnorm-evaluation featnorm-reproduction featnorm-benchmarks
+	rm -rf .venv docs/_build featnorm-demo featnorm-evaluation featnorm-reproduction featnorm-benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "featnorm needs Python 3.11 or newer; make PYTHON=python3.11")'
@@ -39,6 +43,10 @@ clean:
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/docs.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Without oodeel's requirements: it requires an older numpy than featnorm does.

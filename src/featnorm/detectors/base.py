@@ -75,6 +75,8 @@ class Detector(nn.Module, ABC):
     settings: ClassVar[Mapping[str, Constraint]] = table()
     #: Where the score is defined: authors, venue, year and, where known, the equation or section.
     source: ClassVar[str] = ""
+    #: The score, or what a wrapper changes, in LaTeX, with the symbols of the docstring.
+    formula: ClassVar[str] = ""
     #: Cost of scoring one input, in addition to the forward pass that makes the features. d, D and e are the
     #: widths of the last hidden layer, the pooled feature and the embedding; C is the number of classes, n the
     #: number of training inputs.

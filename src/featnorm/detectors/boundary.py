@@ -49,6 +49,7 @@ class OneClassSVM(Detector):
     reads = ("pooled",)
     learns = ("pooled",)
     source = "Schölkopf et al., NeurIPS 1999"
+    formula = r"\sum_i \alpha_i \exp(-\gamma \lVert h - h_i \rVert^2) - \rho"
     cost = "O(s D) for s support vectors"
     standard = ("OneClassSVM()",)
     settings = table(nu=Interval(0, 1))

@@ -29,6 +29,7 @@ class MSP(_Confidence):
     """The maximum softmax probability (Hendrycks and Gimpel, ICLR 2017)."""
 
     source = "Hendrycks and Gimpel, ICLR 2017"
+    formula = r"\max_k p_k"
     standard = ("MSP()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class MaxLogit(_Confidence):
     """The largest logit (Hendrycks et al., ICML 2022; Vaze et al., ICLR 2022)."""
 
     source = "Hendrycks et al., ICML 2022; Vaze et al., ICLR 2022"
+    formula = r"\max_k l_k"
     standard = ("MaxLogit()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -49,6 +51,7 @@ class Energy(_Confidence):
     """The negative free energy, ``log sum_k exp(logit_k)`` (Liu et al., NeurIPS 2020)."""
 
     source = "Liu et al., NeurIPS 2020"
+    formula = r"\log \sum_k \exp l_k"
     standard = ("Energy()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -62,6 +65,7 @@ class KLUniform(_Confidence):
     """
 
     source = "Park et al., ICCV 2023, Tables 1 and 3"
+    formula = r"\operatorname{KL}(u \,\Vert\, p) = \log \sum_k \exp l_k - \frac{1}{C} \sum_k l_k - \log C"
     standard = ("KLUniform()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -88,6 +92,7 @@ class GEN(_Confidence):
     """
 
     source = "Liu et al., CVPR 2023"
+    formula = r"-\sum_k p_k^\gamma (1 - p_k)^\gamma"
     cost = "O(C log C)"
     standard = ("GEN()",)
     settings = table(gamma=Interval(0, math.inf), top=Integer(1))
@@ -120,6 +125,7 @@ class KLMatching(Detector):
     reads = ("logits",)
     learns = ("logits",)
     source = "Hendrycks et al., ICML 2022"
+    formula = r"-\min_k \operatorname{KL}(p \,\Vert\, q_k)"
     cost = "O(C^2)"
     standard = ("KLMatching()",)
 
@@ -160,6 +166,7 @@ class SHE(Detector):
     reads = ("pooled", "logits")
     learns = ("pooled", "logits", "labels")
     source = "Zhang et al., ICLR 2023"
+    formula = r"\langle h, m_y \rangle"
     cost = "O(C + D)"
     standard = ("SHE()",)
 

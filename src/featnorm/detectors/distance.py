@@ -69,6 +69,7 @@ class Mahalanobis(Detector):
     learns = ("pooled", "labels")
     role: Role = "distance"
     source = "Lee et al., NeurIPS 2018; Ren et al., 2021; Müller and Hein, ICML 2025"
+    formula = r"-\min_c\, (h - \mu_c)^\top \Sigma^{+} (h - \mu_c)"
     cost = "O(D^2 + C D)"
     standard = ("Mahalanobis()", "Mahalanobis(normalize=True)", "Mahalanobis(relative=True)")
     settings = table(normalize=Choice(True, False), relative=Choice(True, False))
@@ -141,6 +142,7 @@ class SSD(Detector):
     learns: tuple[str, ...] = ("pooled",)
     role = "distance"
     source = "Sehwag et al., ICLR 2021"
+    formula = r"-\min_m\, (z - \mu_m)^\top \Sigma_m^{+} (z - \mu_m)"
     cost = "O(D^2) per cluster"
     standard = ("SSD()",)
     settings = table(clusters=Integer(1) | Choice("labels"))

@@ -33,6 +33,7 @@ class Fusion(Wrapper):
 
     operator = "/"
     source = "Park et al., ICCV 2023, eq. 49"
+    formula = r"-d(x) / \lVert a \rVert"
     cost = "that of both detectors"
     standard = ("KNN() / NAN()", "SSD() / NAN()")
     distance: Detector
@@ -82,6 +83,7 @@ class Sum(Wrapper):
 
     operator = "+"
     source = "Jain, Nandakumar and Ross, Pattern Recognition 38(12), 2005"
+    formula = r"\sum_i w_i \, \frac{s_i(x) - m_i}{d_i}"
     cost = "that of all detectors"
     standard = ("KLUniform() + KNN(k=10)",)
     settings = table(weights=SequenceOf(Interval(0, math.inf)))

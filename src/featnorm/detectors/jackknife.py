@@ -90,6 +90,7 @@ class Jackknife(Wrapper):
     """
 
     source = "Barber, Candes, Ramdas and Tibshirani, Annals of Statistics 49(1), 2021; Vovk, 2015"
+    formula = r"\#\{j : c_j \le s_j(x)\} + \frac{a}{a + b}"
     cost = "J times that of the detector"
     settings = table(count=Integer(1))
     count: int

@@ -97,6 +97,7 @@ class NCI(_Margin):
     """
 
     source = "Liu and Qin, CVPR 2025"
+    formula = r"\frac{w_y^\top (h - \mu)}{\lVert h - \mu \rVert} + \alpha \lVert h \rVert_1"
     standard = ("NCI()",)
     settings = table(alpha=Interval(0, math.inf, closed="left"))
     alpha: float
@@ -159,6 +160,10 @@ class FDBD(_Boundary):
     """
 
     source = "Liu and Qin, ICML 2024"
+    formula = (
+        r"\frac{1}{\lVert h - \mu \rVert} \cdot \frac{1}{C - 1} \sum_{c \ne y} \frac{l_y - l_c}{\lVert "
+        r"w_y - w_c \rVert}"
+    )
     standard = ("FDBD()",)
 
     def _combine(self, margins: Tensor, squared: Tensor, length: Tensor, shifts: Tensor) -> Tensor:
@@ -180,6 +185,7 @@ class ORA(_Boundary):
     """
 
     source = "Demirel et al., NeurIPS 2025"
+    formula = r"\max_c \angle(h - \mu,\; z_c - \mu)"
     standard = ("ORA()",)
 
     def _combine(self, margins: Tensor, squared: Tensor, length: Tensor, shifts: Tensor) -> Tensor:

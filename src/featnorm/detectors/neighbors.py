@@ -56,6 +56,7 @@ class KNN(Detector):
     learns = ("pooled",)
     role = "distance"
     source = "Sun et al., ICML 2022"
+    formula = r"-\lVert z - z_{(k)} \rVert_2"
     cost = "O(n D)"
     standard = ("KNN()",)
     settings = table(
@@ -207,6 +208,10 @@ class NNGuide(Detector):
     reads = ("pooled", "logits")
     learns = ("pooled", "logits")
     source = "Park, Jung and Teoh, ICCV 2023"
+    formula = (
+        r"E(x) \cdot \frac{1}{k} \sum_{i} E_i \left\langle \frac{h}{\lVert h \rVert}, \frac{h_i}{\lVert "
+        r"h_i \rVert} \right\rangle"
+    )
     cost = "O(C + b D) for a bank of b inputs"
     standard = ("NNGuide()",)
     settings = table(k=Integer(1), share=Interval(0, 1, closed="right"))

@@ -24,6 +24,7 @@ class NAN(_Norm):
     """
 
     source = "Park et al., ICCV 2023, eq. 10"
+    formula = r"\lVert a \rVert_1 / \lVert a \rVert_0"
     standard = ("NAN()",)
 
     def _score(self, features: Features) -> Tensor:
@@ -34,6 +35,7 @@ class L1Norm(_Norm):
     """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4)."""
 
     source = "Park et al., ICCV 2023, Theorem 3 and eq. 4"
+    formula = r"\lVert a \rVert_1"
     standard = ("L1Norm()",)
 
     def _score(self, features: Features) -> Tensor:
@@ -54,6 +56,7 @@ class LpNorm(_Norm):
     """
 
     source = "Park et al., ICCV 2023, A.2.1"
+    formula = r"\lVert a \rVert_p = \left( \sum_i \lvert a_i \rvert^p \right)^{1/p}"
     standard = ("LpNorm()",)
     settings = table(p=Interval(0, math.inf, closed="right"))
     p: float
@@ -73,6 +76,7 @@ class Sparsity(_Norm):
     """
 
     source = "Park et al., ICCV 2023, eq. 9"
+    formula = r"1 / \lVert a \rVert_0"
     standard = ("Sparsity()",)
 
     def _score(self, features: Features) -> Tensor:
@@ -85,6 +89,7 @@ class EmbeddingMagnitude(Detector):
     reads = ("embedding",)
     role = "norm"
     source = "Park et al., ICCV 2023, Table 8; Dhamija et al., NeurIPS 2018"
+    formula = r"\lVert g \rVert_2"
     cost = "O(e)"
     standard = ("EmbeddingMagnitude()",)
 
@@ -106,6 +111,7 @@ class HiddenConfidence(Detector):
 
     reads = ("activation", "classifier")
     source = "Park et al., ICCV 2023, eq. 3 and Table 10"
+    formula = r"\max_k \sum_i \operatorname{sign}(C_{ki})\, a_i"
     cost = "O(C d)"
     standard = ("HiddenConfidence()",)
 

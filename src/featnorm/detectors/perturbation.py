@@ -34,6 +34,10 @@ class ODIN(Detector):
     reads = ("logits",)
     needs_model = True
     source = "Liang et al., ICLR 2018"
+    formula = (
+        r"\max_k \operatorname{softmax}(f(x') / T)_k, \quad x' = x - \varepsilon \operatorname{sign} "
+        r"\nabla_x \operatorname{CE}(f(x) / T, y)"
+    )
     cost = "2 forward passes and 1 backward pass"
     standard = ("ODIN()",)
     settings = table(
@@ -92,6 +96,7 @@ class Views(Wrapper):
 
     needs_model = True
     source = "Park et al., ICCV 2023, C.1"
+    formula = r"\frac{1}{9} \sum_{v} s(x_v)"
     cost = "8 forward passes and 9 times that of the detector"
     standard = ("Views(NAN())",)
     settings = table(shift=Interval(0, 1))

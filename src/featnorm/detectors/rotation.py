@@ -34,6 +34,7 @@ class RotNet(Detector):
     reads = ("logits",)
     needs_model = True
     source = "Hendrycks et al., NeurIPS 2019"
+    formula = r"\frac{1}{4} \sum_r \operatorname{softmax}(f(x_r))_r"
     cost = "3 forward passes"
     network = "trained to predict rotations (objective rotnet)"
 
@@ -85,6 +86,10 @@ class CSI(Detector):
     learns = ("embedding", "logits")
     needs_model = True
     source = "Tack et al., NeurIPS 2020"
+    formula = (
+        r"\frac{1}{4} \sum_r \left[ \lambda_r \max_m \left\langle z_r(x), \frac{z_r(x_m)}{\lVert "
+        r"z_r(x_m) \rVert} \right\rangle + \omega_r f_r(x) \right]"
+    )
     cost = "40 forward passes and O(n e)"
     network = "trained to predict rotations (objective csi)"
     settings = table(augmentations=Integer(1), scale=Interval(0, 1, closed="right"))

@@ -107,6 +107,7 @@ class ReAct(_Shaping):
     """
 
     source = "Sun et al., NeurIPS 2021"
+    formula = r"a_i \leftarrow \min(a_i, c)"
     cost = "O(C d) and that of the detector"
     standard = ("ReAct(NAN())", "ReAct(Energy())")
     settings = table(percentile=Interval(0, 100))
@@ -154,6 +155,7 @@ class RAS(_Shaping):
     """
 
     source = "Guglielmo and Masana, ECCV 2026"
+    formula = r"h_{(r)} \leftarrow m_r"
     cost = "O(D log D + C D) and that of the detector"
     standard = ("RAS(Energy())",)
     _change = "replaced"
@@ -231,6 +233,7 @@ class SCALE(_Scaling):
     """
 
     source = "Xu et al., ICLR 2024"
+    formula = r"h \leftarrow h \cdot \exp \frac{\sum_i h_i}{\sum_{i \in \mathrm{top}} h_i}"
     cost = "O(D log D + C D) and that of the detector"
     standard = ("SCALE(Energy())",)
     _change = "scaled"
@@ -260,6 +263,10 @@ class ASH(_Scaling):
     """
 
     source = "Djurisic et al., ICLR 2023"
+    formula = (
+        r"h_i \leftarrow h_i \cdot \exp \frac{\sum_j h_j}{\sum_{j \in \mathrm{top}} h_j} \text{ for } i "
+        r"\in \mathrm{top}, \quad h_i \leftarrow 0 \text{ otherwise}"
+    )
     cost = "O(D log D + C D) and that of the detector"
     standard = ("ASH(Energy())",)
     _change = "pruned"

@@ -115,6 +115,7 @@ class Residual(_SubspaceDetector):
     learns = ("pooled", "classifier")
     role = "distance"
     source = "Wang et al., CVPR 2022; Park et al., ICCV 2023, Table 12"
+    formula = r"-\lVert R^\top (z - u) \rVert"
     cost = "O(D^2)"
     standard = ("Residual()",)
 
@@ -145,6 +146,7 @@ class ViM(_SubspaceDetector):
     reads = ("pooled", "logits")
     learns = ("pooled", "logits", "classifier")
     source = "Wang et al., CVPR 2022"
+    formula = r"\log \sum_k \exp l_k - \alpha \lVert R^\top (z - u) \rVert"
     cost = "O(D^2 + C)"
     standard = ("ViM()", "ViM(normalize=True)")
 
@@ -199,6 +201,7 @@ class NECO(Detector):
     reads = ("pooled",)
     learns = ("pooled",)
     source = "Ammar et al., ICLR 2024"
+    formula = r"\lVert P h \rVert / \lVert h \rVert"
     cost = "O(D^2)"
     standard = ("NECO()",)
     settings = table(dim=Integer(1) | Interval(0, 1))

@@ -32,6 +32,7 @@ class TemperatureScaling(Wrapper):
     """
 
     source = "Guo et al., ICML 2017"
+    formula = r"l \leftarrow l / T"
     cost = "O(C) and that of the detector"
     standard = ("TemperatureScaling(MSP())",)
     detector: Detector
