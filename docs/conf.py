@@ -36,7 +36,8 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 default_role = "py:obj"
-nitpicky = False
+# Two hyphens begin an option.
+smartquotes = False
 
 html_theme = "furo"
 html_title = "featnorm"

@@ -38,15 +38,8 @@ def home(tmp_path_factory):
 def written(tmp_path_factory, home):
     """The files that the pages name: photos/ and so on, and the detector of most pages."""
     folder, random = tmp_path_factory.mktemp("written"), np.random.default_rng(0)
-    for name, count in {
-        "photos": 100,
-        "photos/train": 0,
-        "more": 30,
-        "few": 20,
-        "test": 40,
-        "other": 40,
-        "new-photos": 30,
-    }.items():
+    counts = {"photos": 100, "more": 30, "few": 20, "test": 40, "other": 40, "new-photos": 30}
+    for name, count in counts.items():
         for i in range(count):
             paint(folder / name / f"{'abcd'[i % 4]}/shot{i // 2:02}-{i % 2}.png", i % 4, random)
     paint(folder / "new.jpg", 1, random)

@@ -457,7 +457,13 @@ class Wrapper(Detector):
 
 
 def registered_detectors() -> Mapping[str, type[Detector]]:
-    """Return every detector class that has been defined so far, by name: featnorm's and the user's own."""
+    """Return every detector class that has been defined so far, by name: featnorm's and the user's own.
+
+    Examples
+    --------
+    >>> registered_detectors()["KNN"](k=10)
+    KNN(k=10)
+    """
     return MappingProxyType(_REGISTRY)
 
 

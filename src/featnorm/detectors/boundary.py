@@ -44,6 +44,12 @@ class OneClassSVM(Detector):
     ------
     ValueError
         ``nu`` is out of its range; all training inputs are the same.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> OneClassSVM().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)

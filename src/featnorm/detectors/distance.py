@@ -63,6 +63,12 @@ class Mahalanobis(Detector):
     ------
     ValueError
         An input of the fit has no label, or no class has two inputs that differ; an argument is not a boolean.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> Mahalanobis(normalize=True).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
@@ -136,6 +142,12 @@ class SSD(Detector):
     ValueError
         ``clusters`` is neither a positive integer nor ``"labels"``; a cluster has a single input; an input has no
         label with ``clusters="labels"``.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> SSD().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)

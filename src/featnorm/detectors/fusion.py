@@ -29,6 +29,14 @@ class Fusion(Wrapper):
     ------
     TypeError
         The first detector is not a distance, or the second is not a norm.
+
+    Examples
+    --------
+    >>> KNN(k=50) / NAN()
+    KNN() / NAN()
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> (KNN(k=10) / NAN()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     operator = "/"
@@ -79,6 +87,14 @@ class Sum(Wrapper):
     ValueError
         A weight is not positive, or there is not one per detector. In a fit: the scores of a detector are equal
         for all held-out inputs.
+
+    Examples
+    --------
+    >>> KLUniform() + 2 * KNN(k=10)
+    KLUniform() + 2 * KNN(k=10)
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> (KLUniform() + KNN(k=10)).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     operator = "+"

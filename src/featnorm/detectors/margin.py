@@ -94,6 +94,12 @@ class NCI(_Margin):
     ------
     ValueError
         ``alpha`` is negative; the logits are not a linear map of h (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> NCI().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Liu and Qin, CVPR 2025"
@@ -157,6 +163,12 @@ class FDBD(_Boundary):
     ------
     ValueError
         The logits are not a linear map of h (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> FDBD().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Liu and Qin, ICML 2024"
@@ -182,6 +194,12 @@ class ORA(_Boundary):
     ------
     ValueError
         The logits are not a linear map of h (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> ORA().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Demirel et al., NeurIPS 2025"

@@ -50,6 +50,12 @@ class KNN(Detector):
     ValueError
         ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``recall`` is not between
         0 and 1; ``size`` is not a positive integer.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> KNN(k=10).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
@@ -203,6 +209,12 @@ class NNGuide(Detector):
     ValueError
         ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``share`` is not in
         (0, 1].
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> NNGuide().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled", "logits")

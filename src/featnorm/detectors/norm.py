@@ -21,6 +21,12 @@ class NAN(_Norm):
     """The negative-aware norm of the last hidden layer, ``||a||_1 / ||a||_0`` (paper eq. 10).
 
     It has no hyperparameter and needs no fit. An input that activates no unit scores 0.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> NAN().score(features)
+    tensor([2.0000, 0.5000])
     """
 
     source = "Park et al., ICCV 2023, eq. 10"
@@ -32,7 +38,14 @@ class NAN(_Norm):
 
 
 class L1Norm(_Norm):
-    """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4)."""
+    """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4).
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> L1Norm().score(features)
+    tensor([4.0000, 1.5000])
+    """
 
     source = "Park et al., ICCV 2023, Theorem 3 and eq. 4"
     formula = r"\lVert a \rVert_1"
@@ -53,6 +66,12 @@ class LpNorm(_Norm):
     ------
     ValueError
         ``p`` is not positive.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> LpNorm(2).score(features)
+    tensor([3.1623, 0.8660])
     """
 
     source = "Park et al., ICCV 2023, A.2.1"
@@ -73,6 +92,12 @@ class Sparsity(_Norm):
     """The sparsity term ``1 / ||a||_0`` (paper eq. 9, Table 12), so that NAN = L1Norm x Sparsity.
 
     If no unit is active, the count is taken as 1, as in NAN.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> Sparsity().score(features)
+    tensor([0.5000, 0.3333])
     """
 
     source = "Park et al., ICCV 2023, eq. 9"
@@ -84,7 +109,13 @@ class Sparsity(_Norm):
 
 
 class EmbeddingMagnitude(Detector):
-    """``||g||_2`` of the embedding before normalization (paper Table 8; Dhamija et al., NeurIPS 2018)."""
+    """``||g||_2`` of the embedding before normalization (paper Table 8; Dhamija et al., NeurIPS 2018).
+
+    Examples
+    --------
+    >>> EmbeddingMagnitude().score(Features(embedding=torch.tensor([[3.0, 4.0]])))
+    tensor([5.])
+    """
 
     reads = ("embedding",)
     role = "norm"
@@ -107,6 +138,12 @@ class HiddenConfidence(Detector):
     ------
     ValueError
         The classifier does not read the last hidden layer: their widths differ.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model)(images)
+    >>> bool((HiddenConfidence().score(features) <= L1Norm().score(features)).all())
+    True
     """
 
     reads = ("activation", "classifier")

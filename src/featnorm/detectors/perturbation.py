@@ -29,6 +29,11 @@ class ODIN(Detector):
     ValueError
         ``temperature`` or a deviation is not positive, ``eps`` is negative, the features came without their
         inputs, or there is not one deviation per channel.
+
+    Examples
+    --------
+    >>> Scorer(model, ODIN())(images).score.shape
+    torch.Size([8])
     """
 
     reads = ("logits",)
@@ -92,6 +97,11 @@ class Views(Wrapper):
     ValueError
         ``shift`` is out of range, the features came without their inputs, or the inputs are not images
         (n, channels, height, width).
+
+    Examples
+    --------
+    >>> Scorer(model, Views(NAN()))(images).score.shape
+    torch.Size([8])
     """
 
     needs_model = True

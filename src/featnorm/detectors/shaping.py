@@ -104,6 +104,12 @@ class ReAct(_Shaping):
     ValueError
         The percentile is out of range; the detector reads the embedding; the detector reads the logits, and they
         are not a linear map of the clipped layer (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> ReAct(Energy()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Sun et al., NeurIPS 2021"
@@ -152,6 +158,12 @@ class RAS(_Shaping):
     ------
     ValueError
         As `ReAct`.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> RAS(Energy()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Guglielmo and Masana, ECCV 2026"
@@ -230,6 +242,12 @@ class SCALE(_Scaling):
     ------
     ValueError
         As `ReAct`, or the features to fit or score are not rectified: a unit is negative (the row is named).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model)(images)
+    >>> SCALE(Energy()).score(features).shape
+    torch.Size([8])
     """
 
     source = "Xu et al., ICLR 2024"
@@ -260,6 +278,12 @@ class ASH(_Scaling):
     ------
     ValueError
         As `SCALE`.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model)(images)
+    >>> ASH(Energy()).score(features).shape
+    torch.Size([8])
     """
 
     source = "Djurisic et al., ICLR 2023"

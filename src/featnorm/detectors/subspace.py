@@ -109,6 +109,12 @@ class Residual(_SubspaceDetector):
     ValueError
         ``dim`` is not a positive integer, or leaves no residual: it is at least D, or at least the number of
         inputs; ``normalize`` is not a boolean.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> Residual().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
@@ -141,6 +147,12 @@ class ViM(_SubspaceDetector):
     ------
     ValueError
         As `Residual`.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> ViM().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled", "logits")
@@ -196,6 +208,12 @@ class NECO(Detector):
     ValueError
         ``dim`` is neither a positive integer nor a share, or at least the width of the features; all training
         inputs are the same.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> NECO().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)

@@ -29,6 +29,13 @@ class TemperatureScaling(Wrapper):
     ValueError
         The detector does not read logits, is fitted to them, or runs the model again. In a fit: a held-out input
         has no label, or one that is not the index of a logit, or the model classifies no better than chance.
+
+    Examples
+    --------
+    >>> detector = TemperatureScaling(MSP())
+    >>> logits, labels = torch.tensor([[6.0, 0.0]] * 10), torch.tensor([0] * 8 + [1] * 2)
+    >>> detector.fit(Features(logits=logits, labels=labels), Features(logits=logits, labels=labels)).temperature > 1
+    True
     """
 
     source = "Guo et al., ICML 2017"
