@@ -5,9 +5,11 @@ import pickle
 import struct
 import threading
 from contextlib import suppress
+from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -21,6 +23,7 @@ from featnorm.fitting import fit_source
 from featnorm.inputs import ItemError, open_source
 from featnorm.models import ModelError, create_model
 from mutations import mutated
+from tiny import make as make_tiny
 
 CLASSES = 5
 
@@ -795,3 +798,60 @@ def test_thresholds_by_group(tmp_path, by):
             scorer(known[:2])
     with pytest.raises(ValueError, match="there is no calibration to update"):
         fn.Scorer(model, fn.Energy()).calibrate([known], update=True)
+
+
+@pytest.fixture
+def watcher():
+    model, preprocess = make_tiny()
+    return fn.Scorer(model.eval(), fn.NAN(), preprocess=preprocess)
+
+
+def test_a_stream_is_scored_frame_by_frame_as_it_comes(watcher):
+    frames = torch.randint(0, 256, (7, 24, 32, 3), dtype=torch.uint8).numpy()
+    taken = []
+
+    def camera():
+        for i in range(10**9):
+            taken.append(i)
+            yield frames[i % 7]
+
+    stream = watcher.watch(camera())
+    verdicts = list(islice(stream, 9))
+    assert taken == list(range(9))
+    expected = [one.score for one in watcher.predict(list(frames))]
+    assert [one.score for one in verdicts] == pytest.approx([*expected, *expected[:2]])
+    assert [one.item for one in verdicts] == [f"frame {i}" for i in range(9)]
+    times = [one.time for one in verdicts]
+    assert times[0] == 0
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_frames_of_a_stream_are_what_predict_takes_and_what_pyav_decodes(watcher, tmp_path, batch_size):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    from clips import write_clip
+
+    path = write_clip(tmp_path / "clip.mkv", 25, fps=10)
+    scored = next(iter(watcher.stream(open_source(str(path), fps=0))))
+    with av.open(str(path)) as pipe:
+        watched = list(watcher.watch(pipe.decode(video=0), batch_size=batch_size))
+    assert [one.time for one in watched] == pytest.approx([i / 10 for i in range(25)])
+    assert [one.time for one in watched] == pytest.approx([one.time for one in scored])
+    assert [one.score for one in watched] == pytest.approx([one.score for one in scored])
+    with av.open(str(path)) as pipe:
+        some = list(watcher.watch(pipe.decode(video=0), fps=2, batch_size=batch_size))
+    assert [one.item for one in some] == [f"frame {i}" for i in range(0, 25, 5)]
+    image = Image.fromarray(torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
+    mixed = list(watcher.watch([image, torch.zeros(3, 8, 8), image.resize((1, 900))], batch_size=batch_size))
+    assert mixed[0].score == pytest.approx(mixed[1].score)
+    assert "too narrow" in mixed[2].error
+
+
+def test_a_stream_that_cannot_be_watched_is_named_at_once(watcher):
+    with pytest.raises(ValueError, match="fps and batch_size must be positive, got 0 and 1"):
+        watcher.watch([], fps=0)
+    with pytest.raises(ValueError, match="fps and batch_size must be positive, got None and 0"):
+        watcher.watch([], batch_size=0)
+    with pytest.raises(TypeError, match="frame 0 is of type int: expected a path, a PIL image"):
+        list(watcher.watch([5]))
+    assert list(watcher.watch([])) == []

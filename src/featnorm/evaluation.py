@@ -23,12 +23,13 @@ from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
 from featnorm.inputs import Kind, Source, kind_of, open_source, source_loader
-from featnorm.inputs.kinds import to_device
+from featnorm.inputs.kinds import OfAnySize, to_device
 from featnorm.inputs.loading import named
 from featnorm.metrics import Metrics, evaluate
 from featnorm.models.loading import users_forward
+from featnorm.parts import sampled_parts, unit_scores
 from featnorm.runtime import Runtime
-from featnorm.scorer import Scorer
+from featnorm.scorer import LOWEST, Scorer
 from featnorm.significance import (
     Estimate,
     bootstrap_fpr95,
@@ -337,6 +338,9 @@ def compare(
     - a source of images, or a specification as `featnorm.inputs.open_source` takes it, such as a folder; images
       that cannot be read are skipped and listed.
 
+    Of a tap or `Scorer` per position or box, whole images are compared, by the mean of the lowest scores of their
+    parts, see `featnorm.parts.unit_scores`.
+
     Parameters
     ----------
     detectors
@@ -374,7 +378,11 @@ def compare(
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}
     kind = model.kind if isinstance(model, Scorer) else kind_of(preprocess)
+    lowest = LOWEST[model.per] if isinstance(model, FeatureTap) else 0.0
+    if isinstance(model, FeatureTap) and model.per == "box" and preprocess is not None:
+        preprocess = OfAnySize(preprocess)
     if isinstance(model, Scorer):
+        lowest = model.lowest
         active = {repr(model.detector): model.detector} | active
         active[repr(model.detector)] = model.detector
         preprocess, spec = preprocess or model.preprocess, spec or model.spec or ""
@@ -407,7 +415,9 @@ def compare(
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     unfitted = {detector: name for name, detector in active.items() if not detector.is_fitted}
     if fit is not None and unfitted:
-        for detector, error in fit_in_batches(unfitted, reader.stream(_FIT, fit, fitting=True)).items():
+        for detector, error in fit_in_batches(
+            unfitted, sampled_parts(reader.stream(_FIT, fit, fitting=True))
+        ).items():
             exclude(unfitted[detector], error)
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
     seconds = dict.fromkeys(active, 0.0)
@@ -417,6 +427,7 @@ def compare(
         seen = 0
         predicted = []
         for features in reader.stream(set_name, data):
+            parts = features.parts
             for name, detector in list(active.items()):
                 try:
                     if inputs == 0 and detector.needs_fit:
@@ -427,26 +438,29 @@ def compare(
                 except (ValueError, RuntimeError) as error:
                     exclude(name, error)
                     continue
+                if parts is not None:
+                    batch = unit_scores(batch, parts.owners, parts.count, lowest)
                 scores[name].setdefault(set_name, []).append(batch.detach().cpu().numpy())
             if seen < _MAX_PATTERNS and features.activation is not None:
                 on = (features.activation[: _MAX_PATTERNS - seen] > 0).cpu().numpy()
                 kept = result.patterns.get(set_name)
                 result.patterns[set_name] = on if kept is None else np.concatenate([kept, on])
-            if features.logits is not None:
+            if features.logits is not None and parts is None:
                 predicted.append(features.logits.argmax(1).cpu().numpy())
             if set_name == id_name and features.labels is not None and features.logits is not None:
                 known = (features.labels >= 0) & (features.labels < features.logits.shape[1])
                 correct += int((features.logits.argmax(1) == features.labels)[known].sum())
                 labeled += int(known.sum())
-            seen += len(features)
-            inputs += len(features)
+            count = len(features) if parts is None else parts.count
+            seen += count
+            inputs += count
         if seen == 0:
             raise ValueError(f"there is no usable input in {set_name}")
         if predicted:
             result.predicted[set_name] = np.concatenate(predicted)
     result.accuracy = correct / labeled if labeled else None
     for name in active:
-        joined = {set_name: np.concatenate(parts) for set_name, parts in scores[name].items()}
+        joined = {set_name: np.concatenate(found) for set_name, found in scores[name].items()}
         ood = {set_name: joined[set_name] for set_name in groups}
         metrics = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in groups}
         result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))
@@ -539,7 +553,9 @@ class _Reader:
             # The accuracy of the model is defined only for labels of its own classes.
             logits = features.logits
             others = classes is not None and (None if logits is None else logits.shape[1]) != len(classes)
-            if why is None and (fitting or not others):
+            if features.parts is not None:
+                yield features
+            elif why is None and (fitting or not others):
                 yield features.replace(labels=batch.labels.to(self.tap.device))
             else:
                 yield features.replace(

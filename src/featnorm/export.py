@@ -144,7 +144,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    inputs = _example(scorer, _TRACED, generator)
+    inputs: Any = _example(scorer, _TRACED, generator)
     names, axes = [scorer.kind.name], {0: torch.export.Dim("n", min=1)}
     shapes: Any = axes
     if not isinstance(inputs, Tensor):

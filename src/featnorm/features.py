@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,21 @@ class ModelCall(Protocol):
         ...
 
 
+class Boxes(NamedTuple):
+    """Boxes that an object detector found.
+
+    Attributes
+    ----------
+    corners : (n, 4) x1, y1, x2, y2 in pixels of the image.
+    labels : (n,) int64, class of each box, the index of its logit; class 0 is the background.
+    confidence : (n,) the model's own, in [0, 1].
+    """
+
+    corners: Tensor
+    labels: Tensor
+    confidence: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What the rows of features are of, if an input has several: positions of a map, or detected boxes.
@@ -48,15 +63,18 @@ class Parts:
     owners : (n,) int64, index of the input of each row, ascending.
     count : number of inputs, including those without rows.
     grid : height and width of the map whose positions the rows are, row by row.
+    boxes : the boxes that the rows are of.
     """
 
     owners: Tensor
     count: int
     grid: tuple[int, int] | None = None
+    boxes: Boxes | None = None
 
     def to(self, device: torch.device | str) -> "Parts":
         """Move to a device."""
-        return replace(self, owners=self.owners.to(device))
+        boxes = None if self.boxes is None else Boxes(*(value.to(device) for value in self.boxes))
+        return replace(self, owners=self.owners.to(device), boxes=boxes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +180,12 @@ class Features:
         return self._field(name)
 
     def require_call(self, detector: object) -> ModelCall:
-        """Return the forward pass that made these features; raise a ValueError if it was not kept."""
+        """Return the forward pass that made these features; raise a ValueError if there is none to run again."""
+        if self.parts is not None:
+            raise ValueError(
+                f"{detector!r} runs the model on changed inputs, which is possible per input only, and not per "
+                "position or box: choose another detector"
+            )
         if self.call is None:
             raise ValueError(
                 f"{detector!r} runs the model again, and these features came without their inputs: use a Scorer, "

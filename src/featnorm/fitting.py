@@ -43,7 +43,7 @@ from featnorm.inputs import (
 )
 from featnorm.inputs.arrays import LabeledSource, row_features, row_source
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, run, to_device
+from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, OfAnySize, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
 from featnorm.inputs.openers import Options
 from featnorm.inputs.rows import Rows, fit_rows
@@ -51,6 +51,7 @@ from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
 from featnorm.models.loading import backbone_of, default_model, rows_model, users_forward, users_transform
+from featnorm.parts import PartCalibration
 from featnorm.runtime import Runtime
 from featnorm.scorer import HeadKind, Scorer, count_units
 from featnorm.splitting import (
@@ -63,7 +64,7 @@ from featnorm.splitting import (
     near_duplicates,
 )
 from featnorm.tap import FeatureTap
-from featnorm.tap.find import Pooling
+from featnorm.tap.find import Per, Pooling
 from featnorm.training import Recipe, train
 
 Head = Literal["auto", "keep", "train", "none"]
@@ -83,7 +84,9 @@ _ROWS = 8192
 # Images on which a model is traced.
 _TRACED = 8
 # What a tap captures by default.
-_FOUND: Mapping[str, Any] = {"layer": None, "output": None, "channel_axis": None, "pooling": "mean"}
+_FOUND: Mapping[str, Any] = {
+    "layer": None, "output": None, "channel_axis": None, "pooling": "mean", "per": "input"
+}  # fmt: skip
 # Features whose standard deviation is below this share of the average one are noise.
 _MIN_DEVIATION = 0.01
 # Numbers in the bank of the default detector: 52,428 rows of 1280 features. A sample costs accuracy: with half
@@ -146,9 +149,11 @@ def fit(
     output: str | int | None = None,
     channel_axis: int | None = None,
     pooling: Pooling = "mean",
+    per: Per = "input",
     targets: Targets = "auto",
     label_column: str | None = None,
     text_column: str | None = None,
+    fps: float = 1.0,
     tpr: float = 0.95,
     thresholds_by: str | None = None,
     group_by: str | None = None,
@@ -167,6 +172,9 @@ def fit(
     table, which are records, are neither searched for duplicates nor for near-duplicates. A detector that needs no
     fit is calibrated on all items if no head is trained.
 
+    Of videos, whole clips are held out, and calibrate as units: the stated rate is that of the frames of a new
+    clip, and of new clips, see `featnorm.parts.PartCalibration`. At least 20 clips and 100 frames are needed.
+
     From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
     some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
     items.
@@ -174,8 +182,8 @@ def fit(
     Parameters
     ----------
     data
-        Images, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or sequence
-        (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+        Images, videos, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or
+        sequence (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
     labels
         One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
         Default: those of ``data``.
@@ -197,11 +205,15 @@ def fit(
         returns features; with fewer than 100 items, and for rows without a model, it uses the features alone.
     layer, output, channel_axis, pooling
         What is captured of a model whose classifier is kept, see `FeatureTap`.
+    per
+        What gets a verdict: each "input", each "position" of the maps that the model returns, or each "box" that
+        it finds; see `Scorer`. The classifier of the model is kept. Labels are not used.
     targets
         Targets of a trained head: "labels", "clusters" of the features, or "auto" for labels if every item has
         one and there are at least two classes. Any discriminative labels will do as long as each class is coherent
         (paper sec. 4).
     label_column, text_column : columns of a table, see `featnorm.inputs.open_source`.
+    fps : number of frames per second of videos to read; 0 for all of them.
     tpr : share of in-distribution items to accept, between 0 and 1.
     thresholds_by : groups of items with a threshold each, see `Scorer`.
     group_by
@@ -245,7 +257,7 @@ def fit(
     reads = targets != "clusters" or label_column is not None
     if isinstance(data, (str, Path)):
         data = open_source(
-            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column
+            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column, fps=fps
         )
     elif not isinstance(data, Source):
         data = row_source(data, Options(reads, label_column, text_column))
@@ -253,7 +265,7 @@ def fit(
         data = LabeledSource(data, labels)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
-    options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
+    options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling, "per": per}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
     loaded = model_for(data, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
     scorer, report = fit_source(data, loaded, detector=parsed, head=head, **options)
@@ -299,6 +311,7 @@ def fit_source(
     output: str | int | None = None,
     channel_axis: int | None = None,
     pooling: Pooling = "mean",
+    per: Per = "input",
     targets: Targets = "auto",
     tpr: float = 0.95,
     thresholds_by: str | None = None,
@@ -314,7 +327,7 @@ def fit_source(
     ----------
     source : in-distribution images, texts or rows.
     loaded : model with its transform; it may be moved to the runtime's device.
-    detector, head, layer, output, channel_axis, pooling, targets, tpr, thresholds_by, group_by, cache, seed
+    detector, head, layer, output, channel_axis, pooling, per, targets, tpr, thresholds_by, group_by, cache, seed
         See `fit`.
     thumbnails, runtime : see `fit`.
 
@@ -336,13 +349,41 @@ def fit_source(
         raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
     if detector is not None:
         check_detector(detector, "fit")
+    units = source.units()
+    clips = None if units is None else len(set(units))
+    if clips is not None:
+        if per != "input":
+            raise DataError(
+                f"{source.title} holds videos, and verdicts per {per} are for images: omit per={per!r}"
+            )
+        if thresholds_by is not None:
+            raise ValueError(
+                "thresholds by group are for inputs that are independent, and frames of a clip are not"
+            )
+        if clips <= (needed := min_scores(tpr)):
+            raise DataError(
+                f"{source.title} has {clips} clips; at least {needed + 1} are needed for tpr={tpr}, however many "
+                f"frames they have: {needed} to calibrate on, and others to fit to; add clips, or lower tpr"
+            )
+    if per != "input":
+        if thresholds_by is not None:
+            raise ValueError(f"thresholds by group are for verdicts per input: omit thresholds_by, or per={per!r}")
+        if runtime is not None and runtime.cluster is not None:
+            raise ValueError(f"a fit per {per} runs on one machine: omit --ray")
+        targets = "clusters"
+    if per == "box":
+        if loaded.kind is not IMAGES:
+            raise ValueError(f"boxes are found in images, and {loaded.name} takes {loaded.kind.name}")
+        loaded = replace(loaded, transform=OfAnySize(loaded.transform))
     every = torch.arange(len(source))
     # Before the work: it raises if labels are required and missing.
     labeled = _labels(source, every, every >= 0, targets)[0] is not None
     split_groups = None if group_by is None else group_items(source, group_by)
     groups = None if thresholds_by in (None, "class") else group_items(source, thresholds_by)
     runtime = runtime or Runtime()
-    captured: dict[str, Any] = {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling}
+    captured: dict[str, Any] = {
+        "layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling, "per": per
+    }  # fmt: skip
     computed = 0
     # How many distinct items can be read is only known afterwards: if too few can, once more.
     for few in (len(source) < MIN_HELD_OUT, True):
@@ -355,8 +396,11 @@ def fit_source(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
                 f"{how} and use labels, or choose another detector"
             )
-        if few and used.needs_fit and (used.needs_model or thresholds_by is not None):
+        not_alone = thresholds_by is not None or units is not None or per != "input"
+        if few and used.needs_fit and (used.needs_model or not_alone):
             why = f"{used!r} runs the model again" if used.needs_model else "a threshold per group needs scores"
+            why = why if units is None else "each clip needs scores (--fps takes more frames)"
+            why = why if per == "input" else f"verdicts per {per} need scores"
             raise DataError(
                 f"found fewer than {MIN_HELD_OUT} readable {items} in {source.title} (duplicates excluded), which "
                 f"cannot be left out of the fit in turn: {why}; add {items}, or choose a detector that needs no "
@@ -380,7 +424,7 @@ def fit_source(
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
     near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
-    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
+    sides = [[by[row] for row in cached.rows.tolist()] for by in (split_groups, units) if by is not None]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
@@ -389,6 +433,11 @@ def fit_source(
             used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
+    if units is not None:
+        # The frames of one clip of each group.
+        of_frames = [units[row] for row in cached.rows.tolist()]
+        chosen_units = {of_frames[i] for i in calibrates.nonzero().squeeze(1).tolist()}
+        calibrates = torch.tensor([unit in chosen_units for unit in of_frames])
     fits = detector.needs_fit or plan.head == "train"
     constants = torch.zeros_like(calibrates)
     if few or not fits:
@@ -401,11 +450,12 @@ def fit_source(
         is_held_out = held_out(cached.digests, splits, tpr, MIN_CONSTANTS if detector.needs_held_out else 0)
         if detector.needs_held_out:
             constants = for_constants(cached.digests, splits, is_held_out, tpr)
-        calibrates &= is_held_out & ~constants
-    if (count := int(calibrates.sum())) < (needed := min_scores(tpr)):
+        calibrates &= is_held_out & ~torch.isin(splits, splits[constants])
+    ways = ["near-duplicates", *(["clips"] if units else []), *([f"groups by {group_by!r}"] if group_by else [])]
+    if (count := len(splits[calibrates].unique())) < (needed := min_scores(tpr)):
         raise ValueError(
             f"the {len(cached.rows)} {items} of {source.title} form {count} groups of {items} that belong "
-            f"together (near-duplicates{'' if group_by is None else f' and groups by {group_by!r}'}), too few for "
+            f"together ({' and '.join(ways)}), too few for "
             f"tpr={tpr}: calibration needs one {noun} of each of {needed} groups; add {items} of other groups, or "
             "lower tpr"
         )
@@ -432,7 +482,7 @@ def fit_source(
 
     def held_out_features(chosen: Tensor) -> Iterator[Features]:
         own = None if labels is None else labels[chosen]
-        if not detector.needs_model:
+        if not (detector.needs_model or per != "input"):
             yield from training_features(features_of, ActivationStatistics(), [(cached.values[chosen], own)])
             return
         for batch in loader_of(chosen):
@@ -447,6 +497,11 @@ def fit_source(
         # Left-out items are scored as new ones will be, in the same precision.
         with runtime.autocast():
             jackknife.fit(next(training_features(features_of, statistics, parts)), left, splits)
+    elif per != "input":
+        # Of a few hundred positions or the boxes of each image, which are not cached.
+        with runtime.autocast():
+            apart = held_out_features(constants) if detector.needs_held_out else None
+            scorer.fit_features(held_out_features(~is_held_out) if fits else (), apart)
     elif runtime.cluster is None or few:
         with detector.refit():
             for features in training_features(features_of, statistics, parts):
@@ -455,25 +510,31 @@ def fit_source(
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
     train_rows = cached.rows[~is_held_out]
-    scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
+    if per == "input":
+        scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
     loader, chosen = loader_of(calibrates), int(calibrates.sum())
     scorer.tap.trace(next(iter(loader)).inputs)
     # In the precision in which new items will be scored.
     with runtime.autocast():
-        if detector.needs_held_out:
+        if detector.needs_held_out and per == "input":
             if labels is not None and "labels" in detector.learns:
                 constants &= labels >= 0  # the head does not know a class without training items
             detector.fit_held_out(held_out_features(constants))
-        batches = [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
+        batches = [] if per != "input" else [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
         accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
         held_out_groups = None if groups is None else [groups[row] for row in cached.rows[calibrates].tolist()]
         if jackknife is not None:
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
-        elif detector.needs_model:
-            batches_of_one = ((batch.inputs,) for batch in loader)
-            scorer.calibrate(batches_of_one, tpr, groups=held_out_groups, progress=runtime.progress)
+        elif per != "input":
+            scorer.calibrate_features(held_out_features(calibrates), tpr)
         else:
-            scorer.calibrate_features(batches, tpr, groups=held_out_groups)
+            of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
+            by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}
+            if detector.needs_model:
+                batches_of_one = ((batch.inputs,) for batch in loader)
+                scorer.calibrate(batches_of_one, tpr, **by, progress=runtime.progress)
+            else:
+                scorer.calibrate_features(batches, tpr, **by)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     if jackknife is not None:
         split = f"{len(train_values)} to fit on, {chosen} of them left out in turn for calibration"
@@ -483,9 +544,13 @@ def fit_source(
         count = int(constants.sum())
         others = f"{count} held out for the detector's constants, " if count else ""
         split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
+    if isinstance(scorer.calibration, PartCalibration):
+        split += f", the latter of {len(scorer.calibration.unit_scores)} of the {clips} clips"
     scorer.facts = {
         items: f"{source.title}: {split}",
         **about,
+        **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
+        **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
         "made": f"{version}, seed {seed}, from {read} {items}",
         "digest of the fitting data": _digest(cached.digests),
@@ -501,7 +566,7 @@ def fit_source(
         notes.append(f"the labels are not used: no head is trained (--head train), and {used!r} needs none")
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
-    notes += _duplicate_notes(source, near, cached.rows)
+    notes += _duplicate_notes(source, near, cached.rows) if units is None else []
     counts = len(train_values), chosen, computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
@@ -547,9 +612,13 @@ def _plan(
         )
     if head == "auto" and loaded.name == ROWS_SPEC:
         head, why = "none", "rows are features already"
-    if head == "auto" and not loaded.own:
+    if head == "auto" and not loaded.own and captured["per"] == "input":
         head, why = "train", f"the model is pretrained on other {items}"
     example = None
+    if captured["per"] != "input" and head not in ("auto", "keep"):
+        raise ValueError(
+            f"verdicts per {captured['per']} need the model's own classifier: use head='keep' (--head)"
+        )
     if head in ("auto", "keep"):
         example = _Columns.of(loaded.model, source, loaded, runtime, captured)
         if head == "auto":
@@ -577,7 +646,8 @@ def _plan(
         }
         heads = columns.tap.describe_heads()
         about_heads = [f"the model has several heads: {heads} (--output)"] if heads else []
-        return _Plan("keep", why, columns, ColumnFeatures(features), features, about, about_heads)
+        features_of = ColumnFeatures(features) if features.parts is None else nn.Identity()
+        return _Plan("keep", why, columns, features_of, features, about, about_heads)
     backbone, cut = backbone_of(loaded)
     removed = "its classifier removed" if cut else _headless_note(backbone)
     description = str(loaded.transform) if loaded.name == ROWS_SPEC else f"{loaded.name}{notes}; {removed}"
@@ -594,6 +664,8 @@ def _default_detector(plan: _Plan, few: bool, **options: Any) -> Detector:
     """Return the detector of `fit` for a plan, by whether there are few items; the options are KNN's."""
     if plan.head != "train" and plan.example.logits is None:
         return KNN(k=1 if few else 10, **options)
+    if plan.example.parts is not None:
+        return KLUniform()
     # The example of a head that is yet to be trained has pooled features.
     return KLUniform() if few or plan.example.pooled is None else KLUniform() + KNN(k=10, **options)
 
@@ -624,8 +696,12 @@ class _Columns(nn.Module):
             return cls(tap), tap(batch.inputs)
 
     def forward(self, *tensors: Tensor, **by_name: Tensor) -> Tensor:
-        """Return the distinct features (n, D) of a batch, in single precision."""
+        """Return the distinct features (n, D) of a batch, or the mean over its parts, in single precision."""
         features = self.tap.capture(by_name or tensors[0], classifier=False)
+        if (parts := features.parts) is not None:
+            values = (features.tensor("logits") if features.pooled is None else features.pooled).float()
+            sums = values.new_zeros(parts.count, values.shape[1]).index_add(0, parts.owners, values)
+            return sums / torch.bincount(parts.owners, minlength=parts.count).clamp(min=1)[:, None]
         distinct = {id(value): value for _, value in features.fields()}
         return torch.cat([value.float() for value in distinct.values()], 1)
 

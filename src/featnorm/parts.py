@@ -6,7 +6,7 @@ ones. Nothing is assumed of the parts within a unit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,11 +18,12 @@ from featnorm._utils.checks import ScoreLike, as_score_tensor, min_scores, shown
 from featnorm._utils.groups import check_groups
 from featnorm._utils.weights import ExactModule
 from featnorm.calibration import Calibration
+from featnorm.features import Features
 from featnorm.verdict import Verdict
 
-__all__ = ["MAX_PARTS", "PartCalibration", "drawn_parts", "unit_scores"]
+__all__ = ["MAX_PARTS", "PartCalibration", "drawn_parts", "sampled_parts", "unit_scores"]
 
-#: Largest number of parts per unit whose scores a calibration keeps.
+#: Largest number of parts per unit whose scores a calibration keeps, and whose features a detector is fitted to.
 MAX_PARTS = 256
 
 #: The unit of each part: its name, or an integer tensor or array.
@@ -268,6 +269,29 @@ def drawn_parts(scores: ScoreLike, units: Units, lowest: float) -> tuple[Tensor,
     return scores[kept], owners[kept], unit_scores(scores, owners, count, lowest)
 
 
+def sampled_parts(batches: Iterable[Features], seed: int = 0) -> Iterator[Features]:
+    """Yield features to fit a detector to: of each input at most `MAX_PARTS` parts, drawn at random.
+
+    Neighboring parts resemble each other, so that all of them would cost time and teach a detector little more.
+    Parts without a label are left out if others have one. Features with one row per input are yielded as they are.
+
+    Parameters
+    ----------
+    batches : features as `featnorm.FeatureTap.stream` yields them.
+    seed : seed of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for features in batches:
+        if features.parts is None:
+            yield features
+            continue
+        order = torch.randperm(len(features), generator=generator).to(features.parts.owners.device)
+        if features.labels is not None and bool((labeled := features.labels >= 0).any()):
+            order = order[labeled[order]]
+        order, ranks = _by_unit(order, features.parts.owners, features.parts.count)
+        yield features[order[ranks < MAX_PARTS]]
+
+
 def check_lowest(lowest: float) -> None:
     """Raise a ValueError if a share of lowest parts is outside [0, 1]."""
     if not isinstance(lowest, (int, float)) or not 0 <= lowest <= 1:
@@ -277,8 +301,8 @@ def check_lowest(lowest: float) -> None:
 def _by_unit(order: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return an order of parts sorted by unit, and the rank of each within its unit, from 0."""
     order = order[owners[order].argsort(stable=True)]
-    sizes = torch.bincount(owners, minlength=count)
-    return order, torch.arange(len(owners), device=owners.device) - (sizes.cumsum(0) - sizes)[owners[order]]
+    sizes = torch.bincount(owners[order], minlength=count)
+    return order, torch.arange(len(order), device=owners.device) - (sizes.cumsum(0) - sizes)[owners[order]]
 
 
 def _check_enough(count: int, tpr: float) -> None:

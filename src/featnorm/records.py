@@ -18,7 +18,7 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.extras import vision_module
 from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
-from featnorm.verdict import ItemVerdict
+from featnorm.verdict import BoxVerdict, ItemVerdict
 
 # `featnorm monitor` reads scores, and does not wait for torch.
 if TYPE_CHECKING:
@@ -26,14 +26,25 @@ if TYPE_CHECKING:
 
 
 COLUMNS = ("path", "score", "p_value", "verdict", "predicted", "error", "group")
+#: Columns of a table of frames after these, and of a table of clips.
+FRAME_COLUMNS, CLIP_COLUMNS = (
+    ("clip", "time"),
+    ("clip", "score", "p_value", "verdict", "frames", "flagged", "unreadable"),
+)
+#: Columns of a table of images that have verdicts per position, after these.
+PART_COLUMNS = ("flagged_share",)
+#: Columns of a table with one row per box, after `COLUMNS`.
+BOX_COLUMNS = ("x1", "y1", "x2", "y2", "confidence", "image_p_value", "image_verdict")
 FORMATS = (".csv", ".jsonl", ".parquet")
 _NUMBERS = ("score", "p_value")
+_FLOATS = (*_NUMBERS, "time", *PART_COLUMNS, *BOX_COLUMNS[:-1])
+_COUNTS = ("frames", "flagged", "unreadable")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
-# Number of fields of a verdict that a journal keeps: all but its explanation.
-_FIELDS = 8
+# Number of fields of a verdict that a journal keeps: all but its explanation and its parts.
+_FIELDS = 10
 
 
 class Journal:
@@ -137,10 +148,27 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path) -> None:
-        """Write the table, in the format of the file's ending."""
-        with replacing(out) as temporary:
-            _WRITERS[out.suffix](self, temporary)
+    def write(self, out: Path, source: Source[Any] | None = None, per: str = "input") -> None:
+        """Write the table, in the format of the file's ending.
+
+        Parameters
+        ----------
+        out : the file.
+        source : the items. Of frames, the rows also have the columns `FRAME_COLUMNS`.
+        per
+            What has a verdict: for each "position", the rows also have the columns `PART_COLUMNS`; for each "box",
+            there is one row per box, with the columns `BOX_COLUMNS`.
+        """
+        if per == "box":
+            write_table(out, chain.from_iterable(map(box_rows, self)), (*COLUMNS, *BOX_COLUMNS))
+        elif per == "position":
+            rows = (row_of(verdict) | {"flagged_share": verdict.flagged_share} for verdict in self)
+            write_table(out, rows, (*COLUMNS, *PART_COLUMNS))
+        elif source is not None and source.fps is not None:
+            rows = (row_of(one) | {"clip": source.unit(i), "time": source.time(i)} for i, one in enumerate(self))
+            write_table(out, rows, (*COLUMNS, *FRAME_COLUMNS))
+        else:
+            write_table(out, map(row_of, self), COLUMNS)
 
     def remove(self) -> None:
         """Remove the journal, once everything made from it is written."""
@@ -164,9 +192,21 @@ def _batch(line: bytes) -> tuple[int, list[ItemVerdict]]:
 
 def _verdict(row: Any) -> ItemVerdict:
     match row:
-        case [str(), float() | None, float() | None, bool() | None, *texts, bool()] if _are_texts(texts):
-            return ItemVerdict(*row)
+        case [
+            str(), float() | None, float() | None, bool() | None, *texts, bool(), float() | None,
+            list() | None as boxes,
+        ] if _are_texts(texts):  # fmt: skip
+            return ItemVerdict(*row[:9])._replace(boxes=None if boxes is None else tuple(map(_box, boxes)))
     raise ValueError("it is not a verdict")
+
+
+def _box(row: Any) -> BoxVerdict:
+    match row:
+        case [
+            [float(), float(), float(), float()], str(), float(), float(), float() | None, bool() | None
+        ]:  # fmt: skip
+            return BoxVerdict(tuple(row[0]), *row[1:])
+    raise ValueError("it is not a box")
 
 
 def _are_texts(values: list[Any]) -> bool:
@@ -227,9 +267,19 @@ def source_digest(source: Source[Any]) -> str:
     return digest.hexdigest()
 
 
+def write_table(out: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows with the keys `columns`, in the format of the file's ending."""
+    with replacing(out) as temporary:
+        _WRITERS[out.suffix](rows, columns, temporary)
+
+
+def word_of(is_id: bool | None) -> str | None:
+    """Return a verdict in a word: "ID" or "OOD"; None if there is none."""
+    return {True: "ID", False: "OOD", None: None}[is_id]
+
+
 def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as a row with the keys `COLUMNS`."""
-    word = {True: "ID", False: "OOD", None: None}[verdict.is_id]
     return dict(
         zip(
             COLUMNS,
@@ -237,7 +287,7 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
                 verdict.item,
                 verdict.score,
                 verdict.p_value,
-                word,
+                word_of(verdict.is_id),
                 verdict.predicted,
                 verdict.error,
                 verdict.group,
@@ -247,12 +297,24 @@ def row_of(verdict: ItemVerdict) -> dict[str, Any]:
     )
 
 
-def _write_csv(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def box_rows(verdict: ItemVerdict) -> list[dict[str, Any]]:
+    """Return the rows of an image with the keys `COLUMNS` and `BOX_COLUMNS`: one per box, or one without a box."""
+    empty = row_of(verdict) | {"score": None, "p_value": None, "verdict": None} | dict.fromkeys(BOX_COLUMNS)
+    empty |= {"image_p_value": verdict.p_value, "image_verdict": word_of(verdict.is_id)}
+    return [
+        empty
+        | dict(zip(BOX_COLUMNS, (*box.corners, box.confidence), strict=False))
+        | {"predicted": box.label, "score": box.score, "p_value": box.p_value, "verdict": word_of(box.is_id)}
+        for box in verdict.boxes or ()
+    ] or [empty]
+
+
+def _write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(map(_without_formulas, map(row_of, verdicts)))
+        writer.writerows(map(_without_formulas, rows))
 
 
 def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
@@ -260,31 +322,37 @@ def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
 
     A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
     """
-    marks = {"path": "./", "predicted": "'", "error": "'", "group": "'"}
+    marks = {"path": "./", "clip": "./", "predicted": "'", "error": "'", "group": "'"}
     return {
         name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
         for name, value in row.items()
     }
 
 
-def _write_jsonl(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row_of(verdict)) + "\n" for verdict in verdicts)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(verdicts: Iterable[ItemVerdict], path: Path) -> None:
+def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
-    schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in COLUMNS])
+    types = (
+        dict.fromkeys(columns, pa.string())
+        | dict.fromkeys(_FLOATS, pa.float64())
+        | dict.fromkeys(_COUNTS, pa.int64())
+    )
+    schema = pa.schema([(name, types[name]) for name in columns])
     with pq.ParquetWriter(path, schema) as writer:
-        rows: list[dict[str, Any]] = []
-        for verdict in verdicts:
-            row = row_of(verdict)
-            row["path"] = row["path"].encode("utf-8", "replace").decode()
-            rows.append(row)
-            if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                rows = []
-        writer.write_table(pa.Table.from_pylist(rows, schema))
+        kept: list[dict[str, Any]] = []
+        for row in rows:
+            names = {
+                name: row[name].encode("utf-8", "replace").decode() for name in ("path", "clip") if name in row
+            }
+            kept.append(row | names)
+            if len(kept) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(kept, schema))
+                kept = []
+        writer.write_table(pa.Table.from_pylist(kept, schema))
 
 
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

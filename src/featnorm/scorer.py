@@ -1,8 +1,11 @@
 """`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, Self
 
 import torch
@@ -16,18 +19,18 @@ from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.export import export_onnx
-from featnorm.features import Features
+from featnorm.features import Features, Parts
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
-from featnorm.inputs.kinds import Inputs, rows_in, to_device
+from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
-from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts
+from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts, sampled_parts, unit_scores
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
@@ -35,15 +38,15 @@ from featnorm.tap.capture import all_modules
 from featnorm.tap.find import Per, Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
-from featnorm.verdict import ItemVerdict, Verdict, unreadable
+from featnorm.verdict import BoxVerdict, ItemVerdict, Verdict, unreadable
 
 HeadKind = Literal["keep", "train", "none"]
 
 #: Beginnings of the names of tensors in a scorer's file.
 MODEL, DETECTOR, CALIBRATION = "model.", "detector.", "calibration."
 STATISTICS, EXAMPLES, ROWS = "statistics.", "examples.", "rows."
-# Share of the lowest parts that the score of a whole image or clip is the mean of.
-_LOWEST: dict[Per, float] = {"input": 0.25, "position": 0.05, "box": 0.0}
+#: Share of the lowest parts that the score of a whole image or clip is the mean of, by default.
+LOWEST: dict[Per, float] = {"input": 0.25, "position": 0.05, "box": 0.0}
 _CHANGED = (
     "the model's weights or their precision have changed since the detector was fitted or calibrated: fit and "
     "calibrate it again"
@@ -145,13 +148,17 @@ class Scorer(nn.Module):
         self.examples = examples
         self.facts = dict(facts or {})
         self.thresholds_by = thresholds_by
-        self.lowest = _LOWEST[per] if lowest is None else lowest
+        self.lowest = LOWEST[per] if lowest is None else lowest
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
         self._versions: list[tuple[int, int, int]] = []
+        self.kind = kind_of(kind or preprocess)
+        if per == "box" and self.kind is not IMAGES:
+            raise ValueError(f"boxes are found in images, and the preprocess takes {self.kind.name}")
+        if per == "box" and preprocess is not None:
+            preprocess = OfAnySize(preprocess)
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
-        self.kind = kind_of(kind or preprocess)
 
     @property
     def preprocess(self) -> Callable[[Any], Any] | None:
@@ -193,6 +200,13 @@ class Scorer(nn.Module):
         return fixed and isinstance(self.detector, Jackknife)
 
     @property
+    def item_calibration(self) -> Calibration | PartCalibration | None:
+        """Calibration of the verdicts on items: for a scorer of positions or boxes, that of whole images."""
+        if self.per != "input" and isinstance(self.calibration, PartCalibration):
+            return self.calibration.units
+        return self.calibration
+
+    @property
     def explains(self) -> bool:
         """Whether the scorer can explain verdicts, because it has activation statistics or examples."""
         return self.statistics is not None or self.examples is not None
@@ -207,9 +221,10 @@ class Scorer(nn.Module):
     ) -> Self:
         """Fit the detector to in-distribution inputs, in one pass and without keeping their features in memory.
 
-        For a detector that needs no fit, only the first batch is read, to check that the detector works on this
-        model. A fit drops an earlier calibration. The same pass collects the statistics for explanations, if the
-        model has a last hidden layer and a classifier on it.
+        Of the positions or boxes of an image, at most 256 are used, see `featnorm.parts.sampled_parts`. For a
+        detector that needs no fit, only the first batch is read, to check that the detector works on this model. A
+        fit drops an earlier calibration. The same pass collects the statistics for explanations, if the model has
+        a last hidden layer and a classifier on it.
 
         Parameters
         ----------
@@ -259,7 +274,8 @@ class Scorer(nn.Module):
             The features lack what the detector reads, or are not finite; an earlier fit is then kept.
         """
         with self.detector.refit():
-            for error in fit_in_batches([self.detector], batches, held_out).values():
+            others = None if held_out is None else sampled_parts(held_out)
+            for error in fit_in_batches([self.detector], sampled_parts(batches), others).values():
                 raise error
         if self.detector.needs_fit:
             self.calibration = None
@@ -644,8 +660,82 @@ class Scorer(nn.Module):
                 with self._users_forward(named(source, part.batch.indices.tolist())):
                     found = over_parts(predict, part.batch.inputs, part.batch.indices)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
-                    verdicts[row] = verdict._replace(first_of_several=row in part.several)
+                    several, moment = row in part.several, source.time(row)
+                    verdicts[row] = verdict._replace(first_of_several=several, time=moment)
             yield [verdicts[row] for row in part.rows]
+
+    def watch(
+        self,
+        frames: Iterable[Any],
+        *,
+        fps: float | None = None,
+        batch_size: int = 1,
+        runtime: Runtime | None = None,
+    ) -> Iterator[ItemVerdict]:
+        """Yield the verdicts on the frames of a stream, such as a camera or a pipe, as they come.
+
+        Memory holds one batch, however long the stream. The frames of a stream depend on each other: calibrate on
+        clips (``units`` of `calibrate`), so that the stated rate is that of the frames of a new clip. For the same
+        reason a `DriftMonitor` must not be updated with all of them.
+
+        Parameters
+        ----------
+        frames
+            Frames as `predict` takes them, in the order of time: PIL images, arrays (H, W, 3), tensors, or what
+            PyAV decodes.
+        fps
+            Maximum number of frames per second to score; the others are skipped. Default: all frames are scored.
+        batch_size : number of frames to score at a time; verdicts come after the last one of them.
+        runtime : precision. Default: `Runtime()`. The scorer stays on the device where it is.
+
+        Yields
+        ------
+        ItemVerdict
+            Its ``time`` is that of PyAV's frame, or else the number of seconds since the first frame came.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `predict`; or ``fps`` or ``batch_size`` is not positive.
+
+        Examples
+        --------
+        >>> camera = av.open("/dev/video0", format="v4l2")
+        >>> for verdict in scorer.watch(camera.decode(video=0), fps=5):
+        ...     if not verdict.is_id:
+        ...         print(verdict.time, verdict.p_value)
+        """
+        if batch_size < 1 or (fps is not None and not fps > 0):
+            raise ValueError(f"fps and batch_size must be positive, got {fps} and {batch_size}")
+        return self._watched(frames, fps, batch_size, runtime or Runtime())
+
+    def _watched(
+        self, frames: Iterable[Any], fps: float | None, batch_size: int, runtime: Runtime
+    ) -> Iterator[ItemVerdict]:
+        batch: list[tuple[str, Any]] = []
+        times: list[float] = []
+        began, wanted = None, -math.inf
+        for number, frame in enumerate(frames):
+            now = perf_counter()
+            began = now if began is None else began
+            stamp = getattr(frame, "time", None)
+            moment = now - began if stamp is None else float(stamp)
+            if moment < wanted:
+                continue
+            if fps is not None:
+                wanted = (math.floor(moment * fps) + 1) / fps
+            batch.append((f"frame {number}", frame))
+            times.append(moment)
+            if len(batch) == batch_size:
+                yield from self._timed(batch, times, runtime)
+                batch, times = [], []
+        yield from self._timed(batch, times, runtime)
+
+    def _timed(
+        self, batch: Sequence[tuple[str, Any]], times: Sequence[float], runtime: Runtime
+    ) -> Iterator[ItemVerdict]:
+        for moment, verdict in zip(times, self._predict_items(batch, None, False, runtime), strict=True):
+            yield verdict._replace(time=moment)
 
     def groups_of(self, source: Source[Any]) -> list[str] | None:
         """Return the group of each item of a source; None if the scorer has no groups, or those of classes.
@@ -722,6 +812,8 @@ class Scorer(nn.Module):
         with (runtime or Runtime()).autocast():
             features = self.tap.capture(inputs, classifier=reads_classifier)
             verdict = self.predict_features(features, groups)
+        if verdict.parts is not None:
+            return self._of_inputs(names, verdict, verdict.parts)
         nothing = [None] * len(names)
         p_values, is_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
         predicted: list[Any] = nothing
@@ -737,6 +829,40 @@ class Scorer(nn.Module):
         for row, why in zip(explain, self._explained(inputs, features, explain, heat), strict=True):
             verdicts[row] = verdicts[row]._replace(why=why)
         return verdicts
+
+    def _of_inputs(self, names: Sequence[str], verdict: Verdict, parts: Parts) -> list[ItemVerdict]:
+        """Return the verdict on each input, from those on all parts."""
+        units = verdict.units
+        if units is None:
+            units = Verdict(unit_scores(verdict.score, parts.owners, parts.count, self.lowest), None, None, None)
+        sizes = torch.bincount(parts.owners, minlength=parts.count).tolist()
+        nothing = [None] * parts.count
+        whole = (nothing if values is None else values.tolist() for values in units[:3])
+        of_parts = (nothing if values is None else values.cpu().split(sizes) for values in verdict[:3])
+        boxes = self._boxes_of(verdict, parts)
+        found = []
+        rows: Iterable[tuple[Any, ...]] = zip(names, *whole, *of_parts, strict=True)
+        for (name, score, p_value, is_id, scores, p_values, are_id), size in zip(rows, sizes, strict=True):
+            owners = torch.zeros(len(scores), dtype=torch.int64)
+            own = Verdict(scores, p_values, are_id, None, Parts(owners, 1, parts.grid))
+            share = None if are_id is None else 1 - float(are_id.double().mean()) if len(owners) else 0.0
+            of_boxes = None if boxes is None else tuple(islice(boxes, size))
+            whole_item = ItemVerdict(name, score, p_value, is_id, None, None)
+            found.append(whole_item._replace(flagged_share=share, boxes=of_boxes, parts=own))
+        return found
+
+    def _boxes_of(self, verdict: Verdict, parts: Parts) -> Iterator[BoxVerdict] | None:
+        """Return the verdicts on boxes one by one; None if the parts are not boxes."""
+        if parts.boxes is None:
+            return None
+        if verdict.logits is not None:
+            self.check_classes(verdict.logits)
+        corners, labels, confidence = (values.tolist() for values in parts.boxes)
+        words = [str(label) if self.classes is None else self.classes[label] for label in labels]
+        nothing = [None] * len(words)
+        p_values, are_id = (nothing if v is None else v.tolist() for v in (verdict.p_value, verdict.is_id))
+        columns = (map(tuple, corners), words, confidence, verdict.score.tolist(), p_values, are_id)
+        return (BoxVerdict(*row) for row in zip(*columns, strict=True))
 
     def check_classes(self, logits: Tensor) -> None:
         """Raise a ValueError if the number of class names is not that of the logits (n, C)."""
@@ -916,7 +1042,8 @@ class Scorer(nn.Module):
         with self._users_forward(name):
             features = self.tap.capture(inputs, classifier=False)
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
-        return self.kind.fingerprint(rows_in(inputs, 0)), response[0].float().cpu()
+        # A detector may find no box in the image: its response is then zero.
+        return self.kind.fingerprint(rows_in(inputs, 0)), response[:1].float().sum(0).cpu()
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int, int]]:
@@ -946,7 +1073,9 @@ def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> I
 
 def count_units(features: Features, statistics: ActivationStatistics) -> None:
     """Update statistics with features from which verdicts can be explained; others are not counted."""
-    if features.classifier is not None and features.activation is not None and features.logits is not None:
+    if features.parts is not None or features.classifier is None:
+        return
+    if features.activation is not None and features.logits is not None:
         statistics.update(features.activation.cpu(), features.logits.argmax(1).cpu())
 
 

@@ -237,6 +237,7 @@ def replace_calibration(
     *,
     source: str | None = None,
     added: bool = False,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a scorer's file again with another calibration. The model is not needed.
 
@@ -264,8 +265,8 @@ def replace_calibration(
         earlier = f"{about['facts'].get('calibration', f'held-out {items}')}, then " if added else ""
         counts = [f"{count} {name}" for name, count in _counts(calibration, items).items()]
         fact = f"{earlier}{source}, {date.today().isoformat()}: {', '.join(counts)}"
-        about["facts"] = {**about["facts"], "calibration": fact}
-    archive.write(out, {**kept, **made}, {**header, **calibration.to_dict()})
+        about["facts"] = {**about["facts"], **(facts or {}), "calibration": fact}
+    archive.write(out, {**kept, **made}, {**header, "lowest": None, **calibration.to_dict()})
 
 
 def _given(

@@ -38,6 +38,33 @@ class Verdict(NamedTuple):
     units: Verdict | None = None
 
 
+class BoxVerdict(NamedTuple):
+    """Prediction of a `Scorer` for one box that an object detector found.
+
+    Attributes
+    ----------
+    corners : tuple of float
+        x1, y1, x2 and y2 in pixels of the image as the model takes it.
+    label : str
+        Class of the box, as the model has it.
+    confidence : float
+        The model's own confidence, in [0, 1].
+    score : float
+        Score, higher for more in-distribution.
+    p_value : float or None
+        Conformal p-value, small for OOD.
+    is_id : bool or None
+        Whether the score is at or above the threshold.
+    """
+
+    corners: tuple[float, float, float, float]
+    label: str
+    confidence: float
+    score: float
+    p_value: float | None
+    is_id: bool | None
+
+
 class ItemVerdict(NamedTuple):
     """Prediction of a `Scorer` for one item.
 
@@ -59,8 +86,17 @@ class ItemVerdict(NamedTuple):
         Group whose threshold applies, if the scorer has thresholds by group.
     first_of_several : bool
         Whether the item is the first of several frames or pages of its file.
+    flagged_share : float or None
+        Share of the item's positions or boxes that are flagged as OOD; None for a scorer of inputs, or before
+        calibration.
+    boxes : tuple of BoxVerdict or None
+        Verdicts on the boxes that an object detector found in the item; None for other models.
     why : Why or None
         Explanation of the score, if it was requested.
+    time : float or None
+        Time of a frame in its clip or stream, in seconds.
+    parts : Verdict or None
+        Verdicts on the positions or boxes of the item, on the CPU.
     """
 
     item: str
@@ -71,7 +107,11 @@ class ItemVerdict(NamedTuple):
     error: str | None
     group: str | None = None
     first_of_several: bool = False
+    flagged_share: float | None = None
+    boxes: tuple[BoxVerdict, ...] | None = None
     why: Why | None = None
+    time: float | None = None
+    parts: Verdict | None = None
 
 
 def unreadable(item: str, reason: str) -> ItemVerdict:

@@ -469,7 +469,7 @@ def test_score_of_nothing_readable_fails(featnorm, detector, tmp_path):
     (folder / "b.jpg").rename(folder / "b.txt")
     status, _, error = featnorm("score", detector, folder)
     assert status == 2
-    assert error == f"featnorm: no images in {folder}: ignored 2 files that are not images (.txt 2)\n"
+    assert error == f"featnorm: no images or videos in {folder}: ignored 2 files that are not images (.txt 2)\n"
 
 
 def test_labels_of_a_column(featnorm, tmp_path):

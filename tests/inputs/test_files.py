@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from featnorm.inputs import ItemError, open_source
-from featnorm.inputs.files import LocalFolder, find_images
+from featnorm.inputs.files import LocalFolder
 from featnorm.inputs.formats import PassedOver
 from image_files import write_images
 
@@ -139,7 +139,7 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
         for link in ("l", "m"):
             (outside / place / link).symlink_to(outside / other)
             (folder / f"{place}{link}").symlink_to(outside / place)
-    assert [os.path.basename(file) for file in find_images(LocalFolder(folder))[0]] == [
+    assert [os.path.basename(file) for file in LocalFolder(folder).images[0]] == [
         "1.png",
         "2.png",
         "3.png",
@@ -153,6 +153,6 @@ def test_pipes_and_devices_are_passed_over(tmp_path: Path) -> None:
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "lost.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(folder / "pipe")
-    files, passed_over = find_images(LocalFolder(folder))
+    files, passed_over = LocalFolder(folder).images
     assert files == ["a.png", "lost.png"]
     assert passed_over == PassedOver({"pipes and devices": 3})

@@ -12,7 +12,8 @@ import featnorm as fn
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.inputs import IMAGES, TEXTS, DataError, Kind, kind_of, open_source, source_loader
-from featnorm.inputs.kinds import run, to_device
+from featnorm.inputs.kinds import OfAnySize, rows_in, run, to_device
+from featnorm.inputs.loading import over_parts
 from featnorm.models import create_model
 from featnorm.records import read_scores
 from tiny_texts import WORDS, saved
@@ -204,3 +205,34 @@ def test_minilm_tells_requests_from_news():
         features = torch.nn.functional.normalize(run(loaded.model, to_device(batch, torch.device("cpu"))))
     similar = features @ features.T
     assert similar[0, 1] > 0.6 > 0.3 > similar[0, 2]
+
+
+def test_a_batch_of_images_of_any_size_is_a_list():
+    transform = OfAnySize(lambda image: torch.zeros(3, image.height, image.width))
+    images = [Image.new("RGB", size) for size in ((8, 6), (5, 9))]
+    batch = IMAGES.collate([*map(transform, images)], transform)
+    assert [tuple(image.shape) for image in batch] == [(3, 6, 8), (3, 9, 5)]
+    assert rows_in(batch, slice(1, 2))[0] is batch[1]
+    assert OfAnySize(transform).transform is transform.transform
+
+
+def test_images_of_any_size_are_loaded_and_run_in_parts(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (4 + i, 6)).save(tmp_path / f"{i}.png")
+    transform = OfAnySize(lambda image: torch.ones(3, image.height, image.width))
+    source = open_source(str(tmp_path))
+    loader = source_loader(source, transform, batch_size=5)
+    (batch,) = loader
+    assert [image.shape[2] for image in batch.inputs] == [4, 5, 6, 7, 8]
+    ran = []
+
+    def widths(images, rows):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError
+        ran.append(len(images))
+        return [(image.shape[2], row) for image, row in zip(images, rows.tolist(), strict=True)]
+
+    assert over_parts(widths, batch.inputs, batch.indices) == [(4 + i, i) for i in range(5)]
+    assert ran == [2, 1, 2]
+    with pytest.raises(DataError, match="has shape"):
+        next(iter(source_loader(source, transform.transform, batch_size=5)))

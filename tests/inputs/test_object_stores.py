@@ -163,7 +163,7 @@ def test_keys_are_not_shown(at):
     ("name", "message"),
     [
         ("none", "no file or folder .*none: check the address"),
-        ("empty", "no images in .*empty"),
+        ("empty", "no images or videos in .*empty"),
         ("splits", "several splits, which must not be mixed: name one of test, train"),
         ("empty/no.txt", "no file or folder .*empty/no.txt: check the address"),
     ],

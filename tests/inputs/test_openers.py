@@ -45,11 +45,11 @@ def test_flat_and_mixed_folders_have_no_classes(tmp_path: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no images in [^:]*, which holds no files: check the path$"):
+    with pytest.raises(DataError, match=r"no images or videos in [^:]*, which holds no files: check the path$"):
         open_source(str(tmp_path))
     (tmp_path / "a.txt").write_text("no image")
-    (tmp_path / "b.MP4").touch()
-    with pytest.raises(DataError, match=r"no images in .*: ignored 2 files .* \(\.mp4 1, \.txt 1\)"):
+    (tmp_path / "b.PDF").touch()
+    with pytest.raises(DataError, match=r"no images or videos in .*: ignored 2 files .* \(\.pdf 1, \.txt 1\)"):
         open_source(str(tmp_path))
 
 

@@ -5,7 +5,12 @@ from typing import Any
 
 
 def vision_module(name: str) -> Any:
-    """Import a module of the optional extra ``featnorm[vision]``.
+    """Import a module of the optional extra ``featnorm[vision]``; see `optional_module`."""
+    return optional_module(name, "vision")
+
+
+def optional_module(name: str, extra: str) -> Any:
+    """Import a module of an optional extra.
 
     Raises
     ------
@@ -16,4 +21,4 @@ def vision_module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"this needs {package} ({error}): pip install '.[vision]' in a checkout") from error
+        raise ImportError(f"this needs {package} ({error}): pip install '.[{extra}]' in a checkout") from error

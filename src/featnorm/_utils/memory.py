@@ -27,15 +27,17 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def in_parts(function: Callable[..., _Result], *inputs: Tensor | Mapping[str, Tensor]) -> list[_Result]:
+def in_parts(
+    function: Callable[..., _Result], *inputs: Tensor | Mapping[str, Tensor] | list[Tensor]
+) -> list[_Result]:
     """Apply a function to a batch, or to halves of it if the device runs out of memory.
 
     Parameters
     ----------
     function : callable
         A function of inputs (n, ...), whose result for one input does not depend on the others.
-    *inputs : Tensor or mapping of str to Tensor
-        The batch: one or more tensors (n, ...), or mappings of such tensors.
+    *inputs : Tensor, mapping of str to Tensor, or list of Tensor
+        The batch: one or more tensors (n, ...), mappings of such tensors, or lists of n tensors.
 
     Returns
     -------
@@ -51,13 +53,17 @@ def in_parts(function: Callable[..., _Result], *inputs: Tensor | Mapping[str, Te
     import torch
     from torch.utils._pytree import tree_leaves, tree_map
 
+    def is_list(value: object) -> bool:
+        return isinstance(value, list)
+
     try:
         return [function(*inputs)]
     except torch.OutOfMemoryError:
-        if (n := len(tree_leaves(inputs)[0])) < 2:
+        if (n := len(tree_leaves(inputs[0], is_leaf=is_list)[0])) < 2:
             raise
     # Outside the handler, whose traceback holds the tensors that did not fit.
     first, second = (
-        tree_map(lambda tensor, rows=rows: tensor[rows], inputs) for rows in (slice(n // 2), slice(n // 2, None))
+        tree_map(lambda values, rows=rows: values[rows], inputs, is_leaf=is_list)
+        for rows in (slice(n // 2), slice(n // 2, None))
     )
     return in_parts(function, *first) + in_parts(function, *second)

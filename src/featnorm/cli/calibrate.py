@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from featnorm.cli.console import (
+    clips_of,
     console,
     counted,
     print_reading,
@@ -23,9 +24,11 @@ from featnorm.cli.options import (
     OwnWeights,
     Precision,
     Ray,
+    ScoredFps,
     ScorerFile,
     TextColumn,
     Workers,
+    fps_of,
 )
 
 
@@ -36,8 +39,8 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[DATA]",
-            help=f"In-distribution images or texts that the model was not trained on: {DATA}. Default: the stored "
-            "scores.",
+            help=f"In-distribution images, videos or texts that the model was not trained on: {DATA}. Default: "
+            "the stored scores.",
         ),
     ] = None,
     tpr: Annotated[
@@ -50,6 +53,7 @@ def calibrate(
     model: OwnModel = None,
     weights: OwnWeights = None,
     text_column: TextColumn = None,
+    fps: ScoredFps = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
@@ -63,9 +67,11 @@ def calibrate(
     """
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
-    from featnorm.inputs import kind_of
+    from featnorm.inputs import FRAMES, kind_of
+    from featnorm.parts import PartCalibration
     from featnorm.scorer_file import load, replace_calibration
 
+    facts: dict[str, str] = {}
     if data is None:
         if tpr is None or update:
             raise ValueError("nothing to calibrate: pass DATA, or another rate with --tpr")
@@ -73,21 +79,26 @@ def calibrate(
         stored = archive.calibration(tensors, header, scorer_file)
         if stored is None:
             raise ValueError(f"{scorer_file} is not calibrated: pass DATA")
-        calibration, kind = stored.with_tpr(tpr), kind_of(header["scorer"]["kind"])
+        calibration = stored.with_tpr(tpr)
+        kind = kind_of(header["scorer"]["kind"]) if clips_of(calibration) is None else FRAMES
     else:
         from featnorm.cli.runtime import runtime_of
         from featnorm.inputs import open_source
         from featnorm.scoring import calibrate_source
 
         scorer = load(scorer_file, model, weights=weights)
-        source = open_source(data, root=data_root, labels=False, text_column=text_column)
+        source = open_source(
+            data, root=data_root, labels=False, text_column=text_column, fps=fps_of(scorer.facts, fps)
+        )
+        if source.fps is not None:
+            facts["frames per second"] = f"{source.fps:g}"
         before = () if scorer.calibration is None else scorer.calibration.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
             summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)
         print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
         print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
         assert scorer.calibration is not None
-        calibration, kind = scorer.calibration, scorer.kind
+        calibration, kind = scorer.calibration, source.kind
         if gone := [group for group in before if group not in calibration.group_names]:
             console.print(
                 f"No {kind.name} of {counted(len(gone), 'group')} of {scorer_file} ({', '.join(gone[:5])}"
@@ -95,11 +106,16 @@ def calibrate(
                 "be scored with the new file. Use --update to keep them.",
                 soft_wrap=True,
             )
-    replace_calibration(scorer_file, out, calibration, source=data, added=update)
+    replace_calibration(scorer_file, out, calibration, source=data, added=update, facts=facts)
+    clips = clips_of(calibration)
+    if isinstance(calibration, PartCalibration) and kind is not FRAMES:
+        counts = kind.counted(len(calibration.unit_scores))
+    else:
+        counts = kind.counted(len(calibration.scores)) + ("" if clips is None else f" of {clips} clips")
     console.print(
-        f"Calibrated on {kind.counted(len(calibration.scores))}. Averaged over such calibration sets, it flags at "
+        f"Calibrated on {counts}. Averaged over such calibration sets, it flags at "
         f"most {100 * (1 - calibration.tpr):.1f} % of in-distribution {kind.name}"
-        f"{rate_words(calibration, kind.name) if calibration.group_names else ''}.",
+        f"{rate_words(calibration, kind.name) if calibration.group_names or clips is not None else ''}.",
         soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)

@@ -108,7 +108,7 @@ def rate_words(calibration: Calibration | PartCalibration, items: str) -> str:
     from featnorm.parts import PartCalibration
 
     if isinstance(calibration, PartCalibration):  # the range depends on how alike the parts of a unit are
-        return ""
+        return " in a new clip, and at most as many of the clips" if items == "frames" else ""
     groups = calibration.group_names
     if not groups:
         low, high = calibration.false_alarm_range()
@@ -122,6 +122,13 @@ def rate_words(calibration: Calibration | PartCalibration, items: str) -> str:
         f" in each of {counted(own, 'group')}, and in the other {len(groups) - own} together, which have too few "
         f"{items} for thresholds of their own"
     )
+
+
+def clips_of(calibration: Calibration | PartCalibration) -> int | None:
+    """Return the number of clips of a calibration on frames; None if it is of other items."""
+    from featnorm.parts import PartCalibration
+
+    return len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
 
 
 def print_label_columns(source: Source[Any], consequence: str) -> None:

@@ -23,13 +23,16 @@ from featnorm.cli.console import (
 )
 from featnorm.cli.options import (
     DATA,
+    FPS,
     BatchSize,
     DataRoot,
     Detectors,
     Device,
+    Fps,
     LabelColumn,
     Layer,
     OutFolder,
+    PerPart,
     Precision,
     TextColumn,
     Weights,
@@ -108,8 +111,10 @@ def evaluate(
         ),
     ] = None,
     layer: Layer = None,
+    per: PerPart = "input",
     label_column: LabelColumn = None,
     text_column: TextColumn = None,
+    fps: Fps = FPS,
     out: OutFolder = Path("featnorm-evaluation"),
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -128,7 +133,7 @@ def evaluate(
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.evaluation import FILES, compare, standard_detectors
-    from featnorm.inputs import IMAGES, open_source
+    from featnorm.inputs import FRAMES, IMAGES, open_source
     from featnorm.inputs.formats import PassedOver
     from featnorm.models import create_model
     from featnorm.models.loading import import_users_module
@@ -150,7 +155,7 @@ def evaluate(
         detectors.append(parse_detector(reference))
 
     def labeled(spec: str) -> Source[Any]:
-        return open_source(spec, root=data_root, label_column=label_column, text_column=text_column)
+        return open_source(spec, root=data_root, label_column=label_column, text_column=text_column, fps=fps)
 
     fit_source = None if fit is None else labeled(fit)
     if protocol is None:
@@ -158,7 +163,8 @@ def evaluate(
             raise ValueError("pass --id and --ood, or --protocol with --benchmark and --data-root")
         given_names, groups, specs = _split_names([id_data, *ood])
         _refuse_twice([*([] if fit is None else [fit]), *specs])
-        others = (open_source(spec, root=data_root, labels=False, text_column=text_column) for spec in specs[1:])
+        options: dict[str, Any] = {"labels": False, "text_column": text_column, "fps": fps}
+        others = (open_source(spec, root=data_root, **options) for spec in specs[1:])
         opened = [labeled(specs[0]), *others]
         sources = _named(list(zip(specs, opened, strict=True)), given_names)
         grouped = [groups.get(spec, "") + name for spec, name in zip(specs, sources, strict=True)]
@@ -183,11 +189,11 @@ def evaluate(
     if scorer_file is None:
         assert model is not None
         loaded = create_model(model, weights=weights)
-        subject = tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer)
+        subject = tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer, per=per)
         name, transform, about = model, loaded.transform, loaded.name + "".join(f"; {n}" for n in loaded.notes)
     else:
-        if layer is not None:
-            raise ValueError("--layer is for a model without SCORER, whose layer is in its file")
+        if layer is not None or per != "input":
+            raise ValueError("--layer and --per are for a model without SCORER, in whose file they are")
         subject = scorer = load(scorer_file, model, weights=weights).to(runtime.torch_device)
         tap, transform, name = scorer.tap, scorer.require_preprocess(), scorer.spec or ""
         about = "; ".join(scorer.facts.get(fact, "") for fact in ("model", "backbone", "head")).strip("; ")
@@ -230,7 +236,7 @@ def evaluate(
     comparison.facts |= flagged
     title = f"OOD detection with {name or scorer_file}"
     summary = f"How well do detectors separate {', '.join(ood_names)} from {id_name}?"
-    write_page(comparison, page, title=title, summary=summary, image=image if kind is IMAGES else None)
+    write_page(comparison, page, title=title, summary=summary, image=image if kind in (IMAGES, FRAMES) else None)
     write_text(document, markdown_page(comparison, title=title, summary=summary), errors="backslashreplace")
     comparison.save(out)
     if protocol is not None:
@@ -243,6 +249,8 @@ def evaluate(
         print_excluded(comparison)
     for label, value in flagged.items():
         console.print(f"{label}: {value}.", soft_wrap=True)
+    if kind is FRAMES:
+        console.print("The confidence intervals take frames as independent; those of a clip are not.")
     if comparison.accuracy is not None:
         console.print(f"The model classifies {100 * comparison.accuracy:.1f} % of {id_name} correctly.")
     for name, files in comparison.skipped.items():
@@ -301,26 +309,27 @@ def _flagged(scorer: Scorer, comparison: Comparison, sources: dict[str, Source[A
     from featnorm.inputs import DataError, group_items
 
     found = [result for result in comparison.results if result.detector == repr(scorer.detector)]
-    if not found or scorer.calibration is None:
+    calibration = scorer.item_calibration
+    if not found or calibration is None:
         return {}
     shares = []
     for name, scores in {comparison.id_name: found[0].id_scores, **found[0].ood_scores}.items():
         members: Any = None
         try:
-            if scorer.calibration.group_names and scorer.thresholds_by == "class":
+            if calibration.group_names and scorer.thresholds_by == "class":
                 members = torch.from_numpy(comparison.predicted[name])
-            elif scorer.calibration.group_names and scorer.thresholds_by is not None:
+            elif calibration.group_names and scorer.thresholds_by is not None:
                 groups = group_items(sources[name], scorer.thresholds_by)
                 members = [groups[row] for row in comparison.rows[name]]
-            is_id = scorer.calibration.is_id(torch.from_numpy(scores), members)
+            is_id = calibration.is_id(torch.from_numpy(scores), members)
         except DataError as error:
             shares.append(f"unknown for {name} ({error})")
         except ValueError:
             shares.append(f"unknown for {name} (it has groups without a threshold)")
         else:
             shares.append(f"{100 * (1 - is_id.double().mean()):.1f} % of {name}")
-    rate = f"accepting at least {100 * scorer.calibration.tpr:g} % of in-distribution inputs"
-    by = f", with thresholds by {scorer.thresholds_by}" if scorer.calibration.group_names else ""
+    rate = f"accepting at least {100 * calibration.tpr:g} % of in-distribution inputs"
+    by = f", with thresholds by {scorer.thresholds_by}" if calibration.group_names else ""
     return {f"flagged by the fitted {scorer.detector!r}, {rate}{by}": ", ".join(shares)}
 
 

@@ -1,6 +1,7 @@
 """``featnorm export``: a fitted detector as one ONNX graph."""
 
 from pathlib import Path
+from typing import Any
 
 from featnorm.cli.console import console, require_file_place
 from featnorm.cli.options import OutFile, OwnModel, OwnWeights, ScorerFile, Tpr
@@ -27,7 +28,8 @@ def export(
     if scorer.kind is not TEXTS:
         taken = f"{scorer.kind.name} (n, {', '.join(map(str, scorer.input_size))}) float32"
     else:
-        taken = f"{', '.join(scorer.reference_inputs())} (n, length) int64"
+        inputs: Any = scorer.reference_inputs()
+        taken = f"{', '.join(inputs)} (n, length) int64"
     console.print(f"  in:  {taken}, as returned by the preprocess of {scorer.spec}")
     outputs = OUTPUTS if "logits" in scorer.tap.captured else OUTPUTS[1:]
     console.print(f"  out: {', '.join(outputs)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from featnorm.cli.console import (
+    clips_of,
     console,
     counted,
     print_label_columns,
@@ -21,14 +22,17 @@ from featnorm.cli.console import (
 )
 from featnorm.cli.options import (
     DATA,
+    FPS,
     BatchSize,
     ChannelAxis,
     DataRoot,
     Device,
+    Fps,
     LabelColumn,
     Layer,
     LayerPooling,
     OutFile,
+    PerPart,
     Precision,
     Ray,
     Seed,
@@ -86,6 +90,7 @@ def fit(
             "`heads.0`. Default: the one named `logits`, or the first.",
         ),
     ] = None,
+    per: PerPart = "input",
     targets: Annotated[
         Literal["labels", "clusters", "auto"],
         typer.Option(
@@ -103,6 +108,7 @@ def fit(
         ),
     ] = None,
     text_column: TextColumn = None,
+    fps: Fps = FPS,
     tpr: Annotated[float, typer.Option(help="Share of in-distribution items to accept.")] = 0.95,
     thresholds_by: Annotated[
         str | None,
@@ -119,7 +125,8 @@ def fit(
             metavar="GROUP",
             help="Keep items that belong together, such as the frames of a clip, on one side of the split "
             "between fitting and calibration: `folder`, a column of the table, or a regular expression whose "
-            "parentheses match the group. Default: only near-duplicates are kept together.",
+            "parentheses match the group. Default: only near-duplicates, and the frames of a video, are kept "
+            "together.",
         ),
     ] = None,
     cache: Annotated[
@@ -142,7 +149,7 @@ def fit(
         ),
     ] = True,
 ) -> None:
-    """Fit a detector to your images or texts, with your own model or a pretrained one, and save both to a file.
+    """Fit a detector to images, videos or texts, with your own model or a pretrained one, and save both to a file.
 
     20 of them are enough. Labels are used if there are any. The features of the model are cached on disk: after an
     interruption, rerun the same command to resume.
@@ -151,9 +158,10 @@ def fit(
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.fitting import fit_source, model_for
-    from featnorm.inputs import IMAGES, open_source
+    from featnorm.inputs import ROWS, TEXTS, open_source
     from featnorm.inputs.arrays import LabeledSource
-    from featnorm.models.loading import ROWS, import_users_module, is_users
+    from featnorm.models.loading import ROWS as ROWS_SPEC
+    from featnorm.models.loading import import_users_module, is_users
 
     began = time.perf_counter()
     # The module of the user's own model may define the detector.
@@ -166,11 +174,16 @@ def fit(
         labels=targets != "clusters" or label_column is not None,
         label_column=label_column,
         text_column=text_column,
+        fps=fps,
     )
     source = source if labels is None else LabeledSource(source, labels)
     items = source.kind.name
     loaded = model_for(source, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
-    console.print(f"{source.kind.counted(len(source))} in {source.title}; model: {loaded.name}.", soft_wrap=True)
+    units = source.units()
+    of_clips = "" if units is None else f" of {counted(len(set(units)), 'clip')}"
+    console.print(
+        f"{source.kind.counted(len(source))}{of_clips} in {source.title}; model: {loaded.name}.", soft_wrap=True
+    )
     _print_missing_labels(source, targets)
     with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
         scorer, report = fit_source(
@@ -182,6 +195,7 @@ def fit(
             output=output,
             channel_axis=channel_axis,
             pooling=pooling,
+            per=per,
             targets=targets,
             tpr=tpr,
             thresholds_by=thresholds_by,
@@ -209,22 +223,30 @@ def fit(
         console.print(
             f"Computed the features of {source.kind.counted(report.computed)}; the next fit on them takes seconds."
         )
-    elif loaded.name != ROWS:
+    elif loaded.name != ROWS_SPEC:
         console.print(f"The features of all {items} were in the cache.")
     _print_model(scorer, report)
-    calibration = scorer.calibration
+    calibration = scorer.item_calibration
     assert calibration is not None
     how = f"on {report.held_out} held-out {items}"
     if not (report.head == "train" or scorer.detector.needs_fit):
         how = f"on {report.held_out} of {report.trained} {items}, none of them held out, because it needs no fit"
     if scorer.is_jackknife:
         how = f"by leaving out {report.held_out} of {report.trained} {items} in turn"
+    if (clips := clips_of(calibration)) is not None:
+        how += f" of {clips} clips"
     console.print(
         f"{scorer.detector!r} is calibrated {how}. Averaged over such calibration sets, it flags at most "
         f"{100 * (1 - tpr):.1f} % of {items} like these"
         f"{'' if scorer.is_jackknife else rate_words(calibration, items)}.",
         soft_wrap=True,
     )
+    if scorer.per != "input":
+        console.print(
+            f"Of the {'boxes' if scorer.per == 'box' else 'positions'} of such {items}, it flags at most "
+            f"{100 * (1 - tpr):.1f} %, averaged over {items} and calibration sets.",
+            soft_wrap=True,
+        )
     if report.head == "keep":
         console.print(
             f"This holds if the model was not trained on these {items}. If it was, fit to {items} that it has not "
@@ -232,7 +254,7 @@ def fit(
             soft_wrap=True,
         )
     if scorer.examples is not None and scorer.examples.thumbnails is not None:
-        previews = "thumbnails" if source.kind is IMAGES else "the beginnings"
+        previews = "the beginnings" if source.kind in (TEXTS, ROWS) else "thumbnails"
         console.print(
             f"The file contains {previews} of {source.kind.counted(len(scorer.examples.thumbnails))}: "
             "--no-thumbnails leaves them out.",
@@ -241,7 +263,8 @@ def fit(
     size = out.stat().st_size / 1e6
     console.print(f"Wrote {out} ({size:.1f} MB) in {time.perf_counter() - began:.0f} s. Next:", soft_wrap=True)
     again = f" --model {model}" if is_users(loaded.name) else ""
-    console.print(f"  featnorm score {shlex.quote(str(out))} {items.upper()}{again}", soft_wrap=True)
+    given = items.upper() if source.fps is None else "VIDEOS"
+    console.print(f"  featnorm score {shlex.quote(str(out))} {given}{again}", soft_wrap=True)
 
 
 def _print_model(scorer: Scorer, report: FitReport) -> None:

@@ -1,14 +1,16 @@
 """Options and arguments that several commands share, each declared once, as the type of a parameter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 DATA = (
-    "an image folder, a parquet file, a file of texts (.csv, .jsonl, .parquet, or .txt with one per line) or of "
-    "rows of numbers (.npy, .npz, .csv, .jsonl, .parquet), local or in an object store (`s3://bucket/photos`), or "
-    "a named data set, such as `cifar10:test`; append a slice to use a part of it: `DATA[:500]`, `DATA[1::2]`"
+    "an image folder, a video or a folder of videos, a parquet file, a file of texts (.csv, .jsonl, .parquet, or "
+    ".txt with one per line) or of rows of numbers (.npy, .npz, .csv, .jsonl, .parquet), local or in an object "
+    "store (`s3://bucket/photos`), or a named data set, such as `cifar10:test`; append a slice to use a part of "
+    "it: `DATA[:500]`, `DATA[1::2]`"
 )
 """What a specification of data may be, for help texts."""
 
@@ -68,6 +70,14 @@ LayerPooling = Annotated[
         "of their positive parts."
     ),
 ]
+PerPart = Annotated[
+    Literal["input", "position", "box"],
+    typer.Option(
+        "--per",
+        help="What gets a verdict: each `input`, each `position` of the maps that the model returns, such as a "
+        "segmentation model, or each `box` that an R-CNN of torchvision finds.",
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(
@@ -83,6 +93,13 @@ TextColumn = Annotated[
         help="Column of a table that holds the texts. Default: `text`, or else the only column of strings beside "
         "the labels.",
     ),
+]
+FPS = 1.0
+"""Number of frames per second that are read of videos by default."""
+_FPS_HELP = "Number of frames per second to read of videos; 0 for all frames."
+Fps = Annotated[float, typer.Option(min=0, help=_FPS_HELP)]
+ScoredFps = Annotated[
+    float | None, typer.Option(min=0, help=f"{_FPS_HELP} Default: as for the fit of SCORER, or {FPS:g}.")
 ]
 OutFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Output file.")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")]
@@ -124,3 +141,8 @@ Tpr = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]
+
+
+def fps_of(facts: Mapping[str, str], given: float | None) -> float:
+    """Return the number of frames per second that was given, or else that of a scorer with these facts."""
+    return float(facts.get("frames per second", FPS)) if given is None else given

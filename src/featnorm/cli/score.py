@@ -10,6 +10,7 @@ import typer
 
 from featnorm.cli.console import (
     console,
+    counted,
     print_reading,
     print_skipped,
     printable,
@@ -24,18 +25,23 @@ from featnorm.cli.options import (
     OwnWeights,
     Precision,
     Ray,
+    ScoredFps,
     ScorerFile,
     TextColumn,
     Tpr,
     Workers,
+    fps_of,
 )
+
+MAX_CLIPS_SHOWN = 20
 
 if TYPE_CHECKING:
     from featnorm.inputs import Source
     from featnorm.records import Journal
     from featnorm.runtime import Runtime
+    from featnorm.scorer import Scorer
     from featnorm.scoring import ScoringSummary
-    from featnorm.verdict import ItemVerdict
+    from featnorm.verdict import BoxVerdict, ItemVerdict
 
 
 def score(
@@ -47,7 +53,8 @@ def score(
             "--out",
             "-o",
             metavar="FILE",
-            help="Output file (.csv, .jsonl or .parquet), one row per item. Default: print to the terminal.",
+            help="Output file (.csv, .jsonl or .parquet), one row per item, or per box. Default: print to the "
+            "terminal.",
         ),
     ] = None,
     html: Annotated[
@@ -58,9 +65,26 @@ def score(
             "images a heat map of where the score comes from, and the calibration scores.",
         ),
     ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for one picture per image, if the detector was fitted with `--per position` or `box`: "
+            "the image beside the map of its p-values, with the flagged positions outlined, or with its boxes.",
+        ),
+    ] = None,
     model: OwnModel = None,
     weights: OwnWeights = None,
     text_column: TextColumn = None,
+    clips: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Output file for videos (.csv, .jsonl or .parquet), one row per clip, for a SCORER that is "
+            "calibrated on clips. The verdict on a clip accounts for the dependence of its frames.",
+        ),
+    ] = None,
+    fps: ScoredFps = None,
     tpr: Tpr = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -69,11 +93,12 @@ def score(
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:
-    """Score images or texts: score, p-value, verdict (ID or OOD) and predicted class, one row per item.
+    """Score images, videos or texts: score, p-value, verdict (ID or OOD) and predicted class, one row per item.
 
-    With `--out` or `--html`, rerun the same command to resume after an interruption.
+    Of a video, each frame that is read is an item, with its time in seconds, and the clips have verdicts of their
+    own. With `--out` or `--html`, rerun the same command to resume after an interruption.
     """
-    files = [file for file in (out, html) if file is not None]
+    files = [file for file in (out, html, clips) if file is not None]
     for file in files:
         require_file_place(file, [scorer_file, *map(Path, data)])
     from featnorm.cli.runtime import runtime_of
@@ -84,7 +109,8 @@ def score(
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
         scorer.set_tpr(tpr)
-    source = open_source(*data, root=data_root, labels=False, text_column=text_column, mix_splits=True)
+    options: dict[str, Any] = {"text_column": text_column, "fps": fps_of(scorer.facts, fps)}
+    source = open_source(*data, root=data_root, labels=False, mix_splits=True, **options)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
         console.print(
@@ -98,6 +124,8 @@ def score(
             source,
             out,
             page=html,
+            clips=clips,
+            maps=maps,
             made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
             on_start=lambda journal: _print_start(journal, source),
@@ -107,16 +135,41 @@ def score(
     print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
     if summary.scores:
         console.print(str(summary))
+        _print_clips(scorer, source, summary)
         if summary.computed:
             console.print(_pace(summary, runtime))
-    for file in files:
-        console.print(f"Wrote {file}.", soft_wrap=True)
+    for place in (*files, *([] if maps is None else [maps])):
+        console.print(f"Wrote {place}.", soft_wrap=True)
     if not summary.scores:
         name, why = summary.first_unread[0]
         raise DataError(
             f"none of the {summary.unread:,} {source.kind.name} could be read; the first is {printable(name)}: "
             f"{why}"
         )
+
+
+def _print_clips(scorer: Scorer, source: Source[Any], summary: ScoringSummary) -> None:
+    """Print the verdicts on the clips with the lowest p-values."""
+    if source.fps is None:
+        return
+    if not summary.clips:
+        console.print(
+            "There are no verdicts on clips, because the scorer is not calibrated on clips (featnorm calibrate).",
+            soft_wrap=True,
+        )
+        return
+    from featnorm.records import word_of
+
+    flagged = sum(clip.is_id is False for clip in summary.clips)
+    console.print(f"{flagged:,} of {counted(len(summary.clips), 'clip')} flagged as OOD.")
+    for clip in summary.clips[:MAX_CLIPS_SHOWN]:
+        if clip.p_value is None:
+            continue
+        frames = f"{clip.flagged} of {counted(clip.frames, 'frame')} flagged"
+        numbers = f"{clip.score:10.4g}  {clip.p_value:8.4f}  {word_of(clip.is_id):7}"
+        console.print(f"{numbers}  {printable(clip.clip)}  ({frames})", soft_wrap=True)
+    if len(summary.clips) > MAX_CLIPS_SHOWN:
+        console.print("... (--clips FILE writes all)")
 
 
 def _pace(summary: ScoringSummary, runtime: Runtime) -> str:
@@ -145,8 +198,16 @@ def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:
     for verdict in verdicts:
         if verdict.score is None:
             continue
-        word = {True: "ID", False: "OOD", None: ""}[verdict.is_id]
-        p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
         predicted = "" if verdict.predicted is None else f"  ({verdict.predicted})"
-        name = printable(verdict.item)
-        console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {name}{predicted}", soft_wrap=True)
+        _print_verdict(verdict, f"{printable(verdict.item)}{predicted}")
+        for box in verdict.boxes or ():
+            corners = ", ".join(f"{corner:.0f}" for corner in box.corners)
+            _print_verdict(box, f"  box ({corners}), {printable(box.label)} with confidence {box.confidence:.2f}")
+
+
+def _print_verdict(verdict: ItemVerdict | BoxVerdict, words: str) -> None:
+    from featnorm.records import word_of
+
+    word = word_of(verdict.is_id) or ""
+    p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
+    console.print(f"{verdict.score:10.4g}  {p_value:>8}  {word:7}  {words}", soft_wrap=True)

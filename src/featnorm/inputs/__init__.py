@@ -1,16 +1,17 @@
 """The user's data: opening it by path, address or name, decoding it, and loading it in batches."""
 
-from featnorm.inputs import arrays, images, tables, torchvision_sets  # noqa: F401  each registers its openers
+from featnorm.inputs import arrays, images, tables, torchvision_sets, video  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.grouping import group_items
-from featnorm.inputs.kinds import IMAGES, ROWS, TEXTS, Kind, kind_of
+from featnorm.inputs.kinds import FRAMES, IMAGES, ROWS, TEXTS, Kind, kind_of
 from featnorm.inputs.loading import Batch, Extracted, SourceLoader, extract_features, image_tensor, source_loader
 from featnorm.inputs.openers import Opener, open_source
 from featnorm.inputs.rows import Rows, Table, Vector
 from featnorm.inputs.source import ImageSource, JoinedSource, SlicedSource, Source
 
 __all__ = [
+    "FRAMES",
     "IMAGES",
     "ROWS",
     "TEXTS",

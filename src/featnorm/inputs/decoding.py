@@ -33,6 +33,13 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The same for each counterclockwise rotation of the frames of a video, in degrees.
+_ROTATE = {
+    90: Image.Transpose.ROTATE_90,
+    -90: Image.Transpose.ROTATE_270,
+    180: Image.Transpose.ROTATE_180,
+    -180: Image.Transpose.ROTATE_180,
+}
 # Bits of TIFF's NewSubfileType: a smaller copy of another page, and a mask of one.
 _NEW_SUBFILE_TYPE, _SMALLER, _MASK = 254, 1, 4
 # TIFF's PhotometricInterpretation of a sensor's values, and the tag that every DNG has.
@@ -79,6 +86,23 @@ def decode_with_digest(data: bytes, name: str) -> tuple[Image.Image, bytes]:
     except ItemError as error:
         error.digest = digest
         raise
+
+
+def upright(frame: Any, name: str) -> Image.Image:
+    """Return a decoded frame, an `av.VideoFrame`, as an image in RGB, as it is meant to be seen.
+
+    Raises
+    ------
+    ItemError
+        If its pixels cannot be converted, or it is too narrow for a model.
+    """
+
+    def convert() -> Image.Image:
+        image: Image.Image = frame.to_image()
+        transpose = _ROTATE.get(frame.rotation)
+        return image if transpose is None else image.transpose(transpose)
+
+    return to_rgb(convert, name)
 
 
 def is_first_of_several(image: Image.Image) -> bool:

@@ -14,7 +14,14 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from featnorm._utils.extras import vision_module
-from featnorm.inputs.formats import HEAD_BYTES, PassedOver, ending, looks_like_image, named_as_image
+from featnorm.inputs.formats import (
+    HEAD_BYTES,
+    VIDEO_ENDINGS,
+    PassedOver,
+    ending,
+    looks_like_image,
+    named_as_image,
+)
 
 SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -95,9 +102,29 @@ class Folder(ABC):
         return sorted(stems | (names if names <= SPLIT_NAMES else set()))
 
     @cached_property
+    def _walk(self) -> "_Walk":
+        return _Walk(self)
+
+    @property
     def images(self) -> tuple[list[str], PassedOver]:
-        """The image files in it and below it, and what was ignored; see `find_images`."""
-        return find_images(self)
+        """The image files in it and below it, relative to it, and what else is there.
+
+        A file is an image if its name ends as those of image files do, or if it begins as an image; only files
+        with other names are opened, to read their first bytes. A file that cannot be opened counts as an image, so
+        that the error is reported when it is read. Hidden files and folders are ignored.
+
+        The files are sorted, folder by folder. Links are followed, and every folder is read once, because links
+        may form a cycle.
+        """
+        walk = self._walk
+        return walk.files, PassedOver(walk.kinds, walk.hidden, tuple(walk.closed))
+
+    @property
+    def videos(self) -> tuple[list[str], PassedOver]:
+        """The files in it and below it that are videos by the ending of their names, as `images`."""
+        walk = self._walk
+        kinds = walk.kinds - Counter(map(_kind_of_file, walk.videos)) + Counter(map(_kind_of_file, walk.files))
+        return walk.videos, PassedOver(kinds, walk.hidden, tuple(walk.closed), "a video")
 
 
 class LocalFolder(Folder):
@@ -213,27 +240,16 @@ def title_of(folder: Folder, path: str = "") -> str:
     return f"{full.parent.name}:{own}" if own.lower() in SPLIT_NAMES else own
 
 
-def find_images(folder: Folder) -> tuple[list[str], PassedOver]:
-    """Return the image files in a folder and below it, relative to it, and what else is there.
-
-    A file is an image if its name ends as those of image files do, or if it begins as an image; only files with
-    other names are opened, to read their first bytes. A file that cannot be opened counts as an image, so that the
-    error is reported when it is read. Hidden files and folders are ignored.
-
-    The files are sorted, folder by folder. Links are followed, and every folder is read once, because links may
-    form a cycle.
-    """
-    walk = _Walk(folder)
-    walk.enter("")
-    walk.sniff()
-    return walk.files, PassedOver(walk.kinds, walk.hidden, tuple(walk.closed))
+def _kind_of_file(path: str) -> str:
+    return ending(path.rpartition("/")[2])
 
 
 class _Walk:
-    """The files of a folder and of all folders below it."""
+    """The images and videos of a folder and of all folders below it; see `Folder.images`."""
 
     def __init__(self, folder: Folder) -> None:
         self.files: list[str] = []
+        self.videos: list[str] = []
         self.kinds: Counter[str] = Counter()
         self.hidden = 0
         self.closed: list[str] = []
@@ -241,8 +257,10 @@ class _Walk:
         self._seen: set[str] = set()
         # Indices of the files whose names do not tell whether they are images.
         self._unnamed: list[int] = []
+        self._enter("")
+        self._sniff()
 
-    def enter(self, path: str) -> None:
+    def _enter(self, path: str) -> None:
         key = self._folder.walk_key(path)
         if key in self._seen:
             return
@@ -259,7 +277,7 @@ class _Walk:
                 self.hidden += 1
             elif kind == "folder":
                 if self._folder.walk_enters(below):
-                    self.enter(below)
+                    self._enter(below)
             elif kind != "file":
                 self.kinds["pipes and devices"] += 1
             elif (named := named_as_image(name)) is False:
@@ -269,7 +287,7 @@ class _Walk:
                     self._unnamed.append(len(self.files))
                 self.files.append(below)
 
-    def sniff(self) -> None:
+    def _sniff(self) -> None:
         """Remove the files that are not images by their first bytes."""
         share = min(_SNIFFED_PER_TASK, -(-len(self._unnamed) // _SNIFFERS)) or 1
         tasks = [self._unnamed[start : start + share] for start in range(0, len(self._unnamed), share)]
@@ -279,7 +297,9 @@ class _Walk:
             kept = bytearray(b"\1") * len(self.files)
             for i in others:
                 kept[i] = 0
-                self.kinds[ending(self.files[i].rpartition("/")[2])] += 1
+                self.kinds[_kind_of_file(self.files[i])] += 1
+                if self.files[i].lower().endswith(VIDEO_ENDINGS):
+                    self.videos.append(self.files[i])
             self.files = list(compress(self.files, kept))
 
     def _others(self, indices: list[int]) -> list[int]:

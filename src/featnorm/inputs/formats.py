@@ -18,6 +18,11 @@ _ENDINGS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".qoi"),
     *(".heic", ".heif", ".hif", ".jxl"),
 )
+#: Endings of videos, in lower case.
+VIDEO_ENDINGS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv"),
+    *(".ogv", ".3gp", ".mxf", ".y4m", ".mjpeg"),
+)
 #: Number of bytes at the beginning of a file by which its format is recognized.
 HEAD_BYTES = 64
 
@@ -119,25 +124,29 @@ def ending(name: str) -> str:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Counts of what was found in a folder besides images.
+    """Counts of what was found in a folder besides images, or besides videos.
 
     Parameters
     ----------
     kinds : mapping of str to int
-        Number of files that are not images, by kind; see `ending`.
+        Number of the other files, by kind; see `ending`.
     hidden : int
         Number of hidden files and folders, which are not opened.
     closed : tuple of str
         Folders that could not be opened.
+    besides : str
+        What the other files are not: "an image" or "a video".
     """
 
     kinds: Mapping[str, int] = field(default_factory=dict)
     hidden: int = 0
     closed: tuple[str, ...] = ()
+    besides: str = "an image"
 
     def __add__(self, other: "PassedOver") -> "PassedOver":
         kinds = Counter(self.kinds) + Counter(other.kinds)
-        return PassedOver(kinds, self.hidden + other.hidden, self.closed + other.closed)
+        besides = other.besides if other.kinds else self.besides
+        return PassedOver(kinds, self.hidden + other.hidden, self.closed + other.closed, besides)
 
     def __str__(self) -> str:
         """Return a short description; empty if there is nothing to report."""
@@ -146,7 +155,8 @@ class PassedOver:
             shown = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))[:_MAX_KINDS_SHOWN]
             rest = total - sum(count for _, count in shown)
             listed = [f"{kind} {count:,}" for kind, count in [*shown, *([("others", rest)] if rest else [])]]
-            what = "1 file that is not an image" if total == 1 else f"{total:,} files that are not images"
+            plural = f"{self.besides.split()[1]}s"
+            what = f"1 file that is not {self.besides}" if total == 1 else f"{total:,} files that are not {plural}"
             found.append(f"{what} ({', '.join(listed)})")
         if self.hidden:
             found.append(f"{self.hidden:,} hidden")

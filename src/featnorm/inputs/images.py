@@ -69,12 +69,21 @@ class ImageFiles(EncodedImages):
         return self._folder.identity(self._files[i])
 
 
-class ImageFolderOpener(Opener):
-    """A folder of image files.
+def classes_by_folder(folder: Folder, files: Sequence[str]) -> tuple[list[int | None] | None, list[str] | None]:
+    """Return the labels of files and the names of the classes; None if a file lies outside sub-folders.
 
-    If all images lie in sub-folders, the first-level sub-folders, sorted, are the classes. Empty ones are classes
-    too: a missing class must not shift the labels of those after it.
+    The first-level sub-folders, sorted, are the classes. Empty ones are classes too: a missing class must not
+    shift the labels of those after it.
     """
+    if not all("/" in file for file in files):
+        return None, None
+    classes, _ = folder.top_level(())
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [numbers[file.partition("/")[0]] for file in files], classes
+
+
+class ImageFolderOpener(Opener):
+    """A folder of image files; see `classes_by_folder`."""
 
     def accepts(self, location: Location) -> bool:
         """See `Opener`."""
@@ -87,15 +96,10 @@ class ImageFolderOpener(Opener):
         if not files:
             beside = str(passed_over)
             raise DataError(
-                f"no images in {location}"
+                f"no images or videos in {location}"
                 + (f": {beside}" if beside else ", which holds no files: check the path")
             )
-        labels = classes = None
-        if all("/" in file for file in files):
-            classes, _ = location.top_level(())
-            numbers = {name: number for number, name in enumerate(classes)}
-            labels = [numbers[file.partition("/")[0]] for file in files]
-        images = ImageFiles(location, files, title, labels, classes)
+        images = ImageFiles(location, files, title, *classes_by_folder(location, files))
         images.passed_over = passed_over
         return images
 

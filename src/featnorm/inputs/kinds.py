@@ -2,7 +2,7 @@
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -15,11 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from featnorm._utils.layout import fast_layout
-from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb
+from featnorm.inputs.decoding import decode, is_first_of_several, reason_of, to_rgb, upright
 from featnorm.inputs.errors import DataError, ItemError
 
-#: A batch of a model, or one input of it: a tensor, or the tensors that the model takes by name.
-Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
+#: A batch of a model, or one input of it: a tensor, or the tensors that the model takes by name. The images of a
+#: detector are a list, see `OfAnySize`.
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | list[Tensor]
 
 #: Longer side of a thumbnail, in pixels.
 THUMBNAIL = 64
@@ -146,8 +147,27 @@ class Kind(ABC):
 _KINDS: dict[str, Kind] = {}
 
 
+class OfAnySize:
+    """A preprocess of images whose tensors (c, H, W) may differ in size: a batch of them is a list.
+
+    Parameters
+    ----------
+    transform : callable
+        The preprocess of one image.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform: Callable[[Image.Image], Tensor] = (
+            transform.transform if isinstance(transform, OfAnySize) else transform
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the tensor of an image."""
+        return self.transform(image)
+
+
 class _Images(Kind):
-    """Images, as PIL images in RGB; preprocess returns tensors (c, H, W) of one shape."""
+    """Images, as PIL images in RGB; preprocess returns tensors (c, H, W) of one shape, or is `OfAnySize`."""
 
     name = "images"
     noun = "image"
@@ -166,6 +186,8 @@ class _Images(Kind):
             return to_rgb(raw.copy, name)
         if isinstance(raw, np.ndarray):
             return to_rgb(lambda: _image_of(raw), name)
+        if hasattr(raw, "to_image"):  # a frame that PyAV has decoded
+            return upright(raw, name)
         raise TypeError(
             f"{name} is of type {type(raw).__name__}: expected a path, a PIL image, an array or a tensor"
         )
@@ -182,6 +204,9 @@ class _Images(Kind):
     def fingerprint(self, prepared: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(prepared.float().cpu(), _BLOCKS)
 
+    def collate(self, prepared: Sequence[Any], preprocess: Any = None) -> Inputs:
+        return [*prepared] if isinstance(preprocess, OfAnySize) else super().collate(prepared)
+
     def preview(self, item: Image.Image) -> bytes:
         """Return a thumbnail as a JPEG file of at most 64 x 64 pixels."""
         small = item.copy()  # `thumbnail` works in place
@@ -192,6 +217,13 @@ class _Images(Kind):
 
     def is_first_of_several(self, item: Image.Image) -> bool:
         return is_first_of_several(item)
+
+
+class _Frames(_Images):
+    """Frames of videos: images for a model, and called by their own name."""
+
+    name = "frames"
+    noun = "frame"
 
 
 class _Texts(Kind):
@@ -301,7 +333,7 @@ class _Rows(Kind):
             preprocess.check(source)
 
 
-IMAGES, TEXTS, ROWS = _KINDS["images"], _KINDS["texts"], _KINDS["rows"]
+IMAGES, FRAMES, TEXTS, ROWS = (_KINDS[name] for name in ("images", "frames", "texts", "rows"))
 
 
 def _named(name: str) -> Kind:
@@ -317,8 +349,9 @@ def kind_of(what: Any) -> Kind:
         There is no such kind.
     """
     name = what if isinstance(what, str) else getattr(what, "kind", IMAGES.name)
-    if name not in _KINDS:
-        raise ValueError(f"unknown kind of inputs {name!r}: use one of {', '.join(_KINDS)}")
+    taken = [one for one in _KINDS if one != FRAMES.name]  # frames are images to a preprocess
+    if name not in taken:
+        raise ValueError(f"unknown kind of inputs {name!r}: use one of {', '.join(taken)}")
     return _KINDS[name]
 
 
@@ -329,7 +362,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 def rows_in(inputs: Inputs, rows: Any) -> Inputs:
     """Return some rows of a batch: a slice, or indices."""
-    return tree_map(lambda tensor: tensor[rows], inputs)
+    return inputs[rows] if isinstance(inputs, list) else tree_map(lambda tensor: tensor[rows], inputs)
 
 
 def run(module: Any, inputs: Inputs) -> Any:

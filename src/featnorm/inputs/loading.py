@@ -5,7 +5,7 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,7 +20,7 @@ from featnorm._utils.errors import RAISED_BY_USERS, UserCodeError, error_site, e
 from featnorm._utils.memory import in_parts
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs.errors import DataError, ItemError
-from featnorm.inputs.kinds import Inputs
+from featnorm.inputs.kinds import Inputs, OfAnySize
 from featnorm.inputs.source import ImageSource, Source
 
 # Number of items from which threads are faster than the calling thread.
@@ -46,8 +46,9 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    inputs : Tensor or mapping of str to Tensor
-        Transformed items: of images (n, 3, H, W), of texts the tensors (n, L) that the model takes by name.
+    inputs : Tensor, mapping of str to Tensor, or list of Tensor
+        Transformed items: of images (n, 3, H, W), of texts the tensors (n, L) that the model takes by name; of an
+        `OfAnySize` transform n images (3, H, W).
     labels : Tensor
         Classes, (n,), int64; -1 for an item without a label.
     indices : Tensor
@@ -160,7 +161,8 @@ class _Batches:
                 )
                 failure.add_note(traceback.format_exc())
                 raise failure from None
-            kind.check(transformed, prepared[0] if prepared else None, self.source.name(i))
+            first = None if isinstance(self.transform, OfAnySize) or not prepared else prepared[0]
+            kind.check(transformed, first, self.source.name(i))
             prepared.append(transformed)
             indices.append(i)
         if prepared:
@@ -264,10 +266,10 @@ def over_parts(function: Callable[..., Any], inputs: Inputs, *others: Tensor) ->
     ----------
     function : callable
         From some of the rows to one result per row, a tensor or a list.
-    inputs, *others : Tensor or mapping of str to Tensor, Tensor
+    inputs, *others : Tensor, mapping of str to Tensor or list of Tensor, and Tensor
         The rows.
     """
-    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is None:
         return _joined(in_parts(function, inputs, *others))
     lengths = mask.sum(1)
@@ -356,9 +358,9 @@ def source_loader(
         skipped.
     workers : int, optional
         Number of threads that read and transform items; 0 for the calling thread. Default: 0 for fewer than 256
-        items, else one per CPU, at most 8. Pillow and torch release Python's lock while they work, so that
-        threads are as fast as processes, and need no shared memory. A transform that is mostly Python code gains
-        little from more threads.
+        items, else one per CPU, at most 8. There are never more than the source's ``max_readers``. Pillow and
+        torch release Python's lock while they work, so that threads are as fast as processes, and need no shared
+        memory. A transform that is mostly Python code gains little from more threads.
     on_corrupt : callable, optional
         Called in this process with the name of each unreadable item and the reason, before its batch is yielded.
 
@@ -378,6 +380,7 @@ def source_loader(
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if workers is None:
         workers = 0 if len(source) < _MIN_THREADED else min(_processors(), _MAX_WORKERS)
+    workers = min(workers, source.max_readers or workers)
     return SourceLoader(_Batches(source, transform, batch_size), workers, on_corrupt)
 
 

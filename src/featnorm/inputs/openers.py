@@ -1,5 +1,6 @@
 """Opening of data by path, address or name, with a registry of openers: one for each kind of data."""
 
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -57,11 +58,23 @@ class Options:
         Whether to read the labels of a table.
     label_column, text_column : str or None
         The columns of a table that hold the labels and the texts; None for the default.
+    fps : float
+        Number of frames per second of a video to read; 0 for all of them.
+
+    Raises
+    ------
+    ValueError
+        If `fps` is negative or not finite.
     """
 
     labels: bool
     label_column: str | None
     text_column: str | None
+    fps: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fps < math.inf:
+            raise ValueError(f"fps is {self.fps}: pass a number of frames per second, or 0 for all frames")
 
     def require_no_column(self, location: object) -> None:
         """Check that no column is given, for data without columns.
@@ -146,8 +159,9 @@ def open_source(
     label_column: str | None = None,
     text_column: str | None = None,
     mix_splits: bool = False,
+    fps: float = 1.0,
 ) -> Source[Any]:
-    """Open data by path, address or name. None of it is read yet.
+    """Open data by path, address or name. None of it is decoded yet.
 
     Parameters
     ----------
@@ -156,6 +170,8 @@ def open_source(
 
         - a folder of images; if all lie in sub-folders, the first-level sub-folders are the classes;
         - an image file, whatever it is called;
+        - a video (``.mp4``, ``.mov``, ``.mkv``, ``.webm``, ``.avi`` and others), or a folder that holds more
+          videos than images: its frames are the items, see `featnorm.inputs.video.VideoFrames`;
         - a ``.parquet`` file in the Hugging Face layout (``image``: a struct of ``bytes`` and ``path``;
           perhaps a column of labels), or a folder of such files, the shards of one data set;
         - texts: a ``.csv``, ``.jsonl`` or ``.parquet`` file (or a folder of the latter) with a column of texts and
@@ -189,6 +205,8 @@ def open_source(
         vectors, or without a column of texts, holds rows.
     mix_splits : bool
         Whether a folder may hold several splits, such as ``train`` and ``test``.
+    fps : float
+        Number of frames per second of a video to read; 0 for all of them.
 
     Returns
     -------
@@ -201,16 +219,16 @@ def open_source(
         If the data cannot be found, read or downloaded, if there is no item in it or in the slice, if it holds
         several splits, or if there is no column of that name or no labels in it.
     ValueError
-        If there is no specification.
+        If there is no specification, or `fps` is negative.
     ImportError
-        If ``featnorm[vision]`` is needed and not installed.
+        If ``featnorm[vision]`` or ``featnorm[video]`` is needed and not installed.
     """
     if not specs:
         raise ValueError("no data is given: name a folder, a file, an address or a data set")
-    options = Options(labels, label_column, text_column)
+    options = Options(labels, label_column, text_column, fps)
     root = root or os.environ.get("FEATNORM_DATA")
     found = [_resolve(spec, None if root is None else Path(root).expanduser(), mix_splits) for spec in specs]
-    if several := [one.opener for one in found if one.opener.merges]:
+    if several := [one.opener for one in found if one.opener.merges and not one.opener.endings]:
         # Beside image files, as a shell lists a folder, any other file is one that is not an image.
         found = [
             replace(one, opener=several[0]) if one.opener.endings and not one.opener.shards else one

@@ -46,6 +46,10 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         Columns of a table that hold single values; empty for other sources.
     width : int or None
         Number of numbers per row, if the items are vectors.
+    max_readers : int or None
+        Number of threads with which the items are read fastest, if there is a maximum.
+    fps : float or None
+        Number of frames per second that are read of videos, 0 for all; None for other items.
     """
 
     kind: Kind = IMAGES
@@ -54,6 +58,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
     label_columns: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     width: int | None = None
+    max_readers: int | None = None
+    fps: float | None = None
 
     def __init__(self, title: str, labels: Sequence[int | None], class_names: list[str] | None) -> None:
         self.title = title
@@ -85,6 +91,22 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
     def name(self, i: int) -> str:
         """Return the name of item `i` for messages: its file, or its row."""
         return self._name(self._checked(i))
+
+    def time(self, i: int) -> float | None:
+        """Return the time of item `i` in its clip, in seconds; None if it has none."""
+        return None
+
+    def unit(self, i: int) -> str | None:
+        """Return what item `i` is a part of, such as the clip of a frame; None if it stands for itself.
+
+        The items of one unit depend on each other, and units do not.
+        """
+        return None
+
+    def units(self) -> list[str] | None:
+        """Return the unit of every item; None if they stand for themselves."""
+        found = [self.unit(i) for i in range(len(self))]
+        return None if None in found else found  # type: ignore[return-value]
 
     def column(self, name: str) -> list[Any]:
         """Return the values of a column, one per item; null is None.
@@ -144,7 +166,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         DataError
             If they are of another kind, or have other columns.
         """
-        if self.kind is not kind:
+        # Frames are images.
+        if not isinstance(self.kind, type(kind)):
             raise DataError(f"{self.title} holds {self.kind.name}, and {taker} takes {kind.name}")
         kind.check_source(self, preprocess)
 
@@ -191,8 +214,17 @@ class SlicedSource(Source[T]):
         self.label_columns = source.label_columns
         self.columns = source.columns
         self.width = source.width
+        self.max_readers, self.fps = source.max_readers, source.fps
         self._source = source
         self._rows = rows
+
+    def time(self, i: int) -> float | None:
+        """See `Source`."""
+        return self._source.time(self._rows[i])
+
+    def unit(self, i: int) -> str | None:
+        """See `Source`."""
+        return self._source.unit(self._rows[i])
 
     def column(self, name: str) -> list[Any]:
         """See `Source`."""
@@ -228,6 +260,7 @@ class JoinedSource(Source[T]):
 
     def __init__(self, sources: Sequence[Source[T]]) -> None:
         self.kind, self.width = sources[0].kind, sources[0].width
+        self.max_readers, self.fps = sources[0].max_readers, sources[0].fps
         for source in sources:
             if source.width != sources[0].width:
                 raise DataError(
@@ -252,6 +285,16 @@ class JoinedSource(Source[T]):
         self.columns = tuple(
             name for name in sources[0].columns if all(name in other.columns for other in sources)
         )
+
+    def time(self, i: int) -> float | None:
+        """See `Source`."""
+        source, row = self._locate(i)
+        return source.time(row)
+
+    def unit(self, i: int) -> str | None:
+        """See `Source`."""
+        source, row = self._locate(i)
+        return source.unit(row)
 
     def column(self, name: str) -> list[Any]:
         """See `Source`."""

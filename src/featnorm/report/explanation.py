@@ -38,12 +38,23 @@ def heat_map(heat: Tensor, model_input: Gray) -> Image.Image:
 
 def grayscale(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Gray:
     """Return preprocessed images (n, c, h, w) as gray values in [0, 1], (n, h, w)."""
+    return visible(inputs, preprocess).mean(1).float().numpy()
+
+
+def image_of(pixels: Tensor) -> Image.Image:
+    """Return pixels (3, H, W) or (1, H, W) in [0, 1] as an image in RGB."""
+    values = np.asarray(255 * pixels.expand(3, -1, -1).movedim(0, 2).clamp(0, 1).cpu())
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+def visible(inputs: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Return preprocessed images (n, c, h, w) as pixels in [0, 1]."""
     # Between these two, a normalization maps the values of pixels.
     black, white = (preprocess(Image.new("RGB", (256, 256), color)) for color in ("black", "white"))
     low, high = (image.mean((1, 2), keepdim=True) for image in (black, white))
     if not bool((high > low).all()):
         low, high = inputs.amin(), inputs.amax()
-    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mean(1).float().numpy()
+    return ((inputs - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
 def neighbor_picture(neighbor: Neighbor, id_: str) -> Picture | None:

@@ -14,13 +14,15 @@ from featnorm.hidden.examples import Neighbor
 from featnorm.inputs import Kind
 from featnorm.report import plots
 from featnorm.report.explanation import heat_map, neighbor_picture
-from featnorm.report.html import Key, Picture, number, percent, render, thumbnail, write
-from featnorm.verdict import ItemVerdict
+from featnorm.report.html import THUMBNAIL, Key, Picture, number, percent, render, thumbnail, write
+from featnorm.report.maps import draw_map
+from featnorm.verdict import ItemVerdict, Verdict
 
 Array = npt.NDArray[np.float64]
 
 # Size of the small histogram beside an image, in SVG units, and its number of bins.
 _WIDTH, _HEIGHT, _BINS = 160.0, 30.0, 20
+_MAP_SIDE = 2 * THUMBNAIL
 # Characters of a text that are shown.
 _MAX_TEXT = 500
 # Folders in the table.
@@ -37,12 +39,14 @@ class ScoredItem:
     folder : folder of the item.
     item : the image or text, or None if it can no longer be read.
     model_input : what the model sees of it as gray values in [0, 1], (height, width), for the heat map; or None.
+    positions : verdicts on its positions, for the map; or None.
     """
 
     verdict: ItemVerdict
     folder: str
     item: Image.Image | str | None
     model_input: npt.NDArray[np.float32] | None
+    positions: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class _Folder:
     name: str
     scored: int
     flagged: int
+    p_value: str = ""
+    word: str = ""
 
     @property
     def share(self) -> str:
@@ -81,6 +87,7 @@ class _Card:
     picture: Picture | None
     text: str
     heat: Picture | None
+    map: Picture | None
     reference: str
     no_heat: str
     similar: list[_Similar]
@@ -100,6 +107,7 @@ def write_scores_page(
     threshold: float,
     flagged: int,
     folders: Mapping[str, Sequence[int]],
+    clips: Mapping[str, tuple[float | None, str]] | None = None,
     shown: Iterable[ScoredItem],
     unread: Sequence[tuple[str, str]],
     unread_count: int,
@@ -115,7 +123,8 @@ def write_scores_page(
     scores : scores of the items (m,); may be empty.
     threshold : score at or above which an item is ID.
     flagged : number of flagged items.
-    folders : number of items scored, and of items flagged, by folder.
+    folders : number of items scored, and of items flagged, by folder or clip.
+    clips : p-value of each clip, and its verdict in a word, for frames; None for other items.
     shown : the items to show, lowest score first; consumed one at a time.
     unread, unread_count : names and reasons of the first unreadable items, and the number of all of them.
     """
@@ -133,9 +142,13 @@ def write_scores_page(
     )
     examples: dict[int, Picture | None] = {}
     cards = [_card(i, one, calibration_scores, low, high, examples) for i, one in enumerate(shown)]
-    counts = [_Folder(name, *numbers) for name, numbers in folders.items()]
+    counts = []
+    for name, (count, flagged_in) in folders.items():
+        p_value, word = (clips or {}).get(name, (None, ""))
+        shown_p = "" if p_value is None else f"{p_value:.4f}"
+        counts.append(_Folder(name, count, flagged_in, shown_p, word))
     counts.sort(key=lambda folder: (-folder.flagged / folder.scored, -folder.scored, folder.name))
-    pictures = [picture for card in cards for picture in (card.picture, card.heat)]
+    pictures = [picture for card in cards for picture in (card.picture, card.heat, card.map)]
     html = render(
         "scores.html",
         items=kind.name,
@@ -156,6 +169,8 @@ def write_scores_page(
         scored=len(scores),
         flagged=flagged,
         folders=counts[:_MAX_FOLDERS],
+        place="folder" if clips is None else "clip",
+        judged=bool(clips),
         folder_count=len(counts),
         predicted=sorted({card.predicted for card in cards if card.predicted is not None}),
         pictures=[picture for picture in (*pictures, *examples.values()) if picture is not None],
@@ -201,12 +216,19 @@ def _card(
         picture=thumbnail(one.item, f"t{i}") if isinstance(one.item, Image.Image) else None,
         text=_shortened(one.item) if isinstance(one.item, str) else "",
         heat=heat,
+        map=None if one.positions is None else thumbnail(draw_map(one.positions, _map_size(one)), f"p{i}"),
         reference="" if why is None else why.reference,
         no_heat="" if why is None or isinstance(one.item, str) else why.no_heat,
         similar=[] if why is None else [_similar(neighbor, one, examples) for neighbor in why.nearest],
         sentence="" if why is None or why.units is None else why.units.sentence,
         rows=[] if why is None or why.units is None else why.units.rows(),
     )
+
+
+def _map_size(one: ScoredItem) -> tuple[int, int]:
+    """Return the size in pixels at which a map is drawn, before it becomes a thumbnail."""
+    width, height = one.item.size if isinstance(one.item, Image.Image) else (1, 1)
+    return round(_MAP_SIDE * width / max(width, height)), round(_MAP_SIDE * height / max(width, height))
 
 
 def _shortened(text: str) -> str:

@@ -12,7 +12,7 @@ from featnorm import hidden
 from featnorm._utils.ranks import shown_scores
 from featnorm.drift import DriftMonitor
 from featnorm.inputs.kinds import IMAGES, Kind
-from featnorm.records import row_of
+from featnorm.records import row_of, word_of
 from featnorm.report.explanation import neighbor_picture
 from featnorm.verdict import ItemVerdict
 
@@ -59,6 +59,19 @@ class Why(BaseModel):
     no_heat: str | None = Field(description="Why a flagged image has no heat map.")
 
 
+class Box(BaseModel):
+    """The result for one box that a detector of objects found in an image."""
+
+    corners: tuple[float, float, float, float] = Field(
+        description="x1, y1, x2 and y2 in pixels of the image, as the model takes it."
+    )
+    label: str = Field(description="Class of the box, as the model has it.")
+    confidence: float = Field(description="The model's own confidence.")
+    score: float | None = Field(description="Score; higher is more in-distribution. Null if it is infinite.")
+    p_value: float | None = Field(description="Conformal p-value; a small one means out-of-distribution.")
+    verdict: Literal["ID", "OOD"] | None = Field(description="ID if the score reaches the threshold, else OOD.")
+
+
 class Result(BaseModel):
     """The result for one image."""
 
@@ -72,6 +85,11 @@ class Result(BaseModel):
     predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
     error: str | None = Field(description="Why the image cannot be scored.")
     group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
+    flagged_share: float | None = Field(
+        description="Share of the positions or boxes of the image that are flagged as OOD, if the scorer has "
+        "verdicts on them."
+    )
+    boxes: list[Box] | None = Field(description="Boxes in the image, if the model is a detector of objects.")
     why: Why | None = Field(default=None, description="Explanation, with `explain=true`.")
 
 
@@ -163,7 +181,13 @@ class Detector(ScorerSummary):
 def result_of(verdict: ItemVerdict) -> dict[str, Any]:
     """Return a verdict as the fields of a `Result`, without ``why``."""
     row = row_of(verdict)
-    return {"name": row.pop("path"), **row, "score": finite(row["score"])}
+    boxes = None
+    if verdict.boxes is not None:
+        boxes = [
+            {**box._asdict(), "score": finite(box.score), "verdict": word_of(box.is_id)} for box in verdict.boxes
+        ]
+    of_parts = {"flagged_share": verdict.flagged_share, "boxes": boxes}
+    return {"name": row.pop("path"), **row, "score": finite(row["score"]), **of_parts}
 
 
 def why_of(why: hidden.Why, kind: Kind, *, thumbnails: bool = False) -> Why:

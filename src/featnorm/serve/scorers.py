@@ -117,7 +117,7 @@ class ServedScorer:
 
     def __init__(self, name: str, scorer: Scorer, limits: Limits, runtime: Runtime | None) -> None:
         check_type(scorer, Scorer, f"the scorer {name!r}", "a Scorer or a ScorerFile")
-        calibration = scorer.calibration
+        calibration = scorer.item_calibration
         if calibration is None:
             raise ValueError(f"the scorer {name!r} is not calibrated: it has no threshold for a verdict")
         self.name = name

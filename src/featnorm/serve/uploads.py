@@ -135,7 +135,8 @@ async def read_body(request: Request, kind: Kind) -> Body:
         raise HTTPException(
             415,
             f"the content type is {media_type or 'not given'}: send image/*, application/octet-stream, "
-            "application/json or multipart/form-data",
+            "application/json or multipart/form-data"
+            + ("; frames of videos are scored by featnorm score" if media_type.startswith("video/") else ""),
         )
     return Body(media_type, content_type, await request.body())
 

@@ -305,6 +305,28 @@ def class_labels(call: Call, n: int) -> tuple[Tensor | None, str]:
     return None, f"the loader's are {why}"
 
 
+def position_labels(call: Call, grid: tuple[int, ...], classes: int) -> tuple[Tensor | None, str]:
+    """Return the labels (n * h * w,) of the positions of a grid (n, h, w), or None and the reason.
+
+    A position takes the label of the nearest pixel of a mask (n, H, W); -1 if it is not the index of a logit.
+
+    Raises
+    ------
+    ValueError
+        The caller said where the labels are, and they are not masks of integers.
+    """
+    mask = call.labels
+    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS or mask.ndim != 3 or len(mask) != grid[0]:
+        why = f"{_described(mask)}, and must be masks (n, height, width) of integers for {grid[0]} inputs"
+        if call.labels_given:
+            raise ValueError(f"the labels are {why}")
+        return None, f"the loader's are {why}"
+    # In float64 every integer label is exact enough to compare.
+    nearest = nn.functional.interpolate(mask[:, None].double(), grid[1:], mode="nearest-exact")
+    labels = nearest.flatten().to(torch.int64)
+    return torch.where((labels >= 0) & (labels < classes), labels, -1), ""
+
+
 def _from_sequence(
     batch: Sequence[Any], signature: Signature, labels: LabelsOf | None, name: str
 ) -> tuple[Call, dict[str, Any]]:

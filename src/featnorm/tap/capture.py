@@ -49,9 +49,9 @@ class HookPoint:
     copy: bool  # whether its memory is the model's or the caller's, or is overwritten later
     chain: tuple[tuple[str, int, int, int], ...] = ()
     """Later operations that are applied to the value too: kind, call, total, and position of the argument."""
-    axis: int | None = None  # axis of the units, if the others are positions, which are pooled at once
+    axis: int | None = None  # axis of the units, if the others are positions
     inputs: int = 0  # axis of the inputs, of which there may be positions before
-    pooling: Pooling = "mean"
+    pooling: Pooling | None = "mean"  # how positions are pooled at once; None: they are kept
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as plain data, for a file."""
@@ -83,7 +83,7 @@ class HookPoint:
             )
             or not (point.axis is None or (type(point.axis) is int and point.axis > point.inputs))
             or not (type(point.inputs) is int and 0 <= point.inputs <= 1)
-            or point.pooling not in get_args(Pooling)
+            or (point.pooling not in get_args(Pooling) and (point.pooling is not None or point.axis is None))
         ):
             raise ValueError(f"{dict(data)} is not a hook point")
         return point
@@ -311,7 +311,7 @@ def _keep(point: HookPoint, value: Any, caught: dict[HookPoint, Tensor]) -> None
 
 
 def _kept(point: HookPoint, value: Tensor) -> Tensor:
-    """Return a value without its positions, if it has any, or else a copy where the model may overwrite it."""
+    """Return a value with its positions pooled, or its units last, or a copy where the model may overwrite it."""
     if point.axis is None:
         return value.clone() if point.copy else value
     if value.ndim <= max(point.axis, 2):
@@ -321,6 +321,8 @@ def _kept(point: HookPoint, value: Tensor) -> Tensor:
         )
     with on_top(point):  # so that these operations are not taken for the model's
         positions = value.dequantize() if value.is_quantized else value
+        if point.pooling is None:
+            return positions.movedim(point.axis, -1).clone(memory_format=torch.contiguous_format)
         positions = positions.movedim((point.inputs, point.axis), (0, 1)).flatten(2)
         if point.pooling == "mean":
             return positions.mean(2)

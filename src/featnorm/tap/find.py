@@ -39,13 +39,13 @@ from featnorm.tap.ops import (
 from featnorm.tap.trace import Node, Trace
 from featnorm.tap.weights import NotLinearError, Step, linear_map
 
-Kind = Literal["hidden", "pooled", "none", "chosen"]
-Pooling = Literal["mean", "norm"]
-#: What a row of features is of.
+Kind = Literal["hidden", "pooled", "none", "chosen", "positions"]
 Per = Literal["input", "position", "box"]
+"""What a row of features is of."""
+Pooling = Literal["mean", "norm"]
 """How the positions of a unit become one number: their mean, or the L2 norm of their positive parts."""
 
-_PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax", "sigmoid", "log_sigmoid"}
+PROBABILITIES = {"_softmax", "_log_softmax", "softmax", "log_softmax", "sigmoid", "log_sigmoid"}
 _AVERAGES = {
     "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
     "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -64,9 +64,9 @@ _REPLAYED = {
     "detach",
 } | _SELECTIONS
 _BOUNDS = {"tanh", "softplus", "softsign", "exp", "log", "clamp", "clamp_max", "minimum"}
-_ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg"}
+ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg"}
 _NEVER_RECTIFIED = (
-    LINEARS | BATCH_NORMS | _ARITHMETIC | _BOUNDS | {"input", "sin", "cos", "abs", "sigmoid", "_softmax"}
+    LINEARS | BATCH_NORMS | ARITHMETIC | _BOUNDS | {"input", "sin", "cos", "abs", "sigmoid", "_softmax"}
 )
 
 
@@ -76,14 +76,14 @@ class Part:
 
     ``chain`` holds the operations over positions by which the model reduces its class scores, and which reduce the
     value too. Otherwise, ``axis`` is the axis of the units if the others are pooled, except ``inputs``, that of
-    the inputs.
+    the inputs. Without ``pooling``, every position is kept.
     """
 
     node: Node
     chain: tuple[Node, ...] = ()
     axis: int | None = None
     inputs: int = 0
-    pooling: Pooling = "mean"
+    pooling: Pooling | None = "mean"
 
 
 @dataclass
@@ -148,7 +148,7 @@ class _Head:
         axis = 1 if base_op(layer) == "convolution" else source.value.ndim - 1
         inputs = _inputs_axis(self.chain, source, axis, n)
         averaged = Part(source, axis=axis, inputs=inputs)
-        names = {base_op(node) for node in self.chain} - _ARITHMETIC
+        names = {base_op(node) for node in self.chain} - ARITHMETIC
         # A sum needs the weights and the division that make it a mean.
         weights = {
             n for n in self.chain if base_op(n) in ("mul", "div") and (len(n.data) > 1 and not is_vector(n))
@@ -203,7 +203,7 @@ class _Heads:
     def _scores(self, node: Node) -> Node | None:
         """Return the class scores that an operation scales, shifts, masks, or reduces over positions, or None."""
         op, data = base_op(node), node.data
-        if op in _ARITHMETIC and len(data) == 1:
+        if op in ARITHMETIC and len(data) == 1:
             return data[0]
         if op in ("mul", "div") and len(data) == 2:  # by one number per input or position
             large, small = sorted(data, key=lambda parent: -parent.value.numel())
@@ -240,7 +240,7 @@ def _is_distance(node: Node) -> bool:
     return base_op(node) == "sub" and len(shape) == 3 and any(other.shape[-2:] == shape[1:] for other in others)
 
 
-def _replayed(chain: Iterable[Node], value: Tensor) -> Tensor | None:
+def replayed(chain: Iterable[Node], value: Tensor) -> Tensor | None:
     """Return a value after the operations of a chain, or None if they fail on it."""
     try:
         for node in chain:
@@ -252,7 +252,7 @@ def _replayed(chain: Iterable[Node], value: Tensor) -> Tensor | None:
 
 def _total_weight(chain: Iterable[Node], source: Node, numbers: int) -> float | None:
     """Return the total weight with which a chain adds up positions, or None unless so many numbers remain."""
-    value = _replayed(chain, torch.ones_like(source.value))
+    value = replayed(chain, torch.ones_like(source.value))
     return None if value is None or value.numel() != numbers else float(value.mean())
 
 
@@ -267,7 +267,7 @@ def _inputs_axis(chain: Iterable[Node], source: Node, axis: int, n: int) -> int:
     reductions = [node for node in chain if base_op(node) in POOLS | _SELECTIONS | RESHAPES]
     order = torch.arange(1.0, n + 1, device=source.value.device)
     numbers = torch.zeros_like(source.value, dtype=order.dtype) + order[:, None]
-    ends = [_replayed(reductions, value) for value in (numbers, torch.ones_like(numbers))]
+    ends = [replayed(reductions, value) for value in (numbers, torch.ones_like(numbers))]
     if ends[0] is None or ends[1] is None or len(ends[0]) != n:
         return 0
     by_input = (ends[0] / ends[1]).reshape(n, -1)
@@ -304,7 +304,7 @@ class _Walk:
             elif is_mask(node) and is_rectifier(same_vector(node.data[0])):
                 self.hidden = node
                 return
-            elif op in _ARITHMETIC and len(node.data) == 1:
+            elif op in ARITHMETIC and len(node.data) == 1:
                 if is_rectified(node) and not is_rectifier(same_vector(node.data[0])):
                     self.boundary = node  # the classifier reads a scaled pool of rectified maps
                     return
@@ -350,7 +350,7 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
     if walk is None:
         blocking = [node for part in anatomy.pooled if (node := unrectified(part.node)) is not None]
         if blocking:
-            absent["activation"] = _why_not_rectified(blocking[0], None)
+            absent["activation"] = why_not_rectified(blocking[0], None)
         else:
             hidden = all(is_vector(part.node) and is_rectifier(part.node) for part in anatomy.pooled)
             anatomy.kind, anatomy.activation = "hidden" if hidden else "pooled", anatomy.pooled
@@ -422,7 +422,7 @@ def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool) -> None:
     if is_rectified(walk.boundary) and walk.layer_norm is None:
         anatomy.kind, anatomy.activation = "pooled", [Part(same_vector(walk.boundary))]
     else:
-        absent["activation"] = _why_not_rectified(walk.boundary, walk.layer_norm)
+        absent["activation"] = why_not_rectified(walk.boundary, walk.layer_norm)
 
 
 def _set_classifier(
@@ -568,7 +568,7 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str
     heads = [slot for slot, other in vectors if other in plain and other is not node and "embedding" not in slot]
     classes = getattr(model, "num_classes", None)
     is_named = bool(named) or (isinstance(classes, int) and classes > 1 and classes == node.shape[1])
-    while base_op(node) in _PROBABILITIES:
+    while base_op(node) in PROBABILITIES:
         node = node.data[0]
     return node, is_named, [".".join(map(str, slot)) for slot in (chosen, *heads)]
 
@@ -613,7 +613,8 @@ def _scaled(node: Node) -> Node:
     return node.data[0] if base_op(node) == "mul" and len(node.data) == 1 else node
 
 
-def _why_not_rectified(boundary: Node, layer_norm: Node | None) -> str:
+def why_not_rectified(boundary: Node, layer_norm: Node | None = None, advice: str = _ADVICE) -> str:
+    """Explain why a value from which the classifier reads is not a rectified hidden layer."""
     blocking = unrectified(boundary) or boundary
     if base_op(blocking) in LAYER_NORMS or rms_source(_scaled(blocking)) is not None:
         layer_norm = layer_norm or blocking
@@ -624,4 +625,4 @@ def _why_not_rectified(boundary: Node, layer_norm: Node | None) -> str:
         cause = f"the input of the classifier (from {place(blocking)}) is not rectified"
         if base_op(blocking) not in _NEVER_RECTIFIED:
             cause = f"the input of the classifier comes from {place(blocking)}, which is not known to keep signs"
-    return f"the model has no rectified hidden layer: {cause}. {_ADVICE}"
+    return f"the model has no rectified hidden layer: {cause}. {advice}"

@@ -296,7 +296,8 @@ def linear_source(node: Node) -> Node | None:
     assert data is not None
     if op == "convolution":
         weight = layer.parents[1]
-        pointwise = all(k == 1 for k in weight.shape[2:]) and weight.shape[1] == data.shape[1]
+        transposed = layer.args[6]
+        pointwise = all(k == 1 for k in weight.shape[2:]) and weight.shape[1] == data.shape[1] and not transposed
         return same_value(data) if pointwise and (is_vector(data) if vector else layer is node) else None
     at = layer.args.index(data) - (op == "addmm")
     if at == 1 and vector and base_op(data) in ("t", "transpose", "permute"):  # W x: the inputs are columns

@@ -12,13 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featnorm._utils.checks import check_text, check_type
 from featnorm._utils.progress import progress_bar
 from featnorm.augmentation import jigsaw
-from featnorm.features import PER_INPUT, Classifier, Features, two_classes
+from featnorm.features import PER_INPUT, Classifier, Features, Parts, two_classes
 from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
-from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, read_batch
+from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, position_labels, read_batch
+from featnorm.tap.boxes import BoxHead, detector_call, labels_of_boxes
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
 from featnorm.tap.find import Anatomy, Part, Per, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
+from featnorm.tap.positions import find_positions
 from featnorm.tap.ranking import LayerRanking, Ratios, candidates
 from featnorm.tap.trace import Trace, trace
 from featnorm.tap.weights import Step, checked_step, classifier, paths
@@ -28,6 +30,7 @@ _TRACED_ROWS = 2
 # Cosine similarity of logits and the classifier's, in any precision; logits shorter than a share of the longest
 # are not compared.
 _ALIKE, _NEGLIGIBLE = 0.99, 1e-6
+_COMPARED = 4096  # rows
 
 _MIXED_UP = (
     "inputs and positions were taken for each other, or a single position for none, when the model was traced: "
@@ -60,14 +63,20 @@ class FeatureTap:
         How the positions of a unit in the output of ``layer`` become one number: "mean", or "norm", the L2 norm of
         their positive parts, of which `L1Norm` makes the FeatureNorm of Yu et al., CVPR 2023; see `rank_layers`.
     per
-        What a row of the features is of: "input", "position" of a model whose outputs are maps, or "box" that an
-        object detector finds; see `Features.parts`.
+        What a row of the features is of: "input", "position" of a model that returns maps of logits
+        (n, C, height, width), such as a segmentation model, or "box" that an R-CNN of torchvision finds; see
+        `Features.parts`. Positions are those of the layer that makes the logits, before they are interpolated to
+        the size of the input. Their labels are masks (n, height, width) of integers, of which each position takes
+        the nearest pixel; one that is not the index of a logit, such as 255, stands for no label. A batch of a
+        detector is a list of images (c, h, w), optionally with the targets that it is trained with, from which
+        a box has the label of the object that it overlaps with an intersection over union of at least 0.5.
 
     Raises
     ------
     ValueError
         ``layer`` is not in the model, ``channel_axis`` or another ``pooling`` than "mean" is given without
-        ``layer``, or a part of the model is a TorchScript module, which takes no hooks.
+        ``layer``, ``layer`` is given and ``per`` is not "input", or a part of the model is a TorchScript module,
+        which takes no hooks; or ``per`` is "box", and the model has no box head.
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
@@ -100,6 +109,8 @@ class FeatureTap:
             raise ValueError("pooling is of the positions in the output of a layer: pass layer= too")
         if per not in get_args(Per):
             raise ValueError(f"per must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+        if per != "input" and layer is not None:
+            raise ValueError(f"with per={per!r} the layer is found automatically: leave out layer=")
         self.model = unwrap(model)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -113,6 +124,7 @@ class FeatureTap:
         self.channel_axis = channel_axis
         self.pooling: Pooling = pooling
         self.per: Per = per
+        self._boxes = BoxHead(self.model) if per == "box" else None
         self._plan: _Plan | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
@@ -131,8 +143,12 @@ class FeatureTap:
             chosen output does not exist, or the batch is not what the model takes; the weights are on the meta
             device; or a batch normalization has no running statistics, so that scores would depend on the batch.
         """
-        self._trace(read_batch(batch, self._signature))
+        self._trace(self._read(batch))
         return self
+
+    def _read(self, batch: Any, labels: LabelsOf | None = None, name: str = "the batch") -> Call:
+        call = read_batch(batch, self._signature, labels, name)
+        return call if self._boxes is None else detector_call(call, name)
 
     def __call__(self, batch: Any) -> Features:
         """Return the features of one batch, on the model's device, from one forward pass.
@@ -144,7 +160,7 @@ class FeatureTap:
 
     def capture(self, batch: Any, *, classifier: bool) -> Features:
         """Return the features of one batch, with or without a copy of the classifier's weights."""
-        return self._features(read_batch(batch, self._signature), classifier)
+        return self._features(self._read(batch), classifier)
 
     def _features(self, call: Call, classifier: bool = True) -> Features:
         if self._plan is None:
@@ -153,8 +169,12 @@ class FeatureTap:
 
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
-        traced = self._record(call)
-        plan = _Plan.of(find(traced, self.model, self.layer, self.channel_axis, self.pooling), traced)
+        if self._boxes is None:
+            traced = self._record(call)
+            plan = _Plan.of(self._find(traced), traced)
+        else:
+            with eval_mode(self.model):
+                plan = _Plan.of_boxes(self._boxes, self._boxes.proposals(self.model, call))
         features = self._capture(plan, call, classifier=True)
         _check_classifier(features)
         self._plan = plan
@@ -164,6 +184,11 @@ class FeatureTap:
             share = float((activation <= 0).float().mean())
             self._inactive = f"On average, {share:.0%} of its units were off for the {len(features)} inputs."
         return features
+
+    def _find(self, traced: Trace) -> Anatomy:
+        if self.per == "position":
+            return find_positions(traced, self.model)
+        return find(traced, self.model, self.layer, self.channel_axis, self.pooling)
 
     def _record(self, call: Call) -> Trace:
         if any(parameter.is_meta for parameter in self.model.parameters()):
@@ -200,14 +225,22 @@ class FeatureTap:
 
         The model must have been traced, and be in evaluation mode.
         """
-        return self._caught(read_batch(batch, self._signature), classifier=False)
+        return self._caught(self._read(batch), classifier=False)
 
     def _caught(self, call: Call, plan: "_Plan | None" = None, classifier: bool = True) -> Features:
         """Return the features of one batch, in the current mode and with the current gradient setting."""
         plan = plan or self._planned()
-        caught = capture(self.model, plan.points, call, advice=self._advice)
+        parts = None
+        if self._boxes is None:
+            caught = capture(self.model, plan.points, call, advice=self._advice)
+        else:
+            caught, parts = self._boxes.capture(self.model, plan.points, call, advice=self._advice)
+        grid = caught["logits"].shape[:-1] if self.per == "position" else None
         # If two fields are one tensor, such as a pooled feature that is the last hidden layer, it stays one.
-        vectors = {plan.points[name]: _as_vectors(value) for name, value in caught.items()}
+        vectors = {
+            plan.points[name]: _as_vectors(value) if grid is None else value.flatten(0, -2)
+            for name, value in caught.items()
+        }
         rows = [value.shape[0] for value in vectors.values()]  # an export keeps them symbolic
         if any(row != rows[0] for row in rows):
             raise PathError(_MIXED_UP)
@@ -218,10 +251,18 @@ class FeatureTap:
         fields["classifier"] = plan.classifier(self.model) if classifier else None
         absent = plan.absent
         if call.labels is not None:
-            labels, why = class_labels(call, len(next(iter(vectors.values()))))
+            if grid is not None:
+                labels, why = position_labels(call, grid, fields["logits"].shape[1])
+            elif parts is not None:
+                labels, why = labels_of_boxes(parts, call.labels)
+            else:
+                labels, why = class_labels(call, rows[0])
             fields["labels"] = None if labels is None else labels.to(self.device)
             absent = absent if labels is not None else {**absent, "labels": why}
-        return Features(**fields, absent=absent, call=_ModelCall(self, call))
+        if grid is not None:
+            owners = torch.arange(grid[0], device=self.device).repeat_interleave(grid[1] * grid[2])
+            parts = Parts(owners, grid[0], (grid[1], grid[2]))
+        return Features(**fields, absent=absent, call=_ModelCall(self, call), parts=parts)
 
     def stream(
         self, loader: Iterable[Any], labels: LabelsOf | None = None, *, progress: bool | None = None
@@ -257,7 +298,7 @@ class FeatureTap:
         bar = progress_bar(loader, total=total, unit="batch", progress=progress)
         empty = True
         for i, batch in enumerate(bar):
-            call = read_batch(batch, self._signature, labels, f"batch {i} of the loader")
+            call = self._read(batch, labels, f"batch {i} of the loader")
             if call.rows == 0:
                 continue
             try:
@@ -354,6 +395,8 @@ class FeatureTap:
             The model has no logits or no such layer, or an operation after the layer, such as attention or a
             LayerNorm, is not linear even with its gates held fixed. The message names the operation.
         """
+        if self._boxes is not None:
+            raise ValueError("a hidden classifier is of an input and not of boxes: create a tap with per='input'")
         call = read_batch(batch, self._signature).to(self.device)
         traced = self._record(call)
         anatomy = find(traced, self.model, self.layer, self.channel_axis)
@@ -516,15 +559,16 @@ def _check_classifier(features: Features) -> None:
 
     The lengths of the rows are not compared: the classifier of a cosine head leaves them out.
     """
-    if features.classifier is None or features.logits is None:
+    if features.classifier is None or features.logits is None or len(features) == 0:
         return
     weight, bias = features.linear()
-    logits = features.logits.double()
+    logits = features.logits[:_COMPARED].double()
     for name in ("activation", "pooled", "embedding"):
         value = getattr(features, name)
         if value is None or value.shape[1] != weight.shape[1]:
             continue
-        made = nn.functional.linear(value.double(), weight.double(), None if bias is None else bias.double())
+        value = value[:_COMPARED].double()
+        made = nn.functional.linear(value, weight.double(), None if bias is None else bias.double())
         length = logits.norm(dim=1)
         # torch's default epsilon would take short vectors, such as those of a network with random weights, for 0.
         likeness = nn.functional.cosine_similarity(made, logits, eps=torch.finfo(torch.float64).tiny)
@@ -574,6 +618,25 @@ class _Plan:
             words["other heads"] = f"{', '.join(map(repr, anatomy.others))}; choose one with output="
         words |= {name: anatomy.absent[name] for name in ("pooled", "logits") if name not in parts}
         return cls(points, anatomy.classifier, anatomy.absent, _verdict(anatomy), words)
+
+    @classmethod
+    def of_boxes(cls, head: BoxHead, proposals: Features) -> "_Plan":
+        points, absent = head.points(), dict(proposals.absent)
+        name = points["pooled"].module
+        width = proposals.tensor("pooled").shape[1]
+        words = {
+            "pooled": f"{width} wide, from the output of `{name}`, one row per detected box",
+            "logits": f"{proposals.tensor('logits').shape[1]} wide, of the detected boxes, with the background",
+        }
+        if proposals.activation is None:
+            del points["activation"]
+            verdict = f"No last hidden layer for NAN: {absent['activation']}."
+        else:
+            verdict = (
+                f"Last hidden layer: {width} units, from the output of `{name}`. It is what the classifier reads "
+                "of every detected box, and rectified as NAN expects."
+            )
+        return cls(points, head.classifier_steps(), absent, verdict, words)
 
     def classifier(self, model: nn.Module) -> Classifier | None:
         """Return the linear map from the hidden layer to the logits, from the model's current weights."""
@@ -682,6 +745,8 @@ def _verdict(anatomy: Anatomy) -> str:
             "because pooled units are rarely off (paper Table 6), and on some models worse than chance: "
             "measure it."
         )
+    if anatomy.kind == "positions":
+        return found + "It is what the classifier reads at every position, and rectified as NAN expects."
     return found + "It was chosen by name; NAN expects the output of a rectifier."
 
 
@@ -699,8 +764,8 @@ def _width(part: Part) -> int:
 
 
 def _places(parts: list[Part]) -> str:
-    pooled = {"mean": ", averaged over positions", "norm": ", the norm over positions"}[parts[0].pooling]
-    averaged = pooled if parts[0].axis is not None else ""
+    pooled = {"mean": ", averaged over positions", "norm": ", the norm over positions", None: " at each position"}
+    averaged = pooled[parts[0].pooling] if parts[0].axis is not None else ""
     reduced = ", reduced over positions as the logits are" if parts[0].chain else ""
     return " and ".join(place(part.node) for part in parts) + averaged + reduced
 

@@ -39,9 +39,12 @@ def train(
     ----------
     model
         Module that maps pixels (n, c, h, w) in [0, 1] (use `Normalize` as its first layer), features (n, D) or
-        token ids (n, L) to the inputs of the recipe's objective: logits (n, classes), embeddings (n, e), or both.
+        token ids (n, L) to the inputs of the recipe's objective: logits (n, classes), embeddings (n, e), or both;
+        or images to maps of logits (n, classes, h, w).
     inputs : images (n, c, h, w) uint8, floating-point features (n, D), or token ids (n, L) int64, padded.
-    targets : classes (n,), see `scheme_labels`; None for an objective that needs none.
+    targets
+        Classes (n,), see `scheme_labels`; None for an objective that needs none. For maps of logits, masks
+        (n, h, w) of classes, which cannot be augmented.
     recipe : settings of the run.
     folder
         Folder in which ``checkpoint.pt`` and ``log.jsonl`` are written after every epoch. An existing checkpoint
@@ -242,7 +245,9 @@ def _check(inputs: Tensor, targets: Tensor | None, recipe: Recipe, objective: Ob
         raise ValueError(f"{type(objective).__name__} needs targets: pass classes")
     if targets is None:
         targets = torch.zeros(len(inputs), dtype=torch.int64)
-    if targets.shape != inputs.shape[:1] or targets.is_floating_point():
+    # Random crops and flips of images would have to move their masks too.
+    masks = images and targets.ndim == 3 and len(targets) == len(inputs) and not recipe.augment
+    if (targets.shape != inputs.shape[:1] and not masks) or targets.is_floating_point():
         raise ValueError(f"targets must be {len(inputs)} integers, got {targets.dtype} {tuple(targets.shape)}")
     if len(targets) and int(targets.min()) < 0:
         raise ValueError(

@@ -206,7 +206,7 @@ def test_what_is_missing_is_named_all_at_once(large, weights, tmp_path, capsys):
     assert len(lines) == 6
     train, val, naturalist, sun, *_ = lines
     assert "imagenet/train has 3 images, not 1,281,167: Unpack ILSVRC2012_img_train.tar" in train
-    assert "no images in" in val
+    assert "no images or videos in" in val
     assert "valprep.sh" in val
     assert f"{tmp_path}/iNaturalist: no such folder" in naturalist
     assert "Unpack http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/iNaturalist.tar.gz" in naturalist
