@@ -29,6 +29,12 @@ class RotNet(Detector):
     ValueError
         The model does not return four logits, the features came without their inputs, or the inputs are not square
         images (n, channels, height, height).
+
+    Examples
+    --------
+    >>> rotations = torch.nn.Sequential(model[:4], torch.nn.Linear(16, 4))  # trained to predict the rotation
+    >>> Scorer(rotations, RotNet())(images).score.shape
+    torch.Size([8])
     """
 
     reads = ("logits",)
@@ -80,6 +86,11 @@ class CSI(Detector):
         A setting is out of its range; the model does not return four logits; the features came without their
         inputs, or the inputs are not square color images between 0 and 1; the model does not predict the
         rotations: the mean logit of one is not positive over the training inputs.
+
+    Examples
+    --------
+    >>> CSI(augmentations=5)
+    CSI(augmentations=5)
     """
 
     reads = ("embedding", "logits")

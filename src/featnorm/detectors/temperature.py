@@ -33,8 +33,9 @@ class TemperatureScaling(Wrapper):
     Examples
     --------
     >>> detector = TemperatureScaling(MSP())
-    >>> logits, labels = torch.tensor([[6.0, 0.0]] * 10), torch.tensor([0] * 8 + [1] * 2)
-    >>> detector.fit(Features(logits=logits, labels=labels), Features(logits=logits, labels=labels)).temperature > 1
+    >>> logits, labels = torch.tensor([[6.0, 0.0]] * 10), torch.tensor([0] * 8 + [1] * 2)  # overconfident
+    >>> features = Features(logits=logits, labels=labels)
+    >>> detector.fit(features, held_out=features).temperature > 1
     True
     """
 
