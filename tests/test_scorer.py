@@ -682,6 +682,7 @@ def opens(use, what):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_disk")
 def test_whatever_a_header_says_a_file_with_its_model_is_refused_or_works(file, tmp_path):
     tensors, header = archive.read(file)

@@ -192,7 +192,7 @@ def test_thresholds_by_group(grouped, file, quick_polls):
         while 'featnorm_reloads_total{result="loaded",scorer="d"} 1.0' not in client.get("/metrics").text:
             time.sleep(0.01)
         # The same scorer: what it has seen stays.
-        assert client.get("/v1/detector").json()["drift"]["images"] == 2
+        assert client.get("/v1/detector").json()["drift"]["inputs"] == 2
 
 
 def test_thresholds_by_predicted_class(scorer):
@@ -253,14 +253,14 @@ def test_scorers_take_turns(two):
 def test_the_queue_is_limited_for_all_scorers_together(two):
     async def main():
         held = Held(two)
-        async with running(create_app(two, Limits(batch_size=1, queue=2, images=1))) as app:
+        async with running(create_app(two, Limits(batch_size=1, queue=2, inputs=1))) as app:
             held.held = True
             askings = [Asking(app, path="/v1/a/score").say(png())]
             await until(lambda: held.batches == [("a", 1)])
             askings += [Asking(app, path=f"/v1/{name}/score").say(png()) for name in two]
             await asyncio.sleep(0.2)
             status, _, content = await Asking(app, path="/v1/b b%/score").say(png()).answer()
-            assert (status, content["error"]) == (503, "2 images are already in the queue: try again later")
+            assert (status, content["error"]) == (503, "2 inputs are already in the queue: try again later")
             held.go.release(20)
             assert {(await asking.answer())[0] for asking in askings} == {200}
 

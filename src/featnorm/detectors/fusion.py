@@ -59,7 +59,7 @@ class Fusion(Wrapper):
         return f"{self.distance!r} / {self.norm!r}"
 
     def _score(self, features: Features) -> Tensor:
-        negated, norm = self.distance.score(features), self.norm.score(features)
+        negated, norm = self.distance._checked_score(features), self.norm._checked_score(features)
         certain = torch.full_like(negated, -torch.inf)
         return torch.where(norm > 0, negated / norm, certain)
 
@@ -138,9 +138,12 @@ class Sum(Wrapper):
 
     def _fit_held_out(self, batches: Sequence[Features]) -> None:
         super()._fit_held_out(batches)
+        for term in self._inner():
+            term.require_fitted()
         scores = torch.cat([self._scores(features) for features in batches])
         constants = [self._standard(term, own) for term, own in zip(self._inner(), scores.T, strict=True)]
         self.constants.values = torch.tensor(constants, dtype=torch.float64, device=scores.device).T.contiguous()
+        self._finalized = None
 
     @staticmethod
     def _standard(term: Detector, scores: Tensor) -> tuple[float, float]:
@@ -155,14 +158,17 @@ class Sum(Wrapper):
         return float(finite.mean()), deviation
 
     def _scores(self, features: Features) -> Tensor:
-        return torch.stack([term.score(features).double() for term in self._inner()], 1)
+        return torch.stack([term._checked_score(features).double() for term in self._inner()], 1)
 
     def term_scores(self, features: Features) -> Tensor:
         """Return the standardized score of each term, times its weight, (n, terms); their sum is the score."""
         scores = self._scores(features)
-        mean, deviation = self.constants.values.to(scores.device)
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=scores.device)
-        return (scores - mean) * (weights / deviation)
+        mean, scale = self._fitted_state()
+        return (scores - mean.to(scores.device)) * scale.to(scores.device)
+
+    def _finalize(self) -> tuple[Tensor, Tensor]:
+        mean, deviation = self.constants.values
+        return mean, torch.tensor(self.weights, dtype=torch.float64, device=mean.device) / deviation
 
     def _score(self, features: Features) -> Tensor:
         return self.term_scores(features).sum(1)
