@@ -2,7 +2,8 @@
 
 A block of ``python`` is executed; all blocks of a page share their names. If its first line is a comment with a
 file name, it is written to that file instead. A block of ``console`` runs the commands after each ``$``: those of
-featnorm in this process, and ``python FILE``. Lines below a command, and a block of ``text`` right after one of
+featnorm in this process (with ``&``, in one that ends with the page), ``python FILE``, ``curl`` and ``echo $?``,
+without which an exit status that is not 0 fails. Lines below a command, and a block of ``text`` right after one of
 ``python``, are the expected output, in which ``...`` stands for anything. A block after
 ``<!-- not run: REASON -->`` is not run.
 """
@@ -11,6 +12,8 @@ import doctest
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ _FENCE = re.compile(
 )
 _FILE = re.compile(r"# (\S+\.\w+)\n")
 _COMMAND = re.compile(r"\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)")
+_STARTED = []  # processes
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -66,6 +70,16 @@ def run_page(page, featnorm, capsys, names=None):
     names : what the blocks of ``python`` find defined.
     """
     names = {"__name__": "__main__", **(names or {})}
+    try:
+        _run_blocks(page, featnorm, capsys, names)
+    finally:
+        while _STARTED:
+            process = _STARTED.pop()
+            process.terminate()
+            process.communicate(timeout=30)
+
+
+def _run_blocks(page, featnorm, capsys, names):
     for block in blocks(page.read_text("utf-8")):
         if block.skipped:
             continue
@@ -84,17 +98,40 @@ def run_page(page, featnorm, capsys, names=None):
 
 
 def _run_console(block, place, featnorm, capsys):
+    status, error = 0, ""
     for command in _COMMAND.finditer(block.code):
-        program, *arguments = shlex.split(command["command"].replace("\\\n", " "), comments=True)
-        if program == "featnorm":
+        text = command["command"].replace("\\\n", " ").removesuffix("&")
+        program, *arguments = shlex.split(text, comments=True)
+        assert status == 0 or program == "echo", f"{place}: exit status {status} before {text}: {error}"
+        if program == "echo":
+            printed, status = f"{status}\n", 0
+        elif program == "featnorm" and command["command"].endswith("&"):
+            printed = _start(arguments)
+        elif program == "featnorm":
             status, printed, error = featnorm(*arguments)
-            assert status == 0, f"{place}: {command['command']}: exit status {status}: {error}"
         elif program == "python":
             runpy.run_path(arguments[0], run_name="__main__")
             printed = capsys.readouterr().out
+        elif program == "curl":
+            printed = subprocess.run(
+                [program, "-sS", *arguments], capture_output=True, text=True, check=True
+            ).stdout
         else:
             raise AssertionError(f"{place}: {program} is not run here; mark the block as not run, with the reason")
         _compare(command["output"], printed, place)
+    assert status == 0, f"{place}: exit status {status}: {error}"
+
+
+def _start(arguments):
+    """Start featnorm in the background, to the end of the page; returns the first line that it prints."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "featnorm", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    _STARTED.append(process)
+    return process.stdout.readline()
 
 
 def _compare(expected, printed, place):
