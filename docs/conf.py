@@ -33,11 +33,8 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = False
-napoleon_use_rtype = False
 napoleon_use_ivar = True
 default_role = "py:obj"
-# Two hyphens begin an option.
-smartquotes = False
 
 html_theme = "furo"
 html_title = "featnorm"

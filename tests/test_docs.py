@@ -131,6 +131,12 @@ def test_every_public_name_is_in_the_reference():
     assert documented | OWN.keys() >= set(fn.__all__)
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_links_of_a_page_outside_the_site_lead_to_files(name):
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text("utf-8"))
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
 def test_a_page_whose_code_fails_names_the_line(tmp_path, featnorm, capsys):
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n```python\nx = 1\nprint(x)\n```\n\n```text\n2\n```\n")

@@ -5,6 +5,8 @@ In featnorm the annotation is the type, and the text says what the value is.
 
 import re
 
+from featnorm._utils.checks import ScoreLike
+
 _DASHES = re.compile(r"-{3,}$")
 _PARAMETER = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*) : (.+)")
 
@@ -30,11 +32,24 @@ def described(lines):
     return result
 
 
+class ArrayLike:
+    """What stands for a type that would fill three lines."""
+
+
+ArrayLike.__module__ = "builtins"
+
+
+def _shorten_types(app, obj, bound_method):
+    annotations = getattr(obj, "__annotations__", {})
+    annotations.update({name: ArrayLike for name, value in annotations.items() if value == ScoreLike})
+
+
 def _process(app, what, name, obj, options, lines):
     lines[:] = described(lines)
 
 
 def setup(app):
     """Connect before napoleon, whose priority is 500."""
+    app.connect("autodoc-before-process-signature", _shorten_types)
     app.connect("autodoc-process-docstring", _process, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
