@@ -95,6 +95,12 @@ class Comparison:
 
     Confidence intervals are at 95 %, over test inputs: DeLong's for AUROC, a bootstrap's for FPR95. All detectors
     score the same inputs, so differences from the reference are paired.
+
+    Examples
+    --------
+    >>> result = compare(["MSP"], model=model, id_set=held_out_loader, ood_sets={"bright": [images + 5]})
+    >>> result.ood_names, result.reference
+    (['bright'], 'MSP()')
     """
 
     id_name: str
@@ -377,11 +383,11 @@ def compare(
 
     Examples
     --------
-    >>> result = fn.compare(
-    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("cifar10", test_loader),
-    ...     ood_sets={"near:cifar100": cifar100_loader, "far:svhn": svhn_loader},
+    >>> result = compare(
+    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("noise", held_out_loader),
+    ...     ood_sets={"far:bright": [images + 5], "near:dim": [images / 2]},
     ... )
-    >>> print(result.table())
+    >>> table = result.table()
     """
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}

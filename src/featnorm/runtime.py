@@ -46,6 +46,10 @@ class Runtime:
     ValueError
         The precision or the engine is not one of the three. A device that is not available raises when it is first
         used.
+
+    Examples
+    --------
+    >>> scorer = fit(torch.randn(200, 16), runtime=Runtime(device="cpu", progress=False))
     """
 
     device: str = "cpu"
