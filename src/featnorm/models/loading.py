@@ -149,7 +149,7 @@ def create_model(
     ModelError
         There is no such model, or the weights cannot be downloaded or read, would run code, or do not fit.
     ImportError
-        ``featnorm[vision]`` or, for texts, ``featnorm[text]`` is not installed.
+        ``featnorm[images]`` or, for texts, ``featnorm[text]`` is not installed.
     """
     if is_folder(spec):
         if weights is not None or num_classes is not None:
