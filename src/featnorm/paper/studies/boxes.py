@@ -539,4 +539,4 @@ def _pictured(scenes: Scenes, found: Found, p_values: Tensor, is_id: Tensor) -> 
     return pictures
 
 
-BoxStudy("boxes", "Detectors on the boxes of an object detector")
+BoxStudy("boxes", "Detectors on the boxes of an object detector", duration="30 min")
