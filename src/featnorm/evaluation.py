@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from featnorm._utils.checks import shown
+from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing, write_text
 from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
@@ -94,6 +95,12 @@ class Comparison:
 
     Confidence intervals are at 95 %, over test inputs: DeLong's for AUROC, a bootstrap's for FPR95. All detectors
     score the same inputs, so differences from the reference are paired.
+
+    Examples
+    --------
+    >>> result = compare(["MSP"], model=model, id_set=held_out_loader, ood_sets={"bright": [images + 5]})
+    >>> result.ood_names, result.reference
+    (['bright'], 'MSP()')
     """
 
     id_name: str
@@ -263,9 +270,7 @@ class Comparison:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write `scores` to a parquet file; needs pyarrow."""
-        import pyarrow
-        import pyarrow.parquet
-
+        pyarrow, parquet = import_extra("pyarrow"), import_extra("pyarrow.parquet")
         # File names may contain bytes that cannot be decoded.
         columns = {
             name: [text.encode(errors="backslashreplace").decode() for text in values]
@@ -274,7 +279,7 @@ class Comparison:
             for name, values in self.scores.items()
         }
         with replacing(Path(path)) as temporary:
-            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+            parquet.write_table(pyarrow.table(columns), temporary)
 
     def plot(self, path: str | Path) -> None:
         """Draw AUROC and FPR95 of every detector with their intervals; the file's ending is the format.
@@ -378,11 +383,11 @@ def compare(
 
     Examples
     --------
-    >>> result = fn.compare(
-    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("cifar10", test_loader),
-    ...     ood_sets={"near:cifar100": cifar100_loader, "far:svhn": svhn_loader},
+    >>> result = compare(
+    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("noise", held_out_loader),
+    ...     ood_sets={"far:bright": [images + 5], "near:dim": [images / 2]},
     ... )
-    >>> print(result.table())
+    >>> table = result.table()
     """
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}

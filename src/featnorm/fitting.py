@@ -255,8 +255,9 @@ def fit(
 
     Examples
     --------
-    >>> scorer = fit("photos/")
-    >>> scorer.predict(["new.jpg"])[0].is_id
+    >>> scorer = fit(torch.randn(200, 16))  # or fit("photos/"), fit("tickets.csv"), fit("photos/", "mymodel:make")
+    >>> len(scorer.predict(torch.randn(3, 16)))
+    3
     """
     reads = targets != "clusters" or label_column is not None
     columns: dict[str, Any] = {"label_column": label_column, "text_column": text_column, "fps": fps}
@@ -636,7 +637,7 @@ def _plan(
     if head == "auto" and loaded.name == ROWS_SPEC:
         head, why = "none", "rows are features already"
     if head == "auto" and not loaded.own and captured["per"] == "input":
-        head, why = "train", f"the model is pretrained on other {items}"
+        head, why = "train", f"the model is pretrained on other {loaded.kind.name}"
     example = None
     if captured["per"] != "input" and head not in ("auto", "keep"):
         raise ValueError(

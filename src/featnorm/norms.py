@@ -36,6 +36,12 @@ def l1_norm(a: Tensor) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix.
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> l1_norm(a)
+    tensor([4.0000, 1.5000])
     """
     _require_matrix(a)
     if _differentiated(a) or torch.compiler.is_compiling():
@@ -60,6 +66,12 @@ def l0_norm(a: Tensor) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix.
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> l0_norm(a)
+    tensor([2., 3.])
     """
     _require_matrix(a)
     a = a.detach()
@@ -84,6 +96,12 @@ def lp_norm(a: Tensor, p: float) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix, or ``p`` is not a positive number (for ``p = 0`` see `l0_norm`).
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> lp_norm(a, 2)
+    tensor([3.1623, 0.8660])
     """
     _require_matrix(a)
     p = _POWER.check(p, "p", "lp_norm")
@@ -117,6 +135,12 @@ def negative_aware_norm(a: Tensor) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix.
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> negative_aware_norm(a)
+    tensor([2.0000, 0.5000])
     """
     _require_matrix(a)
     if _differentiated(a) or torch.compiler.is_compiling():

@@ -106,7 +106,8 @@ class Scorer(nn.Module):
     --------
     >>> scorer = Scorer(model, NAN()).fit(train_loader).calibrate(held_out_loader, tpr=0.95)
     >>> verdict = scorer(images)
-    >>> verdict.is_id
+    >>> verdict.is_id.shape
+    torch.Size([8])
     """
 
     def __init__(

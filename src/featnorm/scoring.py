@@ -101,6 +101,14 @@ class ScoringSummary:
         Time this run took to score them.
     model_seconds : float or None
         Time the model itself took; None on a cluster.
+
+    Examples
+    --------
+    >>> from featnorm.inputs import open_source
+    >>> np.save("new.npy", np.random.rand(10, 16))
+    >>> summary = score_source(fit(torch.rand(200, 16)), open_source("new.npy"))
+    >>> len(summary.scores), summary.flagged <= 10
+    (10, True)
     """
 
     def __init__(self, kind: Kind = IMAGES, clip_of: Callable[[int], str | None] | None = None) -> None:
@@ -248,6 +256,14 @@ def score_source(
         The transform fails on an item, or the source holds items of another kind.
     OSError
         A file cannot be written. The journal is kept.
+
+    Examples
+    --------
+    >>> from featnorm.inputs import open_source
+    >>> np.save("new.npy", np.random.rand(10, 16))
+    >>> summary = score_source(fit(torch.rand(200, 16)), open_source("new.npy"), "scores.csv")
+    >>> len(summary.scores), summary.unread
+    (10, 0)
     """
     out, page, clips = (None if file is None else Path(file) for file in (out, page, clips))
     for table in (out, clips):

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,8 +181,7 @@ def test_which_weights_count_is_said_when_they_differ(own, featnorm):
         "featnorm: detector.featnorm contains other weights than the model that own:other makes: those in the "
         "file are used\n"
     )
-    with open("make.csv") as one, open("other.csv") as other:
-        assert one.read() == other.read()
+    assert Path("make.csv").read_bytes() == Path("other.csv").read_bytes()
     with pytest.warns(UserWarning, match="contains other weights than the model that own:other makes"):
         fn.load("detector.featnorm", "own:other")
 

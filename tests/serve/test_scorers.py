@@ -480,7 +480,7 @@ def saved(scorer, file, fitted=None, *, weights=True):
     return file.read_bytes()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+@pytest.mark.posix
 def test_files_are_replaced_under_load_without_an_error(file, other, tmp_path):
     second = tmp_path / "second.featnorm"
     second.write_bytes(other)

@@ -1270,6 +1270,7 @@ def detector(fitted, tmp_path_factory):
     return file
 
 
+@pytest.mark.posix
 def test_the_command_serves_until_a_signal(detector, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     process = subprocess.Popen(
@@ -1334,6 +1335,7 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
     assert TOKEN not in log + said
 
 
+@pytest.mark.posix
 def test_the_command_ends_in_time_whatever_its_threads_do(detector):
     # A model that never returns. The warm-up image is enough.
     code = """

@@ -100,6 +100,7 @@ def test_resumed_is_unbroken(tmp_path, optimizer):
     assert_same(unbroken, weights(train(network(seed=6), images, targets, recipe, folder=tmp_path)))
 
 
+@pytest.mark.posix
 def test_a_killed_run_loses_one_epoch_at_most(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(

@@ -75,6 +75,8 @@ class Detector(nn.Module, ABC):
     settings: ClassVar[Mapping[str, Constraint]] = table()
     #: Where the score is defined: authors, venue, year and, where known, the equation or section.
     source: ClassVar[str] = ""
+    #: The score, or what a wrapper changes, in LaTeX, with the symbols of the docstring.
+    formula: ClassVar[str] = ""
     #: Cost of scoring one input, in addition to the forward pass that makes the features. d, D and e are the
     #: widths of the last hidden layer, the pooled feature and the embedding; C is the number of classes, n the
     #: number of training inputs.
@@ -459,7 +461,13 @@ class Wrapper(Detector):
 
 
 def registered_detectors() -> Mapping[str, type[Detector]]:
-    """Return every detector class that has been defined so far, by name: featnorm's and the user's own."""
+    """Return every detector class that has been defined so far, by name: featnorm's and the user's own.
+
+    Examples
+    --------
+    >>> registered_detectors()["KNN"](k=10)
+    KNN(k=10)
+    """
     return MappingProxyType(_REGISTRY)
 
 

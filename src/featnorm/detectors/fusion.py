@@ -29,10 +29,19 @@ class Fusion(Wrapper):
     ------
     TypeError
         The first detector is not a distance, or the second is not a norm.
+
+    Examples
+    --------
+    >>> KNN(k=50) / NAN()
+    KNN() / NAN()
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> (KNN(k=10) / NAN()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     operator = "/"
     source = "Park et al., ICCV 2023, eq. 49"
+    formula = r"-d(x) / \lVert a \rVert"
     cost = "that of both detectors"
     standard = ("KNN() / NAN()", "SSD() / NAN()")
     distance: Detector
@@ -78,10 +87,19 @@ class Sum(Wrapper):
     ValueError
         A weight is not positive, or there is not one per detector. In a fit: the scores of a detector are equal
         for all held-out inputs.
+
+    Examples
+    --------
+    >>> KLUniform() + 2 * KNN(k=10)
+    KLUniform() + 2 * KNN(k=10)
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> (KLUniform() + KNN(k=10)).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     operator = "+"
     source = "Jain, Nandakumar and Ross, Pattern Recognition 38(12), 2005"
+    formula = r"\sum_i w_i \, \frac{s_i(x) - m_i}{d_i}"
     cost = "that of all detectors"
     standard = ("KLUniform() + KNN(k=10)",)
     settings = table(weights=SequenceOf(Interval(0, math.inf)))

@@ -52,12 +52,19 @@ class KNN(Detector):
     ValueError
         ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``recall`` is not between
         0 and 1; ``size`` is not a positive integer.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> KNN(k=10).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
     learns = ("pooled",)
     role = "distance"
     source = "Sun et al., ICML 2022"
+    formula = r"-\lVert z - z_{(k)} \rVert_2"
     cost = "O(n D)"
     standard = ("KNN()",)
     settings = table(
@@ -204,11 +211,21 @@ class NNGuide(Detector):
     ValueError
         ``k`` is not a positive integer, or larger than the number of inputs in the bank; ``share`` is not in
         (0, 1].
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> NNGuide().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled", "logits")
     learns = ("pooled", "logits")
     source = "Park, Jung and Teoh, ICCV 2023"
+    formula = (
+        r"E(x) \cdot \frac{1}{k} \sum_{i} E_i \left\langle \frac{h}{\lVert h \rVert}, \frac{h_i}{\lVert "
+        r"h_i \rVert} \right\rangle"
+    )
     cost = "O(C + b D) for a bank of b inputs"
     standard = ("NNGuide()",)
     settings = table(k=Integer(1), share=Interval(0, 1, closed="right"))

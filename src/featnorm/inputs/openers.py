@@ -240,7 +240,7 @@ def open_source(
     ValueError
         If there is no specification, or `fps` is negative.
     ImportError
-        If ``featnorm[vision]`` or ``featnorm[video]`` is needed and not installed.
+        If ``featnorm[images]`` or ``featnorm[video]`` is needed and not installed.
     """
     if not specs:
         raise ValueError("no data is given: name a folder, a file, an address or a data set")

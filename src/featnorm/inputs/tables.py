@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.arrays import ArrayRows, ArrowRows, FileRows, LabeledSource, ParquetRows, matrix_of
 from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import Folder
@@ -53,7 +53,7 @@ class ParquetOpener(Opener):
 
     def _open(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> Source[Any]:
         path = folder.name(files[0])
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         try:
             with open_parquet(folder, files[0]) as opened:
                 if "image" in opened.schema_arrow.names and options.text_column is None:
@@ -159,7 +159,7 @@ def is_in_memory(data: Any) -> bool:
 
 
 def _of_data_frame(data: Any, options: Options) -> Source[Any]:
-    pa = vision_module("pyarrow")
+    pa = import_extra("pyarrow")
     name = "the DataFrame"
     try:
         table = pa.Table.from_pandas(data, preserve_index=False)

@@ -81,6 +81,16 @@ class FeatureTap:
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
+
+    Examples
+    --------
+    >>> tap = FeatureTap(model)
+    >>> features = tap(images)
+    >>> features.activation.shape, features.logits.shape
+    (torch.Size([8, 16]), torch.Size([8, 3]))
+    >>> features = tap.extract(train_loader)
+    >>> print(tap.describe())
+    Last hidden layer: 16 units, from mean in `2`. It is a pool of rectified maps, ...
     """
 
     def __init__(

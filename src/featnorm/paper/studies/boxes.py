@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
 from featnorm.calibration import Calibration
@@ -335,9 +335,9 @@ class Found:
 
 def make_detector(seed: int) -> nn.Module:
     """Return a small Faster R-CNN with initial weights; torchvision's classes, on a backbone of six layers."""
-    detection, ops = vision_module("torchvision.models.detection"), vision_module("torchvision.ops")
-    anchors = vision_module("torchvision.models.detection.anchor_utils").AnchorGenerator
-    heads = vision_module("torchvision.models.detection.faster_rcnn")
+    detection, ops = import_extra("torchvision.models.detection"), import_extra("torchvision.ops")
+    anchors = import_extra("torchvision.models.detection.anchor_utils").AnchorGenerator
+    heads = import_extra("torchvision.models.detection.faster_rcnn")
 
     def layer(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
