@@ -17,7 +17,7 @@ from featnorm.inputs import open_source
 from featnorm.models import LoadedModel
 from featnorm.scoring import score_source
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torchlib_read_once")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("operators_read_once")]
 
 TRANSFORM = v2.Compose([v2.ToImage(), v2.Resize((16, 16)), v2.ToDtype(torch.float32, scale=True)])
 

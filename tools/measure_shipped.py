@@ -12,6 +12,7 @@ import argparse
 import http.client
 import io
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -166,12 +167,14 @@ def measure(port: int, images: list[bytes], clients: int, seconds: float, reques
 
 
 def batches(port: int) -> tuple[float, float]:
-    """Return the number of images that the service has scored, and the number of batches."""
+    """Return the number of items that the service has scored, and the number of batches."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
     families = text_string_to_metric_families(connection.getresponse().read().decode())
     found = {sample.name: sample.value for family in families for sample in family.samples}
-    return found["featnorm_batch_images_sum"], found["featnorm_batch_images_count"]
+    # Earlier versions have another word for the items.
+    words = next(name for name in found if re.fullmatch(r"featnorm_batch_\w+_sum", name)).removesuffix("_sum")
+    return found[f"{words}_sum"], found[f"{words}_count"]
 
 
 if __name__ == "__main__":

@@ -439,11 +439,12 @@ def _scored(
         if len(batches) < -(-len(source) // runtime.batch_size):
             rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
             part = SlicedSource(source, rows, source.title)
+        before = 0.0 if engine is None else engine.seconds
         with _ModelClock(scorer.model) as clock:
             for number, verdicts in zip(batches, scorer.stream(part, runtime=runtime, engine=engine), strict=True):
                 summary.computed += len(verdicts)
                 yield number, verdicts
-        summary.model_seconds = clock.seconds + (0.0 if engine is None else engine.seconds)
+        summary.model_seconds = clock.seconds + (0.0 if engine is None else engine.seconds - before)
     summary.seconds = time.perf_counter() - began
 
 

@@ -206,7 +206,9 @@ def eval_mode(model: nn.Module, *, gradients: bool = False, contents: Contents |
     contents : contents of the model. Default: they are listed.
     """
     contents = contents or Contents(model)
-    if not (gradients or torch.is_grad_enabled() or _MODES or contents.training() or contents.is_compiled()):
+    with _MODES_LOCK:
+        nothing_to_do = not (_MODES or contents.training())
+    if nothing_to_do and not (gradients or torch.is_grad_enabled() or contents.is_compiled()):
         yield
         return
     entered: list[nn.Module] = []
