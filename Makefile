@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONTAINER ?= docker
 
-.PHONY: demo test lint pytest oldest package wheel container bench clean
+.PHONY: demo test lint docs pytest oldest package wheel container bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/featnorm demo
@@ -47,6 +47,10 @@ wheel: package
 container:
 	$(CONTAINER) build --tag featnorm .
 
+# The site, in docs/_build: a warning, a broken link or a page that no menu leads to is an error.
+docs: .venv/docs.stamp
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build
+
 # Takes hours. `python -m pytest benchmarks/test_knn.py --small` tries one topic in seconds; with --results FOLDER and
 # without --small, its rows replace the old ones there. Some benchmarks take longer than the five minutes after which a
 # test counts as hung: -o faulthandler_timeout=0.
@@ -55,7 +59,8 @@ bench: .venv/bench.stamp
 	$(BIN)/python tools/update_results.py featnorm-benchmarks
 
 clean:
-	rm -rf .venv .venv-oldest .venv-wheel dist featnorm-demo featnorm-evaluation featnorm-reproduction featnorm-benchmarks
+	rm -rf .venv .venv-oldest .venv-wheel dist docs/_build featnorm-demo featnorm-evaluation featnorm-reproduction \
+		featnorm-benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "featnorm needs Python 3.11 or newer; make PYTHON=python3.11")'
@@ -71,6 +76,10 @@ clean:
 
 .venv/package.stamp: | .venv/bin/python
 	$(BIN)/pip install --quiet build twine check-wheel-contents
+	touch $@
+
+.venv/docs.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Without oodeel's requirements: it requires an older numpy than featnorm does.

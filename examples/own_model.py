@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 WEIGHTS = Path("own_model.pth")
 transform = v2.Compose(
-    [v2.Resize((32, 32)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.3] * 3, [0.4] * 3)]
+    [v2.Resize((16, 16)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.3] * 3, [0.4] * 3)]
 )
 
 
@@ -53,11 +53,11 @@ def write_images() -> None:
             Image.fromarray(photograph[top : top + 32, left : left + 32]).save(f"patches/{number}-{i:02}.png")
 
 
-def train(epochs: int = 4) -> None:
+def train(epochs: int = 3) -> None:
     """Train the network and write its weights."""
     torch.manual_seed(0)
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     loader = DataLoader(ImageFolder("digits/train", transform), batch_size=64, shuffle=True)
     for epoch in range(epochs):
         for images, labels in loader:

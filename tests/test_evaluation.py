@@ -6,6 +6,7 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import nn
 
 import featnorm as fn
 from featnorm.evaluation import compare, standard_detectors
+from featnorm.inputs import DataError, source_of
 from featnorm.metrics import evaluate
+from featnorm.models import create_model
+from tiny_texts import WORDS, saved_classifier
 
 
 def features(n, scale, seed, labels=False):
@@ -234,7 +238,9 @@ def test_sets_that_cannot_be_used_are_errors():
         fn.compare(["NAN"], id_set=("a", known), ood_sets={"near:a": known})
     with pytest.raises(ValueError, match=r"the reference KNN\(\) is not among the detectors: NAN\(\)"):
         fn.compare(["NAN"], id_set=known, ood_sets={"a": known}, reference="KNN")
-    with pytest.raises(TypeError, match="a must be Features, a loader, a source or a path, got Tensor of shape"):
+    with pytest.raises(TypeError, match="a must be Features, a loader, a source or a path, got 5"):
+        fn.compare(["NAN"], id_set=known, ood_sets={"a": 5})
+    with pytest.raises(ValueError, match=r"a holds rows: pass model= and preprocess=, or a Scorer that has both"):
         fn.compare(["NAN"], id_set=known, ood_sets={"a": torch.zeros(3, 3)})
     with pytest.raises(TypeError, match=r"batch 0 of a is not Features, but .*: pass model="):
         fn.compare(["NAN"], id_set=known, ood_sets={"a": [torch.zeros(3, 3)]})
@@ -246,3 +252,60 @@ def test_a_reference_without_a_result_gives_way_to_the_best():
         ["NAN", "EmbeddingMagnitude"], id_set=known, ood_sets={"a": far}, reference="EmbeddingMagnitude"
     )
     assert result.reference == "NAN()"
+
+
+def test_rows_in_memory_are_compared_as_features_and_by_a_scorer():
+    rng = np.random.default_rng(0)
+    known, far = rng.normal(size=(200, 4)).astype(np.float32), rng.normal(5, 1, (50, 4)).astype(np.float32)
+    fit, test = known[:150], known[150:]
+    expected = fn.KNN(k=3).fit(fn.Features(pooled=torch.tensor(fit)))
+    expected = expected.score(fn.Features(pooled=torch.tensor(test))).numpy()
+    forms = (
+        lambda x: x,
+        torch.tensor,
+        lambda x: x.tolist(),
+        lambda x: source_of(x, labels=[0, 1] * (len(x) // 2)),
+    )
+    for form in forms:
+        result = compare(["KNN(k=3)"], fit=form(fit), id_set=form(test), ood_sets={"far": form(far)})
+        np.testing.assert_allclose(result.results[0].id_scores, expected, rtol=1e-4)
+        assert result.ood_names == ["far"]
+        assert result.id_name == "the array"
+    labeled = compare(["Mahalanobis"], fit=forms[3](fit), id_set=("id", test), ood_sets={"far": far})
+    assert labeled.results[0].metrics["far"].auroc > 0.9
+    frames = [pd.DataFrame(x, columns=list("abcd")) for x in (fit, test, far)]
+    scorer = fn.fit(frames[0], detector="KNN(k=3, normalize=False)")
+    result = compare(["KNN(k=3)"], model=scorer, id_set=("id", frames[1]), ood_sets={"far": frames[2]})
+    assert result.results[0].detector == "KNN(k=3, normalize=False)"
+    assert "KNN(k=3)" in result.excluded
+    np.testing.assert_allclose(
+        result.results[0].id_scores, [v.score for v in scorer.predict(frames[1])], rtol=1e-5
+    )
+    alone = compare(["KNN(normalize=False)"], fit=frames[0], id_set=frames[1], ood_sets={"far": frames[2]})
+    assert alone.results[0].metrics["far"].auroc > 0.9
+
+
+def test_texts_in_memory_and_labels_by_the_names_of_the_classes(tmp_path):
+    texts = [f"my card was lost {word}" for word in WORDS[4:]] + ["the news"] * 10
+    loaded = create_model(f"hf:{saved_classifier(tmp_path, ['news', 'Card', 'it'], texts)}")
+    model = fn.Scorer(loaded.model, fn.MSP(), preprocess=loaded.transform, classes=loaded.classes)
+    predicted = [verdict.predicted for verdict in model.predict(texts)]
+    for labels, accuracy in ((predicted, 1), ([word.lower() for word in predicted], 1), (["x", "y"] * 10, None)):
+        found = compare(["MSP"], model=model, id_set=source_of(texts, labels), ood_sets={"far": ["news ?"]})
+        assert found.accuracy == accuracy
+    found = compare(["MSP", "ODIN", "Views(MSP)"], model=model, id_set=texts, ood_sets={"far": ["news ?"]})
+    why = "it changes the input, and the tokens of a text cannot be changed gradually"
+    assert found.excluded == {"ODIN()": why, "Views(MSP())": why}
+    assert found.id_name == "the list"
+    assert found.items["the list"][3] == "row 3"
+    by_folder = compare(
+        ["MSP"],
+        model=loaded.model,
+        preprocess=loaded.transform,
+        classes=loaded.classes,
+        id_set=source_of(texts, predicted),
+        ood_sets={"far": ["news ?"]},
+    )
+    assert by_folder.accuracy == 1
+    with pytest.raises(DataError, match="the array holds rows, and the model takes texts"):
+        compare(["MSP"], model=model, id_set=texts, ood_sets={"far": np.zeros((3, 3))})

@@ -11,7 +11,7 @@ from PIL import Image
 import featnorm as fn
 from featnorm import archive, fitting
 from featnorm.fitting import backbone_features, fit_source
-from featnorm.inputs import DataError, SlicedSource, open_source, source_loader
+from featnorm.inputs import FRAMES, DataError, SlicedSource, Source, open_source, source_loader
 from featnorm.models import ModelError, create_model
 from featnorm.splitting import MIN_CONSTANTS, first_of_groups, for_constants, held_out, near_duplicates
 from painted import paint
@@ -32,8 +32,8 @@ def noise(n, seed=1):
     "detector",
     ["NAN()", "KNN(k=3) / NAN()", "HiddenConfidence()", "SSD()", "Views(NAN())", "KLUniform() + KNN(k=3)"],
 )
-def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targets, detector):
-    scorer, fitted = fit(folder, loaded, cache, targets=targets, detector=fn.parse_detector(detector))
+def test_a_file_scores_as_what_was_fitted(folder, tiny, cache, tmp_path, targets, detector):
+    scorer, fitted = fit(folder, tiny, cache, targets=targets, detector=fn.parse_detector(detector))
     # Without the corrupt one and the copy; of 48 that are held out, 12 are for the constants of a sum.
     assert (fitted.trained, fitted.held_out) == (191, 36 if "+" in detector else 48)
     assert [Path(name).name for name, _ in fitted.corrupt] == ["000.png"]
@@ -42,11 +42,11 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
         assert fitted.accuracy > 0.9
         assert scorer.classes == ["a", "b", "c", "d"]
     scorer.save(tmp_path / "d.featnorm", weights=True)
-    again = fn.load(tmp_path / "d.featnorm")
+    again = fn.load(tmp_path / "d.featnorm", tiny.name)
     assert again.facts == scorer.facts
-    for images in (noise(5), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]):
+    for images in (noise(5), tiny.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]):
         mine, theirs = scorer(images), again(images)
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(mine[:4], theirs[:4], strict=True):
             assert torch.equal(a, b)
     source = SlicedSource(open_source(str(folder)), range(10), "ten")
     rows = [row for batch in again.stream(source, runtime=fn.Runtime(batch_size=4, workers=0)) for row in batch]
@@ -68,24 +68,24 @@ def test_a_file_scores_as_what_was_fitted(folder, loaded, cache, tmp_path, targe
 @pytest.mark.parametrize(
     "detector", [fn.NAN(), fn.KNN(k=3), fn.Energy(), fn.HiddenConfidence(), fn.ViM(), fn.Mahalanobis()]
 )
-def test_known_features_give_the_scores_of_the_whole_network(folder, loaded, cache, detector):
+def test_known_features_give_the_scores_of_the_whole_network(folder, tiny, cache, detector):
     """The calibration never saw the images, and agrees with what the network says of them."""
-    scorer, fitted = fit(folder, loaded, cache, detector=detector)
+    scorer, fitted = fit(folder, tiny, cache, detector=detector)
     source = open_source(str(folder))
     rows = [i for i in range(len(source)) if source.name(i) != fitted.corrupt[0][0]]
     rows = [i for i in rows if "copy" not in source.name(i)]
     apart = held_out([source.digest(i) for i in rows])
-    images = torch.stack([loaded.transform(source.item(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
+    images = torch.stack([tiny.transform(source.item(rows[i])) for i in apart.nonzero().squeeze(1).tolist()])
     scores = scorer(images).score.double().sort().values
     assert torch.allclose(scores, scorer.calibration.scores, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize("targets", ["labels", "clusters"])
-def test_an_explanation_is_of_the_score(folder, loaded, cache, targets):
-    scorer = fit(folder, loaded, cache, targets=targets, detector=fn.HiddenConfidence())[0]
+def test_an_explanation_is_of_the_score(folder, tiny, cache, targets):
+    scorer = fit(folder, tiny, cache, targets=targets, detector=fn.HiddenConfidence())[0]
     assert int(scorer.statistics.inputs) == 191
-    images = torch.cat([noise(3), loaded.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
+    images = torch.cat([noise(3), tiny.transform(Image.new("RGB", (32, 32), (200, 20, 20)))[None]])
     verdict = scorer(images)
     judged = scorer.predict_batch(images, "abcd", explain=[0, 1, 2, 3])
     explained = [one.why for one in judged]
@@ -139,24 +139,23 @@ def test_a_sample_of_the_fitting_images_is_kept(folder, loaded, cache, tmp_path,
 
 
 @pytest.mark.usefixtures("heads_trained_once")
-def test_a_file_is_bounded_by_its_thumbnails(folder, loaded, cache, monkeypatch):
+def test_a_file_is_bounded_by_its_thumbnails(folder, tiny, cache, monkeypatch):
     """Then it keeps fewer images, chosen at random."""
     monkeypatch.setattr(fitting, "MAX_BYTES", 20_000)
-    examples = fit(folder, loaded, cache)[0].examples
+    examples = fit(folder, tiny, cache)[0].examples
     assert 5 < len(examples.features) == len(examples.thumbnails) < 100
     assert sum(map(len, examples.thumbnails)) <= 20_000
     assert set(examples.labels) == {"a", "b", "c", "d"}
 
 
 @pytest.mark.usefixtures("heads_trained_once")
-@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize(
     "detector", ["KLUniform() + KNN(k=3)", "ODIN() + 2 * (KNN(k=3) / NAN())", "TemperatureScaling(MSP()) + SSD()"]
 )
-def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, loaded, cache, detector):
-    scorer, report = fit(folder, loaded, cache, detector=fn.parse_detector(detector))
+def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, tiny, cache, detector):
+    scorer, report = fit(folder, tiny, cache, detector=fn.parse_detector(detector))
     source = open_source(str(folder))
-    cached = backbone_features(source, loaded, scorer.model[0], cache=cache)
+    cached = backbone_features(source, tiny, scorer.model[0], cache=cache)
     cached = fn.fitting._without_duplicates(cached)
     digests, groups = cached.digests, near_duplicates(cached.values)
     apart = held_out(digests, groups, 0.95, MIN_CONSTANTS)
@@ -171,7 +170,7 @@ def test_constants_come_from_images_that_neither_fit_nor_threshold_have(folder, 
     def batch(chosen):
         rows = cached.rows[chosen].tolist()
         images = next(
-            iter(source_loader(SlicedSource(source, rows, "some"), loaded.transform, batch_size=240))
+            iter(source_loader(SlicedSource(source, rows, "some"), tiny.transform, batch_size=240))
         ).inputs
         return images, torch.tensor([source.label(row) for row in rows])
 
@@ -188,20 +187,20 @@ def test_it_tells_what_does_not_belong(folder, loaded, cache, shared_data):
     assert verdict.is_id.double().mean() < 0.1
 
 
-def test_the_same_images_give_the_same_detector(folder, loaded, cache, tmp_path):
+def test_the_same_images_give_the_same_detector(folder, tiny, cache, tmp_path):
     for name in ("one", "two"):
         torch.rand(3)
-        fit(folder, loaded, cache)[0].save(tmp_path / name, weights=True)
+        fit(folder, tiny, cache)[0].save(tmp_path / name, weights=True)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert fit(folder, loaded, cache)[1].computed == 0
-    assert fit(folder, loaded, tmp_path / "other")[1].computed == 239
+    assert fit(folder, tiny, cache)[1].computed == 0
+    assert fit(folder, tiny, tmp_path / "other")[1].computed == 239
 
 
 @pytest.mark.usefixtures("heads_trained_once")
-def test_features_of_images_decoded_by_another_rule_are_not_used(folder, loaded, cache, monkeypatch):
-    fit(folder, loaded, cache)
+def test_features_of_images_decoded_by_another_rule_are_not_used(folder, tiny, cache, monkeypatch):
+    fit(folder, tiny, cache)
     monkeypatch.setattr(fitting, "DECODING", fitting.DECODING - 1)
-    assert fit(folder, loaded, cache)[1].computed == 239
+    assert fit(folder, tiny, cache)[1].computed == 239
 
 
 def test_the_head_reads_features_as_they_are():
@@ -289,17 +288,17 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
             create_model(spec)
 
 
-def test_copies_are_no_further_images(loaded, cache, tmp_path):
+def test_copies_are_no_further_images(tiny, cache, tmp_path):
     random = np.random.default_rng(0)
     for i in range(150):
         paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
-    scorer, report = fit(tmp_path / "few", loaded, cache)
+    scorer, report = fit(tmp_path / "few", tiny, cache)
     assert (report.trained, report.held_out, report.computed) == (97, 19, 97)
     assert repr(scorer.detector) == "Jackknife(KNN(k=1))"
     with pytest.raises(
         DataError, match=r"found fewer than 100 readable images in few .*, too few to train a head"
     ):
-        fit(tmp_path / "few", loaded, cache, head="train")
+        fit(tmp_path / "few", tiny, cache, head="train")
 
 
 def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
@@ -313,7 +312,7 @@ def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
             fit_source(*arguments, **options)
 
 
-def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
+def test_what_is_refused_before_the_work(folder, tiny, cache, tmp_path):
     for words, options in {
         "tpr": {"tpr": 1.0},
         "targets must be one of auto, labels, clusters, got 'lables'": {"targets": "lables"},
@@ -321,27 +320,27 @@ def test_what_is_refused_before_the_work(folder, loaded, cache, tmp_path):
         "needs labels to fit, and": {"detector": fn.Mahalanobis(), "targets": "clusters"},
     }.items():
         with pytest.raises(ValueError, match=words):
-            fit(folder, loaded, tmp_path / "unused", **options)
+            fit(folder, tiny, tmp_path / "unused", **options)
     assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.usefixtures("heads_trained_once")
-def test_what_is_refused(folder, loaded, cache, tmp_path):
+def test_what_is_refused(folder, tiny, cache, tmp_path):
     source = open_source(str(folder))
     few = SlicedSource(source, range(60), "few")
     with pytest.raises(DataError, match=r"found 59 readable images in few \(duplicates excluded\); at least 100"):
-        fit_source(few, loaded, tpr=0.99, cache=cache, runtime=fn.Runtime(progress=False))
+        fit_source(few, tiny, tpr=0.99, cache=cache, runtime=fn.Runtime(progress=False))
     with pytest.raises(ValueError, match=r"239 groups of inputs are too few for tpr=0\.999: 999 are needed"):
-        fit(folder, loaded, cache, tpr=0.999)
+        fit(folder, tiny, cache, tpr=0.999)
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(120):
         paint(flat / f"{i}.png", i % 4, np.random.default_rng(i))
     with pytest.raises(DataError, match="no label for"):
-        fit(flat, loaded, cache, targets="labels")
-    assert fit(flat, loaded, cache)[1].accuracy is None
+        fit(flat, tiny, cache, targets="labels")
+    assert fit(flat, tiny, cache)[1].accuracy is None
     with pytest.raises(DataError, match="is random: use its evaluation transform"):
-        fit(folder, replace(loaded, transform=lambda image: loaded.transform(image) + torch.rand(1)), cache)
+        fit(folder, replace(tiny, transform=lambda image: tiny.transform(image) + torch.rand(1)), cache)
 
 
 @pytest.fixture(scope="module")
@@ -422,8 +421,8 @@ def test_a_kept_classifier_without_pooled_features_has_no_bank():
         assert repr(fitting._default_detector(plan, True, normalize=True)) == "KLUniform()"
 
 
-def test_thirty_images_are_left_out_of_a_sum_in_turn(thirty, loaded, cache):
-    scorer, report = fit(thirty, loaded, cache, detector=fn.parse_detector("NAN() + KNN(k=1)"))
+def test_thirty_images_are_left_out_of_a_sum_in_turn(thirty, tiny, cache):
+    scorer, report = fit(thirty, tiny, cache, detector=fn.parse_detector("NAN() + KNN(k=1)"))
     assert repr(scorer.detector) == "Jackknife(NAN() + KNN(k=1))"
     assert (report.trained, report.held_out) == (30, 19)
     # Each copy holds 5 of 29 images out of its own fit.
@@ -513,3 +512,70 @@ def test_a_foreign_or_changed_file_is_refused(folder, loaded, cache, tmp_path):
         fn.load(path)
     with pytest.raises(FileNotFoundError):
         fn.load(tmp_path / "none")
+
+
+class Footage(Source):
+    """Frames of clips that have a color each, without files: frame i is of clip ``i // FRAMES_PER_CLIP``."""
+
+    kind, fps, clip_length = FRAMES, 1.0, 4
+
+    def __init__(self, clips):
+        super().__init__("footage", [None] * (clips * self.clip_length), None)
+
+    def _read(self, i):
+        random = np.random.default_rng(i // self.clip_length)
+        color = random.integers(40, 216, 3)
+        pixels = color + np.random.default_rng(i).integers(-9, 10, (16, 16, 3))
+        return Image.fromarray(pixels.astype(np.uint8)), b"%032d" % i
+
+    def _name(self, i):
+        return f"clip {i // self.clip_length} at {i % self.clip_length:.3f} s"
+
+    def unit(self, i):
+        return f"clip {self._checked(i) // self.clip_length}"
+
+
+def fit_footage(clips, loaded, cache, **options):
+    runtime = fn.Runtime(progress=False, workers=0)
+    return fit_source(Footage(clips), loaded, cache=cache, runtime=runtime, head="none", **options)
+
+
+@pytest.mark.parametrize("detector", ["KNN(k=1)", "KNN(k=1) + SSD()", "Views(KNN(k=1))"])
+def test_clips_are_fitted_to_or_calibrate_as_wholes(tiny, cache, detector, monkeypatch):
+    constants = []
+    of_constants = fitting.for_constants
+
+    def kept(*arguments):
+        constants.append(of_constants(*arguments))
+        return constants[-1]
+
+    monkeypatch.setattr(fitting, "for_constants", kept)
+    scorer, report = fit_footage(60, tiny, cache, detector=fn.parse_detector(detector))
+    calibration = scorer.calibration
+    clips = len(calibration.unit_scores)
+    assert report.held_out == len(calibration.scores) == clips * Footage.clip_length
+    assert clips >= 19
+    assert report.trained % Footage.clip_length == 0
+    if constants:
+        # One frame of each of some clips, none of which calibrates.
+        clips_of_constants = {int(i) // Footage.clip_length for i in constants[0].nonzero()}
+        assert len(clips_of_constants) == int(constants[0].sum()) == MIN_CONSTANTS
+        assert report.trained + report.held_out == (60 - MIN_CONSTANTS) * Footage.clip_length
+    else:
+        assert report.trained + report.held_out == 60 * Footage.clip_length
+    assert f"of {clips} of the 60 clips" in scorer.facts["frames"]
+
+
+def test_a_detector_without_a_fit_is_calibrated_on_all_clips(tiny, cache):
+    scorer, report = fit_footage(25, replace(tiny, own=True), cache, detector=fn.NAN())
+    assert len(scorer.calibration.unit_scores) == 25
+    assert report.held_out == report.trained == 100
+
+
+def test_what_clips_cannot_have_is_named(tiny, cache):
+    with pytest.raises(DataError, match=r"footage has 19 clips; at least 20 are needed for tpr=0\.95"):
+        fit_footage(19, tiny, cache)
+    with pytest.raises(ValueError, match="frames of a clip are not"):
+        fit_footage(30, tiny, cache, thresholds_by="class")
+    with pytest.raises(DataError, match=r"each clip needs scores \(--fps takes more frames\)"):
+        fit_footage(20, tiny, cache, detector=fn.KNN(k=1))

@@ -12,7 +12,7 @@ ELSEWHERE = {
     "verdict": "test_scorer.py",
 }
 #: Tests of the package as a whole, and of the tests.
-WHOLE = {"init", "running", "structure"}
+WHOLE = {"docs", "docstrings", "init", "running", "structure"}
 
 
 def modules() -> set[tuple[str, str]]:

@@ -135,6 +135,8 @@ class StoredCalibration:
         See `featnorm.Calibration`: 0-d float64; with groups, (G,).
     tpr, group_names
         As given; without groups, the names are empty.
+    noun : str
+        What a single input is called: "image", "text" or "row", or "input" if that is not known.
 
     Raises
     ------
@@ -153,6 +155,7 @@ class StoredCalibration:
         order = np.argsort(scores, kind="stable")
         self.scores = scores[order]
         self.tpr = tpr
+        self.noun = "input"
         self.group_names: tuple[str, ...] = ()
         self._groups: GroupRanks | None = None
         if members is None:
@@ -207,7 +210,9 @@ def read_calibration(path: str | Path) -> StoredCalibration | None:
 
     def make(*args: Any) -> StoredCalibration:
         scores, tpr, members, names = args
-        return StoredCalibration(scores.array(), tpr, None if members is None else members.array(), names)
+        made = StoredCalibration(scores.array(), tpr, None if members is None else members.array(), names)
+        made.noun = header.get("scorer", {}).get("kind", "inputs").removesuffix("s")
+        return made
 
     return _calibration(make, entries, header, path)
 

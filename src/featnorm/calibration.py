@@ -58,6 +58,11 @@ def threshold_at_tpr(id_scores: ScoreLike, tpr: float = 0.95) -> float:
     ValueError
         ``tpr`` is outside (0, 1), there are too few scores for it (19 are needed at 0.95, 99 at 0.99), or the
         scores are empty or invalid (see the module's description).
+
+    Examples
+    --------
+    >>> threshold_at_tpr(torch.arange(1.0, 100), 0.95)
+    5.0
     """
     scores = as_score_tensor(id_scores, "id_scores")
     return float(scores.kthvalue(threshold_rank(len(scores), tpr)).values)
@@ -87,6 +92,11 @@ def conformal_p_values(calibration_scores: ScoreLike, scores: Tensor) -> Tensor:
     ------
     ValueError
         There is no calibration score, or scores are invalid (see the module's description).
+
+    Examples
+    --------
+    >>> conformal_p_values(torch.arange(1.0, 100), torch.tensor([50.0, 2.0]))
+    tensor([0.5100, 0.0300], dtype=torch.float64)
     """
     calibration = _sorted(calibration_scores, "calibration_scores")
     return _p_values(_count_at_most(calibration, _batch(scores)), len(calibration))
@@ -119,6 +129,11 @@ def benjamini_hochberg(p_values: ScoreLike, fdr: float = 0.05) -> Tensor:
     ------
     ValueError
         ``fdr`` is outside (0, 1), or p-values are outside [0, 1] or invalid (see the module's description).
+
+    Examples
+    --------
+    >>> benjamini_hochberg(torch.tensor([0.001, 0.02, 0.5, 0.9]))
+    tensor([ True,  True, False, False])
     """
     check_share(fdr, "fdr")
     p = as_p_values(p_values, "p_values")
@@ -185,6 +200,13 @@ class Calibration(ExactModule):
         See `threshold_at_tpr`; or there is not one group per score, or a group is not among ``group_names``.
     TypeError
         The groups are neither strings nor indices.
+
+    Examples
+    --------
+    >>> calibration = Calibration(torch.arange(1.0, 100), tpr=0.95)
+    >>> p_value, is_id = calibration.predict(torch.tensor([50.0, 2.0]))
+    >>> p_value, is_id
+    (tensor([0.5100, 0.0300], dtype=torch.float64), tensor([ True, False]))
     """
 
     scores: Tensor

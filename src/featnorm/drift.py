@@ -112,6 +112,13 @@ class DriftMonitor:
         The calibration scores are not real numbers.
     ValueError
         ``false_alarm`` is outside (0, 1), or the calibration scores are empty, not 1-D or hold a NaN.
+
+    Examples
+    --------
+    >>> monitor = DriftMonitor(torch.randn(1000))
+    >>> evidence = monitor.update(torch.randn(500) - 1)  # the scores fall by one deviation
+    >>> bool(evidence[-1] > 2)  # log10 of the evidence: more than 100 to 1
+    True
     """
 
     def __init__(self, calibration_scores: ScoreLike, false_alarm: float = 0.01, seed: int = 0) -> None:

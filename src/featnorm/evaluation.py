@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,11 +23,14 @@ from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.features import Features
-from featnorm.inputs import Kind, Source, kind_of, open_source, source_loader
+from featnorm.inputs import ROWS, TEXTS, Kind, Source, kind_of, source_loader, source_of
 from featnorm.inputs.kinds import OfAnySize, to_device
 from featnorm.inputs.loading import named
+from featnorm.inputs.rows import fit_rows
+from featnorm.inputs.source import class_indices
+from featnorm.inputs.tables import is_in_memory
 from featnorm.metrics import Metrics, evaluate
-from featnorm.models.loading import users_forward
+from featnorm.models.loading import rows_model, users_forward
 from featnorm.parts import sampled_parts, unit_scores
 from featnorm.runtime import Runtime
 from featnorm.scorer import LOWEST, Scorer
@@ -92,6 +95,12 @@ class Comparison:
 
     Confidence intervals are at 95 %, over test inputs: DeLong's for AUROC, a bootstrap's for FPR95. All detectors
     score the same inputs, so differences from the reference are paired.
+
+    Examples
+    --------
+    >>> result = compare(["MSP"], model=model, id_set=held_out_loader, ood_sets={"bright": [images + 5]})
+    >>> result.ood_names, result.reference
+    (['bright'], 'MSP()')
     """
 
     id_name: str
@@ -320,6 +329,7 @@ def compare(
     fit: Data | None = None,
     model: nn.Module | FeatureTap | Scorer | None = None,
     preprocess: Any = None,
+    classes: Sequence[str] | None = None,
     spec: str = "",
     reference: Detector | str | None = None,
     runtime: Runtime | None = None,
@@ -334,8 +344,9 @@ def compare(
 
     - `Features`, or an iterable of them, batch by batch;
     - a loader of batches as the model takes them, with or without labels, see `FeatureTap.stream`;
-    - a source of images, or a specification as `featnorm.inputs.open_source` takes it, such as a folder; images
-      that cannot be read are skipped and listed.
+    - images, texts or rows as `featnorm.fit` takes them: a source, a specification such as a folder, a list of
+      str, an array, a tensor or a DataFrame; `featnorm.inputs.source_of` adds labels to them. Items that cannot be
+      read are skipped and listed.
 
     Of a tap or `Scorer` per position or box, whole images are compared, by the mean of the lowest scores of their
     parts, see `featnorm.parts.unit_scores`.
@@ -351,12 +362,16 @@ def compare(
     fit
         ID inputs to fit on. Default: none, which excludes the detectors that need a fit and are not fitted yet.
     model
-        The model, a tap on it, or a `Scorer`, whose detector is compared too. Default: none, for sets of features.
-    preprocess : function from an image to what the model takes. Default: that of the `Scorer`.
+        The model, a tap on it, or a `Scorer`, whose detector is compared too. Default: none, for sets of features
+        or of rows, which are used as pooled features.
+    preprocess : function from an item to what the model takes. Default: that of the `Scorer`.
+    classes
+        Class names of the model's logits, to which the labels of a set are matched by name. Default: those of the
+        `Scorer`.
     spec : specification of the model, by which messages name it if it is the user's own.
     reference
         Detector from which differences are taken. Default: the one with the best mean AUROC.
-    runtime : precision, batch size and workers for sources of images. Default: `Runtime()`.
+    runtime : precision, batch size and workers for sources. Default: `Runtime()`.
 
     Raises
     ------
@@ -368,15 +383,15 @@ def compare(
 
     Examples
     --------
-    >>> result = fn.compare(
-    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("cifar10", test_loader),
-    ...     ood_sets={"near:cifar100": cifar100_loader, "far:svhn": svhn_loader},
+    >>> result = compare(
+    ...     ["NAN", "KNN(k=50)"], model=model, fit=train_loader, id_set=("noise", held_out_loader),
+    ...     ood_sets={"far:bright": [images + 5], "near:dim": [images / 2]},
     ... )
-    >>> print(result.table())
+    >>> table = result.table()
     """
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}
-    kind = model.kind if isinstance(model, Scorer) else kind_of(preprocess)
+    kind = model.kind if isinstance(model, Scorer) else None
     lowest = LOWEST[model.per] if isinstance(model, FeatureTap) else 0.0
     if isinstance(model, FeatureTap) and model.per == "box" and preprocess is not None:
         preprocess = OfAnySize(preprocess)
@@ -385,16 +400,23 @@ def compare(
         active = {repr(model.detector): model.detector} | active
         active[repr(model.detector)] = model.detector
         preprocess, spec = preprocess or model.preprocess, spec or model.spec or ""
+        classes = classes or model.classes
         model = model.tap
     tap = FeatureTap(model) if isinstance(model, nn.Module) else model
-    id_name, id_data = id_set if isinstance(id_set, tuple) else (_title(id_set), id_set)
+    id_name, id_data = id_set if isinstance(id_set, tuple) else (None, id_set)
+    id_data, fit = _opened(id_data), _opened(fit)
+    id_name = getattr(id_data, "title", "ID") if id_name is None else id_name
+    example = id_data if fit is None else fit
+    if tap is None and isinstance(example, Source) and example.kind is ROWS:
+        loaded = rows_model(fit_rows(example))
+        tap, preprocess = FeatureTap(loaded.model), loaded.transform
     groups, sets = {}, {id_name: id_data}
     for given, data in ood_sets.items():
         match = _GROUP.fullmatch(given)
         group, name = match.groups() if match else (None, given)
         if name in sets:
             raise ValueError(f"two sets are called {name!r}: every set needs a name of its own")
-        groups[name], sets[name] = group or "", data
+        groups[name], sets[name] = group or "", _opened(data)
     result = Comparison(id_name, groups)
     if reference is not None:
         result.chosen_reference = repr(_parsed(reference))
@@ -402,7 +424,7 @@ def compare(
             raise ValueError(
                 f"the reference {result.chosen_reference} is not among the detectors: {', '.join(active)}"
             )
-    reader = _Reader(result, tap, preprocess, kind, spec, runtime or Runtime())
+    reader = _Reader(result, tap, preprocess, kind or kind_of(preprocess), classes, spec, runtime or Runtime())
 
     def exclude(name: str, reason: Exception | str) -> None:
         # Errors begin with the detector's name, which is listed already, next to the reason.
@@ -410,7 +432,9 @@ def compare(
         del active[name]
 
     for name, detector in list(active.items()):
-        if fit is None and not detector.is_fitted:
+        if detector.needs_model and reader.kind is TEXTS:
+            exclude(name, "it changes the input, and the tokens of a text cannot be changed gradually")
+        elif fit is None and not detector.is_fitted:
             exclude(name, "it needs a fit, and no in-distribution inputs were given to fit on")
     unfitted = {detector: name for name, detector in active.items() if not detector.is_fitted}
     if fit is not None and unfitted:
@@ -480,18 +504,20 @@ def _parsed(detector: Detector | str) -> Detector:
     return parse_detector(detector) if isinstance(detector, str) else detector
 
 
-def _title(data: Data) -> str:
-    return open_source(fspath(data)).title if isinstance(data, (str, PathLike)) else getattr(data, "title", "ID")
+def _opened(data: Any) -> Any:
+    """Return data as a source, unless they are features or a loader."""
+    return source_of(data) if isinstance(data, (str, PathLike)) or is_in_memory(data) else data
 
 
 @dataclass
 class _Reader:
-    """Computes the features of sets of inputs; keeps names and rows of images, and what could not be read."""
+    """Computes the features of sets of inputs; keeps names and rows of items, and what could not be read."""
 
     comparison: Comparison
     tap: FeatureTap | None
     preprocess: Any
     kind: Kind
+    classes: Sequence[str] | None
     spec: str
     runtime: Runtime
 
@@ -499,11 +525,9 @@ class _Reader:
         """Yield the features of a set, batch by batch."""
         if isinstance(data, Features):
             return iter([data])
-        if isinstance(data, (str, PathLike)):
-            data = open_source(fspath(data))
         if isinstance(data, Source):
-            return self._images(name, data, fitting)
-        if not isinstance(data, Iterable) or isinstance(data, (torch.Tensor, np.ndarray)):
+            return self._items(name, data, fitting)
+        if not isinstance(data, Iterable):
             raise TypeError(f"{name} must be Features, a loader, a source or a path, got {shown(data)}")
         if self.tap is None or (isinstance(data, Sequence) and data and isinstance(data[0], Features)):
             return self._features(name, data)
@@ -515,10 +539,12 @@ class _Reader:
                 raise TypeError(f"batch {i} of {name} is not Features, but {shown(features)}: pass model=")
             yield features
 
-    def _images(self, name: str, source: Source[Any], fitting: bool) -> Iterator[Features]:
-        """Yield the features of a source; images that cannot be read are skipped."""
+    def _items(self, name: str, source: Source[Any], fitting: bool) -> Iterator[Features]:
+        """Yield the features of a source; items that cannot be read are skipped."""
         if self.tap is None or self.preprocess is None:
-            raise ValueError(f"{name} holds images: pass model= and preprocess=, or a Scorer that has both")
+            raise ValueError(
+                f"{name} holds {source.kind.name}: pass model= and preprocess=, or a Scorer that has both"
+            )
         source.require(self.kind, "the model", self.preprocess)
         loader = source_loader(
             source,
@@ -530,6 +556,9 @@ class _Reader:
         rows = self.comparison.rows.setdefault(name, [])
         items = self.comparison.items.setdefault(name, [])
         classes = source.class_names
+        matched = class_indices(classes, self.classes)
+        # Of the model's class of each label; the last one is of items without a label.
+        numbers = None if matched is None else torch.tensor([*matched, -1])
         why = None
         if classes is None and source.label(0) is None:
             why = f"the {source.kind.name} have no classes (SSD and KNN need none)"
@@ -551,11 +580,13 @@ class _Reader:
                 features = self.tap(to_device(batch.inputs, self.tap.device))
             # The accuracy of the model is defined only for labels of its own classes.
             logits = features.logits
-            others = classes is not None and (None if logits is None else logits.shape[1]) != len(classes)
+            count = None if logits is None else logits.shape[1]
+            others = classes is not None and numbers is None and count != len(classes)
             if features.parts is not None:
                 yield features
             elif why is None and (fitting or not others):
-                yield features.replace(labels=batch.labels.to(self.tap.device))
+                labels = batch.labels if numbers is None else numbers[batch.labels]
+                yield features.replace(labels=labels.to(self.tap.device))
             else:
                 yield features.replace(
                     absent={**features.absent, "labels": why or "its classes are not the model's"}

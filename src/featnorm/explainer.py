@@ -17,6 +17,13 @@ class Explainer:
     model : model in which `FeatureTap` finds a last hidden layer and logits.
     layer : see `FeatureTap`.
     class_names : class names, one per logit. Default: class indices.
+
+    Examples
+    --------
+    >>> explainer = Explainer(model).fit(train_loader)
+    >>> print(explainer(images)[0])
+    the network predicts ...
+    ...
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
+from featnorm.engine import TOLERANCE, exported, named_inputs, relative_gap
 from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
 from featnorm.inputs.rows import Rows
 from featnorm.parts import PartCalibration
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from featnorm.scorer import Scorer
 
 OUTPUTS = ("logits", "score", "p_value", "is_id")
-# Rows to export with: a size of 0 or 1 would become a constant of the graph.
+# Rows to export with.
 _TRACED = 2
-# Relative tolerance between the logits and scores of onnxruntime and PyTorch.
-_TOLERANCE = 1e-4
 # Absolute tolerance between p-values of the same score.
 _P_VALUE_TOLERANCE = 1e-9
 # Largest difference between the pixels of an image of one color.
@@ -141,29 +140,14 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
     inputs: Any = _example(scorer, _TRACED, generator)
-    names, axes = [scorer.kind.name], {0: torch.export.Dim("n", min=1)}
-    shapes: Any = axes
-    if not isinstance(inputs, Tensor):
-        names, axes = list(inputs), axes | {1: torch.export.Dim("length", min=2)}
-        shapes = dict.fromkeys(names, axes)
     with torch.no_grad():
         graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
-            program = torch.onnx.export(
-                graph,
-                kwargs={"inputs": inputs},
-                dynamo=True,
-                input_names=names,
-                output_names=list(graph.outputs),
-                dynamic_shapes={"inputs": shapes},
-                verbose=False,
-            )
+            model = exported(graph, inputs, scorer.kind, graph.outputs)
         # The exporter wraps every error, in messages of many lines.
         except Exception as error:
             what = f"{scorer.detector!r} on {scorer.spec or type(scorer.model).__name__}"
             raise ExportError(f"{what} cannot be exported: {first_line(error.__cause__ or error)}") from error
-    assert program is not None
-    model = program.model_proto
     onnx.helper.set_model_props(model, {"featnorm": json.dumps(_metadata(scorer))})
     with replacing(path) as temporary:
         onnx.save(model, temporary)
@@ -171,7 +155,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         difference = 0.0
         for n in (1, 5):
             inputs = _example(scorer, n, generator)
-            given = {scorer.kind.name: inputs} if isinstance(inputs, Tensor) else inputs
+            given = named_inputs(inputs, scorer.kind.name)
             found = session.run(None, {name: value.numpy() for name, value in given.items()})
             outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
             difference = max(difference, _check(outputs, scorer, inputs))
@@ -238,10 +222,10 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Inputs) -> float:
             raise ExportError(f"the graph's {name} has shape {shapes}")
     assert scorer.calibration is not None
     gaps = {
-        name: _relative_gap(found[name], getattr(expected, name)) for name in ("logits", "score") if name in found
+        name: relative_gap(found[name], getattr(expected, name)) for name in ("logits", "score") if name in found
     }
     for name, gap in gaps.items():
-        if not gap <= _TOLERANCE:
+        if not gap <= TOLERANCE:
             how = "is NaN" if math.isnan(gap) else f"differs from PyTorch's by {gap:.1e} of its largest value"
             raise ExportError(f"the graph's {name} {how}")
     # Those of the graph's own scores: a score within rounding of a calibration score may fall on either side of
@@ -256,13 +240,3 @@ def _check(found: dict[str, Tensor], scorer: "Scorer", inputs: Inputs) -> float:
             f"the graph's is_id is not that of its score for {wrong} of {len(is_id)} {scorer.kind.name}"
         )
     return gaps["score"]
-
-
-def _relative_gap(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference relative to the largest finite value; NaN if there is a NaN."""
-    found, expected = found.double(), expected.double()
-    # The difference of an infinite score, of an input without active units, from itself would be NaN.
-    gaps = torch.where(found == expected, 0.0, (found - expected).abs())
-    finite = expected[expected.isfinite()]
-    largest = finite.abs().max() if len(finite) else torch.ones(())
-    return float(gaps.max() / largest.clamp(min=1e-12))

@@ -104,6 +104,14 @@ class Features:
         A field has the wrong rank or type, the fields differ in n, or no field is given.
     TypeError
         A field is not a tensor.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.rand(100, 64), logits=torch.randn(100, 10))
+    >>> features
+    Features(activation (100, 64), logits (100, 10))
+    >>> NAN().score(features).shape
+    torch.Size([100])
     """
 
     activation: Tensor | None = None

@@ -1,5 +1,6 @@
 """`fit`: a scorer for a user's own data, with a model of their own or a head trained on a frozen backbone."""
 
+import functools
 import hashlib
 import json
 import math
@@ -26,27 +27,29 @@ from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import single_precision
 from featnorm.detectors import KNN, Detector, Jackknife, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
+from featnorm.engine import Engine, is_wanted, network_engine, required_or_none
 from featnorm.features import Features
 from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import (
     CachedFeatures,
     DataError,
+    Extracted,
     FeatureCache,
     ItemError,
     SlicedSource,
     Source,
     extract_features,
     group_items,
-    open_source,
     source_loader,
+    source_of,
 )
-from featnorm.inputs.arrays import LabeledSource, row_features, row_source
+from featnorm.inputs.arrays import row_features
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, OfAnySize, run, to_device
+from featnorm.inputs.kinds import FRAMES, IMAGES, ROWS, Inputs, OfAnySize, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
-from featnorm.inputs.openers import Options
-from featnorm.inputs.rows import Rows, fit_rows
+from featnorm.inputs.rows import Rows, fit_rows, listed
+from featnorm.inputs.source import class_indices
 from featnorm.models import LoadedModel, ProjectionHead, create_model
 from featnorm.models.heads import with_head
 from featnorm.models.loading import ROWS as ROWS_SPEC
@@ -182,8 +185,9 @@ def fit(
     Parameters
     ----------
     data
-        Images, videos, texts or rows as `featnorm.inputs.open_source` opens them; a source; an array, tensor or
-        sequence (n, D) of numbers, such as the outputs of an encoder; or a `pandas.DataFrame`.
+        Images, videos, texts or rows as `featnorm.inputs.open_source` opens them; a list of str, which are texts;
+        an array, tensor or sequence (n, D) of numbers, such as the outputs of an encoder; a `pandas.DataFrame`;
+        or a source. See `featnorm.inputs.source_of`.
     labels
         One label per item, integers or strings, or a file with them, see `featnorm.inputs.arrays.LabeledSource`.
         Default: those of ``data``.
@@ -193,11 +197,11 @@ def fit(
         are, and tables as a `featnorm.inputs.rows.Table` encodes them.
     detector
         Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
-        from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
-        for fewer than 100 items, or if less than half of them would be left to fit to (218 at ``tpr=0.99``).
-        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items. For a table, KNN has
-        ``normalize=False``. A bank of the default is at most 268 MB: of more items, a sample (``size``, see
-        `KNN`).
+        from ID data beat (docs/results/selection.md). ``KLUniform()`` for verdicts per position or box, for a
+        classifier without pooled features, for fewer than 100 items, or if less than half of them would be left to
+        fit to (218 at ``tpr=0.99``). Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100
+        items. For a table, KNN has ``normalize=False``. A bank of the default is at most 268 MB: of more items, a
+        sample (``size``, see `KNN`).
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
@@ -251,23 +255,19 @@ def fit(
 
     Examples
     --------
-    >>> scorer = fit("photos/")
-    >>> scorer.predict(["new.jpg"])[0].is_id
+    >>> scorer = fit(torch.randn(200, 16))  # or fit("photos/"), fit("tickets.csv"), fit("photos/", "mymodel:make")
+    >>> len(scorer.predict(torch.randn(3, 16)))
+    3
     """
     reads = targets != "clusters" or label_column is not None
-    if isinstance(data, (str, Path)):
-        data = open_source(
-            str(data), root=data_root, labels=reads, label_column=label_column, text_column=text_column, fps=fps
-        )
-    elif not isinstance(data, Source):
-        data = row_source(data, Options(reads, label_column, text_column))
-    if labels is not None:
-        data = LabeledSource(data, labels)
+    columns: dict[str, Any] = {"label_column": label_column, "text_column": text_column, "fps": fps}
+    data = source_of(data, labels, root=data_root, read_labels=reads, **columns)
     options: dict[str, Any] = {"targets": targets, "tpr": tpr, "cache": cache, "seed": seed, "runtime": runtime}
     options |= {"thresholds_by": thresholds_by, "group_by": group_by, "thumbnails": thumbnails}
     options |= {"layer": layer, "output": output, "channel_axis": channel_axis, "pooling": pooling, "per": per}
     parsed = parse_detector(detector) if isinstance(detector, str) else detector
-    loaded = model_for(data, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
+    groups = {"group_by": group_by, "thresholds_by": thresholds_by}
+    loaded = model_for(data, model, weights=weights, label_column=label_column, **groups)
     scorer, report = fit_source(data, loaded, detector=parsed, head=head, **options)
     if report.corrupt:
         name, reason = report.corrupt[0]
@@ -286,7 +286,9 @@ def model_for(
     model: str | None = None,
     *,
     weights: str | Path | None = None,
-    left_out: Iterable[str | None] = (),
+    label_column: str | None = None,
+    group_by: str | None = None,
+    thresholds_by: str | None = None,
 ) -> LoadedModel:
     """Return the model of a specification, or the default one for the items of a source.
 
@@ -294,10 +296,11 @@ def model_for(
     ----------
     source : the items.
     model, weights : see `fit`.
-    left_out : names that, if columns of a table have them, are not used as features; None is ignored.
+    label_column, group_by, thresholds_by : see `fit`; columns of these names are not used as features.
     """
     if model is None and source.kind is ROWS:
-        return rows_model(fit_rows(source, {name for name in left_out if name is not None}))
+        by = {group_by, None if thresholds_by == "class" else thresholds_by}.intersection(source.columns)
+        return rows_model(fit_rows(source, {name for name in (label_column, *by) if name is not None}))
     return create_model(model or default_model(source.kind), weights=weights)
 
 
@@ -370,6 +373,8 @@ def fit_source(
             raise ValueError(f"thresholds by group are for verdicts per input: omit thresholds_by, or per={per!r}")
         if runtime is not None and runtime.cluster is not None:
             raise ValueError(f"a fit per {per} runs on one machine: omit --ray")
+        if runtime is not None and runtime.engine == "onnx":
+            raise ValueError(f"onnxruntime runs networks per input: omit engine='onnx', or per={per!r}")
         targets = "clusters"
     if per == "box":
         if loaded.kind is not IMAGES:
@@ -390,8 +395,9 @@ def fit_source(
         plan = _plan(source, loaded, head, captured, runtime, few)
         used = detector or _default_detector(plan, few, normalize=embeds)
         if not labeled and "labels" in used.learns:
-            how = "put the images of each class in a subfolder of its own"
-            how = how if source.kind is IMAGES else "name their column (label_column, --label-column)"
+            what = "images" if source.fps is None else "videos"
+            how = f"put the {what} of each class in a subfolder of its own"
+            how = how if source.kind in (IMAGES, FRAMES) else "name their column (label_column, --label-column)"
             raise DataError(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
                 f"{how} and use labels, or choose another detector"
@@ -423,8 +429,14 @@ def fit_source(
         )
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
-    near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
-    sides = [[by[row] for row in cached.rows.tolist()] for by in (split_groups, units) if by is not None]
+    of_frames = None if units is None else [units[row] for row in cached.rows.tolist()]
+    if of_frames is not None:
+        # Clips are near-duplicates if their first frames are; the others of a clip are no further evidence.
+        firsts, numbers = join_groups(of_frames).unique(return_inverse=True)
+        near = firsts[near_duplicates(pooled[firsts])][numbers]
+    else:
+        near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
+    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
@@ -433,9 +445,8 @@ def fit_source(
             used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
-    if units is not None:
+    if of_frames is not None:
         # The frames of one clip of each group.
-        of_frames = [units[row] for row in cached.rows.tolist()]
         chosen_units = {of_frames[i] for i in calibrates.nonzero().squeeze(1).tolist()}
         calibrates = torch.tensor([unit in chosen_units for unit in of_frames])
     fits = detector.needs_fit or plan.head == "train"
@@ -461,6 +472,12 @@ def fit_source(
         )
     train_values = cached.values[~is_held_out]
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
+    own_names = loaded.classes if plan.head == "keep" else None
+    if own_names is not None and labels is not None:
+        # Labels without names are the indices of the model's classes.
+        given = own_names if source.class_names is not None else map(str, range(len(own_names)))
+        if (numbers := class_indices(names, given)) is not None:
+            labels, names = torch.tensor([*numbers, -1])[labels], own_names
     features_of: nn.Module = plan.features_of
     about = plan.about
     model = plan.network.model if isinstance(plan.network, _Columns) else plan.network
@@ -521,12 +538,16 @@ def fit_source(
                 constants &= labels >= 0  # the head does not know a class without training items
             detector.fit_held_out(held_out_features(constants))
         batches = [] if per != "input" else [features_of(part) for part in cached.values[calibrates].split(_ROWS)]
-        accuracy, scorer.classes, notes = _classes(source, batches, labels, names, calibrates, plan.head)
+        accuracy, scorer.classes, notes = _classes(
+            source, batches, labels, names, calibrates, plan.head, own_names
+        )
         held_out_groups = None if groups is None else [groups[row] for row in cached.rows[calibrates].tolist()]
         if jackknife is not None:
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
         elif per != "input":
             scorer.calibrate_features(held_out_features(calibrates), tpr)
+            assert scorer.item_calibration is not None
+            chosen = len(scorer.item_calibration.scores)  # images without boxes do not count
         else:
             of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
             by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}
@@ -552,6 +573,7 @@ def fit_source(
         **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
         **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
+        "engine": cached.engine,
         "made": f"{version}, seed {seed}, from {read} {items}",
         "digest of the fitting data": _digest(cached.digests),
     }
@@ -562,6 +584,8 @@ def fit_source(
             f"not used: {', '.join(map(repr, naming))}, whose texts differ in more than half of the {items}, as "
             "names do; numbers need a decimal point to be read as such"
         )
+    if empty := getattr(loaded.transform, "empty", None):
+        notes.append(f"not used: {', '.join(map(repr, empty))}, without a value in any of the {items}")
     if source.kind is ROWS and head == "auto" and labeled and "labels" not in used.learns:
         notes.append(f"the labels are not used: no head is trained (--head train), and {used!r} needs none")
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
@@ -613,7 +637,7 @@ def _plan(
     if head == "auto" and loaded.name == ROWS_SPEC:
         head, why = "none", "rows are features already"
     if head == "auto" and not loaded.own and captured["per"] == "input":
-        head, why = "train", f"the model is pretrained on other {items}"
+        head, why = "train", f"the model is pretrained on other {loaded.kind.name}"
     example = None
     if captured["per"] != "input" and head not in ("auto", "keep"):
         raise ValueError(
@@ -697,7 +721,9 @@ class _Columns(nn.Module):
 
     def forward(self, *tensors: Tensor, **by_name: Tensor) -> Tensor:
         """Return the distinct features (n, D) of a batch, or the mean over its parts, in single precision."""
-        features = self.tap.capture(by_name or tensors[0], classifier=False)
+        exports = torch.compiler.is_compiling()
+        inputs = by_name or tensors[0]
+        features = self.tap.traced(inputs) if exports else self.tap.capture(inputs, classifier=False)
         if (parts := features.parts) is not None:
             values = (features.tensor("logits") if features.pooled is None else features.pooled).float()
             sums = values.new_zeros(parts.count, values.shape[1]).index_add(0, parts.owners, values)
@@ -764,11 +790,22 @@ def _classes(
     names: list[str] | None,
     calibrates: Tensor,
     head: HeadKind,
+    own_names: list[str] | None,
 ) -> tuple[float | None, list[str] | None, list[str]]:
-    """Return the accuracy on the held-out items, the class names where they are the logits', and notes."""
+    """Return the accuracy on the held-out items, the class names where they are the logits', and notes.
+
+    The own names are those of the model's classes, if it has them.
+    """
     if labels is None or names is None or head == "none":
-        return None, None, []
+        return None, own_names, []
     logits = torch.cat([features.tensor("logits").cpu() for features in batches])
+    if own_names is not None and names is not own_names:
+        other = next((name for name in names if class_indices([name], own_names) is None), names[0])
+        note = (
+            f"{other!r} of {source.title} is not one of the model's {len(own_names)} classes "
+            f"({listed(own_names)}): its accuracy is not known"
+        )
+        return None, own_names, [note]
     if logits.shape[1] != len(names):
         note = (
             f"the model has {logits.shape[1]} logits, but {source.title} has {len(names)} classes: its class "
@@ -780,8 +817,13 @@ def _classes(
     if head == "keep" and hits <= _most_by_chance(len(logits), len(names)):
         note = (
             f"the model classifies {100 * accuracy:.1f} % of the held-out {source.kind.name} of {source.title} "
-            "correctly, no better than chance, so the class names are not used: its classes may be in another "
-            "order than the folders, or its transform may not be that of its training"
+            "correctly, no better than chance"
+        )
+        if own_names is not None:
+            return accuracy, own_names, [f"{note}: its transform may not be that of its training"]
+        note += (
+            ", so the class names are not used: its classes may be in another order than the folders, or its "
+            "transform may not be that of its training"
         )
         return accuracy, None, [note]
     return accuracy, names, []
@@ -806,7 +848,7 @@ def _examples(
     files: dict[int, bytes] = {}
     if thumbnails:
         # In the order of the source, which reads neighboring items together.
-        with ThreadPoolExecutor(runtime.workers or None) as threads:
+        with ThreadPoolExecutor(source.max_readers or runtime.workers or None) as threads:
             made = threads.map(lambda row: _preview(source, row), sorted(chosen))
             files = dict(zip(sorted(chosen), made, strict=True))
     sizes = np.cumsum([len(files.get(row, b"")) for row in chosen])
@@ -1019,6 +1061,8 @@ def backbone_features(
         return row_features(source, loaded.transform)
     runtime = runtime or Runtime()
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    of_parts = isinstance(backbone, _Columns) and backbone.tap.per != "input"
+    wanted = not of_parts and is_wanted(runtime, loaded.kind, device, len(source))
 
     @torch.no_grad()
     def extract_batch(inputs: Inputs) -> Tensor:
@@ -1032,19 +1076,28 @@ def backbone_features(
         "precision": runtime.precision,
         "pillow": PIL.__version__,
         "decoding": DECODING,
+        **({"engine": "onnx"} if wanted else {}),
     }
-    if runtime.cluster is None:
-        extract = partial(
-            extract_features,
-            transform=loaded.transform,
-            backbone=extract_batch,
-            batch_size=runtime.batch_size,
-            workers=runtime.workers,
-        )
-    else:
-        extract = runtime.cluster.extract(loaded, backbone, runtime=runtime)
+
+    @functools.cache
+    def network() -> Callable[[Inputs], Tensor]:
+        """Return what computes features; it is exported only if some are not in the cache."""
+        make = partial(network_engine, backbone, loaded.kind, loaded.transform)
+        engine: Engine | None = required_or_none(runtime, make) if wanted else None
+        if engine is None:
+            return extract_batch
+        return lambda inputs: engine(inputs)[0] if engine.takes(inputs) else extract_batch(inputs)
+
+    def extract_here(part: Source[Any]) -> Iterator[Extracted]:
+        how: dict[str, Any] = {"batch_size": runtime.batch_size, "workers": runtime.workers}
+        return extract_features(part, loaded.transform, network(), **how)
+
+    cluster = runtime.cluster
+    extract = extract_here if cluster is None else cluster.extract(loaded, backbone, runtime=runtime)
     features = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key)).features
-    return features(source, extract, progress=runtime.progress)
+    cached = features(source, extract, progress=runtime.progress)
+    by_onnx = wanted and not (cached.computed and network() is extract_batch)
+    return replace(cached, engine="onnxruntime") if by_onnx else cached
 
 
 def _probe_digest(loaded: LoadedModel, backbone: Callable[[Inputs], Tensor]) -> str:

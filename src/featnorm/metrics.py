@@ -65,6 +65,11 @@ def auroc(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     -------
     float
         In [0, 1]; 0.5 is chance.
+
+    Examples
+    --------
+    >>> auroc([3.0, 2.0, 1.0], [1.5, 0.5])
+    0.8333333333333334
     """
     return _Roc.of(id_scores, ood_scores).area()
 
@@ -84,6 +89,11 @@ def aupr_in(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     -------
     float
         In (0, 1]; n / (n + m) is chance.
+
+    Examples
+    --------
+    >>> round(aupr_in([3.0, 2.0, 1.0], [1.5, 0.5]), 3)
+    0.917
     """
     return _Roc.of(id_scores, ood_scores).average_precision()
 
@@ -100,6 +110,11 @@ def aupr_out(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     -------
     float
         In (0, 1]; m / (n + m) is chance.
+
+    Examples
+    --------
+    >>> round(aupr_out([3.0, 2.0, 1.0], [1.5, 0.5]), 3)
+    0.833
     """
     return _Roc.of(id_scores, ood_scores).flipped().average_precision()
 
@@ -127,6 +142,11 @@ def fpr_at_tpr(id_scores: ScoreLike, ood_scores: ScoreLike, tpr: float = 0.95) -
     ------
     ValueError
         ``tpr`` is outside (0, 1], or the scores are invalid; see the module's description.
+
+    Examples
+    --------
+    >>> fpr_at_tpr([4.0, 3.0, 2.0, 1.0], [1.5, 0.5], tpr=0.75)
+    0.0
     """
     check_share(tpr, "tpr", one_allowed=True)
     return _Roc.of(id_scores, ood_scores).fpr_at(tpr)
@@ -155,6 +175,11 @@ def fpr_at_tpr_ood_positive(id_scores: ScoreLike, ood_scores: ScoreLike, tpr: fl
     ------
     ValueError
         ``tpr`` is outside (0, 1], or the scores are invalid; see the module's description.
+
+    Examples
+    --------
+    >>> fpr_at_tpr_ood_positive([4.0, 3.0, 2.0, 1.0], [1.5, 0.5])
+    0.25
     """
     check_share(tpr, "tpr", one_allowed=True)
     return _Roc.of(id_scores, ood_scores).flipped().fpr_at(tpr)
@@ -175,6 +200,11 @@ def detection_accuracy(id_scores: ScoreLike, ood_scores: ScoreLike) -> float:
     -------
     float
         In [0.5, 1]; accepting everything gives one half.
+
+    Examples
+    --------
+    >>> detection_accuracy([3.0, 2.0, 1.0], [1.5, 0.5])
+    0.8333333333333334
     """
     return _Roc.of(id_scores, ood_scores).best_accuracy()
 
@@ -264,6 +294,12 @@ def bootstrap_interval(
     ValueError
         ``level`` is outside (0, 1), ``n_resamples`` is below 1, or the scores are invalid; see the module's
         description.
+
+    Examples
+    --------
+    >>> low, high = bootstrap_interval(auroc, [3.0, 2.0, 1.0], [1.5, 0.5])
+    >>> low <= auroc([3.0, 2.0, 1.0], [1.5, 0.5]) <= high
+    True
     """
     if not callable(metric):
         raise TypeError(f"metric must be a function of ID and OOD scores such as auroc, got {shown(metric)}")

@@ -36,6 +36,12 @@ def l1_norm(a: Tensor) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix.
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> l1_norm(a)
+    tensor([4.0000, 1.5000])
     """
     _require_matrix(a)
     if _differentiated(a) or torch.compiler.is_compiling():
@@ -60,6 +66,12 @@ def l0_norm(a: Tensor) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix.
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> l0_norm(a)
+    tensor([2., 3.])
     """
     _require_matrix(a)
     a = a.detach()
@@ -84,6 +96,12 @@ def lp_norm(a: Tensor, p: float) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix, or ``p`` is not a positive number (for ``p = 0`` see `l0_norm`).
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> lp_norm(a, 2)
+    tensor([3.1623, 0.8660])
     """
     _require_matrix(a)
     p = _POWER.check(p, "p", "lp_norm")
@@ -117,6 +135,12 @@ def negative_aware_norm(a: Tensor) -> Tensor:
     ------
     ValueError
         ``a`` is not a floating-point matrix.
+
+    Examples
+    --------
+    >>> a = torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> negative_aware_norm(a)
+    tensor([2.0000, 0.5000])
     """
     _require_matrix(a)
     if _differentiated(a) or torch.compiler.is_compiling():
@@ -125,16 +149,16 @@ def negative_aware_norm(a: Tensor) -> Tensor:
     return magnitude / count.clamp_min(1)
 
 
-def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor | None], Tensor]) -> list[Tensor]:
     """Return the sums (n,) over the units of each elementwise map of ``a``, in one pass over memory."""
-    elements = torch.get_num_threads() * _BLOCK_ELEMENTS if a.device.type == "cpu" else _DEVICE_ELEMENTS
+    elements = torch.get_num_threads() * _BLOCK_ELEMENTS if a.is_cpu else _DEVICE_ELEMENTS
     rows = max(1, elements // max(a.shape[1], 1))
-    a = a.detach()
-    made = a.new_empty((min(rows, len(a)), a.shape[1]), dtype=_wide(a))
+    a, wide = a.detach(), _wide(a)
     if len(a) <= rows:
         # For one input, creating views of a block would cost more than its sums.
-        return [torch.sum(fill(a, made), 1) for fill in maps]
-    sums = [a.new_empty(len(a), dtype=_wide(a)) for _ in maps]
+        return [torch.sum(fill(a.to(wide), None), 1, dtype=wide) for fill in maps]
+    made = a.new_empty((rows, a.shape[1]), dtype=wide)
+    sums = [a.new_empty(len(a), dtype=wide) for _ in maps]
     # All views are created at once: one by one, they would cost as much as the sums.
     for block, *totals in zip(a.split(rows), *(total.split(rows) for total in sums), strict=True):
         made = made[: len(block)]
@@ -143,13 +167,13 @@ def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor], Tensor]) -> list[Tens
     return sums
 
 
-def _magnitudes(block: Tensor, out: Tensor) -> Tensor:
-    if block.dtype == out.dtype:
+def _magnitudes(block: Tensor, out: Tensor | None) -> Tensor:
+    if out is None or block.dtype == out.dtype:
         return torch.abs(block, out=out)
     return out.copy_(block).abs_()
 
 
-def _active(block: Tensor, out: Tensor) -> Tensor:
+def _active(block: Tensor, out: Tensor | None) -> Tensor:
     return torch.gt(block, 0, out=out)
 
 
@@ -158,7 +182,7 @@ def _differentiated(a: Tensor) -> bool:
 
 
 def _wide(a: Tensor) -> torch.dtype:
-    return torch.promote_types(a.dtype, torch.float32)
+    return a.dtype if a.dtype in (torch.float32, torch.float64) else torch.promote_types(a.dtype, torch.float32)
 
 
 def _require_matrix(a: Tensor) -> None:

@@ -18,6 +18,7 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
+from featnorm.engine import TOLERANCE, EngineError, FeatureEngine, is_wanted, relative_gap, required_or_none
 from featnorm.export import export_onnx
 from featnorm.features import Features, Parts
 from featnorm.hidden.classifier import HiddenClassifier
@@ -34,7 +35,7 @@ from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts, sa
 from featnorm.runtime import Runtime
 from featnorm.tap import FeatureTap
 from featnorm.tap.batch import LabelsOf
-from featnorm.tap.capture import all_modules
+from featnorm.tap.contents import Contents
 from featnorm.tap.find import Per, Pooling
 from featnorm.tap.heat import NoHeatError, heat_maps
 from featnorm.tap.tap import check_loader
@@ -105,7 +106,8 @@ class Scorer(nn.Module):
     --------
     >>> scorer = Scorer(model, NAN()).fit(train_loader).calibrate(held_out_loader, tpr=0.95)
     >>> verdict = scorer(images)
-    >>> verdict.is_id
+    >>> verdict.is_id.shape
+    torch.Size([8])
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class Scorer(nn.Module):
         self.lowest = LOWEST[per] if lowest is None else lowest
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
-        self._versions: list[tuple[int, int, int]] = []
+        self._versions: Any = None
         self.kind = kind_of(kind or preprocess)
         if per == "box" and self.kind is not IMAGES:
             raise ValueError(f"boxes are found in images, and the preprocess takes {self.kind.name}")
@@ -459,16 +461,21 @@ class Scorer(nn.Module):
         ----------
         digest : their SHA-256, if it is known.
         """
-        self._versions = _versions(self.tap.model)
+        self._versions = self.tap.contents().versions()
         self._weights = digest or archive.fingerprint(self.tap.model)["sha256"]
 
-    def _check_weights(self) -> None:
-        """Raise a ValueError if the weights have changed since the fit; a change through ``.data`` is not seen."""
-        if self._weights is None or self._versions == (versions := _versions(self.tap.model)):
-            return
+    def _check_weights(self) -> Contents:
+        """Return the model's contents; raise a ValueError if the weights have changed since the fit.
+
+        A change through ``.data`` is not seen.
+        """
+        contents = self.tap.contents()
+        if self._weights is None or self._versions == (versions := contents.versions()):
+            return contents
         if archive.fingerprint(self.tap.model)["sha256"] != self._weights:
             raise ValueError(_CHANGED)
         self._versions = versions
+        return contents
 
     def _check_rate(self, tpr: float | None, update: bool) -> None:
         if tpr is not None:
@@ -518,8 +525,8 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, one of its outputs is not finite, or its weights have
             changed since the fit or the calibration.
         """
-        self._check_weights()
-        features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads)
+        contents = self._check_weights()
+        features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads, contents=contents)
         return self.predict_features(features, groups)
 
     @torch.no_grad()
@@ -625,7 +632,48 @@ class Scorer(nn.Module):
         with users_transform(self.spec or "", name):
             return preprocess(item)
 
-    def stream(self, source: Source[Any], *, runtime: Runtime | None = None) -> Iterator[list[ItemVerdict]]:
+    def engine(self, runtime: Runtime, count: int) -> FeatureEngine | None:
+        """Return what runs the model in place of PyTorch, for `stream` and `predict_batch`; None for PyTorch.
+
+        Parameters
+        ----------
+        runtime : its ``engine`` is used.
+        count : number of items to score.
+
+        Raises
+        ------
+        EngineError, ValueError
+            The runtime's ``engine`` is "onnx", and onnxruntime cannot run the model, or not with the same result.
+        ImportError
+            It is "onnx", and ``featnorm[onnx]`` is not installed.
+        """
+        if not is_wanted(runtime, self.kind, self.tap.device, count):
+            return None
+        return required_or_none(runtime, self._onnx_engine)
+
+    @torch.no_grad()
+    def _onnx_engine(self) -> FeatureEngine:
+        if self.detector.needs_model:
+            raise EngineError(f"{self.detector!r} runs it again on changed inputs")
+        if self.tap.per != "input":
+            raise EngineError(f"its features are of each {self.tap.per}")
+        engine = FeatureEngine(self.tap, self.kind, self.require_preprocess())
+        contents = self._check_weights()
+        found = engine.features(engine.example, contents, classifier=True)
+        expected = self.tap.capture(engine.example, classifier=True, contents=contents)
+        assert found is not None  # it is the example
+        known = () if self.calibration is None else self.calibration.group_names[:1]
+        groups = None if not known or self.thresholds_by == "class" else len(expected) * [*known]
+        ours, torchs = (self.predict_features(features, groups) for features in (found, expected))
+        if not (gap := relative_gap(ours.score, torchs.score)) <= TOLERANCE:
+            raise EngineError(f"its score differs from PyTorch's by {gap:.1e} of the largest")
+        if ours.is_id is not None and torchs.is_id is not None and not torch.equal(ours.is_id, torchs.is_id):
+            raise EngineError("its verdict on a fixed item differs from PyTorch's")
+        return engine
+
+    def stream(
+        self, source: Source[Any], *, runtime: Runtime | None = None, engine: FeatureEngine | None = None
+    ) -> Iterator[list[ItemVerdict]]:
         """Yield the verdicts on a source's items, including unreadable ones, batch by batch in its order.
 
         A batch that does not fit in the device's memory is scored in parts.
@@ -635,6 +683,7 @@ class Scorer(nn.Module):
         source : items to score.
         runtime
             Precision, batch size and workers. Default: `Runtime()`. The scorer stays on the device where it is.
+        engine : what `engine` returned. Default: PyTorch runs the model.
 
         Raises
         ------
@@ -651,7 +700,7 @@ class Scorer(nn.Module):
         def predict(inputs: Inputs, rows: Tensor) -> list[ItemVerdict]:
             some = None if groups is None else [groups[row] for row in rows.tolist()]
             names = [source.name(row) for row in rows.tolist()]
-            return self._predict(inputs, names, groups=some, runtime=runtime)
+            return self._predict(inputs, names, groups=some, runtime=runtime, engine=engine)
 
         size, workers = runtime.batch_size, runtime.workers
         for part in source_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
@@ -767,6 +816,7 @@ class Scorer(nn.Module):
         explain: Sequence[int] = (),
         heat: bool = False,
         runtime: Runtime | None = None,
+        engine: FeatureEngine | None = None,
     ) -> list[ItemVerdict]:
         """Return the verdict on each input of a batch.
 
@@ -777,7 +827,7 @@ class Scorer(nn.Module):
         groups : group of each input, if ``thresholds_by`` is neither None nor "class".
         explain : rows of the inputs to explain.
         heat : whether explanations include a heat map, for one more forward pass on each input to explain.
-        runtime : see `stream`.
+        runtime, engine : see `stream`.
 
         Raises
         ------
@@ -790,7 +840,8 @@ class Scorer(nn.Module):
         with self._users_forward(
             f"a batch of {len(names)} {self.kind.name}, {names[0]} to {names[-1]}" if names else ""
         ):
-            return self._predict(inputs, names, groups=groups, explain=explain, heat=heat, runtime=runtime)
+            how: dict[str, Any] = {"heat": heat, "runtime": runtime, "engine": engine}
+            return self._predict(inputs, names, groups=groups, explain=explain, **how)
 
     def _users_forward(self, inputs: str) -> AbstractContextManager[None]:
         model: Any = self.model
@@ -805,12 +856,15 @@ class Scorer(nn.Module):
         explain: Sequence[int] = (),
         heat: bool = False,
         runtime: Runtime | None = None,
+        engine: FeatureEngine | None = None,
     ) -> list[ItemVerdict]:
-        self._check_weights()
-        inputs = to_device(inputs, self.tap.device)
+        contents = self._check_weights()
         reads_classifier = bool(explain) or "classifier" in self.detector.reads
+        found = None if engine is None else engine.features(inputs, contents, classifier=reads_classifier)
         with (runtime or Runtime()).autocast():
-            features = self.tap.capture(inputs, classifier=reads_classifier)
+            if found is None or explain:
+                inputs = to_device(inputs, contents.device)
+            features = found or self.tap.capture(inputs, classifier=reads_classifier, contents=contents)
             verdict = self.predict_features(features, groups)
         if verdict.parts is not None:
             return self._of_inputs(names, verdict, verdict.parts)
@@ -898,7 +952,8 @@ class Scorer(nn.Module):
                 part["terms"] = list(zip(words, values, strict=True))
         reference = None
         if self.examples is not None:
-            nearest = self.examples.nearest(features.tensor("pooled")[chosen])
+            by_distance = not getattr(self.preprocess, "embeds", True)
+            nearest = self.examples.nearest(features.tensor("pooled")[chosen], by_distance=by_distance)
             reference = torch.stack([self.examples.mean(found) for found in nearest])
             for part, found in zip(parts, nearest, strict=True):
                 part["nearest"] = found
@@ -1044,24 +1099,6 @@ class Scorer(nn.Module):
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
         # A detector may find no box in the image: its response is then zero.
         return self.kind.fingerprint(rows_in(inputs, 0)), response[:1].float().sum(0).cpu()
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int, int]]:
-    """Return the identity, the number of writes and the address of each tensor in the state of a model."""
-    return [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version, _address(tensor))
-        for module in all_modules(model)
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    ]
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a sparse tensor, or one of a subclass
-        return 0
 
 
 def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:

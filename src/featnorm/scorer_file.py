@@ -71,6 +71,11 @@ def load(
         libraries.
     ModelError
         The model is missing, or its specification does not work.
+
+    Examples
+    --------
+    >>> Scorer(model, NAN()).calibrate(held_out_loader).save("detector.featnorm")
+    >>> scorer = load("detector.featnorm", model)
     """
     tensors, header = archive.read(path)
     stored = _with_prefix(MODEL, tensors)

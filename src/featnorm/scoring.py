@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
+from featnorm.engine import FeatureEngine
 from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES
@@ -100,6 +101,14 @@ class ScoringSummary:
         Time this run took to score them.
     model_seconds : float or None
         Time the model itself took; None on a cluster.
+
+    Examples
+    --------
+    >>> from featnorm.inputs import open_source
+    >>> np.save("new.npy", np.random.rand(10, 16))
+    >>> summary = score_source(fit(torch.rand(200, 16)), open_source("new.npy"))
+    >>> len(summary.scores), summary.flagged <= 10
+    (10, True)
     """
 
     def __init__(self, kind: Kind = IMAGES, clip_of: Callable[[int], str | None] | None = None) -> None:
@@ -247,6 +256,14 @@ def score_source(
         The transform fails on an item, or the source holds items of another kind.
     OSError
         A file cannot be written. The journal is kept.
+
+    Examples
+    --------
+    >>> from featnorm.inputs import open_source
+    >>> np.save("new.npy", np.random.rand(10, 16))
+    >>> summary = score_source(fit(torch.rand(200, 16)), open_source("new.npy"), "scores.csv")
+    >>> len(summary.scores), summary.unread
+    (10, 0)
     """
     out, page, clips = (None if file is None else Path(file) for file in (out, page, clips))
     for table in (out, clips):
@@ -280,7 +297,9 @@ def score_source(
     if clips is not None and not isinstance(scorer.calibration, PartCalibration):
         raise ValueError(f"the scorer is not calibrated on clips, so that it has no verdicts on them: {_ON_CLIPS}")
     summary = ScoringSummary(source.kind, None if source.fps is None else source.unit)
-    with nullcontext() if place is None else _journal(place, scorer, source, made_with or {}, runtime) as journal:
+    engine = scorer.engine(runtime, len(source))
+    made_with = {**(made_with or {}), **({} if engine is None else {"engine": "onnx"})}
+    with nullcontext() if place is None else _journal(place, scorer, source, made_with, runtime) as journal:
         if journal is not None and on_start is not None:
             on_start(journal)
         total = -(-len(source) // runtime.batch_size)
@@ -290,7 +309,7 @@ def score_source(
         progress = False if journal is None else runtime.progress
         with (
             progress_bar(total=len(source), initial=done, unit=source.kind.noun, progress=progress) as bar,
-            closing(_scored(scorer, source, numbers, runtime, summary)) as batches,
+            closing(_scored(scorer, source, numbers, runtime, summary, engine)) as batches,
         ):
             for number, verdicts in batches:
                 if maps is not None:
@@ -402,7 +421,12 @@ def _journal(
 
 
 def _scored(
-    scorer: Scorer, source: Source[Any], batches: Sequence[int], runtime: Runtime, summary: ScoringSummary
+    scorer: Scorer,
+    source: Source[Any],
+    batches: Sequence[int],
+    runtime: Runtime,
+    summary: ScoringSummary,
+    engine: FeatureEngine | None,
 ) -> Generator[tuple[int, list[ItemVerdict]]]:
     """Yield number and verdicts of some batches, in any order; count and time them."""
     began = time.perf_counter()
@@ -416,10 +440,10 @@ def _scored(
             rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
             part = SlicedSource(source, rows, source.title)
         with _ModelClock(scorer.model) as clock:
-            for number, verdicts in zip(batches, scorer.stream(part, runtime=runtime), strict=True):
+            for number, verdicts in zip(batches, scorer.stream(part, runtime=runtime, engine=engine), strict=True):
                 summary.computed += len(verdicts)
                 yield number, verdicts
-        summary.model_seconds = clock.seconds
+        summary.model_seconds = clock.seconds + (0.0 if engine is None else engine.seconds)
     summary.seconds = time.perf_counter() - began
 
 

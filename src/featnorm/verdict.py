@@ -28,6 +28,13 @@ class Verdict(NamedTuple):
         Which input each row is of, and where in it, for a scorer of positions or boxes.
     units : Verdict or None
         Predictions for the inputs, one row each, for a scorer of positions or boxes that is calibrated.
+
+    Examples
+    --------
+    >>> scorer = Scorer(model, NAN()).calibrate(held_out_loader)
+    >>> verdict = scorer(images)
+    >>> verdict.score.shape, verdict.p_value.shape, verdict.is_id.shape, verdict.logits.shape
+    (torch.Size([8]), torch.Size([8]), torch.Size([8]), torch.Size([8, 3]))
     """
 
     score: Tensor
@@ -97,6 +104,13 @@ class ItemVerdict(NamedTuple):
         Time of a frame in its clip or stream, in seconds.
     parts : Verdict or None
         Verdicts on the positions or boxes of the item, on the CPU.
+
+    Examples
+    --------
+    >>> scorer = Scorer(model, NAN(), preprocess=lambda image: torch.zeros(3, 8, 8)).calibrate(held_out_loader)
+    >>> verdict = scorer.predict([np.zeros((8, 8, 3), np.uint8)])[0]
+    >>> verdict.item, verdict.error
+    ('item 0', None)
     """
 
     item: str

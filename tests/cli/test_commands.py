@@ -56,6 +56,7 @@ def assert_one_line(result, *words):
         assert word in error
 
 
+@pytest.mark.slow
 def test_demo_prints_a_table_and_writes_a_page(featnorm, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, epochs=3))
     status, printed, _ = featnorm("demo", "--out", "here")

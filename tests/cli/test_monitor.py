@@ -27,7 +27,7 @@ CALIBRATION = Calibration(np.random.default_rng(0).normal(2, 1, 600).astype(np.f
 @pytest.fixture
 def detector(tmp_path):
     """What `featnorm fit` writes, as far as the command reads it: there is no model to build."""
-    content = {"tpr": 0.95, "detector": "NAN()", "model": {}}
+    content = {"tpr": 0.95, "detector": "NAN()", "model": {}, "scorer": {"kind": "images"}}
     archive.write(tmp_path / "d.featnorm", {"calibration.scores": CALIBRATION.scores}, content)
     return "d.featnorm"
 
@@ -77,6 +77,24 @@ def test_drift_is_told_and_is_the_exit_status(featnorm, detector, tmp_path, endi
     assert row == image + 2
     assert f"day/{image - 1:05}, “a”.png" in printed
     assert sorted(place.name for place in tmp_path.iterdir()) == ["d.featnorm", f"t{ending}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"), [("texts", "did the source, the language or the topic change?"), (None, "did their source")]
+)
+def test_the_words_are_those_of_the_inputs(featnorm, tmp_path, kind, cause):
+    content = {"tpr": 0.95, "detector": "NAN()", "model": {}} | ({"scorer": {"kind": kind}} if kind else {})
+    archive.write(tmp_path / "d.featnorm", {"calibration.scores": CALIBRATION.scores}, content)
+    scores = table(tmp_path / "t.jsonl", scored(-0.5))
+    status, printed, _ = featnorm("monitor", "d.featnorm", scores, "--html", "page.html")
+    noun = "input" if kind is None else kind[:-1]
+    page = Page((tmp_path / "page.html").read_text("utf-8")).text
+    assert status == 3
+    for text in (printed, page):
+        assert "image" not in text
+        assert f"At {noun} 2," in text
+    assert cause in printed
+    assert f"{noun}, in order of time" in page
 
 
 def test_neither_a_table_nor_a_page_takes_torch(detector, tmp_path):

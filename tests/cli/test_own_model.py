@@ -1,13 +1,12 @@
 """A network that was trained outside featnorm, from its training script through every command."""
 
+import contextlib
 import csv
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,12 @@ import pytest
 import torch
 
 import featnorm as fn
+from asking import client_of
+from featnorm.cli import serve
 from featnorm.inputs import open_source
+from featnorm.serve import server
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torchlib_read_once")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("operators_read_once")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model.py"
 MODEL = ("--model", "own_model:make")
@@ -26,11 +28,12 @@ MODEL = ("--model", "own_model:make")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder in which the example was run, by itself."""
+    """The folder in which the example was run, as a program."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copy(EXAMPLE, folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "own_model.py"], cwd=folder, env=environment, check=True, timeout=300)
+    assert "featnorm" not in re.sub(r'""".*?"""', "", EXAMPLE.read_text(), flags=re.DOTALL)
+    with contextlib.chdir(folder), torch.random.fork_rng():
+        runpy.run_path("own_model.py", run_name="__main__")
     return folder
 
 
@@ -133,31 +136,28 @@ def test_onnx_agrees_with_pytorch(own, file, tmp_path):
     facts = json.loads(session.get_modelmeta().custom_metadata_map["featnorm"])
     np.testing.assert_allclose(facts["mean"], [0.3] * 3, atol=1e-5)
     np.testing.assert_allclose(facts["deviation"], [0.4] * 3, atol=1e-5)
-    assert facts["input size"] == [3, 32, 32]
+    assert facts["input size"] == [3, 16, 16]
     assert facts["threshold"] == pytest.approx(float(scorer.calibration.threshold))
 
 
-def test_it_is_served(own, file, trained):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featnorm", "serve", str(file), *MODEL, "--port", "0"],
-        cwd=trained,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        address = re.search(r"http://\S+/", process.stdout.readline())[0]
-        for place, verdict in (("digits/new/3", "ID"), ("patches", "OOD")):
-            body = sorted(Path(place).iterdir())[1].read_bytes()
-            request = urllib.request.Request(f"{address}v1/score", body, {"Content-Type": "image/png"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                (result,) = json.load(answer)["results"]
-            assert result["verdict"] == verdict
-            assert result["predicted"] in "0123456789"
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+def test_it_is_served(own, file, monkeypatch):
+    def run_server(app, *_):
+        with client_of(app, base_url="http://127.0.0.1") as client:
+            for place, verdict in (("digits/new/3", "ID"), ("patches", "OOD")):
+                body = sorted(Path(place).iterdir())[1].read_bytes()
+                answer = client.post("/v1/score", content=body, headers={"Content-Type": "image/png"})
+                (result,) = answer.json()["results"]
+                assert result["verdict"] == verdict
+                assert result["predicted"] in "0123456789"
+                served.append(place)
+
+    served = []
+    monkeypatch.setattr(server, "run_server", run_server)
+    # At its end, and in what it logs to, the command assumes a process of its own.
+    monkeypatch.setattr(serve, "EndAtOnce", SystemExit)
+    monkeypatch.setattr(serve, "_log_lines", lambda: None)
+    status, _, error = own("serve", file, *MODEL, "--port", "0")
+    assert (status, len(served)) == (0, 2), error
 
 
 def test_another_rate_and_other_images_need_no_fit(own, file, tmp_path):

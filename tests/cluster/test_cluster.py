@@ -14,9 +14,7 @@ import torch
 import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
-from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
-from featnorm.inputs.arrays import row_source
-from featnorm.inputs.openers import Options
+from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source, source_of
 
 ray = pytest.importorskip("ray")
 
@@ -109,9 +107,7 @@ def test_rows_are_fitted_and_scored_as_by_one_process(workers):
         fn.fit(rows, detector=detector, runtime=fn.Runtime(batch_size=BATCH, workers=0, cluster=actors))
         for actors in (None, workers)
     )
-    new = row_source(
-        np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]), Options(False, None, None)
-    )
+    new = source_of(np.concatenate([rows[:30], np.full((1, 6), np.nan), 9 + rows[:5]]))
     expected = local(alone, new)
     assert expected[7][2].error == "column 0 is nan in float32, which is not finite"
     assert_same(local(merged, new), expected)
@@ -288,22 +284,21 @@ def test_devices_that_there_are(workers):
     assert cluster._actors("cpu", {"CPU": 32.0, "GPU": 4.0}) == cluster.Actors(32, "cpu", 1, 0)
 
 
-def test_actors_stay_for_the_next_work_until_the_cluster_is_closed(workers, folder, tiny, cache):
-    scorer = fit(folder, tiny, cache)[0]
-    source = SlicedSource(open_source(str(folder)), range(4), "some")
-    remote(workers, scorer, source)
-    stayed = set(workers._ready) | set(workers._starting.values())
-    remote(workers, scorer, SlicedSource(open_source(str(folder)), range(4, 8), "others"))
-    assert stayed == set(workers._ready) | set(workers._starting.values())
-    workers.close()
-    assert not workers._ready
-    assert not workers._starting
-
-
 def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypatch):
-    # They hold all processors, which the commands' own need.
-    workers.close()
-    # One shard, and so one actor, for each command: another takes seconds to begin.
+    # An actor takes seconds to begin, so those that there are go from each command to the next, and back.
+    init, left, closed = Cluster.__init__, list(workers._ready), []
+
+    def begin(self, device):
+        init(self, device)
+        self._ready.extend(left)
+
+    def leave(self):
+        closed.append(self)
+        left[:] = self._ready
+
+    for name, stand_in in (("__init__", begin), ("close", leave)):
+        monkeypatch.setattr(Cluster, name, stand_in)
+    # One shard for each command.
     size = 16
     backbone = ("--model", "featnorm:cifar10-resnet18", "--device", "cpu", "--batch-size", size)
     fitting = ("fit", folder, "--cache", tmp_path / "cache", "--detector", "SSD", *backbone)
@@ -324,20 +319,8 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
                 raise KeyboardInterrupt
             yield found
 
-    # The actor of one command is left to the next.
-    init, close, left = Cluster.__init__, Cluster.close, []
-
-    def begin(self, device):
-        init(self, device)
-        self._ready.extend(left)
-
-    def leave(self):
-        left[:] = self._ready
-
-    for name, stand_in in (("score", die), ("__init__", begin), ("close", leave)):
-        monkeypatch.setattr(Cluster, name, stand_in)
+    monkeypatch.setattr(Cluster, "score", die)
     assert featnorm(*scoring, "-o", "ray.csv", "--ray")[0] == 130
-    assert len(left) == 1
     monkeypatch.setattr(Cluster, "score", score)
     status, printed, error = featnorm(*scoring, "-o", "ray.csv", "--ray")
     assert (status, error) == (0, "")
@@ -353,10 +336,11 @@ def test_the_commands_on_a_cluster(workers, featnorm, folder, tmp_path, monkeypa
         for x, y in zip(a[1:3], b[1:3], strict=True):
             assert (x == y == "") or float(x) == pytest.approx(float(y), rel=1e-6, abs=1e-6)
     assert not list(tmp_path.glob(".*"))
-    monkeypatch.setattr(Cluster, "close", close)
     status, printed, _ = featnorm(*scoring, "--ray")
     assert status == 0
     assert "flagged as OOD" in printed
+    assert len(closed) == 4
+    workers._ready[:] = left
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts(folder, tiny, cache, monkeypatch):
@@ -397,3 +381,15 @@ def test_texts(workers, tmp_path):
     found = remote(workers, scorer, source)
     assert_same(found, local(scorer, source))
     assert found[0][1].error == "an empty text"
+
+
+def test_actors_stay_for_the_next_work_until_the_cluster_is_closed(workers, folder, tiny, cache):
+    scorer = fit(folder, tiny, cache)[0]
+    source = SlicedSource(open_source(str(folder)), range(4), "some")
+    remote(workers, scorer, source)
+    stayed = set(workers._ready) | set(workers._starting.values())
+    remote(workers, scorer, SlicedSource(open_source(str(folder)), range(4, 8), "others"))
+    assert stayed == set(workers._ready) | set(workers._starting.values())
+    workers.close()
+    assert not workers._ready
+    assert not workers._starting

@@ -1,9 +1,11 @@
-"""A client of an ASGI application that can send its body in parts, and disconnect."""
+"""Clients of an application: one that waits until it is ready, and one whose body comes in parts and may end."""
 
 import asyncio
 import json
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+
+from fastapi.testclient import TestClient
 
 
 class Asking:
@@ -49,6 +51,17 @@ class Asking:
         start, *parts = self._sent
         headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
         return start["status"], headers, json.loads(b"".join(part["body"] for part in parts))
+
+
+@contextmanager
+def client_of(app, **options):
+    """Start an application, wait until it is ready, and return a client of it."""
+    with TestClient(app, **options) as client:
+        end = time.monotonic() + 30
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < end, "it never was ready"
+            time.sleep(0.002)
+        yield client
 
 
 @asynccontextmanager

@@ -50,14 +50,20 @@ def scorer(fitted):
     return copy.deepcopy(fitted)
 
 
-@pytest.fixture(scope="session")
-def tiny(loaded):
-    """A backbone that answers, and is exported, in a moment: where the head and the detector are what matters."""
+def make_tiny():
+    """Return a small backbone and its transform, as `MODULE:FUNCTION` does."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
-        backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return dataclasses.replace(loaded, name="tests:tiny", model=backbone)
+        convolutions = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2)
+        norm = nn.BatchNorm2d(32), nn.ReLU()
+        backbone = nn.Sequential(*convolutions, *norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    return backbone, create_model("featnorm:cifar10-resnet18").transform
+
+
+@pytest.fixture(scope="session")
+def tiny(loaded):
+    """`make_tiny`, loaded: for tests in which the head and the detector are what matters."""
+    return dataclasses.replace(loaded, name="own_images:make_tiny", model=make_tiny()[0])
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +92,13 @@ def few_steps(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def torchlib_read_once():
-    """Keep torch's table of operators, for which each export parses the source of all of them again."""
+def operators_read_once():
+    """Keep torch's tables of operators, which each export makes again from the sources or names of all of them."""
+    from torch._export import utils
     from torch.onnx._internal.exporter import _registration
 
     registry = _registration.ONNXRegistry
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
         yield

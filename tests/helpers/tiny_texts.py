@@ -33,6 +33,19 @@ def saved(folder: Path, name: str = "BertModel", **options: object) -> Path:
     return folder
 
 
+def saved_classifier(folder: Path, names: list[str], texts: list[str]) -> Path:
+    """Save a classifier into named classes, whose logits are centered over some texts: it predicts several."""
+    named = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    saved(folder, "BertForSequenceClassification", **named)
+    model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        model.classifier.bias -= model(batch["input_ids"], batch["attention_mask"]).logits.mean(0)
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_texts(path: Path, classes: int, count: int, words: list[str]) -> None:
     """Write a parquet file of distinct texts with the columns text and label, ``count`` per class."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import featnorm as fn
-from featnorm.inputs import DataError, ItemError, SlicedSource, open_source
+from featnorm.fitting import model_for
+from featnorm.inputs import DataError, ItemError, SlicedSource, open_source, source_of
 from featnorm.inputs.arrays import LabeledSource, class_labels, row_features
 from featnorm.inputs.rows import Vector, fit_rows
 
@@ -232,6 +233,36 @@ def test_shards_are_one_table(tmp_path):
         open_source(str(tmp_path))
 
 
+def test_shards_of_lines_are_one_table(tmp_path):
+    lines = [f"{i},w{i % 3},{i % 2}" for i in range(1300)]
+    lines[3] = "3"
+    (tmp_path / "part-0.csv").write_text("\n".join(["a,word,label", *lines[:1200]]))
+    (tmp_path / "part-1.csv").write_text("\n".join(["a,word,label", *lines[1200:]]))
+    source = open_source(str(tmp_path))
+    assert (source.columns, source.class_names, source.label(1201)) == (("a", "word"), None, 1)
+    for i in (0, 1023, 1024, 1199, 1200, 1299):
+        assert source.item(i) == {"a": str(i), "word": f"w{i % 3}"}
+    with pytest.raises(ItemError, match=r"part-0\.csv row 3: the row has 1 cells, but the header has 3"):
+        source.item(3)
+    assert source.name(1200) == "part-1.csv row 0"
+    assert source.column("a")[2:5] == ["2", None, "4"]
+    assert source.identity(3) != source.identity(4)
+    (tmp_path / "part-1.csv").write_text("a,word\n1,x\n")
+    with pytest.raises(DataError, match=r"part-1\.csv has other columns than .*part-0\.csv"):
+        open_source(str(tmp_path))
+
+
+def test_a_group_of_rows_is_converted_as_it_is_read(tmp_path):
+    words = [f"w{i}" for i in range(3000)]
+    pq.write_table(pa.table({"a": range(3000), "word": words}), tmp_path / "x.parquet")
+    source = open_source(str(tmp_path / "x.parquet"))
+    assert [source.item(i) for i in (0, 1023, 1024, 2999)] == [
+        {"a": i, "word": f"w{i}"} for i in (0, 1023, 1024, 2999)
+    ]
+    assert len(source._tables.find(0, None)) == 3000
+    assert len(source._rows.find((0, 2), None)) == 3000 - 2048
+
+
 @pytest.mark.parametrize(
     "given", [ROWS, torch.tensor(ROWS), torch.tensor(ROWS).double().requires_grad_(), ROWS.tolist()], ids=type
 )
@@ -273,6 +304,27 @@ def test_a_data_frame_is_a_table_that_a_file_keeps(tmp_path):
     table.rename(columns={"a": "z"}).to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(DataError, match="x: missing columns 'a'; unknown columns 'z'"):
         fn.score_source(scorer, open_source(str(tmp_path / "x.csv")))
+
+
+def test_columns_that_are_not_used_are_named():
+    table = pd.DataFrame(ROWS, columns=list("abcdef")).assign(none=np.nan, site=LABELS)
+    with pytest.warns(UserWarning, match="not used: 'none', without a value in any of the rows"):
+        scorer = fn.fit(table, group_by="site", tpr=0.5)
+    assert scorer.preprocess.left_out == ["site", "none"]
+    source = source_of(table)
+    for by, left_out in (("class", ["none"]), (r"row (\d)", ["none"]), ("site", ["site", "none"])):
+        assert model_for(source, thresholds_by=by).transform.left_out == left_out
+
+
+def test_similar_records_are_the_nearest_ones():
+    table = pd.DataFrame({"a": np.r_[np.linspace(1, 2, 120), np.linspace(50, 60, 120)], "b": np.full(240, 1.0)})
+    scorer = fn.fit(table, tpr=0.5)
+    (verdict,) = scorer.predict([{"a": 49, "b": 1.0}], explain=True)
+    shown = [float(neighbor.text().split(", ")[0].removeprefix("a: ")) for neighbor in verdict.why.nearest]
+    assert shown == sorted(shown)
+    assert shown[0] < 51
+    distance = (shown[0] - 49) / scorer.preprocess.scale[0]
+    assert verdict.why.nearest[0].similarity == pytest.approx(-distance, abs=1e-3)
 
 
 def test_equal_records_of_a_table_are_all_used():

@@ -6,11 +6,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featnorm.inputs import TEXTS, DataError, ItemError, group_items, open_source
+from featnorm.inputs import TEXTS, DataError, ItemError, group_items, open_source, source_of
 from featnorm.inputs.texts import MAX_ROW
 
 TEXT = ["I lost my card", "¿Dónde está?", 'He said "no", twice', "two\nlines", "שלום עולם", "last one"]
@@ -257,6 +259,68 @@ def test_shards_of_texts_are_one_source(tmp_path):
     source = open_source(str(tmp_path))
     assert results(source) == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
     assert source.name(3) == "part-1.parquet row 0"
+
+
+def test_shards_of_lines_are_one_source(tmp_path):
+    write(tmp_path / "part-0.csv", csv_of(("text", "label"), *((f"0 {i}", "b") for i in range(1500))))
+    write(tmp_path / "part-1.jsonl", '{"label": "a", "text": "1 0"}\n{"text": "1 1"}\n')
+    write(tmp_path / "part-2.csv", csv_of(("label", "text"), ("b", "2 0")))
+    write(tmp_path / "notes.md", "about")
+    source: Any = open_source(str(tmp_path))
+    texts = [*(f"0 {i}" for i in range(1500)), "1 0", "1 1", "2 0"]
+    assert (results(source), source.kind, source.text_column) == (texts, TEXTS, "text")
+    assert labels_of(source) == ["b"] * 1500 + ["a", None, "b"]
+    assert [source.name(i) for i in (0, 1499, 1500, 1502)] == [
+        "part-0.csv row 0",
+        "part-0.csv row 1499",
+        "part-1.jsonl row 0",
+        "part-2.csv row 0",
+    ]
+    assert len({source.identity(i) for i in range(1503)}) == 1503
+    assert source.column("label")[1499:] == ["b", "a", None, "b"]
+    assert dict(source.passed_over.kinds) == {".md": 1}
+    assert pickle.loads(pickle.dumps(source)).item(1501) == "1 1"
+    write(tmp_path / "part-2.csv", csv_of(("label", "body"), ("b", "2 0")))
+    with pytest.raises(DataError, match=r"part-2\.csv has other columns than .*part-0\.csv: the shards of a data"):
+        open_source(str(tmp_path))
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.csv", csv_of(("text",), ("a",)))
+    with pytest.raises(DataError, match="holds several splits, which must not be mixed: name one of test, train"):
+        open_source(str(tmp_path))
+
+
+def test_a_list_and_a_column_of_a_data_frame_are_texts(tmp_path):
+    given = ["my card is lost", "", "my card is lost", None, 5]
+    source = source_of(given, labels=["b", "a", None, "a", "b"])
+    assert (source.kind, source.title, labels_of(source)) == (TEXTS, "the list", ["b", "a", None, "a", "b"])
+    assert results(source) == [
+        "my card is lost",
+        "! an empty text",
+        "my card is lost",
+        "! no text in this row",
+        "! its text is of type int, not a string",
+    ]
+    assert source.digest(0) == open_source(write(tmp_path / "a.txt", given[0])).digest(0)
+    assert source.identity(0) == source.identity(2) != source.identity(1)
+    assert pickle.loads(pickle.dumps(source)).item(0) == given[0]
+    frame = pd.DataFrame({"body": ["where is my card", "a b c"], "label": ["x", "y"], "n": [1, 2]})
+    table = source_of(frame)
+    assert (results(table), labels_of(table), table.text_column) == (list(frame["body"]), ["x", "y"], "body")
+    assert group_items(table, "n") == ["1", "2"]
+    for one in (np.array(given[:1]), pd.Series(given[:1]), tuple(given[:1])):
+        assert results(source_of(one)) == given[:1]
+    assert source_of(frame, text_column="label", label_column="n").item(1) == "y"
+    assert source_of(frame.drop(columns="body")).kind.name == "rows"
+    with pytest.raises(
+        DataError, match="no column 'topic' in the DataFrame: it has body, label, n; check its name"
+    ):
+        source_of(frame, text_column="topic")
+    with pytest.raises(DataError, match="no column 'topic' in the DataFrame: it has body, label, n"):
+        source_of(frame, text_column="body", label_column="topic")
+    with pytest.raises(DataError, match="labels has 1 labels, and the list has 5 texts"):
+        source_of(given, labels=[1])
+    with pytest.raises(DataError, match=r"the array has shape \(0,\)"):
+        source_of([])
 
 
 def test_images_and_texts_are_not_one_source(tmp_path):

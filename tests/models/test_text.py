@@ -5,6 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -12,13 +13,15 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import featnorm as fn
 from featnorm import inputs
+from featnorm.fitting import fit_source
 from featnorm.models import DEFAULT_TEXT_MODEL, ModelError, create_model
 from featnorm.models import text as text_module
 from featnorm.models.loading import backbone_of, recreate_model
 from featnorm.models.text import TextEncoder, TextTransform
 from featnorm.tap import FeatureTap
-from tiny_texts import WORDS, saved
+from tiny_texts import WORDS, saved, saved_classifier
 
 TEXTS = ["my card was lost", "where is it?", "", "the news " * 20]
 
@@ -61,6 +64,34 @@ def test_a_classifier_keeps_its_own_head(tmp_path):
         assert torch.equal(loaded.model(**batch).logits, logits)
     encoder = create_model(f"hf:{saved(tmp_path / 'encoder')}")
     assert backbone_of(encoder)[1] is False
+
+
+def test_classes_are_named_by_the_configuration(tmp_path):
+    name = "BertForSequenceClassification"
+    assert create_model(f"hf:{saved(tmp_path / 'a', name, num_labels=3)}").classes is None
+    names = ["where", "card", "it"]  # not in the order of the alphabet
+    texts = [" ".join(WORDS[4 + (i >> k) % 10] for k in range(6)) for i in range(0, 1200, 9)]
+    loaded = create_model(f"hf:{saved_classifier(tmp_path / 'b', names, texts)}")
+    assert loaded.classes == names
+    with torch.no_grad():
+        true = loaded.model(**batch_of(loaded, texts)).logits.argmax(1)
+    # The predictions of a model with random weights are its labels, so they are all correct.
+    labels = [names[i] for i in true.tolist()]
+    assert set(labels) == {*names}
+    source = inputs.source_of(texts, labels)
+    scorer, report = fit_source(source, loaded, detector=fn.MSP(), cache=tmp_path / "cache")
+    assert (report.accuracy, scorer.classes) == (1, names)
+    assert [verdict.predicted for verdict in scorer.predict(texts)] == labels
+    _, report = fit_source(inputs.source_of(texts, true), loaded, detector=fn.MSP(), cache=tmp_path / "cache")
+    assert report.accuracy == 1
+    other = inputs.source_of(texts, [label.replace("card", "bank") for label in labels])
+    scorer, report = fit_source(other, loaded, detector=fn.MSP(), cache=tmp_path / "cache")
+    assert (report.accuracy, scorer.classes) == (None, names)
+    assert report.notes[:1] == [
+        "'bank' of the list is not one of the model's 3 classes ('where', 'card', 'it'): its accuracy is not known"
+    ]
+    scorer = fn.fit(texts, f"hf:{tmp_path / 'b'}", detector="MSP", cache=tmp_path / "cache")
+    assert [verdict.predicted for verdict in scorer.predict(np.array(texts))] == labels
 
 
 def test_the_transform_truncates_pads_and_can_be_shared(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 import featnorm as fn
 from featnorm import DriftMonitor
 from featnorm.serve import create_app
-from featnorm.serve.metrics import Metrics, ScoredImages
+from featnorm.serve.metrics import Metrics, ScoredInputs
 from featnorm.verdict import ItemVerdict, unreadable
 from image_files import encoded
 
@@ -25,7 +25,7 @@ class Scorers(dict):
     """One scorer as the metrics see it."""
 
     def __init__(self):
-        self.seen = ScoredImages("d", CALIBRATION)
+        self.seen = ScoredInputs("d", CALIBRATION)
         self.reloads = Counter()
         super().__init__(d=SimpleNamespace(name="d", seen=self.seen))
 
@@ -48,13 +48,13 @@ def test_metrics_have_the_evidence_and_the_alarm():
     metrics = Metrics(scorers, Counter, 8)
     assert drift(metrics.text().decode()) == {"featnorm_drift_log10_evidence": 0, "featnorm_drift_alarm": 0}
     for score in [*np.random.default_rng(1).normal(2, 1, 50).tolist(), float("inf"), float("-inf")]:
-        metrics.image(scorers["d"], verdict(score))
-        metrics.image(scorers["d"], unreadable("b.png", "not an image"))
+        metrics.verdict(scorers["d"], verdict(score))
+        metrics.verdict(scorers["d"], unreadable("b.png", "not an image"))
         monitor.update([score])
     found = drift(metrics.text().decode())
     assert found == {"featnorm_drift_log10_evidence": monitor.log10_evidence, "featnorm_drift_alarm": 0}
     for score in np.random.default_rng(2).normal(0, 1, 50).tolist():
-        metrics.image(scorers["d"], verdict(score))
+        metrics.verdict(scorers["d"], verdict(score))
         monitor.update([score])
     assert monitor.alarmed_at is not None
     found = drift(metrics.text().decode())
@@ -67,7 +67,7 @@ def test_threads_lose_no_score():
 
     def work():
         for score in np.random.default_rng(1).normal(2, 1, 300).tolist():
-            metrics.image(scorers["d"], verdict(score))
+            metrics.verdict(scorers["d"], verdict(score))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -109,12 +109,12 @@ def app():
 def test_the_service_tells_of_its_drift(app):
     with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 1)) as client:
         empty = client.get("/v1/detector").json()["drift"]
-        assert empty == {"images": 0, "log10_evidence": 0, "highest": 0, "alarm_level": 2, "alarmed_at": None}
+        assert empty == {"inputs": 0, "log10_evidence": 0, "highest": 0, "alarm_level": 2, "alarmed_at": None}
         for _ in range(40):
             response = client.post("/v1/score", content=encoded(200), headers={"content-type": "image/png"})
             assert response.status_code == 200
         found = client.get("/v1/detector").json()["drift"]
-        assert found["images"] == 40
+        assert found["inputs"] == 40
         assert found["highest"] >= 2
         assert 1 < found["alarmed_at"] <= 40
         metrics = drift(client.get("/metrics").text)

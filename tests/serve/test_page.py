@@ -16,8 +16,9 @@ from PIL import Image
 import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
-from featnorm.inputs import open_source
+from featnorm.inputs import IMAGES, ROWS, TEXTS, open_source
 from featnorm.serve import Limits, ScorerFile, create_app
+from featnorm.serve.page import home_page
 from featnorm.serve.server import _Server, bind
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -95,6 +96,33 @@ def card(page, name):
 
 def tally(page, words):
     playwright.expect(page.locator("#tally")).to_have_text(words)
+
+
+def test_without_a_script_the_page_has_the_words_of_the_scorers():
+    words = {
+        frozenset({IMAGES}): (
+            "Does the model know this image?",
+            "Drop an image to see",
+            "JavaScript to send images",
+        ),
+        frozenset({TEXTS}): ("Does the model know this text?", "Paste a text to see", "JavaScript to send texts"),
+        frozenset({ROWS}): (
+            "Does the model know this row?",
+            "Paste a row to see",
+            'Paste <span id="pasted">rows,',
+        ),
+        frozenset({IMAGES, ROWS}): ("know this input?", "Send an input to see", "JavaScript to send inputs"),
+    }
+    for kinds, found in words.items():
+        content = home_page(kinds).body.decode()
+        body = content[content.index("</style>") : content.index('"use strict"')]
+        for text in found:
+            assert text in body
+        pasted = not kinds & {IMAGES}
+        assert ('<label class="drop" id="drop" hidden>' in body) == pasted
+        assert ('<form class="paste" id="paste" hidden>' in body) != pasted
+        if pasted:  # the rest is hidden
+            assert "image" not in body[: body.index('<label class="drop"')]
 
 
 def test_chosen_images_are_scored(page, url, folder):

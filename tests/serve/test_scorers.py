@@ -19,10 +19,13 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from torch import nn
+from torchvision.transforms import v2
 
 import featnorm as fn
 from asking import Asking, running, until
@@ -192,7 +195,7 @@ def test_thresholds_by_group(grouped, file, quick_polls):
         while 'featnorm_reloads_total{result="loaded",scorer="d"} 1.0' not in client.get("/metrics").text:
             time.sleep(0.01)
         # The same scorer: what it has seen stays.
-        assert client.get("/v1/detector").json()["drift"]["images"] == 2
+        assert client.get("/v1/detector").json()["drift"]["inputs"] == 2
 
 
 def test_thresholds_by_predicted_class(scorer):
@@ -210,6 +213,22 @@ def test_thresholds_by_predicted_class(scorer):
             400,
             "the parameter group must be omitted: the scorer has no thresholds by group",
         )
+
+
+def test_images_of_a_scorer_of_positions_have_a_share_of_flagged_ones():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    to_tensor = v2.Compose([v2.Resize((16, 16)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(net, fn.NAN(), per="position", preprocess=to_tensor)
+    scorer.calibrate([torch.rand(30, 3, 16, 16)], 0.8)
+    with TestClient(create_app(scorer)) as client:
+        detector = client.get("/v1/detector").json()
+        assert (detector["threshold"], detector["explains"]) == (float(scorer.calibration.units.threshold), False)
+        (found,) = client.post("/v1/score", content=png(), headers=TYPE).json()["results"]
+        (verdict,) = scorer.predict([Image.open(io.BytesIO(png()))])
+        assert found["score"] == pytest.approx(verdict.score)
+        assert found["flagged_share"] == pytest.approx(verdict.flagged_share)
+        assert found["verdict"] == ("ID" if verdict.is_id else "OOD")
 
 
 class Held:
@@ -253,14 +272,14 @@ def test_scorers_take_turns(two):
 def test_the_queue_is_limited_for_all_scorers_together(two):
     async def main():
         held = Held(two)
-        async with running(create_app(two, Limits(batch_size=1, queue=2, images=1))) as app:
+        async with running(create_app(two, Limits(batch_size=1, queue=2, inputs=1))) as app:
             held.held = True
             askings = [Asking(app, path="/v1/a/score").say(png())]
             await until(lambda: held.batches == [("a", 1)])
             askings += [Asking(app, path=f"/v1/{name}/score").say(png()) for name in two]
             await asyncio.sleep(0.2)
             status, _, content = await Asking(app, path="/v1/b b%/score").say(png()).answer()
-            assert (status, content["error"]) == (503, "2 images are already in the queue: try again later")
+            assert (status, content["error"]) == (503, "2 inputs are already in the queue: try again later")
             held.go.release(20)
             assert {(await asking.answer())[0] for asking in askings} == {200}
 

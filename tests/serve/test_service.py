@@ -20,7 +20,6 @@ import urllib.error
 import urllib.request
 import warnings
 import zlib
-from contextlib import contextmanager
 from itertools import chain, pairwise
 
 import numpy as np
@@ -34,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
 import tiny_texts
-from asking import Asking, running, until
+from asking import Asking, client_of, running, until
 from featnorm.cli import serve
 from featnorm.hidden import Why
 from featnorm.inputs import SlicedSource, open_source
@@ -57,16 +56,6 @@ TOKEN = "s3cret-t0ken"
 @pytest.fixture
 def client(scorer):
     with client_of(create_app(scorer)) as client:
-        yield client
-
-
-@contextmanager
-def client_of(app):
-    with TestClient(app) as client:
-        end = time.monotonic() + 30
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < end, "it never was ready"
-            time.sleep(0.002)
         yield client
 
 
@@ -135,7 +124,9 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     assert whole.status_code == 200
     results = whole.json()["results"]
     assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
-    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error", "group"]
+    assert list(results[0]) == [
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes"
+    ]  # fmt: skip
     for row, result in zip(rows, results, strict=True):
         assert result["error"] == row.error
         assert result["predicted"] == row.predicted
@@ -252,7 +243,7 @@ def test_limits_of_an_image_and_invalid_limits(scorer):
     assert results[0]["error"] == "32 x 32 pixels are more than 1,000"
     assert results[1]["score"] is not None
     for wrong, words in (
-        ({"images": 300}, "the queue only 256"),
+        ({"inputs": 300}, "the queue only 256"),
         ({"seconds": math.nan}, "seconds is nan"),
         ({"queue": 0}, "queue is 0"),
         ({"pixels": 10**9}, "Pillow itself rejects"),
@@ -471,7 +462,7 @@ def test_parsing_counts_for_the_time_limit(scorer, monkeypatch):
             held = HeldHeaders(monkeypatch)
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert "the images were not scored within 0.3 seconds" in content["error"]
+            assert "the inputs were not scored within 0.3 seconds" in content["error"]
             held.go.release()
 
     asyncio.run(main())
@@ -600,7 +591,7 @@ def test_a_slow_model_times_out(scorer):
             held.held = True
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert "the images were not scored within 0.3 seconds" in content["error"]
+            assert "the inputs were not scored within 0.3 seconds" in content["error"]
             held.held = False
             held.go.release()
             assert (await Asking(app).say(png()).answer())[0] == 200
@@ -614,7 +605,7 @@ def waiting(app):
     async def ask():
         asking = Asking(app, method="GET", path="/metrics").say(b"")
         await asking.task
-        return samples(asking._sent[1]["body"].decode())[("featnorm_queue_images",)]
+        return samples(asking._sent[1]["body"].decode())[("featnorm_queue_inputs",)]
 
     return ask()
 
@@ -673,7 +664,7 @@ def test_a_full_queue_rejects_requests(scorer):
     async def main():
         held = Held(scorer)
         two = json.dumps({"images": [text(png()), text(png())]}).encode()
-        async with running(create_app(scorer, Limits(queue=4, images=2, batch_size=1))) as app:
+        async with running(create_app(scorer, Limits(queue=4, inputs=2, batch_size=1))) as app:
             held.held = True
             first = Asking(app).say(png())
             await held.begun()
@@ -681,7 +672,7 @@ def test_a_full_queue_rejects_requests(scorer):
             await until_waiting(app, 4)
             status, headers, content = await Asking(app).say(png()).answer()
             assert (status, headers["retry-after"]) == (503, "1")
-            assert content["error"] == "4 images are already in the queue: try again later"
+            assert content["error"] == "4 inputs are already in the queue: try again later"
             held.go.release(5)
             for asking in (first, *others):
                 assert (await asking.answer())[0] == 200
@@ -786,10 +777,10 @@ def test_the_log_has_one_line_per_request(client, caplog):
     assert answer.headers["x-request-id"] == "abc-1"
     (line,) = lines(caplog)
     assert set(line) == {
-        "time", "level", "message", "method", "route", "scorer", "status", "milliseconds", "images", "flagged",
+        "time", "level", "message", "method", "route", "scorer", "status", "milliseconds", "inputs", "flagged",
         "unreadable", "request_id",
     }  # fmt: skip
-    assert (line["route"], line["status"], line["images"], line["unreadable"]) == ("/v1/score", 200, 2, 1)
+    assert (line["route"], line["status"], line["inputs"], line["unreadable"]) == ("/v1/score", 200, 2, 1)
     caplog.clear()
     for bad in ("x" * 65, "a b", ""):
         assert re.fullmatch(
@@ -836,12 +827,12 @@ def test_metrics_count(scorer):
         found = samples(client.get("/metrics").text)
         verdicts = [result["verdict"] for result in results]
         for verdict, count in (("ID", verdicts.count("ID")), ("OOD", verdicts.count("OOD")), ("unreadable", 1)):
-            assert found[("featnorm_images_total", ("verdict", verdict))] == count
+            assert found[("featnorm_inputs_total", ("verdict", verdict))] == count
         assert found[("featnorm_flagged_share",)] == pytest.approx(verdicts.count("OOD") / 3)
         assert found[("featnorm_score_count",)] == 3
         scores = [result["score"] for result in results if result["score"] is not None]
         assert found[("featnorm_score_sum",)] == pytest.approx(sum(scores))
-        assert found[("featnorm_queue_images",)] == 0
+        assert found[("featnorm_queue_inputs",)] == 0
         for status, count in (("200", 2), ("415", 1)):
             labels = (("route", "/v1/score"), ("status", status))
             assert found[("featnorm_request_seconds_count", *labels)] == count
@@ -849,8 +840,8 @@ def test_metrics_count(scorer):
             if name[0] == "featnorm_score_bucket":
                 assert value == sum(score <= float(dict(name[1:])["le"]) for score in scores)
         # The image of the warm-up counts as a batch, but for no request.
-        assert found[("featnorm_batch_images_sum",)] == 4
-        assert samples(other.get("/metrics").text)[("featnorm_images_total", ("verdict", "ID"))] == 0
+        assert found[("featnorm_batch_inputs_sum",)] == 4
+        assert samples(other.get("/metrics").text)[("featnorm_inputs_total", ("verdict", "ID"))] == 0
 
 
 def test_infinite_scores(scorer):
@@ -926,7 +917,7 @@ def test_detector_route(client, scorer):
     assert detector["tpr"] == 0.95
     assert detector["facts"] == scorer.facts
     assert sum(detector["calibration"]["counts"]) == len(calibration.scores)
-    assert detector["limits"]["images"] == 64
+    assert detector["limits"]["inputs"] == 64
     assert detector["explains"] is True
 
 
@@ -1112,11 +1103,11 @@ def test_explanations_of_one_client_do_not_hold_the_others(scorer, batchers):
 def test_the_queue_limits_explanations_and_the_verdicts_remain(scorer, batchers):
     async def main():
         held = HeldHeat(scorer)
-        async with running(create_app(scorer, Limits(queue=8, images=8, batch_size=15))) as app:
+        async with running(create_app(scorer, Limits(queue=8, inputs=8, batch_size=15))) as app:
             first = several(app, 6)
             await held.begun()  # the first explanation; five wait
             status, _, content = await several(app, 4).answer()
-            assert (status, content["error"]) == (503, "5 images are already in the queue: try again later")
+            assert (status, content["error"]) == (503, "5 inputs are already in the queue: try again later")
             others = several(app, 2, "other")
             await until(lambda: ready(batchers[0]) == 7)
             for _ in range(2):  # the second explanation, and the others
@@ -1185,7 +1176,7 @@ def test_openapi_describes_the_results(client):
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
     assert set(result["properties"]) == {
-        "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes", "why",
     }  # fmt: skip
     properties = {"units", "terms", "nearest", "heat", "no_heat"}
     assert set(schema["components"]["schemas"]["Why"]["properties"]) == properties

@@ -19,6 +19,7 @@ from featnorm.cli.options import (
     BatchSize,
     DataRoot,
     Device,
+    Engine,
     OutFile,
     OwnModel,
     OwnWeights,
@@ -57,6 +58,7 @@ def calibrate(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = False,
@@ -93,7 +95,7 @@ def calibrate(
         if source.fps is not None:
             facts["frames per second"] = f"{source.fps:g}"
         before = () if scorer.calibration is None else scorer.calibration.group_names
-        with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+        with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
             summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)
         print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
         print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)

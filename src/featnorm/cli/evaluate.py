@@ -190,12 +190,14 @@ def evaluate(
         assert model is not None
         loaded = create_model(model, weights=weights)
         subject = tap = FeatureTap(fast_layout(loaded.model.to(runtime.torch_device)), layer, per=per)
+        classes = loaded.classes
         name, transform, about = model, loaded.transform, loaded.name + "".join(f"; {n}" for n in loaded.notes)
     else:
         if layer is not None or per != "input":
             raise ValueError("--layer and --per are for a model without SCORER, in whose file they are")
         subject = scorer = load(scorer_file, model, weights=weights).to(runtime.torch_device)
         tap, transform, name = scorer.tap, scorer.require_preprocess(), scorer.spec or ""
+        classes = scorer.classes
         about = "; ".join(scorer.facts.get(fact, "") for fact in ("model", "backbone", "head")).strip("; ")
         about = about or name
 
@@ -203,6 +205,7 @@ def evaluate(
         detectors,
         model=subject,
         preprocess=transform,
+        classes=classes,
         spec=name,
         fit=fit_source,
         id_set=(id_name, sources[id_name]),

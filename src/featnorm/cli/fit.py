@@ -27,6 +27,7 @@ from featnorm.cli.options import (
     ChannelAxis,
     DataRoot,
     Device,
+    Engine,
     Fps,
     LabelColumn,
     Layer,
@@ -67,8 +68,8 @@ def fit(
         typer.Option(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform + KNN(k=10)`, or "
-            "`KLUniform` for fewer than 100 items; without a classifier, `KNN(k=10)`, or `KNN(k=1)` for fewer "
-            "than 100 items; for tables, KNN with `normalize=False`.",
+            "`KLUniform` for fewer than 100 items and with `--per`; without a classifier, `KNN(k=10)`, or "
+            "`KNN(k=1)` for fewer than 100 items; for tables, KNN with `normalize=False`.",
         ),
     ] = None,
     head: Annotated[
@@ -136,6 +137,7 @@ def fit(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = False,
@@ -158,8 +160,7 @@ def fit(
     from featnorm.cli.runtime import runtime_of
     from featnorm.detectors import parse_detector
     from featnorm.fitting import fit_source, model_for
-    from featnorm.inputs import ROWS, TEXTS, open_source
-    from featnorm.inputs.arrays import LabeledSource
+    from featnorm.inputs import ROWS, TEXTS, source_of
     from featnorm.models.loading import ROWS as ROWS_SPEC
     from featnorm.models.loading import import_users_module, is_users
 
@@ -168,24 +169,27 @@ def fit(
     if model is not None:
         import_users_module(model)
     parsed = None if detector is None else parse_detector(detector)
-    source = open_source(
+    source = source_of(
         data,
+        labels,
         root=data_root,
-        labels=targets != "clusters" or label_column is not None,
+        read_labels=targets != "clusters" or label_column is not None,
         label_column=label_column,
         text_column=text_column,
         fps=fps,
     )
-    source = source if labels is None else LabeledSource(source, labels)
     items = source.kind.name
-    loaded = model_for(source, model, weights=weights, left_out=(label_column, group_by, thresholds_by))
+    groups = {"group_by": group_by, "thresholds_by": thresholds_by}
+    loaded = model_for(source, model, weights=weights, label_column=label_column, **groups)
     units = source.units()
     of_clips = "" if units is None else f" of {counted(len(set(units)), 'clip')}"
+    column = "" if source.text_column is None else f", from column {source.text_column!r}"
     console.print(
-        f"{source.kind.counted(len(source))}{of_clips} in {source.title}; model: {loaded.name}.", soft_wrap=True
+        f"{source.kind.counted(len(source))}{of_clips} in {source.title}{column}; model: {loaded.name}.",
+        soft_wrap=True,
     )
     _print_missing_labels(source, targets)
-    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+    with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         scorer, report = fit_source(
             source,
             loaded,
@@ -228,7 +232,7 @@ def fit(
     _print_model(scorer, report)
     calibration = scorer.item_calibration
     assert calibration is not None
-    how = f"on {report.held_out} held-out {items}"
+    how = f"on {report.held_out} held-out {items}{' with boxes' if scorer.per == 'box' else ''}"
     if not (report.head == "train" or scorer.detector.needs_fit):
         how = f"on {report.held_out} of {report.trained} {items}, none of them held out, because it needs no fit"
     if scorer.is_jackknife:

@@ -1,4 +1,4 @@
-"""``featnorm monitor``: whether a stream of images has drifted, from their scores. It does not import torch."""
+"""``featnorm monitor``: whether a stream of inputs has drifted, from their scores. It does not import torch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ DRIFT = 3
 """The exit status where there is drift."""
 
 _ROWS = 10_000
+# What may have changed, by what an input is called.
+_CAUSES = {
+    "image": "the subject, the light or the camera",
+    "text": "the source, the language or the topic",
+    "row": "the source or the encoder of the rows, or the unit of a column",
+}
 # A p-value that was written as float32 is less exact than the one that is computed.
 _P_VALUE_ERROR = 1e-6
 
@@ -54,9 +60,9 @@ def monitor(
         ),
     ] = None,
 ) -> None:
-    """Detect drift in a stream of scores, even if no single image looks unusual.
+    """Detect drift in a stream of scores, even if no single input looks unusual.
 
-    The images must be exchangeable: rows sorted by class, or consecutive video frames, raise the alarm without
+    The inputs must be exchangeable: rows sorted by class, or consecutive video frames, raise the alarm without
     drift. The exit status is 0 without drift and 3 with drift.
     """
     from featnorm.records import read_scores
@@ -74,11 +80,11 @@ def monitor(
         rows = iter(bar)
         if state is not None and state.exists():
             seen = stream.resume(state, rows)
-        while images := list(islice(rows, _ROWS)):
-            stream.add(images)
+        while block := list(islice(rows, _ROWS)):
+            stream.add(block)
     drift = stream.monitor
     if drift.count == 0:
-        raise ValueError(f"there is no score in {scores}: score images first, with featnorm score --out")
+        raise ValueError(f"there is no score in {scores}: score inputs first, with featnorm score --out")
     unscored = f" ({counted(stream.unscored, 'row')} without a score skipped)" if stream.unscored else ""
     if seen:
         console.print(f"Continued after row {seen:,}: {counted(stream.rows - seen, 'new row')}.", soft_wrap=True)
@@ -125,6 +131,7 @@ class _Stream:
 
         self.monitor = DriftMonitor(calibration.scores, false_alarm)
         self.history = StreamHistory()
+        self.noun = calibration.noun
         self.unscored = 0
         self.alarm: _Row | None = None
         self.rows = 0
@@ -172,8 +179,8 @@ class _Stream:
         again = f"delete {path} to monitor {self._table} from its first row"
         if other:
             raise ValueError(f"{path} was made with another {' and '.join(other)}: use the same, or {again}")
-        for image in islice(rows, seen):
-            self._count(image)
+        for row in islice(rows, seen):
+            self._count(row)
         if self.rows < seen:
             raise ValueError(
                 f"{self._table} has {counted(self.rows, 'row')}, but {path} was made of {seen:,}: restore the "
@@ -190,16 +197,16 @@ class _Stream:
         calibration = hashlib.sha256(self._calibration.scores.tobytes()).hexdigest()
         return {"detector": calibration, "false-alarm rate": self.monitor.false_alarm}
 
-    def _count(self, image: ScoreRow) -> _Row:
+    def _count(self, row: ScoreRow) -> _Row:
         """Return the next row of the table, and add it to the digest of all rows."""
         self.rows += 1
-        self._digest.update(repr(image[:4]).encode())
-        return _Row(self.rows, image.path)
+        self._digest.update(repr(row[:4]).encode())
+        return _Row(self.rows, row.path)
 
-    def add(self, images: list[ScoreRow]) -> None:
+    def add(self, block: list[ScoreRow]) -> None:
         """Take the next rows."""
-        rows = [(self._count(image), image) for image in images]
-        scored = [(row, image) for row, image in rows if image.score is not None]
+        rows = [(self._count(row), row) for row in block]
+        scored = [(row, read) for row, read in rows if read.score is not None]
         self.unscored += len(rows) - len(scored)
         groups = self._groups(scored)
         self._require_same_detector(scored, groups)
@@ -215,15 +222,15 @@ class _Stream:
         if not self._calibration.group_names:
             return None
         groups = []
-        for row, image in scored:
-            if image.group not in self._calibration.group_names:
-                what = "no group" if image.group is None else f"the group {image.group!r}"
+        for row, read in scored:
+            if read.group not in self._calibration.group_names:
+                what = "no group" if read.group is None else f"the group {read.group!r}"
                 raise ValueError(
                     f"row {row.number} of {self._table} has {what}, but {self._scorer_file} has thresholds for "
                     f"{counted(len(self._calibration.group_names), 'group')}: name the detector that wrote the "
                     "scores"
                 )
-            groups.append(image.group)
+            groups.append(read.group)
         return groups
 
     def _require_same_detector(self, scored: list[tuple[_Row, ScoreRow]], groups: list[str] | None) -> None:
@@ -239,12 +246,12 @@ class _Stream:
         other = ~((stated >= lowest - digits) & (stated <= highest + digits))
         if other.any():
             first = int(other.argmax())
-            row, image = scored[first]
+            row, read = scored[first]
             low, high = float(lowest[first]), float(highest[first])
             wanted = f"{low:.9g}" if low == high else f"{low:.9g} to {high:.9g}"
             raise ValueError(
-                f"row {row.number} of {self._table} is from another detector: its score {image.score:.9g} "
-                f"has the p-value {image.p_value:.9g} there and {wanted} in {self._scorer_file}; name the "
+                f"row {row.number} of {self._table} is from another detector: its score {read.score:.9g} "
+                f"has the p-value {read.p_value:.9g} there and {wanted} in {self._scorer_file}; name the "
                 "detector that wrote the scores"
             )
 
@@ -259,9 +266,9 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
 
     if are_ranks(calibration.scores):
         raise ArchiveError(
-            f"{scorer_file} was calibrated by leaving images out of the fit in turn, so it has no scores that a "
-            "stream can be compared with: calibrate it on other in-distribution images, with featnorm calibrate, "
-            "and score the stream again"
+            f"{scorer_file} was calibrated by leaving {calibration.noun}s out of the fit in turn, so it has no "
+            "scores that a stream can be compared with: calibrate it on other in-distribution "
+            f"{calibration.noun}s, with featnorm calibrate, and score the stream again"
         )
     return calibration
 
@@ -269,7 +276,7 @@ def _read_calibration(scorer_file: Path) -> StoredCalibration:
 def _column(scored: list[tuple[_Row, ScoreRow]], name: str) -> npt.NDArray[np.float64]:
     import numpy as np
 
-    return np.array([getattr(image, name) for _, image in scored], np.float64)
+    return np.array([getattr(read, name) for _, read in scored], np.float64)
 
 
 def _finding(stream: _Stream) -> str:
@@ -280,7 +287,7 @@ def _finding(stream: _Stream) -> str:
     if stream.alarm is None or monitor.alarmed_at is None:
         return f"The evidence never reached the alarm level of {level}. It was at most {highest}."
     return (
-        f"At image {monitor.alarmed_at + 1:,}, {stream.alarm.path} (row {stream.alarm.number:,}), the "
+        f"At {stream.noun} {monitor.alarmed_at + 1:,}, {stream.alarm.path} (row {stream.alarm.number:,}), the "
         f"evidence reached the alarm level of {level}. It was at most {highest}."
     )
 
@@ -299,10 +306,11 @@ def _meaning(stream: _Stream) -> Iterator[str]:
         )
         return
     yield (
-        "Either the images as a whole changed some time before the alarm, even if no single one is flagged, or "
-        "neighboring rows resemble each other, as consecutive frames of a video do."
+        f"Either the {stream.noun}s as a whole changed some time before the alarm, even if no single one is "
+        "flagged, or neighboring rows resemble each other, as consecutive frames of a video do."
     )
+    cause = _CAUSES.get(stream.noun, "their source")
     yield (
-        "Compare images from before and after the alarm: did the subject, the light or the camera change? If the "
-        "new images are in-distribution, fit again on current images."
+        f"Compare {stream.noun}s from before and after the alarm: did {cause} change? If the new {stream.noun}s "
+        f"are in-distribution, fit again on current {stream.noun}s."
     )

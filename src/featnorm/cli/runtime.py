@@ -16,6 +16,7 @@ def runtime_of(
     *,
     ray: bool = False,
     compiled: bool = False,
+    engine: str = "torch",
 ) -> Runtime:
     """Return the runtime that a command's options describe; its device has been tried.
 
@@ -35,7 +36,7 @@ def runtime_of(
         from featnorm.cluster import Cluster
 
         cluster = Cluster(device)
-    runtime = Runtime(device, precision, batch_size, workers, cluster=cluster, compiled=compiled)
+    runtime = Runtime(device, precision, batch_size, workers, cluster=cluster, compiled=compiled, engine=engine)
     if cluster is None:
         _ = runtime.torch_device
     return runtime

@@ -21,6 +21,7 @@ from featnorm.cli.options import (
     BatchSize,
     DataRoot,
     Device,
+    Engine,
     OwnModel,
     OwnWeights,
     Precision,
@@ -89,6 +90,7 @@ def score(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = False,
@@ -118,7 +120,7 @@ def score(
         )
     if not files:
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  {source.kind.noun}")
-    with runtime_of(device, precision, batch_size, workers, ray=ray) as runtime:
+    with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         summary = score_source(
             scorer,
             source,

@@ -12,7 +12,7 @@ import typer
 
 from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.options import BatchSize, Device, Precision, Tpr
+from featnorm.cli.options import BatchSize, Device, Engine, Precision, Tpr
 
 _TOKEN = "FEATNORM_TOKEN"
 
@@ -70,13 +70,16 @@ def serve(
     ] = "",
     device: Device = "auto",
     precision: Precision = "32-true",
+    engine: Engine = "auto",
     batch_size: BatchSize = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
-    max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images per request.")] = 64,
+    max_inputs: Annotated[
+        int, typer.Option(min=1, help="Maximum number of images, texts or rows per request.")
+    ] = 64,
     max_pixels: Annotated[int, typer.Option(min=1, help="Maximum number of pixels per image.")] = 50_000_000,
     max_queue: Annotated[
         int,
-        typer.Option(min=1, help="Maximum number of images waiting for the model; beyond it, clients get 503."),
+        typer.Option(min=1, help="Maximum number of inputs waiting for the model; beyond it, clients get 503."),
     ] = 256,
     max_queue_pixels: Annotated[
         int,
@@ -94,12 +97,12 @@ def serve(
     ] = 512,
     grace_seconds: Annotated[float, typer.Option(help="Maximum seconds from SIGTERM or Ctrl+C to exit.")] = 10.0,
 ) -> None:
-    """Serve detectors over HTTP, with a web page onto which images can be dropped.
+    """Serve detectors over HTTP, with a web page for dropped images, or pasted texts or rows.
 
-    `POST /v1/score` takes one image, or several as a form or as base64 in JSON; with several scorers,
-    `POST /v1/NAME/score`. `/openapi.json` describes the API. A replaced file is reloaded without interrupting the
-    service; SIGHUP reloads all files. One line of JSON per request is logged to standard error. `/metrics` serves
-    Prometheus metrics.
+    `POST /v1/score` takes one image, several as a form or as base64 in JSON, or texts or rows in JSON; with
+    several scorers, `POST /v1/NAME/score`. `/openapi.json` describes the API. A replaced file is reloaded without
+    interrupting the service; SIGHUP reloads all files. One line of JSON per request is logged to standard error.
+    `/metrics` serves Prometheus metrics.
     """
     from featnorm.cli.runtime import runtime_of
     from featnorm.scorer import Scorer
@@ -109,7 +112,7 @@ def serve(
 
     limits = Limits(
         body_bytes=max_body_bytes,
-        images=max_images,
+        inputs=max_inputs,
         pixels=max_pixels,
         queue=max_queue,
         queue_pixels=max_queue_pixels,
@@ -120,7 +123,7 @@ def serve(
     )
     token = _token(token_file)
     bound = bind(host, port)
-    runtime = runtime_of(device, precision)
+    runtime = runtime_of(device, precision, engine=engine)
     files = _by_name(scorers)
     models, weights_files = _per_scorer(model, files, "--model"), _per_scorer(weights, files, "--weights")
 

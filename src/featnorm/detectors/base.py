@@ -75,6 +75,8 @@ class Detector(nn.Module, ABC):
     settings: ClassVar[Mapping[str, Constraint]] = table()
     #: Where the score is defined: authors, venue, year and, where known, the equation or section.
     source: ClassVar[str] = ""
+    #: The score, or what a wrapper changes, in LaTeX, with the symbols of the docstring.
+    formula: ClassVar[str] = ""
     #: Cost of scoring one input, in addition to the forward pass that makes the features. d, D and e are the
     #: widths of the last hidden layer, the pooled feature and the embedding; C is the number of classes, n the
     #: number of training inputs.
@@ -238,13 +240,17 @@ class Detector(nn.Module, ABC):
         """
         self._require(features, self.reads)
         self.require_fitted()
+        return self._checked_score(features)
+
+    def _checked_score(self, features: Features) -> Tensor:
+        """Score features that were checked already, as those of a detector that combines others."""
         scores = self._score(features)
         widest = torch.float32
         for name in self.reads:
             value = getattr(features, name)
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor) and value.dtype != widest and value.is_floating_point():
                 widest = torch.promote_types(widest, value.dtype)
-        return scores.to(widest)
+        return scores if scores.dtype == widest else scores.to(widest)
 
     def forward(self, features: Features) -> Tensor:
         """Score inputs, as `score`."""
@@ -264,7 +270,7 @@ class Detector(nn.Module, ABC):
     def is_fitted(self) -> bool:
         """Whether the detector is ready to score; always true for one that needs no fit."""
         # Detectors inside answer for themselves: the bank of one may lie in other processes.
-        own = [child for child in self.children() if isinstance(child, Statistic)]
+        own = [child for child in self._modules.values() if isinstance(child, Statistic)]
         return not any(child.is_empty for child in own) and all(inner.is_fitted for inner in self._inner())
 
     def require_fitted(self) -> None:
@@ -367,7 +373,7 @@ class Detector(nn.Module, ABC):
         self._require(features, self.learns)
 
     def _inner(self) -> list["Detector"]:
-        return [module for module in self.children() if isinstance(module, Detector)]
+        return [module for module in self._modules.values() if isinstance(module, Detector)]
 
     def _statistics(self) -> Iterator[Statistic]:
         return (module for module in self.modules() if isinstance(module, Statistic))
@@ -455,7 +461,13 @@ class Wrapper(Detector):
 
 
 def registered_detectors() -> Mapping[str, type[Detector]]:
-    """Return every detector class that has been defined so far, by name: featnorm's and the user's own."""
+    """Return every detector class that has been defined so far, by name: featnorm's and the user's own.
+
+    Examples
+    --------
+    >>> registered_detectors()["KNN"](k=10)
+    KNN(k=10)
+    """
     return MappingProxyType(_REGISTRY)
 
 
@@ -533,7 +545,8 @@ def _require_finite(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         return
     # The sum needs one read and no temporary; only if it is not finite are the rows searched.
-    if math.isfinite(value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).item()):
+    wide = value.dtype if value.dtype == torch.float64 else torch.float32
+    if math.isfinite(value.detach().sum(dtype=wide).item()):
         return
     bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)
     if len(bad):

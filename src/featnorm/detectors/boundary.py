@@ -44,11 +44,18 @@ class OneClassSVM(Detector):
     ------
     ValueError
         ``nu`` is out of its range; all training inputs are the same.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> OneClassSVM().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
     learns = ("pooled",)
     source = "Schölkopf et al., NeurIPS 1999"
+    formula = r"\sum_i \alpha_i \exp(-\gamma \lVert h - h_i \rVert^2) - \rho"
     cost = "O(s D) for s support vectors"
     standard = ("OneClassSVM()",)
     settings = table(nu=Interval(0, 1))

@@ -26,9 +26,17 @@ class _Confidence(Detector):
 
 
 class MSP(_Confidence):
-    """The maximum softmax probability (Hendrycks and Gimpel, ICLR 2017)."""
+    """The maximum softmax probability (Hendrycks and Gimpel, ICLR 2017).
+
+    Examples
+    --------
+    >>> features = Features(logits=torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 0.5]]))
+    >>> MSP().score(features)
+    tensor([0.9647, 0.3837])
+    """
 
     source = "Hendrycks and Gimpel, ICLR 2017"
+    formula = r"\max_k p_k"
     standard = ("MSP()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -36,9 +44,17 @@ class MSP(_Confidence):
 
 
 class MaxLogit(_Confidence):
-    """The largest logit (Hendrycks et al., ICML 2022; Vaze et al., ICLR 2022)."""
+    """The largest logit (Hendrycks et al., ICML 2022; Vaze et al., ICLR 2022).
+
+    Examples
+    --------
+    >>> features = Features(logits=torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 0.5]]))
+    >>> MaxLogit().score(features)
+    tensor([4., 1.])
+    """
 
     source = "Hendrycks et al., ICML 2022; Vaze et al., ICLR 2022"
+    formula = r"\max_k l_k"
     standard = ("MaxLogit()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -46,9 +62,17 @@ class MaxLogit(_Confidence):
 
 
 class Energy(_Confidence):
-    """The negative free energy, ``log sum_k exp(logit_k)`` (Liu et al., NeurIPS 2020)."""
+    """The negative free energy, ``log sum_k exp(logit_k)`` (Liu et al., NeurIPS 2020).
+
+    Examples
+    --------
+    >>> features = Features(logits=torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 0.5]]))
+    >>> Energy().score(features)
+    tensor([4.0360, 1.9580])
+    """
 
     source = "Liu et al., NeurIPS 2020"
+    formula = r"\log \sum_k \exp l_k"
     standard = ("Energy()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -59,9 +83,16 @@ class KLUniform(_Confidence):
     """The divergence of the uniform distribution from the softmax, ``KL(u || p)`` ("KL" of Tables 1 and 3).
 
     ``KL(u || p) = logsumexp(l) - mean(l) - log C``. Its ranking is nearly that of `Energy`.
+
+    Examples
+    --------
+    >>> features = Features(logits=torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 0.5]]))
+    >>> KLUniform().score(features)
+    tensor([1.6040, 0.0261])
     """
 
     source = "Park et al., ICCV 2023, Tables 1 and 3"
+    formula = r"\operatorname{KL}(u \,\Vert\, p) = \log \sum_k \exp l_k - \frac{1}{C} \sum_k l_k - \log C"
     standard = ("KLUniform()",)
 
     def _of(self, logits: Tensor) -> Tensor:
@@ -85,9 +116,16 @@ class GEN(_Confidence):
     ------
     ValueError
         ``gamma`` is not positive, or ``top`` is not a positive integer.
+
+    Examples
+    --------
+    >>> features = Features(logits=torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 0.5]]))
+    >>> GEN().score(features)
+    tensor([-2.0467, -2.5732])
     """
 
     source = "Liu et al., CVPR 2023"
+    formula = r"-\sum_k p_k^\gamma (1 - p_k)^\gamma"
     cost = "O(C log C)"
     standard = ("GEN()",)
     settings = table(gamma=Interval(0, math.inf), top=Integer(1))
@@ -115,11 +153,18 @@ class KLMatching(Detector):
     ``-min_k KL(p || q_k)``, where q_k is the mean softmax of the training inputs that the model classifies as k.
     No labels are needed. A class that the model predicts for no training input is skipped. A mean probability
     below the smallest normal float64 counts as that number, so that the score is finite.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> KLMatching().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("logits",)
     learns = ("logits",)
     source = "Hendrycks et al., ICML 2022"
+    formula = r"-\min_k \operatorname{KL}(p \,\Vert\, q_k)"
     cost = "O(C^2)"
     standard = ("KLMatching()",)
 
@@ -155,11 +200,18 @@ class SHE(Detector):
     ------
     ValueError
         An input of the fit has no label, or a label that is not the index of a logit.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> SHE().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled", "logits")
     learns = ("pooled", "logits", "labels")
     source = "Zhang et al., ICLR 2023"
+    formula = r"\langle h, m_y \rangle"
     cost = "O(C + D)"
     standard = ("SHE()",)
 

@@ -63,12 +63,19 @@ class Mahalanobis(Detector):
     ------
     ValueError
         An input of the fit has no label, or no class has two inputs that differ; an argument is not a boolean.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> Mahalanobis(normalize=True).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
     learns = ("pooled", "labels")
     role: Role = "distance"
     source = "Lee et al., NeurIPS 2018; Ren et al., 2021; Müller and Hein, ICML 2025"
+    formula = r"-\min_c\, (h - \mu_c)^\top \Sigma^{+} (h - \mu_c)"
     cost = "O(D^2 + C D)"
     standard = ("Mahalanobis()", "Mahalanobis(normalize=True)", "Mahalanobis(relative=True)")
     settings = table(normalize=Choice(True, False), relative=Choice(True, False))
@@ -135,12 +142,19 @@ class SSD(Detector):
     ValueError
         ``clusters`` is neither a positive integer nor ``"labels"``; a cluster has a single input; an input has no
         label with ``clusters="labels"``.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> SSD().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
     learns: tuple[str, ...] = ("pooled",)
     role = "distance"
     source = "Sehwag et al., ICLR 2021"
+    formula = r"-\min_m\, (z - \mu_m)^\top \Sigma_m^{+} (z - \mu_m)"
     cost = "O(D^2) per cluster"
     standard = ("SSD()",)
     settings = table(clusters=Integer(1) | Choice("labels"))

@@ -40,6 +40,11 @@ def parse_detector(expression: str) -> Detector:
         The expression is malformed, names an unknown detector, or its settings are wrong.
     TypeError
         The expression is not a string.
+
+    Examples
+    --------
+    >>> parse_detector("KNN(k=50) / NAN")
+    KNN() / NAN()
     """
     check_type(expression, str, "the expression", 'a string such as "KNN(k=10) / NAN"')
     if len(expression) > _MAX_CHARACTERS:

@@ -29,10 +29,19 @@ class Fusion(Wrapper):
     ------
     TypeError
         The first detector is not a distance, or the second is not a norm.
+
+    Examples
+    --------
+    >>> KNN(k=50) / NAN()
+    KNN() / NAN()
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> (KNN(k=10) / NAN()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     operator = "/"
     source = "Park et al., ICCV 2023, eq. 49"
+    formula = r"-d(x) / \lVert a \rVert"
     cost = "that of both detectors"
     standard = ("KNN() / NAN()", "SSD() / NAN()")
     distance: Detector
@@ -50,7 +59,7 @@ class Fusion(Wrapper):
         return f"{self.distance!r} / {self.norm!r}"
 
     def _score(self, features: Features) -> Tensor:
-        negated, norm = self.distance.score(features), self.norm.score(features)
+        negated, norm = self.distance._checked_score(features), self.norm._checked_score(features)
         certain = torch.full_like(negated, -torch.inf)
         return torch.where(norm > 0, negated / norm, certain)
 
@@ -78,10 +87,19 @@ class Sum(Wrapper):
     ValueError
         A weight is not positive, or there is not one per detector. In a fit: the scores of a detector are equal
         for all held-out inputs.
+
+    Examples
+    --------
+    >>> KLUniform() + 2 * KNN(k=10)
+    KLUniform() + 2 * KNN(k=10)
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> (KLUniform() + KNN(k=10)).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     operator = "+"
     source = "Jain, Nandakumar and Ross, Pattern Recognition 38(12), 2005"
+    formula = r"\sum_i w_i \, \frac{s_i(x) - m_i}{d_i}"
     cost = "that of all detectors"
     standard = ("KLUniform() + KNN(k=10)",)
     settings = table(weights=SequenceOf(Interval(0, math.inf)))
@@ -120,9 +138,12 @@ class Sum(Wrapper):
 
     def _fit_held_out(self, batches: Sequence[Features]) -> None:
         super()._fit_held_out(batches)
+        for term in self._inner():
+            term.require_fitted()
         scores = torch.cat([self._scores(features) for features in batches])
         constants = [self._standard(term, own) for term, own in zip(self._inner(), scores.T, strict=True)]
         self.constants.values = torch.tensor(constants, dtype=torch.float64, device=scores.device).T.contiguous()
+        self._finalized = None
 
     @staticmethod
     def _standard(term: Detector, scores: Tensor) -> tuple[float, float]:
@@ -137,14 +158,17 @@ class Sum(Wrapper):
         return float(finite.mean()), deviation
 
     def _scores(self, features: Features) -> Tensor:
-        return torch.stack([term.score(features).double() for term in self._inner()], 1)
+        return torch.stack([term._checked_score(features).double() for term in self._inner()], 1)
 
     def term_scores(self, features: Features) -> Tensor:
         """Return the standardized score of each term, times its weight, (n, terms); their sum is the score."""
         scores = self._scores(features)
-        mean, deviation = self.constants.values.to(scores.device)
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=scores.device)
-        return (scores - mean) * (weights / deviation)
+        mean, scale = self._fitted_state()
+        return (scores - mean.to(scores.device)) * scale.to(scores.device)
+
+    def _finalize(self) -> tuple[Tensor, Tensor]:
+        mean, deviation = self.constants.values
+        return mean, torch.tensor(self.weights, dtype=torch.float64, device=mean.device) / deviation
 
     def _score(self, features: Features) -> Tensor:
         return self.term_scores(features).sum(1)

@@ -87,9 +87,17 @@ class Jackknife(Wrapper):
     ------
     ValueError
         ``count`` is not a positive integer, or there are no more inputs than ``count``.
+
+    Examples
+    --------
+    >>> features = Features(pooled=torch.randn(25, 8))
+    >>> detector = Jackknife(KNN(k=1), count=19).fit(features, torch.arange(19))
+    >>> detector.score(features).shape
+    torch.Size([25])
     """
 
     source = "Barber, Candes, Ramdas and Tibshirani, Annals of Statistics 49(1), 2021; Vovk, 2015"
+    formula = r"\#\{j : c_j \le s_j(x)\} + \frac{a}{a + b}"
     cost = "J times that of the detector"
     settings = table(count=Integer(1))
     count: int

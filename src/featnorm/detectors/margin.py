@@ -94,9 +94,16 @@ class NCI(_Margin):
     ------
     ValueError
         ``alpha`` is negative; the logits are not a linear map of h (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> NCI().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Liu and Qin, CVPR 2025"
+    formula = r"\frac{w_y^\top (h - \mu)}{\lVert h - \mu \rVert} + \alpha \lVert h \rVert_1"
     standard = ("NCI()",)
     settings = table(alpha=Interval(0, math.inf, closed="left"))
     alpha: float
@@ -156,9 +163,19 @@ class FDBD(_Boundary):
     ------
     ValueError
         The logits are not a linear map of h (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> FDBD().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Liu and Qin, ICML 2024"
+    formula = (
+        r"\frac{1}{\lVert h - \mu \rVert} \cdot \frac{1}{C - 1} \sum_{c \ne y} \frac{l_y - l_c}{\lVert "
+        r"w_y - w_c \rVert}"
+    )
     standard = ("FDBD()",)
 
     def _combine(self, margins: Tensor, squared: Tensor, length: Tensor, shifts: Tensor) -> Tensor:
@@ -177,9 +194,16 @@ class ORA(_Boundary):
     ------
     ValueError
         The logits are not a linear map of h (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> ORA().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Demirel et al., NeurIPS 2025"
+    formula = r"\max_c \angle(h - \mu,\; z_c - \mu)"
     standard = ("ORA()",)
 
     def _combine(self, margins: Tensor, squared: Tensor, length: Tensor, shifts: Tensor) -> Tensor:

@@ -21,9 +21,16 @@ class NAN(_Norm):
     """The negative-aware norm of the last hidden layer, ``||a||_1 / ||a||_0`` (paper eq. 10).
 
     It has no hyperparameter and needs no fit. An input that activates no unit scores 0.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> NAN().score(features)
+    tensor([2.0000, 0.5000])
     """
 
     source = "Park et al., ICCV 2023, eq. 10"
+    formula = r"\lVert a \rVert_1 / \lVert a \rVert_0"
     standard = ("NAN()",)
 
     def _score(self, features: Features) -> Tensor:
@@ -31,9 +38,17 @@ class NAN(_Norm):
 
 
 class L1Norm(_Norm):
-    """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4)."""
+    """The feature norm ``||a||_1``, the confidence of the hidden classifier (paper Thm. 3, eq. 4).
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> L1Norm().score(features)
+    tensor([4.0000, 1.5000])
+    """
 
     source = "Park et al., ICCV 2023, Theorem 3 and eq. 4"
+    formula = r"\lVert a \rVert_1"
     standard = ("L1Norm()",)
 
     def _score(self, features: Features) -> Tensor:
@@ -51,9 +66,16 @@ class LpNorm(_Norm):
     ------
     ValueError
         ``p`` is not positive.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> LpNorm(2).score(features)
+    tensor([3.1623, 0.8660])
     """
 
     source = "Park et al., ICCV 2023, A.2.1"
+    formula = r"\lVert a \rVert_p = \left( \sum_i \lvert a_i \rvert^p \right)^{1/p}"
     standard = ("LpNorm()",)
     settings = table(p=Interval(0, math.inf, closed="right"))
     p: float
@@ -70,9 +92,16 @@ class Sparsity(_Norm):
     """The sparsity term ``1 / ||a||_0`` (paper eq. 9, Table 12), so that NAN = L1Norm x Sparsity.
 
     If no unit is active, the count is taken as 1, as in NAN.
+
+    Examples
+    --------
+    >>> features = Features(activation=torch.tensor([[3.0, 0.0, 1.0], [0.5, 0.5, 0.5]]))
+    >>> Sparsity().score(features)
+    tensor([0.5000, 0.3333])
     """
 
     source = "Park et al., ICCV 2023, eq. 9"
+    formula = r"1 / \lVert a \rVert_0"
     standard = ("Sparsity()",)
 
     def _score(self, features: Features) -> Tensor:
@@ -80,11 +109,18 @@ class Sparsity(_Norm):
 
 
 class EmbeddingMagnitude(Detector):
-    """``||g||_2`` of the embedding before normalization (paper Table 8; Dhamija et al., NeurIPS 2018)."""
+    """``||g||_2`` of the embedding before normalization (paper Table 8; Dhamija et al., NeurIPS 2018).
+
+    Examples
+    --------
+    >>> EmbeddingMagnitude().score(Features(embedding=torch.tensor([[3.0, 4.0]])))
+    tensor([5.])
+    """
 
     reads = ("embedding",)
     role = "norm"
     source = "Park et al., ICCV 2023, Table 8; Dhamija et al., NeurIPS 2018"
+    formula = r"\lVert g \rVert_2"
     cost = "O(e)"
     standard = ("EmbeddingMagnitude()",)
 
@@ -102,10 +138,17 @@ class HiddenConfidence(Detector):
     ------
     ValueError
         The classifier does not read the last hidden layer: their widths differ.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model)(images)
+    >>> bool((HiddenConfidence().score(features) <= L1Norm().score(features)).all())
+    True
     """
 
     reads = ("activation", "classifier")
     source = "Park et al., ICCV 2023, eq. 3 and Table 10"
+    formula = r"\max_k \sum_i \operatorname{sign}(C_{ki})\, a_i"
     cost = "O(C d)"
     standard = ("HiddenConfidence()",)
 

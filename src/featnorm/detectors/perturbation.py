@@ -29,11 +29,20 @@ class ODIN(Detector):
     ValueError
         ``temperature`` or a deviation is not positive, ``eps`` is negative, the features came without their
         inputs, or there is not one deviation per channel.
+
+    Examples
+    --------
+    >>> Scorer(model, ODIN())(images).score.shape
+    torch.Size([8])
     """
 
     reads = ("logits",)
     needs_model = True
     source = "Liang et al., ICLR 2018"
+    formula = (
+        r"\max_k \operatorname{softmax}(f(x') / T)_k, \quad x' = x - \varepsilon \operatorname{sign} "
+        r"\nabla_x \operatorname{CE}(f(x) / T, y)"
+    )
     cost = "2 forward passes and 1 backward pass"
     standard = ("ODIN()",)
     settings = table(
@@ -88,10 +97,16 @@ class Views(Wrapper):
     ValueError
         ``shift`` is out of range, the features came without their inputs, or the inputs are not images
         (n, channels, height, width).
+
+    Examples
+    --------
+    >>> Scorer(model, Views(NAN()))(images).score.shape
+    torch.Size([8])
     """
 
     needs_model = True
     source = "Park et al., ICCV 2023, C.1"
+    formula = r"\frac{1}{9} \sum_{v} s(x_v)"
     cost = "8 forward passes and 9 times that of the detector"
     standard = ("Views(NAN())",)
     settings = table(shift=Interval(0, 1))

@@ -29,11 +29,18 @@ class RotNet(Detector):
     ValueError
         The model does not return four logits, the features came without their inputs, or the inputs are not square
         images (n, channels, height, height).
+
+    Examples
+    --------
+    >>> rotations = torch.nn.Sequential(model[:4], torch.nn.Linear(16, 4))  # trained to predict the rotation
+    >>> Scorer(rotations, RotNet())(images).score.shape
+    torch.Size([8])
     """
 
     reads = ("logits",)
     needs_model = True
     source = "Hendrycks et al., NeurIPS 2019"
+    formula = r"\frac{1}{4} \sum_r \operatorname{softmax}(f(x_r))_r"
     cost = "3 forward passes"
     network = "trained to predict rotations (objective rotnet)"
 
@@ -79,12 +86,21 @@ class CSI(Detector):
         A setting is out of its range; the model does not return four logits; the features came without their
         inputs, or the inputs are not square color images between 0 and 1; the model does not predict the
         rotations: the mean logit of one is not positive over the training inputs.
+
+    Examples
+    --------
+    >>> CSI(augmentations=5)
+    CSI(augmentations=5)
     """
 
     reads = ("embedding", "logits")
     learns = ("embedding", "logits")
     needs_model = True
     source = "Tack et al., NeurIPS 2020"
+    formula = (
+        r"\frac{1}{4} \sum_r \left[ \lambda_r \max_m \left\langle z_r(x), \frac{z_r(x_m)}{\lVert "
+        r"z_r(x_m) \rVert} \right\rangle + \omega_r f_r(x) \right]"
+    )
     cost = "40 forward passes and O(n e)"
     network = "trained to predict rotations (objective csi)"
     settings = table(augmentations=Integer(1), scale=Interval(0, 1, closed="right"))

@@ -104,9 +104,16 @@ class ReAct(_Shaping):
     ValueError
         The percentile is out of range; the detector reads the embedding; the detector reads the logits, and they
         are not a linear map of the clipped layer (a cosine classifier, or a head in between).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> ReAct(Energy()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Sun et al., NeurIPS 2021"
+    formula = r"a_i \leftarrow \min(a_i, c)"
     cost = "O(C d) and that of the detector"
     standard = ("ReAct(NAN())", "ReAct(Energy())")
     settings = table(percentile=Interval(0, 100))
@@ -151,9 +158,16 @@ class RAS(_Shaping):
     ------
     ValueError
         As `ReAct`.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> RAS(Energy()).fit(features).score(features).shape
+    torch.Size([320])
     """
 
     source = "Guglielmo and Masana, ECCV 2026"
+    formula = r"h_{(r)} \leftarrow m_r"
     cost = "O(D log D + C D) and that of the detector"
     standard = ("RAS(Energy())",)
     _change = "replaced"
@@ -228,9 +242,16 @@ class SCALE(_Scaling):
     ------
     ValueError
         As `ReAct`, or the features to fit or score are not rectified: a unit is negative (the row is named).
+
+    Examples
+    --------
+    >>> features = FeatureTap(model)(images)
+    >>> SCALE(Energy()).score(features).shape
+    torch.Size([8])
     """
 
     source = "Xu et al., ICLR 2024"
+    formula = r"h \leftarrow h \cdot \exp \frac{\sum_i h_i}{\sum_{i \in \mathrm{top}} h_i}"
     cost = "O(D log D + C D) and that of the detector"
     standard = ("SCALE(Energy())",)
     _change = "scaled"
@@ -257,9 +278,19 @@ class ASH(_Scaling):
     ------
     ValueError
         As `SCALE`.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model)(images)
+    >>> ASH(Energy()).score(features).shape
+    torch.Size([8])
     """
 
     source = "Djurisic et al., ICLR 2023"
+    formula = (
+        r"h_i \leftarrow h_i \cdot \exp \frac{\sum_j h_j}{\sum_{j \in \mathrm{top}} h_j} \text{ for } i "
+        r"\in \mathrm{top}, \quad h_i \leftarrow 0 \text{ otherwise}"
+    )
     cost = "O(D log D + C D) and that of the detector"
     standard = ("ASH(Energy())",)
     _change = "pruned"

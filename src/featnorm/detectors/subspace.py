@@ -109,12 +109,19 @@ class Residual(_SubspaceDetector):
     ValueError
         ``dim`` is not a positive integer, or leaves no residual: it is at least D, or at least the number of
         inputs; ``normalize`` is not a boolean.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> Residual().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
     learns = ("pooled", "classifier")
     role = "distance"
     source = "Wang et al., CVPR 2022; Park et al., ICCV 2023, Table 12"
+    formula = r"-\lVert R^\top (z - u) \rVert"
     cost = "O(D^2)"
     standard = ("Residual()",)
 
@@ -140,11 +147,18 @@ class ViM(_SubspaceDetector):
     ------
     ValueError
         As `Residual`.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> ViM().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled", "logits")
     learns = ("pooled", "logits", "classifier")
     source = "Wang et al., CVPR 2022"
+    formula = r"\log \sum_k \exp l_k - \alpha \lVert R^\top (z - u) \rVert"
     cost = "O(D^2 + C)"
     standard = ("ViM()", "ViM(normalize=True)")
 
@@ -194,11 +208,18 @@ class NECO(Detector):
     ValueError
         ``dim`` is neither a positive integer nor a share, or at least the width of the features; all training
         inputs are the same.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> NECO().fit(features).score(features).shape
+    torch.Size([320])
     """
 
     reads = ("pooled",)
     learns = ("pooled",)
     source = "Ammar et al., ICLR 2024"
+    formula = r"\lVert P h \rVert / \lVert h \rVert"
     cost = "O(D^2)"
     standard = ("NECO()",)
     settings = table(dim=Integer(1) | Interval(0, 1))

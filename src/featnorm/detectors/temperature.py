@@ -29,9 +29,18 @@ class TemperatureScaling(Wrapper):
     ValueError
         The detector does not read logits, is fitted to them, or runs the model again. In a fit: a held-out input
         has no label, or one that is not the index of a logit, or the model classifies no better than chance.
+
+    Examples
+    --------
+    >>> detector = TemperatureScaling(MSP())
+    >>> logits, labels = torch.tensor([[6.0, 0.0]] * 10), torch.tensor([0] * 8 + [1] * 2)  # overconfident
+    >>> features = Features(logits=logits, labels=labels)
+    >>> detector.fit(features, held_out=features).temperature > 1
+    True
     """
 
     source = "Guo et al., ICML 2017"
+    formula = r"l \leftarrow l / T"
     cost = "O(C) and that of the detector"
     standard = ("TemperatureScaling(MSP())",)
     detector: Detector

@@ -25,6 +25,12 @@ class HiddenClassifier:
     ------
     ValueError
         The shapes do not match.
+
+    Examples
+    --------
+    >>> hidden = FeatureTap(model).hidden(images)
+    >>> bool((hidden.gap <= hidden.bound + 1e-5).all())
+    True
     """
 
     activation: Tensor

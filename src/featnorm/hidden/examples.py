@@ -25,7 +25,8 @@ class Neighbor:
     Attributes
     ----------
     index : position in the sample.
-    similarity : cosine similarity of the pooled features, at most 1.
+    similarity
+        Cosine similarity of the pooled features, at most 1; or minus their distance, see `Examples.nearest`.
     label : class of the image, or None.
     thumbnail
         Encoded thumbnail of an image, or the beginning of a text, or None. It comes from a file: use `image` or
@@ -83,15 +84,21 @@ class Examples:
         self.thumbnails = thumbnails
         self._directions = normalize(features)
 
-    def nearest(self, pooled: Tensor, k: int = 3) -> list[list[Neighbor]]:
+    def nearest(self, pooled: Tensor, k: int = 3, *, by_distance: bool = False) -> list[list[Neighbor]]:
         """Return the k images that are most similar to each of n inputs, the most similar first.
 
         Parameters
         ----------
         pooled : pooled features (n, D).
         k : number of images; all if there are fewer.
+        by_distance
+            Whether the similarity is minus the Euclidean distance, as for the columns of a table, whose length is
+            information. Default: it is the cosine similarity.
         """
-        similarities = normalize(pooled.float().cpu()) @ self._directions.T
+        pooled = pooled.float().cpu()
+        similarities = (
+            -torch.cdist(pooled, self.features) if by_distance else normalize(pooled) @ self._directions.T
+        )
         found = similarities.topk(min(k, len(self.features)))
         return [
             [

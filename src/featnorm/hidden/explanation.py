@@ -31,6 +31,11 @@ class Explanation:
     on_rate
         Share of in-distribution inputs of the predicted class for which each unit is on (d,); of all
         in-distribution inputs if ``seen`` is 0.
+
+    Examples
+    --------
+    >>> explanation = Explainer(model).fit(train_loader)(images)[0]
+    >>> picture = explanation.svg()
     """
 
     predicted: int

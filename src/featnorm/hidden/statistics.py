@@ -14,6 +14,12 @@ class ActivationStatistics(Statistic):
 
     A unit is on if its activation is positive (eq. 7 and 9). Counts are integers, so the result does not depend on
     the order of batches, and merging is exact.
+
+    Examples
+    --------
+    >>> statistics = ActivationStatistics()
+    >>> for batch in FeatureTap(model).stream(train_loader):
+    ...     _ = statistics.update(batch.activation, batch.logits.argmax(1))
     """
 
     inputs: Tensor  # () number of inputs

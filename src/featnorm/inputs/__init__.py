@@ -1,6 +1,6 @@
 """The user's data: opening it by path, address or name, decoding it, and loading it in batches."""
 
-from featnorm.inputs import arrays, images, tables, torchvision_sets, video  # noqa: F401  each registers its openers
+from featnorm.inputs import arrays, images, torchvision_sets, video  # noqa: F401  each registers its openers
 from featnorm.inputs.cache import CachedFeatures, FeatureCache
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.grouping import group_items
@@ -9,6 +9,7 @@ from featnorm.inputs.loading import Batch, Extracted, SourceLoader, extract_feat
 from featnorm.inputs.openers import Opener, open_source
 from featnorm.inputs.rows import Rows, Table, Vector
 from featnorm.inputs.source import ImageSource, JoinedSource, SlicedSource, Source
+from featnorm.inputs.tables import source_of
 
 __all__ = [
     "FRAMES",
@@ -37,4 +38,5 @@ __all__ = [
     "kind_of",
     "open_source",
     "source_loader",
+    "source_of",
 ]

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate, islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from featnorm._utils.extras import import_extra
 from featnorm.inputs.cache import CachedFeatures
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
-from featnorm.inputs.kinds import ROWS, is_data_frame
+from featnorm.inputs.kinds import ROWS
 from featnorm.inputs.openers import Opener, Options
-from featnorm.inputs.parquet import Group, LastGroups, open_parquet
+from featnorm.inputs.parquet import Group, LastGroups, open_parquet, other_columns, row_name
 from featnorm.inputs.rows import Rows
 from featnorm.inputs.source import SlicedSource, Source, class_labels
 from featnorm.inputs.texts import FORMATS, RowFile, is_number
@@ -111,29 +111,29 @@ class TableRows(Source[Any]):
         if len(vectors) > 1:
             raise DataError(f"{title} holds several columns of vectors ({', '.join(vectors)}): keep one")
         self._vector = vectors[0] if vectors else None
-        label = options.label_column or "label"
-        if options.label_column is not None and label not in names:
-            raise DataError(f"no column {label!r} in {title}: it has {', '.join(names)}")
+        label = options.label_of(names, title)
         nested = import_extra("pyarrow").types.is_nested
-        self.columns = tuple(f.name for f in schema if not nested(f.type) and f.name not in ("", label))
+        self.columns = tuple(f.name for f in schema if not nested(f.type) and f.name not in ("", options.label))
         self._ends = list(accumulate(sizes))
         if not self._ends or not self._ends[-1]:
             raise DataError(f"no rows in {title}")
-        self._blocks = LastGroups()
-        labels: Any = ([None] * self._ends[-1], None)
-        if options.labels and label in names:
-            labels = class_labels(self.column(label))
-        super().__init__(title, *labels)
+        self._tables, self._rows = LastGroups(), LastGroups()
+        super().__init__(title, *class_labels([None] * self._ends[-1] if label is None else self.column(label)))
         self.width = None if self._vector is None else len(self._first_vector())
 
     @abstractmethod
-    def _block(self, number: int, columns: Sequence[str]) -> Any:
-        """Return columns of a block as a `pyarrow.Table`; raise a `DataError` if it cannot be read."""
+    def _table(self, number: int, columns: Sequence[str]) -> Any:
+        """Return columns of a table as a `pyarrow.Table`; raise a `DataError` if it cannot be read."""
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Return the table of row `i`, and its row there."""
+        number = bisect_right(self._ends, i)
+        return number, i - (self._ends[number - 1] if number else 0)
 
     def column(self, name: str) -> list[Any]:
         """See `Source`."""
         return [
-            value for number in range(len(self._ends)) for value in self._block(number, [name])[name].to_pylist()
+            value for number in range(len(self._ends)) for value in self._table(number, [name])[name].to_pylist()
         ]
 
     def _first_vector(self) -> npt.NDArray[Any]:
@@ -145,21 +145,19 @@ class TableRows(Source[Any]):
         raise DataError(f"no row of {self.title} has a vector")
 
     def _read(self, i: int) -> tuple[Any, bytes]:
-        number = bisect_right(self._ends, i)
-        items = self._blocks.find(number, lambda: self._items(number))
-        item = items[i - (self._ends[number - 1] if number else 0)]
-        if isinstance(item, str):
-            raise ItemError(self._name(i), item)
-        content = item.tobytes() if self._vector is not None else "\0".join(map(str, item.values())).encode()
-        return item, hashlib.sha256(content).digest()
-
-    def _items(self, number: int) -> Group[Any]:
-        """Return the rows of a block; for a row that cannot be read, the reason."""
+        number, row = self._locate(i)
+        columns = self.columns if self._vector is None else [self._vector]
+        table = self._tables.find(number, lambda: self._table(number, columns))
         if self._vector is not None:
-            vectors = self._block(number, [self._vector])[self._vector]
-            return Group("no vector in this row" if v is None else v for v in _arrays(vectors))
-        values = [column.to_pylist() for column in self._block(number, self.columns).columns]
-        return Group(dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True))
+            vector = _array_of(table[self._vector][row])
+            if vector is None:
+                raise ItemError(self._name(i), "no vector in this row")
+            return vector, hashlib.sha256(vector.tobytes()).digest()
+        # Values in Python take many times the memory of the table.
+        block = row // _BLOCK
+        rows = self._rows.find((number, block), lambda: Group(table.slice(block * _BLOCK, _BLOCK).to_pylist()))
+        item = rows[row % _BLOCK]
+        return item, hashlib.sha256("\0".join(map(str, item.values())).encode()).digest()
 
     def _name(self, i: int) -> str:
         return f"row {i}"
@@ -176,19 +174,24 @@ class ArrowRows(TableRows):
     """
 
     def __init__(self, table: Any, unread: Mapping[int, str], title: str, options: Options) -> None:
-        self._table = table
+        self._whole = table
         self._unread = unread
-        total = table.num_rows + len(self._unread)
-        # Row of the table of each row of the source; None for one that cannot be read.
-        taken = np.ones(total, bool)
-        taken[list(self._unread)] = False
-        self._places = np.where(taken, np.cumsum(taken) - 1, -1)
-        super().__init__(title, table.schema, [min(_BLOCK, total - k) for k in range(0, total, _BLOCK)], options)
+        # Row of the table of each row of the source that can be read.
+        taken = np.ones(table.num_rows + len(unread), bool)
+        taken[list(unread)] = False
+        self._places = np.cumsum(taken) - 1
+        super().__init__(title, table.schema, [len(taken)], options)
 
-    def _block(self, number: int, columns: Sequence[str]) -> Any:
-        places = self._places[number * _BLOCK : (number + 1) * _BLOCK]
-        indices = import_extra("pyarrow").array(places, mask=places < 0)
-        return self._table.select(columns).take(indices)
+    def _table(self, number: int, columns: Sequence[str]) -> Any:
+        return self._whole.select(columns)
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        return 0, int(self._places[i])
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        values = super().column(name)
+        return [None if i in self._unread else values[place] for i, place in enumerate(self._places.tolist())]
 
     def _read(self, i: int) -> tuple[Any, bytes]:
         if i in self._unread:
@@ -200,6 +203,68 @@ class ArrowRows(TableRows):
             return self._digest(i).hex()
         except ItemError as error:
             return error.reason
+
+
+class FileRows(ArrowRows):
+    """Rows of CSV or JSON Lines files, in memory.
+
+    Words for missing values, such as ``NA`` and ``nan``, are null. Columns of JSON values of several types are
+    those of their strings.
+
+    Parameters
+    ----------
+    files : one file, or the shards of one data set, in order, see `featnorm.inputs.texts.row_files`.
+    title, options : see `TableRows`.
+
+    Raises
+    ------
+    DataError
+        See `TableRows`; or a file cannot be read, or its first row holds numbers in place of the names of the
+        columns.
+    """
+
+    def __init__(self, files: Sequence[RowFile], title: str, options: Options) -> None:
+        self._paths = [file.path for file in files]
+        self._first_rows: list[int] = []
+        table, unread = self._table_of(files)
+        super().__init__(table, unread, title, options)
+
+    def _table_of(self, files: Sequence[RowFile]) -> tuple[Any, dict[int, str]]:
+        pa = import_extra("pyarrow")
+        missing = frozenset(import_extra("pyarrow.csv").ConvertOptions().null_values)
+        unread: dict[int, str] = {}
+        tables = []
+        count = 0
+        for file in files:
+            if all(map(is_number, file.columns)) and not all(map(str.isdecimal, file.columns)):
+                raise DataError(
+                    f"the first row of {file.name} holds numbers: add a row with the names of the columns"
+                )
+            self._first_rows.append(count)
+            rows = (row for _, row in file.rows())
+            while block := list(islice(rows, _BLOCK)):
+                read = []
+                for number, row in enumerate(block, count):
+                    error = row.error
+                    if not _is_utf8("".join(value for value in row.values.values() if isinstance(value, str))):
+                        error = "it is not valid UTF-8"
+                    if error is None:
+                        read.append(row.values)
+                    else:
+                        unread[number] = error
+                count += len(block)
+                columns = {name: [row.get(name) for row in read] for name in files[0].columns}
+                tables.append(pa.table({name: _column(values, missing) for name, values in columns.items()}))
+        if not tables:
+            raise DataError(f"no rows in {', '.join(file.name for file in files)}")
+        try:
+            return pa.concat_tables(tables, promote_options="permissive"), unread
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            words = [pa.table({n: _words(t[n].to_pylist()) for n in t.column_names}) for t in tables]
+            return pa.concat_tables(words, promote_options="permissive"), unread
+
+    def _name(self, i: int) -> str:
+        return row_name(self._paths, self._first_rows, i)
 
 
 class ParquetRows(TableRows):
@@ -220,10 +285,7 @@ class ParquetRows(TableRows):
             with self._errors(file), open_parquet(folder, file) as table:
                 first = first or table.schema_arrow
                 if table.schema_arrow.names != first.names:
-                    raise DataError(
-                        f"{folder.name(file)} has other columns than {folder.name(files[0])}: the shards of a "
-                        "data set must agree"
-                    )
+                    raise other_columns(folder.name(file), folder.name(files[0]))
                 groups = range(table.metadata.num_row_groups)
                 sizes += [table.metadata.row_group(g).num_rows for g in groups]
                 self._groups += [(number, g) for g in groups]
@@ -234,15 +296,13 @@ class ParquetRows(TableRows):
     def _errors(self, file: str) -> "_Errors":
         return _Errors(self._folder.name(file))
 
-    def _block(self, number: int, columns: Sequence[str]) -> Any:
+    def _table(self, number: int, columns: Sequence[str]) -> Any:
         file, group = self._groups[number]
         with self._errors(self._files[file]), open_parquet(self._folder, self._files[file]) as table:
             return table.read_row_group(group, columns=list(columns), use_threads=False)
 
     def _name(self, i: int) -> str:
-        file = bisect_right(self._starts, i) - 1
-        row = f"row {i - self._starts[file]}"
-        return row if len(self._files) == 1 else f"{PurePath(self._files[file]).name} {row}"
+        return row_name(self._files, self._starts, i)
 
     def _identity(self, i: int) -> str:
         file, _ = self._groups[bisect_right(self._ends, i)]
@@ -283,31 +343,6 @@ class ArrayOpener(Opener):
         if labels[0] is not None and len(labels[0]) != len(values):
             raise DataError(f"{title} holds {len(values)} rows, and {len(labels[0])} labels")
         return ArrayRows(values, title, labels[0], labels[1], place)
-
-
-def row_source(data: Any, options: Options) -> Source[Any]:
-    """Return rows as a source.
-
-    Parameters
-    ----------
-    data
-        An array, tensor or sequence (n, D) of numbers, which are used as they are; or a `pandas.DataFrame`, whose
-        columns are those of a `featnorm.inputs.rows.Table`.
-    options : how the labels of a table are read.
-
-    Raises
-    ------
-    DataError
-        The data have another shape or type.
-    """
-    if is_data_frame(data):
-        pa = import_extra("pyarrow")
-        try:
-            table = pa.Table.from_pandas(data, preserve_index=False)
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            raise DataError(f"cannot use the DataFrame: {first_line(error)}") from None
-        return ArrowRows(table, {}, "the DataFrame", options)
-    return ArrayRows(matrix_of(data), "the array")
 
 
 def matrix_of(data: Any) -> npt.NDArray[Any]:
@@ -388,45 +423,6 @@ def vector_columns(schema: Any) -> list[str]:
     return [f.name for f in lists if types.is_floating(f.type.value_type) or types.is_integer(f.type.value_type)]
 
 
-def table_of(file: RowFile) -> tuple[Any, dict[int, str]]:
-    """Return a file of rows as a `pyarrow.Table` in memory, and the rows that cannot be read, with the reasons.
-
-    Words for missing values, such as ``NA`` and ``nan``, are null. Columns of JSON values of several types are
-    those of their strings.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, or its first row holds numbers in place of the names of the columns.
-    """
-    if all(map(is_number, file.columns)) and not all(map(str.isdecimal, file.columns)):
-        raise DataError(f"the first row of {file.name} holds numbers: add a row with the names of the columns")
-    pa = import_extra("pyarrow")
-    missing = frozenset(import_extra("pyarrow.csv").ConvertOptions().null_values)
-    unread: dict[int, str] = {}
-    tables = []
-    numbered = enumerate(row for _, row in file.rows())
-    while block := list(islice(numbered, _BLOCK)):
-        read = []
-        for number, row in block:
-            error = row.error
-            if not _is_utf8("".join(value for value in row.values.values() if isinstance(value, str))):
-                error = "it is not valid UTF-8"
-            if error is None:
-                read.append(row.values)
-            else:
-                unread[number] = error
-        columns = {name: [row.get(name) for row in read] for name in file.columns}
-        tables.append(pa.table({name: _column(values, missing) for name, values in columns.items()}))
-    if not tables:
-        raise DataError(f"no rows in {file.name}")
-    try:
-        return pa.concat_tables(tables, promote_options="permissive"), unread
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        words = [pa.table({n: _words(t[n].to_pylist()) for n in t.column_names}) for t in tables]
-        return pa.concat_tables(words, promote_options="permissive"), unread
-
-
 def _column(values: list[Any], missing: Set[str]) -> Any:
     pa = import_extra("pyarrow")
     try:
@@ -461,14 +457,12 @@ class _Errors:
             raise DataError(f"cannot read {self._name}: {first_line(error)}") from error
 
 
-def _arrays(column: Any) -> list[npt.NDArray[Any] | None]:
-    """Return a column of vectors as arrays of float32."""
-    found: list[npt.NDArray[Any] | None] = []
-    for value in column:
-        numbers = None if value.values is None else value.values.to_numpy(zero_copy_only=False)
-        with np.errstate(over="ignore"):
-            found.append(None if numbers is None else numbers.astype(np.float32) + np.float32(0))
-    return found
+def _array_of(value: Any) -> npt.NDArray[Any] | None:
+    """Return a scalar of a column of vectors as an array of float32; None for null."""
+    if value.values is None:
+        return None
+    with np.errstate(over="ignore"):
+        return value.values.to_numpy(zero_copy_only=False).astype(np.float32) + np.float32(0)
 
 
 def _array(folder: Folder, path: str) -> npt.NDArray[Any]:

@@ -53,6 +53,8 @@ class CachedFeatures:
         needed.
     several : int
         Number of images that are the first of several frames or pages of their file.
+    engine : str
+        What computed the features.
     """
 
     stored: Tensor
@@ -64,6 +66,7 @@ class CachedFeatures:
     changed: int
     damaged: int
     several: int
+    engine: str = "PyTorch"
 
     @cached_property
     def values(self) -> Tensor:

@@ -236,6 +236,14 @@ class _Texts(Kind):
     name = "texts"
     noun = "text"
 
+    def sequence_of(self, items: Any) -> Sequence[Any]:
+        """Return the texts of a sequence, an array or a pandas Series."""
+        if is_data_frame(items):
+            raise TypeError("texts must be a sequence, got a DataFrame: pass the column of the texts")
+        if getattr(items, "ndim", 0) == 1 and hasattr(items, "tolist") and not isinstance(items, Tensor):
+            items = items.tolist()
+        return super().sequence_of(items)
+
     def is_prepared(self, raw: Any) -> bool:
         return isinstance(raw, Mapping)
 

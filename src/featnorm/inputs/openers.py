@@ -76,6 +76,23 @@ class Options:
         if not 0 <= self.fps < math.inf:
             raise ValueError(f"fps is {self.fps}: pass a number of frames per second, or 0 for all frames")
 
+    @property
+    def label(self) -> str:
+        """Name of the column of the labels."""
+        return self.label_column or "label"
+
+    def label_of(self, columns: Sequence[str], where: str) -> str | None:
+        """Return the column of a table that holds the labels; None if there is none, or if they are not read.
+
+        Raises
+        ------
+        DataError
+            The table, which ``where`` names, lacks the column that the user chose.
+        """
+        if self.label_column is not None and self.label_column not in columns:
+            raise DataError(f"no column {self.label_column!r} in {where}: it has {', '.join(columns) or 'none'}")
+        return self.label if self.labels and self.label in columns else None
+
     def require_no_column(self, location: object) -> None:
         """Check that no column is given, for data without columns.
 
@@ -103,15 +120,15 @@ class Opener(ABC):
         Endings of the files that it opens, such as ``".parquet"``; they are also looked for under the data root.
     names : tuple of str
         Names of the data sets that it opens, in upper or lower case.
-    shards : bool
-        Whether the files with these endings in a folder are the shards of one data set, or its splits.
+    shards : tuple of str
+        Endings of the files that, in a folder without images, are the shards of one data set, or its splits.
     merges : bool
         Whether neighboring files of one folder are opened as one source.
     """
 
     endings: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[tuple[str, ...]] = ()
-    shards: ClassVar[bool] = False
+    shards: ClassVar[tuple[str, ...]] = ()
     merges: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -120,10 +137,12 @@ class Opener(ABC):
         _OPENERS.sort(key=lambda opener: (not opener.endings, type(opener).__name__))
 
     def accepts(self, location: Location) -> bool:
-        """Whether it opens a location; by default, a file with one of its endings, or one of its names."""
+        """Whether it opens a location; by default a file with one of its endings, shards, or one of its names."""
         if isinstance(location, Files):
             return location.paths[0].endswith(self.endings)
-        return isinstance(location, Name) and location.name.lower() in map(str.lower, self.names)
+        if isinstance(location, Folder):
+            return bool(location.top_level(self.shards)[1]) and not location.images[0]
+        return location.name.lower() in map(str.lower, self.names)
 
     @abstractmethod
     def open(self, location: Any, title: str, options: Options) -> Source[Any]:
@@ -174,12 +193,12 @@ def open_source(
           videos than images: its frames are the items, see `featnorm.inputs.video.VideoFrames`;
         - a ``.parquet`` file in the Hugging Face layout (``image``: a struct of ``bytes`` and ``path``;
           perhaps a column of labels), or a folder of such files, the shards of one data set;
-        - texts: a ``.csv``, ``.jsonl`` or ``.parquet`` file (or a folder of the latter) with a column of texts and
-          perhaps one of labels, or a ``.txt`` file with one text per line, all in UTF-8. The first row of a CSV
-          file names its columns;
+        - texts: a ``.csv``, ``.jsonl`` or ``.parquet`` file, or a folder of such files with the same columns, the
+          shards of one data set, with a column of texts and perhaps one of labels; or a ``.txt`` file with one
+          text per line; all in UTF-8. The first row of a CSV file names its columns;
         - rows: a ``.npy`` or ``.npz`` file with an array (n, D), such as the outputs of an encoder, the latter
-          perhaps with an array ``labels``; or a ``.csv``, ``.jsonl`` or ``.parquet`` file, or a folder of the
-          latter, with a column of vectors, or with columns of numbers, strings and booleans;
+          perhaps with an array ``labels``; or a ``.csv``, ``.jsonl`` or ``.parquet`` file, or a folder of shards,
+          with a column of vectors, or with columns of numbers, strings and booleans;
         - the address of one of these in an object store, as pyarrow's file systems take it:
           ``s3://bucket/photos``, ``gs://...``, ``abfs://...``, ``hdfs://...``, settings in a query
           (``?region=eu-west-1``);
@@ -221,7 +240,7 @@ def open_source(
     ValueError
         If there is no specification, or `fps` is negative.
     ImportError
-        If ``featnorm[vision]`` or ``featnorm[video]`` is needed and not installed.
+        If ``featnorm[images]`` or ``featnorm[video]`` is needed and not installed.
     """
     if not specs:
         raise ValueError("no data is given: name a folder, a file, an address or a data set")
@@ -231,7 +250,7 @@ def open_source(
     if several := [one.opener for one in found if one.opener.merges and not one.opener.endings]:
         # Beside image files, as a shell lists a folder, any other file is one that is not an image.
         found = [
-            replace(one, opener=several[0]) if one.opener.endings and not one.opener.shards else one
+            replace(one, opener=several[0]) if one.opener.endings and ".parquet" not in one.opener.endings else one
             for one in found
         ]
     sources = [one.open(options) for one in _merged(found)]
@@ -307,12 +326,13 @@ def _resolved(location: Folder | Files, mix_splits: bool, title: str | None = No
     if isinstance(location, Files):
         return _Resolved(location, title or title_of(location.folder, location.paths[0]), _opener_of(location))
     try:
-        splits = [] if mix_splits else location.splits(_endings(shards=True))
+        opener = _opener_of(location)
+        splits = [] if mix_splits else location.splits(opener.shards)
         if len(splits) > 1:
             raise DataError(
                 f"{location} holds several splits, which must not be mixed: name one of {', '.join(splits)}"
             )
-        return _Resolved(location, title or title_of(location), _opener_of(location))
+        return _Resolved(location, title or title_of(location), opener)
     except OSError as error:
         raise DataError(f"cannot read the folder {location}: {first_line(error)}") from error
 
@@ -335,8 +355,13 @@ def _opener_of(location: Location) -> Opener:
     )
 
 
-def _endings(shards: bool = False) -> tuple[str, ...]:
-    return tuple(ending for opener in _OPENERS if opener.shards or not shards for ending in opener.endings)
+def _endings() -> tuple[str, ...]:
+    return tuple(ending for opener in _OPENERS for ending in opener.endings)
+
+
+def _has_splits(path: Path) -> bool:
+    folder = LocalFolder(path)
+    return bool(folder.splits(_opener_of(folder).shards))
 
 
 def _find_under(root: Path, name: str, split: str) -> Path | None:
@@ -347,7 +372,7 @@ def _find_under(root: Path, name: str, split: str) -> Path | None:
     paths.append(folder / split)
     # torchvision downloads to <root>/dtd/dtd and <root>/MNIST/raw, and reads these folders itself.
     if split == "test" and not (folder / "dtd").is_dir() and not (folder / "raw").is_dir():
-        paths += [folder] if folder.is_dir() and not LocalFolder(folder).splits(_endings(shards=True)) else []
+        paths += [folder] if folder.is_dir() and not _has_splits(folder) else []
     return next((path for path in paths if path.exists()), None)
 
 

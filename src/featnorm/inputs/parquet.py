@@ -4,7 +4,7 @@ import json
 import threading
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import PurePath
@@ -19,6 +19,8 @@ from featnorm.inputs.decoding import reason_of
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
 from featnorm.inputs.images import EncodedImages
+from featnorm.inputs.kinds import TEXTS
+from featnorm.inputs.openers import Options
 from featnorm.inputs.source import Source, T
 
 
@@ -39,12 +41,9 @@ class ParquetTable(Source[T]):
         Name for tables.
     item_column : str
         The column of the items.
-    labels : bool
-        Whether to read the labels.
-    label_column : str, optional
-        The column that holds them: integers, of which negative ones mean no label; strings or booleans, whose
-        sorted values are the classes; any of them dictionary-encoded. A null means no label. Default: ``label``,
-        if there is one.
+    options : Options
+        How to read the labels: integers, of which negative ones mean no label; strings or booleans, whose sorted
+        values are the classes; any of them dictionary-encoded. A null means no label.
 
     Raises
     ------
@@ -56,23 +55,16 @@ class ParquetTable(Source[T]):
     """
 
     def __init__(
-        self,
-        folder: Folder,
-        files: Sequence[str],
-        title: str,
-        item_column: str,
-        *,
-        labels: bool = True,
-        label_column: str | None = None,
+        self, folder: Folder, files: Sequence[str], title: str, item_column: str, options: Options
     ) -> None:
-        column = (label_column or "label") if labels else None
-        indices = [_Index(folder, file, item_column, column, self._check) for file in files]
+        indices = [_Index(folder, file, item_column, options, self._check) for file in files]
         if not sum(index.rows for index in indices):
             raise DataError(f"no rows in {', '.join(map(folder.name, files))}")
-        super().__init__(title, *_labels(indices, label_column))
-        if labels and all(index.labels is None for index in indices):
+        super().__init__(title, *_labels(indices))
+        if options.labels and all(index.labels is None for index in indices):
             self.label_columns = tuple(name for name in indices[0].candidates if name != item_column)
         self.columns = indices[0].scalars
+        self.text_column = item_column if self.kind is TEXTS else None
         self._folder = folder
         self._files = list(files)
         self._item_column = item_column
@@ -127,9 +119,7 @@ class ParquetTable(Source[T]):
     def _name(self, i: int) -> str:
         if path := self._paths[i]:
             return path
-        file = bisect_right(self._first_rows, i) - 1
-        row = f"row {i - self._first_rows[file]}"
-        return row if len(self._files) == 1 else f"{PurePath(self._files[file]).name} {row}"
+        return row_name(self._files, self._first_rows, i)
 
     def _identity(self, i: int) -> str:
         file, _ = self._groups[bisect_right(self._ends, i)]
@@ -169,12 +159,12 @@ class LastGroups:
 
     def __init__(self) -> None:
         self._own = threading.local()
-        self._all: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self._all: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
     def __reduce__(self) -> tuple[type["LastGroups"], tuple[()]]:
         return LastGroups, ()
 
-    def find(self, group: int, read: Callable[[], Any]) -> Any:
+    def find(self, group: Hashable, read: Callable[[], Any]) -> Any:
         """Return a group; it is read only if no thread holds it."""
         if getattr(self._own, "group", None) != group:
             self._own.group = self._own.rows = None  # lets the old group go before the new one comes
@@ -183,6 +173,18 @@ class LastGroups:
                 self._all[group] = self._own.rows = read()
             self._own.group = group
         return self._own.rows
+
+
+def other_columns(name: str, first: str) -> DataError:
+    """Return the error that a shard of a data set has other columns than the first one."""
+    return DataError(f"{name} has other columns than {first}: the shards of a data set must agree")
+
+
+def row_name(files: Sequence[str], first_rows: Sequence[int], i: int) -> str:
+    """Return the name of row `i` of a file, or of shards; `first_rows` has the number of rows before each."""
+    file = bisect_right(first_rows, i, hi=len(files)) - 1
+    row = f"row {i - first_rows[file]}"
+    return row if len(files) == 1 else f"{PurePath(files[file]).name} {row}"
 
 
 class _Index:
@@ -194,8 +196,8 @@ class _Index:
         The file, in its folder.
     item_column : str
         The column of the items.
-    label_column : str or None
-        The column of the labels; None if they are not needed.
+    options : Options
+        How to read the labels.
     check : callable
         Raises an error if the items cannot be in a column; called with its Arrow type, its name and the file.
     """
@@ -205,7 +207,7 @@ class _Index:
         folder: Folder,
         file: str,
         item_column: str,
-        label_column: str | None,
+        options: Options,
         check: Callable[[Any, str, str], None],
     ) -> None:
         pa = import_extra("pyarrow")
@@ -222,14 +224,13 @@ class _Index:
                     )
                 item_type = schema.field(item_column).type
                 check(item_type, item_column, self.path)
-                self.columns = list(schema.names)
                 nested = import_extra("pyarrow").types.is_nested
                 self.scalars = tuple(field.name for field in schema if not nested(field.type))
                 self.candidates = tuple(field.name for field in schema if kind_of_labels(field.type))
                 metadata = opened.metadata
                 self.rows = metadata.num_rows
                 self.group_sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-                if label_column is not None and label_column in schema.names:
+                if (label_column := options.label_of(schema.names, self.path)) is not None:
                     self._read_labels(opened, label_column)
                 self.paths: list[str | None] = [None] * self.rows
                 if pa.types.is_struct(item_type) and item_type.get_field_index("path") >= 0:
@@ -253,17 +254,14 @@ class _Index:
             self.class_names = _class_names(opened.schema_arrow.metadata or {}, column)
 
 
-def _labels(indices: Sequence[_Index], column: str | None) -> tuple[list[int | None], list[str] | None]:
+def _labels(indices: Sequence[_Index]) -> tuple[list[int | None], list[str] | None]:
     """Return the labels of all files, and the names of their classes.
 
     Raises
     ------
     DataError
-        If the files do not agree, or do not have the column.
+        If the files do not agree.
     """
-    without = next((index for index in indices if index.labels is None), None)
-    if without is not None and column is not None:
-        raise DataError(f"no column {column!r} in {without.path}: it has {', '.join(without.columns)}")
     first = indices[0]
     for index in indices:
         if index.label_kind != first.label_kind:

@@ -136,8 +136,9 @@ class Table(Rows):
         left_out: Sequence[str] = (),
     ) -> None:
         self.numbers, self.categories, self.left_out = list(numbers), dict(categories), list(left_out)
-        #: Columns that `fit` left out because they seem to name the rows.
+        #: Columns that `fit` left out because they seem to name the rows, and those without a value.
         self.naming: list[str] = []
+        self.empty: list[str] = []
         self.mean, self.scale, self.gaps = mean.numpy(), scale.numpy(), gaps.numpy()
         self._names = {*self.numbers, *self.categories}
         self._width = len(self.numbers) + int(self.gaps.sum())
@@ -152,7 +153,7 @@ class Table(Rows):
 
         A column is one of numbers if all its values read as numbers, also strings, as those of a CSV file;
         booleans are categories. A column of strings with more than 32 different values, and more than half as many
-        as rows, names the rows, and is left out.
+        as rows, names the rows, and is left out, as is a column without any value.
 
         Parameters
         ----------
@@ -166,8 +167,9 @@ class Table(Rows):
         """
         from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-        numbers, categories, unused = [], {}, sorted(left_out)
+        numbers, categories = [], {}
         means, scales, gaps = [], [], []
+        naming, without = [], []
         used = [name for name in source.columns if name not in left_out]
         # Rows without any value, such as those that cannot be read, say nothing about the columns.
         empty = np.ones(len(source), bool)
@@ -180,6 +182,9 @@ class Table(Rows):
             column = _as_numbers(values)
             if column is not None:
                 missing = np.isnan(column)
+                if missing.all():
+                    without.append(name)
+                    continue
                 column[~np.isfinite(column)] = np.nan
                 scaler = StandardScaler().fit(column[:, None]) if not np.isnan(column).all() else None
                 numbers.append(name)
@@ -195,20 +200,21 @@ class Table(Rows):
             words = np.array([[_category(value)] for value in values], object)
             different = len({word for (word,) in words})
             if different > max(MAX_CATEGORIES, len(values) / 2):
-                unused.append(name)
+                naming.append(name)
                 continue
             encoder = OneHotEncoder(handle_unknown="ignore", max_categories=MAX_CATEGORIES).fit(words)
             rare = [] if (found := encoder.infrequent_categories_[0]) is None else found.tolist()
             frequent = [[word] for word in encoder.categories_[0].tolist() if word not in rare]
             categories[name] = [*frequent, rare] if rare else frequent
+        unused = [*sorted(left_out), *naming, *without]
         if not numbers and not categories:
             raise DataError(
-                f"no column of {source.title} can be used ({_listed(unused)} left out); if one holds texts, "
+                f"no column of {source.title} can be used ({listed(unused)} left out); if one holds texts, "
                 "choose it with text_column (--text-column)"
             )
         mean, scale = (torch.tensor(values, dtype=torch.float64) for values in (means, scales))
         table = cls(numbers, mean, scale, torch.tensor(gaps, dtype=torch.bool), categories, unused)
-        table.naming = unused[len(left_out) :]
+        table.naming, table.empty = naming, without
         return table
 
     @property
@@ -222,8 +228,8 @@ class Table(Rows):
         return self._width
 
     def __str__(self) -> str:
-        encoded = f"{self.width} features of {_listed(self.columns)}"
-        unused = f"; {_listed(self.left_out)} left out" if self.left_out else ""
+        encoded = f"{self.width} features of {listed(self.columns)}"
+        unused = f"; {listed(self.left_out)} left out" if self.left_out else ""
         return f"none, the rows are {encoded}{unused}"
 
     def __call__(self, item: Any) -> Tensor:
@@ -261,7 +267,7 @@ class Table(Rows):
         if source.width is not None and source.width != len(self.columns):
             raise DataError(
                 f"{source.title} has {source.width} columns without names, and a table is needed with the columns "
-                f"{_listed(self.columns)}"
+                f"{listed(self.columns)}"
             )
         if source.width is None and (why := self._misfit(set(source.columns))):
             raise DataError(f"{source.title}: {why}")
@@ -271,7 +277,7 @@ class Table(Rows):
         missing = [name for name in self.columns if name not in names]
         unknown = sorted(str(name) for name in names - self._names - set(self.left_out))
         return "; ".join(
-            f"{what} {_listed(found)}"
+            f"{what} {listed(found)}"
             for what, found in (("missing columns", missing), ("unknown columns", unknown))
             if found
         )
@@ -357,7 +363,8 @@ def _category(value: Any) -> str | None:
     return None if value is None or value != value else str(value)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names in quotes, at most five of them."""
     shown = ", ".join(map(repr, names[:_SHOWN]))
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 

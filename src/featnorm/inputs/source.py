@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -44,6 +44,8 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
         Columns of an unlabeled table that could hold its labels.
     columns : tuple of str
         Columns of a table that hold single values; empty for other sources.
+    text_column : str or None
+        Column of a table that holds the texts.
     width : int or None
         Number of numbers per row, if the items are vectors.
     max_readers : int or None
@@ -57,6 +59,7 @@ class Source(Dataset[tuple[T, int | None]], ABC, Generic[T]):
     passed_over = PassedOver()
     label_columns: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    text_column: str | None = None
     width: int | None = None
     max_readers: int | None = None
     fps: float | None = None
@@ -213,6 +216,7 @@ class SlicedSource(Source[T]):
         self.passed_over = source.passed_over
         self.label_columns = source.label_columns
         self.columns = source.columns
+        self.text_column = source.text_column
         self.width = source.width
         self.max_readers, self.fps = source.max_readers, source.fps
         self._source = source
@@ -319,6 +323,20 @@ class JoinedSource(Source[T]):
     def _identity(self, i: int) -> str:
         source, row = self._locate(i)
         return source.identity(row)
+
+
+def class_indices(names: Iterable[str] | None, classes: Iterable[str] | None) -> list[int] | None:
+    """Return the index of each name among the classes of a model; None if one is not among them.
+
+    Names are compared exactly or, if that fails, without regard to case.
+    """
+    names, classes = list(names or ()), list(classes or ())
+    for fold in (str, str.casefold):
+        indices = {fold(name): i for i, name in enumerate(classes)}
+        found = [indices[fold(name)] for name in names if fold(name) in indices]
+        if names and len({*found}) == len(names) and len(indices) == len(classes):
+            return found
+    return None
 
 
 def class_labels(values: Any) -> tuple[list[int | None], list[str] | None]:

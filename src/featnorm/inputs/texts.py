@@ -16,7 +16,7 @@ from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder
 from featnorm.inputs.kinds import TEXTS
 from featnorm.inputs.openers import Options
-from featnorm.inputs.parquet import Group, LastGroups, ParquetTable, kind_of_labels
+from featnorm.inputs.parquet import Group, LastGroups, ParquetTable, kind_of_labels, other_columns, row_name
 from featnorm.inputs.source import Source, class_labels
 
 #: Maximum number of bytes of a row. It bounds the memory that a quote or a line without an end takes.
@@ -204,62 +204,60 @@ class Texts(Source[str]):
 
 
 class TextRows(Texts):
-    """The texts of a column of a file. A group of rows is read at a time.
+    """The texts of a column of files of lines. A group of rows is read at a time.
 
     Parameters
     ----------
-    file : RowFile
-        The file.
+    files : sequence of RowFile
+        One file, or the shards of one data set, in order, see `row_files`.
     title : str
         Name for tables.
     text_column : str
         The column of the texts.
-    labels : bool
-        Whether to read the labels.
-    label_column : str, optional
-        The column that holds them: whole numbers, of which negative ones mean no label, or strings, whose sorted
-        values are the classes. An empty cell or null means no label. Default: ``label``, if there is one.
+    options : Options
+        How to read the labels: whole numbers, of which negative ones mean no label, or strings, whose sorted
+        values are the classes. An empty cell or null means no label.
 
     Raises
     ------
     DataError
-        If the file cannot be read, has no such column, or has no rows.
+        If a file cannot be read, has no such column, or there are no rows.
     """
 
-    def __init__(
-        self, file: RowFile, title: str, text_column: str, *, labels: bool = True, label_column: str | None = None
-    ) -> None:
-        self._file, self._text_column = file, text_column
-        column = label_column or ("label" if "label" in file.columns else None)
-        column = column if labels else None
-        if column is not None and column not in file.columns:
-            raise DataError(f"no column {column!r} in {file.name}: it has {', '.join(file.columns)}")
+    def __init__(self, files: Sequence[RowFile], title: str, text_column: str, options: Options) -> None:
+        self._files, self._text_column = files, text_column
+        self._paths = [file.path for file in files]
+        self.columns = tuple(files[0].columns)
+        column = options.label_of(self.columns, files[0].name)
         given: list[Any] = []
-        # The offset at which each group begins, and the number of rows up to its end.
-        self._starts, self._ends = array("Q", [0]), array("Q")
-        rows = 0
-        for offset, row in file.rows():
-            rows += 1
-            given.append(None if column is None else row.values.get(column))
-            last = self._ends[-1] if self._ends else 0
-            if rows - last == _GROUP_ROWS or offset - self._starts[-1] >= _GROUP_BYTES:
-                self._starts.append(offset)
-                self._ends.append(rows)
-        if not rows:
-            raise DataError(f"no rows in {file.name}")
-        self._ends.append(rows)
+        # The file and the offset at which each group begins, and the number of rows up to its end.
+        self._starts: list[tuple[int, int]] = []
+        self._ends = array("Q")
+        self._first_rows = array("Q")
+        for number, file in enumerate(files):
+            self._starts.append((number, 0))
+            self._first_rows.append(last := len(given))
+            for offset, row in file.rows():
+                given.append(None if column is None else row.values.get(column))
+                if len(given) - last == _GROUP_ROWS or offset - self._starts[-1][1] >= _GROUP_BYTES:
+                    self._starts.append((number, offset))
+                    self._ends.append(last := len(given))
+            self._ends.append(len(given))
+        if not given:
+            raise DataError(f"no rows in {', '.join(file.name for file in files)}")
         super().__init__(title, *class_labels(given))
-        self.columns = tuple(file.columns)
-        if labels and column is None:
-            self.label_columns = tuple(name for name in file.columns if name != text_column)
+        if options.labels and column is None:
+            self.label_columns = tuple(name for name in self.columns if name != text_column)
+        self.text_column = None if isinstance(files[0], LineFile) else text_column
         self._groups = LastGroups()
 
     def column(self, name: str) -> list[Any]:
         """See `Source`."""
         if name not in self.columns:
-            raise DataError(f"no column {name!r} in {self._file.name}: it has {', '.join(self.columns)}")
+            raise DataError(f"no column {name!r} in {self._files[0].name}: it has {', '.join(self.columns)}")
         # As in a table of another format, an empty cell is no value.
-        return [row.values.get(name) if row.values.get(name) != "" else None for _, row in self._file.rows()]
+        values = (row.values.get(name) for file in self._files for _, row in file.rows())
+        return [None if value == "" else value for value in values]
 
     def _value(self, i: int) -> Any:
         group = bisect_right(self._ends, i)
@@ -270,21 +268,75 @@ class TextRows(Texts):
         return row.values.get(self._text_column)
 
     def _group(self, group: int) -> Group[Row]:
-        stop = self._starts[group + 1] if group + 1 < len(self._starts) else None
+        number, start = self._starts[group]
+        file = self._files[number]
+        after, stop = self._starts[group + 1] if group + 1 < len(self._starts) else (-1, 0)
         count = self._ends[group] - (self._ends[group - 1] if group else 0)
         try:
-            rows = Group(row for _, row in self._file.rows(self._starts[group], stop))
+            rows = Group(row for _, row in file.rows(start, stop if after == number else None))
         except OSError as error:
-            raise DataError(f"cannot read {self._file.name}: {reason_of(error)}") from error
+            raise DataError(f"cannot read {file.name}: {reason_of(error)}") from error
         if len(rows) != count:
-            raise DataError(f"{self._file.name} changed while it was read: run again")
+            raise DataError(f"{file.name} changed while it was read: run again")
         return rows
+
+    def _name(self, i: int) -> str:
+        return row_name(self._paths, self._first_rows, i)
+
+    def _identity(self, i: int) -> str:
+        file = self._files[bisect_right(self._first_rows, i) - 1]
+        return f"{file.folder.absolute().identity(file.path)} {self._text_column} {i}"
+
+
+class TextList(Texts):
+    """Texts in memory.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        The texts.
+    title : str
+        Name for tables.
+    table : mapping of str to sequence, optional
+        Columns of the table that the texts are in, by name.
+    text_column : str or None
+        Name of the column of the texts.
+    options : Options
+        How to read the labels, see `TextRows`.
+
+    Raises
+    ------
+    DataError
+        There is no text, or there is no column for the labels.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Any],
+        title: str,
+        options: Options,
+        table: Mapping[str, Sequence[Any]] | None = None,
+        text_column: str | None = None,
+    ) -> None:
+        if not texts:
+            raise DataError(f"no rows in {title}")
+        self._texts, self._table = texts, table or {}
+        column = options.label_of([*self._table], title)
+        super().__init__(title, *class_labels([None] * len(texts) if column is None else self.column(column)))
+        self.columns, self.text_column = tuple(self._table), text_column
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source`."""
+        return list(self._table[name]) if name in self._table else super().column(name)
+
+    def _value(self, i: int) -> Any:
+        return self._texts[i]
 
     def _name(self, i: int) -> str:
         return f"row {i}"
 
     def _identity(self, i: int) -> str:
-        return f"{self._file.folder.absolute().identity(self._file.path)} {self._text_column} {i}"
+        return hashlib.sha256(repr(self._texts[i]).encode()).hexdigest()
 
 
 class ParquetTexts(ParquetTable[str], Texts):
@@ -306,6 +358,15 @@ class ParquetTexts(ParquetTable[str], Texts):
 FORMATS: dict[str, type[RowFile]] = {".csv": CsvFile, ".jsonl": JsonLinesFile, ".txt": LineFile}
 
 
+def row_files(folder: Folder, paths: Sequence[str]) -> list[RowFile]:
+    """Return files of lines by their endings; raise a `DataError` unless all have the same columns."""
+    files = [next(kind for end, kind in FORMATS.items() if path.endswith(end))(folder, path) for path in paths]
+    for file in files:
+        if {*file.columns} != {*files[0].columns}:
+            raise other_columns(file.name, files[0].name)
+    return files
+
+
 def text_column(values: Mapping[str, Sequence[Any]], options: Options) -> str | None:
     """Return the column of a table that holds its texts; None if there is none, or if several could.
 
@@ -323,7 +384,7 @@ def text_column(values: Mapping[str, Sequence[Any]], options: Options) -> str | 
         return options.text_column
     if "text" in values:
         return "text"
-    others = [name for name in values if name != (options.label_column or "label")]
+    others = [name for name in values if name != options.label]
     strings = [name for name in others if any(isinstance(v, str) and not is_number(v) for v in values[name])]
     if len(strings) != 1:
         return None

@@ -86,6 +86,8 @@ class LoadedModel:
         Decisions made while loading that affect the results; often empty.
     own : bool
         Whether the model or its weights are the user's own.
+    classes : list of str or None
+        Class names of the logits, if the model has them.
     """
 
     model: nn.Module
@@ -94,6 +96,7 @@ class LoadedModel:
     name: str
     notes: list[str] = field(default_factory=list)
     own: bool = False
+    classes: list[str] | None = None
 
     @property
     def kind(self) -> Kind:
@@ -146,7 +149,7 @@ def create_model(
     ModelError
         There is no such model, or the weights cannot be downloaded or read, would run code, or do not fit.
     ImportError
-        ``featnorm[vision]`` or, for texts, ``featnorm[text]`` is not installed.
+        ``featnorm[images]`` or, for texts, ``featnorm[text]`` is not installed.
     """
     if is_folder(spec):
         if weights is not None or num_classes is not None:
@@ -306,8 +309,8 @@ def _of_folder(spec: str, pretrained: bool) -> LoadedModel:
     """Return a model of transformers that is in a folder; its name has the absolute path."""
     folder = Path(spec.removeprefix(_FOLDER)).expanduser().absolute()
     with single_precision():
-        model, transform, input_size, classifies = folder_model(folder, pretrained=pretrained)
-    return LoadedModel(model, transform, input_size, f"{_FOLDER}{folder}", own=classifies)
+        model, transform, input_size, classifies, classes = folder_model(folder, pretrained=pretrained)
+    return LoadedModel(model, transform, input_size, f"{_FOLDER}{folder}", own=classifies, classes=classes)
 
 
 def is_folder(spec: str) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,12 +94,13 @@ class TextTransform:
 
 
 class FolderModel(NamedTuple):
-    """A model in a folder: the model, its transform, the shape of its input, and whether it has a classifier."""
+    """A model in a folder, its transform, and the shape of its input; whether it classifies, and its classes."""
 
     model: nn.Module
     transform: Callable[[Any], Any]
     input_size: tuple[int, ...]
     classifies: bool
+    classes: list[str] | None
 
 
 def minilm(*, pretrained: bool = True) -> FolderModel:
@@ -181,12 +183,14 @@ def folder_model(folder: Path, *, pretrained: bool = True) -> FolderModel:
     network = network.eval()
     if kind == "ImageClassification":
         transform: Callable[[Any], Any] = _image_transform(transformers, folder, local)
-        return FolderModel(network, transform, tuple(transform(Image.new("RGB", (256, 256))).shape), True)
+        shape = tuple(transform(Image.new("RGB", (256, 256))).shape)
+        return FolderModel(network, transform, shape, True, _class_names(config))
     transform = _text_transform(transformers, folder, local, network)
     if kind is not None and config.pad_token_id is None:
         config.pad_token_id = transform.padding["input_ids"]
     model = network if kind is not None else TextEncoder(network).eval()
-    return FolderModel(model, transform, (transform.max_tokens,), kind is not None)
+    classes = None if kind is None else _class_names(config)
+    return FolderModel(model, transform, (transform.max_tokens,), kind is not None, classes)
 
 
 def encoder_of(model: nn.Module) -> TextEncoder | None:
@@ -199,6 +203,13 @@ def encoder_of(model: nn.Module) -> TextEncoder | None:
     base: Any = getattr(model, "base_model", None)
     is_of_texts = base is not None and getattr(model, "main_input_name", "") == "input_ids"
     return TextEncoder(copy.deepcopy(base)).eval() if is_of_texts else None
+
+
+def _class_names(config: Any) -> list[str] | None:
+    """Return the class names of a classifier; None if they are those that transformers makes up."""
+    names = [str(config.id2label[i]) for i in range(len(config.id2label)) if i in config.id2label]
+    made_up = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    return None if made_up or len(names) < len(config.id2label) else names
 
 
 def _text_transform(

@@ -14,9 +14,9 @@ from featnorm.drift import DriftMonitor
 
 _MAX_POINTS = 2000
 _MAX_LATEST = 1000
-# Maximum number of bins in the plot of mean p-values, and minimum number of images in a bin.
+# Maximum number of bins in the plot of mean p-values, and minimum number of inputs in a bin.
 _MAX_BINS = 50
-_MIN_IMAGES = 20
+_MIN_INPUTS = 20
 
 Array = npt.NDArray[np.float64]
 
@@ -24,11 +24,11 @@ Array = npt.NDArray[np.float64]
 class StreamHistory:
     """The history of a stream in a bounded number of points, and its latest scores.
 
-    Every point but the last covers the same number of images. If there are too many points, neighbors are merged.
+    Every point but the last covers the same number of inputs. If there are too many points, neighbors are merged.
 
     Attributes
     ----------
-    count : number of images so far.
+    count : number of inputs so far.
     latest, latest_p_values : the last scores and their p-values, at most 1000.
     """
 
@@ -73,16 +73,16 @@ class StreamHistory:
             self._step *= 2
 
     def evidence(self) -> tuple[Array, Array]:
-        """Return increasing image counts, from 0, and the highest evidence between each and the one before."""
+        """Return increasing counts, from 0, and the highest evidence between each and the one before."""
         ends = [min((i + 1) * self._step, self.count) for i in range(len(self._highest))]
         return np.array([0.0, *ends]), np.array([0.0, *self._highest])
 
     def mean_p_values(self) -> tuple[Array, Array]:
-        """Return the edges of bins, as image counts (n + 1,), and the mean p-value in each bin (n,)."""
-        points = max(-(-_MIN_IMAGES // self._step), -(-len(self._p_sums) // _MAX_BINS))
+        """Return the edges of bins, as counts (n + 1,), and the mean p-value in each bin (n,)."""
+        points = max(-(-_MIN_INPUTS // self._step), -(-len(self._p_sums) // _MAX_BINS))
         starts = np.arange(0, len(self._p_sums), points)
         if len(starts) > 1 and self.count - starts[-1] * self._step < points * self._step / 2:
-            # The last bin has too few images for a meaningful mean: merge it into the one before.
+            # The last bin has too few inputs for a meaningful mean: merge it into the one before.
             starts = starts[:-1]
         edges = np.array([*(starts * self._step), self.count], np.float64)
         return edges, np.add.reduceat(np.array(self._p_sums), starts) / np.diff(edges)
@@ -128,20 +128,24 @@ def write_drift_page(
         title="Drift" if alarmed_at else "No drift",
         summary=summary,
         facts=facts,
+        noun=calibration.noun,
         alarmed_at=alarmed_at,
         alarm_evidence=format_evidence(monitor.alarm_level),
         evidence=plots.evidence(
             *history.evidence(),
             monitor.alarm_level,
             alarmed_at,
+            noun=calibration.noun,
             prefix="e",
-            label=f"Evidence for drift over {history.count} images, at most {format_evidence(monitor.highest)}.",
+            label=f"Evidence for drift over {history.count} {calibration.noun}s, at most "
+            f"{format_evidence(monitor.highest)}.",
         ),
         p_values=plots.mean_p_values(
             edges,
             means,
             usual,
             alarmed_at,
+            noun=calibration.noun,
             prefix="p",
             label=f"Mean p-values, from {means[0]:.2f} at the start to {means[-1]:.2f} at the end.",
         ),

@@ -189,36 +189,40 @@ def roc(
 
 
 def evidence(
-    images: Array, log10: Array, alarm_level: float, alarmed_at: int | None, *, prefix: str, label: str
+    counts: Array, log10: Array, alarm_level: float, alarmed_at: int | None, *, noun: str, prefix: str, label: str
 ) -> Markup:
     """Draw the evidence for drift over a stream, as SVG.
 
     Parameters
     ----------
-    images, log10 : (n,) image counts, and the base-10 logarithm of the evidence there.
-    alarm_level, alarmed_at : logarithm at which the alarm is raised, and the image count at which it was, if any.
+    counts, log10 : (n,) numbers of inputs, and the base-10 logarithm of the evidence there.
+    alarm_level, alarmed_at : logarithm at which the alarm is raised, and the number of the input at which it was.
+    noun : what an input is called.
     prefix, label : see `histogram`.
     """
-    with _stream("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO} of the evidence", images[-1], alarmed_at) as (figure, ax):
+    with _stream("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO} of the evidence", counts[-1], alarmed_at, noun) as (
+        figure,
+        ax,
+    ):
         ax.axhline(alarm_level, color=_ROLES["ink"], lw=1.3, ls=(0, (4, 3)))
-        ax.plot(images, log10, color=_color(0), lw=1.7, clip_on=False)
+        ax.plot(counts, log10, color=_color(0), lw=1.7, clip_on=False)
         ax.set_ylim(min(-1.0, float(log10.min())), 1.08 * max(alarm_level, float(log10.max())))
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         return _svg(figure, _STREAM, prefix, label)
 
 
 def mean_p_values(
-    edges: Array, means: Array, usual: Array, alarmed_at: int | None, *, prefix: str, label: str
+    edges: Array, means: Array, usual: Array, alarmed_at: int | None, *, noun: str, prefix: str, label: str
 ) -> Markup:
     """Draw the mean p-value of a stream in bins, as SVG.
 
     Parameters
     ----------
-    edges, means : (n + 1,) edges of the bins as image counts, and (n,) mean p-value in each.
+    edges, means : (n + 1,) edges of the bins as numbers of inputs, and (n,) mean p-value in each.
     usual : (n,) half-width of the interval around 1/2 that holds 95 % of the means without drift.
-    alarmed_at, prefix, label : see `evidence`.
+    alarmed_at, noun, prefix, label : see `evidence`.
     """
-    with _stream("mean p-value", edges[-1], alarmed_at) as (figure, ax):
+    with _stream("mean p-value", edges[-1], alarmed_at, noun) as (figure, ax):
         ax.stairs(0.5 + usual, edges, baseline=0.5 - usual, fill=True, color=_ROLES["rule"])
         ax.axhline(0.5, color=_ROLES["ink"], lw=1.3, ls=(0, (4, 3)))
         ax.stairs(means, edges, baseline=None, color=_color(0), lw=1.7)
@@ -228,10 +232,10 @@ def mean_p_values(
 
 
 @contextmanager
-def _stream(ylabel: str, images: float, alarmed_at: int | None) -> Iterator[tuple[Figure, Axes]]:
-    """Yield axes over the images of a stream, with a line where the alarm was raised."""
-    with _axes(_STREAM, "image, in order of time", ylabel) as (figure, ax):
-        ax.set_xlim(0, images)
+def _stream(ylabel: str, count: float, alarmed_at: int | None, noun: str) -> Iterator[tuple[Figure, Axes]]:
+    """Yield axes over the inputs of a stream, with a line where the alarm was raised."""
+    with _axes(_STREAM, f"{noun}, in order of time", ylabel) as (figure, ax):
+        ax.set_xlim(0, count)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if alarmed_at is not None:

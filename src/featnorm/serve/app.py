@@ -25,7 +25,7 @@ from featnorm.serve.hosts import HostCheck, allowed_name
 from featnorm.serve.limits import MAX_PICTURED, RETRY, BodyLimit, Limits
 from featnorm.serve.metrics import Metrics
 from featnorm.serve.page import home_page, not_found
-from featnorm.serve.requests import ImageCounts, RequestLog, problem
+from featnorm.serve.requests import InputCounts, RequestLog, problem
 from featnorm.serve.responses import Detector, Problem, Results, Scorers, result_of
 from featnorm.serve.scorers import ScorerFile, ServedScorer, ServedScorers
 from featnorm.serve.uploads import DESCRIPTION, read_body, read_uploads
@@ -138,18 +138,18 @@ def create_app(
 
     authenticated = [] if token is None else [Depends(authenticate)]
     rejections: dict[int | str, dict[str, Any]] = {
-        400: {"model": Problem, "description": "The body cannot be read, or contains no image."},
+        400: {"model": Problem, "description": "The body cannot be read, or contains no input."},
         401: {"model": Problem, "description": "The token is missing or wrong."},
         403: {"model": Problem, "description": "The request comes from a page of another origin."},
         404: {"model": Problem, "description": "The service has no scorer of this name."},
         408: {"model": Problem, "description": "The request body did not arrive in time."},
-        413: {"model": Problem, "description": "The body is too long, or contains too many images or pixels."},
+        413: {"model": Problem, "description": "The body is too long, or contains too many inputs or pixels."},
         415: {
             "model": Problem,
             "description": "The type of the body is not supported, or the body is compressed.",
         },
         421: {"model": Problem, "description": "The request is for another host."},
-        422: {"model": Results, "description": "None of the images could be scored."},
+        422: {"model": Results, "description": "None of the inputs could be scored."},
         503: {"model": Problem, "description": "The queue is full, or scoring took too long; see Retry-After."},
     }
 
@@ -168,14 +168,14 @@ def create_app(
             Query(
                 description="Whether to explain the verdicts. The explanations of flagged images, at most "
                 f"{MAX_PICTURED} per request, those with the lowest scores, have pictures: thumbnails of similar "
-                "images that the detector was fitted to, and a heat map. Each of these counts as another image in "
-                "the queue, and takes as long as several images. If the service is busy, there are no "
-                "pictures, and `no_heat` says so."
+                "images that the detector was fitted to, and a heat map; those of texts and rows have none. Each "
+                "of these counts as another image in the queue, and takes as long as several images. If the "
+                "service is busy, there are no pictures, and `no_heat` says so."
             ),
         ] = False,
         group: Annotated[
             str | None,
-            Query(description="Group of the images, for a scorer with thresholds by group other than `class`."),
+            Query(description="Group of the inputs, for a scorer with thresholds by group other than `class`."),
         ] = None,
     ) -> Response:
         scorer = selected(request)
@@ -198,13 +198,13 @@ def create_app(
             return await running.batcher.score(uploads, scorer, explain=explain, group=group)
 
         verdicts, whys = await _unless_disconnected(request, scored(), limits)
-        counts: ImageCounts = request.state.image_counts
+        counts: InputCounts = request.state.input_counts
         for verdict in verdicts:
-            metrics.image(scorer, verdict)
-            counts.images += 1
+            metrics.verdict(scorer, verdict)
+            counts.inputs += 1
             counts.flagged += verdict.is_id is False
             counts.unreadable += verdict.error is not None
-        status = 422 if counts.unreadable == counts.images else 200
+        status = 422 if counts.unreadable == counts.inputs else 200
         results = [result_of(verdict) for verdict in verdicts]
         if explain:
             for i, result in enumerate(results):
@@ -263,14 +263,14 @@ def create_app(
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/readyz", summary="Whether images can be scored", responses={503: {"model": Problem}})
+    @app.get("/readyz", summary="Whether inputs can be scored", responses={503: {"model": Problem}})
     @app.head("/readyz", include_in_schema=False)
     async def is_ready() -> dict[str, str]:
         if not start().ready:
             raise HTTPException(503, "the service is not ready: it is starting, or shutting down", RETRY)
         return {"status": "ready"}
 
-    page = home_page()
+    page = home_page({scorer.kind for scorer in served.values()})
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     @app.head("/", include_in_schema=False)
@@ -314,7 +314,7 @@ async def _unless_disconnected(request: Request, work: Any, limits: Limits) -> S
         if leaving.done():
             raise ClientDisconnect
         raise HTTPException(
-            503, f"the images were not scored within {limits.seconds:g} seconds: try again later", RETRY
+            503, f"the inputs were not scored within {limits.seconds:g} seconds: try again later", RETRY
         )
     finally:
         working.cancel()

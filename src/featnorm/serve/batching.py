@@ -1,7 +1,6 @@
-"""Batching of the images of all pending requests."""
+"""Batching of the inputs of all pending requests."""
 
 import asyncio
-import json
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ _BUSY = "the service is busy"
 _TOO_MANY = f"only the {MAX_PICTURED} flagged images of a request with the lowest scores have one"
 _FAILED = "an internal error: see the log of the service"
 
-#: Verdicts on the images of a request, and explanations by the position of the image.
+#: Verdicts on the inputs of a request, and explanations by the position of the input.
 Scored = tuple[list[ItemVerdict], dict[int, Why]]
 
 
@@ -109,7 +108,7 @@ class Batcher:
         limits = self._limits
         if len(self._pending) + len(uploads) > limits.queue:
             raise HTTPException(
-                503, f"{len(self._pending)} images are already in the queue: try again later", RETRY
+                503, f"{len(self._pending)} inputs are already in the queue: try again later", RETRY
             )
         costs = [self._cost(upload) for upload in uploads]
         pixels = sum(costs)
@@ -208,7 +207,8 @@ class Batcher:
         # An image with too many pixels is rejected by its header, and not decoded.
         pixels, decoding, opening = upload.cost
         cost = opening + (decoding if pixels <= self._limits.pixels else 0)
-        return min(max(cost, _MIN_PIXELS_PER_BYTE * len(upload.data)), self._limits.queue_pixels)
+        size = upload.size or len(upload.data)
+        return min(max(cost, _MIN_PIXELS_PER_BYTE * size), self._limits.queue_pixels)
 
     def _read(self, upload: Upload, scorer: "ServedScorer") -> Any:
         """Return the transformed item, or why it cannot be scored."""
@@ -219,8 +219,8 @@ class Batcher:
             if kind is IMAGES:
                 item: Any = decode(upload.data, upload.name, max_pixels=self._limits.pixels)
             else:
-                text = upload.data.decode("utf-8", "surrogatepass")
-                item = kind.item_of(json.loads(text) if kind is ROWS else text, upload.name)
+                raw = upload.data if kind is ROWS else upload.data.decode("utf-8", "surrogatepass")
+                item = kind.item_of(raw, upload.name)
         except ItemError as error:
             return error.reason
         try:

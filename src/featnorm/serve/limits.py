@@ -32,18 +32,18 @@ class Limits:
     ----------
     body_bytes : int
         Maximum size of a request body in bytes; 413 if it is larger.
-    images : int
-        Maximum number of images per request; 413 if there are more.
+    inputs : int
+        Maximum number of images, texts or rows per request; 413 if there are more.
     pixels : int
         Maximum number of pixels per image. Only the image itself is rejected.
     queue : int
-        Maximum number of images of all requests that wait for the model; 503 if there are more. Explanations with
+        Maximum number of inputs of all requests that wait for the model; 503 if there are more. Explanations with
         pictures count as well; beyond the limit, they have no pictures.
     seconds : float
         Timeout of a request in seconds: 408 if its body is incomplete by then, else 503. In `featnorm serve`, also
         the timeout for sending the head of a request, and for reading a response.
     batch_size : int
-        Maximum number of images that the model scores at once.
+        Maximum number of inputs that the model scores at once.
     queue_pixels : int
         Maximum number of pixels of all requests that wait to be decoded, by the headers of the images; 503 if
         there are more, and 413 if a single request has more. An encoded byte counts as at least 4 pixels, and as
@@ -64,7 +64,7 @@ class Limits:
     """
 
     body_bytes: int = 16 * 2**20
-    images: int = 64
+    inputs: int = 64
     pixels: int = 50_000_000
     queue: int = 256
     seconds: float = 30.0
@@ -78,9 +78,9 @@ class Limits:
             value = getattr(self, limit.name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"the limit {limit.name} is {value}: it must be above 0, and finite")
-        if self.images > self.queue:
+        if self.inputs > self.queue:
             raise ValueError(
-                f"a request may have {self.images} images, but the queue only {self.queue}: "
+                f"a request may have {self.inputs} inputs, but the queue only {self.queue}: "
                 "it must allow at least as many"
             )
         if self.pixels > MAX_PIXELS:

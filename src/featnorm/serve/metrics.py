@@ -21,17 +21,17 @@ from featnorm.verdict import ItemVerdict
 if TYPE_CHECKING:
     from featnorm.serve.scorers import ServedScorer, ServedScorers
 
-# Number of most recent images in the share of flagged ones.
+# Number of most recent inputs in the share of flagged ones.
 _RECENT = 1000
 # Probability that a stream without drift ever raises the alarm.
 _FALSE_ALARM = 0.01
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-_SCORES = "featnorm_score", "Scores of images; the buckets end at quantiles of the scorer's calibration set."
+_SCORES = "featnorm_score", "Scores of inputs; the buckets end at quantiles of the scorer's calibration set."
 
 
-class ScoredImages:
-    """Statistics of the images of one scorer that start over when its file is loaded again.
+class ScoredInputs:
+    """Statistics of the inputs of one scorer that start over when its file is loaded again.
 
     Parameters
     ----------
@@ -55,8 +55,8 @@ class ScoredImages:
         self._histogram = Histogram(*_SCORES, ["scorer"], buckets=self._bounds, registry=None)
         self._scores = self._histogram.labels(name)
 
-    def image(self, score: float, flagged: bool) -> None:
-        """Count an image."""
+    def add(self, score: float, flagged: bool) -> None:
+        """Count an input."""
         self._recent.append(flagged)
         if self.drift is not None:
             with self._lock:
@@ -73,7 +73,7 @@ class ScoredImages:
 
     @property
     def flagged_share(self) -> float:
-        """Share of the most recent images that were flagged as OOD; NaN if there is none."""
+        """Share of the most recent inputs that were flagged as OOD; NaN if there is none."""
         return sum(self._recent) / len(self._recent) if self._recent else math.nan
 
 
@@ -85,9 +85,9 @@ class Metrics(Collector):
     scorers : ServedScorers
         The scorers of the service.
     pending : callable
-        Returns the number of images in the queue by name of the scorer.
+        Returns the number of inputs in the queue by name of the scorer.
     batch_size : int
-        Maximum number of images per batch.
+        Maximum number of inputs per batch.
     """
 
     def __init__(self, scorers: "ServedScorers", pending: Callable[[], Counts[str]], batch_size: int) -> None:
@@ -101,17 +101,17 @@ class Metrics(Collector):
             buckets=_LATENCIES,
             registry=registry,
         )
-        self._images = Counter(
-            "featnorm_images", "Images by their verdict.", ["scorer", "verdict"], registry=registry
+        self._inputs = Counter(
+            "featnorm_inputs", "Inputs by their verdict.", ["scorer", "verdict"], registry=registry
         )
         sizes = [2**i for i in range(math.ceil(math.log2(batch_size)))] + [batch_size]
         self._batches = Histogram(
-            "featnorm_batch_images", "Images per batch of the model.", ["scorer"], buckets=sizes, registry=registry
+            "featnorm_batch_inputs", "Inputs per batch of the model.", ["scorer"], buckets=sizes, registry=registry
         )
         for name in scorers:  # from the start, so that their rates can be computed
             self._batches.labels(name)
             for verdict in ("ID", "OOD", "unreadable"):
-                self._images.labels(name, verdict)
+                self._inputs.labels(name, verdict)
         registry.register(self)
 
     def request(self, scorer: str, route: str, status: int, seconds: float) -> None:
@@ -122,28 +122,28 @@ class Metrics(Collector):
         """Count a batch."""
         self._batches.labels(scorer).observe(size)
 
-    def image(self, scorer: "ServedScorer", verdict: ItemVerdict) -> None:
-        """Count an image with its verdict."""
+    def verdict(self, scorer: "ServedScorer", verdict: ItemVerdict) -> None:
+        """Count an input by its verdict."""
         word = {True: "ID", False: "OOD", None: "unreadable"}[verdict.is_id]
-        self._images.labels(scorer.name, word).inc()
+        self._inputs.labels(scorer.name, word).inc()
         if verdict.score is not None:
-            scorer.seen.image(verdict.score, verdict.is_id is False)
+            scorer.seen.add(verdict.score, verdict.is_id is False)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics that are computed when they are requested."""
         scores = Metric(*_SCORES, "histogram")
         share = GaugeMetricFamily(
             "featnorm_flagged_share",
-            f"Share of the last {_RECENT} scored images that were flagged as OOD.",
+            f"Share of the last {_RECENT} scored inputs that were flagged as OOD.",
             labels=["scorer"],
         )
-        queue = GaugeMetricFamily("featnorm_queue_images", "Images in the queue of the model.", labels=["scorer"])
+        queue = GaugeMetricFamily("featnorm_queue_inputs", "Inputs in the queue of the model.", labels=["scorer"])
         reloads = CounterMetricFamily(
             "featnorm_reloads", "Times that a scorer's file was loaded again.", labels=["scorer", "result"]
         )
         evidence = GaugeMetricFamily(
             "featnorm_drift_log10_evidence",
-            "Evidence that the scored images have drifted from the calibration set; 0 at the start.",
+            "Evidence that the scored inputs have drifted from the calibration set; 0 at the start.",
             labels=["scorer"],
         )
         alarm = GaugeMetricFamily(

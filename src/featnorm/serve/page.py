@@ -3,26 +3,34 @@
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from featnorm.inputs.formats import FORMATS
+from featnorm.inputs.kinds import IMAGES, Kind
 from featnorm.report.html import render
 from featnorm.serve.requests import problem
 
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
-def home_page() -> HTMLResponse:
-    """Return the page that scores images."""
+def home_page(kinds: Set[Kind]) -> HTMLResponse:
+    """Return the page that scores images, texts or rows, in the words for what all scorers of the service take."""
+    noun, one, verb = "input", "an input", "Send"
+    if len(kinds) == 1:
+        (kind,) = kinds
+        noun, one, verb = kind.noun, kind.one, "Drop" if kind is IMAGES else "Paste"
     return _page(
         "page.html",
-        title="Does the model know this image?",
-        summary="Drop an image to see whether it is in-distribution for the detector.",
+        title=f"Does the model know this {noun}?",
+        summary=f"{verb} {one} to see whether it is in-distribution for the detector.",
         formats=", ".join(FORMATS),
+        noun=noun,
+        one=one,
+        verb=verb,
     )
 
 

@@ -24,10 +24,10 @@ _CLIENT_CLOSED = 499
 
 
 @dataclass
-class ImageCounts:
-    """Number of images of a request, of those that were flagged as OOD, and of those that were unreadable."""
+class InputCounts:
+    """Number of inputs of a request, of those that were flagged as OOD, and of those that were unreadable."""
 
-    images: int = 0
+    inputs: int = 0
     flagged: int = 0
     unreadable: int = 0
 
@@ -48,7 +48,7 @@ class RequestLog:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request to the application, with ``request_id``, ``image_counts`` and ``scorer`` in its state.
+        """Pass a request to the application, with ``request_id``, ``input_counts`` and ``scorer`` in its state.
 
         The application sets ``scorer`` to the name of the scorer that the request is for.
         """
@@ -58,9 +58,9 @@ class RequestLog:
         began = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        counts = ImageCounts()
+        counts = InputCounts()
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, image_counts=counts, scorer="")
+        state.update(request_id=request_id, input_counts=counts, scorer="")
         status = _CLIENT_CLOSED
 
         async def send_with_id(message: Message) -> None:

@@ -20,17 +20,19 @@ _MIN_BINS, _MAX_BINS = 12, 40
 
 
 class SimilarItem(BaseModel):
-    """An image or text that the detector was fitted to, among a sample of those."""
+    """An image, text or row that the detector was fitted to, among a sample of those."""
 
     label: str | None = Field(description="Class of the item, if it has one.")
-    similarity: float = Field(description="Cosine similarity of the features, at most 1.")
+    similarity: float = Field(
+        description="Cosine similarity of the features, at most 1; for the rows of a table, minus their distance."
+    )
     thumbnail: str | None = Field(
         description="Thumbnail of at most 64 x 64 pixels as a `data:` URL. Null if the explanation has no "
         "pictures, or if the detector was fitted with `--no-thumbnails`."
     )
     text: str | None = Field(
-        description="The first 200 characters of a text. Null for an image, or if the detector was fitted with "
-        "`--no-thumbnails`."
+        description="The first 200 characters of a text or row. Null for an image, or if the detector was fitted "
+        "with `--no-thumbnails`."
     )
 
 
@@ -42,10 +44,10 @@ class HeatMap(BaseModel):
 
 
 class Why(BaseModel):
-    """Why an image has its score, as far as it is known."""
+    """Why an input has its score, as far as it is known."""
 
     units: list[tuple[str, str]] = Field(
-        description="Comparison of the last hidden layer with in-distribution images: rows of a property and its "
+        description="Comparison of the last hidden layer with in-distribution inputs: rows of a property and its "
         "value. Empty if the model has no such layer."
     )
     terms: list[tuple[str, float | None]] = Field(
@@ -53,7 +55,7 @@ class Why(BaseModel):
         "other detectors."
     )
     nearest: list[SimilarItem] = Field(
-        description="Most similar images of a sample of those that the detector was fitted to, best first."
+        description="Most similar inputs of a sample of those that the detector was fitted to, best first."
     )
     heat: HeatMap | None = Field(description="Heat map, if the explanation has pictures.")
     no_heat: str | None = Field(description="Why a flagged image has no heat map.")
@@ -73,17 +75,19 @@ class Box(BaseModel):
 
 
 class Result(BaseModel):
-    """The result for one image."""
+    """The result for one input."""
 
-    name: str = Field(description="File name of the image, or `image N` or `text N` if the request has none.")
+    name: str = Field(
+        description="File name of the image, or `image N`, `text N` or `row N` if the request has none."
+    )
     score: float | None = Field(
-        description="Score; higher is more in-distribution. Null if the image cannot be read, or if the score is "
+        description="Score; higher is more in-distribution. Null if the input cannot be read, or if the score is "
         "infinite, which JSON cannot represent; p-value and verdict are then valid all the same."
     )
     p_value: float | None = Field(description="Conformal p-value; a small one means out-of-distribution.")
     verdict: Literal["ID", "OOD"] | None = Field(description="ID if the score reaches the threshold, else OOD.")
     predicted: str | None = Field(description="Predicted class, if the detector was fitted on labels.")
-    error: str | None = Field(description="Why the image cannot be scored.")
+    error: str | None = Field(description="Why the input cannot be scored.")
     group: str | None = Field(description="Group whose threshold applies, if the scorer has thresholds by group.")
     flagged_share: float | None = Field(
         description="Share of the positions or boxes of the image that are flagged as OOD, if the scorer has "
@@ -94,7 +98,7 @@ class Result(BaseModel):
 
 
 class Results(BaseModel):
-    """The results for the images of a request, in their order."""
+    """The results for the inputs of a request, in their order."""
 
     results: list[Result]
     digest: str = Field(description="Digest of the scorer that gave the results.")
@@ -129,13 +133,13 @@ class Scorers(BaseModel):
 
 
 class Drift(BaseModel):
-    """Whether the images scored since the file was loaded have drifted from the calibration images as a whole."""
+    """Whether the inputs scored since the file was loaded have drifted from the calibration set as a whole."""
 
-    images: int = Field(description="Number of images scored so far.")
+    inputs: int = Field(description="Number of inputs scored so far.")
     log10_evidence: float = Field(description="Evidence for drift, as a base-10 logarithm; 0 at the start.")
     highest: float = Field(description="Maximum of `log10_evidence` so far.")
     alarm_level: float = Field(description="The evidence at which the alarm is raised.")
-    alarmed_at: int | None = Field(description="Number of the image at which it was, from 1; null before.")
+    alarmed_at: int | None = Field(description="Number of the input at which it was, from 1; null before.")
 
     @classmethod
     def of(cls, monitor: DriftMonitor | None) -> Self | None:
@@ -144,7 +148,7 @@ class Drift(BaseModel):
             None
             if monitor is None
             else cls(
-                images=monitor.count,
+                inputs=monitor.count,
                 log10_evidence=monitor.log10_evidence,
                 highest=monitor.highest,
                 alarm_level=monitor.alarm_level,
@@ -168,12 +172,12 @@ class Detector(ScorerSummary):
         "class; otherwise a request for a score needs the parameter `group`."
     )
     thresholds: dict[str, float | None] | None = Field(description="Thresholds by group, if there are groups.")
-    tpr: float = Field(description="Minimum share of in-distribution images that are accepted.")
-    calibration: Histogram = Field(description="Scores of the held-out images on which p-values are based.")
+    tpr: float = Field(description="Minimum share of in-distribution inputs that are accepted.")
+    calibration: Histogram = Field(description="Scores of the held-out inputs on which p-values are based.")
     explains: bool = Field(description="Whether it can explain its verdicts.")
     limits: dict[str, int | float]
     drift: Drift | None = Field(
-        description="Null if the detector was calibrated by leaving images out of its fit in turn: there are no "
+        description="Null if the detector was calibrated by leaving inputs out of its fit in turn: there are no "
         "calibration scores to compare others with."
     )
 

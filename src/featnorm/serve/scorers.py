@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
+from featnorm.engine import MIN_ITEMS, FeatureEngine
 from featnorm.report.explanation import grayscale, heat_map
 from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
@@ -20,13 +22,15 @@ from featnorm.scorer import Scorer
 from featnorm.scorer_file import load
 from featnorm.serve.batching import Pending
 from featnorm.serve.limits import Limits
-from featnorm.serve.metrics import ScoredImages
+from featnorm.serve.metrics import ScoredInputs
 from featnorm.serve.responses import Detector, Drift, HeatMap, Why, finite, histogram, why_of
 from featnorm.verdict import ItemVerdict
 
 log = logging.getLogger("featnorm.serve")
 
 _ALONE = "default"
+# Seconds per item from which a model is worth an export, which takes about ten seconds.
+_SLOW = 0.005
 
 
 class ScorerFile:
@@ -94,7 +98,7 @@ class ServedScorer:
     name : name in addresses and metrics.
     scorer : calibrated scorer with a preprocess.
     limits : limits of the service, for its description.
-    runtime : precision to score in.
+    runtime : precision to score in, and the engine. Default: PyTorch in single precision.
 
     Attributes
     ----------
@@ -104,10 +108,10 @@ class ServedScorer:
         From an item to what the model takes.
     description : Detector
         What `/v1/detector` returns, with the drift when the scorer was loaded; see `current`.
-    seen : ScoredImages
-        Statistics of the images that this scorer has scored.
+    seen : ScoredInputs
+        Statistics of the inputs that this scorer has scored.
     groups : tuple of str
-        Groups of which each image must have one; empty if the scorer needs none.
+        Groups of which each input must have one; empty if the scorer needs none.
 
     Raises
     ------
@@ -123,12 +127,13 @@ class ServedScorer:
         self.name = name
         self.transform = scorer.require_preprocess()
         self.kind = scorer.kind
-        self.seen = ScoredImages(name, calibration.scores)
+        self.seen = ScoredInputs(name, calibration.scores)
         self.groups = () if scorer.thresholds_by == "class" else calibration.group_names
         self._scorer = scorer
         self._runtime = runtime
         # The digest contains the trace of the model, which a scorer calibrated on features does not have yet.
         scorer.tap.capture(scorer.reference_inputs(), classifier=False)
+        self._engine = None if runtime is None else _engine(scorer, runtime)
         thresholds = calibration.threshold.reshape(-1).tolist()
         names = calibration.group_names
         self.description = Detector(
@@ -168,6 +173,7 @@ class ServedScorer:
             explain=[i for i, image in enumerate(images) if image.explain],
             heat=heat,
             runtime=self._runtime,
+            engine=self._engine,
         )
 
     def explain(self, images: Sequence[Pending]) -> list[Why]:
@@ -187,7 +193,9 @@ class ServedScorer:
         """Score the item of reference, as the first takes longer; ``how`` is passed to `Scorer.predict_batch`."""
         groups = None if self.any_group is None else [self.any_group]
         inputs = self._scorer.reference_inputs()
-        self._scorer.predict_batch(inputs, ["warm-up"], groups=groups, runtime=self._runtime, **how)
+        self._scorer.predict_batch(
+            inputs, ["warm-up"], groups=groups, runtime=self._runtime, engine=self._engine, **how
+        )
 
     def warm_up_explanations(self) -> None:
         """Explain the item of reference, as the first takes seconds. If that fails, items are scored anyway."""
@@ -196,6 +204,13 @@ class ServedScorer:
                 self.warm_up(explain=[0], heat=True)
             except Exception:
                 log.exception("an explanation failed")
+
+
+def _engine(scorer: Scorer, runtime: Runtime) -> FeatureEngine | None:
+    """Return what runs a scorer's model in place of PyTorch, for any number of items; see `Scorer.engine`."""
+    inputs = scorer.reference_inputs()
+    seconds = min(timeit.repeat(lambda: scorer.tap.capture(inputs, classifier=False), number=1, repeat=3))
+    return scorer.engine(runtime, MIN_ITEMS if seconds >= _SLOW else 0)
 
 
 class ServedScorers(Mapping[str, ServedScorer]):

@@ -91,12 +91,16 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class Upload(NamedTuple):
-    """One item of a request: its name and its bytes (of a row, JSON; in UTF-8), or why there are no bytes."""
+    """One item of a request: its name, and its bytes (of a text in UTF-8) or its row, or why there are none.
+
+    The size is the number of bytes in the request that a row counts as.
+    """
 
     name: str
-    data: bytes
+    data: Any
     error: str | None = None
     cost: DecodingCost = DecodingCost()
+    size: int = 0
 
 
 class Body(NamedTuple):
@@ -161,7 +165,7 @@ async def read_uploads(body: Body, kind: Kind, limits: Limits, parser: Executor)
         If the body cannot be read, or contains no item or too many.
     """
     loop = asyncio.get_running_loop()
-    uploads = await loop.run_in_executor(parser, _parse, body, kind, limits.images)
+    uploads = await loop.run_in_executor(parser, _parse, body, kind, limits.inputs)
     if not uploads:
         raise HTTPException(400, f"the request contains no {kind.noun}")
     if kind is not IMAGES:
@@ -172,17 +176,17 @@ async def read_uploads(body: Body, kind: Kind, limits: Limits, parser: Executor)
     ]
 
 
-def _parse(body: Body, kind: Kind, max_images: int) -> list[Upload]:
+def _parse(body: Body, kind: Kind, max_items: int) -> list[Upload]:
     if body.media_type == "application/json":
-        return _from_json(body.content, kind, max_images)
+        return _from_json(body.content, kind, max_items)
     if body.media_type == "multipart/form-data":
-        return _from_form(body.content, body.content_type, max_images)
+        return _from_form(body.content, body.content_type, max_items)
     return [Upload("image 1", body.content)]
 
 
-def _from_json(body: bytes, kind: Kind, max_images: int) -> list[Upload]:
+def _from_json(body: bytes, kind: Kind, max_items: int) -> list[Upload]:
     schema = _SCHEMAS[kind]
-    max_values = _BASE_VALUES + (_VALUES_PER_ROW if kind is ROWS else _VALUES_PER_ITEM) * max_images
+    max_values = _BASE_VALUES + (_VALUES_PER_ROW if kind is ROWS else _VALUES_PER_ITEM) * max_items
     bare = body if kind is IMAGES else _STRING.sub(b"", body)  # base64 has none of these
     if sum(map(bare.count, (b",", b":", b"[", b"{"))) > max_values:
         raise HTTPException(400, f"the body contains more than {max_values:,} values: send {schema}")
@@ -193,16 +197,17 @@ def _from_json(body: bytes, kind: Kind, max_images: int) -> list[Upload]:
     items = content.get(kind.name) if isinstance(content, dict) else None
     if not isinstance(items, list):
         raise HTTPException(400, f"the body contains no list of {kind.name}: send {schema}")
-    if len(items) > max_images:
-        raise _too_many(kind, max_images)
-    return [_from_entry(kind, number, entry) for number, entry in enumerate(items, start=1)]
+    if len(items) > max_items:
+        raise _too_many(kind, max_items)
+    size = len(body) // max(1, len(items))
+    return [_from_entry(kind, number, entry, size) for number, entry in enumerate(items, start=1)]
 
 
-def _from_entry(kind: Kind, number: int, entry: Any) -> Upload:
+def _from_entry(kind: Kind, number: int, entry: Any, size: int) -> Upload:
     if kind is ROWS:
         if not isinstance(entry, (list, dict)):
             raise HTTPException(400, f"row {number} must be a list or an object: send {_SCHEMAS[kind]}")
-        return Upload(f"row {number}", json.dumps(entry).encode())
+        return Upload(f"row {number}", entry, size=size)
     key, what = ("data", "a base64 string") if kind is IMAGES else ("text", "a string")
     name, data = (entry.get("name"), entry.get(key)) if isinstance(entry, dict) else (None, entry)
     if not isinstance(data, str) or not isinstance(name, str | None):
@@ -243,13 +248,13 @@ _DATA_URL = re.compile(r"\s*data:", re.IGNORECASE)
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
-def _from_form(body: bytes, content_type: str, max_images: int) -> list[Upload]:
+def _from_form(body: bytes, content_type: str, max_items: int) -> list[Upload]:
     try:
-        parts = read_form(body, content_type, max_images)
+        parts = read_form(body, content_type, max_items)
     except FormError as error:
         raise HTTPException(400, f"the form cannot be read: {error}") from None
-    if len(parts) > max_images:
-        raise _too_many(IMAGES, max_images)
+    if len(parts) > max_items:
+        raise _too_many(IMAGES, max_items)
     for number, part in enumerate(parts, start=1):
         if part.filename is None:
             raise HTTPException(400, f"part {number} of the form, {part.field!r}, is not a file")

@@ -1,7 +1,6 @@
 """The threads and tasks of a service in one event loop: `Workers`."""
 
 import asyncio
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -19,10 +18,10 @@ log = logging.getLogger("featnorm.serve")
 _POLL = 1.0
 
 
-def _encoded(item: Any) -> bytes:
-    """Return an item as a client sends it."""
+def _uploaded(item: Any) -> Any:
+    """Return an item as the data of an `Upload`."""
     if not isinstance(item, Image.Image):
-        return (item if isinstance(item, str) else json.dumps(item)).encode()
+        return item.encode() if isinstance(item, str) else item
     file = BytesIO()
     item.save(file, "PNG")
     return file.getvalue()
@@ -43,7 +42,7 @@ class Workers:
     parser : Executor
         Single thread for parsing bodies.
     ready : bool
-        Whether every scorer has scored a first image.
+        Whether every scorer has scored a first input.
     stopped : bool
         Whether `stop` was called.
     """
@@ -58,7 +57,7 @@ class Workers:
         self._tasks = [asyncio.create_task(work()) for work in (self._run, self._warm_up, self._watch)]
 
     def stop(self) -> None:
-        """Drop pending images, and stop the threads."""
+        """Drop pending inputs, and stop the threads."""
         self.ready = False
         self.stopped = True
         for task in self._tasks:
@@ -76,7 +75,7 @@ class Workers:
         loop = asyncio.get_running_loop()
         for scorer in self._scorers.values():
             try:
-                upload = Upload("warm-up", _encoded(scorer.kind.reference(scorer.transform)))
+                upload = Upload("warm-up", _uploaded(scorer.kind.reference(scorer.transform)))
                 await self.batcher.score([upload], scorer, group=scorer.any_group)
                 await loop.run_in_executor(self._loader, scorer.warm_up_explanations)
             except Exception:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
 from featnorm.tap.batch import Call
+from featnorm.tap.contents import Contents
 from featnorm.tap.find import Part, Pooling
 from featnorm.tap.ops import same_vector
 from featnorm.tap.trace import ModuleIO, Node, Slot, Trace, is_on_top, on_top, tensor_at, tensors_in
@@ -31,7 +32,8 @@ _MODES_LOCK = threading.RLock()
 _MODES: dict[nn.Module, list[int]] = {}  # number of listeners of a module, and its mode before the first one
 
 
-@dataclass(frozen=True)
+# Compared by identity: a hash of all fields would take a microsecond each time.
+@dataclass(frozen=True, eq=False)
 class HookPoint:
     """A point in a forward pass at which a value can be captured.
 
@@ -159,7 +161,7 @@ def capture(
         A point was not reached, because the model took a different path than when it was traced.
     """
     caught: dict[HookPoint, Tensor] = {}
-    wanted = set(points.values())
+    wanted = dict.fromkeys(points.values())
     call = call.clone()  # the model may write to its input
     operations = [point for point in wanted if point.side == "op"]
     # What the model returns takes no hook, which would cost a small model a third of its time.
@@ -192,25 +194,33 @@ def capture(
 
 
 @contextmanager
-def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, gradients: bool = False, contents: Contents | None = None) -> Iterator[None]:
     """Run a block in evaluation mode, and restore the mode of every module afterwards, also after an error.
 
     Gradients are disabled by default. If they are enabled, `safe_gradients` applies to the model.
+
+    Parameters
+    ----------
+    model : the model.
+    gradients : whether to enable gradients.
+    contents : contents of the model. Default: they are listed.
     """
+    contents = contents or Contents(model)
+    if not (gradients or torch.is_grad_enabled() or _MODES or contents.training() or contents.is_compiled()):
+        yield
+        return
     entered: list[nn.Module] = []
-    compiled = False
     try:
         with _MODES_LOCK:
-            for module in all_modules(model):
-                compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
-                # A module that is in evaluation mode already, and not because another thread set it, is left
-                # alone. For most models, nothing remains to be done.
+            # A module that is in evaluation mode already, and not because another thread set it, is left alone.
+            # For most models, nothing remains to be done.
+            for module in contents.modules if _MODES else contents.training():
                 if module.training or module in _MODES:
                     _MODES.setdefault(module, [0, module.training])[0] += 1
                     entered.append(module)
                     module.training = False
         # Code was compiled without our hooks.
-        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if contents.is_compiled() else nullcontext()
         with torch.set_grad_enabled(gradients), eager, safe_gradients(model) if gradients else nullcontext():
             yield
     finally:
@@ -221,21 +231,6 @@ def eval_mode(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                 if not entry[0]:  # the last listener of all threads restores the mode
                     module.training = bool(entry[1])
                     del _MODES[module]
-
-
-def all_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every module once.
-
-    `torch.nn.Module.modules` also builds names, which takes noticeable time for a batch of one input.
-    """
-    waiting, seen = [model], {id(model)}
-    while waiting:
-        module = waiting.pop()
-        yield module
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                waiting.append(child)
 
 
 @contextmanager
@@ -284,7 +279,8 @@ def _hooks(
             if not is_on_top(me):
                 return
             if calls == point.call:
-                _keep(point, rest, caught)
+                if rest is not None:
+                    _keep(point, rest, caught)
                 if point.side == "in":
                     _keep(point, args, caught)
             calls += 1
@@ -295,7 +291,8 @@ def _hooks(
         for point in points:
             module = model.get_submodule(point.module)
             if point.side == "in":
-                handles.append(module.register_forward_pre_hook(catcher(point), with_kwargs=True))
+                by_name = isinstance(next(iter(point.slot), None), str)
+                handles.append(module.register_forward_pre_hook(catcher(point), with_kwargs=by_name))
             else:
                 handles.append(module.register_forward_hook(catcher(point)))
         yield

@@ -37,6 +37,11 @@ class LayerTap:
         there is no last hidden layer.
     TypeError
         The model is not a `torch.nn.Module`, or the inputs are not a tensor.
+
+    Examples
+    --------
+    >>> {name: values.shape for name, values in LayerTap(model, images)(images).items()}
+    {'0: 1': torch.Size([8, 576])}
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, position_labels, read_batch
 from featnorm.tap.boxes import BoxHead, detector_call, labels_of_boxes
 from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.contents import Contents
 from featnorm.tap.find import Anatomy, Part, Per, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
 from featnorm.tap.positions import find_positions
@@ -80,6 +81,16 @@ class FeatureTap:
     TypeError
         The model is not a `torch.nn.Module`, ``layer`` is neither a module nor a name, or ``output`` is neither a
         path nor an index.
+
+    Examples
+    --------
+    >>> tap = FeatureTap(model)
+    >>> features = tap(images)
+    >>> features.activation.shape, features.logits.shape
+    (torch.Size([8, 16]), torch.Size([8, 3]))
+    >>> features = tap.extract(train_loader)
+    >>> print(tap.describe())
+    Last hidden layer: 16 units, from mean in `2`. It is a pool of rectified maps, ...
     """
 
     def __init__(
@@ -126,6 +137,7 @@ class FeatureTap:
         self.per: Per = per
         self._boxes = BoxHead(self.model) if per == "box" else None
         self._plan: _Plan | None = None
+        self._contents: Contents | None = None
         self._inactive = ""
         self._advice = TRACE_AGAIN
 
@@ -158,14 +170,31 @@ class FeatureTap:
         """
         return self.capture(batch, classifier=True)
 
-    def capture(self, batch: Any, *, classifier: bool) -> Features:
-        """Return the features of one batch, with or without a copy of the classifier's weights."""
-        return self._features(self._read(batch), classifier)
+    def capture(self, batch: Any, *, classifier: bool, contents: Contents | None = None) -> Features:
+        """Return the features of one batch.
 
-    def _features(self, call: Call, classifier: bool = True) -> Features:
+        Parameters
+        ----------
+        batch : see `stream`.
+        classifier : whether to copy the classifier's weights.
+        contents : what `contents` has just returned, so that it is not looked up again.
+        """
+        return self._features(self._read(batch), classifier, contents)
+
+    def contents(self) -> Contents:
+        """Return the modules and tensors of the model as it is now."""
+        contents = self._contents
+        if contents is None or not contents.is_current():
+            contents = self._contents = Contents(self.model)
+        return contents
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_contents": None}
+
+    def _features(self, call: Call, classifier: bool = True, contents: Contents | None = None) -> Features:
         if self._plan is None:
             return self._trace(call)
-        return self._capture(self._plan, call.to(self.device), classifier)
+        return self._capture(self._plan, call, classifier, contents)
 
     def _trace(self, call: Call) -> Features:
         call = call.to(self.device)
@@ -216,9 +245,10 @@ class FeatureTap:
             traced.outputs = chosen
         return traced
 
-    def _capture(self, plan: "_Plan", call: Call, classifier: bool) -> Features:
-        with eval_mode(self.model):
-            return self._caught(call, plan, classifier)
+    def _capture(self, plan: "_Plan", call: Call, classifier: bool, contents: Contents | None = None) -> Features:
+        contents = contents or self.contents()
+        with eval_mode(self.model, contents=contents):
+            return self._caught(call.to(contents.device), plan, classifier)
 
     def traced(self, batch: Any) -> Features:
         """Return the features of one batch without their classifier, as operations that torch can export.
@@ -483,6 +513,10 @@ class FeatureTap:
             if name not in plan.points and not (name == "classifier" and plan.weights):
                 raise ValueError(f"the tap captures no {name}")
 
+    def classifier(self) -> Classifier | None:
+        """Return a copy of the classifier's weights; the model must have been traced."""
+        return self._planned().classifier(self.model)
+
     @property
     def captured(self) -> tuple[str, ...]:
         """Fields of `Features` that the tap captures; the model must have been traced."""
@@ -549,9 +583,9 @@ class AutocastTap(FeatureTap):
         super().__init__(model)
         self._runtime = runtime
 
-    def _features(self, call: Call, classifier: bool = True) -> Features:
+    def _features(self, call: Call, classifier: bool = True, contents: Contents | None = None) -> Features:
         with self._runtime.autocast():
-            return super()._features(call, classifier)
+            return super()._features(call, classifier, contents)
 
 
 def _check_classifier(features: Features) -> None:
@@ -592,7 +626,9 @@ class _Plan:
         verdict: str,
         words: dict[str, str],
     ) -> None:
-        self.points = points  # by field; the further parts of a field follow as "pooled.1", ...
+        # By field; the further parts of a field follow as "pooled.1", ... Equal points are one object.
+        same: dict[str, HookPoint] = {}
+        self.points = {name: same.setdefault(repr(point), point) for name, point in points.items()}
         self.weights = weights
         self.absent = absent
         self.verdict = verdict
@@ -771,6 +807,8 @@ def _places(parts: list[Part]) -> str:
 
 
 def _as_vectors(value: Tensor) -> Tensor:
+    if value.ndim == 2 and not value.is_quantized:
+        return value
     value = value.dequantize() if value.is_quantized else value
     if sum(length > 1 for length in value.shape[1:]) > 1:
         raise PathError(_MIXED_UP)

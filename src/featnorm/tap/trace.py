@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -151,13 +150,18 @@ class _Listeners(threading.local):
 _LISTENERS = _Listeners()
 
 
-@contextmanager
-def on_top(listener: object) -> Iterator[None]:
-    """Make a listener the innermost one of this thread."""
-    _LISTENERS.stack.append(listener)
-    try:
-        yield
-    finally:
+class on_top:
+    """A context in which a listener is the innermost one of this thread."""
+
+    __slots__ = ("_listener",)
+
+    def __init__(self, listener: object) -> None:
+        self._listener = listener
+
+    def __enter__(self) -> None:
+        _LISTENERS.stack.append(self._listener)
+
+    def __exit__(self, *_: object) -> None:
         _LISTENERS.stack.pop()
 
 
@@ -188,6 +192,9 @@ def tensors_in(value: Any, slot: Slot = (), seen: set[int] | None = None) -> Ite
 def tensor_at(value: Any, slot: Slot) -> Tensor | None:
     """Return the tensor to which the keys lead, or None if there is none."""
     for key in slot:
+        if type(value) is tuple and type(key) is int and key < len(value):  # the arguments of a module
+            value = value[key]
+            continue
         value = next((item for name, item in _items(value) if name == key), None)
     return value if isinstance(value, Tensor) else None
 

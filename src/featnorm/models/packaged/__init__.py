@@ -14,7 +14,13 @@ _SUFFIX = ".safetensors"
 
 
 def model_names() -> list[str]:
-    """Return the names of the networks that `load_model` can load."""
+    """Return the names of the networks that `load_model` can load.
+
+    Examples
+    --------
+    >>> model_names()
+    ['cifar10-resnet18']
+    """
     return sorted(place.name.removesuffix(_SUFFIX) for place in files(__name__).iterdir() if _SUFFIX in place.name)
 
 
@@ -33,6 +39,12 @@ def load_model(name: str) -> nn.Sequential:
     ------
     ValueError
         There is no network of that name.
+
+    Examples
+    --------
+    >>> cifar = load_model("cifar10-resnet18")
+    >>> cifar(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     return _read(name)[0]
 

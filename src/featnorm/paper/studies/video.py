@@ -211,4 +211,4 @@ def _told_apart(known: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> 
     return [float(rate) for rate in rates]
 
 
-Video("video", "Clips of real pixels, frame by frame and as wholes", duration="10 min")
+Video("video", "Clips of real pixels, frame by frame and as wholes", duration="6 min")
