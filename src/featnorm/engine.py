@@ -189,7 +189,7 @@ def is_wanted(runtime: Runtime, kind: Kind, device: torch.device, count: int) ->
             f"{'' if runtime.cluster is None else ' and a cluster'}: use the engine auto or torch"
         )
     if missing is not None:
-        raise ImportError(f"the engine onnx needs {missing}: pip install '.[onnx]' in a checkout")
+        raise ImportError(f"the engine onnx needs {missing}: pip install 'featnorm[onnx]'")
     return True
 
 

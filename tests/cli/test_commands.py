@@ -1,6 +1,7 @@
 """The command line as a user types it: what it prints and writes, and its errors."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -346,3 +347,17 @@ def test_compiling_without_a_compiler(featnorm, monkeypatch):
 
 def test_version(featnorm):
     assert featnorm("--version") == (0, f"featnorm {library.__version__}\n", "")
+
+
+def test_a_character_that_the_output_lacks_is_replaced(tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "def odd() -> None:\n"
+        "    from featnorm.cli.console import console\n"
+        "    console.print('\\N{MINUS SIGN}1')\n",
+        encoding="utf-8",
+    )
+    code = "from featnorm.cli.entry import run; run({'odd': 'odd:odd', 'other': 'odd:odd'}, {})"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-c", code, "odd"]
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
+    assert printed.strip() == b"?1"

@@ -281,5 +281,5 @@ def test_columns_are_of_tables(clip):
 
 def test_without_pyav_the_extra_is_named(clip, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ImportError, match=r"this needs av .*pip install '\.\[video\]'"):
+    with pytest.raises(ImportError, match=r"this needs av .*pip install 'featnorm\[video\]'"):
         open_source(str(clip))

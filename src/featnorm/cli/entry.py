@@ -1,5 +1,6 @@
 """`run`: runs the command line, from the first moment of the process to its exit status."""
 
+import io
 import os
 import sys
 
@@ -25,6 +26,9 @@ def run(commands: "Mapping[str, str]", resuming: "Mapping[str, Sequence[str]]") 
     arguments = sys.argv[1:]
     interruption = Interruption(arguments, resuming)
     interruption.watch()
+    # Output that Windows redirects is in a code page, which may lack the minus sign of a table.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     # Imported here, because it takes a while, and Ctrl-C has to be handled from the start.
     from featnorm.cli.app import run_command
     from featnorm.cli.faults import report
