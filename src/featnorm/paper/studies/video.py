@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from featnorm._utils.extras import import_extra
+from featnorm._utils.files import replacing
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.progress import progress_bar
 from featnorm.calibration import Calibration
@@ -126,7 +127,7 @@ def footage(image: Tensor, rng: np.random.Generator) -> Iterator[_Array]:
 def write_clip(path: Path, frames: Iterator[_Array]) -> None:
     """Write frames as an H.264 file."""
     av = import_extra("av")
-    with av.open(str(path), "w") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"preset": "veryfast"})
         stream.width = stream.height = _PIXELS
         stream.pix_fmt = "yuv420p"
