@@ -57,12 +57,12 @@ def _peak(work: Callable[..., Generator[None, None, None]], args: tuple[Any, ...
     steps = work(*args)
     next(steps)
     ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory would be reused, and not be counted
-    _CLEAR.write_text("5")  # resets the peak
+    _CLEAR.write_text("5", "utf-8")  # resets the peak
     before = _resident("VmRSS")
     next(steps)
     return max(_resident("VmHWM") - before, PAGESIZE)
 
 
 def _resident(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    line = next(line for line in _STATUS.read_text("utf-8").splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

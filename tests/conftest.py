@@ -40,6 +40,10 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     running.put_slow_first(items)
+    if os.name == "nt":
+        for item in items:
+            if item.get_closest_marker("posix"):
+                item.add_marker(pytest.mark.skip(reason="tests POSIX"))
 
 
 @pytest.fixture(scope="session")

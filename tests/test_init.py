@@ -57,6 +57,12 @@ def test_nothing_large_is_imported_before_a_name_is_asked_for():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_the_citation_and_the_changelog_are_of_this_version():
+    root = Path(__file__).parents[1]
+    assert f"\nversion: {featnorm.__version__}\n" in (root / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {featnorm.__version__} " in (root / "CHANGELOG.md").read_text("utf-8")
+
+
 def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="module 'featnorm' has no attribute 'nan'"):
         _ = featnorm.nan

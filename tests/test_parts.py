@@ -13,7 +13,8 @@ from torch import nn
 import featnorm as fn
 from featnorm import archive
 from featnorm.calibration import Calibration
-from featnorm.parts import MAX_PARTS, PartCalibration, drawn_parts, unit_scores
+from featnorm.features import Features, Parts
+from featnorm.parts import MAX_PARTS, PartCalibration, drawn_parts, sampled_parts, unit_scores
 
 values = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 1.0, 1e300, math.inf]) | st.floats(-3, 3)
 units_of_parts = st.lists(st.lists(values, min_size=1, max_size=7), min_size=19, max_size=30)
@@ -205,3 +206,22 @@ def test_damaged_states_are_refused():
     for bad in (owners[:-1], owners.clamp(max=18), owners - 1):
         with pytest.raises(ValueError, match="not those of its units"):
             PartCalibration.from_state(scores, bad, of_units, 0.95, 0.0)
+
+
+def test_a_fit_reads_a_random_sample_of_the_labeled_parts_of_each_input():
+    sizes = [600, 3, 0, 300]
+    owners = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    values = torch.arange(len(owners), dtype=torch.float32)[:, None]
+    labels = torch.where(torch.arange(len(owners)) % 3 == 0, -1, 1)
+    features = Features(pooled=values, labels=labels, parts=Parts(owners, 4))
+    plain = Features(pooled=values)
+    first, second, whole = sampled_parts([features, features, plain])
+    assert whole is plain
+    kept = first.pooled[:, 0].long()
+    assert torch.bincount(owners[kept], minlength=4).tolist() == [256, 2, 0, 200]
+    assert (first.labels == 1).all()
+    assert not torch.equal(kept, second.pooled[:, 0].long())
+    # Other rows of the same input are as likely: of 400 labeled ones, the mean place is in the middle.
+    assert 230 < kept[owners[kept] == 0].double().mean() < 370
+    (every,) = sampled_parts([features.replace(labels=torch.full_like(labels, -1))])
+    assert torch.bincount(owners[every.pooled[:, 0].long()], minlength=4).tolist() == [256, 3, 0, 256]

@@ -7,6 +7,7 @@ import threading
 from contextlib import suppress
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import featnorm as fn
+from detection import noise_images, tiny_detector
 from featnorm import archive
 from featnorm._utils.weights import single_precision
+from featnorm.calibration import Calibration
 from featnorm.cli.monitor import monitor
 from featnorm.evaluation import standard_detectors
 from featnorm.fitting import fit_source
@@ -801,6 +804,95 @@ def test_thresholds_by_group(tmp_path, by):
         fn.Scorer(model, fn.Energy()).calibrate([known], update=True)
 
 
+class MapNet(nn.Module):
+    """Maps of half the size of the images, interpolated to their size."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(12, CLASSES, 1)
+
+    def forward(self, x):
+        return nn.functional.interpolate(self.head(self.trunk(x)), x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("detector", ["NAN", "KLUniform", "SSD", "KNN(k=3)", "Mahalanobis", "KLUniform+KNN(k=3)"])
+def test_positions_have_verdicts_and_images_too(detector, tmp_path):
+    images, masks = torch.rand(60, 3, 12, 8), torch.randint(CLASSES, (60, 12, 8))
+    scorer = fn.Scorer(MapNet(), fn.parse_detector(detector), per="position")
+    scorer.fit([(images[:30], masks[:30])], progress=False).calibrate(images[30:].split(7), progress=False)
+    verdict = scorer(images[:4])
+    assert verdict.score.shape == verdict.p_value.shape == verdict.is_id.shape == (4 * 6 * 4,)
+    assert (verdict.parts.count, verdict.parts.grid) == (4, (6, 4))
+    lowest = verdict.score.double().reshape(4, 24).sort(1).values[:, :2].mean(1)
+    torch.testing.assert_close(verdict.units.score, lowest)
+    assert verdict.units.is_id.shape == (4,)
+    # No image depends on the others of its batch.
+    torch.testing.assert_close(scorer(images[2:3]).score, verdict.score[48:72], rtol=1e-4, atol=1e-4)
+    scorer.save(tmp_path / "s.featnorm")
+    loaded = fn.load(tmp_path / "s.featnorm", MapNet())
+    torch.testing.assert_close(loaded(images[:4]).p_value, verdict.p_value)
+    # Images of another size have other maps.
+    assert loaded(torch.rand(2, 3, 20, 8)).parts.grid == (10, 4)
+
+
+def test_items_of_a_scorer_of_positions_have_a_share_of_flagged_ones():
+    def to_tensor(image):
+        return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 12, 8, 3), np.uint8)
+    scorer = fn.Scorer(MapNet(), fn.NAN(), per="position", preprocess=to_tensor)
+    (before,) = scorer.predict(list(images[:1]))
+    assert before.parts.p_value is before.flagged_share is before.is_id is None
+    scorer.calibrate([torch.stack([to_tensor(image) for image in images])], tpr=0.8)
+    found = scorer.predict([*images[:3], images[0][:8]])
+    whole = scorer(torch.stack([to_tensor(image) for image in images[:3]]))
+    assert [verdict.score for verdict in found[:3]] == pytest.approx(whole.units.score.tolist())
+    assert [verdict.is_id for verdict in found[:3]] == whole.units.is_id.tolist()
+    shares = 1 - whole.is_id.double().reshape(3, -1).mean(1)
+    assert [verdict.flagged_share for verdict in found[:3]] == pytest.approx(shares.tolist())
+    assert found[3].parts.parts.grid == (4, 4)
+    torch.testing.assert_close(found[0].parts.p_value, whole.p_value[:24])
+    assert not scorer.explains
+    with pytest.raises(ValueError, match="thresholds_by is for a scorer per input"):
+        fn.Scorer(MapNet(), fn.NAN(), per="position", thresholds_by="class")
+    with pytest.raises(
+        ValueError, match=r"ODIN\(\) runs the model on changed inputs, which is possible per input"
+    ):
+        fn.Scorer(MapNet(), fn.ODIN(), per="position").calibrate([torch.rand(30, 3, 12, 8)])
+    with pytest.raises(ValueError, match="calibrated on parts"):
+        scorer.export("x.onnx")
+
+
+def test_the_share_of_flagged_positions_of_new_images_is_as_promised():
+    """Positions of an image resemble each other: that they are independent would promise a range that is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    net = MapNet()
+
+    def drawn(count):
+        # The brightness of an image shifts the scores of all of its positions.
+        light = 2 * torch.rand(count, 1, 1, 1, generator=generator) ** 3
+        return light + 0.05 * torch.rand(count, 3, 8, 8, generator=generator)
+
+    shares, images, claimed = [], [], []
+    for _ in range(150):
+        calibrates, new = drawn(19), drawn(60)
+        scorer = fn.Scorer(net, fn.L1Norm(), per="position").calibrate([calibrates], progress=False)
+        verdict = scorer(new)
+        shares.append(1 - verdict.is_id.double().mean())
+        images.append(1 - verdict.units.is_id.double().mean())
+        pooled = Calibration(scorer.detector.score(scorer.tap(calibrates)))
+        low, high = pooled.false_alarm_range(0.9)
+        flagged = float((~pooled.is_id(verdict.score)).double().mean())
+        claimed.append(low <= flagged <= high)
+    shares, images = torch.stack(shares), torch.stack(images)
+    assert shares.mean() <= 0.05 + 4 * shares.std() / 150**0.5
+    assert images.mean() <= 0.05 + 4 * images.std() / 150**0.5
+    # The 90 % range that 304 independent positions would give holds for far fewer calibration sets.
+    assert sum(claimed) < 0.6 * 150
+
+
 @pytest.fixture
 def watcher():
     model, preprocess = make_tiny()
@@ -856,3 +948,53 @@ def test_a_stream_that_cannot_be_watched_is_named_at_once(watcher):
     with pytest.raises(TypeError, match="frame 0 is of type int: expected a path, a PIL image"):
         list(watcher.watch([5]))
     assert list(watcher.watch([])) == []
+
+
+def test_boxes_have_verdicts_and_images_too(tmp_path):
+    model = tiny_detector()
+    images = [noise_images(8, seed) for seed in range(9)]
+    targets = [
+        {"boxes": one["boxes"].detach(), "labels": one["labels"]} for batch in images for one in model(batch)
+    ]
+    labeled = [(batch, targets[8 * i : 8 * i + 8]) for i, batch in enumerate(images)]
+    scorer = fn.Scorer(model, fn.Mahalanobis(), per="box", classes=["background", "a", "b", "c"])
+    scorer.fit(labeled[:5], progress=False).calibrate(images[5:], progress=False)
+    verdict = scorer(images[0])
+    boxes = verdict.parts.boxes
+    assert len(verdict.score) == len(verdict.p_value) == len(boxes.corners) > 8
+    lowest = [verdict.score[verdict.parts.owners == i].min() for i in range(8)]
+    torch.testing.assert_close(verdict.units.score, torch.stack(lowest).double())
+    found = scorer.predict(images[0])
+    assert [len(item.boxes) for item in found] == torch.bincount(verdict.parts.owners, minlength=8).tolist()
+    box = found[0].boxes[0]
+    assert box.corners == pytest.approx(boxes.corners[0].tolist(), abs=1e-3)
+    assert box.label == "abc"[int(boxes.labels[0]) - 1]
+    assert (box.confidence, box.score) == pytest.approx((float(boxes.confidence[0]), float(verdict.score[0])))
+    scorer.save(tmp_path / "s.featnorm")
+    loaded = fn.load(tmp_path / "s.featnorm", model)
+    torch.testing.assert_close(loaded(images[0]).p_value, verdict.p_value)
+    model.roi_heads.score_thresh = 1.0
+    (nothing,) = scorer.predict(images[0][:1])
+    assert (nothing.boxes, nothing.is_id, nothing.p_value, nothing.flagged_share) == ((), True, 1.0, 0.0)
+    with pytest.raises(ValueError, match="there is no box in the calibration inputs"):
+        scorer.calibrate(images[5:], progress=False)
+
+
+def test_boxes_are_found_in_images_of_any_size(tmp_path):
+    model = tiny_detector()
+    scorer = fn.Scorer(model, fn.NAN(), per="box", preprocess=to_pixels).calibrate(
+        [noise_images(30)], progress=False
+    )
+    pictures = [np.full(shape, 90, np.uint8) for shape in ((40, 60, 3), (64, 50, 3))]
+    assert [verdict.error for verdict in scorer.predict(pictures)] == [None, None]
+    scorer.save(tmp_path / "s.featnorm", weights=True)
+    assert fn.load(tmp_path / "s.featnorm", model, preprocess=to_pixels).preprocess.transform is to_pixels
+    with pytest.raises(ValueError, match="boxes are found in images, and the preprocess takes texts"):
+        fn.Scorer(model, fn.NAN(), per="box", preprocess=to_pixels, kind="texts")
+    scorer.classes = ["a", "b"]
+    with pytest.raises(ValueError, match="there are 2 class names, but the model has 4 logits"):
+        scorer.predict(noise_images(2))
+
+
+def to_pixels(image):
+    return torch.from_numpy(np.array(image)).movedim(2, 0) / 255

@@ -1,13 +1,18 @@
 """Scores of a source, in the library: written, resumed, counted."""
 
+import copy
 import csv
 
 import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
 
 import featnorm as fn
 from featnorm.inputs import SlicedSource, open_source
-from featnorm.records import Journal
-from featnorm.scoring import folder_of
+from featnorm.records import COLUMNS, Journal, read_scores
+from featnorm.scoring import calibrate_source, folder_of
 
 RUNTIME = fn.Runtime(batch_size=4, workers=0, progress=False)
 
@@ -123,4 +128,75 @@ def test_what_is_refused_before_the_work(scorer, source, tmp_path):
     scorer.calibration = None
     with pytest.raises(ValueError, match="not calibrated"):
         fn.score_source(scorer, source, page=tmp_path / "t.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def of_positions(folder):
+    """A scorer of positions, and 18 of the images, of which one is broken."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4), nn.Conv2d(8, 4, 1))
+    to_tensor = v2.Compose([v2.Resize((32, 24)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(net, fn.NAN(), per="position", preprocess=to_tensor)
+    pictures = open_source(str(folder))
+    calibrate_source(scorer, SlicedSource(pictures, range(30, 60), "thirty"), 0.8, runtime=RUNTIME)
+    return scorer, SlicedSource(pictures, range(18), "eighteen")
+
+
+def test_images_are_the_rows_and_the_units_of_positions(of_positions, tmp_path):
+    scorer, source = of_positions
+    assert len(scorer.calibration.unit_scores) == 30
+    assert len(scorer.calibration.scores) == 30 * 48
+    summary = fn.score_source(scorer, source, tmp_path / "t.csv", maps=tmp_path / "maps", runtime=RUNTIME)
+    rows = rows_of(tmp_path / "t.csv")
+    assert list(rows[0]) == [*COLUMNS, "flagged_share"]
+    found = scorer.predict([source.item(i) for i in range(1, 4)])
+    for row, verdict in zip(rows[1:4], found, strict=True):
+        assert float(row["score"]) == pytest.approx(verdict.score, rel=1e-5)
+        assert float(row["flagged_share"]) == pytest.approx(verdict.flagged_share, abs=1e-6)
+    assert (rows[0]["error"] != "", rows[0]["flagged_share"]) == (True, "")
+    assert (len(summary.scores), summary.unread) == (17, 1)
+    drawn = sorted(file.name for file in (tmp_path / "maps").iterdir())
+    assert len(drawn) == 17
+    assert drawn[0] == "000001-004.png"
+    assert Image.open(tmp_path / "maps" / drawn[0]).size[0] == 2 * 288 + 12
+    for suffix in (".jsonl", ".parquet"):
+        fn.score_source(scorer, source, tmp_path / f"t{suffix}", runtime=RUNTIME)
+        again = [row.score for row in read_scores(tmp_path / f"t{suffix}")]
+        assert again == [row.score for row in read_scores(tmp_path / "t.csv")]
+
+
+def test_an_interrupted_run_leaves_no_map_out(of_positions, tmp_path):
+    scorer, source = of_positions
+
+    def stop(verdicts):
+        if verdicts[0].item == source.name(8):
+            raise KeyboardInterrupt
+
+    options = {"maps": tmp_path / "maps", "runtime": RUNTIME}
+    with pytest.raises(KeyboardInterrupt):
+        fn.score_source(scorer, source, tmp_path / "t.csv", on_batch=stop, **options)
+    assert len(list((tmp_path / "maps").iterdir())) == 11
+    assert fn.score_source(scorer, source, tmp_path / "t.csv", **options).computed == 6
+    assert len(list((tmp_path / "maps").iterdir())) == 17
+
+
+def test_the_page_shows_the_maps(of_positions, tmp_path):
+    scorer, source = of_positions
+    fn.score_source(scorer, source, page=tmp_path / "p.html", runtime=RUNTIME)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert page.count("Map of p-values of ") == page.count('<p class="name">') > 0
+    assert "The second picture is the map of p-values" in page
+
+
+def test_an_earlier_calibration_of_positions_is_updated(of_positions):
+    scorer, source = of_positions
+    scorer = copy.deepcopy(scorer)
+    calibrate_source(scorer, source, update=True, runtime=RUNTIME)
+    assert len(scorer.calibration.unit_scores) == 47
+
+
+def test_maps_need_verdicts_per_position(scorer, source, tmp_path):
+    with pytest.raises(ValueError, match="scores whole inputs, so there are no maps: fit with --per position"):
+        fn.score_source(scorer, source, maps=tmp_path / "maps")
     assert not list(tmp_path.iterdir())

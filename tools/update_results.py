@@ -84,6 +84,34 @@ def speed(content: Mapping[str, Any]) -> dict[str, Table]:
     return found
 
 
+def engines(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what tools/measure_engines.py measured, as a table."""
+
+    def shown(value: float | None, unit: str) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.3g} per second" if unit == "per second" else _quantity(value, unit)
+
+    rows = [
+        [
+            row["work"],
+            shown(row["before"], row["unit"]),
+            shown(row["now"], row["unit"]),
+            "–" if row["before"] is None else f"{row['now'] / row['before']:.2f}",
+            row.get("mark") or "–",
+            {True: "yes", False: "no", None: "–"}[row.get("met")],
+        ]
+        for row in content["rows"]
+    ]
+    notes = [
+        f"{content['images']:,} JPEG files of 256 x 256 pixels, and {content['texts']:,} texts",
+        "command: python tools/measure_engines.py",
+        *(f"{name}: {value}" for name, value in content["environment"].items()),
+    ]
+    headers = ["Work", "before", "now", "now / before", "mark", "met"]
+    return {"engines": Table("Before and now, in turn", headers, rows, notes)}
+
+
 def drift(content: Mapping[str, Any]) -> dict[str, Table]:
     """Return what tools/measure_drift.py measured, as tables: shifts, other kinds of drift, and false alarms."""
     streams, after = content["streams"], content["after"]
@@ -209,7 +237,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     # From smaller networks that were trained for fewer epochs.
     "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
     "own-images": {"shipped": shipped},
-    "speed": {"speed": speed},
+    "speed": {"speed": speed, "engines": engines},
     "drift": {"drift": drift},
     "selection": {"selection": selection},
 }

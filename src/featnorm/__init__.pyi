@@ -3,6 +3,7 @@
 All detectors are public: they need no line here.
 """
 
+from featnorm._utils.memory import keep_freed_memory as keep_freed_memory
 from featnorm.archive import ArchiveError as ArchiveError
 from featnorm.calibration import Calibration as Calibration
 from featnorm.calibration import benjamini_hochberg as benjamini_hochberg

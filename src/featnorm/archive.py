@@ -110,6 +110,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if os.name == "nt":
+                # The tensors are views of the file, which Windows lets nobody replace while it is mapped.
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         header = _header(path, metadata, tensors)
     return tensors, header
 

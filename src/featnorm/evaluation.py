@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from featnorm._utils.checks import shown
+from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing, write_text
 from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
@@ -269,9 +270,7 @@ class Comparison:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write `scores` to a parquet file; needs pyarrow."""
-        import pyarrow
-        import pyarrow.parquet
-
+        pyarrow, parquet = import_extra("pyarrow"), import_extra("pyarrow.parquet")
         # File names may contain bytes that cannot be decoded.
         columns = {
             name: [text.encode(errors="backslashreplace").decode() for text in values]
@@ -280,7 +279,7 @@ class Comparison:
             for name, values in self.scores.items()
         }
         with replacing(Path(path)) as temporary:
-            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+            parquet.write_table(pyarrow.table(columns), temporary)
 
     def plot(self, path: str | Path) -> None:
         """Draw AUROC and FPR95 of every detector with their intervals; the file's ending is the format.

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
+from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
 from featnorm.engine import TOLERANCE, exported, named_inputs, relative_gap
 from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
@@ -135,12 +136,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     OSError
         The folder does not exist, or the file cannot be written. An earlier file of that name is kept.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"the export needs {error.name}: pip install '.[onnx]' in a checkout") from None
+    onnx, onnxruntime, _ = map(import_extra, ("onnx", "onnxruntime", "onnxscript"))
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
     inputs: Any = _example(scorer, _TRACED, generator)

@@ -46,7 +46,7 @@ from featnorm.inputs import (
 )
 from featnorm.inputs.arrays import row_features
 from featnorm.inputs.decoding import DECODING
-from featnorm.inputs.kinds import IMAGES, ROWS, Inputs, OfAnySize, run, to_device
+from featnorm.inputs.kinds import FRAMES, IMAGES, ROWS, Inputs, OfAnySize, run, to_device
 from featnorm.inputs.loading import SourceLoader, named
 from featnorm.inputs.rows import Rows, fit_rows, listed
 from featnorm.inputs.source import class_indices
@@ -197,11 +197,11 @@ def fit(
         are, and tables as a `featnorm.inputs.rows.Table` encodes them.
     detector
         Detector or its expression. Default: ``KLUniform() + KNN(k=10)``, which no rule that chooses a detector
-        from ID data beat (docs/results/selection.md). ``KLUniform()`` for a classifier without pooled features,
-        for fewer than 100 items, or if less than half of them would be left to fit to (218 at ``tpr=0.99``).
-        Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100 items. For a table, KNN has
-        ``normalize=False``. A bank of the default is at most 268 MB: of more items, a sample (``size``, see
-        `KNN`).
+        from ID data beat (docs/results/selection.md). ``KLUniform()`` for verdicts per position or box, for a
+        classifier without pooled features, for fewer than 100 items, or if less than half of them would be left to
+        fit to (218 at ``tpr=0.99``). Without a classifier, ``KNN(k=10)``, or ``KNN(k=1)`` for fewer than 100
+        items. For a table, KNN has ``normalize=False``. A bank of the default is at most 268 MB: of more items, a
+        sample (``size``, see `KNN`).
     head
         "keep" keeps the model's own classifier. "train" removes it and trains a `ProjectionHead` on the frozen
         features (paper C.1, D.4). "none" removes it and uses the features alone. "auto" keeps the classifier of a
@@ -395,8 +395,9 @@ def fit_source(
         plan = _plan(source, loaded, head, captured, runtime, few)
         used = detector or _default_detector(plan, few, normalize=embeds)
         if not labeled and "labels" in used.learns:
-            how = "put the images of each class in a subfolder of its own"
-            how = how if source.kind is IMAGES else "name their column (label_column, --label-column)"
+            what = "images" if source.fps is None else "videos"
+            how = f"put the {what} of each class in a subfolder of its own"
+            how = how if source.kind in (IMAGES, FRAMES) else "name their column (label_column, --label-column)"
             raise DataError(
                 f"{used!r} needs labels to fit, and {source.title} has none, or clusters are the targets: "
                 f"{how} and use labels, or choose another detector"
@@ -428,8 +429,14 @@ def fit_source(
         )
     # Frames of a clip resemble each other more than they resemble new images.
     pooled = plan.pooled(cached.values)
-    near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
-    sides = [[by[row] for row in cached.rows.tolist()] for by in (split_groups, units) if by is not None]
+    of_frames = None if units is None else [units[row] for row in cached.rows.tolist()]
+    if of_frames is not None:
+        # Clips are near-duplicates if their first frames are; the others of a clip are no further evidence.
+        firsts, numbers = join_groups(of_frames).unique(return_inverse=True)
+        near = firsts[near_duplicates(pooled[firsts])][numbers]
+    else:
+        near = near_duplicates(pooled) if embeds else torch.arange(len(cached.rows))
+    sides = [] if split_groups is None else [[split_groups[row] for row in cached.rows.tolist()]]
     splits = join_groups(near, *sides)
     if detector is None and not few:
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
@@ -438,9 +445,8 @@ def fit_source(
             used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
-    if units is not None:
+    if of_frames is not None:
         # The frames of one clip of each group.
-        of_frames = [units[row] for row in cached.rows.tolist()]
         chosen_units = {of_frames[i] for i in calibrates.nonzero().squeeze(1).tolist()}
         calibrates = torch.tensor([unit in chosen_units for unit in of_frames])
     fits = detector.needs_fit or plan.head == "train"
@@ -540,6 +546,8 @@ def fit_source(
             scorer.use_scores(jackknife.calibration_scores, tpr=tpr)
         elif per != "input":
             scorer.calibrate_features(held_out_features(calibrates), tpr)
+            assert scorer.item_calibration is not None
+            chosen = len(scorer.item_calibration.scores)  # images without boxes do not count
         else:
             of_clips = None if units is None else [units[row] for row in cached.rows[calibrates].tolist()]
             by: dict[str, Any] = {"groups": held_out_groups, "units": of_clips}
@@ -629,7 +637,7 @@ def _plan(
     if head == "auto" and loaded.name == ROWS_SPEC:
         head, why = "none", "rows are features already"
     if head == "auto" and not loaded.own and captured["per"] == "input":
-        head, why = "train", f"the model is pretrained on other {items}"
+        head, why = "train", f"the model is pretrained on other {loaded.kind.name}"
     example = None
     if captured["per"] != "input" and head not in ("auto", "keep"):
         raise ValueError(
@@ -840,7 +848,7 @@ def _examples(
     files: dict[int, bytes] = {}
     if thumbnails:
         # In the order of the source, which reads neighboring items together.
-        with ThreadPoolExecutor(runtime.workers or None) as threads:
+        with ThreadPoolExecutor(source.max_readers or runtime.workers or None) as threads:
             made = threads.map(lambda row: _preview(source, row), sorted(chosen))
             files = dict(zip(sorted(chosen), made, strict=True))
     sizes = np.cumsum([len(files.get(row, b"")) for row in chosen])

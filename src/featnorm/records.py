@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from filelock import Timeout
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.files import acquire_lock, append, replacing, require_no_folder, write_text
 from featnorm._utils.sealed import seal, unseal
 from featnorm.verdict import BoxVerdict, ItemVerdict
@@ -335,7 +335,7 @@ def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: P
 
 
 def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
-    pa, pq = vision_module("pyarrow"), vision_module("pyarrow.parquet")
+    pa, pq = import_extra("pyarrow"), import_extra("pyarrow.parquet")
     types = (
         dict.fromkeys(columns, pa.string())
         | dict.fromkeys(_FLOATS, pa.float64())
@@ -389,7 +389,7 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    pq = vision_module("pyarrow.parquet")
+    pq = import_extra("pyarrow.parquet")
     with pq.ParquetFile(path) as file:
         columns = [name for name in (*_SCORED, "group") if name in file.schema_arrow.names]
         for batch in file.iter_batches(_ROWS, columns=columns):

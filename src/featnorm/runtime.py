@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import torch
 
+from featnorm._utils.extras import import_extra
+
 _CPU = torch.device("cpu")
 # The weights stay as they are under these; Lightning Fabric would convert them under its others.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -82,25 +84,20 @@ class Runtime:
         """
         if self._on_cpu and self.precision == "32-true" and self.processes == 1 and not self.compiled:
             return _PlainFabric()
-        try:
-            from lightning_fabric import Fabric
-        except ImportError:
-            raise ImportError(
-                "this device or precision needs Lightning Fabric: pip install '.[vision]' in a checkout"
-            ) from None
+        fabric: Any = import_extra("lightning_fabric").Fabric
 
-        class Compiling(Fabric):  # type: ignore[misc, valid-type, unused-ignore]
+        class Compiling(fabric):  # type: ignore[misc]
             def setup(self, module: Any, *optimizers: Any, **options: Any) -> Any:
                 # Crops come in two sizes: code for each is faster than code for any.
                 compiled_module: Any = torch.compile(module, dynamic=False)
                 return super().setup(compiled_module, *optimizers, **options)
 
-        kind = Compiling if self.compiled else Fabric
+        kind = Compiling if self.compiled else fabric
         try:
             return kind(
                 accelerator=self.device,
                 devices=self.processes,
-                precision=self.precision,  # type: ignore[arg-type]
+                precision=self.precision,
             )
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"cannot use device {self.device!r} in {self.precision}: {error}") from None

@@ -111,7 +111,8 @@ def _links(rows: _Array, limit: int) -> tuple[_Array, _Array, _Array, float]:
             if k <= _NEIGHBORS:
                 nearest.append(np.sort(np.where(known, distances, np.inf), 1)[:, :_NEIGHBORS])
             # The graph has no link where the distance is 0, as it is between equal features.
-            links = distances[known].clip(1e-9), (first[known], found[known])
+            # scipy before 1.17 makes trees of 32-bit rows only.
+            links = distances[known].clip(1e-9), (first[known].astype(np.int32), found[known].astype(np.int32))
             graph = minimum_spanning_tree(graph.maximum(coo_array(links, (n, n)).tocsr()))
         _, clusters = connected_components(graph, directed=False)
         sizes = np.bincount(clusters)

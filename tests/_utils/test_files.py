@@ -25,7 +25,6 @@ from featnorm.training.runs import log, write_checkpoint
 from featnorm.verdict import ItemVerdict
 
 VERDICT = ItemVerdict("a.png", 1.0, 0.5, True, None, None)
-posix = pytest.mark.skipif(os.name == "nt", reason="tests POSIX file systems")
 
 
 class Disk:
@@ -126,7 +125,7 @@ WRITERS = {
 }
 
 
-@posix
+@pytest.mark.posix
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("before", [True, False])
@@ -147,7 +146,7 @@ def test_a_power_cut_leaves_the_earlier_file_or_the_whole_new_one(tmp_path, name
     assert not [file for file in tmp_path.iterdir() if file.name not in (name, f".{name}.part", f".{name}.lock")]
 
 
-@posix
+@pytest.mark.posix
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_a_power_cut_leaves_every_batch_that_was_added(tmp_path):
     with forgetful(tmp_path) as disk, Journal(tmp_path / "t.csv", {}, 1) as kept:
@@ -160,7 +159,7 @@ def test_a_power_cut_leaves_every_batch_that_was_added(tmp_path):
         assert left[-1:] in (b"", b"\n")
 
 
-@posix
+@pytest.mark.posix
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_the_simulated_disk_loses_data(tmp_path):
     """The check detects a file that is renamed but never flushed, and a file written in place."""
@@ -178,7 +177,7 @@ def test_the_simulated_disk_loses_data(tmp_path):
             assert disk.survivors()["t"] != b"new"
 
 
-@posix
+@pytest.mark.posix
 def test_a_folder_that_cannot_be_flushed_is_not_an_error(tmp_path, monkeypatch):
     def fsync(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
@@ -189,7 +188,7 @@ def test_a_folder_that_cannot_be_flushed_is_not_an_error(tmp_path, monkeypatch):
     assert (tmp_path / "t").read_text() == "new"
 
 
-@posix
+@pytest.mark.posix
 def test_a_folder_that_cannot_be_read_is_not_flushed(tmp_path, monkeypatch):
     """Simulate the permissions -wx, which do not keep root from reading."""
     really = os.open
@@ -219,7 +218,7 @@ def room_for(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@posix
+@pytest.mark.posix
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_reported_and_keeps_the_earlier_file(tmp_path, name):
     out = tmp_path / name
@@ -237,7 +236,7 @@ def test_a_full_disk_is_reported_and_keeps_the_earlier_file(tmp_path, name):
     assert not [file for file in tmp_path.iterdir() if file.name not in (name, f".{name}.part", f".{name}.lock")]
 
 
-@posix
+@pytest.mark.posix
 def test_a_journal_on_a_full_disk_resumes_when_there_is_room(tmp_path):
     with Journal(tmp_path / "t.csv", {}, 1) as kept:
         kept.add(0, [VERDICT])
@@ -262,7 +261,7 @@ def test_the_systems_error_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@posix
+@pytest.mark.posix
 def test_names_of_the_maximum_length(tmp_path):
     name = 250 * "n" + ".csv"
     write_text(tmp_path / name, "whole")
@@ -317,7 +316,7 @@ def test_a_path_that_is_not_a_file_is_reported_before_the_work(tmp_path, monkeyp
     assert not (tmp_path / "new").exists()
 
 
-@posix
+@pytest.mark.posix
 def test_a_file_that_cannot_be_replaced_is_reported_before_the_work(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is not a regular file"):

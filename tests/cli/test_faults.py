@@ -354,7 +354,7 @@ class TestStatus:
             (library.NotFittedError("call fit"), "call fit"),
             (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.csv"), "x.csv"),
             (OSError(errno.ENOSPC, "No space left on device", "d.featnorm"), "d.featnorm"),
-            (ImportError("timm is needed here: pip install '.[vision]'", name="timm"), "timm is needed here"),
+            (ImportError("this needs timm: pip install 'featnorm[images]'", name="timm"), "this needs timm"),
             (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory.): lower --batch-size"),
             (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch-size"),
             (MemoryError(), "out of memory"),

@@ -250,6 +250,7 @@ def test_monitor_reads_what_fit_and_score_wrote(featnorm, detector, tmp_path):
     assert f", {black}/0" in printed
 
 
+@pytest.mark.posix
 def test_a_killed_fit_goes_on(featnorm, known, detector, tmp_path):
     cache = tmp_path / "cache"
     arguments = ("fit", known, "-o", tmp_path / "d.featnorm", "--cache", cache, "--batch-size", 16, *BACKBONE)
@@ -262,6 +263,7 @@ def test_a_killed_fit_goes_on(featnorm, known, detector, tmp_path):
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 
+@pytest.mark.posix
 def test_a_killed_score_goes_on(featnorm, known, detector, tmp_path):
     (tmp_path / "images").symlink_to(known)
     (known / "a" / "broken.png").write_bytes(b"no")
@@ -325,6 +327,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_work(featnorm, detector, known,
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 
+@pytest.mark.posix
 def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
     featnorm, detector, known, tmp_path, monkeypatch
 ):
@@ -609,6 +612,7 @@ def test_rows_of_two_tables_are_told_apart(shared_data):
     assert len({source.name(i) for i in range(4)}) == len({source.identity(i) for i in range(4)}) == 4
 
 
+@pytest.mark.posix
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
     folder = pictures(tmp_path / "p", 2, 0)
     os.mkfifo(folder / "pipe")

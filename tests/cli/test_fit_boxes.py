@@ -135,8 +135,8 @@ def test_the_other_commands(folder, featnorm, tmp_path):
     assert featnorm("inspect", file)[0] == 0
     assert featnorm("score", file, folder / "new", *MODEL, "-o", "v.csv")[0] == 0
     status, _, error = featnorm("monitor", file, "v.csv")
-    assert (status, error.count("Traceback")) == (2, 0), error
-    print(error)
+    assert status == 2
+    assert "is calibrated on parts of images or clips, which depend on each other" in error
     status, _, error = featnorm("export", file, *MODEL)
     assert (status, error.count("a graph does not score yet")) == (2, 1)
 

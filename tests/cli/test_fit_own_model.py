@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,8 +59,18 @@ class Tokens(Net):
         return self.animal(tokens.mean(1)[:, :8])
 
 
+class Maps(Net):
+    def forward(self, x):
+        features = self.second(self.conv(x).relu()).relu()
+        return self.animal(features.movedim(1, -1)).movedim(-1, 1)
+
+
 def make():
     return Net().eval(), to_tensor
+
+
+def maps():
+    return Maps().eval(), to_tensor
 
 
 def other():
@@ -170,8 +181,7 @@ def test_which_weights_count_is_said_when_they_differ(own, featnorm):
         "featnorm: detector.featnorm contains other weights than the model that own:other makes: those in the "
         "file are used\n"
     )
-    with open("make.csv") as one, open("other.csv") as other:
-        assert one.read() == other.read()
+    assert Path("make.csv").read_bytes() == Path("other.csv").read_bytes()
     with pytest.warns(UserWarning, match="contains other weights than the model that own:other makes"):
         fn.load("detector.featnorm", "own:other")
 
@@ -192,3 +202,60 @@ def test_a_batch_of_other_channels_is_named(own, featnorm):
     )
     with pytest.raises(ValueError, match=r"\(2, 5\), and the model takes vectors of 8 numbers"):
         fn.FeatureTap(torch.nn.Linear(8, 2))(torch.rand(2, 5))
+
+
+def test_positions_of_maps_have_verdicts(own, featnorm, tmp_path):
+    status, printed, _ = own("maps", "--per", "position", "--detector", "NAN")
+    assert status == 0
+    assert "it flags at most 5.0 % of images like these; with this one, between" in printed
+    assert "Of the positions of such images, it flags at most 5.0 %" in printed
+    scorer = fn.load("detector.featnorm", "own:maps")
+    assert (scorer.per, scorer.facts["verdicts"]) == ("position", "per position")
+    again = ("--model", "own:maps", "--workers", 0)
+    status, printed, _ = featnorm("score", "detector.featnorm", "photos", *again, "-o", "v.csv", "--maps", "maps")
+    assert (status, "Wrote maps." in printed) == (0, True)
+    assert len(list((tmp_path / "maps").iterdir())) == 24
+    assert (tmp_path / "v.csv").read_text().startswith("path,score,p_value,verdict,predicted,error,group,flagged_")
+    status, printed, _ = featnorm("calibrate", "detector.featnorm", "photos", *again, "--out", "new.featnorm")
+    assert (status, "Calibrated on 24 images." in printed) == (0, True)
+    sets = ("--id", "photos[:12]", "--ood", "photos[12:]", "--detector", "KLUniform")
+    status, printed, _ = featnorm("evaluate", "new.featnorm", *again, *sets)
+    assert (status, "flagged by the fitted NAN()" in printed) == (0, True)
+    status, printed, _ = featnorm("evaluate", *again, "--per", "position", *sets)
+    assert (status, "KLUniform()" in printed) == (0, True)
+    status, _, error = featnorm("export", "detector.featnorm", *again[:2], "--out", "x.onnx")
+    assert (status, "calibrated on parts of images or clips" in error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("make", (), "the model returns no maps of logits of shape (n, C, height, width), but [(2, 4)]"),
+        (
+            "maps",
+            ("--detector", "KNN(k=3)"),
+            "cannot be left out of the fit in turn: verdicts per position need scores",
+        ),
+        ("maps", ("--detector", "Mahalanobis"), "Mahalanobis() needs labels to fit"),
+        ("maps", ("--head", "none"), "verdicts per position need the model's own classifier"),
+        ("maps", ("--thresholds-by", "class"), "thresholds by group are for verdicts per input"),
+        ("maps", ("--layer", "conv"), "leave out layer="),
+    ],
+)
+def test_what_does_not_work_per_position_is_one_line(own, model, options, message):
+    status, _, error = own(model, "--per", "position", "--detector", "NAN", *options)
+    assert (status, error.count("\n"), message in error) == (2, 1, True), error
+
+
+def test_a_detector_of_positions_is_fitted_to_some_of_each_image(own, tmp_path):
+    random = np.random.default_rng(1)
+    for i in range(24, 130):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+            tmp_path / "photos" / f"{i:03}.png"
+        )
+    assert own("maps", "--per", "position", "--detector", "KLUniform+KNN(k=3)", "--tpr", "0.9")[0] == 0
+    scorer = fn.load("detector.featnorm", "own:maps")
+    knn = scorer.detector.terms[1]
+    positions = 4 * 4
+    assert len(knn.bank.rows) % positions == 0
+    assert len(scorer.calibration.scores) + len(knn.bank.rows) < 130 * positions

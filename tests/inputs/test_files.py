@@ -121,6 +121,7 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: py
     assert str(source.passed_over).endswith("and 2 hidden; could not open 1 folder (dog)")
 
 
+@pytest.mark.posix
 def test_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "f", "sub/a.png")
     (folder / "sub" / "loop").symlink_to(folder)
@@ -128,6 +129,7 @@ def test_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     assert [Path(open_source(str(folder)).name(i)).name for i in range(2)] == ["b.png", "a.png"]
 
 
+@pytest.mark.posix
 def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
     folder, outside = tmp_path / "f", tmp_path / "g"
     write_images(folder, "a/1.png", "b/2.png")
@@ -147,6 +149,7 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.posix
 def test_pipes_and_devices_are_passed_over(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "f", "a.png")
     os.mkfifo(folder / "pipe.jpg")

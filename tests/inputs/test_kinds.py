@@ -145,6 +145,9 @@ def test_commands_take_texts(folder, scorer, capsys):
     assert "Calibrated on 300 texts." in capsys.readouterr().out
     command("inspect", str(folder / "c.featnorm"))
     assert "inputs: texts" in capsys.readouterr().out
+    model = ["--model", f"hf:{folder / 'encoder'}", "--head", "none", "--cache", str(folder / "cache")]
+    command("fit", data, *model, "-o", str(folder / "f.featnorm"), *options)
+    assert "300 texts in tickets, from column 'text'; model: hf:" in capsys.readouterr().out
 
 
 def test_another_kind_is_refused_by_both_names(folder, scorer, tmp_path):

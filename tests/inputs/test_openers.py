@@ -111,7 +111,7 @@ def test_a_new_kind_is_registered_by_its_class(tmp_path: Path, monkeypatch: pyte
 
     class Lines(Source[str]):
         def __init__(self, path: Path, title: str) -> None:
-            self.lines = path.read_text().splitlines()
+            self.lines = path.read_text("utf-8").splitlines()
             super().__init__(title, [None] * len(self.lines), None)
 
         def _read(self, i: int) -> tuple[str, bytes]:
@@ -254,7 +254,7 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ImportError, match=r"this needs pyarrow .*pip install '\.\[vision\]' in a checkout"):
+    with pytest.raises(ImportError, match=r"this needs pyarrow .*pip install 'featnorm\[tables\]'$"):
         open_source(str(path))
 
 

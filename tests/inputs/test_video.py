@@ -13,6 +13,7 @@ from PIL import Image
 from clips import SIZE, number_of, numbered, packets, write_clip
 from featnorm.inputs import FRAMES, IMAGES, DataError, ItemError, open_source, source_loader
 from featnorm.inputs import video as video_module
+from featnorm.inputs.formats import looks_like_image, reason_not_read
 
 CONTAINERS = {
     "a.mp4": "libx264",
@@ -154,6 +155,20 @@ def test_folders_are_classes_and_what_is_not_a_video_is_counted(tmp_path, clip):
     images = open_source(str(tmp_path))
     assert len(images) == 4
     assert str(images.passed_over) == "ignored 4 files that are not images (.mp4 3, .txt 1)"
+    (tmp_path / "dogs" / "labels.csv").write_text("a,b\n1,2\n")
+    assert open_source(str(tmp_path / "dogs")).kind is FRAMES
+
+
+def test_a_video_among_images_is_named(tmp_path, clip):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path / "a.png"), str(clip))
+    assert source.kind is IMAGES
+    with pytest.raises(ItemError, match="a video: pass videos apart from images"):
+        source.item(1)
+    for name in ("d.avi", "b.mkv"):
+        content = write_clip(tmp_path / name, 3, codec=CONTAINERS[name]).read_bytes()
+        assert not looks_like_image(content)
+        assert "a video" in reason_not_read(content)
 
 
 def test_several_videos_are_one_source(tmp_path, clip):

@@ -19,10 +19,13 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from torch import nn
+from torchvision.transforms import v2
 
 import featnorm as fn
 from asking import Asking, running, until
@@ -210,6 +213,22 @@ def test_thresholds_by_predicted_class(scorer):
             400,
             "the parameter group must be omitted: the scorer has no thresholds by group",
         )
+
+
+def test_images_of_a_scorer_of_positions_have_a_share_of_flagged_ones():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    to_tensor = v2.Compose([v2.Resize((16, 16)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(net, fn.NAN(), per="position", preprocess=to_tensor)
+    scorer.calibrate([torch.rand(30, 3, 16, 16)], 0.8)
+    with TestClient(create_app(scorer)) as client:
+        detector = client.get("/v1/detector").json()
+        assert (detector["threshold"], detector["explains"]) == (float(scorer.calibration.units.threshold), False)
+        (found,) = client.post("/v1/score", content=png(), headers=TYPE).json()["results"]
+        (verdict,) = scorer.predict([Image.open(io.BytesIO(png()))])
+        assert found["score"] == pytest.approx(verdict.score)
+        assert found["flagged_share"] == pytest.approx(verdict.flagged_share)
+        assert found["verdict"] == ("ID" if verdict.is_id else "OOD")
 
 
 class Held:
@@ -461,7 +480,7 @@ def saved(scorer, file, fitted=None, *, weights=True):
     return file.read_bytes()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+@pytest.mark.posix
 def test_files_are_replaced_under_load_without_an_error(file, other, tmp_path):
     second = tmp_path / "second.featnorm"
     second.write_bytes(other)

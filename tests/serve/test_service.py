@@ -124,7 +124,9 @@ def test_every_form_of_body_gets_the_same_answer(client, new, fitted):
     assert whole.status_code == 200
     results = whole.json()["results"]
     assert [result["name"] for result in results] == [f"image {i}" for i in range(1, 6)]
-    assert list(results[0]) == ["name", "score", "p_value", "verdict", "predicted", "error", "group"]
+    assert list(results[0]) == [
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes"
+    ]  # fmt: skip
     for row, result in zip(rows, results, strict=True):
         assert result["error"] == row.error
         assert result["predicted"] == row.predicted
@@ -1174,7 +1176,7 @@ def test_openapi_describes_the_results(client):
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} <= set(post["responses"])
     result = schema["components"]["schemas"]["Result"]
     assert set(result["properties"]) == {
-        "name", "score", "p_value", "verdict", "predicted", "error", "group", "why",
+        "name", "score", "p_value", "verdict", "predicted", "error", "group", "flagged_share", "boxes", "why",
     }  # fmt: skip
     properties = {"units", "terms", "nearest", "heat", "no_heat"}
     assert set(schema["components"]["schemas"]["Why"]["properties"]) == properties
@@ -1268,6 +1270,7 @@ def detector(fitted, tmp_path_factory):
     return file
 
 
+@pytest.mark.posix
 def test_the_command_serves_until_a_signal(detector, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     process = subprocess.Popen(
@@ -1332,6 +1335,7 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
     assert TOKEN not in log + said
 
 
+@pytest.mark.posix
 def test_the_command_ends_in_time_whatever_its_threads_do(detector):
     # A model that never returns. The warm-up image is enough.
     code = """

@@ -40,6 +40,20 @@ def test_it_learns():
     assert entries[-1]["lr"] == pytest.approx(0, abs=1e-9)
 
 
+def test_masks_are_targets_of_maps(tmp_path):
+    images, classes = data(n=32)
+    masks = classes[:, None, None].repeat(1, 8, 8)
+    masks[:, :, 4:] = 0
+    recipe = replace(RECIPE, augment=False, epochs=6)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)
+    entries = []
+    train(nn.Sequential(*layers), images, masks, recipe, on_epoch=lambda entry, _: entries.append(entry))
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    with pytest.raises(ValueError, match=r"targets must be 32 integers, got torch.int64 \(32, 8, 8\)"):
+        train(nn.Sequential(*layers), images, masks, RECIPE)
+
+
 def test_seed_alone_decides():
     images, targets = data()
     first = weights(train(network(), images, targets, RECIPE, seed=1))
@@ -86,6 +100,7 @@ def test_resumed_is_unbroken(tmp_path, optimizer):
     assert_same(unbroken, weights(train(network(seed=6), images, targets, recipe, folder=tmp_path)))
 
 
+@pytest.mark.posix
 def test_a_killed_run_loses_one_epoch_at_most(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(

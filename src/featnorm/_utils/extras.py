@@ -3,22 +3,36 @@
 import importlib
 from typing import Any
 
+_EXTRAS = {
+    "av": "video",
+    "fastapi": "serve",
+    "httptools": "serve",
+    "lightning_fabric": "images",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "prometheus_client": "serve",
+    "pyarrow": "tables",
+    "ray": "ray",
+    "timm": "images",
+    "torchvision": "images",
+    "transformers": "text",
+    "uvicorn": "serve",
+}
 
-def vision_module(name: str) -> Any:
-    """Import a module of the optional extra ``featnorm[vision]``; see `optional_module`."""
-    return optional_module(name, "vision")
 
-
-def optional_module(name: str, extra: str) -> Any:
-    """Import a module of an optional extra.
+def import_extra(name: str) -> Any:
+    """Import a module of an optional dependency.
 
     Raises
     ------
     ImportError
-        If it is not installed.
+        If it cannot be imported; the message names the package and the extra that installs it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"this needs {package} ({error}): pip install '.[{extra}]' in a checkout") from error
+        raise ImportError(
+            f"this needs {package} ({error}): pip install 'featnorm[{_EXTRAS[package]}]'", name=package
+        ) from error

@@ -17,7 +17,14 @@ def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors, for the rest of this process.
 
     By default, glibc returns the memory of every large tensor to the system and requests it again, page by page.
-    That takes more than half the time of a convolutional network on a CPU (benchmarks/test_process.py).
+    That takes more than half the time of a convolutional network on a CPU (benchmarks/test_process.py). The
+    commands call this function; a Python program that runs models by PyTorch on a CPU can do so at its start. The
+    process then keeps the most memory that it has needed. With another C library, nothing changes.
+
+    Examples
+    --------
+    >>> import featnorm as fn
+    >>> fn.keep_freed_memory()
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -68,8 +68,8 @@ def fit(
         typer.Option(
             metavar="EXPR",
             help="Detector expression, such as `NAN` or `KNN(k=50)/NAN`. Default: `KLUniform + KNN(k=10)`, or "
-            "`KLUniform` for fewer than 100 items; without a classifier, `KNN(k=10)`, or `KNN(k=1)` for fewer "
-            "than 100 items; for tables, KNN with `normalize=False`.",
+            "`KLUniform` for fewer than 100 items and with `--per`; without a classifier, `KNN(k=10)`, or "
+            "`KNN(k=1)` for fewer than 100 items; for tables, KNN with `normalize=False`.",
         ),
     ] = None,
     head: Annotated[
@@ -232,7 +232,7 @@ def fit(
     _print_model(scorer, report)
     calibration = scorer.item_calibration
     assert calibration is not None
-    how = f"on {report.held_out} held-out {items}"
+    how = f"on {report.held_out} held-out {items}{' with boxes' if scorer.per == 'box' else ''}"
     if not (report.head == "train" or scorer.detector.needs_fit):
         how = f"on {report.held_out} of {report.trained} {items}, none of them held out, because it needs no fit"
     if scorer.is_jackknife:

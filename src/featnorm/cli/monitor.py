@@ -309,7 +309,8 @@ def _meaning(stream: _Stream) -> Iterator[str]:
         f"Either the {stream.noun}s as a whole changed some time before the alarm, even if no single one is "
         "flagged, or neighboring rows resemble each other, as consecutive frames of a video do."
     )
+    cause = _CAUSES.get(stream.noun, "their source")
     yield (
-        f"Compare {stream.noun}s from before and after the alarm: did {_CAUSES.get(stream.noun, 'their source')} "
-        f"change? If the new {stream.noun}s are in-distribution, fit again on current {stream.noun}s."
+        f"Compare {stream.noun}s from before and after the alarm: did {cause} change? If the new {stream.noun}s "
+        f"are in-distribution, fit again on current {stream.noun}s."
     )

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor, nn
 
+from featnorm._utils.extras import import_extra
 from featnorm._utils.memory import keep_freed_memory
 from featnorm.cluster.bank import BankPart, ShardedKNN
 from featnorm.cluster.tasks import Extraction, Scoring, Task
@@ -79,12 +80,7 @@ class Cluster:
     """
 
     def __init__(self, device: str = "auto") -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError(
-                f"running on a cluster needs Ray ({error}): pip install '.[ray]' in a checkout"
-            ) from None
+        ray = import_extra("ray")
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         self.actors = _actors(device, _resources())

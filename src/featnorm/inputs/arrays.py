@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.cache import CachedFeatures
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
@@ -112,7 +112,7 @@ class TableRows(Source[Any]):
             raise DataError(f"{title} holds several columns of vectors ({', '.join(vectors)}): keep one")
         self._vector = vectors[0] if vectors else None
         label = options.label_of(names, title)
-        nested = vision_module("pyarrow").types.is_nested
+        nested = import_extra("pyarrow").types.is_nested
         self.columns = tuple(f.name for f in schema if not nested(f.type) and f.name not in ("", options.label))
         self._ends = list(accumulate(sizes))
         if not self._ends or not self._ends[-1]:
@@ -230,8 +230,8 @@ class FileRows(ArrowRows):
         super().__init__(table, unread, title, options)
 
     def _table_of(self, files: Sequence[RowFile]) -> tuple[Any, dict[int, str]]:
-        pa = vision_module("pyarrow")
-        missing = frozenset(vision_module("pyarrow.csv").ConvertOptions().null_values)
+        pa = import_extra("pyarrow")
+        missing = frozenset(import_extra("pyarrow.csv").ConvertOptions().null_values)
         unread: dict[int, str] = {}
         tables = []
         count = 0
@@ -417,14 +417,14 @@ class LabeledSource(SlicedSource[Any]):
 
 def vector_columns(schema: Any) -> list[str]:
     """Return the names of the columns of a `pyarrow.Schema` that hold vectors: lists of numbers."""
-    types = vision_module("pyarrow").types
+    types = import_extra("pyarrow").types
     lists = [f for f in schema if types.is_list(f.type) or types.is_large_list(f.type)]
     lists += [f for f in schema if types.is_fixed_size_list(f.type)]
     return [f.name for f in lists if types.is_floating(f.type.value_type) or types.is_integer(f.type.value_type)]
 
 
 def _column(values: list[Any], missing: Set[str]) -> Any:
-    pa = vision_module("pyarrow")
+    pa = import_extra("pyarrow")
     try:
         return pa.array([None if isinstance(value, str) and value in missing else value for value in values])
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -432,7 +432,7 @@ def _column(values: list[Any], missing: Set[str]) -> Any:
 
 
 def _words(values: list[Any]) -> Any:
-    pa = vision_module("pyarrow")
+    pa = import_extra("pyarrow")
     return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
@@ -453,7 +453,7 @@ class _Errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (vision_module("pyarrow").ArrowException, OSError)):
+        if isinstance(error, (import_extra("pyarrow").ArrowException, OSError)):
             raise DataError(f"cannot read {self._name}: {first_line(error)}") from error
 
 

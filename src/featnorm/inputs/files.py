@@ -13,7 +13,7 @@ from itertools import compress
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.formats import (
     HEAD_BYTES,
     VIDEO_ENDINGS,
@@ -166,7 +166,7 @@ class LocalFolder(Folder):
 
     def open(self, path: str) -> Any:
         """See `Folder`."""
-        return vision_module("pyarrow").OSFile(self.name(path))
+        return import_extra("pyarrow").OSFile(self.name(path))
 
     def stream(self, path: str) -> BinaryIO:
         """See `Folder`."""

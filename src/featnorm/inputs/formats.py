@@ -45,6 +45,8 @@ _SIGNATURES = {
     "QOI": rb"qoif",
     "JXL": rb"\0\0\0\x0cJXL \r\n\x87\n",
     "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
+    # MP4 and MOV, Matroska and WebM, AVI.
+    "VIDEO": rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ",
 }
 # Formats that Pillow can be built without, and the names of these features.
 _FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}
@@ -70,9 +72,9 @@ def named_as_image(name: str) -> bool | None:
 def looks_like_image(head: bytes) -> bool:
     """Whether a file that begins with these bytes is an image, even if Pillow cannot read it.
 
-    PostScript does not count as an image, because it is a program.
+    PostScript does not count as an image, because it is a program, and neither do videos.
     """
-    return format_of(head) not in (None, "EPS")
+    return format_of(head) not in (None, "EPS", "VIDEO")
 
 
 def register_format(head: bytes) -> str | None:
@@ -109,6 +111,8 @@ def reason_not_read(head: bytes) -> str:
             return "a JPEG XL image, which Pillow cannot read: save it as JPEG or PNG"
         case "EPS":
             return "PostScript is a program, and is not run: save it as PNG"
+        case "VIDEO":
+            return "a video: pass videos apart from images"
         case None:
             return "not an image in a format that featnorm reads" if head else "an empty file"
         case name:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import Files, Folder
 from featnorm.inputs.formats import HEAD_BYTES
@@ -119,7 +119,7 @@ def list_address(address: str) -> Folder | Files:
     ImportError
         If pyarrow is not installed.
     """
-    fs, pa = vision_module("pyarrow.fs"), vision_module("pyarrow")
+    fs, pa = import_extra("pyarrow.fs"), import_extra("pyarrow")
     # Keys may stand before an @, and settings behind a question mark.
     shown = re.sub("//[^/]*@", "//", address.partition("?")[0])
     try:
@@ -170,7 +170,7 @@ def _shown(address: str, path: str) -> str:
 @lru_cache(maxsize=16)
 def _file_system(address: str) -> tuple[Any, str]:
     """Return the file system of an address, and the path on it."""
-    return vision_module("pyarrow.fs").FileSystem.from_uri(_quoted(address))
+    return import_extra("pyarrow.fs").FileSystem.from_uri(_quoted(address))
 
 
 def _quoted(address: str) -> str:

@@ -121,8 +121,7 @@ class Opener(ABC):
     names : tuple of str
         Names of the data sets that it opens, in upper or lower case.
     shards : tuple of str
-        Endings of the files that, in a folder without images and videos, are the shards of one data set, or its
-        splits.
+        Endings of the files that, in a folder without images, are the shards of one data set, or its splits.
     merges : bool
         Whether neighboring files of one folder are opened as one source.
     """
@@ -142,8 +141,7 @@ class Opener(ABC):
         if isinstance(location, Files):
             return location.paths[0].endswith(self.endings)
         if isinstance(location, Folder):
-            shards = location.top_level(self.shards)[1]
-            return bool(shards) and not (location.images[0] or location.videos[0])
+            return bool(location.top_level(self.shards)[1]) and not location.images[0]
         return location.name.lower() in map(str.lower, self.names)
 
     @abstractmethod
@@ -242,7 +240,7 @@ def open_source(
     ValueError
         If there is no specification, or `fps` is negative.
     ImportError
-        If ``featnorm[vision]`` or ``featnorm[video]`` is needed and not installed.
+        If ``featnorm[images]`` or ``featnorm[video]`` is needed and not installed.
     """
     if not specs:
         raise ValueError("no data is given: name a folder, a file, an address or a data set")

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from PIL import Image
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.decoding import reason_of
 from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
@@ -82,7 +82,7 @@ class ParquetTable(Source[T]):
 
     def column(self, name: str) -> list[Any]:
         """See `Source`."""
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         values = []
         for file in self._files:
             path = self._folder.name(file)
@@ -104,7 +104,7 @@ class ParquetTable(Source[T]):
         return values[i - (self._ends[group - 1] if group else 0)].as_py()
 
     def _row_group(self, file: int, group: int) -> Any:
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         try:
             # Without pyarrow's own threads: items are read by several threads already.
             with open_parquet(self._folder, self._files[file]) as opened:
@@ -131,7 +131,7 @@ class ParquetImages(ParquetTable[Image.Image], EncodedImages):
 
     @staticmethod
     def _check(kind: Any, column: str, path: str) -> None:
-        if not vision_module("pyarrow").types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        if not import_extra("pyarrow").types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             raise DataError(f"column {column!r} of {path} is {kind}: it must be a struct of bytes and path")
 
     def _content(self, i: int) -> bytes:
@@ -210,7 +210,7 @@ class _Index:
         options: Options,
         check: Callable[[Any, str, str], None],
     ) -> None:
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         self.path = folder.name(file)
         self.labels: list[Any] | None = None
         self.label_kind = "missing"
@@ -224,7 +224,7 @@ class _Index:
                     )
                 item_type = schema.field(item_column).type
                 check(item_type, item_column, self.path)
-                nested = vision_module("pyarrow").types.is_nested
+                nested = import_extra("pyarrow").types.is_nested
                 self.scalars = tuple(field.name for field in schema if not nested(field.type))
                 self.candidates = tuple(field.name for field in schema if kind_of_labels(field.type))
                 metadata = opened.metadata
@@ -242,7 +242,7 @@ class _Index:
     def _read_labels(self, opened: Any, column: str) -> None:
         type_ = opened.schema_arrow.field(column).type
         # A column without a single label has no type of its own.
-        kind = "integers" if vision_module("pyarrow").types.is_null(type_) else kind_of_labels(type_)
+        kind = "integers" if import_extra("pyarrow").types.is_null(type_) else kind_of_labels(type_)
         if kind is None:
             raise DataError(
                 f"column {column!r} of {self.path} is {type_}: labels are integers, strings or booleans"
@@ -285,7 +285,7 @@ def _labels(indices: Sequence[_Index]) -> tuple[list[int | None], list[str] | No
 
 def kind_of_labels(type_: Any) -> str | None:
     """Return what the labels of an Arrow type are; None if it cannot hold labels."""
-    types = vision_module("pyarrow").types
+    types = import_extra("pyarrow").types
     if types.is_dictionary(type_):
         return kind_of_labels(type_.value_type)
     if types.is_integer(type_):
@@ -300,7 +300,7 @@ def open_parquet(folder: Folder, file: str) -> Iterator[Any]:
     """Open a parquet file as a `pyarrow.parquet.ParquetFile`."""
     # In a store, the bytes of a row group are fetched at once, and not column by column.
     pre_buffer = not isinstance(folder, LocalFolder)
-    parquet = vision_module("pyarrow.parquet")
+    parquet = import_extra("pyarrow.parquet")
     with folder.open(file) as stream, parquet.ParquetFile(stream, pre_buffer=pre_buffer) as opened:
         yield opened
 

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.arrays import ArrayRows, ArrowRows, FileRows, LabeledSource, ParquetRows, matrix_of
 from featnorm.inputs.errors import DataError
 from featnorm.inputs.files import Folder
 from featnorm.inputs.formats import PassedOver, ending
 from featnorm.inputs.kinds import is_data_frame
-from featnorm.inputs.openers import Opener, Options, open_source
+from featnorm.inputs.openers import Location, Opener, Options, open_source
 from featnorm.inputs.parquet import ParquetImages, open_parquet
 from featnorm.inputs.source import Source
 from featnorm.inputs.texts import (
@@ -53,7 +53,7 @@ class ParquetOpener(Opener):
 
     def _open(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> Source[Any]:
         path = folder.name(files[0])
-        pa = vision_module("pyarrow")
+        pa = import_extra("pyarrow")
         try:
             with open_parquet(folder, files[0]) as opened:
                 if "image" in opened.schema_arrow.names and options.text_column is None:
@@ -76,6 +76,10 @@ class RowOpener(Opener):
 
     endings = tuple(FORMATS)
     shards = (".csv", ".jsonl")
+
+    def accepts(self, location: Location) -> bool:
+        """See `Opener`; beside videos, such files describe them."""
+        return super().accepts(location) and not (isinstance(location, Folder) and location.videos[0])
 
     def open(self, location: Any, title: str, options: Options) -> Source[Any]:
         """See `Opener`; the other files of the folder are ignored."""
@@ -155,7 +159,7 @@ def is_in_memory(data: Any) -> bool:
 
 
 def _of_data_frame(data: Any, options: Options) -> Source[Any]:
-    pa = vision_module("pyarrow")
+    pa = import_extra("pyarrow")
     name = "the DataFrame"
     try:
         table = pa.Table.from_pandas(data, preserve_index=False)

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from featnorm._utils.errors import first_line
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs.decoding import to_rgb
 from featnorm.inputs.errors import DataError
 from featnorm.inputs.openers import Opener, Options
@@ -83,7 +83,7 @@ class TorchvisionOpener(Opener):
         if split not in splits:
             raise DataError(f"torchvision's {name} has no split {split!r}: it has {', '.join(splits)}")
         target = location.root or Path("~/.cache/featnorm").expanduser()
-        make = getattr(vision_module("torchvision.datasets"), name)
+        make = getattr(import_extra("torchvision.datasets"), name)
         try:
             target.mkdir(parents=True, exist_ok=True)
             dataset = make(target, download=True, **splits[split])

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from PIL import Image
 
-from featnorm._utils.extras import optional_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.progress import progress_bar
 from featnorm.inputs.decoding import reason_of, upright
 from featnorm.inputs.errors import ItemError
@@ -133,7 +133,7 @@ class VideoFrames(ImageSource):
         class_names: list[str] | None = None,
         fps: float = 1.0,
     ) -> None:
-        optional_module("av", "video")
+        import_extra("av")
         with ThreadPoolExecutor(_SCANNERS, "featnorm-clips") as threads:
             found = threads.map(lambda file: look_through(folder, file, fps), files)
             self.clips = list(progress_bar(found, total=len(files), unit="clip", desc="looking through clips"))
@@ -284,7 +284,7 @@ def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
     ValueError
         If it is not a video that can be decoded.
     """
-    av = optional_module("av", "video")
+    av = import_extra("av")
     limit = {"max_pixels": str(MAX_PIXELS)}
     try:
         container = av.open(
@@ -317,7 +317,7 @@ def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
 
 def _indexed(container: Any, stream: Any, fps: float, **facts: Any) -> Clip:
     """Return the clip of an open container."""
-    av = optional_module("av", "video")
+    av = import_extra("av")
     found, keys = array("q"), dict[int, int]()
     unstamped, end, fault = 0, 0.0, ""
     try:
@@ -439,7 +439,7 @@ class _Decoder:
             self.close()
             self._start()
             return
-        with suppress(optional_module("av", "video").FFmpegError):  # then the frame is not found
+        with suppress(import_extra("av").FFmpegError):  # then the frame is not found
             self._container.seek(place, stream=self._stream)
         self._restart()
 
@@ -454,7 +454,7 @@ class _Decoder:
             self._frame = following
 
     def _decoded(self) -> Iterator[Any]:
-        av = optional_module("av", "video")
+        av = import_extra("av")
         stamps, context = self._clip.stamps, self._stream.codec_context
         # A damaged packet costs its own frame only; if the container breaks off, the frames after it are missing.
         with suppress(av.FFmpegError):

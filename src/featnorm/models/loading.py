@@ -28,7 +28,7 @@ from featnorm._utils.errors import (
     frames_of,
     is_featnorms,
 )
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.weights import load_weights, single_precision
 from featnorm.inputs.errors import ItemError
 from featnorm.inputs.kinds import FRAMES, IMAGES, TEXTS, Kind, kind_of
@@ -149,7 +149,7 @@ def create_model(
     ModelError
         There is no such model, or the weights cannot be downloaded or read, would run code, or do not fit.
     ImportError
-        ``featnorm[vision]`` or, for texts, ``featnorm[text]`` is not installed.
+        ``featnorm[images]`` or, for texts, ``featnorm[text]`` is not installed.
     """
     if is_folder(spec):
         if weights is not None or num_classes is not None:
@@ -299,7 +299,7 @@ def _to_square(image: Image.Image) -> Tensor:
 
 def _lite0() -> LoadedModel:
     """Return EfficientNet-Lite0 with the weights of its package, after checking their SHA-256."""
-    with installed(_LITE0_PACKAGE, _LITE0_FILE, DEFAULT_MODEL, "vision") as path:
+    with installed(_LITE0_PACKAGE, _LITE0_FILE, DEFAULT_MODEL, "images") as path:
         check_sha256(path, _LITE0_SHA256)
         loaded = create_model(_LITE0, weights=path)
     return replace(loaded, name=DEFAULT_MODEL, notes=[], own=False)
@@ -457,8 +457,8 @@ def _resolve(spec: str) -> tuple[str, str, list[str]]:
             f"no library {library!r} in {spec!r}: write torchvision:NAME, timm:NAME, {_OWN}NAME, {_FOLDER}FOLDER "
             "or MODULE:FUNCTION"
         )
-    models = vision_module("torchvision.models")
-    timm = vision_module("timm")
+    models = import_extra("torchvision.models")
+    timm = import_extra("timm")
     # Only torchvision's classifiers; its detection, segmentation and video models are in submodules.
     names = {
         "torchvision": models.list_models(module=models),
@@ -487,12 +487,12 @@ def _advice(near: list[str]) -> str:
 
 def _build_timm(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
     options = {} if num_classes is None else {"num_classes": num_classes}
-    model: nn.Module = vision_module("timm").create_model(name, pretrained=pretrained, **options)
+    model: nn.Module = import_extra("timm").create_model(name, pretrained=pretrained, **options)
     return model
 
 
 def _build_torchvision(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
-    get_model = vision_module("torchvision.models").get_model
+    get_model = import_extra("torchvision.models").get_model
     options = {} if num_classes is None else {"num_classes": num_classes}
     model: nn.Module = (
         get_model(name, weights="DEFAULT")
@@ -503,7 +503,7 @@ def _build_torchvision(name: str, pretrained: bool, num_classes: int | None) -> 
 
 
 def _timm_input(model: nn.Module, name: str) -> tuple[Callable[[Image.Image], Tensor], tuple[int, int, int]]:
-    data = vision_module("timm.data")
+    data = import_extra("timm.data")
     config = data.resolve_model_data_config(model)
     return data.create_transform(**config, is_training=False), tuple(config["input_size"])
 
@@ -511,7 +511,7 @@ def _timm_input(model: nn.Module, name: str) -> tuple[Callable[[Image.Image], Te
 def _torchvision_input(
     model: nn.Module, name: str
 ) -> tuple[Callable[[Image.Image], Tensor], tuple[int, int, int]]:
-    transform = vision_module("torchvision.models").get_model_weights(name).DEFAULT.transforms()
+    transform = import_extra("torchvision.models").get_model_weights(name).DEFAULT.transforms()
     (size,) = transform.crop_size
     return transform, (3, size, size)
 

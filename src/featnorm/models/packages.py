@@ -27,7 +27,7 @@ def installed(package: str, part: str, spec: str, extra: str) -> Iterator[Path]:
         The package is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"the weights of {spec} are not installed: pip install '.[{extra}]' in a checkout")
+        raise ImportError(f"the weights of {spec} are not installed: pip install 'featnorm[{extra}]'")
     with as_file(files(package).joinpath(part)) as path:
         yield path
 

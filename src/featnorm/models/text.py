@@ -1,7 +1,6 @@
 """Models of Hugging Face's transformers in local folders, and MiniLM, the default model for texts."""
 
 import copy
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featnorm._utils.errors import first_line
+from featnorm._utils.extras import import_extra
 from featnorm.models.errors import ModelError
 from featnorm.models.packages import check_sha256, installed
 
@@ -141,7 +141,7 @@ def folder_model(folder: Path, *, pretrained: bool = True) -> FolderModel:
     ImportError
         ``featnorm[text]`` is not installed.
     """
-    transformers = _transformers()
+    transformers = import_extra("transformers")
     if not (folder / "config.json").is_file():
         what = "a folder with a config.json" if folder.is_dir() else "such a folder"
         raise ModelError(f"cannot find {folder}: expected {what}, as save_pretrained of transformers writes it")
@@ -267,15 +267,6 @@ class _ImageTransform:
 
 def _has(folder: Path, patterns: Sequence[str]) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ImportError(
-            f"models of texts need transformers ({error}): pip install '.[text]' in a checkout"
-        ) from error
 
 
 @contextmanager

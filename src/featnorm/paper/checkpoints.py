@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.features import Features
 from featnorm.models import ModelError, cut_classifier
 from featnorm.models.loading import read_weights
@@ -59,7 +59,7 @@ class ContrastiveNetwork(nn.Module):
 
     def __init__(self, architecture: str = "resnet50", *, classifies: bool = True) -> None:
         super().__init__()
-        whole = vision_module("torchvision.models").get_model(architecture, weights=None)
+        whole = import_extra("torchvision.models").get_model(architecture, weights=None)
         self.backbone, width = cut_classifier(whole)
         self.hidden = nn.Linear(width, width)
         self.embedding = nn.Linear(width, EMBEDDING)

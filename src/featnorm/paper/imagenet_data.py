@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source
 from featnorm.paper.checkpoints import CLASSES
 from featnorm.paper.study import MissingError
@@ -176,7 +176,7 @@ def _sample(root: Path | None) -> Data:
 def _tiny(root: Path | None) -> Data:
     """The 200 classes of Tiny ImageNet; OOD are the other classes of ImageNet-1k, and textures, shrunk alike."""
     train, test, sample, textures = _open(root, _TINY["train"], _TINY["val"], _SAMPLE, _SOME_TEXTURES)
-    numbers = {synset: i for i, synset in enumerate(vision_module("timm.data").ImageNetInfo().label_names())}
+    numbers = {synset: i for i, synset in enumerate(import_extra("timm.data").ImageNetInfo().label_names())}
     if train.class_names is None or not set(train.class_names) <= set(numbers):
         raise DataError(
             f"the classes of {train.title} are not WordNet numbers such as n01443537: rename the folders"

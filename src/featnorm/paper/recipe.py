@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm.augmentation import SCALE
 from featnorm.paper.objectives import CIDER, CSI, MoCo, RotNet, SimCLR, SupCon
 from featnorm.training import Recipe
@@ -102,7 +102,7 @@ class PaperRecipe(Recipe):
         """Return the optimizer of these parameters."""
         if self.optimizer == "lars":
             # Trust ratios for every weight, decayed or not, as in You et al. (2017), algorithm 1.
-            return vision_module("timm.optim").Lars(
+            return import_extra("timm.optim").Lars(
                 parameters,
                 lr=self.lr,
                 momentum=self.momentum,

@@ -29,6 +29,10 @@ class Scenes:
     pixels: Tensor
     truth: Tensor
 
+    def first(self, count: int) -> "Scenes":
+        """Return the first scenes."""
+        return Scenes(self.pixels[:count], self.truth[:count])
+
 
 @dataclass(frozen=True)
 class Objects:

@@ -6,27 +6,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from featnorm.verdict import BoxVerdict
 
-# Longer side of a picture, which a smaller image is enlarged to.
-_SIDE = 640
 # Blue and vermilion of Okabe and Ito, which readers who are color blind can tell apart; in print, the width and
 # the words of a flagged box differ too.
 _ID, _OOD = (0, 114, 178), (213, 94, 0)
 _FONT, _PADDING = 14, 2
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[BoxVerdict]) -> Image.Image:
+def draw_boxes(image: Image.Image, boxes: Sequence[BoxVerdict], side: int = 640) -> Image.Image:
     """Draw the boxes of an image: flagged ones as not known, and all with their class and p-value.
 
     Parameters
     ----------
     image : image in RGB, in whose pixels the corners are.
     boxes : verdicts on its boxes. Flagged boxes are drawn last, over the others.
-
-    Returns
-    -------
-    The picture, as large as the image, or 640 pixels on its longer side if that is larger.
+    side : longer side of the picture in pixels, if the image is smaller.
     """
-    scale = max(1.0, _SIDE / max(image.size))
+    scale = max(1.0, side / max(image.size))
     size = (round(scale * image.width), round(scale * image.height))
     picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
 from featnorm.calibration import Calibration
@@ -62,8 +62,8 @@ _WIDTH, _HIDDEN, _POOL = 64, 256, 7
 _BATCH, _RATE, _WARMUP, _DECAY = 8, 1e-3, 0.1, 0.01
 _SCORED = 50
 _TPR, _LOWEST = 0.95, 0.0
-_PICTURE = "NAN()"  # whose verdicts are drawn
-_PICTURED = 3  # scenes of each kind
+_PICTURE = "KLUniform() + KNN(k=10)"  # whose verdicts are drawn
+_PICTURED, _SIDE = 3, 320  # scenes of each kind, and their size in pixels
 _WEIGHTS = "model.safetensors"
 
 
@@ -235,7 +235,7 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
         rates += [
             ["simulated", f"{entry['calibrated']}", *_rate_cells([entry])] for entry in content[0]["simulated"]
         ]
-        promised = f"{1 - _TPR:.0%} are promised"
+        promised = f"{100 * (1 - _TPR):.0f} % are promised"
         return {
             self.name: Table(
                 f"Boxes on foreign objects against boxes on digits, {MEASURES}; and percentage of the scenes with "
@@ -267,7 +267,7 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
         drawn = []
         for picture in content[0]["pictures"]:
             scene = Image.open(io.BytesIO(base64.b64decode(picture["scene"])))
-            drawn.append(draw_boxes(scene, [BoxVerdict(*box) for box in picture["boxes"]]))
+            drawn.append(draw_boxes(scene, [BoxVerdict(*box) for box in picture["boxes"]], _SIDE))
         return {self.name: image_grid(drawn, _PICTURED)}
 
 
@@ -335,9 +335,9 @@ class Found:
 
 def make_detector(seed: int) -> nn.Module:
     """Return a small Faster R-CNN with initial weights; torchvision's classes, on a backbone of six layers."""
-    detection, ops = vision_module("torchvision.models.detection"), vision_module("torchvision.ops")
-    anchors = vision_module("torchvision.models.detection.anchor_utils").AnchorGenerator
-    heads = vision_module("torchvision.models.detection.faster_rcnn")
+    detection, ops = import_extra("torchvision.models.detection"), import_extra("torchvision.ops")
+    anchors = import_extra("torchvision.models.detection.anchor_utils").AnchorGenerator
+    heads = import_extra("torchvision.models.detection.faster_rcnn")
 
     def layer(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -510,9 +510,18 @@ def _rate_cells(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _pictured(scenes: Scenes, found: Found, p_values: Tensor, is_id: Tensor) -> list[dict[str, Any]]:
-    """Return the first scenes with the verdicts on their boxes, as JSON."""
+    """Return three scenes with the verdicts on their boxes, as JSON.
+
+    They are the first two in which a box on a foreign object is flagged, and the first in which one is not; of
+    scenes without foreign objects, the first three.
+    """
+    flagged, missed = (
+        found.owners[found.is_foreign & (is_id == value)].unique().tolist() for value in (False, True)
+    )
+    chosen = [*flagged[: _PICTURED - 1], *missed]
+    chosen += [i for i in range(found.count) if i not in chosen]
     pictures = []
-    for i in range(_PICTURED):
+    for i in chosen[:_PICTURED]:
         buffer = io.BytesIO()
         Image.fromarray(scenes.pixels[i].movedim(0, 2).numpy()).save(buffer, "PNG")
         boxes = [

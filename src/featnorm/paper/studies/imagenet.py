@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from featnorm._utils.extras import vision_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.layout import fast_layout
 from featnorm.detectors import (
     KNN,
@@ -179,7 +179,7 @@ def _load(name: str, weights: Path | None) -> _Network:
     if name == "vit":
         return _Network(_cut(create_model("torchvision:vit_b_16", weights=file)), None)
     # The transform of torchvision's default, its second set of weights, differs.
-    transform = vision_module("torchvision.models").ResNet50_Weights.IMAGENET1K_V1.transforms()
+    transform = import_extra("torchvision.models").ResNet50_Weights.IMAGENET1K_V1.transforms()
     if name == "resnet50":
         whole = replace(create_model("torchvision:resnet50", weights=file), transform=transform)
         last: nn.Module = whole.model.fc  # type: ignore[assignment]

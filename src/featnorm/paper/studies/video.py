@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featnorm._utils.extras import optional_module
+from featnorm._utils.extras import import_extra
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.progress import progress_bar
 from featnorm.calibration import Calibration
@@ -50,7 +50,7 @@ class Video(SingleRun[Images]):
     page: ClassVar[str] = "video"
 
     def load(self, scale: None, context: Context) -> Images:
-        optional_module("av", "video")
+        import_extra("av")
         return context.once(cifar10_images)
 
     def settings(self, job: Whole, scale: None, inputs: Images) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def footage(image: Tensor, rng: np.random.Generator) -> Iterator[_Array]:
 
 def write_clip(path: Path, frames: Iterator[_Array]) -> None:
     """Write frames as an H.264 file."""
-    av = optional_module("av", "video")
+    av = import_extra("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"preset": "veryfast"})
         stream.width = stream.height = _PIXELS
@@ -211,4 +211,4 @@ def _told_apart(known: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> 
     return [float(rate) for rate in rates]
 
 
-Video("video", "Clips of real pixels, frame by frame and as wholes", duration="10 min")
+Video("video", "Clips of real pixels, frame by frame and as wholes", duration="6 min")
