@@ -173,6 +173,8 @@ def test_formats_hold_the_same_numbers(result, tmp_path):
     lines = result.table().splitlines()
     assert [line.split()[0] for line in lines] == ["Detector", *(one.detector for one in result.ranked)]
     assert len(result.to_markdown().splitlines()) == 4
+    files = result.save(tmp_path / "made" / "here")
+    assert all(file.stat().st_size for file in files)
     files = result.save(tmp_path)
     assert all(file.stat().st_size for file in files)
     first = (tmp_path / "results.svg").read_bytes()

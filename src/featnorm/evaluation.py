@@ -293,11 +293,12 @@ class Comparison:
         plot_ranking(self, Path(path))
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write tables, scores and plots to a folder that exists; return the files.
+        """Write tables, scores and plots to a folder, which is made if there is none; return the files.
 
         They are ``results.csv``, ``results.json``, ``results.tex``, ``scores.parquet``, ``results.svg`` and
         ``results.pdf``.
         """
+        Path(folder).mkdir(parents=True, exist_ok=True)
         files = [Path(folder) / name for name in FILES]
         for file in files:
             match file.suffix:

@@ -248,15 +248,15 @@ def results(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def save(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Write the results of a comparison to a folder that exists, in the formats of OpenOOD; return the files.
+    """Write the results of a comparison to a folder, in the formats of OpenOOD; return the files.
 
     Parameters
     ----------
     comparison : see `results`.
     folder
-        It gets ``openood.csv``, for each detector the table that OpenOOD's evaluator writes; and
-        ``leaderboard.csv``, one row per detector in the columns of its leaderboard. Columns about the training of
-        the model are empty there. Percentages have two decimals.
+        Made if there is none. It gets ``openood.csv``, for each detector the table that OpenOOD's evaluator
+        writes; and ``leaderboard.csv``, one row per detector in the columns of its leaderboard. Columns about the
+        training of the model are empty there. Percentages have two decimals.
     """
     tables: list[tuple[str, ...]] = [("Postprocessor", "", *MEASURES)]
     leaderboard: list[tuple[str, ...]] = [_LEADERBOARD]
@@ -265,6 +265,7 @@ def save(comparison: Comparison, folder: str | Path) -> list[Path]:
         near, far = rows["nearood"], rows["farood"]
         accuracy = "/" if comparison.accuracy is None else _cell(near["ACC"])
         leaderboard.append(("", detector, _cell(near["AUROC"]), _cell(far["AUROC"]), accuracy, "", "", ""))
+    Path(folder).mkdir(parents=True, exist_ok=True)
     files = [Path(folder) / name for name in FILES]
     for file, table in zip(files, (tables, leaderboard), strict=True):
         write_text(file, _csv(table))
