@@ -18,6 +18,8 @@ _CHECKED_ROWS = 1 << 14
 _MIN_INDEXED_ROWS = 1 << 17
 # Number of queries times their width from which faiss multiplies matrices.
 _MIN_PRODUCT = 1 << 12
+# Candidates that such a product selects in addition to the k nearest.
+_SPARE = 16
 # Minimum number of rows in the bank of NNGuide, and of inputs that are compared with it at a time.
 _MIN_GUIDES = 1000
 _QUERIES = 4096
@@ -269,7 +271,7 @@ class Search:
     """
 
     def __init__(self, bank: np.ndarray) -> None:
-        self.bank = bank
+        self.bank = np.ascontiguousarray(bank)
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows of the bank."""
@@ -282,7 +284,25 @@ class Search:
         # Below this product, faiss compares the queries with the bank one by one, not by products of matrices: by
         # its default, 64 queries of 768 features take five times as long.
         faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _MIN_PRODUCT)
-        return faiss.knn(queries, self.bank, k)
+        if queries.size < _MIN_PRODUCT:
+            return faiss.knn(queries, self.bank, k)
+        # By a product, a small distance of long vectors has lost its digits: it selects candidates.
+        return self._sorted(queries, faiss.knn(queries, self.bank, min(k + _SPARE, len(self.bank)))[1], k)
+
+    def _sorted(self, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the squared distances (m, k), ascending, of queries to the nearest of rows (m, c), and which."""
+        distances = self._distances(queries, rows)
+        nearest = np.argsort(distances, 1, kind="stable")[:, :k]
+        return np.take_along_axis(distances, nearest, 1), np.take_along_axis(rows, nearest, 1)
+
+    def _distances(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the squared distances (m, c) of queries to rows of the bank; infinity for the row -1."""
+        import faiss
+
+        distances = np.empty(rows.shape, np.float32)
+        arrays = [faiss.swig_ptr(array) for array in (distances, queries, self.bank, rows)]
+        faiss.fvec_L2sqr_by_idx(*arrays, queries.shape[1], *rows.shape)  # type: ignore[attr-defined]
+        return distances
 
 
 class Index(Search):
@@ -302,7 +322,7 @@ class Index(Search):
     def __init__(self, bank: np.ndarray) -> None:
         import faiss
 
-        super().__init__(np.ascontiguousarray(bank))
+        super().__init__(bank)
         rows, width = bank.shape
         cells = round(2 * math.sqrt(rows))
         # The rotation spreads the information of few units over all, since one bit is kept per unit.
@@ -351,18 +371,7 @@ class Index(Search):
     def neighbors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Search.neighbors`, but a neighbor may be missed; the row is -1 where too few are found."""
         found = self._index.search(queries, min(self.candidates * k, len(self.bank)))[1]
-        distances = self._distances(queries, found)
-        nearest = np.argsort(distances, 1)[:, :k]
-        return np.take_along_axis(distances, nearest, 1), np.take_along_axis(found, nearest, 1)
-
-    def _distances(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the squared distances (m, c) of queries to rows of the bank; infinity for the row -1."""
-        import faiss
-
-        distances = np.empty(rows.shape, np.float32)
-        arrays = [faiss.swig_ptr(array) for array in (distances, queries, self.bank, rows)]
-        faiss.fvec_L2sqr_by_idx(*arrays, queries.shape[1], *rows.shape)  # type: ignore[attr-defined]
-        return distances
+        return self._sorted(queries, found, k)
 
 
 def _spaced(rows: np.ndarray, count: int) -> np.ndarray:

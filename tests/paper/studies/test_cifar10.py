@@ -83,7 +83,7 @@ def test_a_result_of_other_settings_raises(root, tiny, tmp_path, monkeypatch):
 def test_what_cannot_be_reproduced_is_named(tmp_path, featnorm):
     with pytest.raises(
         ValueError,
-        match="unknown name 'table99': choose all, or one of explanation, feature-length, figure1, figure2",
+        match="unknown name 'table99': choose all, or one of boxes, explanation, feature-length, figure1, figure2",
     ):
         reproduce("table99", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="NAME is missing: `featnorm reproduce --list`"):
