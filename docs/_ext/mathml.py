@@ -4,13 +4,18 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 
+def _mathml(formula, **options):
+    # As fences, the bars of a norm are drawn in other heights with and without a subscript.
+    return convert(formula, **options).replace("<mo>&#x02016;</mo>", "<mi>&#x02016;</mi>")
+
+
 def _inline(writer, node):
-    writer.body.append(convert(node.astext()))
+    writer.body.append(_mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _block(writer, node):
-    writer.body.append(convert(node.astext(), display="block"))
+    writer.body.append(_mathml(node.astext(), display="block"))
     raise nodes.SkipNode
 
 
