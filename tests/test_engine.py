@@ -1,5 +1,6 @@
 """onnxruntime runs a network as PyTorch does, or PyTorch runs it and the reason is said."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -119,6 +120,56 @@ def test_a_graph_of_other_code_is_exported_again(photos, graphs):
     other = scorer_of(Other, "NAN()")
     # The weights and the layers are the same.
     (expected, _), (found, _) = (verdicts(other, photos, name) for name in ("torch", "onnx"))
+    assert found[0].score == pytest.approx(expected[0].score, rel=1e-4)
+
+
+def test_a_graph_of_other_settings_is_exported_again(photos):
+    def capped():
+        net = Net()
+        net.head[2] = nn.Hardtanh(0, 1e6)  # on inputs that reach no cap it is ReLU
+        return net
+
+    scorer_of(capped, "NAN()").engine(fn.Runtime(engine="onnx"), 1)
+
+    def lower():
+        net = capped()
+        net.head[2].max_val = 0.05
+        return net
+
+    other = scorer_of(lower, "NAN()")
+    (expected, _), (found, _) = (verdicts(other, photos, name) for name in ("torch", "onnx"))
+    assert found[0].score == pytest.approx(expected[0].score, rel=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["lock", "squeeze"])
+def test_a_model_that_cannot_be_copied_or_takes_no_batch_of_one_runs_in_pytorch(photos, fault):
+    class Odd(Net):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock() if fault == "lock" else None
+
+        def forward(self, x):
+            pooled = self.body(x)
+            return self.head(pooled.squeeze().reshape(len(x), -1) if fault == "lock" else pooled.squeeze())
+
+    scorer = scorer_of(Odd, "NAN()")
+    with pytest.warns(UserWarning, match="^PyTorch runs the model, not onnxruntime"):
+        assert scorer.engine(fn.Runtime(engine="auto"), 1) is None
+
+
+def test_changed_buffers_outside_the_state_are_noticed(photos):
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    scorer = scorer_of(Scaled, "MaxLogit()")
+    made = scorer.engine(fn.Runtime(engine="onnx"), 1)
+    scorer.model.scale *= 100
+    (expected, _), found = verdicts(scorer, photos, "torch"), next(iter(scorer.stream(photos, engine=made)))
     assert found[0].score == pytest.approx(expected[0].score, rel=1e-4)
 
 

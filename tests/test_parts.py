@@ -201,6 +201,27 @@ def test_what_drawn_parts_returns_in_pieces_is_the_whole():
         assert torch.equal(getattr(joined, name), value), name
 
 
+def test_the_parts_kept_of_one_unit_are_drawn_independently_of_those_of_another():
+    positions = torch.arange(600.0)
+    kept = [drawn_parts(positions, torch.zeros(600, dtype=torch.int64), 0.0, first)[0] for first in range(3)]
+    assert {len(one) for one in kept} == {MAX_PARTS}
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[1], kept[2])
+    together, owners, _ = drawn_parts(positions.repeat(2), torch.arange(2).repeat_interleave(600), 0.0)
+    assert not torch.equal(together[owners == 0], together[owners == 1])
+
+
+def test_an_update_averages_as_many_parts_as_the_calibration_did():
+    frames, units = clips(40)
+    source = fn.Scorer(network(), fn.NAN(), lowest=0.0).calibrate(frames, units=units)
+    loaded = fn.Scorer(network(), fn.NAN(), lowest=1.0)
+    loaded.load_state_dict(source.state_dict())
+    assert loaded.lowest == 0.0
+    loaded.lowest = 1.0
+    with pytest.raises(ValueError, match="averages the lowest 0 of a unit's parts, and the scorer 1"):
+        loaded.calibrate(frames, units=units, update=True)
+
+
 def test_damaged_states_are_refused():
     scores, owners, of_units = drawn_parts(*flat([[float(j)] * 2 for j in range(20)]), 0.0)
     for bad in (owners[:-1], owners.clamp(max=18), owners - 1):

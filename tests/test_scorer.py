@@ -940,6 +940,21 @@ def test_frames_of_a_stream_are_what_predict_takes_and_what_pyav_decodes(watcher
     assert "too narrow" in mixed[2].error
 
 
+def test_frames_with_rounded_stamps_and_streams_that_start_again_are_watched(watcher):
+    class Frame(np.ndarray):
+        time = None
+
+    def frame(moment):
+        made = np.zeros((8, 8, 3), np.uint8).view(Frame)
+        made.time = moment
+        return made
+
+    rounded = [frame(round(i / 30, 3)) for i in range(300)]
+    assert len(list(watcher.watch(rounded, fps=30))) == 300
+    twice = [frame(i / 30) for i in range(60)] * 2
+    assert len(list(watcher.watch(twice, fps=5))) == 20
+
+
 def test_a_stream_that_cannot_be_watched_is_named_at_once(watcher):
     with pytest.raises(ValueError, match="fps and batch_size must be positive, got 0 and 1"):
         watcher.watch([], fps=0)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import time
 import warnings
@@ -32,6 +33,7 @@ MIN_ITEMS = 1000
 DEFAULT_CACHE = "~/.cache/featnorm/engines"
 #: Largest difference between onnxruntime and PyTorch, relative to the largest value.
 TOLERANCE = 1e-4
+_PLAIN = (str, bytes, int, float, tuple, type(None))
 _PACKAGES = ("torch", "onnxruntime", "onnxscript")
 
 
@@ -133,7 +135,7 @@ class FeatureEngine:
         self._fields = {name: distinct.setdefault(id(value), name) for name, value in features.fields()}
         self._names = list(distinct.values())
         self._tap, self._absent = tap, features.absent
-        self._versions = tap.contents().versions()
+        self._versions = _versions(tap.contents())
         self._engine = engine_of(
             lambda: _Captured(tap, self._names), tap.model, self.example, kind, {"tap": tap.to_dict()}
         )
@@ -152,12 +154,23 @@ class FeatureEngine:
         contents : the model's contents now.
         classifier : whether to copy the classifier's weights.
         """
-        if contents.versions() != self._versions or not self._engine.takes(inputs):
+        if _versions(contents) != self._versions or not self._engine.takes(inputs):
             return None
         found = dict(zip(self._names, self._engine(inputs), strict=True))
         fields: dict[str, Any] = {name: found[other] for name, other in self._fields.items()}
         weights = self._tap.classifier() if classifier else None
         return Features(**fields, classifier=weights, absent=self._absent)
+
+
+def _versions(contents: Contents) -> Any:
+    """Return what changes with any tensor of a model, those that are not in its state included."""
+    others = [
+        (id(buffer), buffer._version)
+        for module in contents.modules
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set and buffer is not None and not buffer.is_inference()
+    ]
+    return contents.versions(), others
 
 
 def is_wanted(runtime: Runtime, kind: Kind, device: torch.device, count: int) -> bool:
@@ -247,26 +260,51 @@ def engine_of(
     sizes = {name: [*value.shape[1:]] for name, value in named_inputs(example, kind.name).items()}
     versions = {name: metadata.version(name) for name in _PACKAGES}
     key = {"weights": archive.fingerprint(model), "inputs": sizes, "versions": versions, **about}
-    name = hashlib.sha256(json.dumps([featnorm.__version__, key], sort_keys=True).encode()).hexdigest()
+    code = _code_of(model)
+    name = hashlib.sha256(json.dumps([featnorm.__version__, key, code], sort_keys=True).encode()).hexdigest()
     path = Path(DEFAULT_CACHE).expanduser() / f"{name}.onnx"
-    graph = graph_of().eval()
-    if path.exists():
-        # The code of the model may have changed, or the file be damaged: it is exported again.
-        with suppress(Exception):
-            return _compared(Engine(path.read_bytes(), example), graph, example)
     try:
+        graph = graph_of().eval()
+        if code is not None and path.exists():
+            # Code that the digest does not cover may have changed, or the file be damaged: it is exported again.
+            with suppress(Exception):
+                return _compared(Engine(path.read_bytes(), example), graph, example)
         outputs = [f"output {i}" for i in range(len(graph(example)))]
         model_bytes = exported(graph, example, kind, outputs).SerializeToString()
-        engine = Engine(model_bytes, example)
+        engine = _compared(Engine(model_bytes, example), graph, example)
+    except EngineError:
+        raise
     # The exporter wraps every error, in messages of many lines.
     except Exception as error:
         raise EngineError(f"it cannot be exported: {first_line(error.__cause__ or error)}") from error
-    engine = _compared(engine, graph, example)
+    if code is None:
+        return engine
     with suppress(OSError):  # the cache cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             Path(temporary).write_bytes(model_bytes)
     return engine
+
+
+def _code_of(model: nn.Module) -> str | None:
+    """Return a digest of a model's code and plain settings; None if a source cannot be read.
+
+    Weights alone do not tell ReLU from ReLU6. The code is that of the files that define the classes of its
+    modules, except torch's own, whose version is known.
+    """
+    hashed = hashlib.sha256(repr(model).encode())
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    known = ("torch", "builtins")
+    try:
+        files = {inspect.getfile(one) for one in classes if one.__module__.partition(".")[0] not in known}
+        for file in sorted(files):
+            hashed.update(Path(file).read_bytes())
+    except (OSError, TypeError):
+        return None
+    for module in model.modules():
+        settings = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+        hashed.update(repr(sorted(settings.items(), key=lambda pair: pair[0])).encode())
+    return hashed.hexdigest()
 
 
 def _compared(engine: Engine, graph: nn.Module, example: Inputs) -> Engine:

@@ -239,14 +239,15 @@ class PartCalibration(ExactModule):
         return {"scores": self.scores, "owners": self.owners, "unit_scores": self.unit_scores}
 
 
-def drawn_parts(scores: ScoreLike, units: Units, lowest: float) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_parts(scores: ScoreLike, units: Units, lowest: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return what a `PartCalibration` keeps of some units: scores of parts, their owners, and scores of the units.
 
-    At most `MAX_PARTS` parts of each unit are kept, drawn at random with a fixed seed.
+    At most `MAX_PARTS` parts of each unit are kept, drawn at random, independently between units.
 
     Parameters
     ----------
     scores, units, lowest : see `PartCalibration`.
+    first : number of units that were drawn from before, which is the seed.
 
     Returns
     -------
@@ -263,7 +264,7 @@ def drawn_parts(scores: ScoreLike, units: Units, lowest: float) -> tuple[Tensor,
     scores = as_score_tensor(scores, "id_scores").to(torch.float64)
     owners, count = _numbered(units, len(scores))
     owners = owners.to(scores.device)
-    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(0)).to(owners.device)
+    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(first)).to(owners.device)
     order, ranks = _by_unit(order, owners, count)
     kept = order[ranks < MAX_PARTS].sort().values
     return scores[kept], owners[kept], unit_scores(scores, owners, count, lowest)

@@ -29,6 +29,7 @@ from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, k
 from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
+from featnorm.inputs.video import STAMP_ROUNDING
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts, sampled_parts, unit_scores
@@ -166,6 +167,11 @@ class Scorer(nn.Module):
     def preprocess(self) -> Callable[[Any], Any] | None:
         """Function from an item to what the model takes."""
         return self._preprocess[0]
+
+    @property
+    def unit_count(self) -> int:
+        """Number of images or clips whose parts the calibration is on; 0 if it is not on parts."""
+        return len(self.calibration.unit_scores) if isinstance(self.calibration, PartCalibration) else 0
 
     @property
     def per(self) -> Per:
@@ -365,10 +371,11 @@ class Scorer(nn.Module):
         """Calibrate on the parts of units: of the inputs, or of units that are given."""
         if self.thresholds_by is not None:
             raise ValueError("thresholds_by is for inputs that are independent: omit it, or units")
+        before = self.unit_count if update else 0
         if self.per == "input":
             assert units is not None
             scores = torch.cat([self.detector.score(features) for features in batches])
-            return self.use_parts(drawn_parts(scores, units, self.lowest), tpr, update=update)
+            return self.use_parts(drawn_parts(scores, units, self.lowest, before), tpr, update=update)
         if units is not None:
             raise ValueError(f"the units of a scorer per {self.per} are the inputs: omit units")
         found: list[tuple[Tensor, ...]] = []
@@ -377,7 +384,7 @@ class Scorer(nn.Module):
             if len(features):
                 assert features.parts is not None
                 scores, owners, of_units = drawn_parts(
-                    self.detector.score(features), features.parts.owners, self.lowest
+                    self.detector.score(features), features.parts.owners, self.lowest, before + count
                 )
                 found.append((scores, owners + count, of_units))
                 count += len(of_units)
@@ -404,6 +411,11 @@ class Scorer(nn.Module):
         if not update:
             made = PartCalibration.from_state(*parts, 0.95 if tpr is None else tpr, self.lowest)
         elif isinstance(self.calibration, PartCalibration):
+            if self.calibration.lowest != self.lowest:
+                raise ValueError(
+                    f"the earlier calibration averages the lowest {self.calibration.lowest:g} of a unit's parts, "
+                    f"and the scorer {self.lowest:g}: calibrate without update"
+                )
             made = self.calibration.with_parts(*parts)
             made = made if tpr is None else made.with_tpr(tpr)
         else:
@@ -763,16 +775,19 @@ class Scorer(nn.Module):
     ) -> Iterator[ItemVerdict]:
         batch: list[tuple[str, Any]] = []
         times: list[float] = []
-        began, wanted = None, -math.inf
+        began, wanted, last = None, -math.inf, -math.inf
         for number, frame in enumerate(frames):
             now = perf_counter()
             began = now if began is None else began
             stamp = getattr(frame, "time", None)
             moment = now - began if stamp is None else float(stamp)
-            if moment < wanted:
+            if moment < last:  # the stream starts again
+                wanted = -math.inf
+            last = moment
+            if moment + STAMP_ROUNDING < wanted:
                 continue
             if fps is not None:
-                wanted = (math.floor(moment * fps) + 1) / fps
+                wanted = (math.floor((moment + STAMP_ROUNDING) * fps) + 1) / fps
             batch.append((f"frame {number}", frame))
             times.append(moment)
             if len(batch) == batch_size:
@@ -892,7 +907,11 @@ class Scorer(nn.Module):
         sizes = torch.bincount(parts.owners, minlength=parts.count).tolist()
         nothing = [None] * parts.count
         whole = (nothing if values is None else values.tolist() for values in units[:3])
-        of_parts = (nothing if values is None else values.cpu().split(sizes) for values in verdict[:3])
+        # Copies, because a verdict that is kept would otherwise keep its whole batch.
+        of_parts = (
+            nothing if values is None else [part.clone() for part in values.cpu().split(sizes)]
+            for values in verdict[:3]
+        )
         boxes = self._boxes_of(verdict, parts)
         found = []
         rows: Iterable[tuple[Any, ...]] = zip(names, *whole, *of_parts, strict=True)
@@ -987,6 +1006,7 @@ class Scorer(nn.Module):
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
         if scores is not None and extra is not None and extra.get("lowest") is not None:
             owners, of_units = (state_dict[f"{prefix}calibration.{name}"] for name in ("owners", "unit_scores"))
+            self.lowest = extra["lowest"]
             self.calibration = PartCalibration.from_state(
                 scores, owners, of_units, extra["tpr"], extra["lowest"]
             ).to(self.tap.device)

@@ -163,7 +163,7 @@ class ScoringSummary:
         """Return the scores of all frames (n,), clip by clip, and the index of the clip of each (n,)."""
         frames = [one.scores for one in self._frames.values()]
         owners = torch.arange(len(frames)).repeat_interleave(torch.tensor([*map(len, frames)]))
-        return torch.from_numpy(np.concatenate(frames, dtype=np.float64)), owners
+        return torch.from_numpy(np.concatenate([np.empty(0), *frames], dtype=np.float64)), owners
 
     def predict_clips(self, calibration: PartCalibration) -> None:
         """Set `clips`, by a calibration on clips."""
@@ -324,7 +324,7 @@ def score_source(
                 bar.update(len(verdicts))
         if journal is not None:
             summary.update(journal)
-        if isinstance(scorer.calibration, PartCalibration) and source.fps is not None and summary.scores:
+        if isinstance(scorer.calibration, PartCalibration) and source.fps is not None:
             summary.predict_clips(scorer.calibration)
         if journal is None:
             return summary
@@ -366,6 +366,12 @@ def calibrate_source(
     ValueError, DataError
         See `Scorer.calibrate` and `score_source`; or no item can be read.
     """
+    if source.fps is not None:
+        if scorer.thresholds_by is not None:
+            raise ValueError(f"this scorer has thresholds by {scorer.thresholds_by!r}, which frames cannot have")
+        if update and not scorer.unit_count:
+            raise ValueError("the earlier calibration is of independent inputs: omit update (--update)")
+    before = scorer.unit_count if update else 0
     found: list[ItemVerdict] = []
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -376,7 +382,8 @@ def calibrate_source(
         scores = [verdict.parts.score for verdict in verdicts if verdict.parts is not None]
         if any(map(len, scores)):
             owners = torch.arange(len(scores)).repeat_interleave(torch.tensor([*map(len, scores)]))
-            parts.append(drawn_parts(torch.cat(scores), owners, scorer.lowest))
+            drawn_before = before + sum(len(of_units) for _, _, of_units in parts)
+            parts.append(drawn_parts(torch.cat(scores), owners, scorer.lowest, drawn_before))
 
     earlier, scorer.calibration = scorer.calibration, None
     try:
@@ -386,9 +393,7 @@ def calibrate_source(
     if not summary.scores:
         raise DataError(f"none of the {len(source):,} {source.kind.name} of {source.title} can be read")
     if source.fps is not None:
-        if scorer.thresholds_by is not None:
-            raise ValueError(f"this scorer has thresholds by {scorer.thresholds_by!r}, which frames cannot have")
-        scorer.use_parts(drawn_parts(*summary.frame_scores(), scorer.lowest), tpr, update=update)
+        scorer.use_parts(drawn_parts(*summary.frame_scores(), scorer.lowest, before), tpr, update=update)
         return summary
     if scorer.per != "input":
         if not parts:

@@ -619,6 +619,20 @@ def test_a_neighbor_found_in_a_large_batch_is_the_one_found_alone():
     torch.testing.assert_close(together[:30], alone, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_neighbor_is_found_where_a_product_of_matrices_rounds_distances_away(normalize):
+    g = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 64, generator=g) for n in (2000, 256))
+    if normalize:
+        bank, queries = bank + 1000, queries + 1000
+    else:
+        bank[0] = 1e4
+    detector = KNN(k=10, normalize=normalize).fit(Features(pooled=bank))
+    together = detector.score(Features(pooled=queries))
+    alone = torch.cat([detector.score(Features(pooled=q[None])) for q in queries])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
 @every
 def test_an_input_that_is_all_zero_has_a_score(expression):
     zero = of_activation(torch.zeros(2, 12, dtype=F64))

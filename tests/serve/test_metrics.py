@@ -78,6 +78,15 @@ def test_threads_lose_no_score():
     assert sum(scorers.seen.drift.state()["seen"].values()) == 600 + 1200
 
 
+def test_no_drift_is_watched_from_scores_that_depend_on_each_other(app):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU())
+    scorer = fn.Scorer(model, fn.NAN(), preprocess=lambda image: torch.full((3, 2, 2), image.width / 8))
+    frames = [torch.rand(60, 3, 2, 2)]
+    scorer.calibrate(frames, units=[f"clip {i // 3}" for i in range(60)], progress=False)
+    with TestClient(create_app(scorer), base_url="http://localhost", client=("127.0.0.1", 1)) as client:
+        assert client.get("/v1/detector").json()["drift"] is None
+
+
 def test_no_drift_is_watched_from_a_jackknife(app):
     detector = fn.Jackknife(fn.KNN(k=1)).fit(fn.Features(pooled=torch.rand(30, 12)))
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU())

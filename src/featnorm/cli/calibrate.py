@@ -82,7 +82,8 @@ def calibrate(
         if stored is None:
             raise ValueError(f"{scorer_file} is not calibrated: pass DATA")
         calibration = stored.with_tpr(tpr)
-        kind = kind_of(header["scorer"]["kind"]) if clips_of(calibration) is None else FRAMES
+        of_clips = clips_of(calibration) is not None and header["tap"]["per"] == "input"
+        kind = FRAMES if of_clips else kind_of(header["scorer"]["kind"])
     else:
         from featnorm.cli.runtime import runtime_of
         from featnorm.inputs import open_source

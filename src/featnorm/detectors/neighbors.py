@@ -272,6 +272,7 @@ class Search:
 
     def __init__(self, bank: np.ndarray) -> None:
         self.bank = np.ascontiguousarray(bank)
+        self._longest: float | None = None
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows of the bank."""
@@ -286,8 +287,22 @@ class Search:
         faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _MIN_PRODUCT)
         if queries.size < _MIN_PRODUCT:
             return faiss.knn(queries, self.bank, k)
-        # By a product, a small distance of long vectors has lost its digits: it selects candidates.
-        return self._sorted(queries, faiss.knn(queries, self.bank, min(k + _SPARE, len(self.bank)))[1], k)
+        # By a product, a small distance between long vectors has lost its digits: it selects candidates.
+        found, rows = faiss.knn(queries, self.bank, min(k + _SPARE, len(self.bank)))
+        distances, rows_of_nearest = self._sorted(queries, rows, k)
+        if rows.shape[1] < len(self.bank):
+            for i in np.flatnonzero(distances[:, -1] + self._rounding(queries) > found[:, -1]):
+                everything = np.arange(len(self.bank))[None]
+                distances[i], rows_of_nearest[i] = self._sorted(queries[i : i + 1], everything, k)
+        return distances, rows_of_nearest
+
+    def _rounding(self, queries: np.ndarray) -> np.ndarray:
+        """Return a bound (m,) of the rounding errors of squared distances that a product of matrices gives."""
+        if self._longest is None:
+            self._longest = float(np.einsum("nd,nd->n", self.bank, self.bank).max())
+        lengths = np.einsum("md,md->m", queries, queries) + self._longest
+        bound: np.ndarray = 4 * math.sqrt(queries.shape[1]) * np.finfo(np.float32).eps * lengths
+        return bound
 
     def _sorted(self, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the squared distances (m, k), ascending, of queries to the nearest of rows (m, c), and which."""

@@ -44,7 +44,7 @@ _SLACK = 0.5
 # Frames that are decoded rather than skipped by a seek, which empties the decoder.
 _NEAR = 8
 # Error of time stamps in containers that round them to milliseconds, in seconds.
-_ROUNDING = 0.001
+STAMP_ROUNDING = 0.001
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _sampled(stamps: "array[int]", base: float, fps: float) -> "array[int]":
     """Return the first of the ascending time stamps in each interval of ``1 / fps`` seconds."""
     chosen, wanted = array("q"), 0.0
     for stamp in stamps:
-        time = (stamp - stamps[0]) * base + min(base, _ROUNDING)
+        time = (stamp - stamps[0]) * base + min(base, STAMP_ROUNDING)
         if time >= wanted:
             chosen.append(stamp)
             wanted = (math.floor(time * fps) + 1) / fps

@@ -44,11 +44,13 @@ class ScoredInputs:
     ----------
     drift : DriftMonitor or None
         Monitor of all scores, in the order in which their requests were completed. None if the calibration scores
-        are the fixed ones of a `featnorm.Jackknife`, which new scores cannot be compared with.
+        are the fixed ones of a `featnorm.Jackknife`, which new scores cannot be compared with, or depend on each
+        other, as those of the frames of a clip do.
     """
 
-    def __init__(self, name: str, calibration: Tensor) -> None:
-        self.drift = None if are_ranks(calibration.cpu().numpy()) else DriftMonitor(calibration, _FALSE_ALARM)
+    def __init__(self, name: str, calibration: Tensor, *, exchangeable: bool = True) -> None:
+        comparable = exchangeable and not are_ranks(calibration.cpu().numpy())
+        self.drift = DriftMonitor(calibration, _FALSE_ALARM) if comparable else None
         self._lock = threading.Lock()  # an application may run in several event loops
         self._recent: deque[bool] = deque(maxlen=_RECENT)
         self._bounds = score_buckets(calibration)

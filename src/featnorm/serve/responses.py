@@ -177,8 +177,9 @@ class Detector(ScorerSummary):
     explains: bool = Field(description="Whether it can explain its verdicts.")
     limits: dict[str, int | float]
     drift: Drift | None = Field(
-        description="Null if the detector was calibrated by leaving inputs out of its fit in turn: there are no "
-        "calibration scores to compare others with."
+        description="Null if the detector was calibrated by leaving inputs out of its fit in turn, so that there "
+        "are no calibration scores to compare others with, or on parts of images or clips, whose scores depend on "
+        "each other."
     )
 
 

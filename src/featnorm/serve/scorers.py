@@ -15,6 +15,7 @@ from typing import Any
 from featnorm._utils.checks import check_type
 from featnorm._utils.errors import first_line
 from featnorm.engine import MIN_ITEMS, FeatureEngine
+from featnorm.parts import PartCalibration
 from featnorm.report.explanation import grayscale, heat_map
 from featnorm.report.html import thumbnail
 from featnorm.runtime import Runtime
@@ -127,7 +128,8 @@ class ServedScorer:
         self.name = name
         self.transform = scorer.require_preprocess()
         self.kind = scorer.kind
-        self.seen = ScoredInputs(name, calibration.scores)
+        exchangeable = not isinstance(calibration, PartCalibration)
+        self.seen = ScoredInputs(name, calibration.scores, exchangeable=exchangeable)
         self.groups = () if scorer.thresholds_by == "class" else calibration.group_names
         self._scorer = scorer
         self._runtime = runtime
