@@ -176,7 +176,8 @@ def fit(
     fit is calibrated on all items if no head is trained.
 
     Of videos, whole clips are held out, and calibrate as units: the stated rate is that of the frames of a new
-    clip, and of new clips, see `featnorm.parts.PartCalibration`. At least 20 clips and 100 frames are needed.
+    clip, and of new clips, see `featnorm.parts.PartCalibration`. At least 20 clips and 100 frames are needed;
+    with fewer than 100 clips, no head is trained by default.
 
     From 20 to 99 items, none are held out. A detector that needs a fit is wrapped in a `Jackknife`, which leaves
     some items out of the fit in turn (19 at ``tpr=0.95``). No head is trained. The stated rate holds as for more
@@ -365,8 +366,9 @@ def fit_source(
             )
         if clips <= (needed := min_scores(tpr)):
             raise DataError(
-                f"{source.title} has {clips} clips; at least {needed + 1} are needed for tpr={tpr}, however many "
-                f"frames they have: {needed} to calibrate on, and others to fit to; add clips, or lower tpr"
+                f"{source.title} has {clips} clip{'s' * (clips > 1)}; at least {needed + 1} are needed for "
+                f"tpr={tpr}, however many frames they have: {needed} to calibrate on, and others to fit to; add "
+                "clips, or lower tpr"
             )
     if per != "input":
         if thresholds_by is not None:
@@ -391,9 +393,11 @@ def fit_source(
     }  # fmt: skip
     computed = 0
     # How many distinct items can be read is only known afterwards: if too few can, once more.
+    # However many frames a clip has, it shows what one input shows.
+    few_clips = clips is not None and clips < MIN_HELD_OUT
     for few in (len(source) < MIN_HELD_OUT, True):
-        plan = _plan(source, loaded, head, captured, runtime, few)
-        used = detector or _default_detector(plan, few, normalize=embeds)
+        plan = _plan(source, loaded, head, captured, runtime, few, few_clips)
+        used = detector or _default_detector(plan, few or few_clips, normalize=embeds)
         if not labeled and "labels" in used.learns:
             what = "images" if source.fps is None else "videos"
             how = f"put the {what} of each class in a subfolder of its own"
@@ -442,7 +446,7 @@ def fit_source(
         if used.needs_held_out and len(splits.unique()) < 2 * (min_scores(tpr) + MIN_CONSTANTS):
             used = KLUniform()
         elif used.needs_fit and pooled.numel() > _MAX_BANK:
-            used = _default_detector(plan, few, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
+            used = _default_detector(plan, few_clips, normalize=embeds, size=_MAX_BANK // pooled.shape[1])
     detector, jackknife = used, None
     calibrates = first_of_groups(cached.digests, splits)
     if of_frames is not None:
@@ -565,7 +569,7 @@ def fit_source(
         count = int(constants.sum())
         others = f"{count} held out for the detector's constants, " if count else ""
         split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
-    if isinstance(scorer.calibration, PartCalibration):
+    if isinstance(scorer.calibration, PartCalibration) and clips is not None:
         split += f", the latter of {len(scorer.calibration.unit_scores)} of the {clips} clips"
     scorer.facts = {
         items: f"{source.title}: {split}",
@@ -625,6 +629,7 @@ def _plan(
     captured: Mapping[str, Any],
     runtime: Runtime,
     few: bool,
+    few_clips: bool,
 ) -> _Plan:
     """Choose what to do with the model's classifier, and trace the model on the first items."""
     why, items = "", source.kind.name
@@ -649,8 +654,9 @@ def _plan(
             has_logits = example[1].logits is not None
             head = "keep" if has_logits else "train"
             why = "the model is your own" if has_logits else "your model returns features, not logits"
-    if head == "train" and few:
-        head, why = "none", f"{why}, and fewer than {MIN_HELD_OUT} {items} are too few to train a head"
+    if head == "train" and why and (few or few_clips):
+        head = "none"
+        why += f", and fewer than {MIN_HELD_OUT} {'clips' if few_clips else items} are too few to train a head"
     notes = "".join(f"; {note}" for note in loaded.notes)
     if head != "keep" and captured != _FOUND:
         raise ValueError(

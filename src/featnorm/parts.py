@@ -218,7 +218,8 @@ class PartCalibration(ExactModule):
         scores = as_score_tensor(scores, "scores", allow_empty=True).to(torch.float64)
         at_most = torch.searchsorted(self.scores.to(scores.device), scores.contiguous(), right=True)
         p_values = (1 + self._sums.to(scores.device)[at_most]) / (len(self.unit_scores) + 1)
-        return p_values.clamp(max=1), at_most >= self._rank
+        # A sum of shares ends in rounding errors, such as 0.8999999999999992.
+        return p_values.round(decimals=12).clamp(max=1), at_most >= self._rank
 
     def predict_units(self, scores: Tensor, owners: Tensor, count: int) -> Verdict:
         """Return the verdicts on whole units, from the scores of their parts.

@@ -517,7 +517,7 @@ def _write_page(
         path,
         kind=source.kind,
         title=source.title,
-        summary=f"{summary} {scorer.detector!r} is calibrated to flag at most "
+        summary=f"{summary}{_of_clips(summary)} {scorer.detector!r} is calibrated to flag at most "
         f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
@@ -533,6 +533,15 @@ def _write_page(
         unread=summary.first_unread,
         unread_count=summary.unread,
     )
+
+
+def _of_clips(summary: ScoringSummary) -> str:
+    """Return how many clips are flagged, as a sentence after the one on frames."""
+    judged = [clip for clip in summary.clips if clip.p_value is not None]
+    if not judged:
+        return ""
+    flagged = sum(clip.is_id is False for clip in judged)
+    return f" {flagged:,} of {len(judged):,} clip{'s' * (len(judged) > 1)} flagged as OOD."
 
 
 def _shown(

@@ -59,13 +59,22 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def test_few_clips_are_too_few_to_train_a_head_however_many_frames_they_have(videos):
+    runtime = fn.Runtime(progress=False)
+    scorer = fn.fit(videos / "known", "featnorm:cifar10-resnet18", fps=2, runtime=runtime, cache=videos / "cache")
+    assert scorer.head == "none"
+    assert repr(scorer.detector) == "KNN(k=1)"
+    odd = scorer.predict([np.full((32, 48, 3), (250, 5, 5), np.uint8)])
+    assert odd[0].is_id is False
+
+
 def test_fit_holds_out_whole_clips(featnorm, scorer_file, fitted):
     out = fitted["out"]
     assert f"{CLIPS * FRAMES} frames of {CLIPS} clips in known" in out
     assert (
         "held-out frames of 19 clips. Averaged over such calibration sets, it flags at most 5.0 % of frames" in out
     )
-    assert "like these in a new clip, and at most as many of the clips" in out
+    assert "like these in a new clip, and at most 5.0 % of new clips" in out
     assert "near-duplicates" not in out
     scorer = fn.load(scorer_file, "tiny:make")
     assert isinstance(scorer.calibration, PartCalibration)
@@ -160,7 +169,7 @@ def test_calibrate_takes_clips_as_units(featnorm, scorer_file, videos, tmp_path)
     code, out, err = featnorm(*command, "-o", "c.featnorm")
     assert code == 0, err
     assert f"Calibrated on {CLIPS * FRAMES} frames of {CLIPS} clips." in out
-    assert "flags at most 5.0 % of in-distribution frames in a new clip, and at most as many of the clips." in out
+    assert "flags at most 5.0 % of in-distribution frames in a new clip, and at most 5.0 % of new clips." in out
     assert len(fn.load(tmp_path / "c.featnorm", "tiny:make").calibration.unit_scores) == CLIPS
     code, out, err = featnorm(*command, "--update", "--fps", 1, "-o", "u.featnorm")
     assert code == 0, err

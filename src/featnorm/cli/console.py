@@ -108,7 +108,8 @@ def rate_words(calibration: Calibration | PartCalibration, items: str) -> str:
     from featnorm.parts import PartCalibration
 
     if isinstance(calibration, PartCalibration):  # the range depends on how alike the parts of a unit are
-        return " in a new clip, and at most as many of the clips" if items == "frames" else ""
+        rate = f"{100 * (1 - calibration.tpr):.1f} %"
+        return f" in a new clip, and at most {rate} of new clips" if items == "frames" else ""
     groups = calibration.group_names
     if not groups:
         low, high = calibration.false_alarm_range()

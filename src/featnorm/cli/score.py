@@ -162,8 +162,10 @@ def _print_clips(scorer: Scorer, source: Source[Any], summary: ScoringSummary) -
         return
     from featnorm.records import word_of
 
+    unread = sum(clip.p_value is None for clip in summary.clips)
     flagged = sum(clip.is_id is False for clip in summary.clips)
-    console.print(f"{flagged:,} of {counted(len(summary.clips), 'clip')} flagged as OOD.")
+    others = f" {counted(unread, 'clip')} could not be read." if unread else ""
+    console.print(f"{flagged:,} of {counted(len(summary.clips) - unread, 'clip')} flagged as OOD.{others}")
     for clip in summary.clips[:MAX_CLIPS_SHOWN]:
         if clip.p_value is None:
             continue

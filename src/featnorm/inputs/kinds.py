@@ -171,7 +171,7 @@ class _Images(Kind):
 
     name = "images"
     noun = "image"
-    _to_one_shape = "resizes all images to one size"
+    _to_one_shape = "resizes all images to one size or, for an object detector, per='box' (--per box)"
 
     def name_of(self, raw: Any, position: int) -> str:
         return fspath(raw) if isinstance(raw, (str, PathLike)) else super().name_of(raw, position)

@@ -557,7 +557,9 @@ def _choose_output(trace: Trace, model: nn.Module) -> tuple[Node, bool, list[str
     vectors = matrices or columns
     if not vectors:
         shapes = [node.shape for _, node in trace.outputs]
-        raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}")
+        maps = any(isinstance(shape, tuple) and len(shape) == 4 for shape in shapes)
+        advice = ": for a verdict per position use per='position' (--per position)" if maps else ""
+        raise ValueError(f"the model returns no logits or features of shape (n, width), but {shapes}{advice}")
     named = [node for slot, node in vectors if slot and slot[-1] == "logits"]
     # If the outputs hold features and the logits made from them, choose the logits.
     made_from = {id(a) for _, node in vectors for a in ancestors(node) if a is not node}

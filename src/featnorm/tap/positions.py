@@ -56,7 +56,10 @@ def find_positions(trace: Trace, model: nn.Module) -> Anatomy:
     }
     if not maps:
         shapes = [node.shape for _, node in trace.outputs]
-        raise ValueError(f"the model returns no maps of logits of shape (n, C, height, width), but {shapes}")
+        raise ValueError(
+            f"the model returns no maps of logits of shape (n, C, height, width), but {shapes}: omit "
+            "per='position' (--per position)"
+        )
     chosen = next((slot for slot in maps if slot and slot[-1] in _LOGITS), next(iter(maps)))
     node = _before_interpolation(maps[chosen])
     anatomy = Anatomy("none", [], [], [], [Part(node, axis=1, pooling=None)])
