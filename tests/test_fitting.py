@@ -288,10 +288,11 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
             create_model(spec)
 
 
-def test_copies_are_no_further_images(tiny, cache, tmp_path):
+def test_copies_are_no_further_images(tiny, tmp_path):
     random = np.random.default_rng(0)
     for i in range(150):
         paint(tmp_path / "few" / f"{i}.png", i % 4, random if i < 90 else np.random.default_rng(i % 8))
+    cache = tmp_path / "cache"  # others may have computed the features of these images
     scorer, report = fit(tmp_path / "few", tiny, cache)
     assert (report.trained, report.held_out, report.computed) == (97, 19, 97)
     assert repr(scorer.detector) == "Jackknife(KNN(k=1))"
