@@ -54,7 +54,7 @@ def test_a_fit_says_what_is_promised(folder, featnorm):
     assert (status, error) == (0, "")
     assert "Head: the model's own classifier, 4 logits" in said
     assert "KLUniform() is calibrated on" in said
-    assert "Of the boxes of such images, it flags at most 5.0 %" in said
+    assert "It flags at most 5.0 % of the boxes of such images, averaged over" in said
     status, _, error = featnorm("fit", folder / "photos", *MODEL, "--per", "box", "--head", "train")
     assert (status, error.count("verdicts per box need the model's own classifier")) == (2, 1)
 

@@ -208,7 +208,7 @@ def test_positions_of_maps_have_verdicts(own, featnorm, tmp_path):
     status, printed, _ = own("maps", "--per", "position", "--detector", "NAN")
     assert status == 0
     assert "it flags at most 5.0 % of images like these; with this one, between" in printed
-    assert "Of the positions of such images, it flags at most 5.0 %" in printed
+    assert "It flags at most 5.0 % of the positions of such images, averaged over" in printed
     scorer = fn.load("detector.featnorm", "own:maps")
     assert (scorer.per, scorer.facts["verdicts"]) == ("position", "per position")
     again = ("--model", "own:maps", "--workers", 0)

@@ -247,8 +247,8 @@ def fit(
     )
     if scorer.per != "input":
         console.print(
-            f"Of the {'boxes' if scorer.per == 'box' else 'positions'} of such {items}, it flags at most "
-            f"{100 * (1 - tpr):.1f} %, averaged over {items} and calibration sets.",
+            f"It flags at most {100 * (1 - tpr):.1f} % of the {'boxes' if scorer.per == 'box' else 'positions'} "
+            f"of such {items}, averaged over {items} and calibration sets.",
             soft_wrap=True,
         )
     if report.head == "keep":

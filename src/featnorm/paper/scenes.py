@@ -14,6 +14,8 @@ SIDE = 64
 DIGITS = 8
 #: Truth of a pixel of a foreign object. The others are 0, the background, or a digit plus one.
 FOREIGN = 255
+#: Foreign objects, by the words of the tables.
+FOREIGN_OBJECTS = {"digits": "digits 8 and 9", "photos": "photographs"}
 # A scene has 2 x 2 places for objects, of which each is taken with this probability.
 _PLACES, _TAKEN = 2, 0.6
 _SIZES = (20, 28)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featnorm.paper.scenes import DIGITS, FOREIGN, load_objects
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, load_objects
 from featnorm.paper.studies import maps
 from reproduction import context, reproduce, write_images
 
@@ -31,7 +31,7 @@ def test_positions_scenes_and_rates(maps_root, tmp_path, monkeypatch):
     results = json.loads((out / "laptop" / "maps.json").read_text())
     assert [result["draw"]["seed"] for result in results] == [0, 1]
     result = results[0]
-    kinds = list(maps.FOREIGN_OBJECTS.values())
+    kinds = list(FOREIGN_OBJECTS.values())
     assert set(result["positions"]["NAN()"]) == set(result["scene_auroc"]["NAN()"]) == set(kinds)
     assert not result["excluded"]
     assert len(result["positions"]) == len(maps.DETECTORS.split())

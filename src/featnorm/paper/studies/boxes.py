@@ -28,7 +28,7 @@ from featnorm.features import Boxes, Features
 from featnorm.metrics import evaluate
 from featnorm.paper.images import as_pixels
 from featnorm.paper.panels import image_grid
-from featnorm.paper.scenes import DIGITS, FOREIGN, SIDE, Objects, Scenes, load_objects
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Objects, Scenes, load_objects
 from featnorm.paper.study import Context, Study
 from featnorm.paper.tables import (
     MEASURES,
@@ -46,8 +46,6 @@ from featnorm.tap import FeatureTap
 from featnorm.tap.boxes import intersection_over_union
 from featnorm.verdict import BoxVerdict
 
-#: Foreign objects, by the words of the tables.
-FOREIGN_OBJECTS = {"digits": "digits 8 and 9", "photos": "photographs"}
 _KNOWN = "digits"
 #: Confidence below which the network drops a box, as is usual for detectors in use.
 MIN_CONFIDENCE = 0.5

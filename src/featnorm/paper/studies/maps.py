@@ -19,7 +19,7 @@ from featnorm.features import Features, Parts
 from featnorm.metrics import auroc, evaluate
 from featnorm.paper.images import as_pixels
 from featnorm.paper.panels import image_grid
-from featnorm.paper.scenes import DIGITS, FOREIGN, SIDE, Objects, Scenes, load_objects
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Objects, Scenes, load_objects
 from featnorm.paper.study import Context, Study
 from featnorm.paper.tables import Result, Table, cell, environment, left_out, mean_and_deviation
 from featnorm.parts import PartCalibration, sampled_parts, unit_scores
@@ -29,8 +29,6 @@ from featnorm.training import Recipe, train
 from featnorm.training.runs import LOG, read_log
 from featnorm.verdict import Verdict
 
-#: Foreign objects, by the words of the tables.
-FOREIGN_OBJECTS = {"digits": "digits 8 and 9", "photos": "photographs"}
 RECIPE = Recipe(epochs=12, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.01, warmup=0.05)
 #: Rates are measured for these detectors, on this many draws of calibration scenes of each number.
 RATES = ("NAN()", "KLUniform()")
