@@ -41,6 +41,8 @@ from featnorm.tap import FeatureTap
 from featnorm.training import train
 
 SEEDS = 3
+# Temperature of the cosine logits of the pooled feature (paper C.1).
+_COSINE = 0.1
 _CIFAR = SETTINGS["CIFAR-10's network"]
 _OOD32 = {"Tiny ImageNet": "vit-tiny", "textures": "vit-textures", "digits": "vit-digits"}
 _NEWS = {"other intents": "text-near", "news": "text-news"}
@@ -101,30 +103,34 @@ class Networks(Store):
         """Return the head of a setting; trained once, on the inputs that are not held out."""
         if setting.mode == "own":
             return self.own_head(setting.fit)
+        file = self.heads / f"{setting.fit}-{setting.mode}-{seed}.safetensors"
+        if not file.exists():
+            self._train(setting, seed, file)
+        weights = load_file(file)
+        if setting.mode == "cosine":
+            classes, width = weights["weight"].shape
+            head: nn.Module = CosineClassifier(width, classes, _COSINE)
+        else:
+            width, classes = weights["hidden.weight"].shape[1], len(weights["classifier.weight"])
+            head = ProjectionHead(width, classes, temperature=TEMPERATURE)
+        head.load_state_dict(weights)
+        return head.eval()
+
+    def _train(self, setting: Setting, seed: int, file: Path) -> None:
+        print(f"training {file.stem}", flush=True)
         part = self.get(setting.fit)
         values = part.values[~part.held_out]
         targets = part.labels[~part.held_out].unique(return_inverse=True)[1]
-        if setting.mode == "clusters":
-            targets = cluster(values, seed)
-        classes = int(targets.max()) + 1
-        file = self.heads / f"{setting.fit}-{setting.mode}-{seed}.safetensors"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head: nn.Module = (
-                CosineClassifier(values.shape[1], classes, 0.1)
-                if setting.mode == "cosine"
-                else ProjectionHead(values.shape[1], classes, temperature=TEMPERATURE)
-            )
-        if not file.exists():
-            print(f"training {file.stem}", flush=True)
-            if setting.mode == "cosine":
-                train(head, values, targets, FROZEN, runtime=Runtime(progress=False), seed=seed)
-            else:
-                head = fit_head(values, targets, seed=seed, progress=False)
-            with replacing(file) as temporary:
-                save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary)
-        head.load_state_dict(load_file(file))
-        return head.eval()
+        if setting.mode == "cosine":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                head: nn.Module = CosineClassifier(values.shape[1], int(targets.max()) + 1, _COSINE)
+            train(head, values, targets, FROZEN, runtime=Runtime(progress=False), seed=seed)
+        else:
+            targets = cluster(values, seed) if setting.mode == "clusters" else targets
+            head = fit_head(values, targets, seed=seed, progress=False)
+        with replacing(file) as temporary:
+            save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary)
 
 
 def behind(head: nn.Module, values: Tensor) -> Features:
@@ -142,7 +148,7 @@ class Statistics:
 
     def __init__(self, fit: Features) -> None:
         h, a, logits = (fit.tensor(name) for name in ("pooled", "activation", "logits"))
-        self.mean, deviation = h.mean(0), h.std(0)
+        self.pooled, self.mean, deviation = h, h.mean(0), h.std(0)
         self.deviation = deviation.clamp(min=1e-3 * float(deviation.mean()))
         self.weight = fit.linear()[0]
         self.classes = logits.argmax(1)
@@ -159,6 +165,22 @@ class Statistics:
         prior = values.mean(0) if prior is None else prior
         sums = values.new_zeros(len(self.count), values.shape[1]).index_add(0, self.classes, values)
         return (sums + prior) / (self.count[:, None] + 1)
+
+    def mahalanobis(self, x: Features) -> Tensor:
+        """Return the squared distance to the nearest class mean of features of unit length, negated."""
+        centers, whitening = self._gaussian
+        rows = nn.functional.normalize(x.tensor("pooled").double()) @ whitening
+        return -torch.cdist(rows, centers, compute_mode="use_mm_for_euclid_dist").square().amin(1)
+
+    @cached_property
+    def _gaussian(self) -> tuple[Tensor, Tensor]:
+        rows = nn.functional.normalize(self.pooled.double())
+        means = self.of_classes(rows)
+        residuals = rows - means[self.classes]
+        values, vectors = torch.linalg.eigh(residuals.T @ residuals / len(rows))
+        alive = values > len(values) * torch.finfo(torch.float32).eps * values[-1]
+        whitening = vectors[:, alive] / values[alive].sqrt()
+        return means @ whitening, whitening
 
     def length(self, x: Features) -> Tensor:
         """Return ||h'||."""
@@ -194,12 +216,21 @@ class Statistics:
 Score = Callable[[Features], Tensor]
 
 
-def candidates(fit: Features, constants: Features) -> dict[str, Score]:
-    """Return the candidates, fitted."""
-    of = Statistics(fit)
+def once(score: Score) -> Score:
+    """Return the score, computed once for the same features."""
+    known: dict[int, tuple[Features, Tensor]] = {}
 
-    def library(expression: str, features: Features = fit) -> Score:
-        return parse_detector(expression).fit(features).score
+    def cached(x: Features) -> Tensor:
+        if id(x) not in known:
+            known[id(x)] = x, score(x)
+        return known[id(x)][1]
+
+    return cached
+
+
+def candidates(fit: Features, constants: Features, kl: Score, ssd: Score) -> dict[str, Score]:
+    """Return the candidates, fitted; KLUniform and SSD are given."""
+    of = Statistics(fit)
 
     def tiny(values: Tensor) -> Tensor:
         return values.clamp(min=torch.finfo(values.dtype).tiny)
@@ -219,12 +250,9 @@ def candidates(fit: Features, constants: Features) -> dict[str, Score]:
         )
         return lambda x: weights @ torch.stack([term(x) for term in terms])
 
-    kl, ssd = library("KLUniform()"), library("SSD()")
     rows = fit.tensor("activation")
-    gaussian = library("SSD()", Features(pooled=rows))
-
-    def gaussian_of_a(x: Features) -> Tensor:
-        return gaussian(Features(pooled=x.tensor("activation")))
+    gaussian = parse_detector("SSD()").fit(Features(pooled=rows))
+    gaussian_of_a = once(lambda x: gaussian.score(Features(pooled=x.tensor("activation"))))
 
     def relative_nan(x: Features) -> Tensor:
         return negative_aware_norm(x.tensor("activation")) / tiny(of.length(x))
@@ -232,7 +260,8 @@ def candidates(fit: Features, constants: Features) -> dict[str, Score]:
     def over_l2(x: Features) -> Tensor:
         return of.confidence(x) / tiny(lp_norm(x.tensor("activation"), 2))
 
-    found: dict[str, Score] = {
+    predicted = once(of.mahalanobis)
+    return {
         "class NAN": of.excess,
         "typical NAN": lambda x: -of.excess(x).abs(),
         "relative NAN": relative_nan,
@@ -250,14 +279,12 @@ def candidates(fit: Features, constants: Features) -> dict[str, Score]:
         "hidden confidence / l2-norm + SSD": total(over_l2, ssd),
         "KLUniform + relative NAN + SSD": total(kl, relative_nan, ssd),
         "KLUniform and SSD, whitened": whitened(kl, ssd),
+        "KLUniform + Mahalanobis of predicted classes": total(kl, predicted),
+        # Added after A was scored, and before B.
+        "Mahalanobis of predicted classes": predicted,
+        "KLUniform + pattern + SSD": total(kl, of.pattern, ssd),
+        "KLUniform + pattern + Mahalanobis of predicted classes": total(kl, of.pattern, predicted),
     }
-    try:
-        predicted = library("Mahalanobis(normalize=True)", fit.replace(labels=of.classes))
-    except ValueError as error:
-        print(f"left out Mahalanobis of predicted classes: {error}", flush=True)
-    else:
-        found["KLUniform + Mahalanobis of predicted classes"] = total(kl, predicted)
-    return found
 
 
 @dataclass(frozen=True)
@@ -299,12 +326,16 @@ class Network:
 def score_setting(name: str, setting: Setting, store: Networks) -> dict[str, Any]:
     """Score the OOD sets of a setting by all references and candidates: AUROC by seed, and their covariance."""
     by_seed = []
+    of_pool: dict[str, Any] = {}
     for seed in range(1 if setting.mode == "own" and setting.fit != "vit-fit" else SEEDS):
         network = Network(setting, store, seed)
-        scores = {
-            expression: parse_detector(expression).fit(network.fit, network.constants).score
-            for expression in REFERENCES
-        } | candidates(network.fit, network.constants)
+        scores: dict[str, Score] = {}
+        for expression in REFERENCES:
+            detector = of_pool.get(expression) or parse_detector(expression).fit(network.fit, network.constants)
+            if detector.learns == ("pooled",):
+                of_pool[expression] = detector
+            scores[expression] = once(detector.score)
+        scores |= candidates(network.fit, network.constants, scores["KLUniform()"], scores["SSD()"])
         test = network.features(setting.test)
         known = np.stack([score(test).double().numpy() for score in scores.values()])
         by_seed.append(
