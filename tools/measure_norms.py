@@ -468,7 +468,11 @@ def between(h: Tensor, y: Tensor, statistics: Statistics) -> float:
 def measure_setting(setting: Setting, store: Networks) -> list[dict[str, Any]]:
     """Return the measures of a setting's layers, by seed."""
     seeds = range(1 if setting.mode == "own" else SEEDS)
-    layers = ["pool"] if not isinstance(store.head(setting, 0), ProjectionHead) else ["hidden", "pool"]
+    layers = ["hidden", "pool"]
+    if not isinstance(store.head(setting, 0), ProjectionHead):
+        layers = ["pool"]
+    elif setting.mode == "clusters" or setting == _CIFAR:
+        layers = ["hidden"]  # another setting has the same pool
     return [
         {"layer": layer, "seed": seed, **measure(Network(setting, store, seed), layer)}
         for layer in layers
@@ -568,8 +572,8 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 #: Networks whose layers are compared, by the setting whose images they read, and number of images of each set.
-LAYERS = ("CIFAR-10, packaged network", "ImageNet-1k", "Tiny ImageNet, labels", "MNIST, labels")
-LAYER_IMAGES = 150
+LAYERS = ("CIFAR-10, packaged network", "ImageNet-1k", "Tiny ImageNet, labels")
+LAYER_IMAGES = 100
 
 
 def compare_layers(setting: Setting, store: Networks) -> list[dict[str, Any]]:
