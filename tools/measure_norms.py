@@ -148,7 +148,7 @@ class Statistics:
 
     def __init__(self, fit: Features) -> None:
         h, a, logits = (fit.tensor(name) for name in ("pooled", "activation", "logits"))
-        self.pooled, self.mean, deviation = h, h.mean(0), h.std(0)
+        self.mean, deviation = h.mean(0), h.std(0)
         self.deviation = deviation.clamp(min=1e-3 * float(deviation.mean()))
         self.weight = fit.linear()[0]
         self.classes = logits.argmax(1)
@@ -156,31 +156,13 @@ class Statistics:
         self.nan = self.of_classes(negative_aware_norm(a)[:, None])[:, 0]
         on = (a > 0).double()
         self.rate = (on.sum(0) + 0.5) / (len(on) + 1)
-        self.rates = self.of_classes(on, self.rate)
         self.center = a.double().mean(0)
         self.centers = self.of_classes(a.double()) - self.center
 
-    def of_classes(self, values: Tensor, prior: Tensor | None = None) -> Tensor:
+    def of_classes(self, values: Tensor) -> Tensor:
         """Return the mean of each predicted class (C, ...), shrunk to all inputs' by one pseudo-input."""
-        prior = values.mean(0) if prior is None else prior
         sums = values.new_zeros(len(self.count), values.shape[1]).index_add(0, self.classes, values)
-        return (sums + prior) / (self.count[:, None] + 1)
-
-    def mahalanobis(self, x: Features) -> Tensor:
-        """Return the squared distance to the nearest class mean of features of unit length, negated."""
-        centers, whitening = self._gaussian
-        rows = nn.functional.normalize(x.tensor("pooled").double()) @ whitening
-        return -torch.cdist(rows, centers, compute_mode="use_mm_for_euclid_dist").square().amin(1)
-
-    @cached_property
-    def _gaussian(self) -> tuple[Tensor, Tensor]:
-        rows = nn.functional.normalize(self.pooled.double())
-        means = self.of_classes(rows)
-        residuals = rows - means[self.classes]
-        values, vectors = torch.linalg.eigh(residuals.T @ residuals / len(rows))
-        alive = values > len(values) * torch.finfo(torch.float32).eps * values[-1]
-        whitening = vectors[:, alive] / values[alive].sqrt()
-        return means @ whitening, whitening
+        return (sums + values.mean(0)) / (self.count[:, None] + 1)
 
     def length(self, x: Features) -> Tensor:
         """Return ||h'||."""
@@ -194,16 +176,8 @@ class Statistics:
         """Return NAN minus its mean in the predicted class."""
         return negative_aware_norm(x.tensor("activation")) - self.nan[x.tensor("logits").argmax(1)]
 
-    def pattern(self, x: Features) -> Tensor:
-        """Return the log-probability of the units that are on in the predicted class."""
-        on = (x.tensor("activation") > 0).double()
-        log_on, log_off = self.rates.log(), (1 - self.rates).log()
-        y = x.tensor("logits").argmax(1)
-        every = on @ (log_on - log_off).T + log_off.sum(1)
-        return every.gather(1, y[:, None])[:, 0]
-
     def pattern_of_all(self, x: Features) -> Tensor:
-        """Return the same by the rates of all inputs."""
+        """Return the log-probability of the units that are on, by the rates of all inputs."""
         on = (x.tensor("activation") > 0).double()
         return on @ (self.rate.log() - (1 - self.rate).log()) + (1 - self.rate).log().sum()
 
@@ -260,7 +234,8 @@ def candidates(fit: Features, constants: Features, kl: Score, ssd: Score) -> dic
     def over_l2(x: Features) -> Tensor:
         return of.confidence(x) / tiny(lp_norm(x.tensor("activation"), 2))
 
-    predicted = once(of.mahalanobis)
+    predicted = once(parse_detector("PredictedMahalanobis()").fit(fit).score)
+    pattern = once(parse_detector("ActivationPattern()").fit(fit).score)
     return {
         "class NAN": of.excess,
         "typical NAN": lambda x: -of.excess(x).abs(),
@@ -268,12 +243,12 @@ def candidates(fit: Features, constants: Features, kl: Score, ssd: Score) -> dic
         "hidden confidence / l2-norm": over_l2,
         "hidden confidence / l1-norm": lambda x: of.confidence(x) / tiny(l1_norm(x.tensor("activation"))),
         "relative hidden confidence": lambda x: of.confidence(x) / tiny(of.length(x)),
-        "pattern": of.pattern,
-        "pattern ratio": lambda x: of.pattern(x) - of.pattern_of_all(x),
+        "pattern": pattern,
+        "pattern ratio": lambda x: pattern(x) - of.pattern_of_all(x),
         "class direction": of.direction,
         "relative KLUniform": lambda x: kl(x) / tiny(of.length(x)),
         "Gaussian of a": gaussian_of_a,
-        "KLUniform + pattern": total(kl, of.pattern),
+        "KLUniform + pattern": total(kl, pattern),
         "KLUniform + SSD": total(kl, ssd),
         "KLUniform + Gaussian of a": total(kl, gaussian_of_a),
         "hidden confidence / l2-norm + SSD": total(over_l2, ssd),
@@ -282,8 +257,8 @@ def candidates(fit: Features, constants: Features, kl: Score, ssd: Score) -> dic
         "KLUniform + Mahalanobis of predicted classes": total(kl, predicted),
         # Added after A was scored, and before B.
         "Mahalanobis of predicted classes": predicted,
-        "KLUniform + pattern + SSD": total(kl, of.pattern, ssd),
-        "KLUniform + pattern + Mahalanobis of predicted classes": total(kl, of.pattern, predicted),
+        "KLUniform + pattern + SSD": total(kl, pattern, ssd),
+        "KLUniform + pattern + Mahalanobis of predicted classes": total(kl, pattern, predicted),
     }
 
 
@@ -612,7 +587,7 @@ def compare_layers(setting: Setting, store: Networks) -> list[dict[str, Any]]:
     ]
     if isinstance(model[-1], ProjectionHead):
         rows.append({"layer": "hidden layer of the head", **aurocs(whole, activation)})
-    return [{**row, "ratios": [list(layer) for layer in ranking.layers]} for row in rows]
+    return rows
 
 
 def kept(file: Path, make: Callable[[], Any]) -> Any:

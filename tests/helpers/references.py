@@ -190,7 +190,8 @@ def np_predicted_mahalanobis(z, logits, q):
     y, mean = logits.argmax(1), z.mean(0)
     means = [(z[y == c].sum(0) + mean) / ((y == c).sum() + 1) for c in range(logits.shape[1])]
     residuals = np.stack([row - means[c] for row, c in zip(z, y, strict=True)])
-    inverse = np.linalg.pinv(residuals.T @ residuals / len(z), rcond=1e-10, hermitian=True)
+    rounding = z.shape[1] * np.finfo(np.float32).eps
+    inverse = np.linalg.pinv(residuals.T @ residuals / len(z), rcond=rounding, hermitian=True)
     return np.array([-min((row - m) @ inverse @ (row - m) for m in means) for row in q])
 
 

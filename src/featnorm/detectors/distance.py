@@ -160,7 +160,8 @@ class PredictedMahalanobis(Detector):
 
     def _finalize(self) -> tuple[_Gaussians, _Gaussians]:
         means, covariance = self.moments.shrunk()
-        factor = whitening(covariance, self.moments.rounding().max())
+        # With fewer inputs than units, the inverse of the smallest variances would rule the score.
+        factor = whitening(covariance, self.moments.rounding().max(), torch.float32)
         if factor.shape[1] == 0:
             raise ValueError(f"{self!r} found no variation: its {int(self.moments.total)} inputs are the same")
         origin = self.moments.mean()

@@ -649,14 +649,14 @@ def write_unit_rows(z: Tensor, out: Tensor) -> None:
         made.copy_(unit)
 
 
-def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
+def whitening(covariance: Tensor, rounding: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     """Return L of shape (d, r) with ``L L' = pinv(covariance)``.
 
-    Directions whose variance is within ``rounding`` (0-d) carry no information and are dropped, as in the
-    pseudo-inverse.
+    Directions whose variance is within ``rounding`` (0-d), or within the rounding of a ``precision`` as a share of
+    the largest, carry no information and are dropped, as in the pseudo-inverse.
     """
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > torch.maximum(rounding, len(values) * torch.finfo(values.dtype).eps * values[-1])
+    kept = values > torch.maximum(rounding, len(values) * torch.finfo(precision).eps * values[-1])
     return vectors[:, kept] / values[kept].sqrt()
 
 
