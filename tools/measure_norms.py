@@ -613,7 +613,9 @@ def main() -> None:
     for name in arguments.part:
         found[name] = PARTS[name](store)
     facts = environment() | {"command": "python tools/measure_norms.py FOLDER --data-root DATA --texts ENCODER"}
-    write_text(arguments.out, json.dumps({**found, "environment": facts}, indent=1))
+    # Five digits are enough for every table.
+    short = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    write_text(arguments.out, json.dumps({**short, "environment": facts}, separators=(",", ":")) + "\n")
 
 
 def _scored(split: str) -> Callable[[Networks], list[Any]]:

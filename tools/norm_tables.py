@@ -64,7 +64,9 @@ def winners(content: Content) -> dict[str, str]:
 def _scores(content: Content, facts: Sequence[str]) -> Table:
     every, of_a, of_b = (means(content, splits) for splits in ("AB", "A", "B"))
     settings = list(_settings(content))
-    names = sorted({name for _, _, values in settings for name in values}, key=lambda name: -every.get(name, 0))
+    names = sorted(
+        {name for _, _, values in settings for name in values}, key=lambda name: (-every.get(name, 0), name)
+    )
     rows = [
         [
             name,
@@ -118,16 +120,28 @@ def _family(setting: str) -> str:
     return next((family for word, family in _FAMILIES.items() if word in setting), "EfficientNet-Lite0")
 
 
+_THEORY = ("length of h'", "norm", "units on", "agreement of signs", "hidden confidence / norm")
+
+
 def _theory(content: Content, facts: Sequence[str]) -> Table:
-    columns = list(
-        dict.fromkeys(name for *_, sets in _layers_of(content) for row in sets.values() for name in row)
-    )
-    rows = [
-        [setting, layer, name, *(f"{row[column]:.3g}" if column in row else "–" for column in columns)]
-        for setting, layer, _, sets in _layers_of(content)
-        for name, row in sets.items()
+    rows, lengths, aurocs = [], [], []
+    for setting, runs in content["measures"].items():
+        # The first is of the hidden layer, if there is one.
+        nan, sets = runs[0]["auroc"]["NAN"], runs[0]["sets"]
+        for name, row in sets.items():
+            rows.append([setting, name, *(f"{row[column]:.3g}" for column in _THEORY)])
+            rows[-1].append(f"{nan[name]:.1f}" if name in nan else "")
+            if name in nan and runs[0]["layer"] == "hidden":
+                lengths.append(row[_THEORY[0]])
+                aurocs.append(nan[name])
+    rho = spearmanr(lengths, aurocs).statistic
+    notes = [
+        "length of h': mean, as a multiple of that of ID inputs; seed 0",
+        f"rank correlation of it and NAN's AUROC over the {len(lengths)} OOD sets of hidden layers: {rho:.2f}",
+        *facts,
     ]
-    return Table("What the theory speaks of, seed 0", ["Setting", "Layer", "Inputs", *columns], rows, list(facts))
+    headers = ["Setting", "Inputs", *_THEORY, "AUROC of NAN"]
+    return Table("What the theory speaks of, at the hidden layer, or at the pool", headers, rows, notes)
 
 
 def _causes(content: Content, facts: Sequence[str]) -> Table:
@@ -226,5 +240,5 @@ def picture(content: Content) -> str:
             rows = [v for setting, _, v, _ in _layers_of(content) if _family(setting) == family and name in v]
             points = [row[name] for row in rows]
             lines.append(Line(family, [row["NAN"] for row in rows], points, style, scatter=True))
-        panels.append(Panel("", name + " (ID)", "AUROC of NAN, percent", lines))
+        panels.append(Panel("", f"{name}, ID inputs", "AUROC of NAN, percent", lines))
     return panel_figure([panels])
