@@ -42,8 +42,11 @@ def reproduce(
         typer.Option("--list", help="List the names, each with its title, its scales and how long it takes."),
     ] = False,
     scale: Annotated[
-        Literal["laptop", "paper"],
-        typer.Option(help="`paper`: the paper's protocol. `laptop`: a smaller one, for two CPU cores."),
+        Literal["laptop", "workstation", "paper"],
+        typer.Option(
+            help="`paper`: the paper's protocol. `laptop`: a smaller one, for two CPU cores. `workstation`: one of "
+            "several hours on two CPU cores, for some studies."
+        ),
     ] = "laptop",
     data_root: DataRoot = None,
     weights: Annotated[

@@ -36,6 +36,7 @@ RESNET_LAYERS = {"1.stem": "stem"} | {f"1.stages.{2 * k - 1}": f"stage {k}" for 
 HIDDEN = 512
 _WEIGHT_DECAY = 5e-4
 _PATTERNS = 50
+_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,20 @@ class Scale:
     images : number of CIFAR-10's training images that the ResNet-18 is trained on, evenly spaced. None: all.
     recipe : settings of the ResNet-18.
     mlp : settings of the MLP.
+    probed : number of inputs of each set that the probe reads, evenly spaced.
     """
 
     width: int
     images: int | None
     recipe: PaperRecipe
     mlp: PaperRecipe
+    probed: int = 500
 
 
+_LONGER = replace(PRESETS["B"], epochs=40, batch_size=128, augment=True, crop=24)
 SCALES = {
     "laptop": Scale(16, 2500, replace(PRESETS["B"], epochs=60, batch_size=64), PRESETS["A.3.1"]),
+    "workstation": Scale(16, None, _LONGER, PRESETS["A.3.1"], probed=1000),
     "paper": Scale(64, None, PRESETS["B"], PRESETS["A.3.1"]),
 }
 
@@ -73,6 +78,7 @@ class Job:
     activation : activation of the hidden layers of an MLP, or of the head's hidden layer.
     scheme : label scheme, see `featnorm.paper.recipe.scheme_labels`.
     decay : whether to train with weight decay.
+    seed : seed of the initial weights, the order and the augmentation.
     """
 
     network: Literal["mlp", "resnet"]
@@ -80,11 +86,13 @@ class Job:
     activation: Activation = "relu"
     scheme: Scheme = "S"
     decay: bool = False
+    seed: int = 0
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
-        return f"{self.network}-{self.data}-{self.activation}-{self.scheme}" + ("-decay" if self.decay else "")
+        name = f"{self.network}-{self.data}-{self.activation}-{self.scheme}"
+        return name + ("-decay" if self.decay else "") + (f"-seed{self.seed}" if self.seed else "")
 
     def recipe(self, scale: Scale) -> PaperRecipe:
         """Return the settings of its training."""
@@ -144,11 +152,12 @@ def train_with_probe(
 
     Returns
     -------
-    The probe's ``records``, and as ``tensors`` what `end` returns.
+    The probe's ``records``; the network's ``accuracy`` by split on all images with targets; and as ``tensors`` what
+    `end` returns.
     """
     inputs, labels = training_images(job, scale, images)
     targets, classes = scheme_labels(job.scheme, labels)
-    model = build(job, scale, inputs.shape[1:], classes)
+    model = build(job, scale, inputs.shape[1:], classes, job.seed)
     # The test images have the labels of the data set, which mean nothing under the other schemes.
     test_targets = images.test[1] if job.scheme == "S" else None
     probe = Probe(
@@ -157,6 +166,7 @@ def train_with_probe(
         layers=[layer for layer in layers if layer != LAST],
         hidden=list(layers) if job.network == "mlp" else [LAST],
         pre_activation="2.hidden" if job.network == "resnet" else None,
+        max_inputs=scale.probed,
         file=folder / "probe.jsonl",
     )
     train(
@@ -166,9 +176,23 @@ def train_with_probe(
         job.recipe(scale),
         folder=folder,
         runtime=context.runtime,
+        seed=job.seed,
         on_epoch=probe,
     )
-    return {"records": probe.records, "tensors": end(model, probe)}
+    splits = {"train": (inputs, targets)} | ({} if test_targets is None else {"test": (images.test[0], test_targets)})
+    accuracy = {name: _accuracy(model, *split) for name, split in splits.items()}
+    return {"records": probe.records, "accuracy": accuracy, "tensors": end(model, probe)}
+
+
+@torch.inference_mode()
+def _accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    device = next(model.parameters()).device
+    right = 0
+    for batch, wanted in zip(inputs.split(_BATCH), targets.split(_BATCH), strict=True):
+        pixels = batch.to(device).float()
+        logits = model(pixels.div(255) if batch.dtype == torch.uint8 else pixels)
+        right += int((logits.argmax(1).cpu() == wanted).sum())
+    return right / len(inputs)
 
 
 def end(model: nn.Module, probe: Probe) -> dict[str, Tensor]:

@@ -318,6 +318,37 @@ def _figure11(runs: Sequence[Result]) -> _Parts:
     return [panels], headers, rows
 
 
+def _schemes(runs: Sequence[Result]) -> _Parts:
+    panels = []
+    for score, label in _SCORES.items():
+        lines = [
+            Line(_network(run), series(run, LAST, "auroc", "test", score), _epochs(run), style)
+            for style, run in enumerate(runs)
+        ]
+        panels.append(Panel(f"{label}, against the test split", "epoch", "AUROC", lines))
+    rows = [
+        [
+            _network(run),
+            f"{run['accuracy']['train']:.1%}",
+            f"{run['accuracy']['test']:.1%}" if "test" in run["accuracy"] else "–",
+            *(
+                f"{series(run, LAST, 'auroc', split, score)[-1]:.1%}"
+                for score in _SCORES
+                for split in ("train", "test")
+            ),
+        ]
+        for run in runs
+    ]
+    aurocs = [f"{label}, {split} split" for label in _SCORES.values() for split in ("training", "test")]
+    return [panels], ["Scheme", "accuracy, training images", "new images", *aurocs], rows
+
+
+def _network(run: Result) -> str:
+    job = run["job"]
+    parts = [_scheme(run), "with weight decay" if job["decay"] else "", f"seed {job['seed']}" if job["seed"] else ""]
+    return ", ".join(part for part in parts if part)
+
+
 def _notes(runs: Sequence[Result]) -> list[str]:
     first = runs[0]
     recipe = first["recipe"]
@@ -362,6 +393,12 @@ Figure(
     "Figure 10, detection against the entropy of activation",
     _RESNETS,
     _correlations("norm", "nan"),
+)
+Figure(
+    "schemes",
+    "The label schemes: accuracy, and detection against both splits",
+    [*_RESNETS, Job("resnet", seed=1), Job("resnet", decay=True)],
+    _schemes,
 )
 Figure("figure11", "Figure 11, activation patterns of training inputs", _RESNETS, _figure11)
 _DATA: list[tuple[int, Data, str]] = [(12, "cifar10", "CIFAR-10"), (13, "svhn", "SVHN"), (14, "mnist", "MNIST")]
