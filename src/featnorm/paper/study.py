@@ -109,8 +109,8 @@ class Study(ABC, Generic[Scale, Inputs, Job]):
 
     #: The page of ``docs/results`` that publishes it, and the folder beside the page that keeps its result.
     page: ClassVar[str]
-    #: Settings by name of the scale: "laptop", for two CPU cores; "paper", the paper's protocol; and where hours on
-    #: two CPU cores can judge more, "workstation".
+    #: Settings by name of the scale: "laptop", for two CPU cores, and "paper", the paper's protocol. Some have
+    #: more: "workstation", for hours on two CPU cores, and "gpu", for ten minutes of a current GPU.
     scales: ClassVar[Mapping[str, Any]]
     #: Whether tables can be made from some of the results, and are rewritten after every run.
     grows: ClassVar[bool] = False

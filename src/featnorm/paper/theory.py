@@ -152,8 +152,8 @@ def train_with_probe(
 
     Returns
     -------
-    The probe's ``records``; the network's ``accuracy`` by split on all images with targets; and as ``tensors`` what
-    `end` returns.
+    The probe's ``records``; the network's ``accuracy`` on all images, by split with targets; and as ``tensors``
+    what `end` returns.
     """
     inputs, labels = training_images(job, scale, images)
     targets, classes = scheme_labels(job.scheme, labels)
@@ -179,8 +179,9 @@ def train_with_probe(
         seed=job.seed,
         on_epoch=probe,
     )
-    splits = {"train": (inputs, targets)} | ({} if test_targets is None else {"test": (images.test[0], test_targets)})
-    accuracy = {name: _accuracy(model, *split) for name, split in splits.items()}
+    accuracy = {"train": _accuracy(model, inputs, targets)}
+    if test_targets is not None:
+        accuracy["test"] = _accuracy(model, images.test[0], test_targets)
     return {"records": probe.records, "accuracy": accuracy, "tensors": end(model, probe)}
 
 

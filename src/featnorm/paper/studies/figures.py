@@ -345,8 +345,8 @@ def _schemes(runs: Sequence[Result]) -> _Parts:
 
 def _network(run: Result) -> str:
     job = run["job"]
-    parts = [_scheme(run), "with weight decay" if job["decay"] else "", f"seed {job['seed']}" if job["seed"] else ""]
-    return ", ".join(part for part in parts if part)
+    decay, seed = ", with weight decay" if job["decay"] else "", f", seed {job['seed']}" if job["seed"] else ""
+    return _scheme(run) + decay + seed
 
 
 def _notes(runs: Sequence[Result]) -> list[str]:
