@@ -96,6 +96,12 @@ class Figure(Study[Scale, Images, Job]):
         return {self.name: panel_figure([[Panel.from_dict(panel) for panel in row] for row in content["panels"]])}
 
 
+class GrowingFigure(Figure):
+    """A figure that shows the networks trained so far."""
+
+    grows: ClassVar[bool] = True
+
+
 def series(run: Result, *path: str) -> list[float]:
     """Return a recorded quantity at every epoch, by its path below the layers."""
     values = []
@@ -394,10 +400,15 @@ Figure(
     _RESNETS,
     _correlations("norm", "nan"),
 )
-Figure(
+GrowingFigure(
     "schemes",
     "The label schemes: accuracy, and detection against both splits",
-    [*_RESNETS, Job("resnet", seed=1), Job("resnet", decay=True)],
+    # The networks of instances take several times as long as the others.
+    [
+        *sorted(_RESNETS, key=lambda job: job.scheme.startswith("I")),
+        Job("resnet", seed=1),
+        Job("resnet", decay=True),
+    ],
     _schemes,
 )
 Figure("figure11", "Figure 11, activation patterns of training inputs", _RESNETS, _figure11)
