@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from featnorm.paper import theory
+from featnorm.paper.images import Images
 from featnorm.paper.panels import Panel
 from featnorm.paper.probe import LAST
 from featnorm.paper.recipe import PaperRecipe
@@ -55,6 +56,7 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
     assert "before the rectifier" in (out / "figure8.md").read_text()
     rows = (out / "schemes.md").read_text()
     assert all(f"| {row} | " in rows for row in ("S", "S, seed 1", "S, with weight decay", "Is", "O"))
+    assert rows.count("| 60 | ") == len(theory.SCHEMES) + 2
     assert "| – | " in rows.split("| R | ")[1].splitlines()[0]
 
     def never(*_args, **_options):
@@ -119,6 +121,14 @@ def test_the_label_schemes_train_as_the_paper_says():
         assert recipe.augment == (scheme == "Is")
         assert (recipe.epochs, recipe.lr, recipe.batch_size, recipe.weight_decay) == (200, 0.06, 256, 0)
     assert theory.Job("resnet", decay=True).recipe(scale).weight_decay > 0
+    longer = theory.SCALES["workstation"]
+    images = Images((torch.zeros(45_000, 1, 1, 1, dtype=torch.uint8), torch.zeros(45_000)), ())
+    used = {}
+    for scheme in theory.SCHEMES:
+        job = theory.Job("resnet", scheme=scheme)
+        used[scheme] = len(theory.training_images(job, longer, images)[0]), job.recipe(longer).epochs
+    memorized = (10_000, 100)
+    assert used == {"S": (45_000, 40), "I": memorized, "Is": memorized, "R": memorized, "O": (10_000, 5)}
     mlp = theory.Job("mlp").recipe(scale)
     assert (mlp.epochs, mlp.optimizer, mlp.lr, mlp.batch_size) == (200, "adamw", 1e-3, 256)
 

@@ -335,6 +335,7 @@ def _schemes(runs: Sequence[Result]) -> _Parts:
     rows = [
         [
             _network(run),
+            f"{run['inputs']:,}",
             f"{run['accuracy']['train']:.1%}",
             f"{run['accuracy']['test']:.1%}" if "test" in run["accuracy"] else "–",
             *(
@@ -346,7 +347,7 @@ def _schemes(runs: Sequence[Result]) -> _Parts:
         for run in runs
     ]
     aurocs = [f"{label}, {split} split" for label in _SCORES.values() for split in ("training", "test")]
-    return [panels], ["Scheme", "accuracy, training images", "new images", *aurocs], rows
+    return [panels], ["Scheme", "training images", "accuracy on them", "on new images", *aurocs], rows
 
 
 def _network(run: Result) -> str:
@@ -358,11 +359,20 @@ def _network(run: Result) -> str:
 def _notes(runs: Sequence[Result]) -> list[str]:
     first = runs[0]
     recipe = first["recipe"]
+    lengths: dict[str, list[str]] = {}
+    for run in runs:
+        lengths.setdefault(f"{run['inputs']} training images, {run['recipe']['epochs']} epochs", []).append(
+            _scheme(run)
+        )
+    shown = [
+        length if len(lengths) == 1 else f"{', '.join(dict.fromkeys(schemes))}: {length}"
+        for length, schemes in lengths.items()
+    ]
     network = (
         "MLP of 5 layers of 512" if first["job"]["network"] == "mlp" else f"ResNet-18 of width {first['width']}"
     )
     return [
-        f"scale {first['scale']}: {network}, {first['inputs']} training images, {recipe['epochs']} epochs, "
+        f"scale {first['scale']}: {network}, {'; '.join(shown)}, "
         f"{recipe['optimizer']}, batch {recipe['batch_size']}, learning rate {recipe['lr']}; one seed",
         *facts(runs[:1]),
     ]
