@@ -520,7 +520,6 @@ class Scorer(nn.Module):
         self.calibration = self.calibration.with_tpr(tpr).to(self.tap.device)
         return self
 
-    @torch.no_grad()
     def forward(self, inputs: Any, groups: Sequence[str] | None = None) -> Verdict:
         """Score a batch of inputs.
 
@@ -537,9 +536,12 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, one of its outputs is not finite, or its weights have
             changed since the fit or the calibration.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(inputs, groups)
         contents = self._check_weights()
         features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads, contents=contents)
-        return self.predict_features(features, groups)
+        return self._verdict(features, groups)
 
     @torch.no_grad()
     def predict_features(self, features: Features, groups: Sequence[str] | None = None) -> Verdict:
@@ -557,17 +559,20 @@ class Scorer(nn.Module):
         ValueError
             The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
+        return self._verdict(features, groups)
+
+    def _verdict(self, features: Features, groups: Sequence[str] | None) -> Verdict:
         score = self.detector.score(features)
-        parts = features.parts
-        if self.calibration is None:
+        parts, calibration = features.parts, self.calibration
+        if calibration is None:
             return Verdict(score, None, None, features.logits, parts)
-        if isinstance(self.calibration, PartCalibration):
-            units = None if parts is None else self.calibration.predict_units(score, parts.owners, parts.count)
-            return Verdict(score, *self.calibration.predict(score), features.logits, parts, units)
+        if isinstance(calibration, PartCalibration):
+            units = None if parts is None else calibration.predict_units(score, parts.owners, parts.count)
+            return Verdict(score, *calibration.predict(score), features.logits, parts, units)
         members: Any = groups
-        if self.thresholds_by == "class" and self.calibration.group_names:
+        if self.thresholds_by == "class" and calibration.group_names:
             members = features.tensor("logits").argmax(1)
-        return Verdict(score, *self.calibration.predict(score, members), features.logits)
+        return Verdict(score, *calibration.predict(score, members), features.logits)
 
     def predict(
         self,
