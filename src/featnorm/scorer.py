@@ -18,7 +18,15 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
-from featnorm.engine import TOLERANCE, EngineError, FeatureEngine, is_wanted, relative_gap, required_or_none
+from featnorm.engine import (
+    TOLERANCE,
+    EngineError,
+    FeatureEngine,
+    is_wanted,
+    pass_size,
+    relative_gap,
+    required_or_none,
+)
 from featnorm.export import export_onnx
 from featnorm.features import Features, Parts
 from featnorm.hidden.classifier import HiddenClassifier
@@ -607,8 +615,9 @@ class Scorer(nn.Module):
         items = self.kind.sequence_of(items)
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
-        for start in range(0, len(items), runtime.batch_size):
-            rows = range(start, min(start + runtime.batch_size, len(items)))
+        size = runtime.batch_of(self.kind)
+        for start in range(0, len(items), size):
+            rows = range(start, min(start + size, len(items)))
             named_items = [(self.kind.name_of(items[i], i), items[i]) for i in rows]
             some = None if groups is None else [groups[i] for i in rows]
             verdicts += self._predict_items(named_items, some, explain, runtime)
@@ -672,8 +681,6 @@ class Scorer(nn.Module):
     def _onnx_engine(self) -> FeatureEngine:
         if self.detector.needs_model:
             raise EngineError(f"{self.detector!r} runs it again on changed inputs")
-        if self.tap.per != "input":
-            raise EngineError(f"its features are of each {self.tap.per}")
         engine = FeatureEngine(self.tap, self.kind, self.require_preprocess())
         contents = self._check_weights()
         found = engine.features(engine.example, contents, classifier=True)
@@ -719,12 +726,13 @@ class Scorer(nn.Module):
             names = [source.name(row) for row in rows.tolist()]
             return self._predict(inputs, names, groups=some, runtime=runtime, engine=engine)
 
-        size, workers = runtime.batch_size, runtime.workers
+        size, workers = runtime.batch_of(source.kind), runtime.workers
+        passes = pass_size(runtime, source.kind, self.tap.device, len(source)) if engine is None else None
         for part in source_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
             verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    found = over_parts(predict, part.batch.inputs, part.batch.indices)
+                    found = over_parts(predict, part.batch.inputs, part.batch.indices, passes=passes)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     several, moment = row in part.several, source.time(row)
                     verdicts[row] = verdict._replace(first_of_several=several, time=moment)

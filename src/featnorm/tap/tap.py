@@ -191,6 +191,10 @@ class FeatureTap:
         """
         return self._features(self._read(batch), classifier, contents)
 
+    def call(self, batch: Any) -> "_ModelCall":
+        """Return the call of the model on one batch, by which detectors run it again, without running it."""
+        return _ModelCall(self, self._read(batch))
+
     def contents(self) -> Contents:
         """Return the modules and tensors of the model as it is now."""
         contents = self._contents
