@@ -44,8 +44,16 @@ def module(package=lightning.pytorch, seed=0):
     return Digits()
 
 
-def callback(**changes):
-    return OODCallback(calibration=loader("calibration"), ood={"nines": loader("nines")}, **changes)
+def nan(model):
+    return fn.Scorer(model, fn.NAN())
+
+
+def knn(model):
+    return fn.Scorer(model.net, fn.KNN(k=5))
+
+
+def callback(make_scorer=nan, **changes):
+    return OODCallback(make_scorer, calibration=loader("calibration"), ood={"nines": loader("nines")}, **changes)
 
 
 def trainer(folder, *callbacks, package=lightning.pytorch, epochs=2, **options):
@@ -56,10 +64,6 @@ def trainer(folder, *callbacks, package=lightning.pytorch, epochs=2, **options):
 
 def fit(runner, model, **options):
     runner.fit(model, loader("train", shuffle=True), loader("validation"), **options)
-
-
-def knn(model):
-    return fn.Scorer(model.net, fn.KNN(k=5))
 
 
 def test_it_logs_the_measures_of_the_weights_as_they_are_and_writes_the_best_ones_beside_their_checkpoint(
@@ -124,7 +128,7 @@ def test_the_training_is_the_same_with_it(tmp_path):
 
     first, *random = weights(own=own_loader())
     own = own_loader()
-    second, *random_with = weights(callback(train=own, make_scorer=knn), own=own)
+    second, *random_with = weights(callback(knn, train=own), own=own)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(map(torch.equal, random, random_with))
 
@@ -140,7 +144,7 @@ def test_a_run_that_is_resumed_writes_the_scorer_at_its_end(tmp_path):
 
 
 def test_without_checkpoints_the_scorer_stands_in_the_root_folder_and_a_trial_run_writes_none(tmp_path):
-    measuring = callback(train=loader("train"), make_scorer=knn)
+    measuring = callback(knn, train=loader("train"))
     fit(trainer(tmp_path, measuring, fast_dev_run=True), module())
     assert measuring.path is None
     model = module()
@@ -160,7 +164,7 @@ def test_it_works_with_pytorch_lightning_alone(tmp_path, monkeypatch):
         alone = importlib.reload(featnorm.lightning)
         assert not issubclass(alone.OODCallback, lightning.pytorch.Callback)
         measuring = alone.OODCallback(
-            calibration=loader("calibration"), ood={name: loader("nines") for name in ("a", "b")}
+            nan, calibration=loader("calibration"), ood={name: loader("nines") for name in ("a", "b")}
         )
         runner = trainer(tmp_path, measuring, package=pytorch_lightning, epochs=1)
         model = module(pytorch_lightning)
@@ -175,7 +179,7 @@ def test_it_works_with_pytorch_lightning_alone(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 def test_two_processes_log_one_value_and_write_one_file(tmp_path):
-    measuring, model = callback(train=loader("train", shuffle=True), make_scorer=knn), module()
+    measuring, model = callback(knn, train=loader("train", shuffle=True)), module()
     runner = trainer(tmp_path, measuring, strategy="ddp_fork", devices=2, epochs=1)
     fit(runner, model)
     (path,) = tmp_path.rglob("*.featnorm")
@@ -195,12 +199,14 @@ def test_two_processes_log_one_value_and_write_one_file(tmp_path):
 )
 def test_loaders_that_cannot_be_used_are_errors(changes, kind, match):
     with pytest.raises(kind, match=match):
-        OODCallback(**{"calibration": loader("calibration"), **changes})
+        OODCallback(nan, **{"calibration": loader("calibration"), **changes})
 
 
 def test_what_would_fail_after_an_epoch_fails_before_the_training(tmp_path):
     with pytest.raises(ValueError, match=r"KNN\(k=5\) needs a fit: pass train="):
-        fit(trainer(tmp_path, callback(make_scorer=knn)), module())
+        fit(trainer(tmp_path, callback(knn)), module())
+    with pytest.raises(ValueError, match="reads `activation`: there is no `activation`"):
+        fit(trainer(tmp_path, callback(lambda model: fn.Scorer(model.net[0], fn.NAN()))), module())
     with pytest.raises(ValueError, match="in local folders, and these are in memory://runs"):
         fit(trainer("memory://runs", callback()), module())
 
@@ -210,7 +216,9 @@ def test_an_error_names_the_loader():
         def __iter__(self):
             return iter(())
 
-    unsized = OODCallback(calibration=loader("calibration"), ood={"far": torch.utils.data.DataLoader(Empty())})
+    unsized = OODCallback(
+        nan, calibration=loader("calibration"), ood={"far": torch.utils.data.DataLoader(Empty())}
+    )
     with pytest.raises(ValueError, match="the loader yielded no batch") as caught:
         unsized.measured(network())
     assert caught.value.__notes__ == ["(in ood['far'])"]

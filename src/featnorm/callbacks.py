@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from featnorm.detectors import NAN
 from featnorm.drift import DriftMonitor
 from featnorm.metrics import auroc, fpr_at_tpr
 from featnorm.scorer import Scorer
@@ -31,8 +30,7 @@ class TrainingScorer:
     Parameters
     ----------
     make_scorer
-        Function from the model to an unfitted `Scorer`, such as ``lambda model: fn.Scorer(model, fn.MSP())``.
-        Default: ``Scorer(model, NAN())``.
+        Function from the model to an unfitted `Scorer`, such as ``lambda model: fn.Scorer(model, fn.NAN())``.
     calibration
         Loader of in-distribution inputs that the model is not trained on; 19 are needed at ``tpr=0.95``, and 99 at
         0.99.
@@ -57,7 +55,7 @@ class TrainingScorer:
 
     def __init__(
         self,
-        make_scorer: Callable[[Any], Scorer] | None = None,
+        make_scorer: Callable[[Any], Scorer],
         *,
         calibration: Iterable[Any],
         ood: Mapping[str, Iterable[Any]] | None = None,
@@ -66,7 +64,7 @@ class TrainingScorer:
         tpr: float = 0.95,
     ) -> None:
         super().__init__()
-        self.make_scorer = make_scorer or _nan_scorer
+        self.make_scorer = make_scorer
         self.calibration, self.ood, self.train, self.drift = calibration, dict(ood or {}), train, drift
         self.tpr = tpr
         for name in set(_RESERVED) & self.ood.keys():
@@ -78,10 +76,16 @@ class TrainingScorer:
             _check(loader, name)
 
     def check(self, model: nn.Module) -> None:
-        """Raise a ValueError if the detector needs a fit and there is no ``train``."""
-        detector = self.make_scorer(model).detector
-        if detector.needs_fit and self.train is None:
-            raise ValueError(f"{detector!r} needs a fit: pass train=, a loader of training inputs")
+        """Raise a ValueError before the training if the detector does not work on the model, or needs a fit."""
+        scorer = self.make_scorer(model)
+        if scorer.detector.needs_fit and self.train is None:
+            raise ValueError(f"{scorer.detector!r} needs a fit: pass train=, a loader of training inputs")
+        with _as_found(self._loaders.values()), _batches(self.calibration, "calibration") as batches:
+            for batch in batches:
+                features = scorer.tap(batch)
+                if not scorer.detector.needs_fit:
+                    scorer.detector.score(features)
+                break
 
     def fitted(self, model: nn.Module) -> Scorer:
         """Return a scorer of the model as it is, fitted and calibrated."""
@@ -126,10 +130,6 @@ class TrainingScorer:
                 scorer.fit(batches, progress=False)
         with _batches(self.calibration, "calibration") as batches:
             return scorer.calibrate(batches, self.tpr, progress=False)
-
-
-def _nan_scorer(model: nn.Module) -> Scorer:
-    return Scorer(model, NAN())
 
 
 def _check(loader: Iterable[Any], name: str) -> None:

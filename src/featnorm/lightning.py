@@ -53,7 +53,8 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
 
     Examples
     --------
-    >>> callback = OODCallback(calibration=held_out_loader, ood={"noise": [torch.randn(64, 3, 8, 8)]})
+    >>> ood = {"noise": [torch.randn(64, 3, 8, 8)]}
+    >>> callback = OODCallback(lambda module: Scorer(module, NAN()), calibration=held_out_loader, ood=ood)
     >>> trainer = lightning.pytorch.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 

@@ -1,12 +1,13 @@
 """A callback for the Trainer of Hugging Face: AUROC and drift at each evaluation, and a scorer of the model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from featnorm._utils.extras import import_extra
 from featnorm.callbacks import TrainingScorer
+from featnorm.scorer import Scorer
 
 __all__ = ["OODCallback"]
 
@@ -14,9 +15,9 @@ __all__ = ["OODCallback"]
 class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):  # type: ignore[misc]
     """Callback of a Hugging Face ``Trainer`` that measures OOD detection at each evaluation, and writes a scorer.
 
-    Add it to its trainer: ``trainer.add_callback(OODCallback(trainer, ...))``. At each evaluation, the callback
-    fits and calibrates a scorer of the model as it is. It logs the results through the trainer, so that every
-    integration gets them:
+    Add it to its trainer: ``trainer.add_callback(OODCallback(trainer, make_scorer, ...))``. At each evaluation,
+    the callback fits and calibrates a scorer of the model as it is. It logs the results through the trainer, so
+    that every integration gets them:
 
     - ``eval_ood_NAME_auroc``, ``eval_ood_NAME_fpr95`` and ``eval_ood_NAME_flagged``, the share flagged, for each
       OOD set NAME; for several sets, their means too, ``eval_ood_mean_auroc`` and so on,
@@ -43,9 +44,16 @@ class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):
     ----------
     path : Path or None
         File that was written; None before the end of the training.
+
+    Examples
+    --------
+    >>> trainer = transformers.Trainer(model)
+    >>> ood = {"noise": [torch.randn(64, 3, 8, 8)]}
+    >>> callback = OODCallback(trainer, lambda m: Scorer(m, NAN()), calibration=held_out_loader, ood=ood)
+    >>> trainer.add_callback(callback)
     """
 
-    def __init__(self, trainer: Any, make_scorer: Any = None, **parts: Any) -> None:
+    def __init__(self, trainer: Any, make_scorer: Callable[[Any], Scorer], **parts: Any) -> None:
         super().__init__(make_scorer, **parts)
         self.trainer = trainer
         self._measured_at: int | None = None
