@@ -354,7 +354,8 @@ def fit_source(
     if detector is not None:
         check_detector(detector, "fit")
     units = source.units()
-    clips = None if units is None else len(set(units))
+    # A file that cannot be opened is one item without a time.
+    clips = None if units is None else len({unit for i, unit in enumerate(units) if source.time(i) is not None})
     if clips is not None:
         if per != "input":
             raise DataError(
