@@ -1,6 +1,5 @@
 """`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -37,7 +36,7 @@ from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, k
 from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
-from featnorm.inputs.video import STAMP_ROUNDING
+from featnorm.inputs.video import FrameRate
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts, sampled_parts, unit_scores
@@ -788,19 +787,14 @@ class Scorer(nn.Module):
     ) -> Iterator[ItemVerdict]:
         batch: list[tuple[str, Any]] = []
         times: list[float] = []
-        began, wanted, last = None, -math.inf, -math.inf
+        began, rate = None, FrameRate(fps)
         for number, frame in enumerate(frames):
             now = perf_counter()
             began = now if began is None else began
             stamp = getattr(frame, "time", None)
             moment = now - began if stamp is None else float(stamp)
-            if moment < last:  # the stream starts again
-                wanted = -math.inf
-            last = moment
-            if moment + STAMP_ROUNDING < wanted:
+            if not rate.takes(moment):
                 continue
-            if fps is not None:
-                wanted = (math.floor((moment + STAMP_ROUNDING) * fps) + 1) / fps
             batch.append((f"frame {number}", frame))
             times.append(moment)
             if len(batch) == batch_size:
@@ -1108,6 +1102,8 @@ class Scorer(nn.Module):
         return tensors
 
     def _header(self) -> dict[str, Any]:
+        if self.tap._plan is None and self.preprocess is not None:
+            self.tap.trace(self.reference_inputs())
         model = archive.fingerprint(self.tap.model)
         if self._weights not in (None, model["sha256"]):
             raise ValueError(_CHANGED)
