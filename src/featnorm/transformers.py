@@ -60,6 +60,7 @@ class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         """Check that the scorer can be made."""
+        self._measured_at = None
         self.check(of_trainer["model"])
 
     def on_evaluate(
