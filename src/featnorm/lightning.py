@@ -48,8 +48,7 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
 
     Attributes
     ----------
-    path : Path or None
-        File that was written; None before the end of the training.
+    path : file that was written; None before the end of the training.
 
     Examples
     --------

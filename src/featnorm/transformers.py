@@ -42,8 +42,7 @@ class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):
 
     Attributes
     ----------
-    path : Path or None
-        File that was written; None before the end of the training.
+    path : file that was written; None before the end of the training.
 
     Examples
     --------
