@@ -354,7 +354,9 @@ def fit_source(
     if detector is not None:
         check_detector(detector, "fit")
     units = source.units()
-    clips = None if units is None else len(set(units))
+    # A video that cannot be opened is one item, without a time.
+    opened = {unit for i, unit in enumerate(units or ()) if source.time(i) is not None}
+    clips = None if units is None else len(opened or set(units))
     if clips is not None:
         if per != "input":
             raise DataError(
