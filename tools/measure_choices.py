@@ -118,7 +118,7 @@ class Network:
     def exported(self) -> dict[str, Callable[[Any], Any]]:
         """Return the ways to run the exported graph."""
         example = example_batch(self.kind, self.loaded.transform)
-        model = exported(_Network(self.module), example, self.kind, ["features"]).SerializeToString()
+        model = exported(_Network(self.module).eval(), example, self.kind, ["features"]).SerializeToString()
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
