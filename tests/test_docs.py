@@ -115,6 +115,7 @@ def test_every_detector_has_a_page(reference_pages):
         assert kind.source in pages[name]
         assert f"]({name}.md) | " in pages["index"]
         assert all(f"`{field}`" in pages[name] for field in {*kind.reads, *kind.learns})
+        assert f"**When it fails.** {reference_pages.FAILURES[name]}" in pages[name]
 
 
 def test_every_command_has_a_page_with_its_options(reference_pages):

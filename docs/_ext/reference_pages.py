@@ -5,6 +5,7 @@ They stand in ``docs/reference/detectors`` and ``docs/reference/commands``, and 
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import typer
@@ -15,6 +16,8 @@ from featnorm.cli.faults import STATUSES
 from featnorm.detectors import Detector, registered_detectors
 from featnorm.detectors.base import Wrapper
 from featnorm.features import FIELDS
+
+FAILURES: dict[str, str] = tomllib.loads(Path(__file__).with_name("failures.toml").read_text("utf-8"))
 
 _DETECTORS = """\
 # Detectors
@@ -39,7 +42,7 @@ _DETECTOR = """\
 
 {formula}
 {facts}
-
+{failure}
 ```{{eval-rst}}
 .. autoclass:: featnorm.{name}
    :exclude-members: cost, formula, learns, needs_model, network, operator, reads, role, settings, source, standard
@@ -98,7 +101,10 @@ def _page(kind: type[Detector]) -> str:
     if kind.standard:
         known["In the standard comparison"] = ", ".join(map(_code, kind.standard))
     rows = [["", ""], ["---"] * 2, *([f"**{label}**", text] for label, text in known.items())]
-    return _DETECTOR.format(name=kind.__name__, formula=f"$$\n{kind.formula}\n$$\n", facts=_table(rows))
+    failure = FAILURES.get(kind.__name__)
+    failure = "" if failure is None else f"\n**When it fails.** {failure}\n"
+    formula = f"$$\n{kind.formula}\n$$\n"
+    return _DETECTOR.format(name=kind.__name__, formula=formula, facts=_table(rows), failure=failure)
 
 
 def command_pages() -> dict[str, str]:

@@ -127,6 +127,13 @@ class ItemVerdict(NamedTuple):
     time: float | None = None
     parts: Verdict | None = None
 
+    def __repr__(self) -> str:
+        known = {name: value for name, value in self._asdict().items() if value is not None and name != "parts"}
+        shown = [f"{name}={value!r}" for name, value in known.items()]
+        if self.parts is not None:
+            shown.append(f"parts=<{len(self.parts.score)} verdicts>")
+        return f"ItemVerdict({', '.join(shown)})"
+
 
 def unreadable(item: str, reason: str) -> ItemVerdict:
     """Return the verdict on an item that has no score."""
