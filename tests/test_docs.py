@@ -86,7 +86,7 @@ def registry(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("registry", "few_steps", "operators_read_once")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs(page, featnorm, capsys, monkeypatch, tmp_path, home, written, names):
     for variable in ("HOME", "USERPROFILE"):
