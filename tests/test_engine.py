@@ -248,6 +248,25 @@ def test_a_fit_is_that_of_pytorch(photos, tmp_path, head):
     assert fitted("auto")[1].computed == 0
 
 
+def test_a_comparison_is_that_of_pytorch(photos):
+    def compared(engine):
+        detectors, runtime = ["NAN", "ODIN", "Views(NAN)", "KNN(k=3)"], fn.Runtime(engine=engine, progress=False)
+        sets = {"id_set": ("one", photos), "ood_sets": {"other": photos}, "fit": photos}
+        return fn.compare(detectors, model=scorer.model, preprocess=TRANSFORM, **sets, runtime=runtime)
+
+    scorer = scorer_of()
+    torchs, ours = compared("torch"), compared("auto")
+    assert (torchs.facts, ours.facts) == ({}, {"engine": "onnxruntime"})
+    assert (len(ours.results), ours.items, ours.skipped) == (4, torchs.items, torchs.skipped)
+    for found, expected in zip(ours.results, torchs.results, strict=True):
+        assert found.detector == expected.detector
+        assert np.allclose(found.id_scores, expected.id_scores, rtol=1e-3)
+    maps = fn.FeatureTap(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), per="position")
+    sets = {"id_set": photos, "ood_sets": {"other": photos}, "runtime": fn.Runtime(engine="onnx", progress=False)}
+    with pytest.raises(EngineError, match="its features are of each position"):
+        fn.compare(["MSP"], model=maps, preprocess=TRANSFORM, **sets)
+
+
 def test_infinite_scores_are_equal():
     one = torch.tensor([1.0, -torch.inf, 2.0])
     assert relative_gap(one, one) == 0

@@ -17,7 +17,15 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
-from featnorm.engine import TOLERANCE, EngineError, FeatureEngine, is_wanted, relative_gap, required_or_none
+from featnorm.engine import (
+    TOLERANCE,
+    EngineError,
+    FeatureEngine,
+    is_wanted,
+    pass_size,
+    relative_gap,
+    required_or_none,
+)
 from featnorm.export import export_onnx
 from featnorm.features import Features, Parts
 from featnorm.hidden.classifier import HiddenClassifier
@@ -519,7 +527,6 @@ class Scorer(nn.Module):
         self.calibration = self.calibration.with_tpr(tpr).to(self.tap.device)
         return self
 
-    @torch.no_grad()
     def forward(self, inputs: Any, groups: Sequence[str] | None = None) -> Verdict:
         """Score a batch of inputs.
 
@@ -536,9 +543,12 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, one of its outputs is not finite, or its weights have
             changed since the fit or the calibration.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(inputs, groups)
         contents = self._check_weights()
         features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads, contents=contents)
-        return self.predict_features(features, groups)
+        return self._verdict(features, groups)
 
     @torch.no_grad()
     def predict_features(self, features: Features, groups: Sequence[str] | None = None) -> Verdict:
@@ -556,17 +566,20 @@ class Scorer(nn.Module):
         ValueError
             The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
+        return self._verdict(features, groups)
+
+    def _verdict(self, features: Features, groups: Sequence[str] | None) -> Verdict:
         score = self.detector.score(features)
-        parts = features.parts
-        if self.calibration is None:
+        parts, calibration = features.parts, self.calibration
+        if calibration is None:
             return Verdict(score, None, None, features.logits, parts)
-        if isinstance(self.calibration, PartCalibration):
-            units = None if parts is None else self.calibration.predict_units(score, parts.owners, parts.count)
-            return Verdict(score, *self.calibration.predict(score), features.logits, parts, units)
+        if isinstance(calibration, PartCalibration):
+            units = None if parts is None else calibration.predict_units(score, parts.owners, parts.count)
+            return Verdict(score, *calibration.predict(score), features.logits, parts, units)
         members: Any = groups
-        if self.thresholds_by == "class" and self.calibration.group_names:
+        if self.thresholds_by == "class" and calibration.group_names:
             members = features.tensor("logits").argmax(1)
-        return Verdict(score, *self.calibration.predict(score, members), features.logits)
+        return Verdict(score, *calibration.predict(score, members), features.logits)
 
     def predict(
         self,
@@ -601,8 +614,9 @@ class Scorer(nn.Module):
         items = self.kind.sequence_of(items)
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
-        for start in range(0, len(items), runtime.batch_size):
-            rows = range(start, min(start + runtime.batch_size, len(items)))
+        size = runtime.batch_of(self.kind)
+        for start in range(0, len(items), size):
+            rows = range(start, min(start + size, len(items)))
             named_items = [(self.kind.name_of(items[i], i), items[i]) for i in rows]
             some = None if groups is None else [groups[i] for i in rows]
             verdicts += self._predict_items(named_items, some, explain, runtime)
@@ -666,8 +680,6 @@ class Scorer(nn.Module):
     def _onnx_engine(self) -> FeatureEngine:
         if self.detector.needs_model:
             raise EngineError(f"{self.detector!r} runs it again on changed inputs")
-        if self.tap.per != "input":
-            raise EngineError(f"its features are of each {self.tap.per}")
         engine = FeatureEngine(self.tap, self.kind, self.require_preprocess())
         contents = self._check_weights()
         found = engine.features(engine.example, contents, classifier=True)
@@ -713,12 +725,13 @@ class Scorer(nn.Module):
             names = [source.name(row) for row in rows.tolist()]
             return self._predict(inputs, names, groups=some, runtime=runtime, engine=engine)
 
-        size, workers = runtime.batch_size, runtime.workers
+        size, workers = runtime.batch_of(source.kind), runtime.workers
+        passes = pass_size(runtime, source.kind, self.tap.device, len(source)) if engine is None else None
         for part in source_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
             verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    found = over_parts(predict, part.batch.inputs, part.batch.indices)
+                    found = over_parts(predict, part.batch.inputs, part.batch.indices, passes=passes)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     several, moment = row in part.several, source.time(row)
                     verdicts[row] = verdict._replace(first_of_several=several, time=moment)

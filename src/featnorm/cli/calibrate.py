@@ -63,7 +63,7 @@ def calibrate(
     device: Device = "auto",
     precision: Precision = "32-true",
     engine: Engine = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:

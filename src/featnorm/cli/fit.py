@@ -137,7 +137,7 @@ def fit(
     device: Device = "auto",
     precision: Precision = "32-true",
     engine: Engine = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     ray: Ray = False,
     seed: Seed = 0,

@@ -269,9 +269,11 @@ class Detector(nn.Module, ABC):
     @property
     def is_fitted(self) -> bool:
         """Whether the detector is ready to score; always true for one that needs no fit."""
+        for child in self._modules.values():
+            if isinstance(child, Statistic) and child.is_empty:
+                return False
         # Detectors inside answer for themselves: the bank of one may lie in other processes.
-        own = [child for child in self._modules.values() if isinstance(child, Statistic)]
-        return not any(child.is_empty for child in own) and all(inner.is_fitted for inner in self._inner())
+        return all(inner.is_fitted for inner in self._inner())
 
     def require_fitted(self) -> None:
         """Raise a NotFittedError if the detector needs a fit and has none."""
@@ -547,7 +549,7 @@ def _require_finite(name: str, value: Tensor) -> None:
         return
     # The sum needs one read and no temporary; only if it is not finite are the rows searched.
     wide = value.dtype if value.dtype == torch.float64 else torch.float32
-    if math.isfinite(value.detach().sum(dtype=wide).item()):
+    if math.isfinite((value.detach() if value.requires_grad else value).sum(dtype=wide).item()):
         return
     bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)
     if len(bad):
