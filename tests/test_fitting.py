@@ -307,7 +307,11 @@ def test_what_is_no_source_no_backbone_or_no_detector_is_named(folder, loaded):
     for words, arguments, options in (
         ("the data must be a source", (str(folder), loaded), {}),
         ("the model must be a LoadedModel", (source, "timm:test_resnet"), {}),
-        ("fit takes a detector such as NAN", (source, loaded), {"detector": "NAN"}),
+        (
+            "fit takes a detector such as NAN.*: fn.parse_detector makes a detector of",
+            (source, loaded),
+            {"detector": "NAN"},
+        ),
     ):
         with pytest.raises(TypeError, match=words):
             fit_source(*arguments, **options)

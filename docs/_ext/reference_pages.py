@@ -42,7 +42,8 @@ _DETECTOR = """\
 
 {formula}
 {facts}
-{failure}
+**When it fails.** {failure}
+
 ```{{eval-rst}}
 .. autoclass:: featnorm.{name}
    :exclude-members: cost, formula, learns, needs_model, network, operator, reads, role, settings, source, standard
@@ -101,10 +102,8 @@ def _page(kind: type[Detector]) -> str:
     if kind.standard:
         known["In the standard comparison"] = ", ".join(map(_code, kind.standard))
     rows = [["", ""], ["---"] * 2, *([f"**{label}**", text] for label, text in known.items())]
-    failure = FAILURES.get(kind.__name__)
-    failure = "" if failure is None else f"\n**When it fails.** {failure}\n"
-    formula = f"$$\n{kind.formula}\n$$\n"
-    return _DETECTOR.format(name=kind.__name__, formula=formula, facts=_table(rows), failure=failure)
+    texts = {"formula": f"$$\n{kind.formula}\n$$\n", "facts": _table(rows), "failure": FAILURES[kind.__name__]}
+    return _DETECTOR.format(name=kind.__name__, **texts)
 
 
 def command_pages() -> dict[str, str]:

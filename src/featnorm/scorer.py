@@ -202,9 +202,9 @@ class Scorer(nn.Module):
         """Return `preprocess`; raise a ValueError if there is none."""
         if self.preprocess is None:
             raise ValueError(
-                f"this scorer takes tensors, not {self.kind.name}, because it has no preprocess: pass Scorer(..., "
-                "preprocess=transform), or open the file with the specification of a model that has one "
-                "(fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
+                f"this scorer takes tensors, not {self.kind.name}, because it has no preprocess: pass "
+                "preprocess=transform to Scorer or fn.load, or open the file with the specification of a model "
+                "that has one (fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
             )
         return self.preprocess
 

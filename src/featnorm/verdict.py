@@ -128,8 +128,9 @@ class ItemVerdict(NamedTuple):
     parts: Verdict | None = None
 
     def __repr__(self) -> str:
-        known = {name: value for name, value in self._asdict().items() if value is not None and name != "parts"}
-        shown = [f"{name}={value!r}" for name, value in known.items()]
+        default = self._field_defaults
+        known = self._replace(parts=None)._asdict().items()
+        shown = [f"{name}={value!r}" for name, value in known if name not in default or value is not default[name]]
         if self.parts is not None:
             shown.append(f"parts=<{len(self.parts.score)} verdicts>")
         return f"ItemVerdict({', '.join(shown)})"

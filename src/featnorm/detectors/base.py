@@ -490,7 +490,8 @@ def check_detector(value: object, owner: str) -> None:
     if isinstance(value, type) and issubclass(value, Detector):
         raise TypeError(f"{owner} takes a detector, got the class {value.__name__}: write {value.__name__}()")
     if not isinstance(value, Detector):
-        raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}")
+        advice = ": fn.parse_detector makes a detector of an expression" if isinstance(value, str) else ""
+        raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}{advice}")
 
 
 @contextmanager
