@@ -254,6 +254,18 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.fmean(values):.1f}"
 
 
+#: Figures of networks of scale "workstation", whose results at scale "laptop" are kept too, as ``NAME-small``.
+_ENLARGED = [f"figure{number}" for number in (3, 4, 5, 6, 8, 9, 10, 11)]
+
+
+def _small_table(name: str) -> Callable[[Any], dict[str, Table]]:
+    return lambda content: {f"{name}-small": STUDIES[name].tables(content)[name]}
+
+
+def _small_picture(name: str) -> Callable[[Any], str]:
+    return lambda content: STUDIES[name].pictures(content)[name]
+
+
 #: Page -> results on it that are not a study's -> what makes their tables.
 OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     # From smaller networks that were trained for fewer epochs.
@@ -262,9 +274,13 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     "speed": {"speed": speed, "engines": engines, "choices": choices},
     "drift": {"drift": drift},
     "selection": {"selection": selection},
+    "theory": {f"{name}-small": _small_table(name) for name in _ENLARGED},
 }
 #: Page -> pictures on it that are not a study's, named as their results -> what draws them.
-PICTURES: dict[str, dict[str, Callable[[Any], str]]] = {"drift": {"drift": drift_curves}}
+PICTURES: dict[str, dict[str, Callable[[Any], str]]] = {
+    "drift": {"drift": drift_curves},
+    "theory": {f"{name}-small": _small_picture(name) for name in _ENLARGED},
+}
 PAGES = sorted({study.page for study in STUDIES.values()} | set(OTHERS))
 
 
