@@ -112,6 +112,28 @@ def engines(content: Mapping[str, Any]) -> dict[str, Table]:
     return {"engines": Table("Before and now, in turn", headers, rows, notes)}
 
 
+def choices(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what tools/measure_choices.py measured, as a table."""
+    first: dict[str, float] = {}
+    rows = [
+        [
+            row["work"],
+            row["way"],
+            _quantity(row["seconds"], "s"),
+            f"{row['seconds'] / first.setdefault(row['work'], row['seconds']):.2f}",
+            "–" if row["gap"] is None else f"{row['gap']:.1e}" if row["gap"] else "0",
+        ]
+        for row in content["rows"]
+    ]
+    notes = [
+        "ratio: to the first way of the same work; difference: of the features, relative to the largest",
+        "command: python tools/measure_choices.py",
+        *(f"{name}: {value}" for name, value in content["environment"].items()),
+    ]
+    headers = ["Work", "way", "CPU time per item", "ratio", "difference"]
+    return {"choices": Table("Engines, layouts, batches and decoders, in turn", headers, rows, notes)}
+
+
 def drift(content: Mapping[str, Any]) -> dict[str, Table]:
     """Return what tools/measure_drift.py measured, as tables: shifts, other kinds of drift, and false alarms."""
     streams, after = content["streams"], content["after"]
@@ -237,7 +259,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     # From smaller networks that were trained for fewer epochs.
     "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
     "own-images": {"shipped": shipped},
-    "speed": {"speed": speed, "engines": engines},
+    "speed": {"speed": speed, "engines": engines, "choices": choices},
     "drift": {"drift": drift},
     "selection": {"selection": selection},
 }

@@ -185,8 +185,12 @@ def _batches(loader: Iterable[Any], name: str) -> Iterator[Iterable[Any]]:
 
 def _scores(scorer: Scorer, loader: Iterable[Any], name: str) -> tuple[Tensor, float]:
     """Return the scores of a loader's inputs, and the share of them that is flagged."""
+    scores, are_id = [], []
     with _batches(loader, name) as batches:
-        found = [scorer.predict_features(features) for features in scorer.tap.stream(batches, progress=False)]
-    verdicts = [verdict.units or verdict for verdict in found]
-    are_id = torch.cat([verdict.is_id for verdict in verdicts if verdict.is_id is not None])
-    return torch.cat([verdict.score for verdict in verdicts]), 1 - float(are_id.double().mean())
+        for features in scorer.tap.stream(batches, progress=False):
+            verdict = scorer.predict_features(features)
+            verdict = verdict.units or verdict
+            assert verdict.is_id is not None
+            scores.append(verdict.score)
+            are_id.append(verdict.is_id)
+    return torch.cat(scores), 1 - float(torch.cat(are_id).double().mean())

@@ -48,8 +48,7 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
 
     Attributes
     ----------
-    path : Path or None
-        File that was written; None before the end of the training.
+    path : file that was written; None before the end of the training.
 
     Examples
     --------
@@ -76,6 +75,7 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
         if trainer.fast_dev_run:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        best = best if Path(best).is_file() else ""  # a resumed run may name one that was moved
         path = Path(best).with_suffix(".featnorm") if best else Path(trainer.default_root_dir) / "scorer.featnorm"
         with _weights_of(best, trainer, pl_module) if best else nullcontext():
             self.save(pl_module, path, write=trainer.is_global_zero)

@@ -42,8 +42,7 @@ class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):
 
     Attributes
     ----------
-    path : Path or None
-        File that was written; None before the end of the training.
+    path : file that was written; None before the end of the training.
 
     Examples
     --------
@@ -60,6 +59,7 @@ class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         """Check that the scorer can be made."""
+        self._measured_at = None
         self.check(of_trainer["model"])
 
     def on_evaluate(

@@ -95,7 +95,8 @@ class Detector(nn.Module, ABC):
             if not isinstance(fields, tuple) or not set(fields) <= set(FIELDS):
                 allowed = ", ".join(FIELDS)
                 raise TypeError(f"{cls.__name__}.{name} must be a tuple of fields ({allowed}), got {fields!r}")
-        if not registered or _is_abstract(cls):
+        # torch.export makes a subclass of every module, named as its class, where a model has one module twice.
+        if not registered or _is_abstract(cls) or cls.__module__ == "abc":
             return
         other = _REGISTRY.get(cls.__name__, cls)
         # The same qualified name is the same class, defined again by a notebook cell or `importlib.reload`.
