@@ -27,7 +27,7 @@ oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install --quiet uv
 	.venv-oldest/bin/uv pip compile --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
-		--extra all --output-file .venv-oldest/versions.txt pyproject.toml
+		--extra all --extra test --output-file .venv-oldest/versions.txt pyproject.toml
 	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/versions.txt --editable '.[test]'
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 

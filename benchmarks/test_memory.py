@@ -1,4 +1,4 @@
-"""The memory of a command for n, 2n and 4n images, which must not grow with the images themselves.
+"""The memory of a command for n, 2n and 4n images, texts or rows, which must not grow with the items themselves.
 
 `score` and `evaluate` keep names and scores. `fit` keeps the features of all images.
 """
@@ -9,6 +9,8 @@ import sys
 from functools import cache
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -81,4 +83,40 @@ def test_growth(compare, photographs, held, command, times):
         lambda: held(command, times * least),
         {f"{least:,} images": (lambda: held(command, least), None if command == "fit" else GROWTH)},
         sizes=f"32 x 32 pixels, {more:,.0f} bytes more for each image that is more",
+    )
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory, size):
+    """Create files of n, 2n and 4n rows, each in one row group, and of a tenth as many texts; fit to the first."""
+    root, n = tmp_path_factory.mktemp("tables"), size(100_000, 2_000)
+    random = np.random.default_rng(0)
+    files = {}
+    for times in (1, 2, 4):
+        vectors = random.random((times * n, 256), dtype=np.float32)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 256)
+        words = [" ".join(map(str, random.integers(0, 999, 20))) for _ in range(times * n // 10)]
+        for kind, values in (("rows", {"vector": column}), ("texts", {"text": words})):
+            files[kind, times] = root / f"{kind}-{times}.parquet"
+            pq.write_table(pa.table(values), files[kind, times])
+    for kind in ("rows", "texts"):
+        fit = ("fit", f"{files[kind, 1]}[:200]", "-o", root / f"{kind}.featnorm", "--cache", root / "cache")
+        peak(*fit, "--head", "none")
+    return files
+
+
+@pytest.mark.parametrize("times", [2, 4])
+@pytest.mark.parametrize("kind", ["rows", "texts"])
+def test_growth_of_tables(compare, tables, kind, times):
+    @cache
+    def held(times):
+        file = tables[kind, times]
+        return peak("score", file.with_name(f"{kind}.featnorm"), file, "-o", file.with_suffix(".csv"))
+
+    counts = {one: pq.read_metadata(tables[kind, one]).num_rows for one in (1, times)}
+    compare.memory(
+        f"featnorm score, {counts[times]:,} {kind}",
+        lambda: held(times),
+        {f"{counts[1]:,} {kind}": (lambda: held(1), GROWTH)},
+        sizes="of 256 numbers, in one row group" if kind == "rows" else "of 20 numbers in words",
     )

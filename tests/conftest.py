@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="tests POSIX"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def engines(tmp_path_factory):
+    """Keep exported networks apart from the user's own, which would be read, and written, by the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featnorm.engine.DEFAULT_CACHE", str(tmp_path_factory.mktemp("engines")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data: parquet files described in their own README."""

@@ -195,6 +195,24 @@ def test_judges_scores_of_any_type(dtype):
     assert fitted.is_id(strided).tolist() == fitted.is_id(scores).tolist()
 
 
+@given(scores_with_ties, st.lists(tied, min_size=1, max_size=16))
+def test_few_scores_have_the_verdicts_that_they_have_among_many(calibration, scores):
+    fitted = Calibration(calibration, 0.05)
+    few = torch.tensor(scores)
+    for one, other in zip(fitted.predict(few), fitted.predict(few.repeat(17)), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other[: len(few)])
+
+
+def test_few_scores_are_compared_with_the_scores_that_are_there_now():
+    fitted = Calibration(torch.arange(39))
+    assert fitted.p_value(torch.tensor([9.0])).item() == 11 / 40
+    other = copy.deepcopy(fitted)
+    other.load_state_dict(Calibration(torch.arange(39) + 100).state_dict())
+    assert other.p_value(torch.tensor([9.0])).item() == 1 / 40
+    assert fitted.p_value(torch.tensor([9.0])).item() == 11 / 40
+
+
 @pytest.mark.filterwarnings("error")
 def test_strided_scores_raise_no_warning():
     strided = torch.arange(40.0, dtype=torch.float64)[::2]

@@ -16,6 +16,7 @@ from featnorm.detectors import base
 from painted import paint
 from references import OWN
 from snippets import blocks, run_page
+from tiny_texts import saved_classifier
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -47,6 +48,7 @@ def written(tmp_path_factory, home):
         "text,label\n" + "".join(f"request {i} on {i % 3} cards,{i % 3}\n" for i in range(20))
     )
     (folder / "new.csv").write_text("text\nanother request\n")
+    saved_classifier(folder / "my-model", ["card", "place"], ["my card was lost", "where is it ?"])
     rows = random.normal(size=(100, 8))
     np.save(folder / "embeddings.npy", rows)
     np.save(folder / "labels.npy", np.arange(100) % 2)
@@ -84,7 +86,7 @@ def registry(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("registry", "few_steps", "operators_read_once")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs(page, featnorm, capsys, monkeypatch, tmp_path, home, written, names):
     for variable in ("HOME", "USERPROFILE"):
@@ -115,6 +117,7 @@ def test_every_detector_has_a_page(reference_pages):
         assert kind.source in pages[name]
         assert f"]({name}.md) | " in pages["index"]
         assert all(f"`{field}`" in pages[name] for field in {*kind.reads, *kind.learns})
+        assert f"**When it fails.** {reference_pages.FAILURES[name]}" in pages[name]
 
 
 def test_every_command_has_a_page_with_its_options(reference_pages):

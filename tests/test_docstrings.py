@@ -3,9 +3,11 @@
 import doctest
 import functools
 
+import lightning.pytorch
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import featnorm as fn
 from featnorm import openood, parts
@@ -21,6 +23,7 @@ def examples():
     """Return the examples by the name of their object."""
     finder = doctest.DocTestFinder(exclude_empty=True)
     objects = {name: getattr(fn, name) for name in fn.__all__} | {"parts": parts, "openood": openood}
+    objects |= {name: getattr(fn, name) for name in ("lightning", "torchmetrics", "transformers")}
     found = {}
     for name, thing in objects.items():
         found.update((test.name, test) for test in finder.find(thing, name) if test.examples)
@@ -45,7 +48,8 @@ def names(monkeypatch):
             "held_out_loader": loader,
             "images": torch.randn(8, 3, 8, 8),
         }
-        yield {**{name: getattr(fn, name) for name in fn.__all__}, "fn": fn, "np": np, "torch": torch, **data}
+        packages = {"fn": fn, "np": np, "torch": torch, "lightning": lightning, "transformers": transformers}
+        yield {**{name: getattr(fn, name) for name in fn.__all__}, **packages, **data}
 
 
 def test_every_public_name_has_an_example():

@@ -2,17 +2,19 @@
 
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
 import featnorm as fn
 from featnorm import engine
-from featnorm.engine import EngineError, relative_gap
+from featnorm.engine import Engine, EngineError, relative_gap
 from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
 from featnorm.models import LoadedModel
@@ -248,8 +250,46 @@ def test_a_fit_is_that_of_pytorch(photos, tmp_path, head):
     assert fitted("auto")[1].computed == 0
 
 
+def test_a_comparison_is_that_of_pytorch(photos):
+    def compared(engine):
+        detectors, runtime = ["NAN", "ODIN", "Views(NAN)", "KNN(k=3)"], fn.Runtime(engine=engine, progress=False)
+        sets = {"id_set": ("one", photos), "ood_sets": {"other": photos}, "fit": photos}
+        return fn.compare(detectors, model=scorer.model, preprocess=TRANSFORM, **sets, runtime=runtime)
+
+    scorer = scorer_of()
+    torchs, ours = compared("torch"), compared("auto")
+    assert (torchs.facts, ours.facts) == ({}, {"engine": "onnxruntime"})
+    assert (len(ours.results), ours.items, ours.skipped) == (4, torchs.items, torchs.skipped)
+    for found, expected in zip(ours.results, torchs.results, strict=True):
+        assert found.detector == expected.detector
+        assert np.allclose(found.id_scores, expected.id_scores, rtol=1e-3)
+    maps = fn.FeatureTap(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), per="position")
+    sets = {"id_set": photos, "ood_sets": {"other": photos}, "runtime": fn.Runtime(engine="onnx", progress=False)}
+    with pytest.raises(EngineError, match="its features are of each position"):
+        fn.compare(["MSP"], model=maps, preprocess=TRANSFORM, **sets)
+
+
 def test_infinite_scores_are_equal():
     one = torch.tensor([1.0, -torch.inf, 2.0])
     assert relative_gap(one, one) == 0
     assert relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
     assert relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf
+
+
+def test_texts_run_in_parts_that_fit_into_the_caches():
+    names = ["input_ids", "attention_mask"]
+    values = [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "L"]) for name in [*names, "output"]]
+    graph = helper.make_graph([helper.make_node("Add", names, ["output"])], "sum", values[:2], values[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    texts = {name: torch.randint(9, (4 * torch.get_num_threads() + 1, 5)) for name in names}
+    of_texts, sizes = Engine(model.SerializeToString(), texts), []
+    session = of_texts._session
+
+    def run(_, given):
+        sizes.append(len(given["input_ids"]))
+        return session.run(None, given)
+
+    of_texts._session = SimpleNamespace(run=run)
+    (found,) = of_texts(texts)
+    assert torch.equal(found, texts["input_ids"] + texts["attention_mask"])
+    assert sizes == [4 * torch.get_num_threads(), 1]

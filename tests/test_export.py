@@ -11,13 +11,13 @@ import torch
 from torchvision.transforms import v2
 
 import featnorm as fn
-from featnorm import export
+from featnorm import engine, export
 from featnorm.evaluation import standard_detectors
 from featnorm.export import ExportError, export_onnx
 from featnorm.fitting import fit_source
-from featnorm.inputs import SlicedSource, open_source
+from featnorm.inputs import IMAGES, SlicedSource, open_source
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps", "operators_read_once")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps_throughout", "operators_read_once")]
 
 # Not of a cosine classifier's logits: see `test_scores_that_read_the_classifier`.
 LINEAR = ["ReAct(Energy())", "FDBD()", "NCI()", "NCI(alpha=0.1)", "ORA()", "RAS(Energy())", "SCALE(Energy())"]
@@ -33,18 +33,55 @@ def fit(folder, loaded, cache, detector):
     return fit_source(source, loaded, detector=detector, cache=cache, runtime=runtime)[0]
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
-    scorer = fit(folder, tiny, cache, fn.parse_detector(detector))
-    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
+class Together(torch.nn.Module):
+    """The graphs of several scorers of the same network: an export takes about a second, however small it is."""
+
+    def __init__(self, graphs):
+        super().__init__()
+        self.graphs = torch.nn.ModuleList(graphs)
+        self.tap, self.model = graphs[0].tap, graphs[0].model
+        for graph in graphs:
+            del graph.model
+
+    def forward(self, inputs):
+        features = self.tap.traced(inputs)
+        return tuple(output for graph in self.graphs for output in graph.verdicts(features))
+
+
+@torch.no_grad()
+def outputs_of(scorers, images):
+    """Return what one exported graph says of batches of images, by detector: a tuple of `OUTPUTS` per batch."""
+    graph = Together([export.ScoringGraph(scorer) for scorer in scorers]).eval()
+    graph(images[:2])
+    names = [f"{scorer.detector!r} {output}" for scorer in scorers for output in export.OUTPUTS]
+    model = engine.exported(graph, images[:2], IMAGES, names)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found = {repr(scorer.detector): [] for scorer in scorers}
+    for batch in (images[:1], images):
+        outputs = [torch.from_numpy(value) for value in session.run(None, {"images": batch.numpy()})]
+        for parts in found.values():
+            parts.append((batch, *outputs[:4]))
+            del outputs[:4]
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(folder, tiny, cache, few_steps_throughout, operators_read_once):
+    """Scorers by detector, and what their graph says."""
+    scorers = {detector: fit(folder, tiny, cache, fn.parse_detector(detector)) for detector in DETECTORS}
     source = open_source(str(folder))
     known = torch.stack([tiny.transform(source.item(i)) for i in range(1, 41)])
     images = torch.cat([known, torch.rand(23, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+    return scorers, outputs_of(scorers.values(), images)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_it_scores_as_pytorch_does(together, detector):
+    scorers, outputs = together
+    scorer = scorers[detector]
     # Of the score over many images: ViM's is a small difference of large numbers, and may be near 0 for one.
-    size = float(scorer(images).score.abs().max())
-    for batch in (images[:1], images):
-        logits, score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": batch.numpy()}))
+    size = float(scorer(outputs[detector][1][0]).score.abs().max())
+    for batch, logits, score, p_value, is_id in outputs[detector]:
         wanted = scorer(batch)
         assert torch.allclose(score.double(), wanted.score.double(), rtol=0, atol=1e-4 * size)
         assert torch.allclose(logits, wanted.logits, atol=1e-3)
@@ -59,21 +96,37 @@ def test_it_scores_as_pytorch_does(folder, tiny, cache, tmp_path, detector):
         ).all()
 
 
-@pytest.mark.parametrize("expression", LINEAR)
-def test_scores_that_read_the_classifier(tmp_path, expression):
+@pytest.mark.parametrize("detector", ["NAN()", "KLUniform() + KNN(k=10)", "ViM()", "OneClassSVM()", LINEAR[0]])
+def test_a_file_scores_as_its_graph_does(request, tmp_path, detector):
+    scorers, outputs = request.getfixturevalue("linear" if detector in LINEAR else "together")
+    assert export_onnx(scorers[detector], tmp_path / "d.onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
+    for batch, _, wanted, *_ in outputs[detector]:
+        score = torch.from_numpy(session.run(None, {"images": batch.numpy()})[1])
+        torch.testing.assert_close(score, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def linear(operators_read_once):
+    """Scorers of a network with a linear classifier, and one module twice; and what their graph says."""
     torch.manual_seed(0)
-    body = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
-    model = torch.nn.Sequential(*body, torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)).eval()
+    rectifier = torch.nn.ReLU()
+    body = [torch.nn.Conv2d(3, 8, 3), rectifier, torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*body, torch.nn.Linear(32, 24), rectifier, torch.nn.Linear(24, 5)).eval()
     images = torch.rand(80, 3, 16, 16)
     transform = v2.Compose([v2.ToImage(), v2.Resize((16, 16)), v2.ToDtype(torch.float32, scale=True)])
-    scorer = fn.Scorer(model, fn.parse_detector(expression), preprocess=transform)
-    scorer.fit(images.split(20)).calibrate(images.split(20))
-    assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
-    name = session.get_inputs()[0].name
-    for batch in (images[:1], images):
-        score = torch.from_numpy(session.run(None, {name: batch.numpy()})[1])
-        assert torch.allclose(score.double(), scorer(batch).score.double(), rtol=1e-4, atol=1e-5)
+    scorers = {}
+    for expression in LINEAR:
+        scorer = fn.Scorer(model, fn.parse_detector(expression), preprocess=transform)
+        scorers[expression] = scorer.fit(images.split(20)).calibrate(images.split(20))
+    return scorers, outputs_of(scorers.values(), images)
+
+
+@pytest.mark.parametrize("expression", LINEAR)
+def test_scores_that_read_the_classifier(linear, expression):
+    scorers, outputs = linear
+    for batch, _, score, *_ in outputs[expression]:
+        assert torch.allclose(score.double(), scorers[expression](batch).score.double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("expression", ["KNN(k=1)", "SSD()", "KNN(k=2) / ReAct(NAN())"])

@@ -124,7 +124,12 @@ def test_a_unit_without_parts_is_not_flagged():
 @pytest.mark.parametrize(
     ("scores", "units", "settings", "message"),
     [
-        (torch.randn(40), torch.arange(40) // 4, {}, "10 calibration units are too few for tpr=0.95: at least 19"),
+        (
+            torch.randn(40),
+            torch.arange(40) // 4,
+            {},
+            "10 calibration images or clips are too few for tpr=0.95: at least 19",
+        ),
         (torch.randn(40), torch.arange(39), {}, "one entry per score"),
         (torch.randn(40), torch.arange(40), {"lowest": 1.5}, "lowest must be a share between 0 and 1, got 1.5"),
         (torch.randn(40), torch.arange(40), {"tpr": 1.2}, "tpr"),

@@ -853,6 +853,7 @@ def test_items_of_a_scorer_of_positions_have_a_share_of_flagged_ones():
     shares = 1 - whole.is_id.double().reshape(3, -1).mean(1)
     assert [verdict.flagged_share for verdict in found[:3]] == pytest.approx(shares.tolist())
     assert found[3].parts.parts.grid == (4, 4)
+    assert repr(found[3]).endswith(f"flagged_share={found[3].flagged_share!r}, parts=<16 verdicts>)")
     torch.testing.assert_close(found[0].parts.p_value, whole.p_value[:24])
     assert not scorer.explains
     with pytest.raises(ValueError, match="thresholds_by is for a scorer per input"):

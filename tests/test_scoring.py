@@ -50,6 +50,12 @@ def test_an_interrupted_run_is_resumed_and_ends_as_a_whole_one(scorer, source, t
     assert [verdict.score for _, verdict in whole.lowest] == sorted(scores)
 
 
+def test_a_scorer_that_has_not_run_yet_scores_to_a_file(scorer, source, tmp_path):
+    new = fn.Scorer(scorer.model, fn.MSP(), preprocess=scorer.preprocess)
+    fn.score_source(new, source, tmp_path / "t.csv", runtime=RUNTIME)
+    assert len(rows_of(tmp_path / "t.csv")) == 18
+
+
 @pytest.mark.parametrize("other", ["scorer", "made_with", "precision"])
 def test_a_run_of_something_else_starts_over(scorer, source, tmp_path, monkeypatch, other):
     def keep(*_):

@@ -8,6 +8,7 @@ SOURCE = TESTS.parent / "src" / "featnorm"
 ELSEWHERE = {
     "__main__": "cli/test_interrupt.py",
     "archive": "test_scorer.py",
+    "callbacks": "test_lightning.py",
     "scorer_file": "test_scorer.py",
     "verdict": "test_scorer.py",
 }

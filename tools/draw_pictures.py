@@ -1,15 +1,19 @@
-"""Draw the pictures of the documentation: docs/images/verdicts.svg, scores.png and hidden-classifier.svg.
+"""Draw the pictures of the documentation: docs/images/verdicts.svg, scores.png and those of tutorials.
 
-python tools/draw_pictures.py    # needs Chromium for the screenshot
+python tools/draw_pictures.py               # needs Chromium for a screenshot
+python tools/draw_pictures.py maps.md ...   # the pictures of these tutorials only
 
 The digits are those of scikit-learn's `load_digits` (UCI), the patches are cut from its two photographs (CC BY).
 """
 
-import os
+import contextlib
+import io
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -24,6 +28,13 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 PATCHES = 3  # those that the network is the most sure of
 GREEN, RED = "#1a7f37", "#cf222e"
+#: The file that the code of a tutorial makes, and its name among the pictures.
+TUTORIALS = {
+    "hidden-classifier.md": ("hidden-classifier.svg", "hidden-classifier.svg"),
+    "maps.md": ("pictures/000001-2001.png", "maps.png"),
+    "boxes.md": ("pictures/000001-2001.png", "boxes.png"),
+    "videos.md": ("videos.svg", "videos.svg"),
+}
 
 
 def draw_verdicts() -> None:
@@ -82,21 +93,40 @@ def draw_scores() -> None:
         page.screenshot(path=IMAGES / "scores.png")
 
 
-def draw_hidden_classifier() -> None:
-    """Run the tutorial of the hidden classifier, which draws its picture."""
-    from snippets import blocks
+def draw_tutorial(page: str, made: str, picture: str) -> None:
+    """Run a tutorial in a folder of its own, and keep the picture that it makes."""
+    from snippets import run_page
 
-    names: dict[str, object] = {}
-    for block in blocks((ROOT / "docs" / "tutorials" / "hidden-classifier.md").read_text("utf-8")):
-        exec(block.code, names)
-    shutil.copy("hidden-classifier.svg", IMAGES)
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-m", "featnorm", *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+
+        def readouterr() -> SimpleNamespace:
+            text = printed.getvalue()
+            printed.seek(0)
+            printed.truncate()
+            return SimpleNamespace(out=text)
+
+        sys.path.insert(0, folder)
+        run_page(ROOT / "docs" / "tutorials" / page, run_command, SimpleNamespace(readouterr=readouterr))
+        sys.path.remove(folder)
+        shutil.copy(made, IMAGES / picture)
 
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "helpers")]
+    matplotlib.use("agg")
     matplotlib.rcParams.update({"svg.hashsalt": "featnorm", "font.size": 11, "font.family": "DejaVu Sans"})
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        draw_verdicts()
-        draw_scores()
-        draw_hidden_classifier()
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            draw_verdicts()
+            draw_scores()
+    for tutorial, picture in TUTORIALS.items():
+        if not sys.argv[1:] or tutorial in sys.argv[1:]:
+            draw_tutorial(tutorial, *picture)

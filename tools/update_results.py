@@ -114,6 +114,28 @@ def engines(content: Mapping[str, Any]) -> dict[str, Table]:
     return {"engines": Table("Before and now, in turn", headers, rows, notes)}
 
 
+def choices(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what tools/measure_choices.py measured, as a table."""
+    first: dict[str, float] = {}
+    rows = [
+        [
+            row["work"],
+            row["way"],
+            _quantity(row["seconds"], "s"),
+            f"{row['seconds'] / first.setdefault(row['work'], row['seconds']):.2f}",
+            "–" if row["gap"] is None else f"{row['gap']:.1e}" if row["gap"] else "0",
+        ]
+        for row in content["rows"]
+    ]
+    notes = [
+        "ratio: to the first way of the same work; difference: of the features, relative to the largest",
+        "command: python tools/measure_choices.py",
+        *(f"{name}: {value}" for name, value in content["environment"].items()),
+    ]
+    headers = ["Work", "way", "CPU time per item", "ratio", "difference"]
+    return {"choices": Table("Engines, layouts, batches and decoders, in turn", headers, rows, notes)}
+
+
 def drift(content: Mapping[str, Any]) -> dict[str, Table]:
     """Return what tools/measure_drift.py measured, as tables: shifts, other kinds of drift, and false alarms."""
     streams, after = content["streams"], content["after"]
@@ -234,19 +256,33 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.fmean(values):.1f}"
 
 
+#: Figures of networks of scale "workstation", whose results at scale "laptop" are kept too, as ``NAME-small``.
+_ENLARGED = [f"figure{number}" for number in (3, 4, 5, 6, 8, 9, 10, 11)]
+
+
+def _small_table(name: str) -> Callable[[Any], dict[str, Table]]:
+    return lambda content: {f"{name}-small": STUDIES[name].tables(content)[name]}
+
+
+def _small_picture(name: str) -> Callable[[Any], str]:
+    return lambda content: STUDIES[name].pictures(content)[name]
+
+
 #: Page -> results on it that are not a study's -> what makes their tables.
 OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     # From smaller networks that were trained for fewer epochs.
     "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
     "own-images": {"shipped": shipped},
-    "speed": {"speed": speed, "engines": engines},
+    "speed": {"speed": speed, "engines": engines, "choices": choices},
     "drift": {"drift": drift},
     "selection": {"selection": selection},
+    "theory": {f"{name}-small": _small_table(name) for name in _ENLARGED},
     "norms": {"norms": norm_tables.norms},
 }
 #: Page -> pictures on it that are not a study's, named as their results -> what draws them.
 PICTURES: dict[str, dict[str, Callable[[Any], str]]] = {
     "drift": {"drift": drift_curves},
+    "theory": {f"{name}-small": _small_picture(name) for name in _ENLARGED},
     "norms": {"norms": norm_tables.picture},
 }
 PAGES = sorted({study.page for study in STUDIES.values()} | set(OTHERS))

@@ -5,6 +5,7 @@ They stand in ``docs/reference/detectors`` and ``docs/reference/commands``, and 
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import typer
@@ -15,6 +16,8 @@ from featnorm.cli.faults import STATUSES
 from featnorm.detectors import Detector, registered_detectors
 from featnorm.detectors.base import Wrapper
 from featnorm.features import FIELDS
+
+FAILURES: dict[str, str] = tomllib.loads(Path(__file__).with_name("failures.toml").read_text("utf-8"))
 
 _DETECTORS = """\
 # Detectors
@@ -39,6 +42,7 @@ _DETECTOR = """\
 
 {formula}
 {facts}
+**When it fails.** {failure}
 
 ```{{eval-rst}}
 .. autoclass:: featnorm.{name}
@@ -98,7 +102,8 @@ def _page(kind: type[Detector]) -> str:
     if kind.standard:
         known["In the standard comparison"] = ", ".join(map(_code, kind.standard))
     rows = [["", ""], ["---"] * 2, *([f"**{label}**", text] for label, text in known.items())]
-    return _DETECTOR.format(name=kind.__name__, formula=f"$$\n{kind.formula}\n$$\n", facts=_table(rows))
+    texts = {"formula": f"$$\n{kind.formula}\n$$\n", "facts": _table(rows), "failure": FAILURES[kind.__name__]}
+    return _DETECTOR.format(name=kind.__name__, **texts)
 
 
 def command_pages() -> dict[str, str]:

@@ -29,8 +29,8 @@ def augment(images: Tensor, generator: torch.Generator, crop: int | None = None)
 
     Parameters
     ----------
-    images : (n, c, h, w) images of any dtype.
-    generator : random generator of the shifts and flips.
+    images : (n, c, h, w) images of any dtype, on any device.
+    generator : random generator of the shifts and flips, on the CPU.
     crop : side of a random square crop of each shifted image. Default: whole images.
 
     Returns
@@ -55,9 +55,10 @@ def augment(images: Tensor, generator: torch.Generator, crop: int | None = None)
     columns = torch.arange(columns_out).expand(n, columns_out)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     columns = _mirror(columns + left[:, None], width)
+    rows, columns = rows.to(images.device), columns.to(images.device)
     return images[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[None, :, None, None],
+        torch.arange(n, device=images.device)[:, None, None, None],
+        torch.arange(channels, device=images.device)[None, :, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]

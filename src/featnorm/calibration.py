@@ -11,6 +11,8 @@ numbers and a `ValueError` for values that are not one-dimensional or contain a 
 and the index of the first NaN.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -28,6 +30,8 @@ __all__ = ["Calibration", "benjamini_hochberg", "conformal_p_values", "threshold
 #: The group of each score: its name, or an integer tensor or array of its index.
 Groups: TypeAlias = Sequence[str] | Tensor | npt.NDArray[np.integer[Any]]
 
+# Number of scores up to which each is looked up by itself: operations on tensors have a fixed cost.
+_FEW_SCORES = 16
 _LOOKED_UP = ("reference", "keys", "starts", "sizes", "ranks")
 
 
@@ -225,6 +229,7 @@ class Calibration(ExactModule):
         self._tpr = tpr
         self._rank = threshold_rank(len(scores), tpr)
         self.register_buffer("scores", scores)
+        self._view: tuple[Tensor, memoryview] | None = None
         self.group_names: tuple[str, ...] = ()
         if groups is None:
             self.members = None
@@ -302,9 +307,15 @@ class Calibration(ExactModule):
             calibration.
         """
         check_groups(groups, self.group_names)
+        # The threshold is the k-th smallest: a score is at or above it if at least k of the scores are no larger.
+        if groups is None and (values := _few(scores)) is not None:
+            reference = self._ascending()
+            counts = [bisect_right(reference, value) for value in values]
+            p_values = np.array([(1 + count) / (len(reference) + 1) for count in counts])
+            are_id = np.array([count >= self._rank for count in counts])
+            return torch.from_numpy(p_values), torch.from_numpy(are_id)
         scores = _batch(scores)
         at_most = _count_at_most(self.scores, scores)
-        # The threshold is the k-th smallest: a score is at or above it if at least k of the scores are no larger.
         if groups is None:
             return _p_values(at_most, len(self.scores)), at_most >= self._rank
         members = torch.from_numpy(members_of_groups(groups, self.group_names, len(scores)))
@@ -314,6 +325,16 @@ class Calibration(ExactModule):
         number = reference[members.to(scores.device)]
         at_most = torch.searchsorted(keys, number * (len(self.scores) + 1) + at_most) - starts[number]
         return _p_values(at_most, sizes[number]), at_most >= ranks[number]
+
+    def _ascending(self) -> memoryview:
+        """Return the calibration scores, in the memory of the buffer."""
+        scores = self.scores
+        if self._view is None or self._view[0] is not scores:
+            self._view = scores, memoryview(scores.detach().cpu().numpy())  # type: ignore[arg-type]
+        return self._view[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_view": None}  # a copy has memory of its own
 
     def false_alarm_range(self, confidence: float = 0.9, group: str | None = None) -> tuple[float, float]:
         """Bounds of the share of new ID inputs that this threshold flags.
@@ -402,6 +423,16 @@ def _count_at_most(calibration: Tensor, scores: Tensor) -> Tensor:
 def _p_values(at_most: Tensor, n: int | Tensor) -> Tensor:
     """Conformal p-values, from the number of the n calibration scores that are no larger."""
     return (1 + at_most).to(torch.float64) / (n + 1)
+
+
+def _few(scores: object) -> list[float] | None:
+    """Return scores as numbers if they are few, on the CPU and valid; None otherwise."""
+    if not isinstance(scores, Tensor) or scores.dtype not in (torch.float32, torch.float64) or scores.ndim != 1:
+        return None
+    if not (scores.is_cpu and 0 < scores.shape[0] <= _FEW_SCORES):
+        return None
+    values: list[float] = scores.tolist()
+    return None if any(map(math.isnan, values)) else values
 
 
 def _batch(scores: Tensor) -> Tensor:

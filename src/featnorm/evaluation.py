@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,9 +22,10 @@ from featnorm._utils.files import replacing, write_text
 from featnorm._utils.progress import progress_bar
 from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
+from featnorm.engine import FeatureEngine, is_wanted, required_or_none
 from featnorm.features import Features
 from featnorm.inputs import ROWS, TEXTS, Kind, Source, kind_of, source_loader, source_of
-from featnorm.inputs.kinds import OfAnySize, to_device
+from featnorm.inputs.kinds import Inputs, OfAnySize, to_device
 from featnorm.inputs.loading import named
 from featnorm.inputs.rows import fit_rows
 from featnorm.inputs.source import class_indices
@@ -372,7 +373,7 @@ def compare(
     spec : specification of the model, by which messages name it if it is the user's own.
     reference
         Detector from which differences are taken. Default: the one with the best mean AUROC.
-    runtime : precision, batch size and workers for sources. Default: `Runtime()`.
+    runtime : precision, batch size, workers and engine for sources. Default: `Runtime()`.
 
     Raises
     ------
@@ -426,6 +427,9 @@ def compare(
                 f"the reference {result.chosen_reference} is not among the detectors: {', '.join(active)}"
             )
     reader = _Reader(result, tap, preprocess, kind or kind_of(preprocess), classes, spec, runtime or Runtime())
+    count = sum(len(data) for data in (fit, *sets.values()) if isinstance(data, Source))
+    if tap is not None and count:
+        reader.exports = is_wanted(reader.runtime, reader.kind, tap.device, count)
 
     def exclude(name: str, reason: Exception | str) -> None:
         # Errors begin with the detector's name, which is listed already, next to the reason.
@@ -521,6 +525,8 @@ class _Reader:
     classes: Sequence[str] | None
     spec: str
     runtime: Runtime
+    exports: bool = False  # whether onnxruntime is to run the model
+    engine: FeatureEngine | None = None
 
     def stream(self, name: str, data: Data, *, fitting: bool = False) -> Iterator[Features]:
         """Yield the features of a set, batch by batch."""
@@ -550,7 +556,7 @@ class _Reader:
         loader = source_loader(
             source,
             self.preprocess,
-            batch_size=self.runtime.batch_size,
+            batch_size=self.runtime.batch_of(source.kind),
             workers=self.runtime.workers,
             on_corrupt=lambda file, why: self.comparison.skipped.setdefault(name, []).append((file, why)),
         )
@@ -578,7 +584,7 @@ class _Reader:
             items.extend(map(source.name, indices))
             where = users_forward(self.spec, self.tap.model, named(source, indices))
             with where, self.runtime.autocast():
-                features = self.tap(to_device(batch.inputs, self.tap.device))
+                features = self._computed(self.tap, batch.inputs)
             # The accuracy of the model is defined only for labels of its own classes.
             logits = features.logits
             count = None if logits is None else logits.shape[1]
@@ -592,3 +598,19 @@ class _Reader:
                 yield features.replace(
                     absent={**features.absent, "labels": why or "its classes are not the model's"}
                 )
+
+    @torch.no_grad()
+    def _computed(self, tap: FeatureTap, inputs: Inputs) -> Features:
+        """Return the features of a batch of preprocessed inputs."""
+        if self.engine is not None:
+            found = self.engine.features(inputs, tap.contents(), classifier=True)
+            if found is not None:
+                return found.replace(call=tap.call(inputs))
+        features = tap(to_device(inputs, tap.device))
+        if self.exports:
+            # Only now, because the tap traces the model on the first batch.
+            self.exports = False
+            self.engine = required_or_none(self.runtime, partial(FeatureEngine, tap, self.kind, self.preprocess))
+            if self.engine is not None:
+                self.comparison.facts["engine"] = "onnxruntime"
+        return features

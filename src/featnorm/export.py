@@ -15,6 +15,7 @@ from featnorm._utils.errors import first_line
 from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
 from featnorm.engine import TOLERANCE, exported, named_inputs, relative_gap
+from featnorm.features import Features
 from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
 from featnorm.inputs.rows import Rows
 from featnorm.parts import PartCalibration
@@ -91,8 +92,12 @@ class ScoringGraph(nn.Module):
 
         The logits are left out for a model without a classifier.
         """
+        return self.verdicts(self.tap.traced(inputs))
+
+    def verdicts(self, features: Features) -> tuple[Tensor, ...]:
+        """Return the same, for features that the tap captured."""
         classifier = None if self.weight is None else (self.weight, self.bias)
-        features = self.tap.traced(inputs).replace(classifier=classifier)
+        features = features.replace(classifier=classifier)
         score = self.detector.score(features)
         exact = score.double()
         # What `Calibration` computes by searchsorted, which ONNX lacks.

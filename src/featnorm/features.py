@@ -143,7 +143,7 @@ class Features:
                     f"{name} must be floating point of shape (n, width), "
                     f"got {value.dtype} of shape {tuple(value.shape)}"
                 )
-            sizes[name] = len(value)
+            sizes[name] = value.shape[0]
         if not sizes:
             raise ValueError(f"Features need at least one of {', '.join(PER_INPUT)}")
         if len(set(sizes.values())) > 1:

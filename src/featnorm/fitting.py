@@ -27,7 +27,7 @@ from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import single_precision
 from featnorm.detectors import KNN, Detector, Jackknife, KLUniform, parse_detector
 from featnorm.detectors.base import check_detector
-from featnorm.engine import Engine, is_wanted, network_engine, required_or_none
+from featnorm.engine import Engine, is_wanted, network_engine, pass_size, required_or_none
 from featnorm.features import Features
 from featnorm.hidden.examples import MAX_BYTES, MAX_EXAMPLES, Examples
 from featnorm.hidden.statistics import ActivationStatistics
@@ -354,7 +354,9 @@ def fit_source(
     if detector is not None:
         check_detector(detector, "fit")
     units = source.units()
-    clips = None if units is None else len(set(units))
+    # A video that cannot be opened is one item, without a time.
+    opened = {unit for i, unit in enumerate(units or ()) if source.time(i) is not None}
+    clips = None if units is None else len(opened or set(units))
     if clips is not None:
         if per != "input":
             raise DataError(
@@ -499,7 +501,8 @@ def fit_source(
 
     def loader_of(chosen: Tensor) -> SourceLoader:
         part = SlicedSource(source, cached.rows[chosen].tolist(), source.title)
-        return source_loader(part, loaded.transform, batch_size=runtime.batch_size, workers=runtime.workers)
+        size = runtime.batch_of(source.kind)
+        return source_loader(part, loaded.transform, batch_size=size, workers=runtime.workers)
 
     def held_out_features(chosen: Tensor) -> Iterator[Features]:
         own = None if labels is None else labels[chosen]
@@ -1090,16 +1093,18 @@ def backbone_features(
         """Return what computes features; it is exported only if some are not in the cache."""
         make = partial(network_engine, backbone, loaded.kind, loaded.transform)
         engine: Engine | None = required_or_none(runtime, make) if wanted else None
-        if engine is None:
-            return extract_batch
-        return lambda inputs: engine(inputs)[0] if engine.takes(inputs) else extract_batch(inputs)
+        return extract_batch if engine is None else engine.features(extract_batch)
 
-    def extract_here(part: Source[Any]) -> Iterator[Extracted]:
-        how: dict[str, Any] = {"batch_size": runtime.batch_size, "workers": runtime.workers}
-        return extract_features(part, loaded.transform, network(), **how)
+    def extract(part: Source[Any]) -> Iterator[Extracted]:
+        by_torch = network() is extract_batch
+        if runtime.cluster is not None:
+            there = replace(runtime, engine="torch" if by_torch else "onnx")
+            yield from runtime.cluster.extract(loaded, backbone, runtime=there)(part)
+            return
+        how: dict[str, Any] = {"batch_size": runtime.batch_of(source.kind), "workers": runtime.workers}
+        how["passes"] = pass_size(runtime, source.kind, device, len(part)) if by_torch else None
+        yield from extract_features(part, loaded.transform, network(), **how)
 
-    cluster = runtime.cluster
-    extract = extract_here if cluster is None else cluster.extract(loaded, backbone, runtime=runtime)
     features = FeatureCache(cache or DEFAULT_CACHE, json.dumps(key)).features
     cached = features(source, extract, progress=runtime.progress)
     by_onnx = wanted and not (cached.computed and network() is extract_batch)

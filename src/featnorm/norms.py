@@ -153,10 +153,13 @@ def _row_sums(a: Tensor, *maps: Callable[[Tensor, Tensor | None], Tensor]) -> li
     """Return the sums (n,) over the units of each elementwise map of ``a``, in one pass over memory."""
     elements = torch.get_num_threads() * _BLOCK_ELEMENTS if a.is_cpu else _DEVICE_ELEMENTS
     rows = max(1, elements // max(a.shape[1], 1))
-    a, wide = a.detach(), _wide(a)
-    if len(a) <= rows:
+    wide = _wide(a)
+    if a.requires_grad:
+        a = a.detach()
+    if a.shape[0] <= rows:
         # For one input, creating views of a block would cost more than its sums.
-        return [torch.sum(fill(a.to(wide), None), 1, dtype=wide) for fill in maps]
+        a = a if a.dtype == wide else a.to(wide)
+        return [torch.sum(fill(a, None), 1, dtype=wide) for fill in maps]
     made = a.new_empty((rows, a.shape[1]), dtype=wide)
     sums = [a.new_empty(len(a), dtype=wide) for _ in maps]
     # All views are created at once: one by one, they would cost as much as the sums.

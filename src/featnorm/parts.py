@@ -310,8 +310,8 @@ def _by_unit(order: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]
 def _check_enough(count: int, tpr: float) -> None:
     if count < (needed := min_scores(tpr)):
         raise ValueError(
-            f"{count} calibration units are too few for tpr={tpr}: at least {needed} are needed, whatever the "
-            "number of their parts; add calibration images or clips, or lower tpr"
+            f"{count} calibration images or clips are too few for tpr={tpr}: at least {needed} are needed, "
+            "whatever the number of their positions, boxes or frames; add images or clips, or lower tpr"
         )
 
 

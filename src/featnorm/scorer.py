@@ -1,6 +1,5 @@
 """`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -18,7 +17,15 @@ from featnorm.calibration import Calibration
 from featnorm.detectors import Detector, Jackknife, Sum, parse_detector
 from featnorm.detectors.base import check_detector
 from featnorm.detectors.held_out import fit_in_batches
-from featnorm.engine import TOLERANCE, EngineError, FeatureEngine, is_wanted, relative_gap, required_or_none
+from featnorm.engine import (
+    TOLERANCE,
+    EngineError,
+    FeatureEngine,
+    is_wanted,
+    pass_size,
+    relative_gap,
+    required_or_none,
+)
 from featnorm.export import export_onnx
 from featnorm.features import Features, Parts
 from featnorm.hidden.classifier import HiddenClassifier
@@ -29,7 +36,7 @@ from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, k
 from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
-from featnorm.inputs.video import STAMP_ROUNDING
+from featnorm.inputs.video import FrameRate
 from featnorm.models.heads import head_settings
 from featnorm.models.loading import users_forward, users_transform
 from featnorm.parts import PartCalibration, Units, check_lowest, drawn_parts, sampled_parts, unit_scores
@@ -195,9 +202,9 @@ class Scorer(nn.Module):
         """Return `preprocess`; raise a ValueError if there is none."""
         if self.preprocess is None:
             raise ValueError(
-                f"this scorer takes tensors, not {self.kind.name}, because it has no preprocess: pass Scorer(..., "
-                "preprocess=transform), or open the file with the specification of a model that has one "
-                "(fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
+                f"this scorer takes tensors, not {self.kind.name}, because it has no preprocess: pass "
+                "preprocess=transform to Scorer or fn.load, or open the file with the specification of a model "
+                "that has one (fn.load(file, 'MODULE:FUNCTION'), --model MODULE:FUNCTION)"
             )
         return self.preprocess
 
@@ -520,7 +527,6 @@ class Scorer(nn.Module):
         self.calibration = self.calibration.with_tpr(tpr).to(self.tap.device)
         return self
 
-    @torch.no_grad()
     def forward(self, inputs: Any, groups: Sequence[str] | None = None) -> Verdict:
         """Score a batch of inputs.
 
@@ -537,9 +543,12 @@ class Scorer(nn.Module):
             The model has no layer that the detector reads, one of its outputs is not finite, or its weights have
             changed since the fit or the calibration.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(inputs, groups)
         contents = self._check_weights()
         features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads, contents=contents)
-        return self.predict_features(features, groups)
+        return self._verdict(features, groups)
 
     @torch.no_grad()
     def predict_features(self, features: Features, groups: Sequence[str] | None = None) -> Verdict:
@@ -557,17 +566,20 @@ class Scorer(nn.Module):
         ValueError
             The features lack what the detector reads, or a group is missing or was not in the calibration.
         """
+        return self._verdict(features, groups)
+
+    def _verdict(self, features: Features, groups: Sequence[str] | None) -> Verdict:
         score = self.detector.score(features)
-        parts = features.parts
-        if self.calibration is None:
+        parts, calibration = features.parts, self.calibration
+        if calibration is None:
             return Verdict(score, None, None, features.logits, parts)
-        if isinstance(self.calibration, PartCalibration):
-            units = None if parts is None else self.calibration.predict_units(score, parts.owners, parts.count)
-            return Verdict(score, *self.calibration.predict(score), features.logits, parts, units)
+        if isinstance(calibration, PartCalibration):
+            units = None if parts is None else calibration.predict_units(score, parts.owners, parts.count)
+            return Verdict(score, *calibration.predict(score), features.logits, parts, units)
         members: Any = groups
-        if self.thresholds_by == "class" and self.calibration.group_names:
+        if self.thresholds_by == "class" and calibration.group_names:
             members = features.tensor("logits").argmax(1)
-        return Verdict(score, *self.calibration.predict(score, members), features.logits)
+        return Verdict(score, *calibration.predict(score, members), features.logits)
 
     def predict(
         self,
@@ -602,8 +614,9 @@ class Scorer(nn.Module):
         items = self.kind.sequence_of(items)
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
-        for start in range(0, len(items), runtime.batch_size):
-            rows = range(start, min(start + runtime.batch_size, len(items)))
+        size = runtime.batch_of(self.kind)
+        for start in range(0, len(items), size):
+            rows = range(start, min(start + size, len(items)))
             named_items = [(self.kind.name_of(items[i], i), items[i]) for i in rows]
             some = None if groups is None else [groups[i] for i in rows]
             verdicts += self._predict_items(named_items, some, explain, runtime)
@@ -667,8 +680,6 @@ class Scorer(nn.Module):
     def _onnx_engine(self) -> FeatureEngine:
         if self.detector.needs_model:
             raise EngineError(f"{self.detector!r} runs it again on changed inputs")
-        if self.tap.per != "input":
-            raise EngineError(f"its features are of each {self.tap.per}")
         engine = FeatureEngine(self.tap, self.kind, self.require_preprocess())
         contents = self._check_weights()
         found = engine.features(engine.example, contents, classifier=True)
@@ -714,12 +725,13 @@ class Scorer(nn.Module):
             names = [source.name(row) for row in rows.tolist()]
             return self._predict(inputs, names, groups=some, runtime=runtime, engine=engine)
 
-        size, workers = runtime.batch_size, runtime.workers
+        size, workers = runtime.batch_of(source.kind), runtime.workers
+        passes = pass_size(runtime, source.kind, self.tap.device, len(source)) if engine is None else None
         for part in source_loader(source, self.require_preprocess(), batch_size=size, workers=workers).parts():
             verdicts = {row: unreadable(source.name(row), why) for row, why in part.unread.items()}
             if part.batch is not None:
                 with self._users_forward(named(source, part.batch.indices.tolist())):
-                    found = over_parts(predict, part.batch.inputs, part.batch.indices)
+                    found = over_parts(predict, part.batch.inputs, part.batch.indices, passes=passes)
                 for row, verdict in zip(part.batch.indices.tolist(), found, strict=True):
                     several, moment = row in part.several, source.time(row)
                     verdicts[row] = verdict._replace(first_of_several=several, time=moment)
@@ -775,19 +787,14 @@ class Scorer(nn.Module):
     ) -> Iterator[ItemVerdict]:
         batch: list[tuple[str, Any]] = []
         times: list[float] = []
-        began, wanted, last = None, -math.inf, -math.inf
+        began, rate = None, FrameRate(fps)
         for number, frame in enumerate(frames):
             now = perf_counter()
             began = now if began is None else began
             stamp = getattr(frame, "time", None)
             moment = now - began if stamp is None else float(stamp)
-            if moment < last:  # the stream starts again
-                wanted = -math.inf
-            last = moment
-            if moment + STAMP_ROUNDING < wanted:
+            if not rate.takes(moment):
                 continue
-            if fps is not None:
-                wanted = (math.floor((moment + STAMP_ROUNDING) * fps) + 1) / fps
             batch.append((f"frame {number}", frame))
             times.append(moment)
             if len(batch) == batch_size:
@@ -1095,6 +1102,8 @@ class Scorer(nn.Module):
         return tensors
 
     def _header(self) -> dict[str, Any]:
+        if self.tap._plan is None and self.preprocess is not None:
+            self.tap.trace(self.reference_inputs())
         model = archive.fingerprint(self.tap.model)
         if self._weights not in (None, model["sha256"]):
             raise ValueError(_CHANGED)

@@ -35,7 +35,6 @@ from featnorm.tap.batch import BatchError
 _EXPLAINED = ("activation", "logits", "classifier")
 # Share of the largest value; versions of libraries resize a little differently.
 _TOLERANCE = 0.05
-_MAX_REASON = 300
 
 
 def load(
@@ -299,10 +298,15 @@ def _differ(network: nn.Module, stored: Mapping[str, Tensor], kind: HeadKind) ->
 def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:
     try:
         load_weights(network, stored)
-    except RuntimeError as error:
-        # torch lists every tensor.
-        *_, why = str(error).split("\n\t")[:2]
-        raise archive.ArchiveError(f"{path} does not fit {name}: {' '.join(why.split())[:_MAX_REASON]}") from None
+    except RuntimeError:
+        both = stored, network.state_dict()
+        a, b = ({key: tuple(value.shape) for key, value in state.items()} for state in both)
+        first = next((key for key in (*a, *b) if a.get(key) != b.get(key)), "")
+        theirs, ours = (f"of shape {state[first]}" if first in state else "missing" for state in (a, b))
+        raise archive.ArchiveError(
+            f"{path} does not fit {name}: {first} is {theirs} in the file and {ours} in the model; pass the model "
+            "that the detector was fitted on"
+        ) from None
 
 
 def _created(

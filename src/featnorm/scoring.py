@@ -7,6 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -302,7 +303,8 @@ def score_source(
     with nullcontext() if place is None else _journal(place, scorer, source, made_with, runtime) as journal:
         if journal is not None and on_start is not None:
             on_start(journal)
-        total = -(-len(source) // runtime.batch_size)
+        size = runtime.batch_of(source.kind)
+        total = -(-len(source) // size)
         numbers = range(total) if journal is None else journal.missing(total)
         done = 0 if journal is None else journal.done
         # Without a file, the caller prints the verdicts as they come, which shows the progress.
@@ -314,9 +316,9 @@ def score_source(
             for number, verdicts in batches:
                 if maps is not None:
                     # Before the batch counts as done, so that an interrupted run leaves no picture out.
-                    _draw_maps(maps, scorer, source, number * runtime.batch_size, verdicts)
+                    _draw_maps(maps, scorer, source, number * size, verdicts)
                 if journal is None:
-                    summary.update(verdicts, number * runtime.batch_size)
+                    summary.update(verdicts, number * size)
                 else:
                     journal.add(number, verdicts)
                 if on_batch is not None:
@@ -422,7 +424,7 @@ def _journal(
         "decoding": DECODING,
         source.kind.name: source_digest(source),
     }
-    return Journal(place, settings, runtime.batch_size)
+    return Journal(place, settings, runtime.batch_of(source.kind))
 
 
 def _scored(
@@ -436,13 +438,16 @@ def _scored(
     """Yield number and verdicts of some batches, in any order; count and time them."""
     began = time.perf_counter()
     if runtime.cluster is not None:
-        for number, verdicts in runtime.cluster.score(scorer, source, batches, runtime=runtime):
+        # The engine was tried here: the actors use it, or fail.
+        there = replace(runtime, engine="torch" if engine is None else "onnx")
+        for number, verdicts in runtime.cluster.score(scorer, source, batches, runtime=there):
             summary.computed += len(verdicts)
             yield number, verdicts
     elif batches:
         part = source
-        if len(batches) < -(-len(source) // runtime.batch_size):
-            rows = [row for number in batches for row in rows_of(number, runtime.batch_size, len(source))]
+        size = runtime.batch_of(source.kind)
+        if len(batches) < -(-len(source) // size):
+            rows = [row for number in batches for row in rows_of(number, size, len(source))]
             part = SlicedSource(source, rows, source.title)
         before = 0.0 if engine is None else engine.seconds
         with _ModelClock(scorer.model) as clock:

@@ -127,6 +127,14 @@ class ItemVerdict(NamedTuple):
     time: float | None = None
     parts: Verdict | None = None
 
+    def __repr__(self) -> str:
+        default = self._field_defaults
+        known = self._replace(parts=None)._asdict().items()
+        shown = [f"{name}={value!r}" for name, value in known if name not in default or value is not default[name]]
+        if self.parts is not None:
+            shown.append(f"parts=<{len(self.parts.score)} verdicts>")
+        return f"ItemVerdict({', '.join(shown)})"
+
 
 def unreadable(item: str, reason: str) -> ItemVerdict:
     """Return the verdict on an item that has no score."""

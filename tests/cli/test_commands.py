@@ -237,6 +237,11 @@ class TestErrors:
     def test_a_precision_that_would_convert_the_weights(self, featnorm, good):
         assert_one_line(self.evaluate(featnorm, good, precision="64-true"), "64-true", "bf16-mixed")
 
+    @pytest.mark.parametrize("size", ["0", "-1", "all", "1.5"])
+    def test_a_batch_size_that_is_no_number(self, featnorm, good, size):
+        good |= {"--batch-size": size}
+        assert_one_line(self.evaluate(featnorm, good), f"'{size}' is neither a positive integer nor auto")
+
     def test_the_same_set_under_another_spelling(self, featnorm, good):
         assert_one_line(self.evaluate(featnorm, good, fit=f"{good['--id']}/"), "given twice")
 

@@ -72,6 +72,10 @@ def leaving():
     return Leaving(), to_tensor
 
 
+def misfit():
+    nn.Linear(2, 2).load_state_dict(nn.Linear(3, 2).state_dict())
+
+
 def leave():
     sys.exit(3)
 
@@ -238,6 +242,8 @@ class TestUsersCode:
             "mine:failing": r"mine:failing\(\) raised LookupError: no weights, at mine:failing \(mine\.py:\d+\)$",
             "mine:failing_transform": r"the transform of mine:failing_transform raised ZeroDivisionError: "
             r"division by zero, at mine:failing_transform\.<locals>\.<lambda> \(mine\.py:\d+\), on a black image",
+            "mine:misfit": r"mine:misfit\(\) raised RuntimeError: Error\(s\) in loading state_dict for Linear: "
+            r"size mismatch for weight: .*, at mine:misfit \(mine\.py:\d+\)$",
             "math:sqrt": r"math:sqrt\(\) raised TypeError: math\.sqrt\(\) takes exactly one argument \(0 given\)$",
         }.items():
             with pytest.raises(UserModelError, match=words):

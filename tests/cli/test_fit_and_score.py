@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from featnorm import archive, fitting
+from featnorm import archive
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
 from featnorm.detectors import base
@@ -27,7 +27,7 @@ from featnorm.records import Journal, source_digest
 from featnorm.verdict import ItemVerdict
 from hostile import hostile_files
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_steps_throughout")]
 
 BACKBONE = ("--model", "featnorm:cifar10-resnet18", "--workers", "0")
 
@@ -42,21 +42,13 @@ def pictures(folder: Path, n: int, seed: int, classes: str = "") -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_steps():
-    """Train heads for few steps: how much they learn does not matter here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_MIN_STEPS", 10)
-        yield
-
-
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
     return pictures(tmp_path_factory.mktemp("known"), 150, 0, "abc")
 
 
 @pytest.fixture(scope="module")
-def detector(known, tmp_path_factory):
+def detector(known, few_steps_throughout, tmp_path_factory):
     """A file fitted once, by the command."""
     out = tmp_path_factory.mktemp("detector")
     arguments = ("fit", known, "-o", out / "d.featnorm", "--cache", out / "cache", "--batch-size", 16, *BACKBONE)

@@ -174,6 +174,13 @@ def test_calibrate_takes_clips_as_units(featnorm, scorer_file, videos, tmp_path)
     code, out, err = featnorm(*command, "--update", "--fps", 1, "-o", "u.featnorm")
     assert code == 0, err
     assert len(fn.load(tmp_path / "u.featnorm", "tiny:make").calibration.unit_scores) == 19 + CLIPS
+    assert "in the calibration already" not in out
+    again = ("calibrate", "u.featnorm", videos / "more", "--model", "tiny:make", "--update", "-o", "w.featnorm")
+    code, out, err = featnorm(*again)
+    assert code == 0, err
+    assert (
+        "Note: all scores of more were in the calibration already. If these are the same clips, they count" in out
+    )
     code, out, err = featnorm("calibrate", tmp_path / "u.featnorm", "--tpr", 0.9, "-o", "t.featnorm")
     assert code == 0, err
     assert (
@@ -182,7 +189,7 @@ def test_calibrate_takes_clips_as_units(featnorm, scorer_file, videos, tmp_path)
     )
     code, _, err = featnorm("calibrate", scorer_file, videos / "new", "--model", "tiny:make", "-o", "n.featnorm")
     assert code != 0
-    assert "3 calibration units are too few for tpr=0.95: at least 19 are needed" in err
+    assert "3 calibration images or clips are too few for tpr=0.95: at least 19 are needed" in err
 
 
 def test_images_and_clips_calibrate_each_others_scorers(featnorm, scorer_file, videos, tmp_path):
@@ -236,6 +243,12 @@ def test_too_few_clips_or_frames_are_named(featnorm, videos, tmp_path):
     code, _, err = featnorm(*command)
     assert code != 0
     assert "new has 3 clips; at least 20 are needed for tpr=0.95, however many frames they have" in err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.mp4").write_bytes((videos / "new" / "0.mp4").read_bytes())
+    (tmp_path / "broken" / "b.mp4").write_bytes(b"no video")
+    code, _, err = featnorm("fit", "broken", "--model", "tiny:make")
+    assert code != 0
+    assert "broken has 1 clip; at least 20 are needed" in err
     command = ("fit", videos / "known", "--model", "tiny:make", "--head", "none", "--cache", videos / "cache")
     code, _, err = featnorm(*command)
     assert code != 0

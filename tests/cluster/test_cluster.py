@@ -15,6 +15,7 @@ import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import DataError, ImageSource, SlicedSource, open_source, source_of
+from featnorm.scoring import score_source
 
 ray = pytest.importorskip("ray")
 
@@ -27,9 +28,10 @@ BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def workers():
+def workers(tmp_path_factory):
     # By default its processes wait for everything else that runs, and so for the other process of tests.
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # of the exported graphs
         patch.setenv("RAY_worker_niceness", "0")
         # By default they are killed where other programs fill the memory.
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
@@ -112,6 +114,22 @@ def test_rows_are_fitted_and_scored_as_by_one_process(workers):
     assert expected[7][2].error == "column 0 is nan in float32, which is not finite"
     assert_same(local(merged, new), expected)
     assert_same(remote(workers, alone, new), expected)
+
+
+@pytest.mark.usefixtures("operators_read_once")
+def test_onnxruntime_runs_the_network_in_each_actor(workers, folder, tiny, cache, tmp_path):
+    alone = fit(folder, tiny, cache, detector=fn.NAN())[0]
+    runtime = fn.Runtime(batch_size=BATCH, workers=0, cluster=workers, progress=False, engine="onnx")
+    source = open_source(str(folder))
+    merged, report = fit_source(source, tiny, detector=fn.NAN(), head="train", cache=tmp_path, runtime=runtime)
+    assert (merged.facts["engine"], report.computed) == ("onnxruntime", 239)
+    few, expected, found = SlicedSource(source, range(10), "ten"), [], []
+    score_source(alone, few, runtime=fn.Runtime(engine="torch", progress=False), on_batch=expected.extend)
+    score_source(alone, few, runtime=runtime, on_batch=found.extend)
+    found, expected = (sorted(verdicts, key=lambda verdict: verdict.item) for verdicts in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.item, one.error, one.is_id) == (other.item, other.error, other.is_id)
+        assert one.score == other.score is None or one.score == pytest.approx(other.score, rel=1e-4)
 
 
 def test_a_small_set_is_fitted_here_and_scored_by_the_workers(workers, folder, tiny, cache, tmp_path):

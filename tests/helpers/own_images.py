@@ -91,6 +91,14 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(fitting, "_MIN_STEPS", 10)
 
 
+@pytest.fixture(scope="module")
+def few_steps_throughout():
+    """As `few_steps`, in a whole file of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_MIN_STEPS", 10)
+        yield
+
+
 @pytest.fixture(scope="session")
 def operators_read_once():
     """Keep torch's tables of operators, which each export makes again from the sources or names of all of them."""

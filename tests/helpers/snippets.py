@@ -12,8 +12,10 @@ import doctest
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ _FENCE = re.compile(
 _FILE = re.compile(r"# (\S+\.\w+)\n")
 _COMMAND = re.compile(r"\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)")
 _STARTED = []  # processes
+_RUN = {}  # what programs printed, and a folder of what they wrote, by their code
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -110,8 +113,7 @@ def _run_console(block, place, featnorm, capsys):
         elif program == "featnorm":
             status, printed, error = featnorm(*arguments)
         elif program == "python":
-            runpy.run_path(arguments[0], run_name="__main__")
-            printed = capsys.readouterr().out
+            printed = _run_program(Path(arguments[0]), capsys)
         elif program == "curl":
             printed = subprocess.run(
                 [program, "-sS", *arguments], capture_output=True, text=True, check=True
@@ -120,6 +122,22 @@ def _run_console(block, place, featnorm, capsys):
             raise AssertionError(f"{place}: {program} is not run here; mark the block as not run, with the reason")
         _compare(command["output"], printed, place)
     assert status == 0, f"{place}: exit status {status}: {error}"
+
+
+def _run_program(program, capsys):
+    """Run a program of Python; returns what it prints. Where another page ran it, what it wrote is copied."""
+    code = program.read_bytes()
+    if code not in _RUN:
+        began = {path.name for path in Path().iterdir()}
+        runpy.run_path(str(program), run_name="__main__")
+        wrote = tempfile.TemporaryDirectory()
+        for path in Path().iterdir():
+            if path.name not in began:
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, Path(wrote.name, path.name))
+        _RUN[code] = capsys.readouterr().out, wrote
+    printed, wrote = _RUN[code]
+    shutil.copytree(wrote.name, ".", dirs_exist_ok=True)
+    return printed
 
 
 def _start(arguments):

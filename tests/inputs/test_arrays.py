@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 
 import featnorm as fn
 from featnorm.fitting import model_for
-from featnorm.inputs import DataError, ItemError, SlicedSource, open_source, source_of
+from featnorm.inputs import DataError, ItemError, SlicedSource, arrays, open_source, parquet, source_of
 from featnorm.inputs.arrays import LabeledSource, class_labels, row_features
 from featnorm.inputs.rows import Vector, fit_rows
 
@@ -250,6 +251,21 @@ def test_shards_of_lines_are_one_table(tmp_path):
     (tmp_path / "part-1.csv").write_text("a,word\n1,x\n")
     with pytest.raises(DataError, match=r"part-1\.csv has other columns than .*part-0\.csv"):
         open_source(str(tmp_path))
+
+
+def test_a_row_group_is_decoded_in_pieces(tmp_path, monkeypatch):
+    for module in (arrays, parquet):
+        monkeypatch.setattr(module, "PIECE", 16)
+    source = open_source(str(parquet_of(tmp_path / "x.parquet", lists(ROWS[:120].tolist()))))
+    opened = []
+    real = parquet.open_parquet
+    monkeypatch.setattr(parquet, "open_parquet", lambda *a: opened.append(a) or real(*a))
+    np.testing.assert_array_equal([source.item(i) for i in range(120)], ROWS[:120])
+    assert len(opened) == 2  # the first of three row groups was opened for the width
+    order = np.random.default_rng(0).permutation(120)
+    np.testing.assert_array_equal([source.item(i) for i in order], ROWS[order])
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy.item(17), ROWS[17])
 
 
 def test_a_group_of_rows_is_converted_as_it_is_read(tmp_path):

@@ -272,3 +272,24 @@ def test_first_frames_are_reported_wherever_a_part_begins(tmp_path: Path) -> Non
     parts = list(extract_features(source, to_tensor, lambda images: images.flatten(1), batch_size=2, workers=0))
     assert [part.several for part in parts] == [set(), {3}, set()]
     assert parts[1].moved(10).several == {11}
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [({8: 1.0, 64: 9.0}, [8] * 8), ({8: 2.0, 64: 9.0}, [64])])
+def test_a_network_runs_as_many_images_at_once_as_take_the_least_time(monkeypatch, seconds, expected):
+    clock = [0.0]
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: clock[0])
+    ran = []
+
+    def network(images, rows):
+        ran.append(len(images))
+        clock[0] += seconds[8] if len(images) <= 8 else seconds[64] * len(images) / 64
+        return images + rows[:, None]
+
+    passes = loading.PassSize()
+    for size in (64, 10, 64, 64, 64):
+        ran.clear()
+        images, rows = torch.rand(size, 2), torch.arange(size)
+        assert torch.equal(loading.over_parts(network, images, rows, passes=passes), images + rows[:, None])
+        if size == 10:
+            assert ran == ([8, 2] if expected[0] == 8 else [10])
+    assert ran == expected

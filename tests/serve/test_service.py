@@ -189,7 +189,7 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
     [
         (b"x", {}, 415, "the content type is not given"),
         (b"x", {"content-type": "text/plain"}, 415, "the content type is text/plain"),
-        (b"x", {"content-type": "video/mp4"}, 415, "frames of videos are scored by featnorm score"),
+        (b"x", {"content-type": "video/mp4"}, 415, "score videos with `featnorm score SCORER VIDEOS`"),
         (b"{", JSON, 400, "not valid JSON"),
         (b"\xff\xfe", JSON, 400, "not valid JSON"),
         (b"[" * 5000, JSON, 400, "not valid JSON"),

@@ -164,3 +164,11 @@ def test_tokens_and_scores_without_heat_are_named():
         heat_maps(tap, images(), first_logit)
     with pytest.raises(NoHeatError, match="not finite"):
         heat_maps(tap_of(), images(), lambda features: features.logits[:, 0] / 0)
+
+
+def test_a_lack_of_memory_is_not_a_lack_of_heat():
+    def score(features):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        heat_maps(tap_of(), images(), score)

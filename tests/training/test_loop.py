@@ -406,6 +406,8 @@ def test_what_is_wrong_is_named(tmp_path):
 def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypatch):
     # A separate cache, because code that was compiled for wider vectors than are requested now corrupts the heap.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    # In this process: others would import torch first.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
     runtime = Runtime("cpu", compiled=True)

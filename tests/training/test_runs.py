@@ -11,7 +11,7 @@ from featnorm.paper.systems.base import TrainContext
 from featnorm.paper.systems.steps import train_steps
 from featnorm.runtime import Runtime
 from featnorm.training import Recipe, runs, train
-from featnorm.training.runs import CHECKPOINT, LOG, log, read_checkpoint, read_log, write_checkpoint
+from featnorm.training.runs import CHECKPOINT, LOG, are_finite, log, read_checkpoint, read_log, write_checkpoint
 
 RUN = {"recipe": {"lr": 0.1}, "seed": 0}
 RECIPE = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05)
@@ -191,3 +191,10 @@ def test_a_buffer_that_is_expanded_resumes(tmp_path):
     resumed = train(Expanded(), *data(), replace(RECIPE, epochs=1), folder=tmp_path)
     saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"]
     assert torch.equal(resumed.weight, saved["weight"])
+
+
+def test_values_whose_sum_is_not_finite_can_be_finite():
+    largest = torch.finfo(torch.float32).max
+    assert are_finite([torch.full((3, 2), largest), torch.zeros(0), torch.tensor(3)])
+    for bad in ([1.0, float("nan")], [largest, float("inf")], [float("inf"), -float("inf")]):
+        assert not are_finite([torch.zeros(2), torch.tensor(bad)])

@@ -28,9 +28,11 @@ class UserCodeError(ValueError):
 
 
 def error_text(error: BaseException) -> str:
-    """Return the type of an error and the first line of its message."""
-    name = type(error).__name__
-    return next((f"{name}: {line.strip()}" for line in str(error).splitlines() if line.strip()), name)
+    """Return the type of an error and the first line of its message, with the next one if it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch names the module that a state dict does not fit in the first line, and the tensors in the others.
+    shown = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

@@ -4,9 +4,11 @@ import importlib
 from typing import Any
 
 _EXTRAS = {
+    "accelerate": "trainers",
     "av": "video",
     "fastapi": "serve",
     "httptools": "serve",
+    "lightning": "trainers",
     "lightning_fabric": "images",
     "onnx": "onnx",
     "onnxruntime": "onnx",
@@ -15,6 +17,7 @@ _EXTRAS = {
     "pyarrow": "tables",
     "ray": "ray",
     "timm": "images",
+    "torchmetrics": "trainers",
     "torchvision": "images",
     "transformers": "text",
     "uvicorn": "serve",

@@ -1,12 +1,12 @@
 """``featnorm calibrate``: another rate or other calibration data for a fitted scorer, without fitting it again."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featnorm.cli.console import (
-    clips_of,
     console,
     counted,
     print_reading,
@@ -31,6 +31,10 @@ from featnorm.cli.options import (
     Workers,
     fps_of,
 )
+
+if TYPE_CHECKING:
+    from featnorm.calibration import Calibration
+    from featnorm.parts import PartCalibration
 
 
 def calibrate(
@@ -59,7 +63,7 @@ def calibrate(
     device: Device = "auto",
     precision: Precision = "32-true",
     engine: Engine = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:
@@ -82,7 +86,7 @@ def calibrate(
         if stored is None:
             raise ValueError(f"{scorer_file} is not calibrated: pass DATA")
         calibration = stored.with_tpr(tpr)
-        of_clips = clips_of(calibration) is not None and header["tap"]["per"] == "input"
+        of_clips = isinstance(calibration, PartCalibration) and header["tap"]["per"] == "input"
         kind = FRAMES if of_clips else kind_of(header["scorer"]["kind"])
     else:
         from featnorm.cli.runtime import runtime_of
@@ -95,7 +99,8 @@ def calibrate(
         )
         if source.fps is not None:
             facts["frames per second"] = f"{source.fps:g}"
-        before = () if scorer.calibration is None else scorer.calibration.group_names
+        earlier = scorer.calibration
+        before = () if earlier is None else earlier.group_names
         with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
             summary = calibrate_source(scorer, source, tpr, update=update, runtime=runtime)
         print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
@@ -109,16 +114,36 @@ def calibrate(
                 "be scored with the new file. Use --update to keep them.",
                 soft_wrap=True,
             )
+        if update and _repeats(calibration, earlier, summary.scores):
+            console.print(
+                f"Note: all scores of {source.title} were in the calibration already. If these are the same "
+                f"{'clips' if kind is FRAMES else kind.name}, they count twice now: calibrate without --update.",
+                soft_wrap=True,
+            )
     replace_calibration(scorer_file, out, calibration, source=data, added=update, facts=facts)
-    clips = clips_of(calibration)
-    if isinstance(calibration, PartCalibration) and kind is not FRAMES:
-        counts = kind.counted(len(calibration.unit_scores))
+    units = len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
+    if units is not None and kind is not FRAMES:
+        counts = kind.counted(units)
     else:
-        counts = kind.counted(len(calibration.scores)) + ("" if clips is None else f" of {clips} clips")
+        counts = kind.counted(len(calibration.scores)) + ("" if units is None else f" of {units} clips")
     console.print(
         f"Calibrated on {counts}. Averaged over such calibration sets, it flags at "
         f"most {100 * (1 - calibration.tpr):.1f} % of in-distribution {kind.name}"
-        f"{rate_words(calibration, kind.name) if calibration.group_names or clips is not None else ''}.",
+        f"{rate_words(calibration, kind.name) if calibration.group_names or units is not None else ''}.",
         soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)
+
+
+def _repeats(
+    calibration: "Calibration | PartCalibration",
+    earlier: "Calibration | PartCalibration | None",
+    scores: Sequence[float],
+) -> bool:
+    """Return whether all items that were added to an earlier calibration have scores that were in it."""
+    from featnorm.parts import PartCalibration
+
+    if isinstance(earlier, PartCalibration) and isinstance(calibration, PartCalibration):
+        known, added = earlier.unit_scores, calibration.unit_scores[len(earlier.unit_scores) :]
+        return set(added.tolist()) <= set(known.tolist())
+    return earlier is not None and set(scores) <= set(earlier.scores.tolist())

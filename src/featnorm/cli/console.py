@@ -125,13 +125,6 @@ def rate_words(calibration: Calibration | PartCalibration, items: str) -> str:
     )
 
 
-def clips_of(calibration: Calibration | PartCalibration) -> int | None:
-    """Return the number of clips of a calibration on frames; None if it is of other items."""
-    from featnorm.parts import PartCalibration
-
-    return len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
-
-
 def print_label_columns(source: Source[Any], consequence: str) -> None:
     """Print which columns of an unlabeled table could hold its labels, and the consequence of having no labels."""
     if not source.label_columns:

@@ -28,6 +28,7 @@ from featnorm.cli.options import (
     DataRoot,
     Detectors,
     Device,
+    Engine,
     Fps,
     LabelColumn,
     Layer,
@@ -119,7 +120,8 @@ def evaluate(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "32-true",
-    batch_size: BatchSize = 64,
+    engine: Engine = "auto",
+    batch_size: BatchSize = None,
     workers: Workers = None,
 ) -> None:
     """Compare detectors on your model and data.
@@ -183,7 +185,7 @@ def evaluate(
     kind = sources[id_name].kind
     for source in [sources[id_name], *([] if fit_source is None else [fit_source])]:
         print_label_columns(source, "there are no classes")
-    runtime = runtime_of(device, precision, batch_size, workers)
+    runtime = runtime_of(device, precision, batch_size, workers, engine=engine)
     subject: Any
     scorer = None
     if scorer_file is None:
@@ -224,6 +226,7 @@ def evaluate(
         },
         "fit": "none" if fit is None or _FIT not in rows else f"{fit}, {len(rows[_FIT])} inputs",
         "device": f"{tap.device}, {precision}",
+        "engine": comparison.facts.get("engine", "PyTorch"),
         **environment(),
     }
 

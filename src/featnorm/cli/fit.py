@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from featnorm.cli.console import (
-    clips_of,
     console,
     counted,
     print_label_columns,
@@ -138,7 +137,7 @@ def fit(
     device: Device = "auto",
     precision: Precision = "32-true",
     engine: Engine = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     ray: Ray = False,
     seed: Seed = 0,
@@ -237,8 +236,8 @@ def fit(
         how = f"on {report.held_out} of {report.trained} {items}, none of them held out, because it needs no fit"
     if scorer.is_jackknife:
         how = f"by leaving out {report.held_out} of {report.trained} {items} in turn"
-    if (clips := clips_of(calibration)) is not None:
-        how += f" of {clips} clips"
+    if source.fps is not None:
+        how += f" of {scorer.unit_count} clips"
     console.print(
         f"{scorer.detector!r} is calibrated {how}. Averaged over such calibration sets, it flags at most "
         f"{100 * (1 - tpr):.1f} % of {items} like these"

@@ -14,6 +14,15 @@ DATA = (
 )
 """What a specification of data may be, for help texts."""
 
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise typer.BadParameter(f"{text!r} is neither a positive integer nor auto")
+    return int(text)
+
+
 ScorerFile = Annotated[
     Path, typer.Argument(metavar="SCORER", help="File written by `featnorm fit`, or by `Scorer.save`.")
 ]
@@ -129,7 +138,15 @@ Engine = Annotated[
         "`auto`: onnxruntime for 1000 items or more, if it is installed and gives the same results."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of items per batch.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=_batch_size,
+        metavar="N",
+        help="Number of items per batch, or `auto`, the default: 64 images or texts, 1024 rows. PyTorch then runs "
+        "8 images at a time on a CPU if the first batches take less time that way.",
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Number of threads that decode items. Default: one per CPU, at most 8.")
 ]

@@ -11,7 +11,7 @@ _COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 def runtime_of(
     device: str,
     precision: str,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int | None = None,
     *,
     ray: bool = False,

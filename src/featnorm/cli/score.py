@@ -91,7 +91,7 @@ def score(
     device: Device = "auto",
     precision: Precision = "32-true",
     engine: Engine = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     ray: Ray = False,
 ) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from featnorm.cli.console import console
 from featnorm.cli.interrupt import INTERRUPTED, EndAtOnce
-from featnorm.cli.options import BatchSize, Device, Engine, Precision, Tpr
+from featnorm.cli.options import Device, Engine, Precision, Tpr
 
 _TOKEN = "FEATNORM_TOKEN"
 
@@ -71,7 +71,9 @@ def serve(
     device: Device = "auto",
     precision: Precision = "32-true",
     engine: Engine = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Maximum number of inputs that the model runs at a time.")
+    ] = 8,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
     max_inputs: Annotated[
         int, typer.Option(min=1, help="Maximum number of images, texts or rows per request.")

@@ -120,7 +120,7 @@ class Cluster:
         scorer : scorer with a preprocess, which is not changed.
         source : items, which every machine of the cluster must be able to read.
         batches : numbers of the batches to score.
-        runtime : precision and batch size.
+        runtime : precision, batch size, and the engine, "torch" or "onnx".
 
         Yields
         ------
@@ -147,13 +147,16 @@ class Cluster:
         backbone : module from transformed items to features (n, D).
         runtime : see `score`.
         """
-        task = Extraction(copy.deepcopy(backbone).cpu(), loaded.transform, replace(runtime, cluster=None))
+        task = Extraction(
+            copy.deepcopy(backbone).cpu(), loaded.kind, loaded.transform, replace(runtime, cluster=None)
+        )
 
         def extract(source: Source[Any]) -> Iterator[Extracted]:
-            batches = range(-(-len(source) // runtime.batch_size))
+            size = runtime.batch_of(source.kind)
+            batches = range(-(-len(source) // size))
             # In order, so that the features are stored in the order of the items.
             for number, part in self._over_batches(task, source, batches, ordered=True):
-                yield part.moved(number * runtime.batch_size)
+                yield part.moved(number * size)
 
         return extract
 
@@ -182,7 +185,7 @@ class Cluster:
                 if error is not None:
                     raise error
         except _ActorDiedError as died:
-            size, (_, shard) = task.runtime.batch_size, died.call
+            size, (_, shard) = task.runtime.batch_of(source.kind), died.call
             first, last = rows_of(shard[0], size, len(source))[0], rows_of(shard[-1], size, len(source))[-1]
             raise DataError(
                 f"the process that read {source.name(first)} to {source.name(last)} of {source.title} ended "
@@ -333,10 +336,11 @@ class _Actor:
 
     def run(self, references: list[Any], numbers: Sequence[int]) -> tuple[list[tuple[int, Any]], Exception | None]:
         """Return number and result of each batch, up to the one that failed, and the error."""
-        task, source, process = self._start(references)
-        rows = [row for number in numbers for row in rows_of(number, task.runtime.batch_size, len(source))]
         results: list[tuple[int, Any]] = []
         try:
+            task, source, process = self._start(references)
+            size = task.runtime.batch_of(source.kind)
+            rows = [row for number in numbers for row in rows_of(number, size, len(source))]
             # Extended one by one, so that the results before an error are kept.
             results.extend(zip(numbers, process(SlicedSource(source, rows, source.title)), strict=True))
         except (ValueError, OSError) as error:

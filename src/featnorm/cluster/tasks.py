@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from featnorm._utils.layout import fast_layout
+from featnorm.engine import network_engine
 from featnorm.inputs import Extracted, Source, extract_features
-from featnorm.inputs.kinds import Inputs, run, to_device
+from featnorm.inputs.kinds import Inputs, Kind, run, to_device
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.verdict import ItemVerdict
@@ -21,7 +22,7 @@ class Task(Protocol):
 
     @property
     def runtime(self) -> Runtime:
-        """Precision and batch size."""
+        """Precision, batch size and engine, "torch" or "onnx"."""
         ...
 
     def start(self, device: str, workers: int) -> Callable[[Source[Any]], Iterator[Any]]:
@@ -41,7 +42,7 @@ class Scoring:
     Parameters
     ----------
     scorer : scorer with a preprocess.
-    runtime : precision and batch size.
+    runtime : precision, batch size and engine.
     """
 
     scorer: Scorer
@@ -51,7 +52,7 @@ class Scoring:
         """See `Task`."""
         runtime = replace(self.runtime, device=device, workers=workers)
         self.scorer.to(runtime.torch_device)
-        return partial(self.scorer.stream, runtime=runtime)
+        return partial(self.scorer.stream, runtime=runtime, engine=self.scorer.engine(runtime, 0))
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Extraction:
     Parameters
     ----------
     backbone : module from transformed items to features (n, D).
-    transform : transform of an item.
-    runtime : precision and batch size.
+    kind, transform : what the items are, and the transform of one.
+    runtime : precision, batch size and engine.
     """
 
     backbone: nn.Module
+    kind: Kind
     transform: Callable[[Any], Any]
     runtime: Runtime
 
@@ -79,9 +81,12 @@ class Extraction:
             with runtime.autocast():
                 return run(backbone, to_device(inputs, runtime.torch_device))
 
+        features: Callable[[Inputs], Tensor] = extract_batch
+        if runtime.engine == "onnx":
+            features = network_engine(backbone, self.kind, self.transform).features(extract_batch)
+        size = runtime.batch_of(self.kind)
+
         def extract(source: Source[Any]) -> Iterator[Extracted]:
-            return extract_features(
-                source, self.transform, extract_batch, batch_size=runtime.batch_size, workers=workers
-            )
+            return extract_features(source, self.transform, features, batch_size=size, workers=workers)
 
         return extract

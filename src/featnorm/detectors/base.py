@@ -95,7 +95,8 @@ class Detector(nn.Module, ABC):
             if not isinstance(fields, tuple) or not set(fields) <= set(FIELDS):
                 allowed = ", ".join(FIELDS)
                 raise TypeError(f"{cls.__name__}.{name} must be a tuple of fields ({allowed}), got {fields!r}")
-        if not registered or _is_abstract(cls):
+        # torch.export makes a subclass of every module, named as its class, where a model has one module twice.
+        if not registered or _is_abstract(cls) or cls.__module__ == "abc":
             return
         other = _REGISTRY.get(cls.__name__, cls)
         # The same qualified name is the same class, defined again by a notebook cell or `importlib.reload`.
@@ -269,9 +270,11 @@ class Detector(nn.Module, ABC):
     @property
     def is_fitted(self) -> bool:
         """Whether the detector is ready to score; always true for one that needs no fit."""
+        for child in self._modules.values():
+            if isinstance(child, Statistic) and child.is_empty:
+                return False
         # Detectors inside answer for themselves: the bank of one may lie in other processes.
-        own = [child for child in self._modules.values() if isinstance(child, Statistic)]
-        return not any(child.is_empty for child in own) and all(inner.is_fitted for inner in self._inner())
+        return all(inner.is_fitted for inner in self._inner())
 
     def require_fitted(self) -> None:
         """Raise a NotFittedError if the detector needs a fit and has none."""
@@ -487,7 +490,8 @@ def check_detector(value: object, owner: str) -> None:
     if isinstance(value, type) and issubclass(value, Detector):
         raise TypeError(f"{owner} takes a detector, got the class {value.__name__}: write {value.__name__}()")
     if not isinstance(value, Detector):
-        raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}")
+        advice = ": fn.parse_detector makes a detector of an expression" if isinstance(value, str) else ""
+        raise TypeError(f"{owner} takes a detector such as NAN(), got {shown(value)}{advice}")
 
 
 @contextmanager
@@ -546,7 +550,7 @@ def _require_finite(name: str, value: Tensor) -> None:
         return
     # The sum needs one read and no temporary; only if it is not finite are the rows searched.
     wide = value.dtype if value.dtype == torch.float64 else torch.float32
-    if math.isfinite(value.detach().sum(dtype=wide).item()):
+    if math.isfinite((value.detach() if value.requires_grad else value).sum(dtype=wide).item()):
         return
     bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)
     if len(bad):

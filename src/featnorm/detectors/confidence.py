@@ -18,7 +18,8 @@ class _Confidence(Detector):
 
     def _score(self, features: Features) -> Tensor:
         logits = features.tensor("logits")
-        return self._of(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        exact = logits.dtype in (torch.float32, torch.float64)
+        return self._of(logits if exact else logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     @abstractmethod
     def _of(self, logits: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class KLUniform(_Confidence):
     def _of(self, logits: Tensor) -> Tensor:
         # Differences from the largest logit are exact even if all logits are huge and alike.
         shifted = logits - logits.amax(1, keepdim=True)
-        return shifted.logsumexp(1) - shifted.mean(1) - math.log(logits.shape[1])
+        return shifted.exp().sum(1).log() - shifted.mean(1) - math.log(logits.shape[1])
 
 
 class GEN(_Confidence):

@@ -168,20 +168,22 @@ class KNN(Detector):
         -------
         (m, k) on the CPU, in ascending order.
         """
-        k = min(k, self.bank_shape[0])
-        if len(queries) == 0:
-            return queries.new_empty(0, k)
         search: Search = self._fitted_state()
+        k = min(k, len(search.bank))
+        if queries.shape[0] == 0:
+            return queries.new_empty(0, k)
         return torch.from_numpy(search.nearest(self._centered(queries).cpu().contiguous().numpy(), k))
 
     def _score(self, features: Features) -> Tensor:
-        pooled = features.tensor("pooled")
-        self._same_width("pooled", pooled, self.bank_shape[1])
-        self._validate()
-        queries = (unit_rows(pooled.detach()) if self.normalize else pooled.detach()).float()
+        pooled = features.tensor("pooled").detach()
+        rows, width = self.bank_shape
+        self._same_width("pooled", pooled, width)
+        if rows < self.k:
+            self._validate()
+        queries = (unit_rows(pooled) if self.normalize else pooled).float()
         # A graph that is being traced cannot call faiss: there the search is exact.
         tracing = torch.compiler.is_compiling()
-        squared = self._traced(queries) if tracing else self.nearest(queries, self.k)[:, -1].clone()
+        squared = self._traced(queries) if tracing else self.nearest(queries, self.k)[:, -1]
         # The expansion ||q||^2 - 2 q.b + ||b||^2 can end a rounding error below zero.
         squared = squared.clamp_min(0).to(pooled.device)
         return -(squared if self.squared else squared.sqrt())
@@ -271,8 +273,13 @@ class Search:
     """
 
     def __init__(self, bank: np.ndarray) -> None:
+        import faiss
+
         self.bank = np.ascontiguousarray(bank)
         self._longest: float | None = None
+        # Below this product, faiss compares the queries with the bank one by one, not by products of matrices: by
+        # its default, 64 queries of 768 features take five times as long.
+        faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _MIN_PRODUCT)
 
     def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows of the bank."""
@@ -282,9 +289,6 @@ class Search:
         """Return the squared distances (m, k), ascending, of queries (m, D) to their nearest rows, and which."""
         import faiss
 
-        # Below this product, faiss compares the queries with the bank one by one, not by products of matrices: by
-        # its default, 64 queries of 768 features take five times as long.
-        faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _MIN_PRODUCT)
         if queries.size < _MIN_PRODUCT:
             return faiss.knn(queries, self.bank, k)
         # By a product, a small distance between long vectors has lost its digits: it selects candidates.

@@ -21,7 +21,15 @@ from featnorm.inputs.errors import DataError, ItemError
 from featnorm.inputs.files import Folder, LocalFolder
 from featnorm.inputs.kinds import ROWS
 from featnorm.inputs.openers import Opener, Options
-from featnorm.inputs.parquet import Group, LastGroups, open_parquet, other_columns, row_name
+from featnorm.inputs.parquet import (
+    PIECE,
+    Group,
+    LastGroups,
+    PieceReader,
+    open_parquet,
+    other_columns,
+    row_name,
+)
 from featnorm.inputs.rows import Rows
 from featnorm.inputs.source import SlicedSource, Source, class_labels
 from featnorm.inputs.texts import FORMATS, RowFile, is_number
@@ -268,7 +276,7 @@ class FileRows(ArrowRows):
 
 
 class ParquetRows(TableRows):
-    """Rows of parquet files, read one row group at a time, as images of parquet files are.
+    """Rows of parquet files, read a few thousand at a time, because a row group may hold all rows of a file.
 
     Parameters
     ----------
@@ -277,18 +285,22 @@ class ParquetRows(TableRows):
     title, options : see `TableRows`.
     """
 
+    max_readers = 1  # rows are decoded in order
+
     def __init__(self, folder: Folder, files: Sequence[str], title: str, options: Options) -> None:
         self._folder, self._files = folder, list(files)
-        self._groups, sizes, starts = [], [], [0]
+        self._pieces, self._reader = [], PieceReader()
+        sizes, starts = [], [0]
         first = None
         for number, file in enumerate(files):
             with self._errors(file), open_parquet(folder, file) as table:
                 first = first or table.schema_arrow
                 if table.schema_arrow.names != first.names:
                     raise other_columns(folder.name(file), folder.name(files[0]))
-                groups = range(table.metadata.num_row_groups)
-                sizes += [table.metadata.row_group(g).num_rows for g in groups]
-                self._groups += [(number, g) for g in groups]
+                for group in range(table.metadata.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    self._pieces += [(number, group, i) for i in range(-(-rows // PIECE))]
+                    sizes += [min(PIECE, rows - start) for start in range(0, rows, PIECE)]
                 starts.append(starts[-1] + table.metadata.num_rows)
         self._starts = starts
         super().__init__(title, first, sizes, options)
@@ -297,15 +309,15 @@ class ParquetRows(TableRows):
         return _Errors(self._folder.name(file))
 
     def _table(self, number: int, columns: Sequence[str]) -> Any:
-        file, group = self._groups[number]
-        with self._errors(self._files[file]), open_parquet(self._folder, self._files[file]) as table:
-            return table.read_row_group(group, columns=list(columns), use_threads=False)
+        file, group, piece = self._pieces[number]
+        with self._errors(self._files[file]):
+            return self._reader.read(self._folder, self._files[file], group, piece, columns)
 
     def _name(self, i: int) -> str:
         return row_name(self._files, self._starts, i)
 
     def _identity(self, i: int) -> str:
-        file, _ = self._groups[bisect_right(self._ends, i)]
+        file = self._pieces[bisect_right(self._ends, i)][0]
         return f"{self._folder.absolute().identity(self._files[file])} {i}"
 
 

@@ -38,10 +38,13 @@ class Kind(ABC):
     name, noun : str
         What the items are called, and a single one, in messages: "images" and "image". The name also stands in
         a scorer's file.
+    batch_size : int
+        Default number of items per batch.
     """
 
     name: ClassVar[str]
     noun: ClassVar[str]
+    batch_size: ClassVar[int] = 64
 
     def __init_subclass__(cls) -> None:
         _KINDS[cls.name] = cls()
@@ -298,6 +301,7 @@ class _Rows(Kind):
 
     name = "rows"
     noun = "row"
+    batch_size = 1024
 
     def sequence_of(self, items: Any) -> Sequence[Any]:
         """Return the rows of an array, a tensor, a DataFrame or a sequence."""

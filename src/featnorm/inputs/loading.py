@@ -3,6 +3,7 @@
 import math
 import os
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ _POLL_SECONDS = 0.5
 
 # Number of parts of similar lengths in which a batch of texts is run, and the minimum number of texts in one.
 _SIMILAR_PARTS, _MIN_SIMILAR = 4, 16
+
+# Number of images per forward pass that is compared with a whole batch, and number of batches to compare them on.
+_FEW, _COMPARED = 8, 3
 
 _T = TypeVar("_T")
 
@@ -256,7 +260,38 @@ def _result(future: Future[_T]) -> _T:
     return future.result()
 
 
-def over_parts(function: Callable[..., Any], inputs: Inputs, *others: Tensor) -> Any:
+class PassSize:
+    """Whether a network runs a batch of images at once or 8 at a time, as measured on the first three batches.
+
+    If the C library returns freed memory to the system, large batches take about twice the time on a CPU (see
+    `featnorm.keep_freed_memory`). The results differ by rounding only.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = {1: math.inf, 2: math.inf}  # per image: of a few, and of the rest of a batch
+        self._left = _COMPARED
+
+    def __call__(self, function: Callable[..., _T], inputs: Tensor, *others: Tensor) -> list[_T]:
+        """Return the results of a function for consecutive parts of a batch."""
+        count = len(inputs)
+        compares = self._left > 0 and count > 2 * _FEW
+        self._left -= compares
+        sizes: Any = _FEW if self._seconds[1] < self._seconds[2] else max(1, count)
+        if compares:
+            # The first few are not timed: a network's first pass takes longer.
+            sizes = [_FEW, _FEW, count - 2 * _FEW]
+        found: list[_T] = []
+        for i, part in enumerate(zip(*(values.split(sizes) for values in (inputs, *others)), strict=True)):
+            began = time.perf_counter()
+            found += in_parts(function, *part)
+            if compares and i:
+                self._seconds[i] = min(self._seconds[i], (time.perf_counter() - began) / len(part[0]))
+        return found
+
+
+def over_parts(
+    function: Callable[..., Any], inputs: Inputs, *others: Tensor, passes: PassSize | None = None
+) -> Any:
     """Return the results of a function for the rows of a batch, which is run in parts.
 
     Texts of similar lengths are run together, without the padding that longer ones of the batch need. If the
@@ -268,7 +303,11 @@ def over_parts(function: Callable[..., Any], inputs: Inputs, *others: Tensor) ->
         From some of the rows to one result per row, a tensor or a list.
     inputs, *others : Tensor, mapping of str to Tensor or list of Tensor, and Tensor
         The rows.
+    passes : PassSize, optional
+        Number of images to run at a time. Default: all.
     """
+    if passes is not None and isinstance(inputs, Tensor):
+        return _joined(passes(function, inputs, *others))
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is None:
         return _joined(in_parts(function, inputs, *others))
@@ -307,6 +346,7 @@ def extract_features(
     *,
     batch_size: int = 64,
     workers: int | None = None,
+    passes: PassSize | None = None,
 ) -> Iterator[Extracted]:
     """Yield the features of items, batch by batch in the order of the source.
 
@@ -318,6 +358,8 @@ def extract_features(
         See `source_loader`.
     backbone : callable
         From a batch of transformed items (`Batch.inputs`) to features (n, D).
+    passes
+        See `over_parts`.
 
     Raises
     ------
@@ -329,7 +371,7 @@ def extract_features(
             yield Extracted(part.rows, None, part.unread, part.digests, part.several)
             continue
         try:
-            values = over_parts(backbone, part.batch.inputs)
+            values = over_parts(backbone, part.batch.inputs, passes=passes)
         except UserCodeError as error:
             raise error.on(named(source, part.batch.indices.tolist())) from error.__cause__
         yield Extracted(part.rows, values, part.unread, part.digests, part.several)

@@ -23,6 +23,11 @@ from featnorm.inputs.kinds import TEXTS
 from featnorm.inputs.openers import Options
 from featnorm.inputs.source import Source, T
 
+#: Maximum number of rows that a `PieceReader` decodes together.
+PIECE = 8192
+# Bytes of a local file that are read at once.
+_BUFFER = 2**20
+
 
 class ParquetTable(Source[T]):
     """A column of parquet files as a source, read one row group at a time.
@@ -175,6 +180,38 @@ class LastGroups:
         return self._own.rows
 
 
+class PieceReader:
+    """Reads pieces of row groups; the next piece of the last row group is decoded without those before it.
+
+    A pickled copy has no file open.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._group: Hashable = None
+        self._pieces: Iterator[tuple[int, Any]] = iter(())
+        self._last = -1
+
+    def __reduce__(self) -> tuple[type["PieceReader"], tuple[()]]:
+        return PieceReader, ()
+
+    def read(self, folder: Folder, file: str, group: int, piece: int, columns: Sequence[str]) -> Any:
+        """Return columns of one piece of a row group, at most `PIECE` rows, as a `pyarrow.Table`."""
+        with self._lock:
+            if self._group != (wanted := (file, group, *columns)) or piece <= self._last:
+                self._group, self._pieces = wanted, enumerate(_pieces(folder, file, group, columns))
+            self._last = piece
+            found = next((batch for number, batch in self._pieces if number == piece), None)
+        if found is None:
+            raise OSError(f"row group {group} has fewer rows than when the file was opened")
+        return import_extra("pyarrow").Table.from_batches([found])
+
+
+def _pieces(folder: Folder, file: str, group: int, columns: Sequence[str]) -> Iterator[Any]:
+    with open_parquet(folder, file) as opened:
+        yield from opened.iter_batches(PIECE, row_groups=[group], columns=list(columns), use_threads=False)
+
+
 def other_columns(name: str, first: str) -> DataError:
     """Return the error that a shard of a data set has other columns than the first one."""
     return DataError(f"{name} has other columns than {first}: the shards of a data set must agree")
@@ -298,10 +335,10 @@ def kind_of_labels(type_: Any) -> str | None:
 @contextmanager
 def open_parquet(folder: Folder, file: str) -> Iterator[Any]:
     """Open a parquet file as a `pyarrow.parquet.ParquetFile`."""
-    # In a store, the bytes of a row group are fetched at once, and not column by column.
-    pre_buffer = not isinstance(folder, LocalFolder)
-    parquet = import_extra("pyarrow.parquet")
-    with folder.open(file) as stream, parquet.ParquetFile(stream, pre_buffer=pre_buffer) as opened:
+    # In a store, the bytes of a row group are fetched at once, and not column by column or bit by bit.
+    local = isinstance(folder, LocalFolder)
+    options = {"pre_buffer": not local, "buffer_size": _BUFFER if local else 0}
+    with folder.open(file) as stream, import_extra("pyarrow.parquet").ParquetFile(stream, **options) as opened:
         yield opened
 
 

@@ -47,6 +47,31 @@ _NEAR = 8
 STAMP_ROUNDING = 0.001
 
 
+class FrameRate:
+    """Chooses the frames to read: the first one, and then the first one of each further interval of ``1 / fps`` s.
+
+    Parameters
+    ----------
+    fps : maximum number of frames per second; None for all of them.
+    """
+
+    def __init__(self, fps: float | None) -> None:
+        self._fps = fps
+        self._wanted = self._last = -math.inf
+
+    def takes(self, time: float, rounding: float = STAMP_ROUNDING) -> bool:
+        """Return whether to read the next frame, by its time and the largest rounding error of it, in seconds."""
+        if time < self._last:  # the stream starts again
+            self._wanted = -math.inf
+        self._last, moment = time, time + rounding
+        if self._fps is None:
+            return True
+        if moment < self._wanted:
+            return False
+        self._wanted = (math.floor(moment * self._fps) + 1) / self._fps
+        return True
+
+
 @dataclass(frozen=True)
 class Clip:
     """A video file, and which of its frames are read.
@@ -350,7 +375,9 @@ def _indexed(container: Any, stream: Any, fps: float, **facts: Any) -> Clip:
     base, start = stream.time_base, stamps[0]
     interval = (stamps[-1] - start) / max(1, len(stamps) - 1)
     if fps:
-        stamps = _sampled(stamps, float(base), fps)
+        rate, unit = FrameRate(fps), float(base)
+        rounding = min(unit, STAMP_ROUNDING)
+        stamps = array("q", (stamp for stamp in stamps if rate.takes((stamp - start) * unit, rounding)))
     return Clip(
         **facts,
         base=base,
@@ -361,17 +388,6 @@ def _indexed(container: Any, stream: Any, fps: float, **facts: Any) -> Clip:
         interval=interval,
         fault=fault,
     )
-
-
-def _sampled(stamps: "array[int]", base: float, fps: float) -> "array[int]":
-    """Return the first of the ascending time stamps in each interval of ``1 / fps`` seconds."""
-    chosen, wanted = array("q"), 0.0
-    for stamp in stamps:
-        time = (stamp - stamps[0]) * base + min(base, STAMP_ROUNDING)
-        if time >= wanted:
-            chosen.append(stamp)
-            wanted = (math.floor(time * fps) + 1) / fps
-    return chosen
 
 
 class _Decoder:

@@ -42,8 +42,12 @@ def reproduce(
         typer.Option("--list", help="List the names, each with its title, its scales and how long it takes."),
     ] = False,
     scale: Annotated[
-        Literal["laptop", "paper"],
-        typer.Option(help="`paper`: the paper's protocol. `laptop`: a smaller one, for two CPU cores."),
+        Literal["laptop", "workstation", "gpu", "paper"],
+        typer.Option(
+            help="`paper`: the paper's protocol. `laptop`: a smaller one, for two CPU cores. Some studies have "
+            "more: `workstation`, several hours on two CPU cores; `gpu`, ten minutes of a current GPU, with "
+            "`--precision bf16-mixed --compile`."
+        ),
     ] = "laptop",
     data_root: DataRoot = None,
     weights: Annotated[

@@ -1,13 +1,14 @@
 """Scenes of real pixels with the truth of every pixel: handwritten digits, and foreign objects, on textures."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from featnorm.inputs import image_tensor, open_source
 from featnorm.paper.images import labeled
-from featnorm.paper.study import Context
+from featnorm.paper.study import Context, Study
 
 SIDE = 64
 #: Digits that are in-distribution; the others are objects of unknown classes.
@@ -127,3 +128,49 @@ def load_objects(context: Context) -> tuple[Objects, Objects]:
     for (images, labels), rows in zip(digits, (~third, third), strict=True):
         made.append(Objects(textures[rows], images[:, 0], labels, photos))
     return made[0], made[1]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Scale of a study on scenes: the number of its seeds; a subclass adds numbers of scenes."""
+
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A job of a study on scenes: a network and its scenes."""
+
+    study: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the run."""
+        return f"{self.study}-seed{self.seed}"
+
+
+_Scale = TypeVar("_Scale", bound=Seeds)
+
+
+class SceneStudy(Study[_Scale, tuple[Objects, Objects], Draw]):
+    """A study that trains one network per seed on scenes, and tests it on others."""
+
+    page: ClassVar[str] = "maps-and-boxes"
+    grows: ClassVar[bool] = True
+
+    def load(self, scale: _Scale, context: Context) -> tuple[Objects, Objects]:
+        """See `Study`."""
+        return context.once(load_objects)
+
+    def jobs(self, scale: _Scale, inputs: tuple[Objects, Objects]) -> list[Draw]:
+        """See `Study`."""
+        return [Draw(self.name, seed) for seed in range(scale.seeds)]
+
+    def settings(self, job: Draw, scale: _Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
+        """See `Study`."""
+        return {
+            "draw": {"seed": job.seed},
+            "scenes": {name: count for name, count in asdict(scale).items() if name != "seeds"},
+            "made of": [{name: len(part) for name, part in vars(objects).items()} for objects in inputs],
+        }

@@ -109,7 +109,8 @@ class Study(ABC, Generic[Scale, Inputs, Job]):
 
     #: The page of ``docs/results`` that publishes it, and the folder beside the page that keeps its result.
     page: ClassVar[str]
-    #: Settings by name of the scale: "laptop", for two CPU cores, and "paper", the paper's protocol.
+    #: Settings by name of the scale: "laptop", for two CPU cores, and "paper", the paper's protocol. Some have
+    #: more: "workstation", for hours on two CPU cores, and "gpu", for ten minutes of a current GPU.
     scales: ClassVar[Mapping[str, Any]]
     #: Whether tables can be made from some of the results, and are rewritten after every run.
     grows: ClassVar[bool] = False
@@ -174,8 +175,10 @@ class Study(ABC, Generic[Scale, Inputs, Job]):
         DataError
             See `load`.
         ValueError
-            The folder of a job holds a run with other settings, or a damaged one.
+            The study has no such scale, or the folder of a job holds a run with other settings, or a damaged one.
         """
+        if context.scale not in self.scales:
+            raise ValueError(f"{self.name} has no scale {context.scale!r}: use {', '.join(self.scales)}")
         scale: Scale = self.scales[context.scale]
         inputs = self.load(scale, context)
         jobs = self.jobs(scale, inputs)

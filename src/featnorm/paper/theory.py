@@ -4,7 +4,7 @@ A network is trained once, with a probe at every epoch, and serves every figure 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ RESNET_LAYERS = {"1.stem": "stem"} | {f"1.stages.{2 * k - 1}": f"stage {k}" for 
 HIDDEN = 512
 _WEIGHT_DECAY = 5e-4
 _PATTERNS = 50
+_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,30 @@ class Scale:
     images : number of CIFAR-10's training images that the ResNet-18 is trained on, evenly spaced. None: all.
     recipe : settings of the ResNet-18.
     mlp : settings of the MLP.
+    probed : number of inputs of each set that the probe reads, evenly spaced.
+    others : number of images and number of epochs, by label scheme, where they differ from the above.
     """
 
     width: int
     images: int | None
     recipe: PaperRecipe
     mlp: PaperRecipe
+    probed: int = 500
+    others: Mapping[Scheme, tuple[int, int]] = field(default_factory=dict)
 
 
+#: Random bits and instances are memorized one by one: with all images, the loss of random bits did not decrease in
+#: five epochs. The loss of a single class has no gradient, so more epochs change nothing.
+_MEMORIZED: Mapping[Scheme, tuple[int, int]] = {
+    "I": (10_000, 100),
+    "Is": (10_000, 100),
+    "R": (10_000, 100),
+    "O": (10_000, 5),
+}
+_LONGER = replace(PRESETS["B"], epochs=40, batch_size=128, augment=True, crop=24)
 SCALES = {
     "laptop": Scale(16, 2500, replace(PRESETS["B"], epochs=60, batch_size=64), PRESETS["A.3.1"]),
+    "workstation": Scale(16, None, _LONGER, PRESETS["A.3.1"], probed=1000, others=_MEMORIZED),
     "paper": Scale(64, None, PRESETS["B"], PRESETS["A.3.1"]),
 }
 
@@ -73,6 +88,7 @@ class Job:
     activation : activation of the hidden layers of an MLP, or of the head's hidden layer.
     scheme : label scheme, see `featnorm.paper.recipe.scheme_labels`.
     decay : whether to train with weight decay.
+    seed : seed of the initial weights, the order and the augmentation.
     """
 
     network: Literal["mlp", "resnet"]
@@ -80,15 +96,22 @@ class Job:
     activation: Activation = "relu"
     scheme: Scheme = "S"
     decay: bool = False
+    seed: int = 0
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
-        return f"{self.network}-{self.data}-{self.activation}-{self.scheme}" + ("-decay" if self.decay else "")
+        name = f"{self.network}-{self.data}-{self.activation}-{self.scheme}"
+        return name + ("-decay" if self.decay else "") + (f"-seed{self.seed}" if self.seed else "")
 
     def recipe(self, scale: Scale) -> PaperRecipe:
         """Return the settings of its training."""
-        recipe = scale.mlp if self.network == "mlp" else scale.recipe
+        if self.network == "mlp":
+            recipe = scale.mlp
+        elif self.scheme in scale.others:
+            recipe = replace(scale.recipe, epochs=scale.others[self.scheme][1])
+        else:
+            recipe = scale.recipe
         recipe = recipe.under(self.scheme)
         return replace(recipe, weight_decay=_WEIGHT_DECAY) if self.decay else recipe
 
@@ -125,7 +148,9 @@ def build(job: Job, scale: Scale, shape: torch.Size, classes: int, seed: int = 0
 
 def training_images(job: Job, scale: Scale, images: Images) -> tuple[Tensor, Tensor]:
     """Return the images that a network is trained on, and the labels of the data set."""
-    count = scale.images if job.network == "resnet" else None
+    count = None
+    if job.network == "resnet":
+        count = scale.others[job.scheme][0] if job.scheme in scale.others else scale.images
     inputs, labels = images.train
     return spaced(inputs, count), spaced(labels, count)
 
@@ -144,11 +169,12 @@ def train_with_probe(
 
     Returns
     -------
-    The probe's ``records``, and as ``tensors`` what `end` returns.
+    The probe's ``records``; ``accuracy``, that of the network on all images of each split that has targets; and as
+    ``tensors`` what `end` returns.
     """
     inputs, labels = training_images(job, scale, images)
     targets, classes = scheme_labels(job.scheme, labels)
-    model = build(job, scale, inputs.shape[1:], classes)
+    model = build(job, scale, inputs.shape[1:], classes, job.seed)
     # The test images have the labels of the data set, which mean nothing under the other schemes.
     test_targets = images.test[1] if job.scheme == "S" else None
     probe = Probe(
@@ -157,6 +183,7 @@ def train_with_probe(
         layers=[layer for layer in layers if layer != LAST],
         hidden=list(layers) if job.network == "mlp" else [LAST],
         pre_activation="2.hidden" if job.network == "resnet" else None,
+        max_inputs=scale.probed,
         file=folder / "probe.jsonl",
     )
     train(
@@ -166,9 +193,24 @@ def train_with_probe(
         job.recipe(scale),
         folder=folder,
         runtime=context.runtime,
+        seed=job.seed,
         on_epoch=probe,
     )
-    return {"records": probe.records, "tensors": end(model, probe)}
+    accuracy = {"train": _accuracy(model, inputs, targets)}
+    if test_targets is not None:
+        accuracy["test"] = _accuracy(model, images.test[0], test_targets)
+    return {"records": probe.records, "accuracy": accuracy, "tensors": end(model, probe)}
+
+
+@torch.inference_mode()
+def _accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    device = next(model.parameters()).device
+    right = 0
+    for batch, wanted in zip(inputs.split(_BATCH), targets.split(_BATCH), strict=True):
+        pixels = batch.to(device).float()
+        logits = model(pixels.div(255) if batch.dtype == torch.uint8 else pixels)
+        right += int((logits.argmax(1).cpu() == wanted).sum())
+    return right / len(inputs)
 
 
 def end(model: nn.Module, probe: Probe) -> dict[str, Tensor]:

@@ -136,12 +136,11 @@ async def read_body(request: Request, kind: Kind) -> Body:
             415, f"the content type is {given}, and this scorer takes {kind.name}: send application/json"
         )
     if media_type not in _TYPES and not media_type.startswith("image/"):
-        raise HTTPException(
-            415,
-            f"the content type is {media_type or 'not given'}: send image/*, application/octet-stream, "
-            "application/json or multipart/form-data"
-            + ("; frames of videos are scored by featnorm score" if media_type.startswith("video/") else ""),
-        )
+        ways = "image/*, application/octet-stream, application/json or multipart/form-data"
+        advice = f"send {ways}"
+        if media_type.startswith("video/"):
+            advice = "this service scores single images; score videos with `featnorm score SCORER VIDEOS`"
+        raise HTTPException(415, f"the content type is {media_type or 'not given'}: {advice}")
     return Body(media_type, content_type, await request.body())
 
 

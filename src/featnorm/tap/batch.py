@@ -97,7 +97,9 @@ class Call:
 
     def to(self, device: torch.device) -> "Call":
         """Return the call with its tensors on a device."""
-        if all(tensor.device == device for tensor in (self.args if self._is_plain else self.tensors)):
+        if self._is_plain and self.args[0].device == device:
+            return self
+        if all(tensor.device == device for tensor in self.tensors):
             return self
 
         def move(value: Any) -> Any:

@@ -4,12 +4,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from featnorm._utils.errors import RefusalError
 from featnorm._utils.layout import safe_gradients
@@ -161,36 +162,52 @@ def capture(
         A point was not reached, because the model took a different path than when it was traced.
     """
     caught: dict[HookPoint, Tensor] = {}
-    wanted = dict.fromkeys(points.values())
     call = call.clone()  # the model may write to its input
-    operations = [point for point in wanted if point.side == "op"]
-    # What the model returns takes no hook, which would cost a small model a third of its time.
-    returned = [point for point in wanted if _is_returned(point)]
-    hooked = [point for point in wanted if point.side != "op" and point not in returned]
+    operations: list[HookPoint] = []
+    hooked: list[HookPoint] = []
+    returned: list[HookPoint] = []  # they take no hook, which would cost a small model a third of its time
+    for point in (wanted := dict.fromkeys(points.values())):
+        (operations if point.side == "op" else returned if _is_returned(point) else hooked).append(point)
     me = object()
-    with on_top(me), _hooks(model, hooked, caught, me):
-        if operations:
-            kinds = [kind for point in operations for kind in (point.module, *(step[0] for step in point.chain))]
-            with (
-                _running(model, {kind.rpartition("/")[0] for kind in kinds}, me) as running,
-                _Operations(operations, caught, me, fresh, running) as seen,
-            ):
+    handles: list[RemovableHandle] = []
+    try:
+        handles.extend(_hook(model, point, caught, me) for point in hooked)
+        with on_top(me):
+            if operations:
+                kinds = chain.from_iterable(
+                    (point.module, *(step[0] for step in point.chain)) for point in operations
+                )
+                with (
+                    _running(model, {kind.rpartition("/")[0] for kind in kinds}, me) as running,
+                    _Operations(operations, caught, me, fresh, running) as seen,
+                ):
+                    output = call.run(model)
+                for point in operations if fresh is None else ():
+                    totals = [(point.module, point.total), *((op, total) for op, _, total, _ in point.chain)]
+                    if any(seen.calls.get(op, -1) + 1 != total for op, total in totals):
+                        caught.pop(point, None)
+            else:
                 output = call.run(model)
-            for point in operations if fresh is None else ():
-                totals = [(point.module, point.total), *((op, total) for op, _, total, _ in point.chain)]
-                if any(seen.calls.get(op, -1) + 1 != total for op, total in totals):
-                    caught.pop(point, None)
-        else:
-            output = call.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
     for point in returned:
         _keep(point, output, caught)
-    missed = [point for point in wanted if point not in caught]
-    if missed:
+    if len(caught) < len(wanted):
+        missed = next(point for point in wanted if point not in caught)
         raise PathError(
-            f"the model took a different path than when it was traced ({missed[0].module or 'its output'!r} was "
+            f"the model took a different path than when it was traced ({missed.module or 'its output'!r} was "
             f"not reached); {advice}"
         )
     return {name: caught[point] for name, point in points.items()}
+
+
+def is_eval(contents: Contents) -> bool:
+    """Whether `eval_mode` without gradients would change nothing for a model with these contents."""
+    with _MODES_LOCK:
+        if _MODES or contents.training():
+            return False
+    return not (torch.is_grad_enabled() or contents.is_compiled())
 
 
 @contextmanager
@@ -206,9 +223,7 @@ def eval_mode(model: nn.Module, *, gradients: bool = False, contents: Contents |
     contents : contents of the model. Default: they are listed.
     """
     contents = contents or Contents(model)
-    with _MODES_LOCK:
-        nothing_to_do = not (_MODES or contents.training())
-    if nothing_to_do and not (gradients or torch.is_grad_enabled() or contents.is_compiled()):
+    if not gradients and is_eval(contents):
         yield
         return
     entered: list[nn.Module] = []
@@ -265,42 +280,28 @@ def _running(model: nn.Module, names: set[str], me: object) -> Iterator[list[str
             handle.remove()
 
 
-@contextmanager
-def _hooks(
-    model: nn.Module, points: list[HookPoint], caught: dict[HookPoint, Tensor], me: object
-) -> Iterator[None]:
-    # Other threads, or another tap inside this pass, may run the same model; their values are ignored.
-    handles = []
+def _hook(model: nn.Module, point: HookPoint, caught: dict[HookPoint, Tensor], me: object) -> RemovableHandle:
+    """Register a hook that catches the value at a point, and return its handle."""
+    calls = 0
 
-    def catcher(point: HookPoint) -> Callable[..., None]:
-        calls = 0
-
-        # Another thread may call the hook before torch has noted that it takes keyword arguments.
-        def catch(_: nn.Module, args: Any, rest: Any = None) -> None:
-            nonlocal calls
-            if not is_on_top(me):
-                return
-            if calls == point.call:
-                if rest is not None:
-                    _keep(point, rest, caught)
-                if point.side == "in":
-                    _keep(point, args, caught)
-            calls += 1
-
-        return catch
-
-    try:
-        for point in points:
-            module = model.get_submodule(point.module)
+    # Another thread may call the hook before torch has noted that it takes keyword arguments.
+    def catch(_: nn.Module, args: Any, rest: Any = None) -> None:
+        nonlocal calls
+        # Other threads, or another tap inside this pass, may run the same model; their values are ignored.
+        if not is_on_top(me):
+            return
+        if calls == point.call:
+            if rest is not None:
+                _keep(point, rest, caught)
             if point.side == "in":
-                by_name = isinstance(next(iter(point.slot), None), str)
-                handles.append(module.register_forward_pre_hook(catcher(point), with_kwargs=by_name))
-            else:
-                handles.append(module.register_forward_hook(catcher(point)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+                _keep(point, args, caught)
+        calls += 1
+
+    module = model.get_submodule(point.module)
+    if point.side == "out":
+        return module.register_forward_hook(catch)
+    by_name = isinstance(next(iter(point.slot), None), str)
+    return module.register_forward_pre_hook(catch, with_kwargs=by_name)
 
 
 def _keep(point: HookPoint, value: Any, caught: dict[HookPoint, Tensor]) -> None:

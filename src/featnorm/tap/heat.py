@@ -75,6 +75,8 @@ def heat_maps(
             scores = score(tap.capture(inputs, classifier=True))
         n, height, width = changed.shape
         scores = scores.double().reshape(n, height * width + 1)
+    except torch.OutOfMemoryError:
+        raise  # the caller may try fewer inputs
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise NoHeatError("the layers after the model's maps do not take another number of inputs") from error
     heat = scores[:, -1:] - scores[:, :-1]

@@ -17,7 +17,17 @@ from featnorm.hidden.classifier import HiddenClassifier
 from featnorm.runtime import Runtime
 from featnorm.tap.batch import BatchError, Call, LabelsOf, Signature, class_labels, position_labels, read_batch
 from featnorm.tap.boxes import BoxHead, detector_call, labels_of_boxes
-from featnorm.tap.capture import TRACE_AGAIN, HookPoint, PathError, capture, eval_mode, locate, locate_part, made
+from featnorm.tap.capture import (
+    TRACE_AGAIN,
+    HookPoint,
+    PathError,
+    capture,
+    eval_mode,
+    is_eval,
+    locate,
+    locate_part,
+    made,
+)
 from featnorm.tap.contents import Contents
 from featnorm.tap.find import Anatomy, Part, Per, Pooling, find, place
 from featnorm.tap.linear import hidden_classifiers
@@ -181,6 +191,10 @@ class FeatureTap:
         """
         return self._features(self._read(batch), classifier, contents)
 
+    def call(self, batch: Any) -> "_ModelCall":
+        """Return the call of the model on one batch, by which detectors run it again, without running it."""
+        return _ModelCall(self, self._read(batch))
+
     def contents(self) -> Contents:
         """Return the modules and tensors of the model as it is now."""
         contents = self._contents
@@ -247,8 +261,11 @@ class FeatureTap:
 
     def _capture(self, plan: "_Plan", call: Call, classifier: bool, contents: Contents | None = None) -> Features:
         contents = contents or self.contents()
+        call = call.to(contents.device)
+        if is_eval(contents):
+            return self._caught(call, plan, classifier)
         with eval_mode(self.model, contents=contents):
-            return self._caught(call.to(contents.device), plan, classifier)
+            return self._caught(call, plan, classifier)
 
     def traced(self, batch: Any) -> Features:
         """Return the features of one batch without their classifier, as operations that torch can export.

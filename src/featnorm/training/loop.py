@@ -14,7 +14,7 @@ from featnorm._utils.progress import progress_bar
 from featnorm.runtime import Runtime
 from featnorm.training.objectives import Batch, Objective, Step
 from featnorm.training.recipe import Recipe
-from featnorm.training.runs import Checkpoints, digest, seeded
+from featnorm.training.runs import Checkpoints, are_finite, digest, seeded
 
 Callback = Callable[[dict[str, Any], nn.Module], None]
 
@@ -88,6 +88,9 @@ def train(
         start = checkpoints.resume(device)
     gradients = safe_gradients(model)
     targets = targets.to(device)
+    if device.type == "cuda" and inputs.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        # A GPU cuts a batch of views in less time than the CPU takes to send it.
+        inputs = inputs.to(device)
     bar = progress_bar(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=start * steps * recipe.batch_size,
@@ -125,8 +128,7 @@ def train(
             entry = {"epoch": epoch + 1, **meter.means(fabric, device), "lr": schedule.get_last_lr()[0]}
             entry["seconds"] = meter.seconds
             entry["images_per_second"] = len(order) / meter.seconds
-            weights_are_finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
-            if not (math.isfinite(entry["loss"]) and weights_are_finite):
+            if not (math.isfinite(entry["loss"]) and are_finite(model.parameters())):
                 what = "the weights are" if math.isfinite(entry["loss"]) else "the loss is"
                 raise ValueError(f"{what} not finite in epoch {epoch + 1}: lower the learning rate {recipe.lr}")
             # Before the checkpoint, so that a resumed run calls it again and never misses it.

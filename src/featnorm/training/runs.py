@@ -2,7 +2,8 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def digest(*data: Tensor) -> str:
         found.update(f"{values.dtype} {tuple(values.shape)};".encode())
         found.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value of every tensor is finite."""
+    # A sum reads each value once, without a temporary; only if it is not finite, each value is looked at.
+    return all(
+        math.isfinite(tensor.detach().sum().item()) or bool(torch.isfinite(tensor).all()) for tensor in tensors
+    )
 
 
 def read_checkpoint(path: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -88,9 +88,11 @@ def test_what_cannot_be_reproduced_is_named(tmp_path, featnorm):
         reproduce("table99", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="NAME is missing: `featnorm reproduce --list`"):
         run_command(["reproduce"], COMMANDS)
+    with pytest.raises(ValueError, match="table3 has no scale 'workstation': use laptop, gpu, paper"):
+        reproduce("table3", tmp_path, tmp_path, "--scale", "workstation")
     status, _, said = featnorm("reproduce", "table3", "--scale", "huge")
     assert status == 2
-    assert re.search(r"'huge' is not one of 'laptop', \W*'paper'", said)
+    assert re.search(r"'huge' is not one of 'laptop', \W*'workstation', \W*'gpu', \W*'paper'", said)
 
 
 def test_the_pooled_norm_is_of_the_pooled_feature(root):

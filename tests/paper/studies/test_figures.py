@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from featnorm.paper import theory
+from featnorm.paper.images import Images
 from featnorm.paper.panels import Panel
 from featnorm.paper.probe import LAST
 from featnorm.paper.recipe import PaperRecipe
@@ -28,7 +29,7 @@ def tiny(monkeypatch):
 
 def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
     figures = [name for name, study in studies().items() if isinstance(study, Figure) and name != "figure13"]
-    assert len(figures) == 12
+    assert len(figures) == 13
     for name in figures:
         assert reproduce(name, root, tmp_path).exit_code == 0, name
     out = tmp_path / "laptop"
@@ -36,6 +37,7 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
     assert networks == {
         *(f"resnet-cifar10-relu-{scheme}" for scheme in theory.SCHEMES),
         "resnet-cifar10-relu-S-decay",
+        "resnet-cifar10-relu-S-seed1",
         *(f"mlp-{data}-{name}-S" for data in ("cifar10", "mnist") for name in theory.ACTIVATIONS),
     }
     for name in figures:
@@ -52,6 +54,10 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
     assert studies()["figure3"].pictures(kept)["figure3"] == (out / "figure3.svg").read_text()
     assert "layer 5" in (out / "figure12.md").read_text()
     assert "before the rectifier" in (out / "figure8.md").read_text()
+    rows = (out / "schemes.md").read_text()
+    assert all(f"| {row} | " in rows for row in ("S", "S, seed 1", "S, with weight decay", "Is", "O"))
+    assert rows.count("| 60 | ") == len(theory.SCHEMES) + 2
+    assert "| – | " in rows.split("| R | ")[1].splitlines()[0]
 
     def never(*_args, **_options):
         raise AssertionError("trained again")
@@ -72,6 +78,7 @@ def test_a_run_records_what_it_was(root, tiny, tmp_path):
     folder = tmp_path / job.folder
     assert run["inputs"] == 60
     assert run["recipe"]["augment"] is False
+    assert run["accuracy"] == {"train": 1}
     assert [record["epoch"] for record in run["records"]] == [1, 2]
     assert series(run, LAST, "hidden", "train", "accuracy") == [1, 1]
     assert "test" not in run["records"][0]["layers"][LAST]["hidden"]
@@ -93,6 +100,20 @@ def test_a_run_records_what_it_was(root, tiny, tmp_path):
         study.result(job, TINY, images, here)
 
 
+def test_the_accuracy_is_of_the_trained_network_on_new_images(root, tiny, tmp_path):
+    here = context(root=root, out=tmp_path)
+    study = studies()["schemes"]
+    images = study.load(TINY, here)
+    job = theory.Job("resnet", seed=1)
+    run = study.result(job, TINY, images, here)
+    model = theory.build(job, TINY, images.train[0].shape[1:], 10, 1)
+    model.load_state_dict(torch.load(tmp_path / job.folder / "checkpoint.pt", weights_only=True)["model"])
+    pixels, labels = images.test
+    right = model.eval()(pixels.float() / 255).argmax(1) == labels
+    assert run["accuracy"]["test"] == pytest.approx(float(right.float().mean()))
+    assert run["job"]["seed"] == 1
+
+
 def test_the_label_schemes_train_as_the_paper_says():
     scale = theory.SCALES["paper"]
     for scheme in theory.SCHEMES:
@@ -100,6 +121,14 @@ def test_the_label_schemes_train_as_the_paper_says():
         assert recipe.augment == (scheme == "Is")
         assert (recipe.epochs, recipe.lr, recipe.batch_size, recipe.weight_decay) == (200, 0.06, 256, 0)
     assert theory.Job("resnet", decay=True).recipe(scale).weight_decay > 0
+    longer = theory.SCALES["workstation"]
+    images = Images((torch.zeros(45_000, 1, 1, 1, dtype=torch.uint8), torch.zeros(45_000)), ())
+    used = {}
+    for scheme in theory.SCHEMES:
+        job = theory.Job("resnet", scheme=scheme)
+        used[scheme] = len(theory.training_images(job, longer, images)[0]), job.recipe(longer).epochs
+    memorized = (10_000, 100)
+    assert used == {"S": (45_000, 40), "I": memorized, "Is": memorized, "R": memorized, "O": (10_000, 5)}
     mlp = theory.Job("mlp").recipe(scale)
     assert (mlp.epochs, mlp.optimizer, mlp.lr, mlp.batch_size) == (200, "adamw", 1e-3, 256)
 

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +28,8 @@ from featnorm.features import Boxes, Features
 from featnorm.metrics import evaluate
 from featnorm.paper.images import as_pixels
 from featnorm.paper.panels import image_grid
-from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Objects, Scenes, load_objects
-from featnorm.paper.study import Context, Study
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Draw, Objects, Scenes, SceneStudy, Seeds
+from featnorm.paper.study import Context
 from featnorm.paper.tables import (
     MEASURES,
     Result,
@@ -66,30 +66,17 @@ _WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Seeds):
     """Number of seeds, of training steps of 8 scenes, of scenes to train and fit on, and of scenes to test on."""
 
-    seeds: int
     steps: int
     training: int
     known: int
     foreign: int
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A job: a network and its scenes."""
-
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of the run."""
-        return f"boxes-seed{self.seed}"
-
-
 @dataclass(frozen=True, eq=False)
-class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
+class BoxStudy(SceneStudy[Scale]):
     """Every detector on the boxes that a network finds, and the rates that calibration promises.
 
     Its result has one entry per seed: ``accuracy``, of the classes of boxes on digits; ``found``, by kind of
@@ -100,26 +87,13 @@ class BoxStudy(Study[Scale, tuple[Objects, Objects], Draw]):
     scenes, and ``pictures``.
     """
 
-    page: ClassVar[str] = "maps-and-boxes"
     scales: ClassVar[Mapping[str, Scale]] = {
         "laptop": Scale(seeds=3, steps=2000, training=3000, known=1000, foreign=600),
         "paper": Scale(seeds=5, steps=20_000, training=20_000, known=4000, foreign=2000),
     }
-    grows: ClassVar[bool] = True
-
-    def load(self, scale: Scale, context: Context) -> tuple[Objects, Objects]:
-        return context.once(load_objects)
-
-    def jobs(self, scale: Scale, inputs: tuple[Objects, Objects]) -> list[Draw]:
-        return [Draw(seed) for seed in range(scale.seeds)]
 
     def settings(self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
-        return {
-            "draw": asdict(job),
-            "scenes": {name: count for name, count in asdict(scale).items() if name != "seeds"},
-            "min_confidence": MIN_CONFIDENCE,
-            "made of": [{name: len(part) for name, part in vars(objects).items()} for objects in inputs],
-        }
+        return super().settings(job, scale, inputs) | {"min_confidence": MIN_CONFIDENCE}
 
     def run(
         self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects], folder: Path, context: Context

@@ -4,7 +4,7 @@ Networks are trained by variant and seed; one extraction of each set of images t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +58,7 @@ _LAPTOP = PaperRecipe(
 )
 SCALES = {
     "laptop": Scale(32, _LAPTOP, FROZEN, frozen=True, seeds=3),
+    "gpu": Scale(64, replace(_LAPTOP, epochs=100, batch_size=512, lr=0.4), FROZEN, frozen=True, seeds=1),
     "paper": Scale(64, PRESETS["C.1"], PRESETS["C.1"], frozen=False, seeds=3),
 }
 

@@ -96,6 +96,12 @@ class Figure(Study[Scale, Images, Job]):
         return {self.name: panel_figure([[Panel.from_dict(panel) for panel in row] for row in content["panels"]])}
 
 
+class GrowingFigure(Figure):
+    """A figure that shows the networks trained so far."""
+
+    grows: ClassVar[bool] = True
+
+
 def series(run: Result, *path: str) -> list[float]:
     """Return a recorded quantity at every epoch, by its path below the layers."""
     values = []
@@ -318,17 +324,68 @@ def _figure11(runs: Sequence[Result]) -> _Parts:
     return [panels], headers, rows
 
 
+def _schemes(runs: Sequence[Result]) -> _Parts:
+    panels = []
+    for score, label in _SCORES.items():
+        lines = [
+            Line(_network(run), series(run, LAST, "auroc", "test", score), _epochs(run), style)
+            for style, run in enumerate(runs)
+        ]
+        panels.append(Panel(f"{label}, against the test split", "epoch", "AUROC", lines))
+    rows = [
+        [
+            _network(run),
+            f"{run['inputs']:,}",
+            f"{run['accuracy']['train']:.1%}",
+            f"{run['accuracy']['test']:.1%}" if "test" in run["accuracy"] else "–",
+            *(
+                f"{series(run, LAST, 'auroc', split, score)[-1]:.1%}"
+                for score in _SCORES
+                for split in ("train", "test")
+            ),
+        ]
+        for run in runs
+    ]
+    aurocs = [f"{label}, {split} split" for label in _SCORES.values() for split in ("training", "test")]
+    return [panels], ["Scheme", "training images", "accuracy on them", "on new images", *aurocs], rows
+
+
+def _network(run: Result) -> str:
+    job = run["job"]
+    decay, seed = ", with weight decay" if job["decay"] else "", f", seed {job['seed']}" if job["seed"] else ""
+    return _scheme(run) + decay + seed
+
+
 def _notes(runs: Sequence[Result]) -> list[str]:
     first = runs[0]
     recipe = first["recipe"]
+    lengths: dict[str, list[str]] = {}
+    for run in runs:
+        lengths.setdefault(_length(run), []).append(_scheme(run))
+    shown = [
+        length if len(lengths) == 1 else f"{', '.join(dict.fromkeys(schemes))}: {length}"
+        for length, schemes in lengths.items()
+    ]
+    seeds = sorted({run["job"]["seed"] for run in runs})
     network = (
         "MLP of 5 layers of 512" if first["job"]["network"] == "mlp" else f"ResNet-18 of width {first['width']}"
     )
     return [
-        f"scale {first['scale']}: {network}, {first['inputs']} training images, {recipe['epochs']} epochs, "
-        f"{recipe['optimizer']}, batch {recipe['batch_size']}, learning rate {recipe['lr']}; one seed",
+        f"scale {first['scale']}: {network}, {recipe['optimizer']}, batch {recipe['batch_size']}, "
+        f"learning rate {recipe['lr']}; {'one seed' if len(seeds) == 1 else f'seeds {seeds}'}",
+        *shown,
         *facts(runs[:1]),
     ]
+
+
+def _length(run: Result) -> str:
+    recipe = run["recipe"]
+    length = f"{run['inputs']} training images, {recipe['epochs']} epochs"
+    if recipe["augment"]:
+        length += ", augmented"
+    if recipe["crop"]:
+        length += f", crops of {recipe['crop']} pixels for the first {recipe['crop_share']:.0%}"
+    return length
 
 
 def _mlps(data: Data) -> list[Job]:
@@ -362,6 +419,17 @@ Figure(
     "Figure 10, detection against the entropy of activation",
     _RESNETS,
     _correlations("norm", "nan"),
+)
+GrowingFigure(
+    "schemes",
+    "The label schemes: accuracy, and detection against both splits",
+    # The networks of instances take several times as long as the others.
+    [
+        *sorted(_RESNETS, key=lambda job: job.scheme.startswith("I")),
+        Job("resnet", seed=1),
+        Job("resnet", decay=True),
+    ],
+    _schemes,
 )
 Figure("figure11", "Figure 11, activation patterns of training inputs", _RESNETS, _figure11)
 _DATA: list[tuple[int, Data, str]] = [(12, "cifar10", "CIFAR-10"), (13, "svhn", "SVHN"), (14, "mnist", "MNIST")]

@@ -4,7 +4,7 @@ import base64
 import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +19,8 @@ from featnorm.features import Features, Parts
 from featnorm.metrics import auroc, evaluate
 from featnorm.paper.images import as_pixels
 from featnorm.paper.panels import image_grid
-from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Objects, Scenes, load_objects
-from featnorm.paper.study import Context, Study
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Draw, Objects, Scenes, SceneStudy, Seeds
+from featnorm.paper.study import Context
 from featnorm.paper.tables import Result, Table, cell, environment, left_out, mean_and_deviation
 from featnorm.parts import PartCalibration, sampled_parts, unit_scores
 from featnorm.report.maps import map_picture
@@ -48,26 +48,13 @@ _PICTURED, _PICTURED_DETECTOR = 2, "KLUniform()"
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Seeds):
     """Number of seeds, of scenes for training and for fitting detectors, and of scenes to test on."""
 
-    seeds: int
     training: int
     fit: int
     known: int
     foreign: int
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A job: a network and its scenes."""
-
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of the run."""
-        return f"maps-seed{self.seed}"
 
 
 class MapNetwork(nn.Module):
@@ -113,7 +100,7 @@ def train_network(
 
 
 @dataclass(frozen=True, eq=False)
-class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
+class MapStudy(SceneStudy[Scale]):
     """Every detector per position, the verdicts on whole scenes, and the rates that calibration promises.
 
     Its result has one entry per seed: ``accuracy`` of all positions and of those of digits; ``positions``, by
@@ -123,26 +110,13 @@ class MapStudy(Study[Scale, tuple[Objects, Objects], Draw]):
     ``excluded``; ``rates``, see `_rates`; and of the first seed ``pictures``.
     """
 
-    page: ClassVar[str] = "maps-and-boxes"
     scales: ClassVar[Mapping[str, Scale]] = {
         "laptop": Scale(seeds=3, training=3000, fit=500, known=500, foreign=100),
         "paper": Scale(seeds=5, training=20_000, fit=4000, known=4000, foreign=1000),
     }
-    grows: ClassVar[bool] = True
-
-    def load(self, scale: Scale, context: Context) -> tuple[Objects, Objects]:
-        return context.once(load_objects)
-
-    def jobs(self, scale: Scale, inputs: tuple[Objects, Objects]) -> list[Draw]:
-        return [Draw(seed) for seed in range(scale.seeds)]
 
     def settings(self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
-        return {
-            "draw": asdict(job),
-            "recipe": RECIPE.to_dict(),
-            "scenes": {name: count for name, count in asdict(scale).items() if name != "seeds"},
-            "made of": [{name: len(part) for name, part in vars(objects).items()} for objects in inputs],
-        }
+        return super().settings(job, scale, inputs) | {"recipe": RECIPE.to_dict()}
 
     def run(
         self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects], folder: Path, context: Context

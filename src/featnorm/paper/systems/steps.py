@@ -18,7 +18,7 @@ from featnorm._utils.layout import fast_layout, safe_gradients
 from featnorm._utils.progress import progress_bar
 from featnorm.paper.images import as_pixels
 from featnorm.paper.systems.base import TrainContext, check_images
-from featnorm.training.runs import Checkpoints, digest, seeded
+from featnorm.training.runs import Checkpoints, are_finite, digest, seeded
 
 Parts = Mapping[str, Any]
 Losses = Iterator[tuple[str, Tensor]]
@@ -106,8 +106,7 @@ def train_steps(
                     bar.update(len(rows))
                     bar.set_postfix({name: f"{total / steps:.3g}" for name, total in sums.items()}, refresh=False)
             means = {name: total / steps for name, total in sums.items()}
-            finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
-            if not (finite and all(math.isfinite(mean) for mean in means.values())):
+            if not (are_finite(model.state_dict().values()) and all(map(math.isfinite, means.values()))):
                 raise ValueError(f"losses or weights are not finite in epoch {epoch + 1}: lower the learning rate")
             seconds = time.perf_counter() - began
             checkpoints.write({"epoch": epoch + 1, "losses": means, "seconds": seconds})

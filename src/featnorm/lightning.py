@@ -1,0 +1,93 @@
+"""A callback for Lightning: AUROC and drift while a model is trained, and a scorer beside its checkpoint.
+
+It is a callback of ``lightning.pytorch`` or of ``pytorch_lightning``, whichever is imported before this module.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from featnorm._utils.extras import import_extra
+from featnorm.callbacks import TrainingScorer
+
+__all__ = ["OODCallback"]
+
+_BASES = [
+    sys.modules[name].Callback for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules
+] or [import_extra("lightning.pytorch").Callback]
+
+
+class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
+    """Callback of a Lightning ``Trainer`` that measures OOD detection at each validation, and writes a scorer.
+
+    At the end of each validation epoch, except in the sanity check, the callback fits and calibrates a scorer of
+    the module as it is. It logs the results through the module, so that every logger gets them:
+
+    - ``ood/NAME/auroc``, ``ood/NAME/fpr95`` and ``ood/NAME/flagged``, the share flagged, for each OOD set NAME;
+      for several sets, their means too, ``ood/mean/auroc`` and so on,
+    - with ``drift``, ``ood/drift/log10_evidence``, the highest of a `featnorm.DriftMonitor`, ``ood/drift/alarm``,
+      0 or 1, and ``ood/drift/flagged``.
+
+    ``ModelCheckpoint`` and ``EarlyStopping`` can monitor these names.
+
+    At the end of the training, the callback writes a scorer of the best checkpoint beside it, under its name with
+    the suffix ".featnorm"; without checkpoints, a scorer of the last weights to ``scorer.featnorm`` in the
+    trainer's ``default_root_dir``. `featnorm.load` opens the file with a model of these weights. With
+    ``fast_dev_run``, nothing is written.
+
+    Loaders yield batches as the module's ``forward`` takes them, with or without labels. In a distributed
+    training, every process runs all batches, the means over the processes are logged, and the first process writes
+    the file. Strategies that shard the model are not supported.
+
+    Parameters
+    ----------
+    make_scorer, calibration, ood, train, drift, tpr : see `featnorm.callbacks.TrainingScorer`.
+
+    Attributes
+    ----------
+    path : file that was written; None before the end of the training.
+
+    Examples
+    --------
+    >>> ood = {"noise": [torch.randn(64, 3, 8, 8)]}
+    >>> callback = OODCallback(lambda module: Scorer(module, NAN()), calibration=held_out_loader, ood=ood)
+    >>> trainer = lightning.pytorch.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the scorer can be made, and that its file can be written."""
+        self.check(pl_module)
+        folder = str(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)
+        if "://" in folder:
+            raise ValueError(f"scorers are written beside checkpoints in local folders, and these are in {folder}")
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, and log."""
+        if not trainer.sanity_checking:
+            values = {f"ood/{name}": value for name, value in self.measured(pl_module).items()}
+            pl_module.log_dict(values, sync_dist=True)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Fit and calibrate on the weights of the best checkpoint, and write the scorer."""
+        if trainer.fast_dev_run:
+            return
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        best = best if Path(best).is_file() else ""  # a resumed run may name one that was moved
+        path = Path(best).with_suffix(".featnorm") if best else Path(trainer.default_root_dir) / "scorer.featnorm"
+        with _weights_of(best, trainer, pl_module) if best else nullcontext():
+            self.save(pl_module, path, write=trainer.is_global_zero)
+
+
+@contextmanager
+def _weights_of(checkpoint: str, trainer: Any, module: Any) -> Iterator[None]:
+    """Run a block with the weights of a checkpoint in the module."""
+    before = copy.deepcopy(module.state_dict())
+    loaded = trainer.strategy.load_checkpoint(checkpoint)
+    try:
+        trainer.strategy.load_model_state_dict(loaded, strict=module.strict_loading)
+        yield
+    finally:
+        module.load_state_dict(before, strict=module.strict_loading)
