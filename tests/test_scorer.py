@@ -1014,3 +1014,20 @@ def test_boxes_are_found_in_images_of_any_size(tmp_path):
 
 def to_pixels(image):
     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
+
+
+class Scaled(fn.Scorer):
+    """A scorer that changes its inputs first."""
+
+    def forward(self, inputs, groups=None):
+        return super().forward(inputs / 10, groups)
+
+
+def test_a_subclass_changes_the_inputs_once():
+    images = torch.randn(64, 3, 6, 6)
+    model = Net().eval()
+    scaled = Scaled(model, fn.NAN()).calibrate([images], progress=False)
+    expected = fn.Scorer(model, fn.NAN())(images / 10).score
+    torch.testing.assert_close(scaled(images).score, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(images).score, expected)
