@@ -11,11 +11,10 @@ from featnorm.features import Features
 
 
 class _Patterns(NamedTuple):
-    """Linear functions of which units are on, one per class and a last one for a class without inputs."""
+    """Linear functions of which units are on, one per class up to the last with inputs, and one for later ones."""
 
-    groups: Tensor  # (G,) classes, sorted
-    weight: Tensor  # (G + 1, d) log-odds that a unit is on
-    bias: Tensor  # (G + 1,) log-probability that all units are off
+    weight: Tensor  # (K + 1, d) log-odds that a unit is on
+    bias: Tensor  # (K + 1,) log-probability that all units are off
 
 
 class ActivationPattern(Detector):
@@ -51,16 +50,15 @@ class ActivationPattern(Detector):
 
     def _finalize(self) -> _Patterns:
         prior = (self.on.sums.sum(0) + 0.5) / (self.on.total + 1)
-        rates = torch.cat([(self.on.sums + prior) / (self.on.counts[:, None] + 1), prior[None]])
+        rates = prior.repeat(int(self.on.groups[-1]) + 2, 1)
+        rates[self.on.groups] = (self.on.sums + prior) / (self.on.counts[:, None] + 1)
         off = (1 - rates).log()
-        return _Patterns(self.on.groups, rates.log() - off, off.sum(1))
+        return _Patterns(rates.log() - off, off.sum(1))
 
     def _score(self, features: Features) -> Tensor:
         activation = features.tensor("activation")
         self._same_width("activation", activation, self.on.width)
-        groups, weight, bias = self._fitted_state()
-        y = features.tensor("logits").argmax(1)
-        row = torch.searchsorted(groups, y).clamp(max=len(groups) - 1)
-        row = torch.where(groups[row] == y, row, len(groups))
+        weight, bias = self._fitted_state()
+        y = features.tensor("logits").argmax(1).clamp(max=len(bias) - 1)
         every = torch.addmm(bias, (activation > 0).double(), weight.T)
-        return every.gather(1, row[:, None])[:, 0]
+        return every.gather(1, y[:, None])[:, 0]
