@@ -238,11 +238,12 @@ def _batches(loader: Iterable[Any], name: str, scorer: Scorer) -> Iterator["_Bat
     A `DataLoader` with persistent workers has one iterator, which each loop starts again: the trainer's own loop
     over it would end. A copy has another one.
     """
+    batches: Any = loader
     if isinstance(loader, DataLoader):
-        loader = copy.copy(loader)
-        loader._iterator = None
+        batches = copy.copy(loader)
+        batches._iterator = None
     try:
-        yield _Batches(loader, scorer.tap.model)
+        yield _Batches(batches, scorer.tap.model)
     except Exception as error:
         error.add_note(f"(in {name})")
         raise
