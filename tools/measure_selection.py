@@ -31,7 +31,7 @@ from featnorm.features import Features
 from featnorm.fitting import backbone_features, cluster, features_behind, fit_head
 from featnorm.inputs import ImageSource, SlicedSource, open_source
 from featnorm.metrics import auroc
-from featnorm.models import create_model, cut_classifier
+from featnorm.models import LoadedModel, create_model, cut_classifier
 from featnorm.paper.scoring import cached_labels
 from featnorm.runtime import Runtime
 from featnorm.splitting import held_out
@@ -192,8 +192,7 @@ class Store:
         source = self._digits() if spec == "digits" else open_source(spec, root=self.root)
         rows = [i for i in range(len(source)) if classes is None or source.label(i) in classes][step]
         source = SlicedSource(source, rows, source.title)
-        loaded = create_model(NETWORK if name.startswith("cifar") else BACKBONE)
-        model = loaded.model[:-1] if name.startswith("cifar") else cut_classifier(loaded.model)[0]  # type: ignore
+        loaded, model = self.network(name)
         if kind:
             source = SlicedSource(source, self.copied(name).tolist(), source.title)
             loaded = replace(loaded, transform=Destroyed(loaded.transform, kind))
@@ -202,6 +201,12 @@ class Store:
             source, loaded, fast_layout(model.eval()), cache=self.folder / "cache", runtime=runtime
         )
         return Part(cached.values.clone(), cached_labels(source, cached), held_out(cached.digests))
+
+    def network(self, name: str) -> tuple[LoadedModel, nn.Module]:
+        """Return the network whose features a set of images has, and the part that computes them."""
+        loaded = create_model(NETWORK if name.startswith("cifar") else BACKBONE)
+        body = loaded.model[:-1] if name.startswith("cifar") else cut_classifier(loaded.model)[0]  # type: ignore
+        return loaded, body
 
     def _digits(self) -> ImageSource:
         from sklearn.datasets import load_digits

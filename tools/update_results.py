@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import norm_tables
+
 from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.study import Study, studies
 from featnorm.paper.tables import Table
@@ -275,11 +277,13 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     "drift": {"drift": drift},
     "selection": {"selection": selection},
     "theory": {f"{name}-small": _small_table(name) for name in _ENLARGED},
+    "norms": {"norms": norm_tables.norms},
 }
 #: Page -> pictures on it that are not a study's, named as their results -> what draws them.
 PICTURES: dict[str, dict[str, Callable[[Any], str]]] = {
     "drift": {"drift": drift_curves},
     "theory": {f"{name}-small": _small_picture(name) for name in _ENLARGED},
+    "norms": {"norms": norm_tables.picture},
 }
 PAGES = sorted({study.page for study in STUDIES.values()} | set(OTHERS))
 

@@ -186,6 +186,27 @@ def np_nan(a):
     return np.abs(a).sum(1) / np.maximum((a > 0).sum(1), 1)
 
 
+def np_predicted_mahalanobis(z, logits, q):
+    y, mean = logits.argmax(1), z.mean(0)
+    means = [(z[y == c].sum(0) + mean) / ((y == c).sum() + 1) for c in range(logits.shape[1])]
+    residuals = np.stack([row - means[c] for row, c in zip(z, y, strict=True)])
+    rounding = z.shape[1] * np.finfo(np.float32).eps
+    inverse = np.linalg.pinv(residuals.T @ residuals / len(z), rcond=rounding, hermitian=True)
+    return np.array([-min((row - m) @ inverse @ (row - m) for m in means) for row in q])
+
+
+def np_pattern(z, logits, q, q_logits):
+    y, on = logits.argmax(1), z > 0
+    p = (on.sum(0) + 0.5) / (len(on) + 1)
+    rates = [(on[y == c].sum(0) + p) / ((y == c).sum() + 1) for c in range(logits.shape[1])]
+    return np.array(
+        [
+            sum(math.log(r if o else 1 - r) for o, r in zip(row > 0, rates[c], strict=True))
+            for row, c in zip(q, q_logits.argmax(1), strict=True)
+        ]
+    )
+
+
 def np_kl_uniform(logits):
     classes = logits.shape[1]
     return np.array(
@@ -272,6 +293,8 @@ def _table():
         "Mahalanobis(normalize=True)": lambda: np_mahalanobis(unit, y, q_unit),
         "Mahalanobis(relative=True)": lambda: np_relative(z, y, q),
         "Mahalanobis(normalize=True, relative=True)": lambda: np_relative(unit, y, q_unit),
+        "PredictedMahalanobis()": lambda: np_predicted_mahalanobis(unit, logits, q_unit),
+        "ActivationPattern()": lambda: np_pattern(z, logits, q, q_logits),
         "SSD()": lambda: np_ssd(z, q),
         "SSD(clusters=3)": lambda: np_ssd(z, q, y),  # the classes are far apart: k-means finds them
         "SSD(clusters='labels')": lambda: np_ssd(z, q, y),

@@ -16,6 +16,7 @@ from featnorm.detectors.confidence import KLUniform as KLUniform
 from featnorm.detectors.confidence import MaxLogit as MaxLogit
 from featnorm.detectors.distance import SSD as SSD
 from featnorm.detectors.distance import Mahalanobis as Mahalanobis
+from featnorm.detectors.distance import PredictedMahalanobis as PredictedMahalanobis
 from featnorm.detectors.expression import parse_detector as parse_detector
 from featnorm.detectors.fusion import Fusion as Fusion
 from featnorm.detectors.fusion import Sum as Sum
@@ -31,6 +32,7 @@ from featnorm.detectors.norm import HiddenConfidence as HiddenConfidence
 from featnorm.detectors.norm import L1Norm as L1Norm
 from featnorm.detectors.norm import LpNorm as LpNorm
 from featnorm.detectors.norm import Sparsity as Sparsity
+from featnorm.detectors.pattern import ActivationPattern as ActivationPattern
 from featnorm.detectors.perturbation import ODIN as ODIN
 from featnorm.detectors.perturbation import Views as Views
 from featnorm.detectors.rotation import CSI as CSI

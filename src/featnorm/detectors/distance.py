@@ -123,6 +123,60 @@ class Mahalanobis(Detector):
         return score + background[0].nearest(z) if background else score
 
 
+class PredictedMahalanobis(Detector):
+    """Squared Mahalanobis distance to the nearest mean of a predicted class, negated; it needs no labels.
+
+    Features are normalized to unit length, and each belongs to the class that the model predicts. Each class also
+    counts one input at the mean of all inputs, so that classes with few inputs are defined: with one input per
+    class the covariance is proportional to that of `SSD`, and with many the score is that of
+    `Mahalanobis(normalize=True)` for a model that predicts the labels.
+
+    Raises
+    ------
+    ValueError
+        All inputs of the fit are the same.
+
+    Examples
+    --------
+    >>> features = FeatureTap(model).extract(train_loader)
+    >>> PredictedMahalanobis().fit(features).score(features).shape
+    torch.Size([320])
+    """
+
+    reads = ("pooled", "logits")
+    learns = ("pooled", "logits")
+    role = "distance"
+    source = "this library, docs/results/norms.md"
+    formula = r"-\min_y\, (z - \mu_y)^\top \Sigma^{+} (z - \mu_y)"
+    cost = "O(D^2 + C D)"
+    standard = ("PredictedMahalanobis()",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments = Moments()
+
+    def _partial_fit(self, features: Features) -> None:
+        self.moments.update_unit(features.tensor("pooled"), features.tensor("logits").argmax(1))
+
+    def _finalize(self) -> tuple[_Gaussians, _Gaussians]:
+        means, covariance = self.moments.shrunk()
+        # With fewer inputs than units, the inverse of the smallest variances would rule the score.
+        factor = whitening(covariance, self.moments.rounding().max(), torch.float32)
+        if factor.shape[1] == 0:
+            raise ValueError(f"{self!r} found no variation: its {int(self.moments.total)} inputs are the same")
+        origin = self.moments.mean()
+        centers = torch.cat([means - origin, torch.zeros_like(means[:1])]) @ factor
+        known = _Gaussians.about(origin, None, [factor], [centers[:-1]])
+        return known, _Gaussians.about(origin, None, [factor], [centers])
+
+    def _score(self, features: Features) -> Tensor:
+        pooled = features.tensor("pooled")
+        self._same_width("pooled", pooled, self.moments.width)
+        # The mean of a class that is predicted for no training input is that of all of them.
+        some_missing = features.tensor("logits").shape[1] > len(self.moments.groups)
+        return -self._fitted_state()[some_missing].nearest(unit_rows(pooled))
+
+
 class SSD(Detector):
     """Squared Mahalanobis distance in unit-length features, negated (Sehwag et al., ICLR 2021).
 

@@ -251,6 +251,18 @@ class Moments(Statistic):
         scaled = self.sums / self.counts.sqrt()[:, None]
         return (self._whole_gram() - scaled.T @ scaled) / self.total
 
+    def shrunk(self) -> tuple[Tensor, Tensor]:
+        """Return means and covariance of groups that each have one more row, at the mean of all rows.
+
+        Returns
+        -------
+        The means (G, d), and the biased covariance (d, d) of the given rows about the mean of their group.
+        """
+        means = (self.sums + self.sums.sum(0) / self.total) / (self.counts[:, None] + 1)
+        cross = self.sums.T @ means
+        scaled = means * self.counts.sqrt()[:, None]
+        return self.shift + means, (self._whole_gram() - cross - cross.T + scaled.T @ scaled) / self.total
+
     def group_covariances(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the biased covariance of each group, (d, d), and its rounding error, (d,); see `rounding`."""
         for gram, total, count in zip(self.gram, self.sums, self.counts, strict=True):
@@ -637,14 +649,14 @@ def write_unit_rows(z: Tensor, out: Tensor) -> None:
         made.copy_(unit)
 
 
-def whitening(covariance: Tensor, rounding: Tensor) -> Tensor:
+def whitening(covariance: Tensor, rounding: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     """Return L of shape (d, r) with ``L L' = pinv(covariance)``.
 
-    Directions whose variance is within ``rounding`` (0-d) carry no information and are dropped, as in the
-    pseudo-inverse.
+    Directions whose variance is within ``rounding`` (0-d), or within the rounding of a ``precision`` as a share of
+    the largest, carry no information and are dropped, as in the pseudo-inverse.
     """
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > torch.maximum(rounding, len(values) * torch.finfo(values.dtype).eps * values[-1])
+    kept = values > torch.maximum(rounding, len(values) * torch.finfo(precision).eps * values[-1])
     return vectors[:, kept] / values[kept].sqrt()
 
 

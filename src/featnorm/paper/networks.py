@@ -1,8 +1,11 @@
-"""Networks that only the reproduction trains: the paper's MLP, and the heads of CSI."""
+"""Networks that only the reproduction trains: the paper's MLP, the heads of CSI, and a transformer."""
 
+import torch
 from torch import Tensor, nn
 
-from featnorm.models import CosineClassifier, ProjectionHead
+from featnorm._utils.extras import import_extra
+from featnorm.models import CosineClassifier, Normalize, ProjectionHead
+from featnorm.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from featnorm.models.heads import Activation, activation_layer
 
 
@@ -66,3 +69,46 @@ class MLP(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (n, classes) of images (n, ...)."""
         return self.classifier(self.embedding(self.body(images)))
+
+
+def cifar_transformer(
+    classes: int, *, width: int, depth: int, heads: int, mlp_ratio: float, hidden: int, seed: int
+) -> nn.Sequential:
+    """Return a vision transformer for 32 x 32 images with the paper's head.
+
+    It is ``Sequential(Normalize, stem, transformer, head)``. The stem is two convolutions of stride 2, with which
+    transformers need fewer epochs (Xiao et al., NeurIPS 2021); the 64 positions of its output are the tokens of
+    timm's `VisionTransformer`, whose average the head reads. Images may be smaller, as crops in training are:
+    position embeddings are interpolated.
+
+    Parameters
+    ----------
+    classes : number of classes.
+    width, depth, heads, mlp_ratio : settings of the transformer.
+    hidden : width of the `ProjectionHead`'s hidden layer, which is rectified.
+    seed : seed of the initial weights; the caller's random state does not change.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for channels in (3, width // 2):
+            layers += [nn.Conv2d(channels, width // 2, 3, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width // 2), nn.ReLU(inplace=True)]
+        body = import_extra("timm.models.vision_transformer").VisionTransformer(
+            img_size=8,
+            patch_size=1,
+            in_chans=width // 2,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=0,
+            global_pool="avg",
+            class_token=False,
+            dynamic_img_size=True,
+        )
+        for block in body.blocks:
+            # On a CPU, the backward pass of the fused attention takes several times as long.
+            block.attn.fused_attn = False
+        head = ProjectionHead(width, classes, hidden=hidden)
+        return nn.Sequential(Normalize(CIFAR10_MEAN, CIFAR10_STD), nn.Sequential(*layers), body, head)

@@ -50,7 +50,7 @@ class Scale:
     recipe : settings of the ResNet-18.
     mlp : settings of the MLP.
     probed : number of inputs of each set that the probe reads, evenly spaced.
-    others : number of images and epochs of label schemes with settings of their own.
+    others : number of images and number of epochs, by label scheme, where they differ from the above.
     """
 
     width: int
@@ -169,8 +169,8 @@ def train_with_probe(
 
     Returns
     -------
-    The probe's ``records``; the network's ``accuracy`` on all images, by split with targets; and as ``tensors``
-    what `end` returns.
+    The probe's ``records``; ``accuracy``, that of the network on all images of each split that has targets; and as
+    ``tensors`` what `end` returns.
     """
     inputs, labels = training_images(job, scale, images)
     targets, classes = scheme_labels(job.scheme, labels)

@@ -361,21 +361,31 @@ def _notes(runs: Sequence[Result]) -> list[str]:
     recipe = first["recipe"]
     lengths: dict[str, list[str]] = {}
     for run in runs:
-        lengths.setdefault(f"{run['inputs']} training images, {run['recipe']['epochs']} epochs", []).append(
-            _scheme(run)
-        )
+        lengths.setdefault(_length(run), []).append(_scheme(run))
     shown = [
         length if len(lengths) == 1 else f"{', '.join(dict.fromkeys(schemes))}: {length}"
         for length, schemes in lengths.items()
     ]
+    seeds = sorted({run["job"]["seed"] for run in runs})
     network = (
         "MLP of 5 layers of 512" if first["job"]["network"] == "mlp" else f"ResNet-18 of width {first['width']}"
     )
     return [
-        f"scale {first['scale']}: {network}, {'; '.join(shown)}, "
-        f"{recipe['optimizer']}, batch {recipe['batch_size']}, learning rate {recipe['lr']}; one seed",
+        f"scale {first['scale']}: {network}, {recipe['optimizer']}, batch {recipe['batch_size']}, "
+        f"learning rate {recipe['lr']}; {'one seed' if len(seeds) == 1 else f'seeds {seeds}'}",
+        *shown,
         *facts(runs[:1]),
     ]
+
+
+def _length(run: Result) -> str:
+    recipe = run["recipe"]
+    length = f"{run['inputs']} training images, {recipe['epochs']} epochs"
+    if recipe["augment"]:
+        length += ", augmented"
+    if recipe["crop"]:
+        length += f", crops of {recipe['crop']} pixels for the first {recipe['crop_share']:.0%}"
+    return length
 
 
 def _mlps(data: Data) -> list[Job]:
