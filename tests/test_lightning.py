@@ -1,6 +1,7 @@
 """The callback for Lightning: what it logs and writes, and that the training is the same with it."""
 
 import importlib
+import math
 import sys
 
 import lightning.pytorch
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import featnorm as fn
-from digits import loader, network
+from digits import loader, network, parts
+from featnorm.callbacks import TrainingScorer
 from featnorm.lightning import OODCallback
 
 QUIET = {
@@ -202,6 +204,26 @@ def test_loaders_that_cannot_be_used_are_errors(changes, kind, match):
         OODCallback(nan, **{"calibration": loader("calibration"), **changes})
 
 
+def once():
+    """Return a loader whose passes share one iterator."""
+
+    class Once:
+        batches = iter([torch.zeros(100, 64)])
+
+        def __iter__(self):
+            return self.batches
+
+    return Once()
+
+
+def unsized(*batches):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    return torch.utils.data.DataLoader(Stream(), batch_size=None)
+
+
 def test_what_would_fail_after_an_epoch_fails_before_the_training(tmp_path):
     with pytest.raises(ValueError, match=r"KNN\(k=5\) needs a fit: pass train="):
         fit(trainer(tmp_path, callback(knn)), module())
@@ -211,14 +233,124 @@ def test_what_would_fail_after_an_epoch_fails_before_the_training(tmp_path):
         fit(trainer("memory://runs", callback()), module())
 
 
-def test_an_error_names_the_loader():
-    class Empty(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(())
+@pytest.mark.parametrize(
+    ("make_scorer", "changes", "kind", "match", "note"),
+    [
+        (
+            nan,
+            {"calibration": [torch.rand(9, 64)] * 2},
+            ValueError,
+            "18 calibration scores are too few",
+            "calibration",
+        ),
+        (nan, {"calibration": unsized()}, ValueError, "the loader yielded no batch", "calibration"),
+        (nan, {"ood": {"far": unsized()}}, ValueError, "the loader yielded no batch", "ood['far']"),
+        (nan, {"drift": [torch.rand(9, 63)]}, ValueError, "takes vectors of 64 numbers", "drift"),
+        (nan, {"calibration": once()}, TypeError, "calibration yields its batches once: pass a DataLoader", None),
+        (
+            lambda model: fn.Scorer(model, fn.Mahalanobis()),
+            {"train": [torch.rand(50, 64)]},
+            ValueError,
+            "reads `labels`: there is no `labels`: the loader yields none",
+            "train",
+        ),
+        (
+            lambda model: fn.Scorer(model, fn.NAN(), thresholds_by="folder"),
+            {},
+            ValueError,
+            "thresholds_by='folder' needs the group of each input",
+            None,
+        ),
+    ],
+)
+def test_the_check_reads_the_first_batch_of_each_loader(make_scorer, changes, kind, match, note):
+    with pytest.raises(kind, match=match) as caught:
+        TrainingScorer(make_scorer, **{"calibration": loader("calibration"), **changes}).check(network())
+    assert note is None or f"(in {note})" in caught.value.__notes__
 
-    unsized = OODCallback(
-        nan, calibration=loader("calibration"), ood={"far": torch.utils.data.DataLoader(Empty())}
+
+def test_as_many_calibration_inputs_as_the_rate_needs_pass_the_check():
+    TrainingScorer(nan, calibration=[torch.rand(9, 64), torch.rand(10, 64)]).check(network())
+
+
+def test_weights_that_are_not_finite_give_nan_with_a_warning_and_no_scorer(tmp_path):
+    sets = {name: loader("nines") for name in ("a", "b")}
+    scorer = TrainingScorer(nan, calibration=loader("calibration"), ood=sets, drift=loader("nines"))
+    model = network()
+    finite = scorer.measured(model)
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"the OOD measures are NaN: `activation` is not finite .*in calibration"):
+        values = scorer.measured(model)
+    assert values.keys() == finite.keys()
+    assert all(math.isnan(value) for value in values.values())
+    with pytest.warns(UserWarning, match="scorer.featnorm is not written: `activation` is not finite"):
+        scorer.save(model, tmp_path / "scorer.featnorm", write=True)
+    assert scorer.path is None
+
+
+def test_generators_of_samplers_are_left_as_they_were():
+    generator = torch.Generator().manual_seed(0)
+    sampler = torch.utils.data.RandomSampler(parts()["calibration"], generator=generator)
+    batches = torch.utils.data.BatchSampler(sampler, 100, drop_last=False)
+    data = torch.utils.data.DataLoader(parts()["calibration"], batch_sampler=batches)
+    model = network()
+    before = generator.get_state(), torch.get_rng_state()
+    TrainingScorer(nan, calibration=data).measured(model)
+    assert all(map(torch.equal, before, (generator.get_state(), torch.get_rng_state())))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_generators_of_cuda_are_left_as_they_were():
+    class Noisy:
+        def __iter__(self):
+            yield torch.rand(100, 64, device="cuda").cpu()
+
+    model = network().cuda()
+    before = torch.cuda.get_rng_state()
+    TrainingScorer(nan, calibration=Noisy()).measured(model)
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_inputs_are_converted_to_the_precision_of_the_weights(precision, tmp_path):
+    measuring, model = callback(), module()
+    runner = trainer(
+        tmp_path, measuring, precision=precision, enable_checkpointing=False, epochs=1, limit_train_batches=1
     )
+    runner.fit(model, loader("train"), loader("validation"))
+    assert 0 <= float(runner.callback_metrics["ood/nines/auroc"]) <= 1
+    assert fn.load(measuring.path, model)
+
+
+def test_the_scorer_of_a_checkpoint_with_hyperparameters_of_any_type(tmp_path):
+    class Saving(type(module())):
+        def __init__(self, folder=None):
+            super().__init__()
+            self.save_hyperparameters()
+
+    measuring = callback()
+    fit(trainer(tmp_path, measuring, epochs=1), Saving(tmp_path))
+    first = measuring.path
+    assert first.exists()
+    # What the state of a resumed run names as its best checkpoint is not trusted.
+    state = torch.load(first.with_suffix(".ckpt"), weights_only=False)
+    torch.save({**state, "hyper_parameters": {}}, tmp_path / "resumed.ckpt")
+    resumed = callback()
+    with pytest.warns(UserWarning, match="is not written, because the run that was resumed wrote its checkpoint"):
+        fit(trainer(tmp_path, resumed, epochs=1), Saving(), ckpt_path=tmp_path / "resumed.ckpt")
+    assert resumed.path is None
+
+
+def test_the_scorer_is_of_the_weights_that_a_later_callback_sets_at_the_end(tmp_path):
+    averaging = lightning.pytorch.callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    measuring, model = callback(), module()
+    fit(trainer(tmp_path, measuring, averaging, enable_checkpointing=False), model)
+    assert fn.load(measuring.path, model)
+
+
+def test_an_error_names_the_loader():
+    far = OODCallback(nan, calibration=loader("calibration"), ood={"far": unsized()})
     with pytest.raises(ValueError, match="the loader yielded no batch") as caught:
-        unsized.measured(network())
+        far.measured(network())
     assert caught.value.__notes__ == ["(in ood['far'])"]

@@ -1014,3 +1014,44 @@ def test_boxes_are_found_in_images_of_any_size(tmp_path):
 
 def to_pixels(image):
     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
+
+
+class Scaled(fn.Scorer):
+    """A scorer that changes its inputs first."""
+
+    def forward(self, inputs, groups=None):
+        return super().forward(inputs / 10, groups)
+
+
+def test_a_subclass_changes_the_inputs_once():
+    images = torch.randn(64, 3, 6, 6)
+    model = Net().eval()
+    scaled = Scaled(model, fn.NAN()).calibrate([images], progress=False)
+    expected = fn.Scorer(model, fn.NAN())(images / 10).score
+    torch.testing.assert_close(scaled(images).score, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(images).score, expected)
+
+
+class Stateful(Net):
+    """A model with a state that is not a tensor."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_of_a_wrong_model_is_not_taken_for_a_tensor(tmp_path):
+    fn.Scorer(Net().eval(), fn.NAN()).calibrate([torch.randn(64, 3, 6, 6)], progress=False).save(
+        tmp_path / "s.featnorm", weights=True
+    )
+    model = Stateful().eval()
+    with pytest.raises(archive.ArchiveError, match=r'Stateful: .*Missing key.* "_extra_state"; pass the model'):
+        fn.load(tmp_path / "s.featnorm", model)
+    model.head = nn.Linear(16, 2)
+    with pytest.raises(
+        archive.ArchiveError, match=r"head.bias is of shape \(5,\) in the file and of shape \(2,\) in the model"
+    ):
+        fn.load(tmp_path / "s.featnorm", model)

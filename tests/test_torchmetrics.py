@@ -76,6 +76,7 @@ def test_a_metric_can_be_merged_pickled_and_plotted():
     first.merge_state(second)
     assert float(pickle.loads(pickle.dumps(first)).compute()) == together()[2]["FPRAtTPR"]
     assert not first.higher_is_better
+    assert repr(first) == "FPRAtTPR(tpr=0.9)"
     assert first.plot()[1].get_ylim()[0] == pytest.approx(0, abs=0.1)
 
 
@@ -83,6 +84,7 @@ def test_scores_of_half_precision_and_of_numpy_count_as_they_are():
     metric = AUROC()
     metric.update(torch.tensor([1.5, 0.5], dtype=torch.bfloat16), torch.tensor([1, 0]))
     metric.update(np.float32([1.5, 2.0]), np.array([False, True]))
+    metric.update([], [])
     assert float(metric.compute()) == fn.auroc([1.5, 2.0], [0.5, 1.5])
 
 
@@ -92,6 +94,7 @@ def test_scores_of_half_precision_and_of_numpy_count_as_they_are():
         ([1.0, 2.0], [True], r"is_id must hold True or 1 .* 2 values in all, got torch.bool of shape \(1,\)"),
         ([1.0, 2.0], [1, -1], r"got torch.int64 of shape \(2,\) with values from -1 to 1"),
         ([1.0], [0.5], r"got torch.float32 of shape \(1,\)"),
+        ([1.0], [1j], r"got torch.complex64 of shape \(1,\)"),
         ([[1.0]], [[1]], r"scores must be 1-D, one score per input, got shape \(1, 1\)"),
         ([float("nan")], [1], r"scores: 1 of 1 values are NaN, the first at index 0"),
     ],

@@ -118,7 +118,9 @@ def test_the_scorer_of_a_training_in_mixed_precision_is_of_full_precision(tmp_pa
 
 
 def test_a_detector_that_needs_a_fit_needs_training_inputs(tmp_path):
-    trainer = Trainer(model(), TrainingArguments(tmp_path, use_cpu=True, report_to=[]), train_dataset=TRAIN)
+    # The bar of a training that ends by an error would stay open.
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = Trainer(model(), arguments, train_dataset=TRAIN)
     callback = OODCallback(trainer, lambda model: fn.Scorer(model, fn.KNN()), calibration=[{}])
     trainer.add_callback(callback)
     with pytest.raises(ValueError, match="needs a fit: pass train=, a loader of training inputs"):

@@ -198,7 +198,7 @@ def is_wanted(runtime: Runtime, kind: Kind, device: torch.device, count: int) ->
     ----------
     runtime : see `Runtime`.
     kind : what the items are.
-    device : device of the network, unless a cluster runs it.
+    device : device of the network. With a cluster, that of its actors is used instead.
     count : number of items.
 
     Raises

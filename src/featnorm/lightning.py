@@ -8,10 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+
 from featnorm._utils.extras import import_extra
-from featnorm.callbacks import TrainingScorer
+from featnorm.callbacks import TrainingScorer, warn_of
 
 __all__ = ["OODCallback"]
 
@@ -35,10 +38,11 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
 
     At the end of the training, the callback writes a scorer of the best checkpoint beside it, under its name with
     the suffix ".featnorm"; without checkpoints, a scorer of the last weights to ``scorer.featnorm`` in the
-    trainer's ``default_root_dir``. `featnorm.load` opens the file with a model of these weights. With
+    trainer's ``default_root_dir``. To open the file, pass `featnorm.load` a model with these weights. With
     ``fast_dev_run``, nothing is written.
 
-    Loaders yield batches as the module's ``forward`` takes them, with or without labels. In a distributed
+    Loaders yield batches as the module's ``forward`` takes them, with or without labels; floating-point inputs are
+    converted to the precision of the weights, such as that of ``precision="bf16-true"``. In a distributed
     training, every process runs all batches, the means over the processes are logged, and the first process writes
     the file. Strategies that shard the model are not supported.
 
@@ -57,8 +61,11 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
     >>> trainer = lightning.pytorch.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
+    _restored: tuple[str, int] | None = None
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the scorer can be made, and that its file can be written."""
+        self._restored = _best(trainer) if trainer.ckpt_path else None
         self.check(pl_module)
         folder = str(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)
         if "://" in folder:
@@ -70,24 +77,44 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
             values = {f"ood/{name}": value for name, value in self.measured(pl_module).items()}
             pl_module.log_dict(values, sync_dist=True)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Fit and calibrate on the weights of the best checkpoint, and write the scorer."""
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Fit and calibrate on the weights of the best checkpoint, and write the scorer.
+
+        Before, in ``on_train_end``, other callbacks may still change the weights and write checkpoints.
+        """
         if trainer.fast_dev_run:
             return
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        best = best if Path(best).is_file() else ""  # a resumed run may name one that was moved
-        path = Path(best).with_suffix(".featnorm") if best else Path(trainer.default_root_dir) / "scorer.featnorm"
-        with _weights_of(best, trainer, pl_module) if best else nullcontext():
-            self.save(pl_module, path, write=trainer.is_global_zero)
+        best = _best(trainer)
+        path = (
+            Path(best[0]).with_suffix(".featnorm") if best else Path(trainer.default_root_dir, "scorer.featnorm")
+        )
+        # The trainer has moved the module to the CPU.
+        pl_module.to(trainer.strategy.root_device)
+        # A checkpoint that this training wrote may hold hyperparameters of any type, and is as safe to load as the
+        # code that wrote it. The state of a resumed run may name any file as its best checkpoint.
+        weights = _weights_of(best[0], pl_module, trusted=best != self._restored) if best else nullcontext()
+        try:
+            with weights:
+                self.save(pl_module, path, write=trainer.is_global_zero)
+        except UnpicklingError as error:
+            warn_of(f"{path.name} is not written, because the run that was resumed wrote its checkpoint", error)
+        pl_module.cpu()
+
+
+def _best(trainer: Any) -> tuple[str, int] | None:
+    """Return the best checkpoint of a trainer and its time of change; None if there is none."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    # A resumed run may name one that was moved.
+    return (path, Path(path).stat().st_mtime_ns) if Path(path).is_file() else None
 
 
 @contextmanager
-def _weights_of(checkpoint: str, trainer: Any, module: Any) -> Iterator[None]:
+def _weights_of(checkpoint: str, module: Any, *, trusted: bool) -> Iterator[None]:
     """Run a block with the weights of a checkpoint in the module."""
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=not trusted)
     before = copy.deepcopy(module.state_dict())
-    loaded = trainer.strategy.load_checkpoint(checkpoint)
     try:
-        trainer.strategy.load_model_state_dict(loaded, strict=module.strict_loading)
+        module.load_state_dict(loaded["state_dict"], strict=module.strict_loading)
         yield
     finally:
         module.load_state_dict(before, strict=module.strict_loading)

@@ -28,8 +28,9 @@ class Runtime:
     device : device of the model: "cpu", "cuda", "mps", or "auto" for the accelerator of this machine, if any.
     precision : "32-true", "bf16-mixed" or "16-mixed", in Lightning Fabric's notation.
     batch_size
-        Number of items that are read, run and written together. Default: 64 images or texts, 1024 rows. Of 1000
-        images or more, PyTorch then runs 8 at a time on a CPU if the first batches take less time that way.
+        Number of items that are read, run and written together. Default: 64 images or texts, 1024 rows. With the
+        default, on a CPU and for 1000 images or more, PyTorch runs the images of a batch 8 at a time if that takes
+        less time on the first batches.
     workers : number of threads that decode images; see `featnorm.inputs.source_loader`.
     cluster : a `featnorm.cluster.Cluster` whose actors run the model. Default: this process runs it.
     compiled : whether to compile networks before training.

@@ -486,7 +486,8 @@ class Scorer(nn.Module):
     def _check_weights(self) -> Contents:
         """Return the model's contents; raise a ValueError if the weights have changed since the fit.
 
-        A change through ``.data`` is not seen.
+        The weights are the parameters and the buffers in the model's state. A change through ``.data``, of a
+        non-persistent buffer, or of a layer without parameters (a ReLU replaced by a GELU) is not detected.
         """
         contents = self.tap.contents()
         if self._weights is None or self._versions == (versions := contents.versions()):
@@ -545,7 +546,7 @@ class Scorer(nn.Module):
         """
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(inputs, groups)
+                return Scorer.forward(self, inputs, groups)  # not self.forward, which a subclass may override
         contents = self._check_weights()
         features = self.tap.capture(inputs, classifier="classifier" in self.detector.reads, contents=contents)
         return self._verdict(features, groups)

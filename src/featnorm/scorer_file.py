@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featnorm import archive
 from featnorm._utils.checks import check_text
-from featnorm._utils.errors import UserCodeError, first_line
+from featnorm._utils.errors import UserCodeError, error_text, first_line
 from featnorm._utils.layout import fast_layout
 from featnorm._utils.weights import load_weights
 from featnorm.calibration import Calibration
@@ -298,14 +298,16 @@ def _differ(network: nn.Module, stored: Mapping[str, Tensor], kind: HeadKind) ->
 def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:
     try:
         load_weights(network, stored)
-    except RuntimeError:
-        both = stored, network.state_dict()
+    except RuntimeError as error:
+        # The extra state of a module need not be a tensor.
+        both = stored, {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
         a, b = ({key: tuple(value.shape) for key, value in state.items()} for state in both)
-        first = next((key for key in (*a, *b) if a.get(key) != b.get(key)), "")
-        theirs, ours = (f"of shape {state[first]}" if first in state else "missing" for state in (a, b))
+        why = error_text(error).rstrip(".")
+        if (first := next((key for key in (*a, *b) if a.get(key) != b.get(key)), None)) is not None:
+            theirs, ours = (f"of shape {state[first]}" if first in state else "missing" for state in (a, b))
+            why = f"{first} is {theirs} in the file and {ours} in the model"
         raise archive.ArchiveError(
-            f"{path} does not fit {name}: {first} is {theirs} in the file and {ours} in the model; pass the model "
-            "that the detector was fitted on"
+            f"{path} does not fit {name}: {why}; pass the model that the detector was fitted on"
         ) from None
 
 

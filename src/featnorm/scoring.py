@@ -438,7 +438,7 @@ def _scored(
     """Yield number and verdicts of some batches, in any order; count and time them."""
     began = time.perf_counter()
     if runtime.cluster is not None:
-        # The engine was tried here: the actors use it, or fail.
+        # This process has already built the engine, so an actor that cannot build it raises an error.
         there = replace(runtime, engine="torch" if engine is None else "onnx")
         for number, verdicts in runtime.cluster.score(scorer, source, batches, runtime=there):
             summary.computed += len(verdicts)

@@ -68,8 +68,11 @@ class _Measure(import_extra("torchmetrics").Metric):  # type: ignore[misc]
         """
         kept = as_score_tensor(scores, "scores", allow_empty=True)
         mark = torch.as_tensor(is_id, device=kept.device)
-        if mark.shape != kept.shape or mark.is_floating_point() or not ((mark == 0) | (mark == 1)).all():
-            values = f" with values from {mark.min()} to {mark.max()}" if mark.numel() else ""
+        # An empty list becomes an empty float32 tensor.
+        of_floats = mark.numel() > 0 and (mark.is_floating_point() or mark.is_complex())
+        if mark.shape != kept.shape or of_floats or not ((mark == 0) | (mark == 1)).all():
+            shown = mark.numel() > 0 and not mark.is_complex()  # complex numbers have no order
+            values = f" with values from {mark.min()} to {mark.max()}" if shown else ""
             raise ValueError(
                 f"is_id must hold True or 1 for each ID input and False or 0 for each OOD input, {len(kept)} "
                 f"values in all, got {mark.dtype} of shape {tuple(mark.shape)}{values}"
@@ -174,7 +177,12 @@ class FPRAtTPR(_Measure):
     def __init__(self, tpr: float = 0.95, **options: Any) -> None:
         super().__init__(**options)
         check_share(tpr, "tpr", one_allowed=True)
+        self.tpr = tpr
         self._measure = partial(self._at_tpr, tpr=tpr)
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments, for `repr`."""
+        return f"tpr={self.tpr}"
 
 
 class FPRAtTPROODPositive(FPRAtTPR):

@@ -27,13 +27,14 @@ class OODCallback(TrainingScorer, import_extra("transformers").TrainerCallback):
     They are added to the metrics of the evaluation, so that ``metric_for_best_model`` can be one of them.
 
     At the end of the training, the callback writes a scorer of the model, with ``load_best_model_at_end`` of the
-    best one, to ``scorer.featnorm`` in ``output_dir``. `featnorm.load` opens the file with a model of these
+    best one, to ``scorer.featnorm`` in ``output_dir``. To open the file, pass `featnorm.load` a model with these
     weights, such as ``trainer.save_model()`` saves.
 
     Loaders yield batches as the model takes them, such as ``DataLoader(dataset, batch_size=64,
     collate_fn=trainer.data_collator)``. The scorer runs in the precision of the weights, even if the training is
-    in mixed precision. In a distributed training, every process runs all batches, the values of the first one are
-    used, and it writes the file. FSDP and DeepSpeed are not supported.
+    in mixed precision; floating-point inputs are converted to it. In a distributed training, every process runs
+    all batches, the values of the first one are used, and it writes the file. FSDP and DeepSpeed are not
+    supported.
 
     Parameters
     ----------

@@ -267,6 +267,16 @@ def test_a_row_group_is_decoded_in_pieces(tmp_path, monkeypatch):
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy.item(17), ROWS[17])
 
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parquet, "open_parquet", broken)
+        for i in (50, 66, 82):  # the pieces of the second row group
+            with pytest.raises(DataError, match="the disk is gone"):
+                copy.item(i)
+    np.testing.assert_array_equal(copy.item(56), ROWS[56])
+
 
 def test_a_group_of_rows_is_converted_as_it_is_read(tmp_path):
     words = [f"w{i}" for i in range(3000)]

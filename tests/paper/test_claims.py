@@ -32,3 +32,11 @@ def test_the_page_covers_every_table_and_figure_of_the_paper():
     for kind, numbers in {"Fig": [*range(1, 7), *range(8, 15)], "Table": range(1, 13)}.items():
         for number in numbers:
             assert any(re.search(rf"{kind}[^()]*\b{number}[a-d]*\b", claim) for claim in claims), (kind, number)
+
+
+def test_the_summary_counts_the_verdicts():
+    found = [row[1] for row in rows()]
+    text = " ".join((RESULTS / "claims.md").read_text("utf-8").split())
+    counts = [len(found), *(found.count(verdict) for verdict in ("holds", "holds partly", "fails", "not judged"))]
+    expected = "Of {} claims, {} hold, {} hold partly, {} fail, and {} are not judged."
+    assert expected.format(*counts) in text

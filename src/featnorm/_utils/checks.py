@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, Union
 import numpy as np
 import numpy.typing as npt
 
+from featnorm._utils.errors import NotFiniteError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -343,13 +345,13 @@ def _check_exact(x: Any, name: str) -> None:
 
 
 def _check_nan(x: Any, name: str) -> None:
-    _reject(x != x, name, "NaN", "a NaN has no rank: find out why this input has no score")
+    _reject(x != x, name, "NaN", "a NaN has no rank: find out why this input has no score", NotFiniteError)
 
 
-def _reject(bad: Any, name: str, what: str, remedy: str) -> None:
-    """Raise a ValueError if entries are marked ``bad``, with their number and the index of the first."""
+def _reject(bad: Any, name: str, what: str, remedy: str, error: type[ValueError] = ValueError) -> None:
+    """Raise an error if entries are marked ``bad``, with their number and the index of the first."""
     if bad.any():
-        raise ValueError(
+        raise error(
             f"{name}: {int(bad.sum())} of {len(bad)} values are {what}, the first at index "
             f"{bad.tolist().index(True)}; {remedy}"
         )

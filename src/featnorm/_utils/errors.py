@@ -19,6 +19,10 @@ class RefusalError(Exception):
     """Base of the errors for a call that featnorm does not support, if they are not a ValueError or TypeError."""
 
 
+class NotFiniteError(ValueError):
+    """Features, weights or scores hold a NaN, or an infinity where none is valid."""
+
+
 class UserCodeError(ValueError):
     """An error raised by the user's code: a model, a transform or a function. The original is its cause."""
 

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from featnorm.calibration import Calibration
     from featnorm.parts import PartCalibration
 
+# Maximum distance between two scores of the same item, relative to the range of all scores, and maximum mean
+# distance, relative to the median distance between neighboring scores.
+_ROUNDING, _SHARE = 1e-4, 0.05
+
 
 def calibrate(
     scorer_file: ScorerFile,
@@ -140,10 +144,26 @@ def _repeats(
     earlier: "Calibration | PartCalibration | None",
     scores: Sequence[float],
 ) -> bool:
-    """Return whether all items that were added to an earlier calibration have scores that were in it."""
+    """Return whether all items that were added to an earlier calibration have scores that were in it.
+
+    Another engine or batch size changes the score of an item by rounding. Scores of other items may also be close
+    to earlier ones, but their mean distance is not far below that between neighboring scores.
+    """
+    import numpy as np
+
     from featnorm.parts import PartCalibration
 
+    if earlier is None:
+        return False
+    known, added = np.unique(earlier.scores.tolist()), np.asarray(scores)
     if isinstance(earlier, PartCalibration) and isinstance(calibration, PartCalibration):
-        known, added = earlier.unit_scores, calibration.unit_scores[len(earlier.unit_scores) :]
-        return set(added.tolist()) <= set(known.tolist())
-    return earlier is not None and set(scores) <= set(earlier.scores.tolist())
+        known = np.unique(earlier.unit_scores.tolist())
+        added = np.asarray(calibration.unit_scores[len(earlier.unit_scores) :].tolist())
+    added, count = added[~np.isin(added, known)], len(added)
+    known = known[np.isfinite(known)]
+    if not len(added) or len(known) < 2:
+        return not len(added)
+    above = np.searchsorted(known, added).clip(1, len(known) - 1)
+    gaps = np.minimum(abs(added - known[above - 1]), abs(added - known[above]))
+    near = gaps.max() <= _ROUNDING * (known[-1] - known[0])
+    return bool(near and gaps.sum() / count <= _SHARE * np.median(np.diff(known)))

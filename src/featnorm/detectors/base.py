@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featnorm._utils.checks import Constraint, shown, table
-from featnorm._utils.errors import RefusalError
+from featnorm._utils.errors import NotFiniteError, RefusalError
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.detectors.statistics import Statistic
 from featnorm.features import FIELDS, Features
@@ -416,7 +416,7 @@ class Detector(nn.Module, ABC):
                 continue
             for part in features.linear():
                 if part is not None and not torch.isfinite(part).all():
-                    raise ValueError(
+                    raise NotFiniteError(
                         "the weights of the `classifier` are not finite everywhere: look at the model"
                     )
 
@@ -554,7 +554,7 @@ def _require_finite(name: str, value: Tensor) -> None:
         return
     bad = (~torch.isfinite(value)).any(1).nonzero().squeeze(1)
     if len(bad):
-        raise ValueError(
+        raise NotFiniteError(
             f"`{name}` is not finite for {len(bad)} of {len(value)} inputs, the first at row {int(bad[0])}: "
             "look at that input, or at the model's precision"
         )

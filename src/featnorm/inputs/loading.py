@@ -261,14 +261,17 @@ def _result(future: Future[_T]) -> _T:
 
 
 class PassSize:
-    """Whether a network runs a batch of images at once or 8 at a time, as measured on the first three batches.
+    """Runs a batch of images at once or 8 at a time, whichever took less time per image on the first batches.
+
+    The first three batches of more than 16 images are run both ways: 8 images to warm up, 8, and the rest.
 
     If the C library returns freed memory to the system, large batches take about twice the time on a CPU (see
     `featnorm.keep_freed_memory`). The results differ by rounding only.
     """
 
     def __init__(self) -> None:
-        self._seconds = {1: math.inf, 2: math.inf}  # per image: of a few, and of the rest of a batch
+        # Shortest time per image, by the place of the part in a compared batch: 1 has 8 images, 2 all others.
+        self._seconds = {1: math.inf, 2: math.inf}
         self._left = _COMPARED
 
     def __call__(self, function: Callable[..., _T], inputs: Tensor, *others: Tensor) -> list[_T]:

@@ -199,9 +199,10 @@ class PieceReader:
         """Return columns of one piece of a row group, at most `PIECE` rows, as a `pyarrow.Table`."""
         with self._lock:
             if self._group != (wanted := (file, group, *columns)) or piece <= self._last:
-                self._group, self._pieces = wanted, enumerate(_pieces(folder, file, group, columns))
-            self._last = piece
+                self._pieces = enumerate(_pieces(folder, file, group, columns))
+            self._group = None  # after an error the pieces end, so the next read begins again
             found = next((batch for number, batch in self._pieces if number == piece), None)
+            self._group, self._last = wanted, piece
         if found is None:
             raise OSError(f"row group {group} has fewer rows than when the file was opened")
         return import_extra("pyarrow").Table.from_batches([found])

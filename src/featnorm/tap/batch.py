@@ -222,8 +222,8 @@ class Call:
             return Call((tensor(self.args[0]),), {}, self.labels, self.labels_given, self.doubt)
         return replace(
             self,
-            args=tuple(_mapped(value, tensor, thing) for value in self.args),
-            kwargs={name: _mapped(value, tensor, thing) for name, value in self.kwargs.items()},
+            args=tuple(map_tensors(value, tensor, thing) for value in self.args),
+            kwargs={name: map_tensors(value, tensor, thing) for name, value in self.kwargs.items()},
         )
 
 
@@ -327,6 +327,23 @@ def position_labels(call: Call, grid: tuple[int, ...], classes: int) -> tuple[Te
     nearest = nn.functional.interpolate(mask[:, None].double(), grid[1:], mode="nearest-exact")
     labels = nearest.flatten().to(torch.int64)
     return torch.where((labels >= 0) & (labels < classes), labels, -1), ""
+
+
+def map_tensors(value: Any, tensor: Callable[[Tensor], Any], thing: Callable[[Any], Any]) -> Any:
+    """Apply one function to every tensor in a batch, and another to every object that holds tensors."""
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if isinstance(value, Mapping):
+        changed = {key: map_tensors(item, tensor, thing) for key, item in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return changed
+        kept = copy.copy(value)  # of its own type, such as a BatchEncoding
+        kept.update(changed)
+        return kept
+    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
+        items = [map_tensors(item, tensor, thing) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return thing(value) if _has_tensors(value) else value
 
 
 def _from_sequence(
@@ -446,22 +463,6 @@ def _from_object(
     else:
         raise BatchError(f"labels={labels!r}, and {name} is {_kind(batch)}, without such a part")
     return Call((batch,), labels=target, labels_given=labels is not None), {}
-
-
-def _mapped(value: Any, tensor: Callable[[Tensor], Any], thing: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return tensor(value)
-    if isinstance(value, Mapping):
-        changed = {key: _mapped(item, tensor, thing) for key, item in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return changed
-        kept = copy.copy(value)  # of its own type, such as a BatchEncoding
-        kept.update(changed)
-        return kept
-    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
-        items = [_mapped(item, tensor, thing) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return thing(value) if _has_tensors(value) else value
 
 
 def _rows(value: Any) -> int | None:
