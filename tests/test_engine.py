@@ -2,19 +2,17 @@
 
 import threading
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
 import featnorm as fn
 from featnorm import engine
-from featnorm.engine import Engine, EngineError, relative_gap
+from featnorm.engine import EngineError, relative_gap
 from featnorm.fitting import fit_source
 from featnorm.inputs import open_source
 from featnorm.models import LoadedModel
@@ -274,22 +272,3 @@ def test_infinite_scores_are_equal():
     assert relative_gap(one, one) == 0
     assert relative_gap(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])) == 0
     assert relative_gap(one, torch.tensor([1.0, 5.0, 2.0])) == torch.inf
-
-
-def test_texts_run_in_parts_that_fit_into_the_caches():
-    names = ["input_ids", "attention_mask"]
-    values = [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "L"]) for name in [*names, "output"]]
-    graph = helper.make_graph([helper.make_node("Add", names, ["output"])], "sum", values[:2], values[2:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    texts = {name: torch.randint(9, (4 * torch.get_num_threads() + 1, 5)) for name in names}
-    of_texts, sizes = Engine(model.SerializeToString(), texts), []
-    session = of_texts._session
-
-    def run(_, given):
-        sizes.append(len(given["input_ids"]))
-        return session.run(None, given)
-
-    of_texts._session = SimpleNamespace(run=run)
-    (found,) = of_texts(texts)
-    assert torch.equal(found, texts["input_ids"] + texts["attention_mask"])
-    assert sizes == [4 * torch.get_num_threads(), 1]

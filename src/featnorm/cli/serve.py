@@ -73,7 +73,7 @@ def serve(
     engine: Engine = "auto",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Maximum number of inputs that the model runs at a time.")
-    ] = 8,
+    ] = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request size in bytes.")] = 16 * 2**20,
     max_inputs: Annotated[
         int, typer.Option(min=1, help="Maximum number of images, texts or rows per request.")

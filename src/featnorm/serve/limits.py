@@ -68,7 +68,7 @@ class Limits:
     pixels: int = 50_000_000
     queue: int = 256
     seconds: float = 30.0
-    batch_size: int = 8
+    batch_size: int = 32
     queue_pixels: int = 800_000_000
     connections: int = 512
     grace: float = 10.0
