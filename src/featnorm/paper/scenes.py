@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from featnorm.inputs import image_tensor, open_source
 from featnorm.paper.images import labeled
-from featnorm.paper.study import Context, Study
+from featnorm.paper.study import Context, Seeded, Study
 
 SIDE = 64
 #: Digits that are in-distribution; the others are objects of unknown classes.
@@ -137,23 +137,10 @@ class Seeds:
     seeds: int
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A job of a study on scenes: a network and its scenes."""
-
-    study: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of the run."""
-        return f"{self.study}-seed{self.seed}"
-
-
 _Scale = TypeVar("_Scale", bound=Seeds)
 
 
-class SceneStudy(Study[_Scale, tuple[Objects, Objects], Draw]):
+class SceneStudy(Study[_Scale, tuple[Objects, Objects], Seeded]):
     """A study that trains one network per seed on scenes, and tests it on others."""
 
     page: ClassVar[str] = "maps-and-boxes"
@@ -163,11 +150,11 @@ class SceneStudy(Study[_Scale, tuple[Objects, Objects], Draw]):
         """See `Study`."""
         return context.once(load_objects)
 
-    def jobs(self, scale: _Scale, inputs: tuple[Objects, Objects]) -> list[Draw]:
+    def jobs(self, scale: _Scale, inputs: tuple[Objects, Objects]) -> list[Seeded]:
         """See `Study`."""
-        return [Draw(self.name, seed) for seed in range(scale.seeds)]
+        return [Seeded(self.name, seed) for seed in range(scale.seeds)]
 
-    def settings(self, job: Draw, scale: _Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
+    def settings(self, job: Seeded, scale: _Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
         """See `Study`."""
         return {
             "draw": {"seed": job.seed},

@@ -207,6 +207,19 @@ class Whole:
     folder: str
 
 
+@dataclass(frozen=True)
+class Seeded:
+    """The job of a study that trains one network per seed."""
+
+    study: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the run."""
+        return f"{self.study}-seed{self.seed}"
+
+
 class SingleRun(Study[None, Inputs, Whole]):
     """A study that is one run, the same at every scale; its file is the result of the run."""
 

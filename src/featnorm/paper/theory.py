@@ -18,7 +18,7 @@ from featnorm.models import Normalize, cifar_network
 from featnorm.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from featnorm.models.heads import Activation
 from featnorm.norms import l0_norm, l1_norm
-from featnorm.paper.images import Images, cifar10_images, labeled, spaced
+from featnorm.paper.images import Images, as_pixels, cifar10_images, labeled, spaced
 from featnorm.paper.networks import MLP
 from featnorm.paper.probe import LAST, Probe
 from featnorm.paper.recipe import PRESETS, PaperRecipe, Scheme, scheme_labels
@@ -205,12 +205,8 @@ def train_with_probe(
 @torch.inference_mode()
 def _accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     device = next(model.parameters()).device
-    right = 0
-    for batch, wanted in zip(inputs.split(_BATCH), targets.split(_BATCH), strict=True):
-        pixels = batch.to(device).float()
-        logits = model(pixels.div(255) if batch.dtype == torch.uint8 else pixels)
-        right += int((logits.argmax(1).cpu() == wanted).sum())
-    return right / len(inputs)
+    predicted = torch.cat([model(as_pixels(batch, device)).argmax(1).cpu() for batch in inputs.split(_BATCH)])
+    return float((predicted == targets).double().mean())
 
 
 def end(model: nn.Module, probe: Probe) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from featnorm.features import Boxes, Features
 from featnorm.metrics import evaluate
 from featnorm.paper.images import as_pixels
 from featnorm.paper.panels import image_grid
-from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Draw, Objects, Scenes, SceneStudy, Seeds
-from featnorm.paper.study import Context
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Objects, Scenes, SceneStudy, Seeds
+from featnorm.paper.study import Context, Seeded
 from featnorm.paper.tables import (
     MEASURES,
     Result,
@@ -92,11 +92,11 @@ class BoxStudy(SceneStudy[Scale]):
         "paper": Scale(seeds=5, steps=20_000, training=20_000, known=4000, foreign=2000),
     }
 
-    def settings(self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
+    def settings(self, job: Seeded, scale: Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
         return super().settings(job, scale, inputs) | {"min_confidence": MIN_CONFIDENCE}
 
     def run(
-        self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects], folder: Path, context: Context
+        self, job: Seeded, scale: Scale, inputs: tuple[Objects, Objects], folder: Path, context: Context
     ) -> dict[str, Any]:
         objects, others = inputs
         training = objects.draw(scale.training, job.seed)

@@ -19,8 +19,8 @@ from featnorm.features import Features, Parts
 from featnorm.metrics import auroc, evaluate
 from featnorm.paper.images import as_pixels
 from featnorm.paper.panels import image_grid
-from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Draw, Objects, Scenes, SceneStudy, Seeds
-from featnorm.paper.study import Context
+from featnorm.paper.scenes import DIGITS, FOREIGN, FOREIGN_OBJECTS, SIDE, Objects, Scenes, SceneStudy, Seeds
+from featnorm.paper.study import Context, Seeded
 from featnorm.paper.tables import Result, Table, cell, environment, left_out, mean_and_deviation
 from featnorm.parts import PartCalibration, sampled_parts, unit_scores
 from featnorm.report.maps import map_picture
@@ -115,11 +115,11 @@ class MapStudy(SceneStudy[Scale]):
         "paper": Scale(seeds=5, training=20_000, fit=4000, known=4000, foreign=1000),
     }
 
-    def settings(self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
+    def settings(self, job: Seeded, scale: Scale, inputs: tuple[Objects, Objects]) -> dict[str, Any]:
         return super().settings(job, scale, inputs) | {"recipe": RECIPE.to_dict()}
 
     def run(
-        self, job: Draw, scale: Scale, inputs: tuple[Objects, Objects], folder: Path, context: Context
+        self, job: Seeded, scale: Scale, inputs: tuple[Objects, Objects], folder: Path, context: Context
     ) -> dict[str, Any]:
         objects, others = inputs
         network, training = train_network(objects, scale.training, job.seed, folder, context)

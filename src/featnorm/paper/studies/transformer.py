@@ -11,7 +11,7 @@ from featnorm.paper.images import CLASSES, Images, cifar10_images
 from featnorm.paper.networks import cifar_transformer
 from featnorm.paper.recipe import PaperRecipe
 from featnorm.paper.scoring import compared_detectors, train_and_score
-from featnorm.paper.study import Context, Study
+from featnorm.paper.study import Context, Seeded, Study
 from featnorm.paper.tables import MEASURES, Result, Table, facts, left_out, ranked
 
 
@@ -31,18 +31,6 @@ class Scale:
         """Return the network, for pixels in [0, 1], with the initial weights of a seed."""
         sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_ratio", "hidden")}
         return cifar_transformer(len(CLASSES), **sizes, seed=seed)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A transformer to train."""
-
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of the run."""
-        return f"transformer-seed{self.seed}"
 
 
 # AdamW as usual for transformers; what fits into about 35 minutes of one CPU core in bfloat16.
@@ -65,7 +53,7 @@ SCALES = {
 
 
 @dataclass(frozen=True, eq=False)
-class TransformerStudy(Study[Scale, Images, Job]):
+class TransformerStudy(Study[Scale, Images, Seeded]):
     """Transformers by seed; its result has one entry for each, see `featnorm.paper.scoring.train_and_score`."""
 
     page: ClassVar[str] = "norms"
@@ -74,14 +62,14 @@ class TransformerStudy(Study[Scale, Images, Job]):
     def load(self, scale: Scale, context: Context) -> Images:
         return context.once(cifar10_images)
 
-    def jobs(self, scale: Scale, inputs: Images) -> list[Job]:
-        return [Job(seed) for seed in range(scale.seeds)]
+    def jobs(self, scale: Scale, inputs: Images) -> list[Seeded]:
+        return [Seeded(self.name, seed) for seed in range(scale.seeds)]
 
-    def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
+    def settings(self, job: Seeded, scale: Scale, inputs: Images) -> dict[str, Any]:
         sizes = {name: value for name, value in asdict(scale).items() if name not in ("recipe", "seeds")}
         return {"network": sizes, "recipe": scale.recipe.to_dict(), "seed": job.seed, "images": inputs.facts}
 
-    def run(self, job: Job, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
+    def run(self, job: Seeded, scale: Scale, inputs: Images, folder: Path, context: Context) -> dict[str, Any]:
         model, detectors = scale.build(job.seed), compared_detectors()
         return train_and_score(model, inputs, detectors, scale.recipe, job.seed, folder, context)
 
