@@ -216,8 +216,9 @@ def test_the_fitted_detector_is_evaluated_beside_others(own, file, tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
 
 
+@pytest.mark.usefixtures("file")  # whose features are in the cache
 def test_thresholds_by_class_and_by_folder(own, trained, tmp_path):
-    fitting = ["fit", "digits/train", *MODEL, "--detector", "Energy", "--tpr", "0.9", "--cache", "cache"]
+    fitting = ["fit", "digits/new", *MODEL, "--detector", "Energy", "--tpr", "0.9", "--cache", "cache"]
     for by in ("class", "folder"):
         path = tmp_path / f"{by}.featnorm"
         status, said, error = own(*fitting, "--thresholds-by", by, "-o", path)
@@ -227,7 +228,7 @@ def test_thresholds_by_class_and_by_folder(own, trained, tmp_path):
         assert scorer.calibration.group_names == tuple("0123456789")
         assert len(set(scorer.calibration.threshold.tolist())) > 5
         table = tmp_path / f"{by}.csv"
-        assert own("score", path, "digits/new", *MODEL, "-o", table)[0] == 0
+        assert own("score", path, "digits/train[::3]", *MODEL, "-o", table)[0] == 0
         rows = rows_of(table)
         groups = [row["predicted"] if by == "class" else Path(row["path"]).parent.name for row in rows]
         assert [row["group"] for row in rows] == groups
@@ -236,7 +237,7 @@ def test_thresholds_by_class_and_by_folder(own, trained, tmp_path):
         assert [row["verdict"] for row in rows] == ["ID" if known else "OOD" for known in is_id.tolist()]
         np.testing.assert_allclose([float(row["p_value"]) for row in rows], p_values)
         assert own("monitor", path, table)[0] in (0, 3)
-        sets = ("--id", "held=digits/new", "--ood", "patches", "--detector", "Energy", "-o", tmp_path / by)
+        sets = ("--id", "held=digits/train[::3]", "--ood", "patches", "--detector", "Energy", "-o", tmp_path / by)
         status, said, error = own("evaluate", path, *MODEL, *sets)
         assert status == 0, error
         share = 100 * (1 - is_id.double().mean())
@@ -273,11 +274,11 @@ def test_classes_that_are_not_the_models_are_reported(own, trained, tmp_path):
             fn.fit(tmp_path / name, "own_model:make", cache="cache")
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.usefixtures("few_steps", "file")
 def test_other_heads_of_the_same_model(own, trained, tmp_path):
     for head, detector in (("train", "KLUniform() + KNN(k=10)"), ("none", "KNN(k=10)")):
         path = tmp_path / f"{head}.featnorm"
-        status, said, error = own("fit", "digits/train", *MODEL, "--head", head, "-o", path, "--cache", "cache")
+        status, said, error = own("fit", "digits/new", *MODEL, "--head", head, "-o", path, "--cache", "cache")
         assert status == 0, error
         scorer = fn.load(path, "own_model:make")
         assert (scorer.head, repr(scorer.detector)) == (head, detector)

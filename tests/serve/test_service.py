@@ -45,6 +45,7 @@ from featnorm.serve import app as service
 from featnorm.serve.metrics import score_buckets
 from featnorm.serve.requests import JsonLines
 from featnorm.serve.responses import histogram, why_of
+from featnorm.serve.scorers import ServedScorer
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
 from pages import Page
@@ -1041,8 +1042,11 @@ def test_what_has_no_pictures_says_why(halved, new, caplog):
     assert "a secret of the inside" in caplog.text
 
 
-def test_the_first_explanation_is_made_before_the_service_is_ready(scorer, caplog):
+def test_the_first_explanation_is_made_before_the_service_is_ready(
+    scorer, caplog, monkeypatch, warm_up_explanations
+):
     """It takes seconds; if it fails, images are scored all the same."""
+    monkeypatch.setattr(ServedScorer, "warm_up_explanations", warm_up_explanations)
     explained = []
     inner = scorer.predict_batch
 

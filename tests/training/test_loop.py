@@ -408,6 +408,9 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     # In this process: others would import torch first.
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    # Compiled sooner, as code that need not be fast. Trying out the kinds of vectors takes longer than all else.
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
     runtime = Runtime("cpu", compiled=True)
