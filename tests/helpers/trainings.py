@@ -8,7 +8,7 @@ from torch import nn
 from featnorm.models import CifarResNet18, ProjectionHead, cifar_network, cifar_network_with
 from featnorm.paper.networks import MLP, CSIHead
 from featnorm.paper.recipe import PRESETS, PaperRecipe
-from featnorm.training import Recipe
+from featnorm.training import Recipe, train
 
 RECIPE = Recipe(epochs=4, batch_size=16, optimizer="sgd", lr=0.05, augment=True)
 PAPER_RECIPE = PaperRecipe(**RECIPE.to_dict())
@@ -65,3 +65,14 @@ def plain(recipe):
     if recipe.objective not in ("cross_entropy", "rotnet"):
         body.classifier = nn.Identity()
     return body
+
+
+def train_cases(fabric, runtime, path):
+    """Train on every case in each process of a runtime, and save the weights by name."""
+    images, targets = data(64)
+    trained = {
+        name: train(plain(recipe), images, targets, recipe, runtime=runtime).state_dict()
+        for name, recipe in CASES.items()
+    }
+    if fabric.global_rank == 0:
+        torch.save(trained, path)

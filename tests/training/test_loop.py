@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import lightning_fabric
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,18 @@ from featnorm.paper.networks import MLP
 from featnorm.paper.recipe import PRESETS, scheme_labels
 from featnorm.runtime import Runtime
 from featnorm.training import Recipe, train, train_head
-from trainings import CASES, PAPER_RECIPE, RECIPE, assert_same, data, framework, network, plain, weights
+from trainings import (
+    CASES,
+    PAPER_RECIPE,
+    RECIPE,
+    assert_same,
+    data,
+    framework,
+    network,
+    plain,
+    train_cases,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -262,36 +274,19 @@ def test_the_head_alone_learns_and_the_backbone_stays(optimizer):
         train_head(nn.Sequential(*model, nn.Identity()), loader, recipe)
 
 
-TWO = """
-import sys, torch
-sys.path.insert(0, {folder!r})
-from dataclasses import replace
-from featnorm.paper.networks import MLP
-from featnorm.paper.recipe import PRESETS
-from featnorm.models import ProjectionHead
-from featnorm.runtime import Runtime
-from featnorm.training import Recipe, train
-from trainings import CASES, data, plain
-def run(fabric):
-    images, targets = data(64)
-    ends = {{}}
-    for name, recipe in CASES.items():
-        ends[name] = train(plain(recipe), images, targets, recipe, runtime=runtime).state_dict()
-    if fabric.global_rank == 0:
-        torch.save(ends, {out!r})
-if __name__ == "__main__":
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    class Fabric(lightning_fabric.Fabric):
+        """In copies of this process where there can be any: another one imports torch again."""
+
+        def __init__(self, **options):
+            super().__init__(strategy="ddp_fork" if sys.platform == "linux" else "ddp_spawn", **options)
+
     runtime = Runtime(processes=2)
-    runtime.fabric.launch(run)
-"""
-
-
-def test_two_processes_train_as_one(tmp_path):
-    out = tmp_path / "two.pt"
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(folder=str(HELPERS), out=str(out)))
-    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_fabric, "Fabric", Fabric)
+        runtime.fabric.launch(train_cases, runtime, tmp_path / "two.pt")
     images, targets = data(64)
-    two = torch.load(out, weights_only=True)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two.keys() == CASES.keys()
     for name, recipe in CASES.items():
         one = train(plain(recipe), images, targets, recipe)
@@ -409,7 +404,7 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
     # In this process: others would import torch first.
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     # Compiled sooner, as code that need not be fast. Trying out the kinds of vectors takes longer than all else.
-    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
+    monkeypatch.setattr("torch._inductor.cpp_builder._get_optimization_cflags", lambda *_: (["O0"], []))
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
