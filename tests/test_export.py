@@ -135,15 +135,16 @@ def test_a_jackknife_is_one_graph(folder, tiny, cache, tmp_path, expression):
     few = SlicedSource(source, range(0, 240, 6), "few")
     runtime = fn.Runtime(progress=False, workers=0)
     detector = fn.parse_detector(expression)
-    scorer = fit_source(few, tiny, detector=detector, cache=cache, runtime=runtime, tpr=0.9)[0]
+    # Each of four left out has a part of the graph: the export takes as long as there are nodes.
+    scorer = fit_source(few, tiny, detector=detector, cache=cache, runtime=runtime, tpr=0.8)[0]
     assert scorer.is_jackknife
     assert export_onnx(scorer, tmp_path / "d.onnx") <= 1e-4
     images = torch.stack([tiny.transform(source.item(row)) for row in range(1, 240, 6)])
     session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
     score, p_value, is_id = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
-    # Of 9: these pictures are so alike that rounding is felt where two of the left-out scores are close.
+    # Of 4: these pictures are so alike that rounding is felt where two of the left-out scores are close.
     torch.testing.assert_close(score, scorer(images).score, rtol=0, atol=0.05)
-    assert len(score.floor().unique()) > 5
+    assert len(score.floor().unique()) > 2
     for found, wanted in zip((p_value, is_id), scorer.calibration.predict(score), strict=True):
         torch.testing.assert_close(found, wanted)
 
