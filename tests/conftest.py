@@ -67,6 +67,13 @@ def engines(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all processes of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data: parquet files described in their own README."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -1,10 +1,8 @@
 """A network that was trained outside featnorm, from its training script through every command."""
 
-import contextlib
 import csv
 import json
 import re
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from asking import client_of
 from featnorm.cli import serve
 from featnorm.inputs import open_source
 from featnorm.serve import server
+from snippets import run_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("operators_read_once")]
 
@@ -27,14 +26,11 @@ MODEL = ("--model", "own_model:make")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder in which the example was run, as a program."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copy(EXAMPLE, folder)
+def trained(tmp_path_factory, shared):
+    """A folder in which the example was run, as a program."""
     assert "featnorm" not in re.sub(r'""".*?"""', "", EXAMPLE.read_text(), flags=re.DOTALL)
-    with contextlib.chdir(folder), torch.random.fork_rng():
-        runpy.run_path("own_model.py", run_name="__main__")
-    return folder
+    _, wrote = run_once(EXAMPLE, shared)
+    return shutil.copytree(wrote, tmp_path_factory.mktemp("trained"), dirs_exist_ok=True)
 
 
 @pytest.fixture

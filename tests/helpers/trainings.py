@@ -1,5 +1,7 @@
 """Small images with classes, and networks for them."""
 
+import os
+import signal
 from dataclasses import replace
 
 import torch
@@ -76,3 +78,13 @@ def train_cases(fabric, runtime, path):
     }
     if fabric.global_rank == 0:
         torch.save(trained, path)
+
+
+def train_until_killed(folder):
+    """Train in a process that is killed at the end of the third epoch."""
+
+    def kill(entry, _):
+        if entry["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(network(), *data(), RECIPE, folder=folder, on_epoch=kill)

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import lightning_fabric
 import pytest
 import torch
 from torch import nn
 
-import trainings
+from apart import start
 from featnorm.models import (
     CifarResNet18,
     Normalize,
@@ -33,13 +32,13 @@ from trainings import (
     network,
     plain,
     train_cases,
+    train_until_killed,
     weights,
 )
 
 pytestmark = pytest.mark.slow
 
 FABRIC = Runtime().fabric
-HELPERS = Path(trainings.__file__).parent
 
 
 def test_it_learns():
@@ -114,20 +113,9 @@ def test_resumed_is_unbroken(tmp_path, optimizer):
 
 @pytest.mark.posix
 def test_a_killed_run_loses_one_epoch_at_most(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(HELPERS)!r})\n"
-        "from trainings import *\n"
-        "def kill(entry, model):\n"
-        "    if entry['epoch'] == 3:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "images, targets = data()\n"
-        "from featnorm.training import train\n"
-        "train(network(), images, targets, RECIPE, folder='run', on_epoch=kill)\n"
-    )
-    killed = subprocess.run([sys.executable, script], cwd=tmp_path)
-    assert killed.returncode == -9
+    killed = start(train_until_killed, tmp_path / "run", out=tmp_path / "out", error=tmp_path / "log")
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 2
     images, targets = data()
     epochs = []
