@@ -92,10 +92,10 @@ def test_the_command_line_takes_it_by_name():
 
 
 def test_its_hidden_classifier_explains(shared_data):
-    source = open_source("cifar10:test[:300]", root=shared_data)
+    source = open_source("cifar10:test[:150]", root=shared_data)
     pixels = image_tensor(source, 32, progress=False).float() / 255
     model = fn.load_model(NAME)
-    explainer = fn.Explainer(model).fit(pixels.split(100), progress=False)
+    explainer = fn.Explainer(model).fit(pixels.split(50), progress=False)
     with torch.no_grad():
         logits = model(pixels[:5])
     hidden = fn.FeatureTap(model).hidden(pixels[:5])
