@@ -44,14 +44,15 @@ class Together(torch.nn.Module):
         super().__init__()
         self.graphs = torch.nn.ModuleList(graphs)
         self.tap, self.model = graphs[0].tap, graphs[0].model
+        self.with_verdicts = [repr(graph.detector) in WITH_VERDICTS for graph in graphs]
         for graph in graphs:
             del graph.model
 
     def forward(self, inputs):
         features = self.tap.traced(inputs)
         found = []
-        for graph in self.graphs:
-            found += graph.verdicts(features) if repr(graph.detector) in WITH_VERDICTS else [graph.score(features)]
+        for graph, whole in zip(self.graphs, self.with_verdicts, strict=True):
+            found += graph.verdicts(features) if whole else [graph.score(features)]
         return tuple(found)
 
 
