@@ -279,7 +279,8 @@ def test_other_heads_of_the_same_model(own, trained, tmp_path):
         assert (scorer.head, repr(scorer.detector)) == (head, detector)
         assert (scorer.statistics is not None) == (head == "train")
         assert scorer.explains, "by similar images"
-        assert scorer.export(tmp_path / "d.onnx") <= 1e-4
+        # A trained head is exported in test_export.
+        assert head == "train" or scorer.export(tmp_path / "d.onnx") <= 1e-4
         status, said, _ = own("score", path, "patches", *MODEL)
         assert status == 0
         flagged = int(re.search(r"(\d+) of 100 images flagged", said)[1])
