@@ -67,10 +67,10 @@ def start(function, *arguments, out, error=os.devnull):
     return process
 
 
-def first_line_of(out, process):
-    """Return the first line that a process writes to a file."""
-    while "\n" not in (said := out.read_text("utf-8") if out.exists() else ""):
-        assert process.is_alive(), "it ended without a word"
+def first_lines_of(out, process, count=1):
+    """Return what a process writes to a file until that are so many lines."""
+    while (said := out.read_text("utf-8") if out.exists() else "").count("\n") < count:
+        assert process.is_alive(), "it ended before"
         time.sleep(0.01)
     return said
 
@@ -86,4 +86,6 @@ def command(*arguments):
 def _write_to(out, error, function, arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(out, "w", 1, "utf-8") as sys.stdout, open(error, "w", 1, "utf-8") as sys.stderr:
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stderr.fileno(), 2)
         function(*arguments)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import filelock
 import torch
 
-from apart import command, first_line_of, start
+from apart import command, first_lines_of, start
 
 _FENCE = re.compile(
     r"^(?:<!-- (?P<mark>.+?) -->\n+)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -151,7 +151,7 @@ def run_once(program, shared):
 def _start(arguments):
     """Start featnorm in the background, to the end of the page; returns the first line that it prints."""
     _STARTED.append(start(command, *arguments, out=Path("printed in the background")))
-    return first_line_of(Path("printed in the background"), _STARTED[-1])
+    return first_lines_of(Path("printed in the background"), _STARTED[-1])
 
 
 def _compare(expected, printed, place):

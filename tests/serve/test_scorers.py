@@ -26,7 +26,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import featnorm as fn
-from apart import command, first_line_of, start
+from apart import command, first_lines_of, start
 from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.serve import Limits, ScorerFile, create_app, workers
@@ -490,7 +490,7 @@ def test_files_are_replaced_under_load_without_an_error(file, other, tmp_path, m
     process = start(command, *served, out=tmp_path / "out", error=tmp_path / "log")
     stop = threading.Event()
     try:
-        url = re.search(r"http://[\d.]+:\d+/", first_line_of(tmp_path / "out", process))[0]
+        url = re.search(r"http://[\d.]+:\d+/", first_lines_of(tmp_path / "out", process))[0]
 
         def get(path):
             with urllib.request.urlopen(url + path, timeout=30) as answer:

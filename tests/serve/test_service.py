@@ -12,8 +12,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -33,8 +31,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
 import tiny_texts
-from apart import command, first_line_of, start
-from asking import Asking, client_of, running, until
+from apart import command, first_lines_of, start
+from asking import Asking, client_of, running, serve_what_never_returns, until
 from featnorm.cli import serve
 from featnorm.hidden import Why
 from featnorm.inputs import SlicedSource, open_source
@@ -1283,7 +1281,7 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
     served += ["--token-file", tmp_path / "token"]
     process = start(command, *served, out=tmp_path / "out", error=tmp_path / "log")
     try:
-        said = first_line_of(tmp_path / "out", process)
+        said = first_lines_of(tmp_path / "out", process)
         host, port = re.search(r"http://([\d.]+):(\d+)/", said).groups()
         assert host == "127.0.0.1"
         request = urllib.request.Request(
@@ -1327,41 +1325,18 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
 
 
 @pytest.mark.posix
-def test_the_command_ends_in_time_whatever_its_threads_do(detector):
-    # A model that never returns. The warm-up image is enough.
-    code = """
-import signal, time
-from featnorm.__main__ import main
-from featnorm import scorer_file as module
-from featnorm.scorer import Scorer
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-
-def load(*arguments, load=module.load, **options):
-    scorer = load(*arguments, **options)
-    Scorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
-    return scorer
-
-module.load = load
-main()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", str(detector), "--port", "0", "--grace-seconds", "0.5"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_the_command_ends_in_time_whatever_its_threads_do(detector, tmp_path):
+    served = (serve_what_never_returns, detector, "--port", "0", "--grace-seconds", "0.5", "--engine", "torch")
+    process = start(*served, out=tmp_path / "out", error=tmp_path / "log")
     try:
-        assert {process.stdout.readline()[:5] for _ in range(2)} == {"begun", "Servi"}
-        process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert log == "featnorm: interrupted\n"
+        said = first_lines_of(tmp_path / "out", process, 2)
+        assert {line[:5] for line in said.splitlines()} == {"begun", "Servi"}
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+        assert (tmp_path / "log").read_text("utf-8") == "featnorm: interrupted\n"
     finally:
         process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
 
 
 def test_all_of_the_log_is_json(capsys, monkeypatch):
