@@ -85,6 +85,9 @@ def command(*arguments):
 
 def _write_to(out, error, function, arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A copy has none of the threads of its parent, and would wait for them for ever.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     with open(out, "w", 1, "utf-8") as sys.stdout, open(error, "w", 1, "utf-8") as sys.stderr:
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)

@@ -69,17 +69,6 @@ def plain(recipe):
     return body
 
 
-def train_cases(fabric, runtime, path):
-    """Train on every case in each process of a runtime, and save the weights by name."""
-    images, targets = data(64)
-    trained = {
-        name: train(plain(recipe), images, targets, recipe, runtime=runtime).state_dict()
-        for name, recipe in CASES.items()
-    }
-    if fabric.global_rank == 0:
-        torch.save(trained, path)
-
-
 def train_until_killed(folder):
     """Train in a process that is killed at the end of the third epoch."""
 

@@ -3,10 +3,11 @@
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
-import lightning_fabric
 import pytest
 import torch
 from torch import nn
@@ -31,7 +32,6 @@ from trainings import (
     framework,
     network,
     plain,
-    train_cases,
     train_until_killed,
     weights,
 )
@@ -262,19 +262,37 @@ def test_the_head_alone_learns_and_the_backbone_stays(optimizer):
         train_head(nn.Sequential(*model, nn.Identity()), loader, recipe)
 
 
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    class Fabric(lightning_fabric.Fabric):
-        """In copies of this process where there can be any: another one imports torch again."""
-
-        def __init__(self, **options):
-            super().__init__(strategy="ddp_fork" if sys.platform == "linux" else "ddp_spawn", **options)
-
-    runtime = Runtime(processes=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(lightning_fabric, "Fabric", Fabric)
-        runtime.fabric.launch(train_cases, runtime, tmp_path / "two.pt")
+TWO = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from dataclasses import replace
+from featnorm.paper.networks import MLP
+from featnorm.paper.recipe import PRESETS
+from featnorm.models import ProjectionHead
+from featnorm.runtime import Runtime
+from featnorm.training import Recipe, train
+from trainings import CASES, data, plain
+def run(fabric):
     images, targets = data(64)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    ends = {{}}
+    for name, recipe in CASES.items():
+        ends[name] = train(plain(recipe), images, targets, recipe, runtime=runtime).state_dict()
+    if fabric.global_rank == 0:
+        torch.save(ends, {out!r})
+if __name__ == "__main__":
+    runtime = Runtime(processes=2)
+    runtime.fabric.launch(run)
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    out = tmp_path / "two.pt"
+    script = tmp_path / "two.py"
+    helpers = Path(__file__).parents[1] / "helpers"
+    script.write_text(TWO.format(folder=str(helpers), out=str(out)))
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    images, targets = data(64)
+    two = torch.load(out, weights_only=True)
     assert two.keys() == CASES.keys()
     for name, recipe in CASES.items():
         one = train(plain(recipe), images, targets, recipe)
