@@ -53,7 +53,7 @@ def quick_seeds():
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
-        for device in (torch.cuda, torch.xpu):
+        for device in (torch.cuda, torch.xpu, torch.mtia):
             patch.setattr(device, "traceback", SimpleNamespace(format_stack=list))
         yield
 

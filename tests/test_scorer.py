@@ -1,11 +1,13 @@
 """A model, a detector and a threshold in one module, from fit to file."""
 
 import json
+import os
 import pickle
 import struct
 import threading
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -616,13 +618,23 @@ def fitted(folder, cache, detector, spec=MODEL):
 @pytest.fixture
 def quick_disk(monkeypatch):
     """Do not wait for the disk, where thousands of files are written."""
+
+    def replace(source, target, rename=os.replace):
+        # Taking the place of a file waits for the disk, too.
+        Path(target).unlink(missing_ok=True)
+        rename(source, target)
+
     monkeypatch.setattr("os.fsync", lambda handle: None)
+    monkeypatch.setattr("os.replace", replace)
 
 
 @pytest.fixture(scope="module")
 def file(folder, cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "d.featnorm"
-    fitted(folder, cache, "KNN(k=3) / NAN()").save(path, weights=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # Small, as it is written and read a thousand times.
+        patch.setattr("featnorm.fitting.MAX_EXAMPLES", 12)
+        fitted(folder, cache, "KNN(k=3) / NAN()").save(path, weights=True)
     return path
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 VALUES = (None, True, -1, 10**400, float("nan"), "x", {"x": {}})
-GONE = object()
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -20,34 +19,37 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def mutated(header: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what was changed, and the header with that change: a part gone, one more, or another value."""
+    """Yield what was changed, and the header with that change: a part gone, one more, or another value.
+
+    The headers share the parts that are the same: copies of the whole take long.
+    """
     for place in places(header):
         if not place:
             yield "one more", {**header, "x": 1}
             continue
-        for value in (GONE, *VALUES):
-            changed = copy.deepcopy(header)
-            part = changed
-            for key in place[:-1]:
-                part = part[key]
-            if value is GONE:
-                del part[place[-1]]
-            elif part[place[-1]] == value and type(part[place[-1]]) is type(value):
-                continue
-            else:
+        name = ".".join(map(str, place))
+        changed, part = _copied(header, place[:-1])
+        before = part[place[-1]]
+        del part[place[-1]]
+        yield f"{name}: gone", changed
+        for value in VALUES:
+            if before != value or type(before) is not type(value):
+                changed, part = _copied(header, place[:-1])
                 part[place[-1]] = value
-            yield f"{'.'.join(map(str, place))}: {'gone' if value is GONE else repr(value)[:40]}", changed
-        if isinstance(value := _at(header, place), dict):
-            changed = copy.deepcopy(header)
-            _at(changed, place)["x"] = 1
-            yield f"{'.'.join(map(str, place))}: one more", changed
-        elif isinstance(value, list) and value:
-            changed = copy.deepcopy(header)
-            _at(changed, place).append(copy.deepcopy(value[0]))
-            yield f"{'.'.join(map(str, place))}: the first twice", changed
+                yield f"{name}: {repr(value)[:40]}", changed
+        changed, part = _copied(header, place)
+        if isinstance(part, dict):
+            part["x"] = 1
+            yield f"{name}: one more", changed
+        elif isinstance(part, list) and part:
+            part.append(part[0])
+            yield f"{name}: the first twice", changed
 
 
-def _at(value: Any, place: tuple[Any, ...]) -> Any:
+def _copied(value: Any, place: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return plain data, and the part at a place: copies of the parts on the way there, and of that one."""
+    copied = part = copy.copy(value)
     for key in place:
-        value = value[key]
-    return value
+        part[key] = copy.copy(part[key])
+        part = part[key]
+    return copied, part
