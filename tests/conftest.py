@@ -28,6 +28,7 @@ def pytest_configure(config):
     # A process that only distributes the tests needs no fixtures, and not torch either.
     if not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("own_images")
+        config.pluginmanager.import_plugin("narrow")
         # Nothing that is imported or collected becomes garbage, and looking for it doubles the time of collection.
         gc.disable()
 

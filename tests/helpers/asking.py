@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager, contextmanager
 
 from fastapi.testclient import TestClient
 
-from apart import command
 from featnorm import scorer_file
 from featnorm.scorer import Scorer
+from narrow import command
 
 
 class Asking:

@@ -17,6 +17,7 @@ import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import IMAGES, ROWS, TEXTS, open_source
+from featnorm.models import create_model
 from featnorm.serve import Limits, ScorerFile, create_app, workers
 from featnorm.serve.page import home_page
 from featnorm.serve.server import _Server, bind
@@ -28,8 +29,8 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 
 
 @pytest.fixture(scope="module")
-def scorer(folder, loaded, cache):
-    source = open_source(str(folder))
+def scorer(folder, cache):
+    source, loaded = open_source(str(folder)), create_model("featnorm:cifar10-resnet18")
     runtime = fn.Runtime(progress=False, workers=0)
     return fit_source(source, loaded, detector=fn.KNN(k=3), cache=cache, runtime=runtime)[0]
 

@@ -26,11 +26,12 @@ from torch import nn
 from torchvision.transforms import v2
 
 import featnorm as fn
-from apart import command, first_lines_of, start
+from apart import first_lines_of, start
 from asking import Asking, running, until
 from featnorm.cli import serve
 from featnorm.serve import Limits, ScorerFile, create_app, workers
 from featnorm.serve.requests import JsonLines
+from narrow import command
 from pages import Page
 
 TYPE = {"content-type": "image/png"}

@@ -31,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
 import tiny_texts
-from apart import command, first_lines_of, start
+from apart import first_lines_of, start
 from asking import Asking, client_of, running, serve_what_never_returns, until
 from featnorm.cli import serve
 from featnorm.hidden import Why
@@ -47,6 +47,7 @@ from featnorm.serve.responses import histogram, why_of
 from featnorm.serve.scorers import ServedScorer
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
+from narrow import command
 from pages import Page
 from painted import paint
 

@@ -21,7 +21,7 @@ TABLES = ("table3-label-free", "table11")
 TINY = label_free.Scale(
     4,
     {
-        name: replace(recipe, epochs=2, batch_size=32, queue=64, crop=16, crop_share=0.5)
+        name: replace(recipe, epochs=1, batch_size=32, queue=64, crop=16, crop_share=0.5)
         for name, recipe in label_free.SCALES["laptop"].recipes.items()
     },
     goad=GOAD(width=1, epochs=1, lr=3e-3),
@@ -49,11 +49,11 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
         assert reproduce(table, root, tmp_path).exit_code == 0, table
     out = tmp_path / "laptop"
     assert {place.name for place in out.iterdir() if place.is_dir()} == {
-        "moco-v2-2epochs-seed0",
-        "rotnet-2epochs-seed0",
-        "csi-2epochs-seed0",
+        "moco-v2-1epochs-seed0",
+        "rotnet-1epochs-seed0",
+        "csi-1epochs-seed0",
         "goad-1epochs-seed0",
-        "cider-2epochs-seed0",
+        "cider-1epochs-seed0",
     }
     results = {result["framework"]: result for result in json.loads((out / "table3-label-free.json").read_text())}
     assert [result.get("accuracy") for result in results.values()] == [None] * 4
@@ -84,7 +84,7 @@ def test_both_tables_are_made_once_trained(root, tiny, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_resumes(root, tiny, tmp_path, monkeypatch):
-    folder = tmp_path / "laptop" / "cider-2epochs-seed0"
+    folder = tmp_path / "laptop" / "cider-1epochs-seed0"
     assert_resumes_after_training("table11", folder, root, monkeypatch)
     monkeypatch.setitem(label_free.SCALES, "laptop", replace(TINY, width=8))
     with pytest.raises(ValueError, match="holds a run with other width: choose another folder"):
