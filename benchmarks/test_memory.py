@@ -13,15 +13,17 @@ import pytest
 from PIL import Image
 
 from measuring import command_peaks
+from tiny_texts import WORDS, saved
 from wide import WIDTH
 
 # Of the memory of the whole process, most of which are libraries. The features of the items would be more.
 GROWTH = 1.05
-COLUMNS = 256
+# Numbers per item in its features.
+WIDTHS = {"images": WIDTH, "texts": 256, "rows": 256}
 COMMANDS = {
     "images": ("score", "calibrate", "evaluate", "fit"),
-    "texts": ("score", "calibrate", "evaluate", "fit"),
-    "rows": ("score", "calibrate", "evaluate", "monitor", "fit"),
+    "texts": ("score", "fit"),
+    "rows": ("score", "monitor", "fit"),
 }
 TIMES = (1, 2, 4)
 
@@ -35,10 +37,10 @@ def write(kind, path, count):
             Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(path / f"{i:06}.jpg")
         return
     if kind == "texts":
-        values = [" ".join(map(str, random.integers(0, 999, 20))) for _ in range(count)]
+        values = [" ".join(random.choice(WORDS[4:], 20)) for _ in range(count)]
     else:
-        vectors = random.random((count, COLUMNS), dtype=np.float32)
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), COLUMNS)
+        vectors = random.random((count, WIDTHS[kind]), dtype=np.float32)
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTHS[kind])
     pq.write_table(pa.table({"text" if kind == "texts" else "vector": values}), path, row_group_size=count)
 
 
@@ -67,7 +69,10 @@ def peaks(tmp_path_factory, counts):
 
     @cache
     def measured(kind):
-        model = [] if kind == "rows" else ["--model", f"wide:{kind}"]
+        models = {"images": ["--model", "wide:images"], "texts": ["--model", f"hf:{root / 'bert'}"], "rows": []}
+        if kind == "texts":
+            saved(root / "bert", hidden_size=WIDTHS[kind], num_hidden_layers=1)
+        model = models[kind]
         data = {n: root / f"{kind}-{n}{'' if kind == 'images' else '.parquet'}" for n in TIMES}
         for n, path in data.items():
             write(kind, path, n * counts[kind])
@@ -92,12 +97,11 @@ def test_growth(compare, peaks, counts, kind, command, n):
     few, many = (f"{times * counts[kind]:,} {kind}" for times in (1, n))
     found = peaks(kind)
     more = (found[command, n] - found[command, 1]) / ((n - 1) * counts[kind])
-    width = COLUMNS if kind == "rows" else WIDTH
     compare.memory(
         f"featnorm {command}, {many}",
         lambda: found[command, n],
         {few: (lambda: found[command, 1], None if command == "fit" else GROWTH)},
-        sizes=f"{more:,.0f} bytes more per item, whose features are {4 * width:,}",
+        sizes=f"{more:,.0f} bytes more per item, whose features are {4 * WIDTHS[kind]:,}",
     )
 
 
@@ -111,5 +115,5 @@ def test_a_million_rows(compare, tmp_path, size):
         f"featnorm score, {count:,} rows",
         lambda: command_peaks([fit, score], tmp_path)[1],
         {"1.5 GB": (lambda: 1.5e9, 1)},
-        sizes=f"{COLUMNS} numbers per row, in one row group of a parquet file",
+        sizes=f"{WIDTHS['rows']} numbers per row, in one row group of a parquet file",
     )
