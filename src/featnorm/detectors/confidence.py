@@ -97,8 +97,9 @@ class KLUniform(_Confidence):
     standard = ("KLUniform()",)
 
     def _of(self, logits: Tensor) -> Tensor:
-        # The logarithm of the softmax is exact even if all logits are huge and alike.
-        return -math.log(logits.shape[1]) - logits.log_softmax(1).mean(1)
+        # Differences from the largest logit are exact even if all logits are huge and alike.
+        shifted = logits - logits.amax(1, keepdim=True)
+        return shifted.exp().sum(1).log() - shifted.mean(1) - math.log(logits.shape[1])
 
 
 class GEN(_Confidence):
