@@ -1,7 +1,7 @@
 """Prepare featnorm's docstrings for napoleon, which takes what follows a parameter's colon for its type.
 
-In featnorm the annotation is the type, and the text says what the value is. Where the text is below, what follows the
-colon is a type.
+In featnorm the annotation is the type, and the text says what the value is. Where the text is below, a type
+is after the colon.
 """
 
 import re
