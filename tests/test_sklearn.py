@@ -52,6 +52,19 @@ def test_a_head_reads_labels_or_clusters():
     np.testing.assert_array_equal(again.score_samples(ROWS), scores)
 
 
+def test_a_detector_behind_a_head_scores_the_features_that_it_was_fitted_to():
+    rows, digits = load_digits(return_X_y=True)
+    rows, digits = rows[::2] + 0.01 * RNG.normal(size=rows[::2].shape), digits[::2]
+    for expression in ("KNN(k=10)", "SSD()", "NAN()"):
+        fitted = OODDetector(expression, head="train", random_state=0).fit(rows, digits)
+        calibration = fitted.scorer_.calibration.scores.numpy()
+        scores = fitted.score_samples(rows)
+        # The held-out rows are among these.
+        nearest = np.abs(scores[:, None] - calibration).min(0)
+        np.testing.assert_allclose(nearest, 0, atol=1e-4 * np.abs(calibration).max())
+        assert (fitted.predict(rows) == 1).mean() > 0.9
+
+
 def test_labels_reach_a_detector_that_learns_from_them_as_integers_or_names():
     classes = (ROWS[:, 0] > 0).astype(int)
     names = np.array(["left", "right"])[classes]

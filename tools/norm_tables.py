@@ -27,6 +27,7 @@ def norms(content: Content) -> dict[str, Table]:
     made = {
         "scores": _scores,
         "outcome": _outcome,
+        "flagged": _flagged,
         "theory": _theory,
         "causes": _causes,
         "predictors": _predictors,
@@ -96,6 +97,34 @@ def _outcome(content: Content, facts: Sequence[str]) -> Table:
             rows.append([what, winner, other, f"{statistics.fmean(differences):+.1f} ± {half:.1f}", *cells])
     headers = ["Chosen as", "Candidate", "against", "mean on B", *(found["setting"] for found, _ in settings)]
     return Table("Difference in AUROC on B, with 1.96 standard errors", headers, rows, list(facts))
+
+
+def _flagged(content: Content, facts: Sequence[str]) -> Table:
+    found = content["flagged"]
+    detectors = list(dict.fromkeys(run["detector"] for runs in found.values() for run in runs))
+    rows = []
+    for detector in detectors:
+        chosen = [[run for run in runs if run["detector"] == detector] for runs in found.values()]
+        known = [statistics.fmean(run["flagged"]["ID"] for run in runs) for runs in chosen]
+        unknown = [
+            statistics.fmean(share for run in runs for kind, share in run["flagged"].items() if kind != "ID")
+            for runs in chosen
+        ]
+        megabytes = [runs[0]["bytes"] / 1e6 for runs in chosen]
+        microseconds = [statistics.median(run["microseconds"] for run in runs) for runs in chosen]
+        rows.append(
+            [
+                detector,
+                f"{statistics.fmean(unknown):.1f}",
+                f"{statistics.fmean(known):.1f}",
+                f"{statistics.median(megabytes):.1f}, {max(megabytes):.1f}",
+                f"{statistics.median(microseconds):.0f}, {max(microseconds):.0f}",
+                *(f"{a:.1f} ({b:.1f})" for a, b in zip(unknown, known, strict=True)),
+            ]
+        )
+    headers = ["Detector", "OOD", "ID", "MB, median and most", "us of CPU per input, median and most", *found]
+    title = "Percent flagged where 5 % of ID inputs may be: of OOD inputs, mean over sets and seeds (of ID inputs)"
+    return Table(title, headers, rows, list(facts))
 
 
 def _layers_of(content: Content) -> list[tuple[str, str, dict[str, float], Content]]:

@@ -334,7 +334,9 @@ def main() -> None:
         for name in (*(study.name for study in on_page(page)), *OTHERS.get(page, ())) if folder else ():
             if (folder / f"{name}.json").exists():
                 # Paths of somebody's machine are of no use to a reader.
-                text = re.sub(r" --(out|data-root) [^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8"))
+                text = re.sub(
+                    r" --(out|data-root) (?![A-Z]+\b)[^\s\"]+", "", (folder / f"{name}.json").read_text("utf-8")
+                )
                 (kept / f"{name}.json").write_text(text, "utf-8")
         for name, draw in PICTURES.get(page, {}).items():
             if (content := read(page, name)) is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from featnorm import norms
+from featnorm.models import ProjectionHead
 from featnorm.paper.networks import CSIHead
 from featnorm.tap import FeatureTap
 from networks import Net, assert_absent, assert_reproduces, batch_norm, parameter, plain, same, tapped
@@ -1513,3 +1514,16 @@ def test_logits_near_zero_are_made_by_their_classifier(x):
         model[2].bias.zero_()
     features = FeatureTap(model)(x)
     torch.testing.assert_close(features.activation, model[:2](x))
+
+
+def test_a_projection_head_reads_a_pooled_feature_that_may_be_the_models_input():
+    head, rows = ProjectionHead(6, 3, hidden=6), torch.rand(4, 6)
+    for model in (head, nn.Sequential(nn.Identity(), head)):
+        torch.testing.assert_close(FeatureTap(model)(rows).tensor("pooled"), rows)
+    behind = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
+    features = FeatureTap(nn.Sequential(*behind, head))(rows[:, :5])
+    torch.testing.assert_close(features.tensor("pooled"), behind(rows[:, :5]).detach())
+    # The input of another MLP is not a feature.
+    plain = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    features = FeatureTap(plain)(rows)
+    torch.testing.assert_close(features.tensor("pooled"), features.tensor("activation"))

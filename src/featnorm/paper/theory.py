@@ -3,7 +3,7 @@
 A network is trained once, with a probe at every epoch, and serves every figure that needs it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ class Scale:
     mlp : settings of the MLP.
     probed : number of inputs of each set that the probe reads, evenly spaced.
     others : number of images and number of epochs, by label scheme, where they differ from the above.
+    variants : networks that the figure of the label schemes compares with those of the schemes.
     """
 
     width: int
@@ -59,22 +60,7 @@ class Scale:
     mlp: PaperRecipe
     probed: int = 500
     others: Mapping[Scheme, tuple[int, int]] = field(default_factory=dict)
-
-
-#: Random bits and instances are memorized one by one: with all images, the loss of random bits did not decrease in
-#: five epochs. The loss of a single class has no gradient, so more epochs change nothing.
-_MEMORIZED: Mapping[Scheme, tuple[int, int]] = {
-    "I": (10_000, 100),
-    "Is": (10_000, 100),
-    "R": (10_000, 100),
-    "O": (10_000, 5),
-}
-_LONGER = replace(PRESETS["B"], epochs=40, batch_size=128, augment=True, crop=24)
-SCALES = {
-    "laptop": Scale(16, 2500, replace(PRESETS["B"], epochs=60, batch_size=64), PRESETS["A.3.1"]),
-    "workstation": Scale(16, None, _LONGER, PRESETS["A.3.1"], probed=1000, others=_MEMORIZED),
-    "paper": Scale(64, None, PRESETS["B"], PRESETS["A.3.1"]),
-}
+    variants: Sequence["Job"] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +74,8 @@ class Job:
     activation : activation of the hidden layers of an MLP, or of the head's hidden layer.
     scheme : label scheme, see `featnorm.paper.recipe.scheme_labels`.
     decay : whether to train with weight decay.
+    augment : whether S is augmented if the settings of the scale are.
+    width : channels of the first stage of the ResNet-18, where they are not those of the scale.
     seed : seed of the initial weights, the order and the augmentation.
     """
 
@@ -96,13 +84,16 @@ class Job:
     activation: Activation = "relu"
     scheme: Scheme = "S"
     decay: bool = False
+    augment: bool = True
+    width: int | None = None
     seed: int = 0
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
         name = f"{self.network}-{self.data}-{self.activation}-{self.scheme}"
-        return name + ("-decay" if self.decay else "") + (f"-seed{self.seed}" if self.seed else "")
+        name += ("-decay" if self.decay else "") + ("" if self.augment else "-plain")
+        return name + (f"-width{self.width}" if self.width else "") + (f"-seed{self.seed}" if self.seed else "")
 
     def recipe(self, scale: Scale) -> PaperRecipe:
         """Return the settings of its training."""
@@ -113,7 +104,34 @@ class Job:
         else:
             recipe = scale.recipe
         recipe = recipe.under(self.scheme)
+        if self.scheme == "S" and not self.augment:
+            recipe = replace(recipe, augment=False, crop=None)
         return replace(recipe, weight_decay=_WEIGHT_DECAY) if self.decay else recipe
+
+
+#: Random bits and instances are memorized one by one: with all images, the loss of random bits did not decrease in
+#: five epochs. The loss of a single class has no gradient, so more epochs change nothing.
+_MEMORIZED: Mapping[Scheme, tuple[int, int]] = {
+    "I": (10_000, 100),
+    "Is": (10_000, 100),
+    "R": (10_000, 100),
+    "O": (10_000, 5),
+}
+#: They change one thing each: another draw, weight decay, no augmentation, and a wider network.
+_VARIANTS = (
+    Job("resnet", seed=1),
+    Job("resnet", decay=True),
+    Job("resnet", augment=False),
+    Job("resnet", width=24),
+)
+_LONGER = replace(PRESETS["B"], epochs=40, batch_size=128, augment=True, crop=24)
+SCALES = {
+    "laptop": Scale(
+        16, 2500, replace(PRESETS["B"], epochs=60, batch_size=64), PRESETS["A.3.1"], variants=_VARIANTS[:2]
+    ),
+    "workstation": Scale(16, None, _LONGER, PRESETS["A.3.1"], probed=1000, others=_MEMORIZED, variants=_VARIANTS),
+    "paper": Scale(64, None, PRESETS["B"], PRESETS["A.3.1"], variants=_VARIANTS[:2]),
+}
 
 
 def _digits(data: Data, context: Context) -> Images:
@@ -138,7 +156,9 @@ LOADERS: Mapping[Data, Callable[[Context], Images]] = {
 def build(job: Job, scale: Scale, shape: torch.Size, classes: int, seed: int = 0) -> nn.Sequential:
     """Return a network for pixels in [0, 1] of shape (c, h, w), with the initial weights of a seed."""
     if job.network == "resnet":
-        return cifar_network(scale.width, classes, hidden=HIDDEN, activation=job.activation, seed=seed)
+        return cifar_network(
+            job.width or scale.width, classes, hidden=HIDDEN, activation=job.activation, seed=seed
+        )
     # The caller's random state is restored.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from featnorm.models import ProjectionHead
 from featnorm.tap.ops import (
     BATCH_NORMS,
     LAYER_NORMS,
@@ -356,7 +357,7 @@ def _anatomy(output: Node, named: bool, model: nn.Module) -> Anatomy:
             anatomy.kind, anatomy.activation = "hidden" if hidden else "pooled", anatomy.pooled
         absent["embedding"] = _NO_EMBEDDING
     else:
-        _fill(anatomy, walk, read, heads is not None)
+        _fill(anatomy, walk, read, heads is not None, model)
     if anatomy.logits:
         sources = [part.node for part in anatomy.activation or anatomy.pooled]
         cosine = walk is not None and walk.normalized is not None
@@ -394,7 +395,7 @@ def _parts(heads: list[_Head], n: int) -> tuple[list[Part], list[Node]]:
     return [part for part in found if is_vector(part.node)] or found, chain
 
 
-def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool) -> None:
+def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool, model: nn.Module) -> None:
     """Set the fields of a model whose heads read one vector, or which returns features."""
     absent = anatomy.absent
     embedding = walk.normalized or (read if has_head and walk.linears else None)
@@ -415,7 +416,7 @@ def _fill(anatomy: Anatomy, walk: _Walk, read: Node, has_head: bool) -> None:
     if walk.hidden is not None:
         anatomy.activation = [Part(same_vector(walk.hidden))]
         anatomy.kind = "hidden" if has_head or walk.linears else "pooled"
-        head = _head_input(walk.hidden)
+        head = _head_input(walk.hidden, model)
         anatomy.pooled = anatomy.pooled if head is None else [Part(head)]
         return
     assert walk.boundary is not None
@@ -583,16 +584,21 @@ def _embedding_beside(trace: Trace, logits: Node) -> Node | None:
     return None
 
 
-def _head_input(hidden: Node) -> Node | None:
-    """Return the input of an MLP head, where its chain of vectors begins; None if that is the model's input."""
-    first: Node | None = None
+def _head_input(hidden: Node, model: nn.Module) -> Node | None:
+    """Return the input of an MLP head, where its chain of vectors begins.
+
+    None if that is the model's input, unless the head is a `ProjectionHead`: its input is a pooled feature,
+    wherever that was computed.
+    """
+    sources: list[Node] = []
     node = hidden
     scaling = BATCH_NORMS | LAYER_NORMS | {"add", "mul", "div"}
     while True:
         node = same_vector(node)
         following: Node | None = None
         if (source := affine_source(node)) is not None:
-            first = following = source
+            following = source
+            sources.append(source)
         elif (
             is_rectifier(node) or is_squared_rectifier(node) or (len(node.data) == 1 and base_op(node) in scaling)
         ):
@@ -602,7 +608,10 @@ def _head_input(hidden: Node) -> Node | None:
         node = following
     while base_op(node) in RESHAPES and node.data:
         node = node.data[0]
-    return None if first is None or node.op == "input" else same_vector(first)
+    if node.op == "input":
+        head = model.get_submodule(hidden.module.rpartition(".")[0])
+        sources = sources[:1] if isinstance(head, ProjectionHead) else []
+    return same_vector(sources[-1]) if sources else None
 
 
 def place(node: Node) -> str:

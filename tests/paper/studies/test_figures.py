@@ -19,7 +19,8 @@ from reproduction import context, reproduce
 pytestmark = pytest.mark.slow
 
 RECIPE = PaperRecipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.02)
-TINY = theory.Scale(8, 60, RECIPE, replace(RECIPE, optimizer="adamw", lr=1e-3))
+VARIANTS = (theory.Job("resnet", seed=1), theory.Job("resnet", decay=True), theory.Job("resnet", width=4))
+TINY = theory.Scale(8, 60, RECIPE, replace(RECIPE, optimizer="adamw", lr=1e-3), variants=VARIANTS)
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
         *(f"resnet-cifar10-relu-{scheme}" for scheme in theory.SCHEMES),
         "resnet-cifar10-relu-S-decay",
         "resnet-cifar10-relu-S-seed1",
+        "resnet-cifar10-relu-S-width4",
         *(f"mlp-{data}-{name}-S" for data in ("cifar10", "mnist") for name in theory.ACTIVATIONS),
     }
     for name in figures:
@@ -55,8 +57,9 @@ def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
     assert "layer 5" in (out / "figure12.md").read_text()
     assert "before the rectifier" in (out / "figure8.md").read_text()
     rows = (out / "schemes.md").read_text()
-    assert all(f"| {row} | " in rows for row in ("S", "S, seed 1", "S, with weight decay", "Is", "O"))
-    assert rows.count("| 60 | ") == len(theory.SCHEMES) + 2
+    assert all(f"| {row} | " in rows for row in ("S", "S, seed 1", "S, with weight decay", "S, width 4", "O"))
+    assert rows.count("| 60 | ") == len(theory.SCHEMES) + len(VARIANTS)
+    assert "ResNet-18 of width 4 and 8" in rows
     assert "| – | " in rows.split("| R | ")[1].splitlines()[0]
 
     def never(*_args, **_options):
@@ -129,6 +132,9 @@ def test_the_label_schemes_train_as_the_paper_says():
         used[scheme] = len(theory.training_images(job, longer, images)[0]), job.recipe(longer).epochs
     memorized = (10_000, 100)
     assert used == {"S": (45_000, 40), "I": memorized, "Is": memorized, "R": memorized, "O": (10_000, 5)}
+    plain = theory.Job("resnet", augment=False).recipe(longer)
+    assert (plain.augment, plain.crop) == (False, None)
+    assert theory.Job("resnet", scheme="Is", augment=False).recipe(longer).augment
     mlp = theory.Job("mlp").recipe(scale)
     assert (mlp.epochs, mlp.optimizer, mlp.lr, mlp.batch_size) == (200, "adamw", 1e-3, 256)
 

@@ -69,7 +69,7 @@ class Figure(Study[Scale, Images, Job]):
     def settings(self, job: Job, scale: Scale, inputs: Images) -> dict[str, Any]:
         return {
             "job": asdict(job),
-            "width": scale.width,
+            "width": job.width or scale.width,
             "recipe": job.recipe(scale).to_dict(),
             "inputs": len(training_images(job, scale, inputs)[0]),
             "images": inputs.facts,
@@ -96,10 +96,13 @@ class Figure(Study[Scale, Images, Job]):
         return {self.name: panel_figure([[Panel.from_dict(panel) for panel in row] for row in content["panels"]])}
 
 
-class GrowingFigure(Figure):
-    """A figure that shows the networks trained so far."""
+class SchemesFigure(Figure):
+    """The label schemes and their variants at a scale, as far as the networks are trained."""
 
     grows: ClassVar[bool] = True
+
+    def jobs(self, scale: Scale, inputs: Images) -> Sequence[Job]:
+        return [*self.networks, *scale.variants]
 
 
 def series(run: Result, *path: str) -> list[float]:
@@ -343,17 +346,29 @@ def _schemes(runs: Sequence[Result]) -> _Parts:
                 for score in _SCORES
                 for split in ("train", "test")
             ),
+            _first_and_last(series(run, LAST, "entropy", "train"), ".3f"),
+            _first_and_last(series(run, LAST, "hidden", "train", "error"), ".3f"),
         ]
         for run in runs
     ]
     aurocs = [f"{label}, {split} split" for label in _SCORES.values() for split in ("training", "test")]
-    return [panels], ["Scheme", "training images", "accuracy on them", "on new images", *aurocs], rows
+    headers = ["Scheme", "training images", "accuracy on them", "on new images", *aurocs]
+    return [panels], [*headers, "entropy of activation, first → last epoch", "error on the target"], rows
 
 
 def _network(run: Result) -> str:
     job = run["job"]
-    decay, seed = ", with weight decay" if job["decay"] else "", f", seed {job['seed']}" if job["seed"] else ""
-    return _scheme(run) + decay + seed
+    return _variant(run) + (f", seed {job['seed']}" if job["seed"] else "")
+
+
+def _variant(run: Result) -> str:
+    job = run["job"]
+    changes = [
+        *(["with weight decay"] if job["decay"] else []),
+        *([] if job["augment"] else ["not augmented"]),
+        *([f"width {job['width']}"] if job["width"] else []),
+    ]
+    return ", ".join([_scheme(run), *changes])
 
 
 def _notes(runs: Sequence[Result]) -> list[str]:
@@ -361,15 +376,14 @@ def _notes(runs: Sequence[Result]) -> list[str]:
     recipe = first["recipe"]
     lengths: dict[str, list[str]] = {}
     for run in runs:
-        lengths.setdefault(_length(run), []).append(_scheme(run))
+        lengths.setdefault(_length(run), []).append(_variant(run))
     shown = [
-        length if len(lengths) == 1 else f"{', '.join(dict.fromkeys(schemes))}: {length}"
-        for length, schemes in lengths.items()
+        length if len(lengths) == 1 else f"{'; '.join(dict.fromkeys(variants))}: {length}"
+        for length, variants in lengths.items()
     ]
     seeds = sorted({run["job"]["seed"] for run in runs})
-    network = (
-        "MLP of 5 layers of 512" if first["job"]["network"] == "mlp" else f"ResNet-18 of width {first['width']}"
-    )
+    widths = " and ".join(map(str, sorted({run["width"] for run in runs})))
+    network = "MLP of 5 layers of 512" if first["job"]["network"] == "mlp" else f"ResNet-18 of width {widths}"
     return [
         f"scale {first['scale']}: {network}, {recipe['optimizer']}, batch {recipe['batch_size']}, "
         f"learning rate {recipe['lr']}; {'one seed' if len(seeds) == 1 else f'seeds {seeds}'}",
@@ -420,15 +434,11 @@ Figure(
     _RESNETS,
     _correlations("norm", "nan"),
 )
-GrowingFigure(
+SchemesFigure(
     "schemes",
     "The label schemes: accuracy, and detection against both splits",
     # The networks of instances take several times as long as the others.
-    [
-        *sorted(_RESNETS, key=lambda job: job.scheme.startswith("I")),
-        Job("resnet", seed=1),
-        Job("resnet", decay=True),
-    ],
+    sorted(_RESNETS, key=lambda job: job.scheme.startswith("I")),
     _schemes,
 )
 Figure("figure11", "Figure 11, activation patterns of training inputs", _RESNETS, _figure11)
