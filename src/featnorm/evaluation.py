@@ -90,7 +90,7 @@ class Summary:
     fpr95: Estimate
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """The outcome of a comparison of detectors: numbers, tables, scores, and a plot.
 
@@ -231,10 +231,12 @@ class Comparison:
         return json.dumps({**about, "results": records}, indent=1) + "\n"
 
     def table(self) -> str:
-        """Return the table as aligned text."""
+        """Return the table as aligned text; lines below it name detectors worse than chance, and excluded ones."""
         from featnorm.report.tables import text_table
 
         return text_table(self)
+
+    __repr__ = table
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, with the best of each column in bold."""

@@ -115,13 +115,13 @@ class ScoringGraph(nn.Module):
 def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input ``images`` (n, c, h, w) or ``rows`` (n, D) is float32, as the scorer's preprocess makes it; height and
-    width are free if the preprocess returns images of different sizes. For texts, the inputs are the tensors
-    (n, L) that the preprocess returns, by name; the tokenizer is not in the graph. The outputs are `OUTPUTS`,
-    without the logits for a model without a classifier. The metadata hold, as JSON under "featnorm", the detector,
-    the class names, the threshold, the share of in-distribution inputs to accept, facts about the scorer, and the
-    size of an image or row (null for a free height or width); for images, also the mean and deviation by which the
-    preprocess normalizes channels, if it does, and for tables the columns with what encodes them.
+    The input ``images`` (n, c, h, w) or ``rows`` (n, D) is float32, as the scorer's preprocess makes it; height
+    and width are free if it returns images of different sizes. For texts, the inputs are the tensors (n, L) that
+    the preprocess returns, by name; the tokenizer is not in the graph. The outputs are `OUTPUTS`, without the
+    logits for a model without a classifier. The metadata hold, as JSON under "featnorm", the detector, the class
+    names, the threshold, the share of in-distribution inputs to accept, facts about the scorer, and the size of an
+    image or row (null for a free height or width); for images, also the mean and deviation by which the preprocess
+    normalizes channels, if it does, and for tables the columns with what encodes them.
 
     Parameters
     ----------
