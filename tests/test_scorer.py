@@ -3,7 +3,9 @@
 import json
 import pickle
 import struct
+import sys
 import threading
+import types
 from contextlib import suppress
 from itertools import islice
 
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import v2
 
 import featnorm as fn
 from detection import noise_images, tiny_detector
@@ -653,6 +656,35 @@ def test_a_file_opens_under_another_default_type(folder, cache, tmp_path, spec, 
             again = fn.load(tmp_path / "d.featnorm", **own)
             images = torch.rand(3, *again.input_size, generator=torch.Generator().manual_seed(0)).float()
             assert again.predict_batch(images, "abc") == scorer.predict_batch(images, "abc")
+
+
+def test_another_preprocess_or_model_is_named_as_it_was_given(tmp_path, monkeypatch):
+    model, transform = Net().eval(), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    smaller = v2.Compose([v2.Resize((24, 32)), transform])
+    path = tmp_path / "d.featnorm"
+    fn.Scorer(model, fn.NAN(), preprocess=transform, spec="own:make").calibrate([torch.rand(40, 3, 8, 8)]).save(
+        path
+    )
+
+    def refused(words, *arguments, **options):
+        with pytest.raises(ValueError, match=rf"d\.featnorm was made with another {words}"):
+            fn.load(path, *arguments, **options)
+
+    def brighter(image):
+        return 2 * transform(image)
+
+    refused("preprocess than that passed here: use the same", model, preprocess=brighter)
+    own = types.ModuleType("own")
+    own.make = lambda: (model, transform)
+    own.brighter = lambda: (model, brighter)
+    own.small = lambda: (model, smaller)
+    monkeypatch.setitem(sys.modules, "own", own)
+    refused("preprocess than that of own:brighter: use the same", "own:brighter")
+    monkeypatch.setattr(model.norm, "eps", 1.0)
+    sizes = "which makes images of 3 x 24 x 32 instead of 3 x 192 x 256"
+    refused(f"preprocess than that of own:small, {sizes}: use the same", "own:small")
+    refused("model or preprocess than own:make: the weights are the same", "own:make")
+    refused("model or preprocess than the Net passed here: the weights", model, preprocess=transform)
 
 
 def usable(path):

@@ -1061,6 +1061,7 @@ class Scorer(nn.Module):
         made: Any = self.model
         header["scorer"] = {
             "kind": self.kind.name,
+            "input size": self.input_size if self.kind is IMAGES and self.preprocess is not None else None,
             "rows": settings,
             "spec": self.spec,
             "head": self.head,
