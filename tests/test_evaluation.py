@@ -104,6 +104,11 @@ def test_a_detector_worse_than_chance_is_named_below_the_table():
     assert result.table().splitlines()[3].startswith("skipped KNN(k=3): it needs a fit")
 
 
+def test_no_ood_set_is_named():
+    with pytest.raises(ValueError, match="ood_sets is empty: pass at least one set of OOD inputs"):
+        compare(["NAN"], id_set=[features(30, 1.0, 0)], ood_sets={})
+
+
 def test_without_a_fit_the_learners_are_left_out():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     result = compare([fn.NAN(), fn.KNN(k=3)], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})

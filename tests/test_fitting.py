@@ -65,6 +65,14 @@ def test_a_file_scores_as_what_was_fitted(folder, tiny, cache, tmp_path, targets
 
 
 @pytest.mark.usefixtures("heads_trained_once")
+def test_features_are_cached_once_for_all_kinds_of_heads(folder, tiny, tmp_path):
+    few = f"{folder}[:120]"
+    report = fit(few, tiny, tmp_path, head="none", detector=fn.KNN(k=3))[1]
+    assert (report.computed > 100, report.computed + report.copies) == (True, 119)
+    assert fit(few, tiny, tmp_path, head="train", detector=fn.KNN(k=3))[1].computed == 0
+
+
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize(
     "detector", [fn.NAN(), fn.KNN(k=3), fn.Energy(), fn.HiddenConfidence(), fn.ViM(), fn.Mahalanobis()]
 )

@@ -687,6 +687,31 @@ def test_another_preprocess_or_model_is_named_as_it_was_given(tmp_path, monkeypa
     refused("model or preprocess than the Net passed here: the weights", model, preprocess=transform)
 
 
+def test_a_calibration_on_the_inputs_of_the_fit_warns(recwarn):
+    images = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    scorer = fn.Scorer(Net(), fn.KNN(k=1)).fit(images[:40].split(8))
+    scorer.calibrate([images[20:]])
+    scorer.calibrate([images[40:]], update=True)
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match="^these are the 40 inputs that the detector was fitted to, .* on others$"
+    ):
+        scorer.calibrate(images[:40].flip(0).split(16))
+
+
+def test_an_array_of_another_width_is_one_error():
+    scorer = fn.fit(np.random.default_rng(0).normal(size=(40, 6)), detector="KNN(k=1)")
+    for rows in (np.zeros((9, 4)), torch.zeros(9, 4)):
+        with pytest.raises(ValueError, match="the array has 4 columns, and vectors of 6 numbers are needed"):
+            scorer.predict(rows)
+    assert scorer.predict(np.zeros((0, 6))) == []
+    assert [one.error is None for one in scorer.predict([[0.0] * 6, [0.0] * 4])] == [True, False]
+    with pytest.raises(
+        ValueError, match=r"KLUniform\(\) needs a classifier, .* use head='train' \(--head train\)"
+    ):
+        fn.fit(np.random.default_rng(0).normal(size=(40, 6)), detector="KLUniform()")
+
+
 def usable(path):
     """Open a file and use all that there is in it."""
     scorer = fn.load(path, model=MODEL)

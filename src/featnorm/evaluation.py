@@ -380,8 +380,8 @@ def compare(
     Raises
     ------
     ValueError
-        A set yields no inputs, every detector is excluded, the reference is not among the detectors, two sets have
-        one name, or a set needs a model or a preprocess that is not given.
+        There is no OOD set, a set yields no inputs, every detector is excluded, the reference is not among the
+        detectors, two sets have one name, or a set needs a model or a preprocess that is not given.
     TypeError
         A set is of another type.
 
@@ -393,6 +393,8 @@ def compare(
     ... )
     >>> table = result.table()
     """
+    if not ood_sets:
+        raise ValueError("ood_sets is empty: pass at least one set of OOD inputs by its name")
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}
     kind = model.kind if isinstance(model, Scorer) else None

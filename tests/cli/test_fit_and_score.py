@@ -251,7 +251,7 @@ def test_a_killed_fit_goes_on(featnorm, known, detector, tmp_path):
     status, printed, _ = featnorm(*arguments)
     assert status == 0
     assert "Computed the features of 150" not in printed
-    assert "the next fit on them takes seconds" in printed
+    assert "the next fit on them with this model takes seconds" in printed
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 

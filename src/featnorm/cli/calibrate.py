@@ -124,6 +124,13 @@ def calibrate(
                 f"{'clips' if kind is FRAMES else kind.name}, they count twice now: calibrate without --update.",
                 soft_wrap=True,
             )
+        fits = scorer.detector.needs_fit or scorer.head == "train"
+        if fits and not update and scorer.facts.get(kind.name, "").startswith(f"{source.title}: "):
+            console.print(
+                f"Note: {scorer_file} was fitted to {kind.name} of {source.title}. If these are the same, more "
+                f"than the stated share of new {kind.name} is flagged: calibrate on others.",
+                soft_wrap=True,
+            )
     replace_calibration(scorer_file, out, calibration, source=data, added=update, facts=facts)
     units = len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
     if units is not None and kind is not FRAMES:
