@@ -588,6 +588,7 @@ def fit_source(
         items: f"{source.title}: {split}",
         **about,
         **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
+        **({} if source.text_column is None else {"text column": source.text_column}),
         **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
         "engine": cached.engine,

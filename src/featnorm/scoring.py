@@ -25,7 +25,7 @@ from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES
 from featnorm.inputs.loading import rows_of
 from featnorm.parts import PartCalibration, drawn_parts
-from featnorm.records import CLIP_COLUMNS, FORMATS, Journal, source_digest, word_of, write_table
+from featnorm.records import CLIP_COLUMNS, FORMATS, Journal, kept_columns, source_digest, word_of, write_table
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.verdict import ItemVerdict, Verdict
@@ -214,6 +214,7 @@ def score_source(
     page: str | Path | None = None,
     clips: str | Path | None = None,
     maps: str | Path | None = None,
+    keep: Sequence[str] = (),
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
     on_start: Callable[[Journal], None] | None = None,
@@ -239,6 +240,7 @@ def score_source(
         Folder for one picture per image, for a scorer per position or box: the image beside the map of its
         positions, see `featnorm.report.maps.map_picture`, or with its boxes, see
         `featnorm.report.boxes.draw_boxes`.
+    keep : columns of the source, if it is a table, to copy to ``out`` after the others.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the items, the device, the precision and the batch size are the same.
@@ -250,11 +252,12 @@ def score_source(
     Raises
     ------
     ValueError
-        The name of a file has a wrong ending, a page is requested and the scorer is not calibrated, a table of
-        clips is requested and it is not calibrated on clips, maps are requested and it scores whole inputs,
-        another process is writing the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, a column to keep has the name of another one, a page is requested
+        and the scorer is not calibrated, a table of clips is requested and it is not calibrated on clips, maps are
+        requested and it scores whole inputs, another process is writing the file, or an output of the model is not
+        finite.
     DataError
-        The transform fails on an item, or the source holds items of another kind.
+        The transform fails on an item, or the source holds items of another kind, or lacks a column to keep.
     OSError
         A file cannot be written. The journal is kept.
 
@@ -297,6 +300,7 @@ def score_source(
         )
     if clips is not None and not isinstance(scorer.calibration, PartCalibration):
         raise ValueError(f"the scorer is not calibrated on clips, so that it has no verdicts on them: {_ON_CLIPS}")
+    kept = kept_columns(source, keep)
     summary = ScoringSummary(source.kind, None if source.fps is None else source.unit)
     engine = scorer.engine(runtime, len(source))
     made_with = {**(made_with or {}), **({} if engine is None else {"engine": "onnx"})}
@@ -331,7 +335,7 @@ def score_source(
         if journal is None:
             return summary
         if out is not None:
-            journal.write(out, source, scorer.per)
+            journal.write(out, source, scorer.per, kept)
         if clips is not None:
             rows = (clip._asdict() | {"verdict": word_of(clip.is_id)} for clip in summary.clips)
             write_table(clips, ({name: row[name] for name in CLIP_COLUMNS} for row in rows), CLIP_COLUMNS)

@@ -26,10 +26,10 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScoredFps,
+    ScoredTextColumn,
     ScorerFile,
-    TextColumn,
     Workers,
-    fps_of,
+    open_for,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def calibrate(
     ] = False,
     model: OwnModel = None,
     weights: OwnWeights = None,
-    text_column: TextColumn = None,
+    text_column: ScoredTextColumn = None,
     fps: ScoredFps = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -94,13 +94,10 @@ def calibrate(
         kind = FRAMES if of_clips else kind_of(header["scorer"]["kind"])
     else:
         from featnorm.cli.runtime import runtime_of
-        from featnorm.inputs import open_source
         from featnorm.scoring import calibrate_source
 
         scorer = load(scorer_file, model, weights=weights)
-        source = open_source(
-            data, root=data_root, labels=False, text_column=text_column, fps=fps_of(scorer.facts, fps)
-        )
+        source = open_for(scorer.facts, data, root=data_root, text_column=text_column, fps=fps)
         if source.fps is not None:
             facts["frames per second"] = f"{source.fps:g}"
         earlier = scorer.calibration
