@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
+from featnorm.calibration import Calibration
 from featnorm.engine import FeatureEngine
 from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
@@ -519,6 +520,13 @@ def _write_page(
 
     calibration = scorer.item_calibration
     assert calibration is not None
+    bounds = ""
+    if isinstance(calibration, Calibration) and not calibration.group_names and not scorer.is_jackknife:
+        low, high = calibration.false_alarm_range()
+        bounds = (
+            f", averaged over calibration sets; with this one, between {100 * low:.1f} % and {100 * high:.1f} % "
+            "(90 % confidence)"
+        )
     lowest = summary.lowest
     shown = [item for item in lowest if item[1].is_id is False]
     shown += [item for item in lowest if item[1].is_id][:_OTHERS]
@@ -526,8 +534,10 @@ def _write_page(
         path,
         kind=source.kind,
         title=source.title,
-        summary=f"{summary}{_of_clips(summary)} {scorer.detector!r} is calibrated to flag at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
+        summary=_in_words(scorer, summary),
+        detail=f"{summary}{_of_clips(summary)} {scorer.detector!r} is calibrated to flag at most "
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}{bounds}. The smaller the "
+        f"p-value of {source.kind.one}, the fewer of the calibration {source.kind.name} score as low.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
         # An image without boxes has an infinite score.
@@ -541,6 +551,19 @@ def _write_page(
         shown=_shown(scorer, source, shown, runtime),
         unread=summary.first_unread,
         unread_count=summary.unread,
+    )
+
+
+def _in_words(scorer: Scorer, summary: ScoringSummary) -> str:
+    """Return how many items are flagged, and how many of those like the fitted ones are, without terms."""
+    calibration, kind = scorer.item_calibration, summary.kind
+    assert calibration is not None
+    rate = 1 - calibration.tpr
+    alarms = f"1 in {round(1 / rate):,}" if rate < 0.3 else f"{100 * rate:.0f} %"
+    looks = "looks" if summary.flagged == 1 else "look"
+    return (
+        f"{summary.flagged:,} of {kind.counted(len(summary.scores))} {looks} unlike yours (flagged as "
+        f"out-of-distribution, OOD). Of {kind.name} like yours, about {alarms} is flagged by mistake."
     )
 
 
