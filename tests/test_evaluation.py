@@ -104,6 +104,20 @@ def test_a_detector_worse_than_chance_is_named_below_the_table():
     assert result.table().splitlines()[3].startswith("skipped KNN(k=3): it needs a fit")
 
 
+def test_sets_that_cannot_be_read_are_named_before_any_is_read(tmp_path):
+    (tmp_path / "broken").mkdir()
+    for name in "ab":
+        (tmp_path / "broken" / f"{name}.png").write_bytes(b"no image")
+
+    def unread():
+        raise AssertionError
+        yield
+
+    words = "no usable input in stripes: none of 2 images can be read; the first is .*a.png: "
+    with pytest.raises(ValueError, match=words):
+        compare(["NAN"], id_set=("id", unread()), ood_sets={"stripes": str(tmp_path / "broken")})
+
+
 def test_no_ood_set_is_named():
     with pytest.raises(ValueError, match="ood_sets is empty: pass at least one set of OOD inputs"):
         compare(["NAN"], id_set=[features(30, 1.0, 0)], ood_sets={})

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import struct
 import sys
 import threading
@@ -697,6 +698,16 @@ def test_a_calibration_on_the_inputs_of_the_fit_warns(recwarn):
         UserWarning, match="^these are the 40 inputs that the detector was fitted to, .* on others$"
     ):
         scorer.calibrate(images[:40].flip(0).split(16))
+
+
+def test_reprs_are_one_line():
+    scorer, images = fn.Scorer(Net(), fn.NAN()), torch.rand(40, 3, 8, 8)
+    assert repr(scorer) == "Scorer(Net, NAN(), not calibrated)"
+    assert re.fullmatch(r"Verdict\(2 inputs, not calibrated; score=\[[\d.]+, [\d.]+\]\)", repr(scorer(images[:2])))
+    scorer.calibrate([images])
+    assert repr(scorer) == "Scorer(Net, NAN(), tpr=0.95, calibrated on 40 scores)"
+    words = r"Verdict\(40 inputs, 1 flagged as OOD; score=\[[\d., ]+, \.\.\.\], p_value=\[[\d., ]+, \.\.\.\]\)"
+    assert re.fullmatch(words, repr(scorer(images)))
 
 
 def test_an_array_of_another_width_is_one_error():

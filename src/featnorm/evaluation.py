@@ -24,7 +24,7 @@ from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.engine import FeatureEngine, is_wanted, required_or_none
 from featnorm.features import Features
-from featnorm.inputs import ROWS, TEXTS, Kind, Source, kind_of, source_loader, source_of
+from featnorm.inputs import ROWS, TEXTS, ItemError, Kind, Source, kind_of, source_loader, source_of
 from featnorm.inputs.kinds import Inputs, OfAnySize, to_device
 from featnorm.inputs.loading import named
 from featnorm.inputs.rows import fit_rows
@@ -423,6 +423,9 @@ def compare(
         if name in sets:
             raise ValueError(f"two sets are called {name!r}: every set needs a name of its own")
         groups[name], sets[name] = group or "", _opened(data)
+    for name, data in [*([] if fit is None else [(_FIT, fit)]), *sets.items()]:
+        if isinstance(data, Source):
+            _require_readable(name, data)
     result = Comparison(id_name, groups)
     if reference is not None:
         result.chosen_reference = repr(_parsed(reference))
@@ -511,6 +514,22 @@ def _now(features: Features) -> float:
 
 def _parsed(detector: Detector | str) -> Detector:
     return parse_detector(detector) if isinstance(detector, str) else detector
+
+
+def _require_readable(name: str, source: Source[Any]) -> None:
+    """Raise a ValueError if no item of a set can be read, before hours are spent on the others."""
+    first = None
+    for i in range(len(source)):
+        try:
+            source.item(i)
+        except ItemError as error:
+            first = first or error
+        else:
+            return
+    raise ValueError(
+        f"there is no usable input in {name}: none of {source.kind.counted(len(source))} can be read; the first "
+        f"is {first}"
+    )
 
 
 def _opened(data: Any) -> Any:

@@ -176,6 +176,13 @@ class Scorer(nn.Module):
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
 
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({type(self.model).__name__}, {self.detector!r}"
+        if self.calibration is None:
+            return f"{name}, not calibrated)"
+        count = len(self.calibration.scores)
+        return f"{name}, tpr={self.calibration.tpr:g}, calibrated on {count:,} scores)"
+
     @property
     def preprocess(self) -> Callable[[Any], Any] | None:
         """Function from an item to what the model takes."""
