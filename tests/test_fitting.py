@@ -278,7 +278,7 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     assert torch.equal(again(images).score, scorer(images).score)
     # The same weights, computed with otherwise: neither the cache nor the file takes one for the other.
     assert fit(folder, create_model("mymodel:other"), cache)[1].computed == 239
-    with pytest.raises(archive.ArchiveError, match="another model than that of mymodel:make"):
+    with pytest.raises(archive.ArchiveError, match="another model or preprocess than mymodel:other: the weights"):
         fn.load("d.featnorm", model="mymodel:other")
     with pytest.raises(DataError, match="the backbone returned tuple"):
         fit(folder, create_model("mymodel:pairs"), cache, head="train")
