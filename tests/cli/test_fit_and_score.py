@@ -97,7 +97,7 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     status, printed, _ = featnorm("fit", known, *options)
     assert status == 0
     assert "Removed 1 damaged batch from the feature cache and recomputed it." in printed
-    assert "Computed the features of 64 images" in printed
+    assert "Computed the features of 64 images (besides 86 in the cache); the next fit" in printed
     assert (tmp_path / "mine.featnorm").read_bytes() == whole
     assert "examples.thumbnails" in archive.read(tmp_path / "mine.featnorm")[0]
     status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters", "--no-thumbnails")

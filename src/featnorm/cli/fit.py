@@ -224,11 +224,11 @@ def fit(
         console.print(f"Removed {damaged} from the feature cache and recomputed {them}.")
     if report.computed:
         cached = len(source) - unread - report.copies - report.computed
-        others = [f"{report.copies:,} are exact copies of others"] if report.copies else []
-        others += [f"{cached:,} were in the cache"] if cached > 0 else []
+        others = [counted(report.copies, "exact copy", "exact copies")] if report.copies else []
+        others += [f"{cached:,} in the cache"] if cached > 0 else []
         console.print(
             f"Computed the features of {source.kind.counted(report.computed)}"
-            + (f" ({', '.join(others)})" if others else "")
+            + (f" (besides {', '.join(others)})" if others else "")
             + "; the next fit on them with this model takes seconds.",
             soft_wrap=True,
         )
