@@ -4,6 +4,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -47,11 +48,29 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def quick_seeds():
+    """Seed no GPU for later with the stack of the caller, which takes half a millisecond a time."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu):
+            patch.setattr(device, "traceback", SimpleNamespace(format_stack=list))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def engines(tmp_path_factory):
     """Keep exported networks apart from the user's own, which would be read, and written, by the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featnorm.engine.DEFAULT_CACHE", str(tmp_path_factory.mktemp("engines")))
         yield
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all processes of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")

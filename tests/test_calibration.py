@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from featnorm import archive
 from featnorm.archive import StoredCalibration
-from featnorm.calibration import Calibration, benjamini_hochberg, conformal_p_values, threshold_at_tpr
+from featnorm.calibration import Calibration, are_repeats, benjamini_hochberg, conformal_p_values, threshold_at_tpr
 
 tied = st.sampled_from([-math.inf, -1e300, -1.0, 0.0, 0.5, 1.0, 1e300, math.inf])
 scores_with_ties = st.lists(tied, min_size=20, max_size=60)
@@ -460,6 +460,38 @@ def test_bad_groups_are_refused_by_name():
         Calibration(torch.arange(2), 0.5, ["x", 7])
     with pytest.raises(TypeError, match=r"^groups must be a sequence of strings, got Tensor of shape \(2,\)"):
         Calibration(torch.arange(2), 0.5, torch.tensor([0, 1]))
+
+
+DRAWS = {
+    "normal": lambda rng, n: rng.normal(-100, 3, n),
+    "heavy tails": lambda rng, n: rng.standard_t(2, n),
+    "saturated": lambda rng, n: np.minimum(rng.normal(size=n), 0.5),
+    "grid": lambda rng, n: np.round(rng.normal(size=n), 1),
+}
+
+
+@pytest.mark.parametrize("draws", DRAWS.values(), ids=DRAWS)
+def test_repeats_are_found_by_their_scores(draws):
+    rng = np.random.default_rng(0)
+    known = draws(rng, 1000)
+    for rounding in (0, 1e-6):  # that of another engine
+        again = known + rounding * rng.uniform(-1, 1, 1000)
+        assert are_repeats(known, again)
+        assert are_repeats(known, again[:200]) or draws is DRAWS["grid"]
+        assert not are_repeats(known, [*again[:200], -50.0])
+    assert not any(are_repeats(known, draws(rng, size)) for size in [999, 1000, 2000] * 10)
+    assert sum(are_repeats(known, draws(rng, size)) for size in range(1, 201)) <= 2
+
+
+def test_repeats_are_found_among_tens_of_thousands():
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=50_000)
+    again = rng.permutation(known) + 1e-5 * rng.uniform(-1, 1, 50_000)
+    assert are_repeats(known, again)
+    assert are_repeats([-math.inf, *known], [*again, -math.inf])
+    assert are_repeats(known, known[:10_000] + 1e-6 * rng.uniform(-1, 1, 10_000))
+    assert not are_repeats(known, rng.normal(size=50_000))
+    assert not are_repeats(known, rng.normal(size=10_000))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import featnorm as fn
+from featnorm import engine
 from featnorm.__main__ import COMMANDS
 from featnorm.detectors import base
 from painted import paint
@@ -88,7 +89,9 @@ def registry(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("registry", "few_steps", "operators_read_once")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_code_of_a_page_runs(page, featnorm, capsys, monkeypatch, tmp_path, home, written, names):
+def test_the_code_of_a_page_runs(page, featnorm, capsys, monkeypatch, tmp_path, shared, home, written, names):
+    # An export takes as long as the rest of a page.
+    monkeypatch.setattr(engine, "MIN_ITEMS", 10**9)
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(home))
     monkeypatch.syspath_prepend(tmp_path)
@@ -96,7 +99,7 @@ def test_the_code_of_a_page_runs(page, featnorm, capsys, monkeypatch, tmp_path, 
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     shutil.copy(EXAMPLE, tmp_path)
     imported = set(sys.modules)
-    run_page(page, featnorm, capsys, names)
+    run_page(page, featnorm, capsys, shared, names)
     for name in set(sys.modules) - imported:
         if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == tmp_path:
             del sys.modules[name]
@@ -140,11 +143,11 @@ def test_the_links_of_a_page_outside_the_site_lead_to_files(name):
     assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
 
 
-def test_a_page_whose_code_fails_names_the_line(tmp_path, featnorm, capsys):
+def test_a_page_whose_code_fails_names_the_line(tmp_path, featnorm, capsys, shared):
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n```python\nx = 1\nprint(x)\n```\n\n```text\n2\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md:4: Expected:\s+2\s+Got:\s+1"):
-        run_page(page, featnorm, capsys)
+        run_page(page, featnorm, capsys, shared)
     page.write_text("<!-- not run: why -->\n```python\nx = 1 / 0\n```\n\n```console\n$ make all\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md:7: make is not run here"):
-        run_page(page, featnorm, capsys)
+        run_page(page, featnorm, capsys, shared)

@@ -265,7 +265,7 @@ def test_real_images_through_a_trained_network(featnorm, shared_data, tmp_path):
     images = {}
     for split, spec in here.items():
         source = open_source(f"{shared_data}/{spec}")
-        images[split] = [(source.item(i), source.label(i)) for i in range(40)]
+        images[split] = [(source.item(i), source.label(i)) for i in range(20)]
     write_lists(tmp_path, "cifar10", images)
     options = ["--protocol", "openood-v1.5", "--benchmark", "cifar10", "--data-root", tmp_path, "--workers", 0]
     status, _, error = featnorm("evaluate", "--model", "featnorm:cifar10-resnet18", *options, "--detector", "NAN")

@@ -9,7 +9,16 @@ import pytest
 
 import running
 
-CONFTEST = "import running\n\ndef pytest_configure(config):\n    running.register(config)\n"
+CONFTEST = """
+from xdist.workermanage import NodeManager
+
+import running
+
+def pytest_configure(config):
+    running.register(config)
+    # Ten seconds by default.
+    NodeManager.EXIT_TIMEOUT = 0.5
+"""
 DIES = """
 import os, signal
 

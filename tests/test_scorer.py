@@ -1043,6 +1043,17 @@ class Stateful(Net):
         pass
 
 
+def test_extra_state_that_is_a_tensor_in_the_file_alone(tmp_path, monkeypatch):
+    model = Stateful().eval()
+    monkeypatch.setattr(Stateful, "get_extra_state", lambda module: torch.ones(1))
+    fn.Scorer(model, fn.NAN()).calibrate([torch.randn(64, 3, 6, 6)], progress=False).save(
+        tmp_path / "s.featnorm", weights=True
+    )
+    monkeypatch.undo()
+    with pytest.raises(archive.ArchiveError, match="a Stateful with 679 values, but this is a Stateful with 678"):
+        fn.load(tmp_path / "s.featnorm", model)
+
+
 def test_extra_state_of_a_wrong_model_is_not_taken_for_a_tensor(tmp_path):
     fn.Scorer(Net().eval(), fn.NAN()).calibrate([torch.randn(64, 3, 6, 6)], progress=False).save(
         tmp_path / "s.featnorm", weights=True

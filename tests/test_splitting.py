@@ -263,12 +263,12 @@ def test_new_clips_of_real_images_are_flagged_as_stated(shared_data):
     source = open_source(f"{shared_data}/tiny_imagenet/val.parquet[::70]")
     loaded, rng = create_model(DEFAULT_MODEL), random.Random(0)
     backbone = fast_layout(backbone_of(loaded)[0].eval())
-    frames = [loaded.transform(film(source.item(i), rng)) for i in range(len(source)) for _ in range(6)]
+    frames = [loaded.transform(film(source.item(i), rng)) for i in range(len(source)) for _ in range(4)]
     with torch.no_grad():
         values = torch.cat(
             [backbone(fast_layout(torch.stack(frames[start : start + 36]))) for start in range(0, len(frames), 36)]
         )
-    clip = torch.arange(len(values)) // 6
+    clip = torch.arange(len(values)) // 4
     found = near_duplicates(values)
     assert (join_groups(found, clip) == join_groups(clip)).all()  # no group has frames of two clips
     assert sum(len(found[clip == one].unique()) == 1 for one in clip.unique()) > 0.85 * len(source)

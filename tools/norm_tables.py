@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from featnorm.paper.panels import Line, Panel, panel_figure
 from featnorm.paper.tables import Table
@@ -163,7 +163,7 @@ def _theory(content: Content, facts: Sequence[str]) -> Table:
             if name in nan and runs[0]["layer"] == "hidden":
                 lengths.append(row[_THEORY[0]])
                 aurocs.append(nan[name])
-    rho = spearmanr(lengths, aurocs).statistic
+    (rho,) = _rank_correlations(np.array([lengths]), np.array([aurocs]))
     notes = [
         "length of h': mean, as a multiple of that of ID inputs; seed 0",
         f"rank correlation of it and NAN's AUROC over the {len(lengths)} OOD sets of hidden layers: {rho:.2f}",
@@ -195,12 +195,11 @@ def _predictors(content: Content, facts: Sequence[str]) -> Table:
         x, y = (np.array([row[i] for row in chosen]) for i in (1, 2))
         families = np.array([_family(setting) for setting, *_ in chosen])
         rng = np.random.default_rng(0)
-        drawn = [rng.integers(0, len(x), len(x)) for _ in range(_RESAMPLES)]
-        resampled = [spearmanr(x[i], y[i]).statistic for i in drawn if len(set(x[i])) > 1 and len(set(y[i])) > 1]
-        low, high = np.percentile(resampled, [2.5, 97.5])
+        drawn = np.stack([rng.integers(0, len(x), len(x)) for _ in range(_RESAMPLES)])
+        low, high = np.nanpercentile(_rank_correlations(x[drawn], y[drawn]), [2.5, 97.5])
         right = [_left_out(x, y > WORKS, families == family) for family in dict.fromkeys(families)]
         hits, total = sum(hit for hit, _ in right), sum(count for _, count in right)
-        rho = spearmanr(x, y).statistic
+        (rho,) = _rank_correlations(x[None], y[None])
         rows.append([name, f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]", f"{hits} of {total}", len(x)])
     rows.sort(key=lambda row: (-int(row[2].split()[0]) / row[3], -abs(float(row[1].split()[0]))))
     headers = [
@@ -215,6 +214,13 @@ def _predictors(content: Content, facts: Sequence[str]) -> Table:
         *facts,
     ]
     return Table("Measures of ID inputs as predictors", headers, [[*row[:3], f"{row[3]}"] for row in rows], notes)
+
+
+def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return Spearman's correlation of each row of x with that of y; NaN where all of a row's values are equal."""
+    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (rankdata(x, axis=1), rankdata(y, axis=1)))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
 
 
 def _left_out(x: np.ndarray, works: np.ndarray, out: np.ndarray) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Prepare featnorm's docstrings for napoleon, which takes what follows a parameter's colon for its type.
 
-In featnorm the annotation is the type, and the text says what the value is.
+In featnorm the annotation is the type, and the text says what the value is. Where the text is below, a type
+is after the colon.
 """
 
 import re
@@ -18,7 +19,8 @@ def described(lines):
         if line and _DASHES.match("".join(lines[i + 1 : i + 2])):
             section, indent = line, ""
         parameter = _PARAMETER.match(line)
-        if section in ("Parameters", "Attributes") and parameter:
+        typed = "".join(lines[i + 1 : i + 2]).startswith("    ")
+        if section in ("Parameters", "Attributes") and parameter and not typed:
             result += [parameter[1], "    " + parameter[2]]
             continue
         result.append(indent + line)

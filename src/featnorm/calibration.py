@@ -25,13 +25,16 @@ from featnorm._utils.checks import ScoreLike, as_p_values, as_score_tensor, chec
 from featnorm._utils.groups import GroupRanks, check_groups, members_of_groups, names_of_groups
 from featnorm._utils.weights import ExactModule
 
-__all__ = ["Calibration", "benjamini_hochberg", "conformal_p_values", "threshold_at_tpr"]
+__all__ = ["Calibration", "are_repeats", "benjamini_hochberg", "conformal_p_values", "threshold_at_tpr"]
 
 #: The group of each score: its name, or an integer tensor or array of its index.
 Groups: TypeAlias = Sequence[str] | Tensor | npt.NDArray[np.integer[Any]]
 
 # Number of scores up to which each is looked up by itself: operations on tensors have a fixed cost.
 _FEW_SCORES = 16
+# Number of distinct scores from which repeats are recognized, and maximum distance between two scores of one item,
+# relative to the range of all.
+_MIN_REPEATS, _ROUNDING = 4, 1e-4
 _LOOKED_UP = ("reference", "keys", "starts", "sizes", "ranks")
 
 
@@ -147,6 +150,51 @@ def benjamini_hochberg(p_values: ScoreLike, fdr: float = 0.05) -> Tensor:
     # Conformal p-values lie on a grid, so p_(k) = fdr k / m is common, and rounding must not decide it.
     limit = fdr * (1 + 1e-12) / len(p) * torch.arange(1, len(p) + 1, dtype=p.dtype, device=p.device)
     return p <= torch.where(ordered <= limit, ordered, -1.0).max()
+
+
+def are_repeats(earlier: ScoreLike, added: ScoreLike) -> bool:
+    """Whether all scores that are added to a calibration are of items that it has already.
+
+    Another engine or batch size changes the score of an item by rounding. If as many scores are added as there
+    were, both are compared in ascending order: new items differ by the sampling error, far above rounding.
+    Otherwise each is compared with the two earlier scores around it: on average, the distance of a new item to the
+    nearer one is a quarter of the distance between them, and that of a repeat must be below a tenth. Scores that
+    several earlier items have in common, such as those of a detector with few values, are left out of this.
+
+    Parameters
+    ----------
+    earlier, added
+        (n,) and (m,) scores.
+
+    Returns
+    -------
+    bool
+        Whether they are repeats. Fewer than four are not recognized.
+
+    Examples
+    --------
+    >>> scores = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    >>> are_repeats(scores, scores[:50] + 1e-6), are_repeats(scores, scores[:50] + 0.1)
+    (True, False)
+    """
+    before, after = (_sorted(scores, "scores").cpu().numpy() for scores in (earlier, added))
+    known, counts = np.unique(before[np.isfinite(before)], return_counts=True)
+    if min(len(known), len(after)) < _MIN_REPEATS:
+        return False
+    if len(before) == len(after):
+        differ = before != after  # and not the infinite ones
+        spread = np.subtract(*np.quantile(before[np.isfinite(before)], (0.9, 0.1)))
+        return bool(abs(before[differ] - after[differ]).sum() <= 0.05 * spread * math.sqrt(len(after)))
+    above = np.searchsorted(known, after).clip(1, len(known) - 1)
+    gaps = known[above] - known[above - 1]
+    nearest = above - (after - known[above - 1] < known[above] - after)
+    distances = abs(after - known[nearest])
+    telling = (distances > 0) | (counts[nearest] == 1)
+    if 2 * telling.sum() < len(after) or distances.max() > _ROUNDING * (known[-1] - known[0]):
+        return False
+    # A single wide gap does not outweigh the others.
+    weights = np.minimum(gaps, np.median(gaps))
+    return bool((weights * distances / gaps)[telling].sum() <= 0.1 * weights[telling].sum())
 
 
 class Calibration(ExactModule):

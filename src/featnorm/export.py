@@ -94,11 +94,14 @@ class ScoringGraph(nn.Module):
         """
         return self.verdicts(self.tap.traced(inputs))
 
-    def verdicts(self, features: Features) -> tuple[Tensor, ...]:
-        """Return the same, for features that the tap captured."""
+    def score(self, features: Features) -> Tensor:
+        """Return the scores (n,) for features that the tap captured."""
         classifier = None if self.weight is None else (self.weight, self.bias)
-        features = features.replace(classifier=classifier)
-        score = self.detector.score(features)
+        return self.detector.score(features.replace(classifier=classifier))
+
+    def verdicts(self, features: Features) -> tuple[Tensor, ...]:
+        """Return what `forward` does, for features that the tap captured."""
+        score = self.score(features)
         exact = score.double()
         # What `Calibration` computes by searchsorted, which ONNX lacks.
         at_most = self.scores[None] <= exact[:, None]

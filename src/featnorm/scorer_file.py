@@ -292,7 +292,11 @@ def _differ(network: nn.Module, stored: Mapping[str, Tensor], kind: HeadKind) ->
         for name, value in network.state_dict().items()
         if kind != "train" or name[0] == "0"
     ]
-    return any(b is not None and not (a.dtype == b.dtype and torch.equal(a.cpu(), b)) for a, b in pairs)
+    # The extra state of a module need not be a tensor.
+    return any(
+        b is not None and not (isinstance(a, Tensor) and a.dtype == b.dtype and torch.equal(a.cpu(), b))
+        for a, b in pairs
+    )
 
 
 def _fill(network: nn.Module, stored: Mapping[str, Tensor], path: str | Path, name: str) -> None:

@@ -8,7 +8,6 @@ import sys
 import tomllib
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,6 @@ import featnorm as library
 from apart import run_all_apart, run_apart
 from featnorm import demo
 from featnorm.__main__ import COMMANDS
-from featnorm.cli.calibrate import _repeats
 
 MODEL = "timm:test_resnet"
 
@@ -368,17 +366,3 @@ def test_a_character_that_the_output_lacks_is_replaced(tmp_path):
     command = [sys.executable, "-c", code, "odd"]
     printed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
     assert printed.strip() == b"?1"
-
-
-def test_items_that_count_twice_are_found_by_their_scores():
-    random = np.random.default_rng(0)
-    known = random.normal(-100, 3, 1000)
-    earlier = library.Calibration(known)
-    repeats = partial(_repeats, earlier, earlier)
-    for rounding in (0, 1e-6):  # another engine, relative to the largest score
-        again = known[:200] * (1 + rounding * random.uniform(-1, 1, 200))
-        assert repeats(again)
-        assert not repeats([*again, -50.0])
-    found = sum(repeats(random.normal(-100, 3, size)) for size in [*range(1, 11)] * 20)
-    assert found <= 10, found
-    assert not _repeats(earlier, None, known)

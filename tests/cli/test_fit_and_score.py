@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from apart import command, start
 from featnorm import archive
 from featnorm.__main__ import COMMANDS
 from featnorm.cli.app import run_command
@@ -56,24 +56,16 @@ def detector(known, few_steps_throughout, tmp_path_factory):
     return out / "d.featnorm"
 
 
-def kill(*arguments, when):
+def kill(*arguments, when, log):
     """Run the command in a process of its own, and kill it when something is so."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("FEATNORM_DATA", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featnorm", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None:
+    process = start(command, *arguments, out=os.devnull, error=log)
+    while process.is_alive():
         if when():
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             break
         time.sleep(0.005)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, error
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
 
 
 def lines_in(file: Path) -> int:
@@ -246,7 +238,8 @@ def test_monitor_reads_what_fit_and_score_wrote(featnorm, detector, tmp_path):
 def test_a_killed_fit_goes_on(featnorm, known, detector, tmp_path):
     cache = tmp_path / "cache"
     arguments = ("fit", known, "-o", tmp_path / "d.featnorm", "--cache", cache, "--batch-size", 16, *BACKBONE)
-    kill(*arguments, when=lambda: any(lines_in(file) >= 3 for file in cache.glob("*/index.jsonl")))
+    ready = lambda: any(lines_in(file) >= 3 for file in cache.glob("*/index.jsonl"))  # noqa: E731
+    kill(*arguments, when=ready, log=tmp_path / "log")
     assert not (tmp_path / "d.featnorm").exists()
     status, printed, _ = featnorm(*arguments)
     assert status == 0
@@ -262,7 +255,7 @@ def test_a_killed_score_goes_on(featnorm, known, detector, tmp_path):
     arguments = ["score", detector, tmp_path / "images", "--batch-size", 8, "--workers", "0", "-o"]
     assert featnorm(*arguments, tmp_path / "whole.csv")[0] == 0
     journal = tmp_path / ".killed.csv.part"
-    kill(*arguments, tmp_path / "killed.csv", when=lambda: lines_in(journal) > 4)
+    kill(*arguments, tmp_path / "killed.csv", when=lambda: lines_in(journal) > 4, log=tmp_path / "log")
     assert not (tmp_path / "killed.csv").exists()
     status, printed, _ = featnorm(*arguments, tmp_path / "killed.csv")
     assert status == 0

@@ -7,6 +7,10 @@ from contextlib import asynccontextmanager, contextmanager
 
 from fastapi.testclient import TestClient
 
+from apart import command
+from featnorm import scorer_file
+from featnorm.scorer import Scorer
+
 
 class Asking:
     """One pending request to an application."""
@@ -81,3 +85,16 @@ async def until(condition):
     while not condition():
         assert time.monotonic() < end, "it never came to be"
         await asyncio.sleep(0.002)
+
+
+def serve_what_never_returns(*arguments):
+    """Serve scorers whose models never return, to the end of the process. The warm-up image is enough."""
+    load = scorer_file.load
+
+    def loaded(*files, **options):
+        scorer = load(*files, **options)
+        Scorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
+        return scorer
+
+    scorer_file.load = loaded
+    command("serve", *arguments)

@@ -9,15 +9,21 @@ without which an exit status that is not 0 fails. Lines below a command, and a b
 """
 
 import doctest
+import hashlib
+import io
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
+
+import filelock
+import torch
+
+from apart import command, first_lines_of, start
 
 _FENCE = re.compile(
     r"^(?:<!-- (?P<mark>.+?) -->\n+)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -25,7 +31,6 @@ _FENCE = re.compile(
 _FILE = re.compile(r"# (\S+\.\w+)\n")
 _COMMAND = re.compile(r"\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)")
 _STARTED = []  # processes
-_RUN = {}  # what programs printed, and a folder of what they wrote, by their code
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -62,7 +67,7 @@ def blocks(text):
     return found
 
 
-def run_page(page, featnorm, capsys, names=None):
+def run_page(page, featnorm, capsys, shared, names=None):
     """Run the blocks of a page; a failure names the line of the block.
 
     Parameters
@@ -70,26 +75,27 @@ def run_page(page, featnorm, capsys, names=None):
     page : path of the page.
     featnorm : the fixture that runs the command.
     capsys : pytest's fixture.
+    shared : folder for what programs write; see `run_once`.
     names : what the blocks of ``python`` find defined.
     """
     names = {"__name__": "__main__", **(names or {})}
     try:
-        _run_blocks(page, featnorm, capsys, names)
+        _run_blocks(page, featnorm, capsys, shared, names)
     finally:
         while _STARTED:
             process = _STARTED.pop()
             process.terminate()
-            process.communicate(timeout=30)
+            process.join(30)
 
 
-def _run_blocks(page, featnorm, capsys, names):
+def _run_blocks(page, featnorm, capsys, shared, names):
     for block in blocks(page.read_text("utf-8")):
         if block.skipped:
             continue
         place = f"{page.name}:{block.line}"
         try:
             if block.language == "console":
-                _run_console(block, place, featnorm, capsys)
+                _run_console(block, place, featnorm, shared)
             elif file := _FILE.match(block.code):
                 Path(file[1]).write_text(block.code, "utf-8")
             else:
@@ -100,56 +106,52 @@ def _run_blocks(page, featnorm, capsys, names):
             raise
 
 
-def _run_console(block, place, featnorm, capsys):
+def _run_console(block, place, featnorm, shared):
     status, error = 0, ""
-    for command in _COMMAND.finditer(block.code):
-        text = command["command"].replace("\\\n", " ").removesuffix("&")
+    for found in _COMMAND.finditer(block.code):
+        text = found["command"].replace("\\\n", " ").removesuffix("&")
         program, *arguments = shlex.split(text, comments=True)
         assert status == 0 or program == "echo", f"{place}: exit status {status} before {text}: {error}"
         if program == "echo":
             printed, status = f"{status}\n", 0
-        elif program == "featnorm" and command["command"].endswith("&"):
+        elif program == "featnorm" and found["command"].endswith("&"):
             printed = _start(arguments)
         elif program == "featnorm":
             status, printed, error = featnorm(*arguments)
         elif program == "python":
-            printed = _run_program(Path(arguments[0]), capsys)
+            printed, wrote = run_once(Path(arguments[0]), shared)
+            shutil.copytree(wrote, ".", dirs_exist_ok=True)
         elif program == "curl":
             printed = subprocess.run(
                 [program, "-sS", *arguments], capture_output=True, text=True, check=True
             ).stdout
         else:
             raise AssertionError(f"{place}: {program} is not run here; mark the block as not run, with the reason")
-        _compare(command["output"], printed, place)
+        _compare(found["output"], printed, place)
     assert status == 0, f"{place}: exit status {status}: {error}"
 
 
-def _run_program(program, capsys):
-    """Run a program of Python; returns what it prints. Where another page ran it, what it wrote is copied."""
-    code = program.read_bytes()
-    if code not in _RUN:
-        began = {path.name for path in Path().iterdir()}
-        runpy.run_path(str(program), run_name="__main__")
-        wrote = tempfile.TemporaryDirectory()
-        for path in Path().iterdir():
-            if path.name not in began:
-                (shutil.copytree if path.is_dir() else shutil.copy2)(path, Path(wrote.name, path.name))
-        _RUN[code] = capsys.readouterr().out, wrote
-    printed, wrote = _RUN[code]
-    shutil.copytree(wrote.name, ".", dirs_exist_ok=True)
-    return printed
+def run_once(program, shared):
+    """Run a program of Python in an empty folder, once for all processes that share a folder.
+
+    Returns what it printed, and the folder of what it wrote.
+    """
+    place = shared / hashlib.sha256(program.read_bytes()).hexdigest()
+    said, wrote = place / "said", place / "wrote"
+    with filelock.FileLock(f"{place}.lock"):
+        if not said.exists():
+            wrote.mkdir(parents=True)
+            shutil.copy(program, wrote)
+            with chdir(wrote), torch.random.fork_rng(), redirect_stdout(io.StringIO()) as printed:
+                runpy.run_path(program.name, run_name="__main__")
+            said.write_text(printed.getvalue(), "utf-8")
+    return said.read_text("utf-8"), wrote
 
 
 def _start(arguments):
     """Start featnorm in the background, to the end of the page; returns the first line that it prints."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featnorm", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    _STARTED.append(process)
-    return process.stdout.readline()
+    _STARTED.append(start(command, *arguments, out=Path("printed in the background")))
+    return first_lines_of(Path("printed in the background"), _STARTED[-1])
 
 
 def _compare(expected, printed, place):

@@ -1,5 +1,7 @@
 """Small images with classes, and networks for them."""
 
+import os
+import signal
 from dataclasses import replace
 
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from featnorm.models import CifarResNet18, ProjectionHead, cifar_network, cifar_network_with
 from featnorm.paper.networks import MLP, CSIHead
 from featnorm.paper.recipe import PRESETS, PaperRecipe
-from featnorm.training import Recipe
+from featnorm.training import Recipe, train
 
 RECIPE = Recipe(epochs=4, batch_size=16, optimizer="sgd", lr=0.05, augment=True)
 PAPER_RECIPE = PaperRecipe(**RECIPE.to_dict())
@@ -65,3 +67,13 @@ def plain(recipe):
     if recipe.objective not in ("cross_entropy", "rotnet"):
         body.classifier = nn.Identity()
     return body
+
+
+def train_until_killed(folder):
+    """Train in a process that is killed at the end of the third epoch."""
+
+    def kill(entry, _):
+        if entry["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(network(), *data(), RECIPE, folder=folder, on_epoch=kill)

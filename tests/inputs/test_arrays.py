@@ -463,6 +463,7 @@ def test_slices_keep_columns_and_widths(tmp_path):
     np.testing.assert_array_equal(stack(source), ROWS[[5, 3]])
 
 
+@pytest.mark.usefixtures("operators_read_once")
 def test_the_commands_export_evaluate_and_monitor_rows(featnorm, tmp_path):
     session = pytest.importorskip("onnxruntime").InferenceSession
     np.save(tmp_path / "known.npy", ROWS)

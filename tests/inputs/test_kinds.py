@@ -183,6 +183,7 @@ def test_a_transform_of_texts_must_return_tensors_by_name(folder):
             next(iter(source_loader(source, wrong, workers=0)))
 
 
+@pytest.mark.usefixtures("operators_read_once")
 def test_an_exported_graph_takes_token_ids(scorer, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

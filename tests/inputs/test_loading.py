@@ -1,9 +1,9 @@
 import copy
+import ctypes
 import io
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apart import command, start
 from featnorm.inputs import Batch, DataError, extract_features, loading, open_source, source_loader
 
 
@@ -240,27 +241,28 @@ def test_fit_and_score_in_little_shared_memory(tmp_path: Path) -> None:
             return torch.nn.Sequential(*layers), lambda image: torch.tensor(np.array(image)).permute(2, 0, 1) / 255
     """
     (tmp_path / "tiny.py").write_text(textwrap.dedent(model))
-    # A quarter of a batch.
-    mount = 'mount -t tmpfs -o size=192k tmpfs /dev/shm && exec "$@"'
-    own = ["--model", "tiny:make", "--device", "cpu"]
-    script = f"""
-        import sys
-        from featnorm.__main__ import main
 
-        for command in (
-            ["fit", {str(folder)!r}, "--cache", "cache", "-o", "a.featnorm", *{own!r}],
-            ["score", "a.featnorm", {str(folder)!r}, "-o", "scores.csv", *{own!r}],
+    own = ("--model", "tiny:make", "--device", "cpu")
+
+    def run() -> None:
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+        # A quarter of a batch.
+        for mount in ("--make-rprivate /", "-t tmpfs -o size=192k tmpfs /dev/shm"):
+            subprocess.run(["mount", *mount.split()], check=True)
+        os.chdir(tmp_path)
+        for arguments in (
+            ("fit", folder, "--cache", "cache", "-o", "a.featnorm", *own),
+            ("score", "a.featnorm", folder, "-o", "scores.csv", *own),
         ):
-            sys.argv = ["featnorm", *command]
             try:
-                main()
+                command(*arguments)
             except SystemExit as end:
-                assert not end.code, end.code
-    """
-    command = [*private, "sh", "-c", mount, "sh", sys.executable, "-c", textwrap.dedent(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+                if end.code:
+                    raise
+
+    process = start(run, out=tmp_path / "out", error=tmp_path / "log")
+    process.join(240)
+    assert process.exitcode == 0, (tmp_path / "log").read_text("utf-8")
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + loading._MIN_THREADED
 
 

@@ -98,7 +98,7 @@ def test_lines_of_text(tmp_path):
     assert (source.columns, source.class_names, source.label_columns) == (("text",), None, ())
     joined = open_source(str(tmp_path / "notes.txt"), table_file(tmp_path / "a.csv"))
     assert joined.kind is TEXTS
-    assert [joined.name(i) for i in (3, 4)] == ["notes: row 3", "a: row 0"]
+    assert [joined.name(i) for i in (3, 4)] == ["notes: line 4", "a: row 0"]
 
 
 @pytest.mark.parametrize(

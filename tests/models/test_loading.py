@@ -55,12 +55,12 @@ def test_efficientnet_lite0_by_order(shared_data: Path) -> None:
         "timm:tf_efficientnet_lite0: matched by shape, in order"
     ]
     assert not loaded.model.training
-    source = open_source("imagenet1k_sample[:100]", root=shared_data)
+    source = open_source("imagenet1k_sample[:50]", root=shared_data)
     right = 0
     with torch.inference_mode():
         for batch in source_loader(source, loaded.transform, on_corrupt=lambda name, why: pytest.fail(name)):
             right += int((loaded.model(batch.inputs).argmax(1) == batch.labels).sum())
-    assert right > 80
+    assert right > 40
 
 
 def test_torchvision_round_trip(tmp_path: Path) -> None:

@@ -42,28 +42,43 @@ def test_it_is_small_and_has_a_card():
             assert f"{auroc:.1f} / {fpr95:.1f}" in card, name
 
 
-@pytest.mark.slow
+#: Accuracy on every tenth test image, and AUROC against every tenth digit of MNIST and every fourth texture. They
+#: were measured while those on all images, which take ten times as long, were as published.
+ACCURACY = 0.955
+AUROC = {
+    "NAN()": (91.57, 91.41),
+    "L1Norm()": (90.00, 89.09),
+    "Energy()": (73.17, 76.07),
+    "MSP()": (83.35, 90.32),
+    "HiddenConfidence()": (91.01, 90.24),
+}
+
+
 def test_it_reaches_what_was_published(shared_data):
-    result = model_facts(NAME)["result"]
     model = fast_layout(fn.load_model(NAME))
     tap = fn.FeatureTap(model)
-    detectors = {repr(d): d for d in (fn.NAN(), fn.L1Norm(), fn.Energy(), fn.MSP(), fn.HiddenConfidence())}
 
-    def scored(spec):
-        source = open_source(spec, root=shared_data)
+    def features(source):
         pixels = image_tensor(source, 32, progress=False)
-        features = [tap(fast_layout(batch).float() / 255) for batch in pixels.split(64)]
-        labels = torch.tensor([source.label(i) for i in range(len(source))]) if spec == "cifar10:test" else None
-        return fn.Features.cat(features), labels
+        return fn.Features.cat([tap(fast_layout(batch).float() / 255) for batch in pixels.split(64)])
 
-    known, labels = scored("cifar10:test")
+    source = open_source("cifar10:test[::10]", root=shared_data)
+    known = features(source)
+    labels = torch.tensor([source.label(i) for i in range(len(source))])
+    strange = [
+        features(open_source(f"ood32/{name}", root=shared_data)) for name in ("mnist[::10]", "textures[::4]")
+    ]
     accuracy = float((known.tensor("logits").argmax(1) == labels).float().mean())
-    assert accuracy == pytest.approx(result["accuracy"], abs=0.001)
-    for name in ("textures", "mnist"):
-        strange, _ = scored(f"ood32/{name}")
-        for key, detector in detectors.items():
-            ours = 100 * fn.auroc(detector.score(known), detector.score(strange))
-            assert ours == pytest.approx(result["scores"][key][name][0], abs=0.05), key
+    assert accuracy == pytest.approx(ACCURACY, abs=0.001)
+    result = model_facts(NAME)["result"]
+    # Within three standard errors.
+    assert accuracy == pytest.approx(result["accuracy"], abs=3 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5)
+    for detector in (fn.NAN(), fn.L1Norm(), fn.Energy(), fn.MSP(), fn.HiddenConfidence()):
+        name = repr(detector)
+        ours = [100 * fn.auroc(detector.score(known), detector.score(one)) for one in strange]
+        assert ours == pytest.approx(AUROC[name], abs=0.05), name
+        published = [result["scores"][name][key][0] for key in ("mnist", "textures")]
+        assert ours == pytest.approx(published, abs=4), name
 
 
 def test_the_command_line_takes_it_by_name():
@@ -77,10 +92,10 @@ def test_the_command_line_takes_it_by_name():
 
 
 def test_its_hidden_classifier_explains(shared_data):
-    source = open_source("cifar10:test[:300]", root=shared_data)
+    source = open_source("cifar10:test[:150]", root=shared_data)
     pixels = image_tensor(source, 32, progress=False).float() / 255
     model = fn.load_model(NAME)
-    explainer = fn.Explainer(model).fit(pixels.split(100), progress=False)
+    explainer = fn.Explainer(model).fit(pixels.split(50), progress=False)
     with torch.no_grad():
         logits = model(pixels[:5])
     hidden = fn.FeatureTap(model).hidden(pixels[:5])

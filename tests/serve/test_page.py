@@ -17,7 +17,7 @@ import featnorm as fn
 import tiny_texts
 from featnorm.fitting import fit_source
 from featnorm.inputs import IMAGES, ROWS, TEXTS, open_source
-from featnorm.serve import Limits, ScorerFile, create_app
+from featnorm.serve import Limits, ScorerFile, create_app, workers
 from featnorm.serve.page import home_page
 from featnorm.serve.server import _Server, bind
 
@@ -365,7 +365,7 @@ def test_another_scorer_is_chosen(page, scorer, folder):
         assert [url.rsplit("/", 2)[1] for url in requests] == ["colors"] * 3 + ["strict%20ones"] * 3
         assert page.locator(".plot").count() == plots == 20
         # While requests are under way.
-        page.route("**/colors/score*", lambda route: (time.sleep(0.5), route.continue_()))
+        page.route("**/colors/score*", lambda route: (time.sleep(0.1), route.continue_()))
         choice.select_option("colors")
         choice.select_option("strict ones")
         choice.select_option("colors")
@@ -409,7 +409,8 @@ def test_a_single_scorer_is_no_choice(page, url):
     assert not page.locator("#scorers").is_visible()
 
 
-def test_it_shows_a_file_that_was_replaced(page, scorer, folder, tmp_path):
+def test_it_shows_a_file_that_was_replaced(page, scorer, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_POLL", 0.1)
     file = tmp_path / "d.featnorm"
     scorer.save(file, weights=True)
     with served(create_app({"d": ScorerFile(file)})) as url:
@@ -420,7 +421,7 @@ def test_it_shows_a_file_that_was_replaced(page, scorer, folder, tmp_path):
         other.save(file, weights=True)
         digest = page.request.get(f"{url}v1/detector").json()["digest"]
         while page.request.get(f"{url}v1/detector").json()["digest"] == digest:
-            time.sleep(0.1)
+            time.sleep(0.02)
         page.set_input_files("#files", [image_of(folder)])
         tally(page, re.compile("^1 image scored"))
         playwright.expect(page.locator("#promise")).to_contain_text("accepts at least 50 %")

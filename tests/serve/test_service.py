@@ -12,8 +12,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -33,7 +31,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import featnorm as fn
 import tiny_texts
-from asking import Asking, client_of, running, until
+from apart import command, first_lines_of, start
+from asking import Asking, client_of, running, serve_what_never_returns, until
 from featnorm.cli import serve
 from featnorm.hidden import Why
 from featnorm.inputs import SlicedSource, open_source
@@ -45,6 +44,7 @@ from featnorm.serve import app as service
 from featnorm.serve.metrics import score_buckets
 from featnorm.serve.requests import JsonLines
 from featnorm.serve.responses import histogram, why_of
+from featnorm.serve.scorers import ServedScorer
 from featnorm.serve.server import bind
 from hostile import chunk, hostile_files, huge_png
 from pages import Page
@@ -1041,8 +1041,11 @@ def test_what_has_no_pictures_says_why(halved, new, caplog):
     assert "a secret of the inside" in caplog.text
 
 
-def test_the_first_explanation_is_made_before_the_service_is_ready(scorer, caplog):
+def test_the_first_explanation_is_made_before_the_service_is_ready(
+    scorer, caplog, monkeypatch, warm_up_explanations
+):
     """It takes seconds; if it fails, images are scored all the same."""
+    monkeypatch.setattr(ServedScorer, "warm_up_explanations", warm_up_explanations)
     explained = []
     inner = scorer.predict_batch
 
@@ -1273,27 +1276,12 @@ def detector(fitted, tmp_path_factory):
 @pytest.mark.posix
 def test_the_command_serves_until_a_signal(detector, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "featnorm",
-            "serve",
-            str(detector),
-            "--port",
-            "0",
-            "--token-file",
-            str(tmp_path / "token"),
-            "--tpr",
-            "0.9",
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # By default a network that is slow on this machine is exported first.
+    served = ["serve", detector, "--port", "0", "--tpr", "0.9", "--engine", "torch"]
+    served += ["--token-file", tmp_path / "token"]
+    process = start(command, *served, out=tmp_path / "out", error=tmp_path / "log")
     try:
-        said = process.stdout.readline()
+        said = first_lines_of(tmp_path / "out", process)
         host, port = re.search(r"http://([\d.]+):(\d+)/", said).groups()
         assert host == "127.0.0.1"
         request = urllib.request.Request(
@@ -1317,7 +1305,7 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
             "Expect: 100-continue\r\n\r\n".encode()
         )
         assert under_way.recv(100).startswith(b"HTTP/1.1 100")
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         while True:  # until connections are rejected
             try:
                 socket.create_connection((host, int(port)), timeout=30).close()
@@ -1326,51 +1314,29 @@ def test_the_command_serves_until_a_signal(detector, tmp_path):
         under_way.sendall(image)
         assert under_way.recv(100).startswith(b"HTTP/1.1 200")
         under_way.close()
-        rest, log = process.communicate(timeout=60)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 0, log
-    assert rest == ""
+    log = (tmp_path / "log").read_text("utf-8")
+    assert process.exitcode == 0, log
+    assert (tmp_path / "out").read_text("utf-8") == said
     assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200, 403, 200]
     assert TOKEN not in log + said
 
 
 @pytest.mark.posix
-def test_the_command_ends_in_time_whatever_its_threads_do(detector):
-    # A model that never returns. The warm-up image is enough.
-    code = """
-import signal, time
-from featnorm.__main__ import main
-from featnorm import scorer_file as module
-from featnorm.scorer import Scorer
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-
-def load(*arguments, load=module.load, **options):
-    scorer = load(*arguments, **options)
-    Scorer.predict_batch = lambda *_, **__: print("begun", flush=True) or time.sleep(600)
-    return scorer
-
-module.load = load
-main()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", str(detector), "--port", "0", "--grace-seconds", "0.5"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_the_command_ends_in_time_whatever_its_threads_do(detector, tmp_path):
+    served = (serve_what_never_returns, detector, "--port", "0", "--grace-seconds", "0.5", "--engine", "torch")
+    process = start(*served, out=tmp_path / "out", error=tmp_path / "log")
     try:
-        assert {process.stdout.readline()[:5] for _ in range(2)} == {"begun", "Servi"}
-        process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert log == "featnorm: interrupted\n"
+        said = first_lines_of(tmp_path / "out", process, 2)
+        assert {line[:5] for line in said.splitlines()} == {"begun", "Servi"}
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+        assert (tmp_path / "log").read_text("utf-8") == "featnorm: interrupted\n"
     finally:
         process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
 
 
 def test_all_of_the_log_is_json(capsys, monkeypatch):

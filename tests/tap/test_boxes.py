@@ -72,6 +72,8 @@ def test_the_features_are_those_the_detections_were_made_of():
 @pytest.mark.usefixtures("seeded")
 def test_torchvisions_detectors(name):
     options = {"box_score_thresh": 0.0, "box_detections_per_img": 3, "min_size": 96, "max_size": 128}
+    # By default a thousand proposals of each image pass through the head.
+    options |= {"rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_test": 20}
     model = getattr(detection, name)(weights=None, weights_backbone=None, **options).eval()
     nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.3)
     images = [torch.rand(3, 64, 96), torch.rand(3, 96, 72)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import trainings
+from apart import start
 from featnorm.models import (
     CifarResNet18,
     Normalize,
@@ -22,12 +23,22 @@ from featnorm.paper.networks import MLP
 from featnorm.paper.recipe import PRESETS, scheme_labels
 from featnorm.runtime import Runtime
 from featnorm.training import Recipe, train, train_head
-from trainings import CASES, PAPER_RECIPE, RECIPE, assert_same, data, framework, network, plain, weights
+from trainings import (
+    CASES,
+    PAPER_RECIPE,
+    RECIPE,
+    assert_same,
+    data,
+    framework,
+    network,
+    plain,
+    train_until_killed,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
 FABRIC = Runtime().fabric
-HELPERS = Path(trainings.__file__).parent
 
 
 def test_it_learns():
@@ -102,20 +113,9 @@ def test_resumed_is_unbroken(tmp_path, optimizer):
 
 @pytest.mark.posix
 def test_a_killed_run_loses_one_epoch_at_most(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(HELPERS)!r})\n"
-        "from trainings import *\n"
-        "def kill(entry, model):\n"
-        "    if entry['epoch'] == 3:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "images, targets = data()\n"
-        "from featnorm.training import train\n"
-        "train(network(), images, targets, RECIPE, folder='run', on_epoch=kill)\n"
-    )
-    killed = subprocess.run([sys.executable, script], cwd=tmp_path)
-    assert killed.returncode == -9
+    killed = start(train_until_killed, tmp_path / "run", out=tmp_path / "out", error=tmp_path / "log")
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 2
     images, targets = data()
     epochs = []
@@ -288,7 +288,8 @@ if __name__ == "__main__":
 def test_two_processes_train_as_one(tmp_path):
     out = tmp_path / "two.pt"
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(folder=str(HELPERS), out=str(out)))
+    helpers = Path(__file__).parents[1] / "helpers"
+    script.write_text(TWO.format(folder=str(helpers), out=str(out)))
     subprocess.run([sys.executable, script], check=True, capture_output=True)
     images, targets = data(64)
     two = torch.load(out, weights_only=True)
@@ -408,6 +409,9 @@ def test_compiled_training_ends_where_plain_does_and_resumes(tmp_path, monkeypat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     # In this process: others would import torch first.
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    # Compiled sooner, as code that need not be fast. Trying out the kinds of vectors takes longer than all else.
+    monkeypatch.setattr("torch._inductor.cpp_builder._get_optimization_cflags", lambda *_: (["O0"], []))
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])
     images, targets = data(64)
     recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, augment=True, crop=6, crop_share=0.5)
     runtime = Runtime("cpu", compiled=True)

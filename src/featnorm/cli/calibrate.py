@@ -1,8 +1,7 @@
 """``featnorm calibrate``: another rate or other calibration data for a fitted scorer, without fitting it again."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -31,14 +30,6 @@ from featnorm.cli.options import (
     Workers,
     fps_of,
 )
-
-if TYPE_CHECKING:
-    from featnorm.calibration import Calibration
-    from featnorm.parts import PartCalibration
-
-# Maximum distance between two scores of the same item, relative to the range of all scores, and maximum mean
-# distance, relative to the median distance between neighboring scores.
-_ROUNDING, _SHARE = 1e-4, 0.05
 
 
 def calibrate(
@@ -77,6 +68,7 @@ def calibrate(
     """
     require_file_place(out, [scorer_file, *([] if data is None else [Path(data)])])
     from featnorm import archive
+    from featnorm.calibration import are_repeats
     from featnorm.inputs import FRAMES, kind_of
     from featnorm.parts import PartCalibration
     from featnorm.scorer_file import load, replace_calibration
@@ -118,12 +110,18 @@ def calibrate(
                 "be scored with the new file. Use --update to keep them.",
                 soft_wrap=True,
             )
-        if update and _repeats(calibration, earlier, summary.scores):
-            console.print(
-                f"Note: all scores of {source.title} were in the calibration already. If these are the same "
-                f"{'clips' if kind is FRAMES else kind.name}, they count twice now: calibrate without --update.",
-                soft_wrap=True,
-            )
+        if update and earlier is not None:
+            if isinstance(earlier, PartCalibration) and isinstance(calibration, PartCalibration):
+                repeated = are_repeats(known := earlier.unit_scores, calibration.unit_scores[len(known) :])
+            else:
+                repeated = are_repeats(earlier.scores, summary.scores)
+            if repeated:
+                items = "clips" if kind is FRAMES else kind.name
+                console.print(
+                    f"Note: all scores of {source.title} were in the calibration already. If these are the same "
+                    f"{items}, they count twice now: calibrate without --update.",
+                    soft_wrap=True,
+                )
     replace_calibration(scorer_file, out, calibration, source=data, added=update, facts=facts)
     units = len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
     if units is not None and kind is not FRAMES:
@@ -137,33 +135,3 @@ def calibrate(
         soft_wrap=True,
     )
     console.print(f"Wrote {out}.", soft_wrap=True)
-
-
-def _repeats(
-    calibration: "Calibration | PartCalibration",
-    earlier: "Calibration | PartCalibration | None",
-    scores: Sequence[float],
-) -> bool:
-    """Return whether all items that were added to an earlier calibration have scores that were in it.
-
-    Another engine or batch size changes the score of an item by rounding. Scores of other items may also be close
-    to earlier ones, but their mean distance is not far below that between neighboring scores.
-    """
-    import numpy as np
-
-    from featnorm.parts import PartCalibration
-
-    if earlier is None:
-        return False
-    known, added = np.unique(earlier.scores.tolist()), np.asarray(scores)
-    if isinstance(earlier, PartCalibration) and isinstance(calibration, PartCalibration):
-        known = np.unique(earlier.unit_scores.tolist())
-        added = np.asarray(calibration.unit_scores[len(earlier.unit_scores) :].tolist())
-    added, count = added[~np.isin(added, known)], len(added)
-    known = known[np.isfinite(known)]
-    if not len(added) or len(known) < 2:
-        return not len(added)
-    above = np.searchsorted(known, added).clip(1, len(known) - 1)
-    gaps = np.minimum(abs(added - known[above - 1]), abs(added - known[above]))
-    near = gaps.max() <= _ROUNDING * (known[-1] - known[0])
-    return bool(near and gaps.sum() / count <= _SHARE * np.median(np.diff(known)))

@@ -374,7 +374,7 @@ class _Actor:
 def _resources() -> dict[str, float]:
     import ray
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     return resources
 
 

@@ -218,10 +218,10 @@ def other_columns(name: str, first: str) -> DataError:
     return DataError(f"{name} has other columns than {first}: the shards of a data set must agree")
 
 
-def row_name(files: Sequence[str], first_rows: Sequence[int], i: int) -> str:
+def row_name(files: Sequence[str], first_rows: Sequence[int], i: int, noun: str = "row", first: int = 0) -> str:
     """Return the name of row `i` of a file, or of shards; `first_rows` has the number of rows before each."""
     file = bisect_right(first_rows, i, hi=len(files)) - 1
-    row = f"row {i - first_rows[file]}"
+    row = f"{noun} {first + i - first_rows[file]}"
     return row if len(files) == 1 else f"{PurePath(files[file]).name} {row}"
 
 

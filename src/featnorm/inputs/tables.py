@@ -114,7 +114,8 @@ def source_of(
         A specification as `open_source` takes it; a source; a list or array of str, which are texts; an array,
         tensor or sequence (n, D) of numbers, which are rows; or a `pandas.DataFrame`, whose columns tell whether
         it holds texts or rows, as those of a CSV file do.
-    labels : one label per item, or a file with them, see `featnorm.inputs.arrays.LabeledSource`. Default: those of
+    labels
+        One label per item, or a file with them, see `featnorm.inputs.arrays.LabeledSource`. Default: those of
         ``data``.
     root, label_column, text_column, fps : see `open_source`.
     read_labels : whether to read the labels of a table.

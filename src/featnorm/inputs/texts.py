@@ -281,7 +281,9 @@ class TextRows(Texts):
         return rows
 
     def _name(self, i: int) -> str:
-        return row_name(self._paths, self._first_rows, i)
+        # Editors count lines from 1.
+        noun, first = ("line", 1) if isinstance(self._files[0], LineFile) else ("row", 0)
+        return row_name(self._paths, self._first_rows, i, noun, first)
 
     def _identity(self, i: int) -> str:
         file = self._files[bisect_right(self._first_rows, i) - 1]

@@ -75,7 +75,8 @@ class _Linearized(TorchFunctionMode):
     held : factors of an earlier pass, to be reused; None to compute them.
     put : function that maps a hook point and the result of its operation to the tensor that replaces the result.
     fresh : points whose operations have just run, see `capture`.
-    start : index of the rectifier whose input is the layer, and the function that makes it the layer; None if the
+    start
+        Index of the rectifier whose input is the layer, and the function that makes it the layer; None if the
         layer is no rectifier's input.
     """
 

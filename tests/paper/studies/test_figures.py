@@ -29,6 +29,9 @@ def tiny(monkeypatch):
 
 
 def test_every_figure_is_drawn_once_trained(root, tiny, tmp_path, monkeypatch):
+    # One epoch: most of the time is that of measuring the networks after each.
+    once = replace(TINY, recipe=replace(RECIPE, epochs=1), mlp=replace(TINY.mlp, epochs=1))
+    monkeypatch.setitem(theory.SCALES, "laptop", once)
     figures = [name for name, study in studies().items() if isinstance(study, Figure) and name != "figure13"]
     assert len(figures) == 13
     for name in figures:

@@ -20,7 +20,7 @@ from reproduction import reproduce
 pytestmark = pytest.mark.slow
 
 RECIPE = PaperRecipe(epochs=3, batch_size=16, optimizer="sgd", lr=0.02, augment=True, objective="moco", queue=32)
-MODEL = MoCo(8, RECIPE, k=3)
+MODEL = MoCo(4, RECIPE, k=3)
 TINY = moco_length.Scale(MODEL, CLASSES[:2], (0, 1, 3))
 
 

@@ -117,6 +117,10 @@ def test_a_score_depends_on_no_other_image(trained, name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
+    method, unbroken = SMALL[name], trained[name].state_dict()
+    if name in ("CSI", "MoCo"):  # which are trained for longer
+        method = replace(method, recipe=replace(method.recipe, epochs=3))
+        unbroken = method.train(id_images(), runtime=QUIET).state_dict()
     write = runs.write_checkpoint
     kept = []
 
@@ -131,10 +135,9 @@ def test_resumed_is_unbroken(trained, name, tmp_path, monkeypatch):
         patch.setattr(runs, "write_checkpoint", die)
         for _ in range(2 if name == "DeepSVDD" else 1):
             with pytest.raises(KeyboardInterrupt):
-                SMALL[name].train(id_images(), folder=tmp_path, runtime=QUIET)
+                method.train(id_images(), folder=tmp_path, runtime=QUIET)
     torch.rand(3)
-    resumed = SMALL[name].train(id_images(), folder=tmp_path, runtime=QUIET).state_dict()
-    unbroken = trained[name].state_dict()
+    resumed = method.train(id_images(), folder=tmp_path, runtime=QUIET).state_dict()
     assert resumed.keys() == unbroken.keys()
     for key, value in unbroken.items():
         assert torch.equal(resumed[key], value), key

@@ -346,11 +346,14 @@ def _schemes(runs: Sequence[Result]) -> _Parts:
                 for score in _SCORES
                 for split in ("train", "test")
             ),
+            _first_and_last(series(run, LAST, "entropy", "train"), ".3f"),
+            _first_and_last(series(run, LAST, "hidden", "train", "error"), ".3f"),
         ]
         for run in runs
     ]
     aurocs = [f"{label}, {split} split" for label in _SCORES.values() for split in ("training", "test")]
-    return [panels], ["Scheme", "training images", "accuracy on them", "on new images", *aurocs], rows
+    headers = ["Scheme", "training images", "accuracy on them", "on new images", *aurocs]
+    return [panels], [*headers, "entropy of activation, first → last epoch", "error on the target"], rows
 
 
 def _network(run: Result) -> str:
