@@ -26,7 +26,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--small", action="store_true", help="Use small sizes that take seconds, to try the benchmarks."
     )
-    group.addoption("--results", type=Path, help="Folder of the speed.json in which to store the results.")
+    group.addoption("--results", type=Path, help="Folder in which to store speed.json and memory.json.")
 
 
 def pytest_configure(config):
@@ -135,7 +135,9 @@ class Comparison:
         self._config.stash[_ROWS].append(row)
         folder = self._config.getoption("results")
         if folder is not None:
-            _keep(folder / "speed.json", row, "small" if self._config.getoption("small") else "full")
+            # Apart from the times, as it may be measured on a busy machine.
+            name = "memory" if self._theme == "memory" else "speed"
+            _keep(folder / f"{name}.json", row, "small" if self._config.getoption("small") else "full")
 
 
 def _keep(file: Path, row: Row, scale: str) -> None:

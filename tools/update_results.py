@@ -273,7 +273,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], dict[str, Table]]]] = {
     # From smaller networks that were trained for fewer epochs.
     "cifar10": {"table3-short": lambda content: {"table3-short": STUDIES["table3"].tables(content)["table3"]}},
     "own-images": {"shipped": shipped},
-    "speed": {"speed": speed, "engines": engines, "choices": choices},
+    "speed": {"speed": speed, "memory": speed, "engines": engines, "choices": choices},
     "drift": {"drift": drift},
     "selection": {"selection": selection},
     "theory": {f"{name}-small": _small_table(name) for name in _ENLARGED},

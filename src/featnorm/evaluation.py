@@ -5,6 +5,7 @@ import io
 import json
 import re
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -447,13 +448,16 @@ def compare(
             unfitted, sampled_parts(reader.stream(_FIT, fit, fitting=True))
         ).items():
             exclude(unfitted[detector], error)
-    scores: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in active}
+    # Not one array per batch: small blocks between the large ones of each batch would keep the C library from
+    # reusing their memory, which would grow by the features of every input.
+    scores: dict[str, dict[str, array[float]]] = {name: {} for name in active}
+    dtypes: dict[str, str] = {}
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0
     correct = labeled = 0
     for set_name, data in sets.items():
         seen = 0
-        predicted = []
+        predicted = array("q")
         for features in reader.stream(set_name, data):
             parts = features.parts
             for name, detector in list(active.items()):
@@ -468,13 +472,14 @@ def compare(
                     continue
                 if parts is not None:
                     batch = unit_scores(batch, parts.owners, parts.count, lowest)
-                scores[name].setdefault(set_name, []).append(batch.detach().cpu().numpy())
+                scores[name].setdefault(set_name, array("d")).extend(batch.tolist())
+                dtypes[name] = str(batch.dtype).removeprefix("torch.")
             if seen < _MAX_PATTERNS and features.activation is not None:
                 on = (features.activation[: _MAX_PATTERNS - seen] > 0).cpu().numpy()
                 kept = result.patterns.get(set_name)
                 result.patterns[set_name] = on if kept is None else np.concatenate([kept, on])
             if features.logits is not None and parts is None:
-                predicted.append(features.logits.argmax(1).cpu().numpy())
+                predicted.extend(features.logits.argmax(1).tolist())
             if set_name == id_name and features.labels is not None and features.logits is not None:
                 known = (features.labels >= 0) & (features.labels < features.logits.shape[1])
                 correct += int((features.logits.argmax(1) == features.labels)[known].sum())
@@ -485,10 +490,10 @@ def compare(
         if seen == 0:
             raise ValueError(f"there is no usable input in {set_name}")
         if predicted:
-            result.predicted[set_name] = np.concatenate(predicted)
+            result.predicted[set_name] = np.array(predicted)
     result.accuracy = correct / labeled if labeled else None
     for name in active:
-        joined = {set_name: np.concatenate(found) for set_name, found in scores[name].items()}
+        joined = {set_name: np.array(found, dtypes[name]) for set_name, found in scores[name].items()}
         ood = {set_name: joined[set_name] for set_name in groups}
         metrics = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in groups}
         result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))

@@ -476,7 +476,7 @@ def fit_source(
             f"tpr={tpr}: calibration needs one {noun} of each of {needed} groups; add {items} of other groups, or "
             "lower tpr"
         )
-    train_values = cached.values[~is_held_out]
+    train = (~is_held_out).nonzero().squeeze(1)
     labels, names = _labels(source, cached.rows, ~is_held_out, targets)
     own_names = loaded.classes if plan.head == "keep" else None
     if own_names is not None and labels is not None:
@@ -488,16 +488,15 @@ def fit_source(
     about = plan.about
     model = plan.network.model if isinstance(plan.network, _Columns) else plan.network
     if plan.head == "train":
+        train_values = cached.values[train]
         train_targets = cluster(train_values, seed) if labels is None else labels[~is_held_out]
         trained_head = fit_head(train_values, train_targets, seed=seed, progress=runtime.progress)
+        del train_values  # a copy
         features_of = HeadFeatures(trained_head.to(runtime.torch_device))
         model = with_head(model, trained_head, loaded.kind)
         kind = "clusters of the features" if labels is None else "classes"
         about = {"head": f"trained on {int(train_targets.max()) + 1} {kind}", **about}
-    parts = (
-        (train_values[rows], None if labels is None else labels[~is_held_out][rows])
-        for rows in torch.arange(len(train_values)).split(_ROWS)
-    )
+    parts = ((cached.values[rows], None if labels is None else labels[rows]) for rows in train.split(_ROWS))
 
     def loader_of(chosen: Tensor) -> SourceLoader:
         part = SlicedSource(source, cached.rows[chosen].tolist(), source.title)
@@ -533,9 +532,8 @@ def fit_source(
     else:
         runtime.cluster.fit(parts, features_of, detector, statistics)
     scorer.statistics = None if statistics.is_empty else statistics
-    train_rows = cached.rows[~is_held_out]
     if per == "input":
-        scorer.examples = _examples(source, train_rows, train_values, features_of, seed, thumbnails, runtime)
+        scorer.examples = _examples(source, cached, train, features_of, seed, thumbnails, runtime)
     loader, chosen = loader_of(calibrates), int(calibrates.sum())
     scorer.tap.trace(next(iter(loader)).inputs)
     # In the precision in which new items will be scored.
@@ -565,13 +563,13 @@ def fit_source(
                 scorer.calibrate_features(batches, tpr, **by)
     version = f"{date.today().isoformat()}, with featnorm {featnorm.__version__}"
     if jackknife is not None:
-        split = f"{len(train_values)} to fit on, {chosen} of them left out in turn for calibration"
+        split = f"{len(train)} to fit on, {chosen} of them left out in turn for calibration"
     elif not fits:
         split = f"{chosen} for calibration, none to fit on"
     else:
         count = int(constants.sum())
         others = f"{count} held out for the detector's constants, " if count else ""
-        split = f"{len(train_values)} to fit on, {others}{chosen} held out for calibration"
+        split = f"{len(train)} to fit on, {others}{chosen} held out for calibration"
     if isinstance(scorer.calibration, PartCalibration) and clips is not None:
         split += f", the latter of {len(scorer.calibration.unit_scores)} of the {clips} clips"
     scorer.facts = {
@@ -598,7 +596,7 @@ def fit_source(
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows) if units is None else []
-    counts = len(train_values), chosen, computed
+    counts = len(train), chosen, computed
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
     )
@@ -840,20 +838,20 @@ def _classes(
 
 def _examples(
     source: Source[Any],
-    rows: Tensor,
-    values: Tensor,
+    cached: CachedFeatures,
+    train: Tensor,
     features_of: nn.Module,
     seed: int,
     thumbnails: bool,
     runtime: Runtime,
 ) -> Examples | None:
-    """Return a random sample of items, whose rows and values are given; None if they have no pooled features."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MAX_EXAMPLES]
-    pooled = features_of(values[order]).pooled
+    """Return a random sample of the items to fit on, ``train``; None if they have no pooled features."""
+    sample = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:MAX_EXAMPLES]]
+    pooled = features_of(cached.values[sample]).pooled
     if pooled is None:
         return None
     pooled = pooled.float().cpu()
-    chosen = rows[order].tolist()
+    chosen = cached.rows[sample].tolist()
     files: dict[int, bytes] = {}
     if thumbnails:
         # In the order of the source, which reads neighboring items together.

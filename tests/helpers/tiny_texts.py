@@ -22,12 +22,12 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def saved(folder: Path, name: str = "BertModel", **options: object) -> Path:
-    """Save a model of a class of transformers, with 16 features and at most 24 tokens, and its tokenizer."""
+    """Save a model of a class of transformers, by default with 16 features and 24 tokens, and its tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    options = {"vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": 0, **options}
+    options = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": 0, **options}
     family = name.removesuffix("ForSequenceClassification").removesuffix("Model")
-    config = getattr(transformers, f"{family}Config")(**sizes, **options)
+    config = getattr(transformers, f"{family}Config")(**options)
     getattr(transformers, name)(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

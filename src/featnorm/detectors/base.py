@@ -138,6 +138,7 @@ class Detector(nn.Module, ABC):
     @contextmanager
     def refit(self) -> Iterator[None]:
         """Discard the fit, for a new one in batches within the block; restore it if the block raises."""
+        self._drop_fitted_state()
         try:
             with _replaced(list(self._statistics())):
                 yield
@@ -270,6 +271,8 @@ class Detector(nn.Module, ABC):
     @property
     def is_fitted(self) -> bool:
         """Whether the detector is ready to score; always true for one that needs no fit."""
+        if self._finalized is not None:
+            return True
         for child in self._modules.values():
             if isinstance(child, Statistic) and child.is_empty:
                 return False

@@ -158,7 +158,7 @@ class Sum(Wrapper):
         return float(finite.mean()), deviation
 
     def _scores(self, features: Features) -> Tensor:
-        return torch.stack([term._checked_score(features).double() for term in self._inner()], 1)
+        return torch.stack([term._checked_score(features) for term in self._inner()], 1).double()
 
     def term_scores(self, features: Features) -> Tensor:
         """Return the standardized score of each term, times its weight, (n, terms); their sum is the score."""
