@@ -4,11 +4,13 @@ It writes the folders ``digits/train`` and ``digits/new`` (one subfolder per cla
 and the weights ``own_model.pth``. `make` is what featnorm takes as ``--model own_model:make``:
 
     python own_model.py
-    featnorm fit digits/new --model own_model:make --detector NAN -o digits.featnorm
+    featnorm fit digits/train --model own_model:make -o fitted.featnorm
+    featnorm calibrate fitted.featnorm digits/new --model own_model:make -o digits.featnorm
     featnorm score digits.featnorm patches --model own_model:make
     featnorm serve digits.featnorm --model own_model:make
 
-The detector is fitted to images that the network was not trained on, so that its false-alarm rate holds.
+The detector is fitted to the training images, and calibrated on images that the network was not trained on, so
+that its false-alarm rate holds.
 """
 
 from pathlib import Path

@@ -176,11 +176,20 @@ def test_changed_buffers_outside_the_state_are_noticed(photos):
 def test_what_cannot_be_exported_runs_in_pytorch(photos):
     scorer = scorer_of(Branching)
     expected = verdicts(scorer, photos, "torch")[0]
-    with pytest.warns(UserWarning, match="^PyTorch runs the model, not onnxruntime .it cannot be exported: "):
+    with pytest.warns(UserWarning, match="^PyTorch runs the model, not onnxruntime: it cannot be exported: "):
         found = verdicts(scorer, photos, "auto")[0]
     assert found == expected
     with pytest.raises(EngineError, match="cannot be exported"):
         verdicts(scorer, photos, "onnx")
+
+
+def test_images_of_different_sizes_need_a_resize():
+    scorer = scorer_of()
+    transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(scorer.model, fn.NAN(), preprocess=transform)
+    words = "the preprocess returns images of different sizes: add a resize or crop to one size"
+    with pytest.warns(UserWarning, match=rf"^PyTorch runs .*: {words}\. To hide this note, .*--engine torch\)$"):
+        assert scorer.engine(fn.Runtime(), 1000) is None
 
 
 def test_a_detector_that_runs_the_model_again_needs_pytorch(photos):

@@ -94,6 +94,35 @@ def test_detectors_that_cannot_work_are_left_out_by_name():
     assert "`labels`" in result.excluded["Mahalanobis()"]
 
 
+def test_a_detector_worse_than_chance_is_named_below_the_table():
+    known, far = features(30, 0.1, 0), features(30, 1.0, 2)
+    result = compare([fn.NAN(), fn.KNN(k=3)], id_set=("known", [known]), ood_sets={"far": [far]})
+    auroc = 100 * result.results[0].mean.auroc
+    words = f"NAN() ({auroc:.1f} %) is worse than chance here (AUROC below 50 %): OOD inputs get larger scores"
+    assert auroc < 40
+    assert result.table().splitlines()[2].startswith(words)
+    assert result.table().splitlines()[3].startswith("skipped KNN(k=3): it needs a fit")
+
+
+def test_sets_that_cannot_be_read_are_named_before_any_is_read(tmp_path):
+    (tmp_path / "broken").mkdir()
+    for name in "ab":
+        (tmp_path / "broken" / f"{name}.png").write_bytes(b"no image")
+
+    def unread():
+        raise AssertionError
+        yield
+
+    words = "no usable input in stripes: none of 2 images can be read; the first is .*a.png: "
+    with pytest.raises(ValueError, match=words):
+        compare(["NAN"], id_set=("id", unread()), ood_sets={"stripes": str(tmp_path / "broken")})
+
+
+def test_no_ood_set_is_named():
+    with pytest.raises(ValueError, match="ood_sets is empty: pass at least one set of OOD inputs"):
+        compare(["NAN"], id_set=[features(30, 1.0, 0)], ood_sets={})
+
+
 def test_without_a_fit_the_learners_are_left_out():
     known, far = features(30, 1.0, 0), features(30, 0.1, 2)
     result = compare([fn.NAN(), fn.KNN(k=3)], fit=None, id_set=("known", [known]), ood_sets={"far": [far]})
@@ -171,7 +200,10 @@ def test_formats_hold_the_same_numbers(result, tmp_path):
     pandas = pytest.importorskip("pandas")
     pandas.testing.assert_frame_equal(result.to_pandas(), pandas.DataFrame(records))
     lines = result.table().splitlines()
-    assert [line.split()[0] for line in lines] == ["Detector", *(one.detector for one in result.ranked)]
+    assert [line.split()[0] for line in lines[:3]] == ["Detector", *(one.detector for one in result.ranked)]
+    assert lines[3].startswith("KNN(k=3) (48.6 %) is worse than chance here")
+    assert lines[4:] == [f"skipped EmbeddingMagnitude(): {result.excluded['EmbeddingMagnitude()']}"]
+    assert repr(result) == result.table()
     assert len(result.to_markdown().splitlines()) == 4
     files = result.save(tmp_path / "made" / "here")
     assert all(file.stat().st_size for file in files)

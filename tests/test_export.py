@@ -179,6 +179,28 @@ def test_its_metadata_names_the_classes(folder, tiny, cache, tmp_path):
     assert [entry.name for entry in model.graph.output] == list(export.OUTPUTS)
 
 
+@pytest.mark.parametrize("pooled", [1, 2])
+def test_a_preprocess_without_a_resize_has_a_graph_for_all_sizes(tmp_path, pooled):
+    torch.manual_seed(0)
+    body = [torch.nn.Conv2d(3, 8, 3, 2), torch.nn.AdaptiveAvgPool2d(pooled), torch.nn.Flatten()]
+    hidden = torch.nn.Linear(8 * pooled**2, 8)
+    model = torch.nn.Sequential(*body, hidden, torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    scorer = fn.Scorer(model, fn.NAN(), preprocess=transform).calibrate([torch.rand(20, 3, 32, 32)])
+    path = tmp_path / "d.onnx"
+    if pooled == 2:  # onnxruntime pools to the size for which the graph was traced
+        with pytest.raises(ExportError, match=r"different sizes, .* one size only: add a resize or crop"):
+            export_onnx(scorer, path)
+        assert not path.exists()
+        return
+    assert export_onnx(scorer, path) <= 1e-4
+    assert export.input_size(scorer) == (3, None, None)
+    for size in ((32, 32), (40, 63)):
+        images = torch.rand(3, 3, *size)
+        _, score, *_ = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(score), scorer(images).score, rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_refused(folder, tiny, cache, tmp_path, monkeypatch):
     for detector in (fn.Views(fn.NAN()), fn.ODIN(), fn.Views(fn.KNN(k=3)), fn.RotNet()):
         scorer = fit(folder, tiny, cache, detector)

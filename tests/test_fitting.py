@@ -75,6 +75,14 @@ def test_a_file_scores_as_what_was_fitted(folder, tiny, cache, tmp_path, targets
 
 
 @pytest.mark.usefixtures("heads_trained_once")
+def test_features_are_cached_once_for_all_kinds_of_heads(folder, tiny, tmp_path):
+    few = f"{folder}[:120]"
+    report = fit(few, tiny, tmp_path, head="none", detector=fn.KNN(k=3))[1]
+    assert (report.computed > 100, report.computed + report.copies) == (True, 119)
+    assert fit(few, tiny, tmp_path, head="train", detector=fn.KNN(k=3))[1].computed == 0
+
+
+@pytest.mark.usefixtures("heads_trained_once")
 @pytest.mark.parametrize(
     "detector", [fn.NAN(), fn.KNN(k=3), fn.Energy(), fn.HiddenConfidence(), fn.ViM(), fn.Mahalanobis()]
 )
@@ -280,7 +288,7 @@ def test_a_model_of_ones_own(folder, cache, tmp_path, monkeypatch):
     assert torch.equal(again(images).score, scorer(images).score)
     # The same weights, computed with otherwise: neither the cache nor the file takes one for the other.
     assert fit(folder, create_model("mymodel:other"), cache)[1].computed == 239
-    with pytest.raises(archive.ArchiveError, match="another model than that of mymodel:make"):
+    with pytest.raises(archive.ArchiveError, match="another model or preprocess than mymodel:other: the weights"):
         fn.load("d.featnorm", model="mymodel:other")
     with pytest.raises(DataError, match="the backbone returned tuple"):
         fit(folder, create_model("mymodel:pairs"), cache, head="train")

@@ -3,8 +3,11 @@
 import json
 import os
 import pickle
+import re
 import struct
+import sys
 import threading
+import types
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import v2
 
 import featnorm as fn
 from detection import noise_images, tiny_detector
@@ -665,6 +669,70 @@ def test_a_file_opens_under_another_default_type(folder, cache, tmp_path, spec, 
             again = fn.load(tmp_path / "d.featnorm", **own)
             images = torch.rand(3, *again.input_size, generator=torch.Generator().manual_seed(0)).float()
             assert again.predict_batch(images, "abc") == scorer.predict_batch(images, "abc")
+
+
+def test_another_preprocess_or_model_is_named_as_it_was_given(tmp_path, monkeypatch):
+    model, transform = Net().eval(), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    smaller = v2.Compose([v2.Resize((24, 32)), transform])
+    path = tmp_path / "d.featnorm"
+    fn.Scorer(model, fn.NAN(), preprocess=transform, spec="own:make").calibrate([torch.rand(40, 3, 8, 8)]).save(
+        path
+    )
+
+    def refused(words, *arguments, **options):
+        with pytest.raises(ValueError, match=rf"d\.featnorm was made with another {words}"):
+            fn.load(path, *arguments, **options)
+
+    def brighter(image):
+        return 2 * transform(image)
+
+    refused("preprocess than that passed here: use the same", model, preprocess=brighter)
+    own = types.ModuleType("own")
+    own.make = lambda: (model, transform)
+    own.brighter = lambda: (model, brighter)
+    own.small = lambda: (model, smaller)
+    monkeypatch.setitem(sys.modules, "own", own)
+    refused("preprocess than that of own:brighter: use the same", "own:brighter")
+    monkeypatch.setattr(model.norm, "eps", 1.0)
+    sizes = "which makes images of 3 x 24 x 32 instead of 3 x 192 x 256"
+    refused(f"preprocess than that of own:small, {sizes}: use the same", "own:small")
+    refused("model or preprocess than own:make: the weights are the same", "own:make")
+    refused("model or preprocess than the Net passed here: the weights", model, preprocess=transform)
+
+
+def test_a_calibration_on_the_inputs_of_the_fit_warns(recwarn):
+    images = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    scorer = fn.Scorer(Net(), fn.KNN(k=1)).fit(images[:40].split(8))
+    scorer.calibrate([images[20:]])
+    scorer.calibrate([images[40:]], update=True)
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match="^these are the 40 inputs that the detector was fitted to, .* on others$"
+    ):
+        scorer.calibrate(images[:40].flip(0).split(16))
+
+
+def test_reprs_are_one_line():
+    scorer, images = fn.Scorer(Net(), fn.NAN()), torch.rand(40, 3, 8, 8)
+    assert repr(scorer) == "Scorer(Net, NAN(), not calibrated)"
+    assert re.fullmatch(r"Verdict\(2 inputs, not calibrated; score=\[[\d.]+, [\d.]+\]\)", repr(scorer(images[:2])))
+    scorer.calibrate([images])
+    assert repr(scorer) == "Scorer(Net, NAN(), tpr=0.95, calibrated on 40 scores)"
+    words = r"Verdict\(40 inputs, 1 flagged as OOD; score=\[[\d., ]+, \.\.\.\], p_value=\[[\d., ]+, \.\.\.\]\)"
+    assert re.fullmatch(words, repr(scorer(images)))
+
+
+def test_an_array_of_another_width_is_one_error():
+    scorer = fn.fit(np.random.default_rng(0).normal(size=(40, 6)), detector="KNN(k=1)")
+    for rows in (np.zeros((9, 4)), torch.zeros(9, 4)):
+        with pytest.raises(ValueError, match="the array has 4 columns, and vectors of 6 numbers are needed"):
+            scorer.predict(rows)
+    assert scorer.predict(np.zeros((0, 6))) == []
+    assert [one.error is None for one in scorer.predict([[0.0] * 6, [0.0] * 4])] == [True, False]
+    with pytest.raises(
+        ValueError, match=r"KLUniform\(\) needs a classifier, .* use head='train' \(--head train\)"
+    ):
+        fn.fit(np.random.default_rng(0).normal(size=(40, 6)), detector="KLUniform()")
 
 
 def usable(path):

@@ -126,7 +126,7 @@ def _command_page(name: str, made: typer.core.TyperCommand) -> str:
 def _option(parameter: typer.core.TyperOption | typer.core.TyperArgument, context: typer.Context) -> list[str]:
     """Return the row of an option or an argument; the type of an argument says nothing."""
     names, text = parameter.get_help_record(context)
-    text = re.sub(r"(?<![`\w-])(--[a-z][a-z-]*)", r"`\1`", text)
+    text = re.sub(r"(`[^`]*`)|(?<![\w-])(--[a-z][a-z-]*)", lambda match: match[1] or f"`{match[2]}`", text)
     return [_code(re.sub(r" <.*", "", names) if parameter.param_type_name == "argument" else names), text]
 
 

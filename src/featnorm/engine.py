@@ -34,6 +34,8 @@ MIN_ITEMS = 1000
 DEFAULT_CACHE = "~/.cache/featnorm/engines"
 #: Largest difference between onnxruntime and PyTorch, relative to the largest value.
 TOLERANCE = 1e-4
+#: What a preprocess does that resizes or crops images to no fixed size.
+SEVERAL_SIZES = "the preprocess returns images of different sizes"
 _PLAIN = (str, bytes, int, float, tuple, type(None))
 _PACKAGES = ("torch", "onnxruntime", "onnxscript")
 
@@ -233,7 +235,11 @@ def required_or_none(runtime: Runtime, make: Callable[[], Any]) -> Any:
     except EngineError as error:
         if runtime.engine == "onnx":
             raise
-        warnings.warn(f"PyTorch runs the model, not onnxruntime ({error}); choose the engine torch", stacklevel=2)
+        warnings.warn(
+            f"PyTorch runs the model, not onnxruntime: {error}. To hide this note, choose the engine torch "
+            "(--engine torch)",
+            stacklevel=2,
+        )
         return None
 
 
@@ -256,11 +262,19 @@ def network_engine(module: nn.Module, kind: Kind, preprocess: Callable[[Any], An
 def example_batch(kind: Kind, preprocess: Callable[[Any], Any]) -> Inputs:
     """Return a batch of two inputs, made from the items by which one preprocess is told from another."""
     prepared = [preprocess(item) for item in kind.probes(preprocess)]
+    if several_sizes(prepared):
+        raise EngineError(f"{SEVERAL_SIZES}: add a resize or crop to one size")
     try:
         batch: Inputs = kind.collate((prepared * 2)[:2], preprocess)
     except (RuntimeError, TypeError, ValueError) as error:
         raise EngineError(f"its inputs have no fixed shape: {first_line(error)}") from None
     return batch
+
+
+def several_sizes(prepared: Sequence[Any]) -> bool:
+    """Whether preprocessed inputs are images (c, H, W) of different heights or widths."""
+    shapes = {tuple(one.shape) for one in prepared if isinstance(one, Tensor)}
+    return len(shapes) > 1 and {len(shape) for shape in shapes} == {3} and len({shape[0] for shape in shapes}) == 1
 
 
 @torch.no_grad()
@@ -353,7 +367,9 @@ def named_inputs(inputs: Inputs, name: str) -> Mapping[str, Tensor]:
     return inputs if isinstance(inputs, Mapping) else {name: inputs}
 
 
-def exported(graph: nn.Module, example: Inputs, kind: Kind, outputs: Sequence[str]) -> Any:
+def exported(
+    graph: nn.Module, example: Inputs, kind: Kind, outputs: Sequence[str], *, any_size: bool = False
+) -> Any:
     """Return a module as an ``onnx.ModelProto`` for any batch size and, of texts, any length.
 
     Parameters
@@ -362,9 +378,10 @@ def exported(graph: nn.Module, example: Inputs, kind: Kind, outputs: Sequence[st
     example : batch of at least two inputs: a size of 0 or 1 would become a constant of the graph.
     kind : what the inputs are.
     outputs : names of the outputs.
+    any_size : whether the graph takes images of any height and width; a model may fix them nevertheless.
     """
-    axes = {0: torch.export.Dim("n", min=1)}
-    shapes: Any = axes
+    axes: dict[int, Any] = {0: torch.export.Dim("n", min=1)}
+    shapes: Any = axes | ({2: "height", 3: "width"} if any_size else {})
     if not isinstance(example, Tensor):
         shapes = dict.fromkeys(example, axes | {1: torch.export.Dim("length", min=2)})
     with warnings.catch_warnings():

@@ -25,7 +25,7 @@ from featnorm.detectors import Detector, parse_detector, registered_detectors
 from featnorm.detectors.held_out import fit_in_batches
 from featnorm.engine import FeatureEngine, is_wanted, required_or_none
 from featnorm.features import Features
-from featnorm.inputs import ROWS, TEXTS, Kind, Source, kind_of, source_loader, source_of
+from featnorm.inputs import ROWS, TEXTS, ItemError, Kind, Source, kind_of, source_loader, source_of
 from featnorm.inputs.kinds import Inputs, OfAnySize, to_device
 from featnorm.inputs.loading import named
 from featnorm.inputs.rows import fit_rows
@@ -91,7 +91,7 @@ class Summary:
     fpr95: Estimate
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """The outcome of a comparison of detectors: numbers, tables, scores, and a plot.
 
@@ -232,10 +232,12 @@ class Comparison:
         return json.dumps({**about, "results": records}, indent=1) + "\n"
 
     def table(self) -> str:
-        """Return the table as aligned text."""
+        """Return the table as aligned text; lines below it name detectors worse than chance, and excluded ones."""
         from featnorm.report.tables import text_table
 
         return text_table(self)
+
+    __repr__ = table
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, with the best of each column in bold."""
@@ -379,8 +381,8 @@ def compare(
     Raises
     ------
     ValueError
-        A set yields no inputs, every detector is excluded, the reference is not among the detectors, two sets have
-        one name, or a set needs a model or a preprocess that is not given.
+        There is no OOD set, a set yields no inputs, every detector is excluded, the reference is not among the
+        detectors, two sets have one name, or a set needs a model or a preprocess that is not given.
     TypeError
         A set is of another type.
 
@@ -392,6 +394,8 @@ def compare(
     ... )
     >>> table = result.table()
     """
+    if not ood_sets:
+        raise ValueError("ood_sets is empty: pass at least one set of OOD inputs by its name")
     chosen = standard_detectors() if detectors is None else list(detectors)
     active = {repr(detector): detector for detector in map(_parsed, chosen)}
     kind = model.kind if isinstance(model, Scorer) else None
@@ -420,6 +424,9 @@ def compare(
         if name in sets:
             raise ValueError(f"two sets are called {name!r}: every set needs a name of its own")
         groups[name], sets[name] = group or "", _opened(data)
+    for name, data in [*([] if fit is None else [(_FIT, fit)]), *sets.items()]:
+        if isinstance(data, Source):
+            _require_readable(name, data)
     result = Comparison(id_name, groups)
     if reference is not None:
         result.chosen_reference = repr(_parsed(reference))
@@ -512,6 +519,22 @@ def _now(features: Features) -> float:
 
 def _parsed(detector: Detector | str) -> Detector:
     return parse_detector(detector) if isinstance(detector, str) else detector
+
+
+def _require_readable(name: str, source: Source[Any]) -> None:
+    """Raise a ValueError if no item of a set can be read, before hours are spent on the others."""
+    first = None
+    for i in range(len(source)):
+        try:
+            source.item(i)
+        except ItemError as error:
+            first = first or error
+        else:
+            return
+    raise ValueError(
+        f"there is no usable input in {name}: none of {source.kind.counted(len(source))} can be read; the first "
+        f"is {first}"
+    )
 
 
 def _opened(data: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featnorm._utils.errors import first_line
 from featnorm._utils.extras import import_extra
 from featnorm._utils.files import replacing
-from featnorm.engine import TOLERANCE, exported, named_inputs, relative_gap
+from featnorm.engine import SEVERAL_SIZES, TOLERANCE, exported, named_inputs, relative_gap, several_sizes
 from featnorm.features import Features
 from featnorm.inputs.kinds import IMAGES, TEXTS, Inputs
 from featnorm.inputs.rows import Rows
@@ -30,6 +30,9 @@ _TRACED = 2
 _P_VALUE_TOLERANCE = 1e-9
 # Largest difference between the pixels of an image of one color.
 _FLAT = 1e-4
+_NO_FREE_SIZE = (
+    f"{SEVERAL_SIZES}, and the graph of this model fits one size only: add a resize or crop to one size"
+)
 
 
 class ExportError(ValueError):
@@ -115,12 +118,13 @@ class ScoringGraph(nn.Module):
 def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     """Write an ONNX graph for any batch size, and compare it with PyTorch under onnxruntime.
 
-    The input ``images`` (n, c, h, w) or ``rows`` (n, D) is float32, as the scorer's preprocess makes it. For
-    texts, the inputs are the tensors (n, L) that the preprocess returns, by name; the tokenizer is not in the
-    graph. The outputs are `OUTPUTS`, without the logits for a model without a classifier. The metadata hold, as
-    JSON under "featnorm", the detector, the class names, the threshold, the share of in-distribution inputs to
-    accept, facts about the scorer, and the size of an image or row; for images, also the mean and deviation by
-    which the preprocess normalizes channels, if it does, and for tables the columns with what encodes them.
+    The input ``images`` (n, c, h, w) or ``rows`` (n, D) is float32, as the scorer's preprocess makes it; height
+    and width are free if it returns images of different sizes. For texts, the inputs are the tensors (n, L) that
+    the preprocess returns, by name; the tokenizer is not in the graph. The outputs are `OUTPUTS`, without the
+    logits for a model without a classifier. The metadata hold, as JSON under "featnorm", the detector, the class
+    names, the threshold, the share of in-distribution inputs to accept, facts about the scorer, and the size of an
+    image or row (null for a free height or width); for images, also the mean and deviation by which the preprocess
+    normalizes channels, if it does, and for tables the columns with what encodes them.
 
     Parameters
     ----------
@@ -136,7 +140,8 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     ------
     ExportError
         The scorer cannot be exported, or the graph does not reproduce PyTorch: logits or scores differ by more
-        than 1e-4 of their largest value or are NaN, or a p-value or a verdict is not that of the score.
+        than 1e-4 of their largest value or are NaN, or a p-value or a verdict is not that of the score. Or the
+        preprocess returns images of different sizes, and the graph fits a single one.
     ValueError
         The scorer has no preprocess.
     ImportError
@@ -147,27 +152,54 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     onnx, onnxruntime, _ = map(import_extra, ("onnx", "onnxruntime", "onnxscript"))
     graph = ScoringGraph(scorer).eval()
     generator = torch.Generator().manual_seed(0)
-    inputs: Any = _example(scorer, _TRACED, generator)
+    shapes = _shapes(scorer)
+    any_size = len(shapes) > 1
+    inputs: Any = _example(scorer, _TRACED, generator, shapes[0])
     with torch.no_grad():
         graph(inputs)  # what a detector derives once per fit is not part of the graph
         try:
-            model = exported(graph, inputs, scorer.kind, graph.outputs)
+            model = exported(graph, inputs, scorer.kind, graph.outputs, any_size=any_size)
         # The exporter wraps every error, in messages of many lines.
         except Exception as error:
+            if any_size:
+                raise ExportError(_NO_FREE_SIZE) from error
             what = f"{scorer.detector!r} on {scorer.spec or type(scorer.model).__name__}"
             raise ExportError(f"{what} cannot be exported: {first_line(error.__cause__ or error)}") from error
     onnx.helper.set_model_props(model, {"featnorm": json.dumps(_metadata(scorer))})
     with replacing(path) as temporary:
         onnx.save(model, temporary)
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised
+        session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
         difference = 0.0
-        for n in (1, 5):
-            inputs = _example(scorer, n, generator)
+        for n, shape in ((1, shapes[0]), (5, shapes[-1])):
+            inputs = _example(scorer, n, generator, shape)
             given = named_inputs(inputs, scorer.kind.name)
-            found = session.run(None, {name: value.numpy() for name, value in given.items()})
-            outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
-            difference = max(difference, _check(outputs, scorer, inputs))
+            try:
+                found = session.run(None, {name: value.numpy() for name, value in given.items()})
+                outputs = dict(zip(graph.outputs, map(torch.from_numpy, found), strict=True))
+                difference = max(difference, _check(outputs, scorer, inputs))
+            except Exception as error:  # onnxruntime's own classes, a graph's wrong outputs, the model's errors
+                if any_size:
+                    raise ExportError(_NO_FREE_SIZE) from error
+                raise
     return difference
+
+
+def input_size(scorer: "Scorer") -> tuple[int | None, ...]:
+    """Return the shape of a preprocessed image or row, with None for height and width if images differ in them."""
+    first, *others = _shapes(scorer)
+    return (first[0], None, None) if others else first
+
+
+def _shapes(scorer: "Scorer") -> list[tuple[int, ...]]:
+    """Return the shapes of preprocessed images or rows: of the reference, and of others that differ in size."""
+    if scorer.kind is TEXTS:
+        return [()]
+    preprocess = scorer.require_preprocess()
+    prepared = [preprocess(item) for item in scorer.kind.probes(preprocess)]
+    others = [tuple(one.shape) for one in prepared] if several_sizes(prepared) else []
+    return [scorer.input_size, *others]
 
 
 def _metadata(scorer: "Scorer") -> dict[str, Any]:
@@ -185,10 +217,10 @@ def _metadata(scorer: "Scorer") -> dict[str, Any]:
     }
 
 
-def _example(scorer: "Scorer", n: int, generator: torch.Generator) -> Inputs:
+def _example(scorer: "Scorer", n: int, generator: torch.Generator, shape: tuple[int, ...]) -> Inputs:
     """Return a batch of n different inputs: images or rows of noise, or parts of the fixed texts."""
     if scorer.kind is not TEXTS:
-        return torch.randn(n, *scorer.input_size, generator=generator, dtype=torch.float32)
+        return torch.randn(n, *shape, generator=generator, dtype=torch.float32)
     preprocess = scorer.require_preprocess()
     texts = [text[: len(text) // (1 + i // 2)] for i in range(n) for text in scorer.kind.probes()][:n]
     return scorer.kind.collate(list(map(preprocess, texts)), preprocess)
@@ -199,7 +231,7 @@ def _preprocessing(scorer: "Scorer") -> dict[str, Any]:
     if scorer.kind is TEXTS:
         return {}
     preprocess = scorer.require_preprocess()
-    about: dict[str, Any] = {"input size": scorer.input_size}
+    about: dict[str, Any] = {"input size": input_size(scorer)}
     if scorer.kind is IMAGES:
         return about | _normalization(preprocess)
     if not isinstance(preprocess, Rows):

@@ -116,7 +116,9 @@ class FitReport:
     held_out : int
         Number of items that the threshold was calibrated on; of a `Jackknife`, those left out in turn.
     computed : int
-        Number of items whose features were computed; those of the others were in the cache.
+        Number of items whose features were computed; the others are copies, or were in the cache.
+    copies : int
+        Number of items that are exact copies of others.
     accuracy : float or None
         Accuracy of the classifier on the held-out items; None without labels, or if the classes differ.
     changed : int
@@ -134,6 +136,7 @@ class FitReport:
     trained: int
     held_out: int
     computed: int
+    copies: int
     accuracy: float | None
     changed: int
     damaged: int
@@ -419,10 +422,17 @@ def fit_source(
                 "fit"
             )
         if plan.head != "train":
+            needs_classifier = not {"logits", "classifier"}.isdisjoint(used.reads)
+            if plan.head == "none" and plan.example.logits is None and needs_classifier:
+                raise ValueError(
+                    f"{used!r} needs a classifier, and there is none: use head='train' (--head train) to train "
+                    "one, or choose another detector"
+                )
             for name in used.reads:
                 plan.example.linear() if name == "classifier" else plan.example.tensor(name)
         cached = backbone_features(source, loaded, plan.network, cache=cache, runtime=runtime)
         several, read = cached.several, len(cached.rows)
+        copies = read - len({*cached.digests})
         computed = max(computed, cached.computed)
         cached = _without_duplicates(cached) if embeds else cached
         if few or len(cached.rows) >= MIN_HELD_OUT:
@@ -576,6 +586,7 @@ def fit_source(
         items: f"{source.title}: {split}",
         **about,
         **({} if source.fps is None else {"frames per second": f"{source.fps:g}"}),
+        **({} if source.text_column is None else {"text column": source.text_column}),
         **({} if per == "input" else {"verdicts": f"per {per}"}),
         "precision": runtime.precision,
         "engine": cached.engine,
@@ -596,7 +607,7 @@ def fit_source(
     if jackknife is None and bool(scorer.calibration.scores[0] == scorer.calibration.scores[-1]):
         notes.append(f"all calibration {items} have the same score: check the transform and the model")
     notes += _duplicate_notes(source, near, cached.rows) if units is None else []
-    counts = len(train), chosen, computed
+    counts = len(train), chosen, computed, copies
     report = FitReport(
         plan.head, plan.why, notes, cached.corrupt, *counts, accuracy, cached.changed, cached.damaged, several
     )
@@ -685,7 +696,9 @@ def _plan(
     if head == "none":
         columns, features = _Columns.of(backbone, source, loaded, runtime)
         about = {"head": "none", "backbone": description}
-        return _Plan("none", why, columns, ColumnFeatures(features), features, about)
+        # The output of a backbone is cached under one key, whether a head is trained on it or not.
+        network = columns.model if columns.are_output else columns
+        return _Plan("none", why, network, ColumnFeatures(features), features, about)
     backbone = fast_layout(backbone.to(runtime.torch_device).eval())
     about = {"backbone": description}
     return _Plan("train", why, backbone, nn.Identity(), Features(pooled=torch.zeros(1, 1)), about)
@@ -708,6 +721,7 @@ class _Columns(nn.Module):
         super().__init__()
         self.model = tap.model
         self.tap = tap
+        self.are_output = False  # whether they are what the model returns
 
     @classmethod
     def of(
@@ -724,7 +738,13 @@ class _Columns(nn.Module):
         if batch is None:
             raise DataError(f"none of the {len(source)} {source.kind.name} of {source.title} can be read")
         with users_forward(loaded.name, model, named(source, batch.indices.tolist())), runtime.autocast():
-            return cls(tap), tap(batch.inputs)
+            columns, features = cls(tap), tap(batch.inputs)
+            if features.logits is None:
+                with torch.no_grad():
+                    output = run(columns.model, to_device(batch.inputs, tap.device))
+                    values = torch.cat([*{id(value): value for _, value in features.fields()}.values()], 1)
+                    columns.are_output = isinstance(output, Tensor) and torch.equal(output, values)
+            return columns, features
 
     def forward(self, *tensors: Tensor, **by_name: Tensor) -> Tensor:
         """Return the distinct features (n, D) of a batch, or the mean over its parts, in single precision."""

@@ -148,7 +148,13 @@ class Journal:
                         "score that batch again"
                     ) from None
 
-    def write(self, out: Path, source: Source[Any] | None = None, per: str = "input") -> None:
+    def write(
+        self,
+        out: Path,
+        source: Source[Any] | None = None,
+        per: str = "input",
+        kept: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         """Write the table, in the format of the file's ending.
 
         Parameters
@@ -158,17 +164,29 @@ class Journal:
         per
             What has a verdict: for each "position", the rows also have the columns `PART_COLUMNS`; for each "box",
             there is one row per box, with the columns `BOX_COLUMNS`.
+        kept : further columns, with one value per item.
         """
-        if per == "box":
-            write_table(out, chain.from_iterable(map(box_rows, self)), (*COLUMNS, *BOX_COLUMNS))
-        elif per == "position":
-            rows = (row_of(verdict) | {"flagged_share": verdict.flagged_share} for verdict in self)
-            write_table(out, rows, (*COLUMNS, *PART_COLUMNS))
-        elif source is not None and source.fps is not None:
-            rows = (row_of(one) | {"clip": source.unit(i), "time": source.time(i)} for i, one in enumerate(self))
-            write_table(out, rows, (*COLUMNS, *FRAME_COLUMNS))
-        else:
-            write_table(out, map(row_of, self), COLUMNS)
+        others: Mapping[str, Sequence[Any]] = kept or {}
+
+        def rows(i: int, verdict: ItemVerdict) -> list[dict[str, Any]]:
+            if per == "box":
+                return box_rows(verdict)
+            row = row_of(verdict)
+            if per == "position":
+                row["flagged_share"] = verdict.flagged_share
+            elif source is not None and source.fps is not None:
+                row |= {"clip": source.unit(i), "time": source.time(i)}
+            return [row]
+
+        columns: tuple[str, ...] = {"box": BOX_COLUMNS, "position": PART_COLUMNS}.get(per, ())
+        if per == "input" and source is not None and source.fps is not None:
+            columns = FRAME_COLUMNS
+        every = (
+            row | {name: values[i] for name, values in others.items()}
+            for i, verdict in enumerate(self)
+            for row in rows(i, verdict)
+        )
+        write_table(out, every, (*COLUMNS, *columns), others)
 
     def remove(self) -> None:
         """Remove the journal, once everything made from it is written."""
@@ -267,10 +285,35 @@ def source_digest(source: Source[Any]) -> str:
     return digest.hexdigest()
 
 
-def write_table(out: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows with the keys `columns`, in the format of the file's ending."""
+def kept_columns(source: Source[Any], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return columns of a source to keep in a table of its verdicts: as they are if of one plain type, or as text.
+
+    Raises
+    ------
+    DataError, ValueError
+        There is no such column, or the table has one of that name already.
+    """
+    taken = {*COLUMNS, *FRAME_COLUMNS, *PART_COLUMNS, *BOX_COLUMNS}
+    if name := next((name for name in names if name in taken), None):
+        raise ValueError(f"cannot keep the column {name!r}: the table of verdicts has a column of that name")
+    found = {}
+    for name in names:
+        values = source.column(name)
+        types = {type(value) for value in values if value is not None}
+        plain = len(types) == 1 and types <= {bool, int, float, str}
+        found[name] = values if plain else [None if value is None else str(value) for value in values]
+    return found
+
+
+def write_table(
+    out: Path,
+    rows: Iterable[dict[str, Any]],
+    columns: Sequence[str],
+    kept: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Write rows with the keys `columns` and those of ``kept``, in the format of the file's ending."""
     with replacing(out) as temporary:
-        _WRITERS[out.suffix](rows, columns, temporary)
+        _WRITERS[out.suffix](rows, columns, kept or {}, temporary)
 
 
 def word_of(is_id: bool | None) -> str | None:
@@ -309,50 +352,61 @@ def box_rows(verdict: ItemVerdict) -> list[dict[str, Any]]:
     ] or [empty]
 
 
-def _write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+def _write_csv(
+    rows: Iterable[dict[str, Any]], columns: Sequence[str], kept: Mapping[str, Any], path: Path
+) -> None:
     # File names need not be valid in any encoding.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, (*columns, *kept))
         writer.writeheader()
-        writer.writerows(map(_without_formulas, rows))
+        marks = _MARKS | dict.fromkeys(kept, "'")
+        writer.writerows(
+            {name: _without_formula(value, marks.get(name)) for name, value in row.items()} for row in rows
+        )
 
 
-def _without_formulas(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without texts that a spreadsheet would run as formulas: file names come from anywhere.
-
-    A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
-    """
-    marks = {"path": "./", "clip": "./", "predicted": "'", "error": "'", "group": "'"}
-    return {
-        name: f"{marks[name]}{value}" if name in marks and str(value).startswith(_FORMULAS) else value
-        for name, value in row.items()
-    }
+# A path is prefixed with "./", which names the same file, and any other text with an apostrophe.
+_MARKS = {"path": "./", "clip": "./", "predicted": "'", "error": "'", "group": "'"}
 
 
-def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+def _without_formula(value: Any, mark: str | None) -> Any:
+    """Return a value, with a mark before a text that a spreadsheet would run: it may come from anywhere."""
+    if mark is None or not isinstance(value, str) or not value.startswith(_FORMULAS):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"{mark}{value}"
+    return value
+
+
+def _write_jsonl(rows: Iterable[dict[str, Any]], columns: Any, kept: Any, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+def _write_parquet(
+    rows: Iterable[dict[str, Any]], columns: Sequence[str], kept: Mapping[str, Sequence[Any]], path: Path
+) -> None:
     pa, pq = import_extra("pyarrow"), import_extra("pyarrow.parquet")
     types = (
         dict.fromkeys(columns, pa.string())
         | dict.fromkeys(_FLOATS, pa.float64())
         | dict.fromkeys(_COUNTS, pa.int64())
     )
-    schema = pa.schema([(name, types[name]) for name in columns])
+    others = [(name, pa.array(values).type) for name, values in kept.items()]
+    schema = pa.schema([*((name, types[name]) for name in columns), *others])
     with pq.ParquetWriter(path, schema) as writer:
-        kept: list[dict[str, Any]] = []
+        part: list[dict[str, Any]] = []
         for row in rows:
             names = {
                 name: row[name].encode("utf-8", "replace").decode() for name in ("path", "clip") if name in row
             }
-            kept.append(row | names)
-            if len(kept) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(kept, schema))
-                kept = []
-        writer.write_table(pa.Table.from_pylist(kept, schema))
+            part.append(row | names)
+            if len(part) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(part, schema))
+                part = []
+        writer.write_table(pa.Table.from_pylist(part, schema))
 
 
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

@@ -1,12 +1,16 @@
 """`Scorer`: a model, a detector and a calibration, with what is known of preprocessing and classes."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +37,7 @@ from featnorm.hidden.examples import Examples
 from featnorm.hidden.explanation import Why, explain
 from featnorm.hidden.statistics import ActivationStatistics
 from featnorm.inputs import IMAGES, DataError, ItemError, Source, group_items, kind_of, source_loader
+from featnorm.inputs.arrays import ArrayRows
 from featnorm.inputs.kinds import Inputs, OfAnySize, rows_in, to_device
 from featnorm.inputs.loading import named, over_parts
 from featnorm.inputs.rows import Rows
@@ -162,6 +167,7 @@ class Scorer(nn.Module):
         # Digest of the weights that the fit and the calibration are for, and the versions that have it.
         self._weights: str | None = None
         self._versions: Any = None
+        self._fitted: list[float] | None = None  # `_summed` of what `fit` read
         self.kind = kind_of(kind or preprocess)
         if per == "box" and self.kind is not IMAGES:
             raise ValueError(f"boxes are found in images, and the preprocess takes {self.kind.name}")
@@ -169,6 +175,13 @@ class Scorer(nn.Module):
             preprocess = OfAnySize(preprocess)
         # In a tuple, because a transform that is a module must neither be moved nor saved with the model.
         self._preprocess = (preprocess,)
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({type(self.model).__name__}, {self.detector!r}"
+        if self.calibration is None:
+            return f"{name}, not calibrated)"
+        count = len(self.calibration.scores)
+        return f"{name}, tpr={self.calibration.tpr:g}, calibrated on {count:,} scores)"
 
     @property
     def preprocess(self) -> Callable[[Any], Any] | None:
@@ -271,7 +284,10 @@ class Scorer(nn.Module):
             return self
         statistics = ActivationStatistics()
         others = None if held_out is None else self.tap.stream(held_out, labels, progress=progress)
-        self.fit_features(_counted(self.tap.stream(loader, labels, progress=progress), statistics), others)
+        sums = [0.0, 0.0, 0.0]
+        batches = _summed(self.tap.stream(loader, labels, progress=progress), sums)
+        self.fit_features(_counted(batches, statistics), others)
+        self._fitted = sums
         self.statistics = None if statistics.is_empty else statistics
         return self
 
@@ -293,7 +309,7 @@ class Scorer(nn.Module):
             for error in fit_in_batches([self.detector], sampled_parts(batches), others).values():
                 raise error
         if self.detector.needs_fit:
-            self.calibration = None
+            self.calibration = self._fitted = None
             self.keep_weights()
         return self
 
@@ -329,11 +345,24 @@ class Scorer(nn.Module):
         ValueError
             There are too few inputs or units for the share (19 are needed at 0.95, 99 at 0.99), an input cannot be
             scored, groups are missing, or there is no earlier calibration to update.
+
+        Warns
+        -----
+        UserWarning
+            These are the inputs that the detector was fitted to.
         """
         self._check_rate(tpr, update)
-        return self.calibrate_features(
-            self.tap.stream(loader, labels, progress=progress), tpr, groups=groups, units=units, update=update
-        )
+        sums = [0.0, 0.0, 0.0]
+        batches = _summed(self.tap.stream(loader, labels, progress=progress), sums)
+        self.calibrate_features(batches, tpr, groups=groups, units=units, update=update)
+        # In any order, and with the rounding of other batches.
+        if self._fitted and all(map(partial(math.isclose, rel_tol=1e-6), sums, self._fitted)):
+            warnings.warn(
+                f"these are the {int(sums[0]):,} inputs that the detector was fitted to, which score higher than "
+                "new ones: more than the stated share of new ID inputs is flagged; calibrate on others",
+                stacklevel=2,
+            )
+        return self
 
     @torch.no_grad()
     def calibrate_features(
@@ -607,12 +636,16 @@ class Scorer(nn.Module):
         TypeError
             The items are a single one, or an item is of another type.
         ValueError
-            The scorer has no preprocess and an item needs one, an output of the model is not finite, or
-            explanations are requested and there are neither statistics nor examples.
+            The scorer has no preprocess and an item needs one, an array or tensor of rows has another width, an
+            output of the model is not finite, or explanations are requested and there are neither statistics nor
+            examples.
         UserModelError
             The model or its preprocess is the user's own, and raised an error.
         """
+        is_array = isinstance(items, (np.ndarray, Tensor))
         items = self.kind.sequence_of(items)
+        if is_array and isinstance(items, np.ndarray) and len(items) and items.dtype.kind in "fiub":
+            self.kind.check_source(ArrayRows(items, "the array"), self.preprocess)  # one error, not one per row
         runtime = runtime or Runtime()
         verdicts: list[ItemVerdict] = []
         size = runtime.batch_of(self.kind)
@@ -1061,6 +1094,7 @@ class Scorer(nn.Module):
         made: Any = self.model
         header["scorer"] = {
             "kind": self.kind.name,
+            "input size": self.input_size if self.kind is IMAGES and self.preprocess is not None else None,
             "rows": settings,
             "spec": self.spec,
             "head": self.head,
@@ -1129,6 +1163,15 @@ class Scorer(nn.Module):
         _, response = next(features.fields()) if features.pooled is None else ("", features.pooled)
         # A detector may find no box in the image: its response is then zero.
         return self.kind.fingerprint(rows_in(inputs, 0)), response[:1].float().sum(0).cpu()
+
+
+def _summed(batches: Iterable[Features], sums: list[float]) -> Iterator[Features]:
+    """Yield features; add their number, and the sums of a field's absolute values and squares, to ``sums``."""
+    for features in batches:
+        values = next(features.fields())[1].double()
+        for i, value in enumerate((float(len(values)), float(values.abs().sum()), float(values.square().sum()))):
+            sums[i] += value
+        yield features
 
 
 def _counted(batches: Iterable[Features], statistics: ActivationStatistics) -> Iterator[Features]:

@@ -78,6 +78,7 @@ def load(
     """
     tensors, header = archive.read(path)
     stored = _with_prefix(MODEL, tensors)
+    passed = preprocess is not None
     try:
         about = header["scorer"]
         spec, head_kind, classes, facts = (about[name] for name in ("spec", "head", "classes", "facts"))
@@ -99,7 +100,7 @@ def load(
         raise archive.damaged(path, error) from None
     if isinstance(model, nn.Module):
         network = _given(model, stored, header, path)
-        preprocess = preprocess or rows
+        preprocess, given = preprocess or rows, f"the {type(model).__name__} passed here"
     else:
         if spec == ROWS_SPEC and rows is not None and model is None:
             loaded = rows_model(rows)
@@ -108,7 +109,7 @@ def load(
         if loaded.kind is not kind:
             raise archive.ArchiveError(f"{path} takes {kind.name}, and {loaded.name} takes {loaded.kind.name}")
         network = _network(loaded, head_kind, head, path)
-        preprocess = preprocess or loaded.transform
+        preprocess, given = preprocess or loaded.transform, loaded.name
         if stored:
             differ = model is not None and _differ(network, stored, head_kind)
             _fill(network, stored, path, loaded.name)
@@ -145,7 +146,8 @@ def load(
     except archive.MALFORMED as error:
         raise archive.damaged(path, error) from None
     if preprocess is not None:
-        _check_outputs(scorer, tensors, path)
+        origin = "passed here" if passed else f"of {given}"
+        _check_outputs(scorer, tensors, about.get("input size"), path, origin, given)
     return scorer
 
 
@@ -358,8 +360,16 @@ def _network(loaded: LoadedModel, kind: HeadKind, head: ProjectionHead | None, p
     return fast_layout(with_head(backbone, head, loaded.kind).eval())
 
 
-def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Check that preprocess and model give what they gave when the file was written, and that verdicts work."""
+def _check_outputs(
+    scorer: Scorer, tensors: Mapping[str, Tensor], size: Any, path: str | Path, origin: str, model: str
+) -> None:
+    """Check that preprocess and model give what they gave when the file was written, and that verdicts work.
+
+    Parameters
+    ----------
+    size : shape of the preprocessed image when the file was written; None for other kinds of inputs.
+    origin, model : where the preprocess is from, and what the model is called, in errors.
+    """
     if ("preprocessed" in tensors) != ("response" in tensors):
         raise archive.damaged(path, ValueError("it has only one of preprocessed and response"))
     try:
@@ -372,7 +382,7 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
     except UserCodeError:
         raise
     except BatchError as error:
-        raise archive.ArchiveError(f"the preprocess of {scorer.spec} does not fit {path}: {error}") from None
+        raise archive.ArchiveError(f"the preprocess {origin} does not fit {path}: {error}") from None
     except archive.MALFORMED as error:
         raise archive.ArchiveError(
             f"{path} is damaged: it cannot score {scorer.kind.one} ({first_line(error)})"
@@ -383,11 +393,23 @@ def _check_outputs(scorer: Scorer, tensors: Mapping[str, Tensor], path: str | Pa
         alike = new.shape == old.shape and bool(
             (new - old).abs().max() <= _TOLERANCE * old.abs().max().clamp(min=1e-6)
         )
-        if not alike:
-            part = {"preprocessed": "preprocess", "response": "model"}[what]
+        if alike:
+            continue
+        # The fingerprint of an image hardly depends on its size, and the weights are those of the file.
+        found = None if size is None else list(scorer.input_size)
+        if what == "preprocessed" or found != size:
+            sizes = "" if found == size else f", which makes images of {_size(found)} instead of {_size(size)}"
             raise archive.ArchiveError(
-                f"{path} was made with another {part} than that of {scorer.spec} here: fit again"
+                f"{path} was made with another preprocess than that {origin}{sizes}: use the same, or fit again"
             )
+        raise archive.ArchiveError(
+            f"{path} was made with another model or preprocess than {model}: the weights are the same, but a "
+            f"fixed {scorer.kind.noun} gives other features; use the same code, or fit again"
+        )
+
+
+def _size(shape: Any) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> ActivationStatistics | None:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from featnorm._utils.files import replacing
 from featnorm._utils.progress import progress_bar
+from featnorm.calibration import Calibration
 from featnorm.engine import FeatureEngine
 from featnorm.inputs import DataError, ItemError, Kind, SlicedSource, Source
 from featnorm.inputs.decoding import DECODING
 from featnorm.inputs.kinds import IMAGES
 from featnorm.inputs.loading import rows_of
 from featnorm.parts import PartCalibration, drawn_parts
-from featnorm.records import CLIP_COLUMNS, FORMATS, Journal, source_digest, word_of, write_table
+from featnorm.records import CLIP_COLUMNS, FORMATS, Journal, kept_columns, source_digest, word_of, write_table
 from featnorm.runtime import Runtime
 from featnorm.scorer import Scorer
 from featnorm.verdict import ItemVerdict, Verdict
@@ -214,6 +215,7 @@ def score_source(
     page: str | Path | None = None,
     clips: str | Path | None = None,
     maps: str | Path | None = None,
+    keep: Sequence[str] = (),
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
     on_start: Callable[[Journal], None] | None = None,
@@ -239,6 +241,7 @@ def score_source(
         Folder for one picture per image, for a scorer per position or box: the image beside the map of its
         positions, see `featnorm.report.maps.map_picture`, or with its boxes, see
         `featnorm.report.boxes.draw_boxes`.
+    keep : columns of the source, if it is a table, to copy to ``out`` after the others.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the items, the device, the precision and the batch size are the same.
@@ -250,11 +253,12 @@ def score_source(
     Raises
     ------
     ValueError
-        The name of a file has a wrong ending, a page is requested and the scorer is not calibrated, a table of
-        clips is requested and it is not calibrated on clips, maps are requested and it scores whole inputs,
-        another process is writing the file, or an output of the model is not finite.
+        The name of a file has a wrong ending, a column to keep has the name of another one, a page is requested
+        and the scorer is not calibrated, a table of clips is requested and it is not calibrated on clips, maps are
+        requested and it scores whole inputs, another process is writing the file, or an output of the model is not
+        finite.
     DataError
-        The transform fails on an item, or the source holds items of another kind.
+        The transform fails on an item, or the source holds items of another kind, or lacks a column to keep.
     OSError
         A file cannot be written. The journal is kept.
 
@@ -297,6 +301,7 @@ def score_source(
         )
     if clips is not None and not isinstance(scorer.calibration, PartCalibration):
         raise ValueError(f"the scorer is not calibrated on clips, so that it has no verdicts on them: {_ON_CLIPS}")
+    kept = kept_columns(source, keep)
     summary = ScoringSummary(source.kind, None if source.fps is None else source.unit)
     engine = scorer.engine(runtime, len(source))
     made_with = {**(made_with or {}), **({} if engine is None else {"engine": "onnx"})}
@@ -331,7 +336,7 @@ def score_source(
         if journal is None:
             return summary
         if out is not None:
-            journal.write(out, source, scorer.per)
+            journal.write(out, source, scorer.per, kept)
         if clips is not None:
             rows = (clip._asdict() | {"verdict": word_of(clip.is_id)} for clip in summary.clips)
             write_table(clips, ({name: row[name] for name in CLIP_COLUMNS} for row in rows), CLIP_COLUMNS)
@@ -515,6 +520,13 @@ def _write_page(
 
     calibration = scorer.item_calibration
     assert calibration is not None
+    bounds = ""
+    if isinstance(calibration, Calibration) and not calibration.group_names and not scorer.is_jackknife:
+        low, high = calibration.false_alarm_range()
+        bounds = (
+            f", averaged over calibration sets; with this one, between {100 * low:.1f} % and {100 * high:.1f} % "
+            "(90 % confidence)"
+        )
     lowest = summary.lowest
     shown = [item for item in lowest if item[1].is_id is False]
     shown += [item for item in lowest if item[1].is_id][:_OTHERS]
@@ -522,8 +534,10 @@ def _write_page(
         path,
         kind=source.kind,
         title=source.title,
-        summary=f"{summary}{_of_clips(summary)} {scorer.detector!r} is calibrated to flag at most "
-        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}.",
+        summary=_in_words(scorer, summary),
+        detail=f"{summary}{_of_clips(summary)} {scorer.detector!r} is calibrated to flag at most "
+        f"{100 * (1 - calibration.tpr):.1f} % of in-distribution {source.kind.name}{bounds}. The smaller the "
+        f"p-value of {source.kind.one}, the fewer of the calibration {source.kind.name} score as low.",
         facts={**scorer.facts, "date": date.today().isoformat()},
         calibration_scores=calibration.scores.cpu().numpy(),
         # An image without boxes has an infinite score.
@@ -537,6 +551,19 @@ def _write_page(
         shown=_shown(scorer, source, shown, runtime),
         unread=summary.first_unread,
         unread_count=summary.unread,
+    )
+
+
+def _in_words(scorer: Scorer, summary: ScoringSummary) -> str:
+    """Return how many items are flagged, and how many of those like the fitted ones are, without terms."""
+    calibration, kind = scorer.item_calibration, summary.kind
+    assert calibration is not None
+    rate = 1 - calibration.tpr
+    alarms = f"1 in {round(1 / rate):,}" if rate < 0.3 else f"{100 * rate:.0f} %"
+    looks = "looks" if summary.flagged == 1 else "look"
+    return (
+        f"{summary.flagged:,} of {kind.counted(len(summary.scores))} {looks} unlike yours (flagged as "
+        f"out-of-distribution, OOD). Of {kind.name} like yours, about {alarms} is flagged by mistake."
     )
 
 

@@ -44,6 +44,15 @@ class Verdict(NamedTuple):
     parts: Parts | None = None
     units: Verdict | None = None
 
+    def __repr__(self) -> str:
+        flagged = "not calibrated" if self.is_id is None else f"{int((~self.is_id).sum()):,} flagged as OOD"
+        shown = {name: value for name in ("score", "p_value") if (value := getattr(self, name)) is not None}
+        first = ", ".join(
+            f"{name}=[{', '.join(f'{x:.4g}' for x in value[:3].tolist())}{', ...' if len(value) > 3 else ''}]"
+            for name, value in shown.items()
+        )
+        return f"Verdict({len(self.score):,} {'inputs' if self.parts is None else 'parts'}, {flagged}; {first})"
+
 
 class BoxVerdict(NamedTuple):
     """Prediction of a `Scorer` for one box that an object detector found.

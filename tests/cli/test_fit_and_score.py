@@ -100,7 +100,7 @@ def test_fit_says_what_it_learned(featnorm, known, tmp_path):
     status, printed, _ = featnorm("fit", known, *options)
     assert status == 0
     assert "Removed 1 damaged batch from the feature cache and recomputed it." in printed
-    assert "Computed the features of 64 images" in printed
+    assert "Computed the features of 64 images (besides 86 in the cache); the next fit" in printed
     assert (tmp_path / "mine.featnorm").read_bytes() == whole
     assert "examples.thumbnails" in archive.read(tmp_path / "mine.featnorm")[0]
     status, printed, _ = featnorm("fit", known, *options, "--targets", "clusters", "--no-thumbnails")
@@ -247,7 +247,7 @@ def test_a_killed_fit_goes_on(featnorm, known, detector, tmp_path):
     status, printed, _ = featnorm(*arguments)
     assert status == 0
     assert "Computed the features of 150" not in printed
-    assert "the next fit on them takes seconds" in printed
+    assert "the next fit on them with this model takes seconds" in printed
     assert (tmp_path / "d.featnorm").read_bytes() == detector.read_bytes()
 
 

@@ -198,7 +198,7 @@ def test_a_batch_of_other_channels_is_named(own, featnorm):
     status, _, error = featnorm("score", "detector.featnorm", "photos", "--model", "own:gray")
     assert status == 2
     assert error.startswith(
-        "featnorm: the preprocess of own:make does not fit detector.featnorm: the batch has shape"
+        "featnorm: the preprocess of own:gray does not fit detector.featnorm: the batch has shape"
     )
     with pytest.raises(ValueError, match=r"\(2, 5\), and the model takes vectors of 8 numbers"):
         fn.FeatureTap(torch.nn.Linear(8, 2))(torch.rand(2, 5))

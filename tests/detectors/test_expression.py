@@ -296,3 +296,10 @@ def test_names_are_public_classes():
         assert getattr(featnorm, name) is kind
         assert issubclass(kind, Detector)
         assert name in featnorm.__all__
+
+
+def test_an_unknown_setting_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"KNN has no setting 'n'; it has k, squared, recall, normalize, size$"):
+        parse_detector("KNN(n=10)")
+    with pytest.raises(ValueError, match=r"NAN has no setting 'k'; it has none$"):
+        parse_detector("KNN() / NAN(k=1)")

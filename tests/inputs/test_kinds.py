@@ -1,10 +1,13 @@
 """Texts from a file to verdicts, whatever their batch; and kinds that do not fit each other."""
 
 import csv
+import json
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +51,41 @@ def scorer(folder):
     runtime = fn.Runtime(progress=False, workers=0)
     model, cache = f"hf:{folder / 'encoder'}", folder / "cache"
     return fn.fit(folder / "tickets.csv", model, cache=cache, runtime=runtime)
+
+
+def test_columns_are_kept_and_the_text_column_is_remembered(folder, scorer, featnorm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scorer.save("d.featnorm", weights=True)
+    assert scorer.facts["text column"] == "text"
+    rows = [
+        (7, "the bill is old", "my card was lost"),
+        (8, "=x", "where is the news"),
+        (9, "-5", "it was my card"),
+    ]
+    with Path("new.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("id", "note", "text"), *rows])
+    status, said, error = featnorm("score", "d.featnorm", "new.csv", "--workers", "0")
+    assert status == 0, error
+    assert "  where is the news" in said
+    for out in ("s.csv", "s.jsonl", "s.parquet"):
+        given = ["score", "d.featnorm", "new.csv", "-o", out, "--keep", "id,note", "--keep", "text"]
+        assert featnorm(*given, "--workers", "0")[0] == 0
+    with Path("s.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(int(row["id"]), row["note"].lstrip("'"), row["text"]) for row in found] == rows
+    assert [row["note"][0] for row in found] == ["t", "'", "-"]
+    lines = [json.loads(line) for line in Path("s.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [{name: row[name] for name in ("id", "note", "text")} for row in lines]
+    assert kept == pq.read_table("s.parquet", columns=["id", "note", "text"]).to_pylist()
+    assert [row["note"] for row in kept] == ["the bill is old", "=x", "-5"]
+    refused = {
+        ("--keep", "id"): "--keep copies columns to the file of --out",
+        ("-o", "s.csv", "--keep", "score"): "cannot keep the column 'score': the table of verdicts has",
+        ("-o", "s.csv", "--keep", "x"): "no column 'x' in new.csv: it has id, note, text",
+    }
+    for options, words in refused.items():
+        status, _, error = featnorm("score", "d.featnorm", "new.csv", *options)
+        assert (status, words in error) == (2, True), error
 
 
 def test_a_scorer_of_texts_is_fitted_saved_and_loaded(folder, scorer):

@@ -139,8 +139,16 @@ def test_a_new_kind_is_registered_by_its_class(tmp_path: Path, monkeypatch: pyte
     assert sliced.name(0) == "a:test[1:]: line 1"
     with pytest.raises(DataError, match=r"no file or folder 'b\.lines': check the path"):
         open_source("b.lines")
-    with pytest.raises(DataError, match=r"cannot find 'b'.*\(it has a:test\).*\(only poems, CIFAR10,"):
+    with pytest.raises(DataError, match=r"cannot find 'b': .*\(it has a:test\); check the path$"):
         open_source("b", root=tmp_path / "root")
+    monkeypatch.delenv("FEATNORM_DATA", raising=False)
+    with pytest.raises(DataError, match=r"^cannot find 'phtos/': no such path; check the path$"):
+        open_source("phtos/")
+    for near in ("poem", "cifra10:test"):
+        with pytest.raises(
+            DataError, match=rf"cannot find '{near}': no such path, no data root .*\(only poems, CIFAR10,"
+        ):
+            open_source(near)
 
 
 def test_titles_of_paths(tmp_path: Path) -> None:
@@ -149,7 +157,7 @@ def test_titles_of_paths(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "b" / "val") + "/[:1]").title == "b:val[:1]"
 
 
-@pytest.mark.parametrize("spec", ["nosuch", "nosuch:train", ":test", "cifar11"])
+@pytest.mark.parametrize("spec", ["nosuch:train", ":test", "cifar11"])
 def test_unknown_name(spec: str) -> None:
     with pytest.raises(
         DataError,

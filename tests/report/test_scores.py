@@ -50,7 +50,8 @@ def written(tmp_path, cards, *, flagged=None, folders=None, unread=()):
         path,
         kind=IMAGES,
         title="new",
-        summary="4 of 100 images flagged as OOD (4.0 %).",
+        summary="4 of 100 images look unlike yours.",
+        detail="KNN() is calibrated.",
         facts={"images": "x" * 80, ODD: ODD},
         calibration_scores=np.random.default_rng(0).normal(30, 3, 200),
         scores=np.random.default_rng(1).normal(30, 9, 100),
@@ -75,6 +76,8 @@ def test_everything_is_on_the_page(tmp_path):
     check(page)
     for text in (
         *("Folders", "new/a", "new/b", "5.0", "2.5", "broken.png", "not an image", "dog", "0.83", ODD),
+        "4 of 100 images look unlike yours.",
+        "KNN() is calibrated.",
         "Then the other 5 images with the lowest scores.",
         "The score is the sum of MSP() and KNN(), in this order,",
         "score 3 = +1.50 −3.00",
@@ -83,7 +86,8 @@ def test_everything_is_on_the_page(tmp_path):
         "most similar ones of a sample of the images that the detector was fitted to",
     ):
         assert text in page.text
-    assert page.text.count("predicted:") == 9
+    assert page.text.count("predicted:") == 5
+    assert page.text.count("nearest class:") == 4, "of those that are flagged"
     # Nine images and their heat maps, and two thumbnails shared by the cards; the damaged one costs its picture.
     assert page.tags["image"] == 9 + 9 + 2
     assert "form" in page.tags

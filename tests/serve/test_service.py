@@ -1425,7 +1425,7 @@ def test_rows_are_scored_as_by_the_scorer():
     ("body", "status", "why"),
     [
         ({"rows": []}, 400, "the request contains no row"),
-        ({"rows": "1,2"}, 400, "the body contains no list of rows: send"),
+        ({"rows": "1,2"}, 400, "this scorer takes rows, and the body contains no list of rows: send"),
         ({"rows": [[1, 2], "1,2"]}, 400, "row 2 must be a list or an object: send"),
         ({"rows": [[1, 2]] * 65}, 413, "the request contains more than 64 rows"),
         ({"rows": [list(range(300_000))]}, 400, "the body contains more than 263,144 values"),

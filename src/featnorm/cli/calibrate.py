@@ -25,10 +25,10 @@ from featnorm.cli.options import (
     Precision,
     Ray,
     ScoredFps,
+    ScoredTextColumn,
     ScorerFile,
-    TextColumn,
     Workers,
-    fps_of,
+    open_for,
 )
 
 
@@ -52,7 +52,7 @@ def calibrate(
     ] = False,
     model: OwnModel = None,
     weights: OwnWeights = None,
-    text_column: TextColumn = None,
+    text_column: ScoredTextColumn = None,
     fps: ScoredFps = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -86,13 +86,10 @@ def calibrate(
         kind = FRAMES if of_clips else kind_of(header["scorer"]["kind"])
     else:
         from featnorm.cli.runtime import runtime_of
-        from featnorm.inputs import open_source
         from featnorm.scoring import calibrate_source
 
         scorer = load(scorer_file, model, weights=weights)
-        source = open_source(
-            data, root=data_root, labels=False, text_column=text_column, fps=fps_of(scorer.facts, fps)
-        )
+        source = open_for(scorer.facts, data, root=data_root, text_column=text_column, fps=fps)
         if source.fps is not None:
             facts["frames per second"] = f"{source.fps:g}"
         earlier = scorer.calibration
@@ -122,6 +119,13 @@ def calibrate(
                     f"{items}, they count twice now: calibrate without --update.",
                     soft_wrap=True,
                 )
+        fits = scorer.detector.needs_fit or scorer.head == "train"
+        if fits and not update and scorer.facts.get(kind.name, "").startswith(f"{source.title}: "):
+            console.print(
+                f"Note: {scorer_file} was fitted to {kind.name} of {source.title}. If these are the same, more "
+                f"than the stated share of new {kind.name} is flagged: calibrate on others.",
+                soft_wrap=True,
+            )
     replace_calibration(scorer_file, out, calibration, source=data, added=update, facts=facts)
     units = len(calibration.unit_scores) if isinstance(calibration, PartCalibration) else None
     if units is not None and kind is not FRAMES:

@@ -31,7 +31,7 @@ console = Console(highlight=False, markup=False, emoji=False, width=None if sys.
 
 
 def print_table(comparison: Comparison) -> None:
-    """Print the metrics of the detectors, and the detectors that were skipped, one line per reason."""
+    """Print the metrics of the detectors, and remarks on them."""
     from featnorm.report.tables import table_rows
 
     headers, rows = table_rows(comparison)
@@ -42,15 +42,15 @@ def print_table(comparison: Comparison) -> None:
         # An interval below its number leaves room for more columns.
         table.add_row(name, clique, *(cell.replace(" [", "\n[") for cell in cells))
     console.print(table)
-    print_excluded(comparison)
+    print_remarks(comparison)
 
 
-def print_excluded(comparison: Comparison) -> None:
-    """Print the detectors that were skipped, one line per reason."""
-    from featnorm.report.tables import by_reason
+def print_remarks(comparison: Comparison) -> None:
+    """Print which detectors are worse than chance, and which were skipped and why."""
+    from featnorm.report.tables import remarks
 
-    for reason, names in by_reason(comparison.excluded).items():
-        console.print(f"skipped {', '.join(names)}: {reason}", soft_wrap=True)
+    for line in remarks(comparison):
+        console.print(line, soft_wrap=True)
 
 
 def printable(name: str) -> str:

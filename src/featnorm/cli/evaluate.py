@@ -15,9 +15,9 @@ from featnorm.cli.console import (
     counted,
     environment,
     prepare_folder,
-    print_excluded,
     print_label_columns,
     print_reading,
+    print_remarks,
     print_skipped,
     print_table,
 )
@@ -252,7 +252,7 @@ def evaluate(
         print_table(comparison)
     else:
         _print_openood(openood.results(comparison))
-        print_excluded(comparison)
+        print_remarks(comparison)
     for label, value in flagged.items():
         console.print(f"{label}: {value}.", soft_wrap=True)
     if kind is FRAMES:

@@ -16,7 +16,7 @@ def export(
 ) -> None:
     """Export the detector as one ONNX graph (input tensors to logits, score, p-value, verdict), and check it."""
     require_file_place(out, [scorer_file])
-    from featnorm.export import OUTPUTS
+    from featnorm.export import OUTPUTS, input_size
     from featnorm.inputs import TEXTS
     from featnorm.scorer_file import load
 
@@ -26,7 +26,9 @@ def export(
     difference = scorer.export(out)
     console.print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).", soft_wrap=True)
     if scorer.kind is not TEXTS:
-        taken = f"{scorer.kind.name} (n, {', '.join(map(str, scorer.input_size))}) float32"
+        free = ("channels", "height", "width")
+        sizes = (name if size is None else f"{size}" for name, size in zip(free, input_size(scorer), strict=False))
+        taken = f"{scorer.kind.name} (n, {', '.join(sizes)}) float32"
     else:
         inputs: Any = scorer.reference_inputs()
         taken = f"{', '.join(inputs)} (n, length) int64"

@@ -223,8 +223,14 @@ def fit(
         them = "it" if report.damaged == 1 else "them"
         console.print(f"Removed {damaged} from the feature cache and recomputed {them}.")
     if report.computed:
+        cached = len(source) - unread - report.copies - report.computed
+        others = [counted(report.copies, "exact copy", "exact copies")] if report.copies else []
+        others += [f"{cached:,} in the cache"] if cached > 0 else []
         console.print(
-            f"Computed the features of {source.kind.counted(report.computed)}; the next fit on them takes seconds."
+            f"Computed the features of {source.kind.counted(report.computed)}"
+            + (f" (besides {', '.join(others)})" if others else "")
+            + "; the next fit on them with this model takes seconds.",
+            soft_wrap=True,
         )
     elif loaded.name != ROWS_SPEC:
         console.print(f"The features of all {items} were in the cache.")

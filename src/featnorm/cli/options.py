@@ -1,10 +1,14 @@
 """Options and arguments that several commands share, each declared once, as the type of a parameter."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from featnorm.inputs import Source
 
 DATA = (
     "an image folder, a video or a folder of videos, a parquet file, a file of texts (.csv, .jsonl, .parquet, or "
@@ -103,6 +107,23 @@ TextColumn = Annotated[
         "the labels.",
     ),
 ]
+ScoredTextColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="Column of a table that holds the texts. Default: as for the fit of SCORER, if there is one of that "
+        "name.",
+    ),
+]
+KeptColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="NAME,...",
+        help="Columns of the table of DATA, such as an ID and the text, to copy to --out. May be repeated.",
+    ),
+]
 FPS = 1.0
 """Number of frames per second that are read of videos by default."""
 _FPS_HELP = "Number of frames per second to read of videos; 0 for all frames."
@@ -167,6 +188,17 @@ Tpr = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]
 
 
-def fps_of(facts: Mapping[str, str], given: float | None) -> float:
-    """Return the number of frames per second that was given, or else that of a scorer with these facts."""
-    return float(facts.get("frames per second", FPS)) if given is None else given
+def open_for(
+    facts: Mapping[str, str], *data: str, text_column: str | None, fps: float | None, **options: Any
+) -> "Source[Any]":
+    """Open data without labels, by default with the frames per second and the text column of a scorer's facts.
+
+    Data without that column are opened as for a fit.
+    """
+    from featnorm.inputs import DataError, open_source
+
+    options |= {"labels": False, "fps": float(facts.get("frames per second", FPS)) if fps is None else fps}
+    if text_column is None and "text column" in facts:
+        with suppress(DataError):
+            return open_source(*data, text_column=facts["text column"], **options)
+    return open_source(*data, text_column=text_column, **options)

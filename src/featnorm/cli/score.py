@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,19 +23,21 @@ from featnorm.cli.options import (
     DataRoot,
     Device,
     Engine,
+    KeptColumns,
     OwnModel,
     OwnWeights,
     Precision,
     Ray,
     ScoredFps,
+    ScoredTextColumn,
     ScorerFile,
-    TextColumn,
     Tpr,
     Workers,
-    fps_of,
+    open_for,
 )
 
 MAX_CLIPS_SHOWN = 20
+MAX_TEXT_SHOWN = 80
 
 if TYPE_CHECKING:
     from featnorm.inputs import Source
@@ -76,7 +79,8 @@ def score(
     ] = None,
     model: OwnModel = None,
     weights: OwnWeights = None,
-    text_column: TextColumn = None,
+    text_column: ScoredTextColumn = None,
+    keep: KeptColumns = None,
     clips: Annotated[
         Path | None,
         typer.Option(
@@ -103,22 +107,26 @@ def score(
     files = [file for file in (out, html, clips) if file is not None]
     for file in files:
         require_file_place(file, [scorer_file, *map(Path, data)])
+    if keep and out is None:
+        raise ValueError("--keep copies columns to the file of --out: pass --out FILE")
     from featnorm.cli.runtime import runtime_of
-    from featnorm.inputs import DataError, open_source
+    from featnorm.inputs import TEXTS, DataError
     from featnorm.scorer_file import load
     from featnorm.scoring import score_source
 
     scorer = load(scorer_file, model, weights=weights)
     if tpr is not None:
         scorer.set_tpr(tpr)
-    options: dict[str, Any] = {"text_column": text_column, "fps": fps_of(scorer.facts, fps)}
-    source = open_source(*data, root=data_root, labels=False, mix_splits=True, **options)
+    how: dict[str, Any] = {"root": data_root, "text_column": text_column, "fps": fps}
+    source = open_for(scorer.facts, *data, mix_splits=True, **how)
     fitted_in = scorer.facts.get("precision", precision)
     if fitted_in != precision:
         console.print(
             f"the detector was fitted in {fitted_in}: scores in {precision} differ slightly", style="dim"
         )
+    texts: dict[str, int] = {}
     if not files:
+        texts = {source.name(i): i for i in range(len(source))} if source.kind is TEXTS else {}
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  {source.kind.noun}")
     with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         summary = score_source(
@@ -128,10 +136,11 @@ def score(
             page=html,
             clips=clips,
             maps=maps,
+            keep=[name for names in keep or () for name in names.split(",")],
             made_with={"model": model, "weights": str(weights)},
             runtime=runtime,
             on_start=lambda journal: _print_start(journal, source),
-            on_batch=None if files else _print_batch,
+            on_batch=None if files else partial(_print_batch, source=source, rows=texts),
         )
     print_skipped(source.title, source.kind, summary.first_unread, summary.unread)
     print_reading(source.kind, len(summary.scores), summary.unread, summary.several, source.passed_over)
@@ -198,12 +207,16 @@ def _print_start(journal: Journal, source: Source[Any]) -> None:
         console.print(f"resuming after {journal.done:,} of {source.kind.counted(len(source))}", style="dim")
 
 
-def _print_batch(verdicts: Sequence[ItemVerdict]) -> None:
+def _print_batch(verdicts: Sequence[ItemVerdict], source: Source[Any], rows: Mapping[str, int]) -> None:
+    """Print verdicts, those on texts with the beginnings of the texts, whose rows are given by their names."""
     for verdict in verdicts:
         if verdict.score is None:
             continue
-        predicted = "" if verdict.predicted is None else f"  ({verdict.predicted})"
-        _print_verdict(verdict, f"{printable(verdict.item)}{predicted}")
+        words = "" if verdict.predicted is None else f"  ({verdict.predicted})"
+        if verdict.item in rows:
+            text = " ".join(source.item(rows[verdict.item]).split())
+            words += f"  {text if len(text) <= MAX_TEXT_SHOWN else text[: MAX_TEXT_SHOWN - 1] + '…'}"
+        _print_verdict(verdict, printable(f"{verdict.item}{words}"))
         for box in verdict.boxes or ():
             corners = ", ".join(f"{corner:.0f}" for corner in box.corners)
             _print_verdict(box, f"  box ({corners}), {printable(box.label)} with confidence {box.confidence:.2f}")

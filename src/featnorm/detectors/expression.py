@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import inspect
 from typing import Any
 
 from featnorm._utils.checks import check_type
@@ -78,6 +79,12 @@ def _build(node: ast.expr, expression: str) -> Any:
             return _named(name)()
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
             settings = {str(k.arg): _build(k.value, expression) for k in keywords}
+            known = [*inspect.signature(_named(name)).parameters]
+            if unknown := next((one for one in settings if one not in known), None):
+                has = f"it has {', '.join(known) or 'none'}"
+                raise ValueError(
+                    f"{expression!r} is not a valid detector: {name} has no setting {unknown!r}; {has}"
+                )
             return _named(name)(*(_build(arg, expression) for arg in args), **settings)
         case ast.Constant(value=value) if value is None or isinstance(value, (bool, int, float, str)):
             return value

@@ -1,5 +1,6 @@
 """Opening of data by path, address or name, with a registry of openers: one for each kind of data."""
 
+import difflib
 import math
 import os
 import re
@@ -38,11 +39,10 @@ class Name:
 
     def __str__(self) -> str:
         spec = f"{self.name}:{self.split}" if self.split else self.name
-        searched = "no data root is set (FEATNORM_DATA)"
-        if self.root is not None:
-            others = ", ".join(_names_under(self.root)) or "nothing"
-            searched = f"not under the data root {self.root} (it has {others})"
-        return f"{spec!r}: no such path, {searched}"
+        if self.root is None:
+            return f"{spec!r}: no such path"
+        others = ", ".join(_names_under(self.root)) or "nothing"
+        return f"{spec!r}: no such path, not under the data root {self.root} (it has {others})"
 
 
 Location: TypeAlias = Folder | Files | Name
@@ -348,11 +348,17 @@ def _opener_of(location: Location) -> Opener:
     for opener in _OPENERS:
         if opener.accepts(location):
             return opener
-    names = ", ".join(name for opener in _OPENERS for name in opener.names)
-    raise DataError(
-        f"cannot find {location}, and no data set of that name can be downloaded (only {names}): check the "
-        "spelling"
-    )
+    names = [name for opener in _OPENERS for name in opener.names]
+    # Most names that are not found are meant as those of folders.
+    if isinstance(location, Name) and (
+        location.split or difflib.get_close_matches(location.name.lower(), [*map(str.lower, names)], 1)
+    ):
+        root = ", no data root is set (FEATNORM_DATA)" if location.root is None else ""
+        raise DataError(
+            f"cannot find {location}{root}, and no data set of that name can be downloaded (only "
+            f"{', '.join(names)}): check the spelling"
+        )
+    raise DataError(f"cannot find {location}; check the path")
 
 
 def _endings() -> tuple[str, ...]:

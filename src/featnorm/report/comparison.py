@@ -16,7 +16,7 @@ from PIL import Image
 from featnorm._utils.checks import count_for_share
 from featnorm.report import plots
 from featnorm.report.html import Key, Picture, data_uri, number, percent, render, thumbnail, write
-from featnorm.report.tables import by_reason, columns, note
+from featnorm.report.tables import by_reason, chance_warning, columns, note
 
 if TYPE_CHECKING:
     from featnorm.evaluation import Comparison, Result
@@ -139,6 +139,7 @@ def write_page(comparison: Comparison, path: Path, *, title: str, summary: str, 
         groups=[(group, len(list(members))) for group, members in groupby(column.group for column in table)],
         columns=table,
         note=note(comparison),
+        warning=chance_warning(comparison),
         excluded=by_reason(comparison.excluded),
         panels=panels,
         pictures=pictures.all(),

@@ -101,6 +101,7 @@ def write_scores_page(
     kind: Kind,
     title: str,
     summary: str,
+    detail: str = "",
     facts: Mapping[str, str],
     calibration_scores: Array,
     scores: Array,
@@ -118,7 +119,9 @@ def write_scores_page(
     ----------
     path : file to write, in an existing folder; an existing file is replaced.
     kind : what was scored.
-    title, summary, facts : heading of the page, a sentence under it, and provenance, as label -> text.
+    title, summary, detail, facts
+        Heading of the page, sentences in plain words and in terms of the calibration under it, and provenance, as
+        label -> text.
     calibration_scores : scores of the calibration items (n,), ascending; or the fixed ones of a `Jackknife`.
     scores : scores of the items (m,); may be empty.
     threshold : score at or above which an item is ID.
@@ -155,6 +158,7 @@ def write_scores_page(
         noun=kind.noun,
         title=title,
         summary=summary,
+        detail=detail,
         facts=dict(facts),
         histogram=histogram,
         keys=[Key(name, *plots.series(i)) for i, name in enumerate(names)],

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Column",
     "by_reason",
+    "chance_warning",
     "columns",
     "escape",
     "latex_table",
     "markdown_page",
     "markdown_table",
     "note",
+    "remarks",
     "table_rows",
     "text_table",
 ]
@@ -131,6 +133,26 @@ def note(comparison: Comparison) -> str:
     )
 
 
+def chance_warning(comparison: Comparison) -> str:
+    """Return a sentence that names the detectors whose mean AUROC is below chance; empty if there are none."""
+    found = [(one.detector, 100 * one.mean.auroc) for one in comparison.ranked if one.mean.auroc < 0.5]
+    if not found:
+        return ""
+    is_one = len(found) == 1
+    return (
+        f"{', '.join(f'{name} ({auroc:.1f} %)' for name, auroc in found)} {'is' if is_one else 'are'} worse than "
+        "chance here (AUROC below 50 %): OOD inputs get larger scores than ID inputs. Do not use "
+        f"{'it' if is_one else 'them'} on this model."
+    )
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """Return the lines below a table: which detectors are worse than chance, and which were skipped and why."""
+    reasons = by_reason(comparison.excluded).items()
+    lines = [chance_warning(comparison), *(f"skipped {', '.join(names)}: {reason}" for reason, names in reasons)]
+    return [line for line in lines if line]
+
+
 def by_reason(excluded: dict[str, str]) -> dict[str, list[str]]:
     """Return the excluded detectors by the reason, in order."""
     reasons: dict[str, list[str]] = {}
@@ -140,7 +162,7 @@ def by_reason(excluded: dict[str, str]) -> dict[str, list[str]]:
 
 
 def text_table(comparison: Comparison) -> str:
-    """Return the table as aligned text, with a trailing newline."""
+    """Return the table as aligned text with `remarks` below it, and a trailing newline."""
     headers, rows = table_rows(comparison)
     lines = [headers, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -151,7 +173,7 @@ def text_table(comparison: Comparison) -> str:
         ).rstrip()
         + "\n"
         for line in lines
-    )
+    ) + "".join(f"{line}\n" for line in remarks(comparison))
 
 
 def markdown_table(comparison: Comparison) -> str:
@@ -232,6 +254,8 @@ def markdown_page(comparison: Comparison, *, title: str, summary: str) -> str:
     if comparison.accuracy is not None:
         lines.append(f"- accuracy on {escape(comparison.id_name)}: {100 * comparison.accuracy:.1f} %")
     lines += ["", markdown_table(comparison), escape(note(comparison))]
+    if warning := chance_warning(comparison):
+        lines += ["", escape(warning)]
     if comparison.excluded:
         lines += ["", "Skipped detectors:", ""]
         lines += [

@@ -195,7 +195,8 @@ def _from_json(body: bytes, kind: Kind, max_items: int) -> list[Upload]:
         raise HTTPException(400, f"the body is not valid JSON: send {schema}") from None
     items = content.get(kind.name) if isinstance(content, dict) else None
     if not isinstance(items, list):
-        raise HTTPException(400, f"the body contains no list of {kind.name}: send {schema}")
+        why = f"this scorer takes {kind.name}, and the body contains no list of {kind.name}: send {schema}"
+        raise HTTPException(400, why)
     if len(items) > max_items:
         raise _too_many(kind, max_items)
     size = len(body) // max(1, len(items))
