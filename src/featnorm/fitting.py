@@ -1016,7 +1016,7 @@ def features_behind(head: nn.Module, values: Tensor) -> Features:
     if isinstance(head, nn.Linear):
         classifier = head.weight.detach(), None if head.bias is None else head.bias.detach()
         return Features(activation=values, pooled=values, logits=head(values), classifier=classifier)
-    return FeatureTap(head)(values).replace(call=None)
+    return FeatureTap(head)(values).replace(pooled=values, call=None)
 
 
 def cluster(values: Tensor, seed: int = 0, *, size: int = CLUSTER_SIZE) -> Tensor:
