@@ -52,7 +52,7 @@ def test_a_head_reads_labels_or_clusters():
     np.testing.assert_array_equal(again.score_samples(ROWS), scores)
 
 
-def test_a_detector_behind_a_head_scores_the_features_that_it_was_fitted_to():
+def test_a_detector_behind_a_head_scores_the_features_that_it_was_fitted_to(tmp_path):
     rows, digits = load_digits(return_X_y=True)
     rows, digits = rows[::2] + 0.01 * RNG.normal(size=rows[::2].shape), digits[::2]
     for expression in ("KNN(k=10)", "SSD()", "NAN()"):
@@ -63,6 +63,10 @@ def test_a_detector_behind_a_head_scores_the_features_that_it_was_fitted_to():
         nearest = np.abs(scores[:, None] - calibration).min(0)
         np.testing.assert_allclose(nearest, 0, atol=1e-4 * np.abs(calibration).max())
         assert (fitted.predict(rows) == 1).mean() > 0.9
+    # The head would be lost without its weights, so these are in the file.
+    fitted.scorer_.save(tmp_path / "s.featnorm")
+    again = fn.load(tmp_path / "s.featnorm").predict(rows)
+    np.testing.assert_allclose([item.score for item in again], scores, rtol=1e-5)
 
 
 def test_labels_reach_a_detector_that_learns_from_them_as_integers_or_names():

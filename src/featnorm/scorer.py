@@ -1059,7 +1059,7 @@ class Scorer(nn.Module):
             self.statistics = ActivationStatistics()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def save(self, path: str | Path, *, weights: bool = False) -> None:
+    def save(self, path: str | Path, *, weights: bool | None = None) -> None:
         """Write the scorer to one file: safetensors with a JSON header, no pickle.
 
         Parameters
@@ -1068,7 +1068,7 @@ class Scorer(nn.Module):
         weights
             Whether to write the model's weights too. `load` then makes the model from ``spec``; a specification
             MODULE:FUNCTION, whose code is the user's own, must be given again. Otherwise the file holds only a
-            fingerprint of the model.
+            fingerprint of the model. Default: yes if `fit` trained the head, which would be lost with the program.
 
         Raises
         ------
@@ -1081,7 +1081,7 @@ class Scorer(nn.Module):
             The file cannot be written. An earlier file of that name is kept.
         """
         tensors, header = self._fitted_tensors(), self._header()
-        if weights:
+        if self.head == "train" if weights is None else weights:
             tensors |= {f"{MODEL}{name}": value for name, value in self.tap.model.state_dict().items()}
         if self.preprocess is not None:
             tensors["preprocessed"], tensors["response"] = self.reference_outputs()
