@@ -483,6 +483,15 @@ def test_repeats_are_found_by_their_scores(draws):
     assert sum(are_repeats(known, draws(rng, size)) for size in range(1, 201)) <= 2
 
 
+def test_few_items_with_common_scores_are_no_repeats():
+    rng = np.random.default_rng(0)
+    for values, known, added in ((20, 30, 5), (20, 30, 10), (50, 200, 8)):
+        draws = [(rng.integers(values, size=known), rng.integers(values, size=added)) for _ in range(300)]
+        assert sum(are_repeats(*map(np.float64, pair)) for pair in draws) <= 2
+    many = rng.normal(size=20_000)
+    assert not are_repeats(many, many[:4])
+
+
 def test_repeats_are_found_among_tens_of_thousands():
     rng = np.random.default_rng(0)
     known = rng.normal(size=50_000)

@@ -705,9 +705,11 @@ def test_a_calibration_on_the_inputs_of_the_fit_warns(recwarn):
     scorer = fn.Scorer(Net(), fn.KNN(k=1)).fit(images[:40].split(8))
     scorer.calibrate([images[20:]])
     scorer.calibrate([images[40:]], update=True)
+    one_hot = torch.eye(40).unflatten(1, (1, 40))
+    fn.Scorer(nn.Flatten(), fn.KNN(k=1)).fit([one_hot[torch.arange(40) // 2]]).calibrate([one_hot])
     assert not recwarn.list
     with pytest.warns(
-        UserWarning, match="^these are the 40 inputs that the detector was fitted to, .* on others$"
+        UserWarning, match="^these are the 40 inputs that the detector was fitted to, .* is flagged$"
     ):
         scorer.calibrate(images[:40].flip(0).split(16))
 

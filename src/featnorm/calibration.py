@@ -32,9 +32,11 @@ Groups: TypeAlias = Sequence[str] | Tensor | npt.NDArray[np.integer[Any]]
 
 # Number of scores up to which each is looked up by itself: operations on tensors have a fixed cost.
 _FEW_SCORES = 16
-# Number of distinct scores from which repeats are recognized, and maximum distance between two scores of one item,
-# relative to the range of all.
-_MIN_REPEATS, _ROUNDING = 4, 1e-4
+# Number of scores from which repeats are recognized, that among more scores, and maximum distance between two
+# scores of one item, relative to the range of all.
+_MIN_REPEATS, _MIN_PART, _ROUNDING = 4, 8, 1e-4
+# Share of the distinct scores that a single item has, from which an equal score is that of the same item.
+_UNTIED = 0.9
 _LOOKED_UP = ("reference", "keys", "starts", "sizes", "ranks")
 
 
@@ -157,9 +159,10 @@ def are_repeats(earlier: ScoreLike, added: ScoreLike) -> bool:
 
     Another engine or batch size changes the score of an item by rounding. If as many scores are added as there
     were, both are compared in ascending order: new items differ by the sampling error, far above rounding.
-    Otherwise each is compared with the two earlier scores around it: on average, the distance of a new item to the
-    nearer one is a quarter of the distance between them, and that of a repeat must be below a tenth. Scores that
-    several earlier items have in common, such as those of a detector with few values, are left out of this.
+    Otherwise each added score is compared with the two earlier scores around it. A new item's distance to the
+    nearer one is a quarter of the gap between the two, on average; repeats must have less than a tenth of the gap.
+    Scores that several earlier items have in common say nothing here, nor do equal scores of a detector with few
+    values.
 
     Parameters
     ----------
@@ -169,7 +172,7 @@ def are_repeats(earlier: ScoreLike, added: ScoreLike) -> bool:
     Returns
     -------
     bool
-        Whether they are repeats. Fewer than four are not recognized.
+        Whether they are repeats. Fewer than four are not recognized, nor fewer than eight among more scores.
 
     Examples
     --------
@@ -185,11 +188,13 @@ def are_repeats(earlier: ScoreLike, added: ScoreLike) -> bool:
         differ = before != after  # and not the infinite ones
         spread = np.subtract(*np.quantile(before[np.isfinite(before)], (0.9, 0.1)))
         return bool(abs(before[differ] - after[differ]).sum() <= 0.05 * spread * math.sqrt(len(after)))
+    if len(after) < _MIN_PART:
+        return False
     above = np.searchsorted(known, after).clip(1, len(known) - 1)
     gaps = known[above] - known[above - 1]
     nearest = above - (after - known[above - 1] < known[above] - after)
     distances = abs(after - known[nearest])
-    telling = (distances > 0) | (counts[nearest] == 1)
+    telling = (distances > 0) | ((counts[nearest] == 1) & ((counts == 1).mean() > _UNTIED))
     if 2 * telling.sum() < len(after) or distances.max() > _ROUNDING * (known[-1] - known[0]):
         return False
     # A single wide gap does not outweigh the others.

@@ -353,13 +353,16 @@ class Scorer(nn.Module):
         """
         self._check_rate(tpr, update)
         sums = [0.0, 0.0, 0.0]
-        batches = _summed(self.tap.stream(loader, labels, progress=progress), sums)
+        batches = self.tap.stream(loader, labels, progress=progress)
+        if self._fitted:
+            batches = _summed(batches, sums)
         self.calibrate_features(batches, tpr, groups=groups, units=units, update=update)
         # In any order, and with the rounding of other batches.
-        if self._fitted and all(map(partial(math.isclose, rel_tol=1e-6), sums, self._fitted)):
+        if self._fitted and all(map(partial(math.isclose, rel_tol=1e-5), sums, self._fitted)):
             warnings.warn(
-                f"these are the {int(sums[0]):,} inputs that the detector was fitted to, which score higher than "
-                "new ones: more than the stated share of new ID inputs is flagged; calibrate on others",
+                f"these are the {int(sums[0]):,} inputs that the detector was fitted to, whose scores are too "
+                "high for a calibration: calibrate on others, or more than the stated share of new ID inputs is "
+                "flagged",
                 stacklevel=2,
             )
         return self
@@ -1043,7 +1046,7 @@ class Scorer(nn.Module):
         """Accept what `get_extra_state` returned; the calibration is made when its scores are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._weights = None  # they are loaded too
+        self._weights = self._fitted = None  # they are loaded too, and so is the fit
         scores, extra = state_dict.get(f"{prefix}calibration.scores"), state_dict.get(f"{prefix}_extra_state")
         if scores is not None and extra is not None and extra.get("lowest") is not None:
             owners, of_units = (state_dict[f"{prefix}calibration.{name}"] for name in ("owners", "unit_scores"))
@@ -1166,11 +1169,16 @@ class Scorer(nn.Module):
 
 
 def _summed(batches: Iterable[Features], sums: list[float]) -> Iterator[Features]:
-    """Yield features; add their number, and the sums of a field's absolute values and squares, to ``sums``."""
+    """Yield features; add their number, and sums over a random projection of their first field, to ``sums``."""
+    weights: Tensor | None = None
     for features in batches:
-        values = next(features.fields())[1].double()
-        for i, value in enumerate((float(len(values)), float(values.abs().sum()), float(values.square().sum()))):
-            sums[i] += value
+        values = next(features.fields())[1].flatten(1).float()
+        if weights is None:
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randn(values.shape[1], generator=generator, dtype=torch.float32).to(values.device)
+        projected = (values @ weights).double()
+        found = len(values), float(projected.abs().sum()), float(projected.square().sum())
+        sums[:] = (a + b for a, b in zip(sums, found, strict=True))
         yield features
 
 

@@ -79,8 +79,11 @@ def _build(node: ast.expr, expression: str) -> Any:
             return _named(name)()
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
             settings = {str(k.arg): _build(k.value, expression) for k in keywords}
-            known = [*inspect.signature(_named(name)).parameters]
-            if unknown := next((one for one in settings if one not in known), None):
+            parameters = inspect.signature(_named(name)).parameters
+            known = [one for one, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+            if len(known) == len(parameters) and (
+                unknown := next((one for one in settings if one not in known), None)
+            ):
                 has = f"it has {', '.join(known) or 'none'}"
                 raise ValueError(
                     f"{expression!r} is not a valid detector: {name} has no setting {unknown!r}; {has}"
