@@ -42,7 +42,7 @@ class Name:
         if self.root is None:
             return f"{spec!r}: no such path"
         others = ", ".join(_names_under(self.root)) or "nothing"
-        return f"{spec!r}: no such path, not under the data root {self.root} (it has {others})"
+        return f"{spec!r}: no such path, and none of this name under the data root {self.root} (it has {others})"
 
 
 Location: TypeAlias = Folder | Files | Name

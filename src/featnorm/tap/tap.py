@@ -790,7 +790,7 @@ def _verdict(anatomy: Anatomy) -> str:
         return found + (
             "It is the hidden layer of an MLP head, which is what the paper recommends for NAN if the network was "
             "trained on the in-distribution data. Measure NAN before you rely on it (featnorm evaluate): on some "
-            "such networks, and for a new head on the frozen features of another one, it is worse than chance."
+            "such networks, and for a new head on a frozen backbone, it is worse than chance."
         )
     if anatomy.kind == "pooled":
         return found + (
