@@ -45,8 +45,8 @@ class OODCallback(TrainingScorer, *_BASES):  # type: ignore[misc]
     converted to the precision of the weights, such as that of ``precision="bf16-true"``. In a distributed
     training, every process runs all batches, the means over the processes are logged, and the first process writes
     the file. Strategies that shard the model are not supported. List this callback before ``WeightAveraging``,
-    which takes the averaged weights out again when the validation ends; listed after it, this callback measures the
-    plain ones.
+    which takes the averaged weights out again when the validation ends; listed after it, this callback measures
+    the plain ones.
 
     Parameters
     ----------
