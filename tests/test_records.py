@@ -7,7 +7,8 @@ import filelock
 import pytest
 
 from featnorm._utils.sealed import seal
-from featnorm.records import Journal, read_scores
+from featnorm.inputs import open_source
+from featnorm.records import Journal, kept_columns, read_scores
 from featnorm.verdict import ItemVerdict
 
 RUN = {"images": "x"}
@@ -174,3 +175,23 @@ def test_no_cell_is_a_formula(tmp_path):
     assert [row.path for row in read_scores(tmp_path / "t.csv")] == [row["path"] for row in cells]
     assert [row.score for row in read_scores(tmp_path / "t.csv")] == [-1.5] * len(rows)
     assert [row.path for row in read_scores(tmp_path / "t.jsonl")] == names
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_any_kept_value_is_written(tmp_path, ending):
+    table, out = tmp_path / "t.jsonl", tmp_path / f"out.{ending}"
+    long = "a" * 200_000
+    csv.field_size_limit(131_072)  # the default of Python
+    rows = [{"text": "cut \ud83d", "n": 1 << 63, "m": -(1 << 63)}, {"text": long, "n": 1, "m": None}]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    kept = kept_columns(open_source(str(table)), ["text", "n", "m"])
+    assert kept == {"text": ["cut ?", long], "n": [str(1 << 63), "1"], "m": [-(1 << 63), None]}
+    with Journal(out, RUN, 2) as journal:
+        journal.add(0, [ItemVerdict(name, -1.5, 0.5, True, None, None) for name in ("row 0", "row 1")])
+        journal.write(out, kept=kept)
+    assert [row.path for row in read_scores(out)] == ["row 0", "row 1"]
+
+
+def test_a_byte_that_is_not_utf8_and_a_single_name_to_keep(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"text,id\na few words,caf\xe9\n")
+    assert kept_columns(open_source(str(tmp_path / "t.csv")), "id") == {"id": ["caf?"]}

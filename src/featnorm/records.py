@@ -41,6 +41,9 @@ _FLOATS = (*_NUMBERS, "time", *PART_COLUMNS, *BOX_COLUMNS[:-1])
 _COUNTS = ("frames", "flagged", "unreadable")
 _SCORED = ("path", *_NUMBERS)
 _ROWS = 10_000
+_INT64 = 1 << 63
+# Largest cell of a CSV file: a kept text may be as long as `featnorm.inputs.texts.MAX_ROW`.
+_MAX_CELL = 1 << 26
 # Characters at which a spreadsheet starts a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # Number of fields of a verdict that a journal keeps: all but its explanation and its parts.
@@ -285,14 +288,18 @@ def source_digest(source: Source[Any]) -> str:
     return digest.hexdigest()
 
 
-def kept_columns(source: Source[Any], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Return columns of a source to keep in a table of its verdicts: as they are if of one plain type, or as text.
+def kept_columns(source: Source[Any], names: str | Sequence[str]) -> dict[str, list[Any]]:
+    """Return columns of a source to keep in a table of its verdicts.
+
+    A column whose values are all booleans, all integers of 64 bits, all floats or all strings keeps its type; any
+    other becomes text. In text, what UTF-8 cannot encode becomes a question mark.
 
     Raises
     ------
     DataError, ValueError
         There is no such column, or the table has one of that name already.
     """
+    names = [names] if isinstance(names, str) else names
     taken = {*COLUMNS, *FRAME_COLUMNS, *PART_COLUMNS, *BOX_COLUMNS}
     if name := next((name for name in names if name in taken), None):
         raise ValueError(f"cannot keep the column {name!r}: the table of verdicts has a column of that name")
@@ -300,9 +307,16 @@ def kept_columns(source: Source[Any], names: Sequence[str]) -> dict[str, list[An
     for name in names:
         values = source.column(name)
         types = {type(value) for value in values if value is not None}
-        plain = len(types) == 1 and types <= {bool, int, float, str}
-        found[name] = values if plain else [None if value is None else str(value) for value in values]
+        plain = len(types) == 1 and types <= {bool, int, float}
+        if types == {int}:
+            plain = all(value is None or -_INT64 <= value < _INT64 for value in values)
+        found[name] = values if plain else [None if value is None else _encodable(str(value)) for value in values]
     return found
+
+
+def _encodable(text: str) -> str:
+    """Return a text with a question mark for each lone surrogate."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_table(
@@ -399,9 +413,7 @@ def _write_parquet(
     with pq.ParquetWriter(path, schema) as writer:
         part: list[dict[str, Any]] = []
         for row in rows:
-            names = {
-                name: row[name].encode("utf-8", "replace").decode() for name in ("path", "clip") if name in row
-            }
+            names = {name: _encodable(row[name]) for name in ("path", "clip") if name in row}
             part.append(row | names)
             if len(part) == _ROWS:
                 writer.write_table(pa.Table.from_pylist(part, schema))
@@ -413,6 +425,7 @@ _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parqu
 
 
 def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = next((line for line in file if line.strip("\ufeff\r\n,;")), "")
         # Spreadsheets write semicolons where the comma is the decimal separator.

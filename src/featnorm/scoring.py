@@ -215,7 +215,7 @@ def score_source(
     page: str | Path | None = None,
     clips: str | Path | None = None,
     maps: str | Path | None = None,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     made_with: Mapping[str, Any] | None = None,
     runtime: Runtime | None = None,
     on_start: Callable[[Journal], None] | None = None,
@@ -241,7 +241,7 @@ def score_source(
         Folder for one picture per image, for a scorer per position or box: the image beside the map of its
         positions, see `featnorm.report.maps.map_picture`, or with its boxes, see
         `featnorm.report.boxes.draw_boxes`.
-    keep : columns of the source, if it is a table, to copy to ``out`` after the others.
+    keep : name or names of columns of the source, if it is a table, to copy to ``out`` after the others.
     made_with
         Anything else that the scores depend on, as plain data. An interrupted run is resumed only if this, the
         scorer, the items, the device, the precision and the batch size are the same.

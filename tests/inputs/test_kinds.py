@@ -78,6 +78,11 @@ def test_columns_are_kept_and_the_text_column_is_remembered(folder, scorer, feat
     kept = [{name: row[name] for name in ("id", "note", "text")} for row in lines]
     assert kept == pq.read_table("s.parquet", columns=["id", "note", "text"]).to_pylist()
     assert [row["note"] for row in kept] == ["the bill is old", "=x", "-5"]
+    for folder, text in (("a", "from the first"), ("b", "from the second")):
+        Path(folder).mkdir()
+        Path(folder, "x.txt").write_text(f"{text}\n", encoding="utf-8")
+    status, said, error = featnorm("score", "d.featnorm", "a/x.txt", "b/x.txt", "--workers", "0")
+    assert (status, "from the" in said) == (0, False), error
     refused = {
         ("--keep", "id"): "--keep copies columns to the file of --out",
         ("-o", "s.csv", "--keep", "score"): "cannot keep the column 'score': the table of verdicts has",

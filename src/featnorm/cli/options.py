@@ -112,8 +112,8 @@ ScoredTextColumn = Annotated[
     typer.Option(
         "--text-column",
         metavar="NAME",
-        help="Column of a table that holds the texts. Default: as for the fit of SCORER, if there is one of that "
-        "name.",
+        help="Column of a table that holds the texts. Default: the column that SCORER was fitted to, if the "
+        "table has it.",
     ),
 ]
 KeptColumns = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -126,7 +127,10 @@ def score(
         )
     texts: dict[str, int] = {}
     if not files:
-        texts = {source.name(i): i for i in range(len(source))} if source.kind is TEXTS else {}
+        names = [source.name(i) for i in range(len(source))] if source.kind is TEXTS else []
+        # Files with the same name in different folders have rows with the same name.
+        counts = Counter(names)
+        texts = {name: i for i, name in enumerate(names) if counts[name] == 1}
         console.print(f"{'score':>10}  {'p-value':>8}  {'verdict':7}  {source.kind.noun}")
     with runtime_of(device, precision, batch_size, workers, ray=ray, engine=engine) as runtime:
         summary = score_source(
@@ -208,7 +212,7 @@ def _print_start(journal: Journal, source: Source[Any]) -> None:
 
 
 def _print_batch(verdicts: Sequence[ItemVerdict], source: Source[Any], rows: Mapping[str, int]) -> None:
-    """Print verdicts, those on texts with the beginnings of the texts, whose rows are given by their names."""
+    """Print verdicts, and the beginnings of texts, whose rows are given by their names if those are unique."""
     for verdict in verdicts:
         if verdict.score is None:
             continue
