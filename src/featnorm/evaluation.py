@@ -237,7 +237,8 @@ class Comparison:
 
         return text_table(self)
 
-    __repr__ = table
+    def __repr__(self) -> str:
+        return self.table() if self.results else f"Comparison({self.id_name!r}, {self.ood_groups!r})"
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, with the best of each column in bold."""
@@ -458,7 +459,7 @@ def compare(
     # Not one array per batch: small blocks between the large ones of each batch would keep the C library from
     # reusing their memory, which would grow by the features of every input.
     scores: dict[str, dict[str, array[float]]] = {name: {} for name in active}
-    dtypes: dict[str, str] = {}
+    dtypes: dict[tuple[str, str], str] = {}
     seconds = dict.fromkeys(active, 0.0)
     inputs = 0
     correct = labeled = 0
@@ -480,7 +481,7 @@ def compare(
                 if parts is not None:
                     batch = unit_scores(batch, parts.owners, parts.count, lowest)
                 scores[name].setdefault(set_name, array("d")).extend(batch.tolist())
-                dtypes[name] = str(batch.dtype).removeprefix("torch.")
+                dtypes[name, set_name] = str(batch.dtype).removeprefix("torch.")
             if seen < _MAX_PATTERNS and features.activation is not None:
                 on = (features.activation[: _MAX_PATTERNS - seen] > 0).cpu().numpy()
                 kept = result.patterns.get(set_name)
@@ -500,7 +501,7 @@ def compare(
             result.predicted[set_name] = np.array(predicted)
     result.accuracy = correct / labeled if labeled else None
     for name in active:
-        joined = {set_name: np.array(found, dtypes[name]) for set_name, found in scores[name].items()}
+        joined = {set_name: np.array(found, dtypes[name, set_name]) for set_name, found in scores[name].items()}
         ood = {set_name: joined[set_name] for set_name in groups}
         metrics = {set_name: evaluate(joined[id_name], ood[set_name]) for set_name in groups}
         result.results.append(Result(name, joined[id_name], ood, metrics, 1e6 * seconds[name] / inputs))

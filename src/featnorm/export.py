@@ -31,7 +31,8 @@ _P_VALUE_TOLERANCE = 1e-9
 # Largest difference between the pixels of an image of one color.
 _FLAT = 1e-4
 _NO_FREE_SIZE = (
-    f"{SEVERAL_SIZES}, and the graph of this model fits one size only: add a resize or crop to one size"
+    f"{SEVERAL_SIZES}, and there is no graph for all of them: if the model fits one size only, add a resize or "
+    "crop to one size. The error was: "
 )
 
 
@@ -140,8 +141,8 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
     ------
     ExportError
         The scorer cannot be exported, or the graph does not reproduce PyTorch: logits or scores differ by more
-        than 1e-4 of their largest value or are NaN, or a p-value or a verdict is not that of the score. Or the
-        preprocess returns images of different sizes, and the graph fits a single one.
+        than 1e-4 of their largest value or are NaN, or a p-value or a verdict is not that of the score. If the
+        preprocess returns images of different sizes, the graph must reproduce PyTorch at each of several sizes.
     ValueError
         The scorer has no preprocess.
     ImportError
@@ -161,10 +162,11 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
             model = exported(graph, inputs, scorer.kind, graph.outputs, any_size=any_size)
         # The exporter wraps every error, in messages of many lines.
         except Exception as error:
+            reason = first_line(error.__cause__ or error)
             if any_size:
-                raise ExportError(_NO_FREE_SIZE) from error
+                raise ExportError(_NO_FREE_SIZE + reason) from error
             what = f"{scorer.detector!r} on {scorer.spec or type(scorer.model).__name__}"
-            raise ExportError(f"{what} cannot be exported: {first_line(error.__cause__ or error)}") from error
+            raise ExportError(f"{what} cannot be exported: {reason}") from error
     onnx.helper.set_model_props(model, {"featnorm": json.dumps(_metadata(scorer))})
     with replacing(path) as temporary:
         onnx.save(model, temporary)
@@ -172,7 +174,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
         options.log_severity_level = 4  # what fails is raised
         session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
         difference = 0.0
-        for n, shape in ((1, shapes[0]), (5, shapes[-1])):
+        for n, shape in [(1, shapes[0]), *((5, shape) for shape in shapes[1:] or shapes)]:
             inputs = _example(scorer, n, generator, shape)
             given = named_inputs(inputs, scorer.kind.name)
             try:
@@ -181,7 +183,7 @@ def export_onnx(scorer: "Scorer", path: str | Path) -> float:
                 difference = max(difference, _check(outputs, scorer, inputs))
             except Exception as error:  # onnxruntime's own classes, a graph's wrong outputs, the model's errors
                 if any_size:
-                    raise ExportError(_NO_FREE_SIZE) from error
+                    raise ExportError(_NO_FREE_SIZE + first_line(error.__cause__ or error)) from error
                 raise
     return difference
 
@@ -193,13 +195,17 @@ def input_size(scorer: "Scorer") -> tuple[int | None, ...]:
 
 
 def _shapes(scorer: "Scorer") -> list[tuple[int, ...]]:
-    """Return the shapes of preprocessed images or rows: of the reference, and of others that differ in size."""
+    """Return the shapes of preprocessed images or rows: the reference's, and others' if images differ in size."""
     if scorer.kind is TEXTS:
         return [()]
     preprocess = scorer.require_preprocess()
-    prepared = [preprocess(item) for item in scorer.kind.probes(preprocess)]
+    items = [*scorer.kind.probes(preprocess)]
+    if scorer.kind is IMAGES:  # also square, wide and tall images: a pool may fit some aspect ratios only
+        items += [items[0].crop((0, 0, *size)) for size in ((240, 240), (320, 180), (320, 120))]
+        items += [item.transpose(Image.Transpose.TRANSPOSE) for item in items]
+    prepared = [preprocess(item) for item in items]
     others = [tuple(one.shape) for one in prepared] if several_sizes(prepared) else []
-    return [scorer.input_size, *others]
+    return list(dict.fromkeys([scorer.input_size, *others]))
 
 
 def _metadata(scorer: "Scorer") -> dict[str, Any]:

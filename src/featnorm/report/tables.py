@@ -134,8 +134,10 @@ def note(comparison: Comparison) -> str:
 
 
 def chance_warning(comparison: Comparison) -> str:
-    """Return a sentence that names the detectors whose mean AUROC is below chance; empty if there are none."""
-    found = [(one.detector, 100 * one.mean.auroc) for one in comparison.ranked if one.mean.auroc < 0.5]
+    """Return a sentence that names the detectors whose mean AUROC is below chance beyond noise; empty if none."""
+    highs = comparison.summaries[0].auroc.high  # of 95 % intervals
+    ranked = zip(comparison.ranked, highs, strict=True)
+    found = [(one.detector, 100 * one.mean.auroc) for one, high in ranked if high < 0.5]
     if not found:
         return ""
     is_one = len(found) == 1
