@@ -88,7 +88,8 @@ def test_names_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_data_without_splits_is_test_only(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", 3)
-    with pytest.raises(DataError, match=r"cannot find 'b:train': no such path, and none of this name under .* \(it has b\)"):
+    wanted = r"cannot find 'b:train': no such path, and none of this name under .* \(it has b\)"
+    with pytest.raises(DataError, match=wanted):
         open_source("b:train", root=tmp_path)
 
 
