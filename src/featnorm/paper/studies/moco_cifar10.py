@@ -59,7 +59,7 @@ class Scale:
 
 SCALES = {
     "laptop": Scale(16, short("MoCo-v2", 12, 256, 0.06, 24), (0, 1, 3, 6, 12)),
-    # At least six hours of one CPU core, in bfloat16.
+    # By the speed of its first epochs, at least six hours of one CPU core in bfloat16.
     "workstation": Scale(
         16,
         short("MoCo-v2", 340, 256, 0.06, 24),
@@ -263,4 +263,4 @@ def _notes(result: Result) -> list[str]:
     ]
 
 
-MoCoTraining("moco-cifar10", "MoCo-v2 on CIFAR-10", duration="40 min")
+MoCoTraining("moco-cifar10", "MoCo-v2 on CIFAR-10")

@@ -33,7 +33,7 @@ class Scale:
         return cifar_transformer(len(CLASSES), **sizes, seed=seed)
 
 
-# AdamW as usual for transformers; what fits into about 35 minutes of one CPU core in bfloat16.
+# AdamW as usual for transformers; by estimate, 35 minutes of one CPU core in bfloat16.
 _RECIPE = PaperRecipe(
     epochs=18,
     batch_size=128,
@@ -86,4 +86,4 @@ class TransformerStudy(Study[Scale, Images, Seeded]):
         return {self.name: Table(f"{self.title}: {MEASURES}", ["Detector", "Mean", *headers[3:]], rows, notes)}
 
 
-TransformerStudy("transformer", "A vision transformer on CIFAR-10", duration="40 min")
+TransformerStudy("transformer", "A vision transformer on CIFAR-10")
